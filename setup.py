@@ -1,0 +1,82 @@
+"""The package's metadata. Build requirements and tool settings are in pyproject.toml."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def version() -> str:
+    """The version in harmodt/__init__.py, read without importing the package."""
+    source = (ROOT / "harmodt" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', source, re.MULTILINE)
+    if match is None:
+        raise RuntimeError('harmodt/__init__.py has no line __version__ = "..."')
+    return match.group(1)
+
+
+setup(
+    name="harmodt",
+    version=version(),
+    description="Harmony Multi-Task Decision Transformer: train and evaluate on Meta-World",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["offline reinforcement learning", "multi-task", "decision transformer"],
+    python_requires=">=3.10",
+    # The bare name "kernels" belongs to another distribution, hence the longer import name.
+    packages=[
+        "harmodt",
+        "harmodt_kernels",
+        *(f"harmodt_kernels.{name}" for name in find_packages("kernels")),
+    ],
+    package_dir={"harmodt_kernels": "kernels"},
+    install_requires=[
+        "torch>=2.11,<2.14",
+        # PyTorch's CUDA builds require one exact Triton of their own, its CPU builds none: a range
+        # lets either be satisfied.
+        'triton>=3.6,<3.10; platform_system == "Linux" and platform_machine == "x86_64"',
+        "numpy>=1.26",
+        "metaworld>=3.1,<3.2",
+        # Meta-World 3.1 asks for exactly 3.3.0; named here because videos call it directly.
+        "mujoco>=3.3,<3.4",
+        "gymnasium>=1.1,<2",
+        # Command lines straight from typed dataclasses: a setting is declared once.
+        "tyro>=1.0,<2",
+        # Progress bars and result tables on a terminal, plain lines in a log file.
+        "rich>=13",
+        # Curves that people compare in the viewer they already have.
+        "tensorboard>=2.15",
+        # Checkpoints that hold arrays only: loading one can run no code.
+        "safetensors>=0.5",
+    ],
+    extras_require={
+        # One MP4 per task; the second package brings its own encoder, so none is installed by hand.
+        "video": ["imageio>=2.34", "imageio-ffmpeg>=0.5"],
+        "dev": [
+            "pytest>=8",
+            "pytest-benchmark>=5",
+            # Generates the inputs of the property tests and shrinks what fails.
+            "hypothesis>=6.100",
+            "ruff>=0.12",
+            "mypy>=1.15",
+            # Runs the same checks before each commit; its hooks use this environment's tools.
+            "pre-commit>=4",
+            # The tests write videos as well.
+            "imageio>=2.34",
+            "imageio-ffmpeg>=0.5",
+        ],
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
