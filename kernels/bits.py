@@ -1,0 +1,52 @@
+"""Binary masks packed one bit per weight, least significant bit first, in 32-bit words.
+
+A mask over K weights takes ceil(K / 32) int32 words; the bits beyond K are padding and stay 0.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BITS_PER_WORD = 32
+
+
+def words_for(size: int) -> int:
+    """Number of 32-bit words that hold `size` bits."""
+    return -(-size // BITS_PER_WORD)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Pack a mask along its last dimension.
+
+    Args:
+        mask: bool [..., K].
+
+    Returns:
+        int32 [..., ceil(K / 32)]; bit j of word w is mask[..., 32 w + j], padding bits are 0.
+    """
+    padding = words_for(mask.shape[-1]) * BITS_PER_WORD - mask.shape[-1]
+    padded = torch.nn.functional.pad(mask, (0, padding))
+    bits = padded.unflatten(-1, (-1, BITS_PER_WORD)).to(torch.int64)
+    words = (bits << torch.arange(BITS_PER_WORD, device=mask.device)).sum(-1)
+    return words.to(torch.int32)
+
+
+def unpack_bits(words: Tensor, size: int) -> Tensor:
+    """Unpack the first `size` bits of the last dimension: int32 [..., W] to bool [..., size]."""
+    # Each byte is looked up in a table whose entries are eight bools, read as one int64.
+    as_bytes = words.contiguous().view(torch.uint8)
+    mask = _eight_bools(words.device)[as_bytes.int()].view(torch.bool)
+    return mask[..., :size]
+
+
+def _eight_bools(device: torch.device) -> Tensor:
+    table = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
+    return table.to(torch.uint8).view(torch.int64).squeeze(-1).to(device)
+
+
+def count_bits(words: Tensor) -> Tensor:
+    """Number of set bits along the last dimension: int32 [..., W] to int64 [...]."""
+    counts = np.bitwise_count(words.cpu().numpy().view(np.uint32)).sum(-1, dtype=np.int64)
+    return torch.as_tensor(counts)

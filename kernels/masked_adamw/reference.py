@@ -1,0 +1,55 @@
+"""The definition of the masked AdamW step in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..bits import unpack_bits
+
+
+def masked_adamw(
+    weights: Tensor,
+    gradient: Tensor,
+    first_moment: Tensor,
+    second_moment: Tensor,
+    active_bits: Tensor,
+    *,
+    step: int,
+    learning_rate: float,
+    betas: tuple[float, float],
+    epsilon: float,
+    weight_decay: float,
+) -> None:
+    """AdamW on the active weights; every other weight and its moments stay bit for bit the same.
+
+    This is the lazy form, as in `torch.optim.SparseAdam`: an inactive weight is moved neither by
+    its old moments nor by weight decay. The bias correction counts all steps.
+
+    Args:
+        weights, gradient, first_moment, second_moment: [P]; all but the gradient change in place.
+        active_bits: int32 [P / 32], 1 where the weight is active in at least one task of the step.
+        step: number of this step, from 1.
+    """
+    active = unpack_bits(active_bits, weights.numel())
+    beta1, beta2 = betas
+    _replace(first_moment, active, first_moment.lerp(gradient, 1 - beta1))
+    _replace(second_moment, active, second_moment.lerp(gradient.square(), 1 - beta2))
+    denominator = second_moment.sqrt().div_(math.sqrt(1 - beta2**step)).add_(epsilon)
+    update = (first_moment / denominator).div_(1 - beta1**step)
+    update.add_(weights, alpha=weight_decay)
+    _replace(weights, active, torch.sub(weights, update, alpha=learning_rate))
+
+
+def _replace(values: Tensor, active: Tensor, new: Tensor) -> None:
+    # where copies bits: adding zero would change -0.0 and, when they are flushed, denormals
+    torch.where(active, new, values, out=values)
+
+
+def clip_gradient(gradient: Tensor, max_norm: float) -> Tensor:
+    """Scale a gradient [P] in place to a global norm of at most `max_norm`; return the old norm."""
+    norm = torch.linalg.vector_norm(gradient)
+    gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
