@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harmodt.errors import UserError
+from harmodt.store import (
+    MANIFEST,
+    UNFINISHED,
+    DataStore,
+    Episode,
+    Episodes,
+    StoreWriter,
+    _manifest_checksum,
+)
+
+ARRAYS = ("observations", "actions", "rewards", "returns_to_go", "episode_starts", "successes")
+
+
+def make_episode(generator: np.random.Generator, length: int, success: int = 1) -> Episode:
+    # Far from zero, so that a careless variance would lose its digits.
+    observations = (generator.normal(size=(length, 39)) + 50).astype(np.float32)
+    actions = generator.uniform(-1, 1, (length, 4)).astype(np.float32)
+    return Episode(observations, actions, generator.random(length).astype(np.float32), success)
+
+
+def write_store(path: Path, tasks: tuple[str, ...] = ("reach-v3", "push-v3")) -> DataStore:
+    generator = np.random.default_rng(0)
+    writer = StoreWriter(path, {"test": 1})
+    for task in tasks:
+        with writer.task(task) as task_writer:
+            for length in (30, 20, 25):
+                task_writer.add(make_episode(generator, length))
+            task_writer.add_prompt(make_episode(generator, 22))
+    return writer.finish(tasks)
+
+
+def edit_manifest(path: Path, **changes: object) -> None:
+    file = path / MANIFEST
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    prompt_lengths=st.lists(st.integers(1, 40), max_size=3),
+    seed=st.integers(0, 2**32),
+)
+def test_a_store_gives_back_what_was_written(
+    tmp_path_factory: pytest.TempPathFactory,
+    lengths: list[int],
+    prompt_lengths: list[int],
+    seed: int,
+) -> None:
+    generator = np.random.default_rng(seed)
+    train = [
+        make_episode(generator, n, success)
+        for n, success in zip(lengths, [1, 0, -1] * 2, strict=False)
+    ]
+    prompts = [make_episode(generator, length) for length in prompt_lengths]
+    writer = StoreWriter(tmp_path_factory.mktemp("data") / "store", {})
+    with writer.task("reach-v3") as task_writer:
+        for episode in train:
+            task_writer.add(episode)
+        for episode in prompts:
+            task_writer.add_prompt(episode)
+    store = writer.finish(["reach-v3"])
+    store.verify()
+    task = store.task("reach-v3")
+    _check_episodes(task.train, train)
+    _check_episodes(task.prompts, prompts)
+    observations = np.concatenate([e.observations for e in train]).astype(np.float64)
+    np.testing.assert_allclose(task.observation_mean, observations.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(task.observation_std, observations.std(0), rtol=1e-6, atol=1e-12)
+    assert task.best_return == task.train.returns.max()
+    assert task.mean_return == pytest.approx(task.train.returns.mean(dtype=np.float64))
+    assert store.steps == sum(lengths)
+
+
+def _check_episodes(stored: Episodes, expected: list[Episode]) -> None:
+    assert len(stored) == len(expected)
+    assert stored.lengths.tolist() == [len(e.rewards) for e in expected]
+    assert stored.successes.tolist() == [e.success for e in expected]
+    for start, stop, episode in zip(
+        stored.episode_starts[:-1], stored.episode_starts[1:], expected, strict=True
+    ):
+        np.testing.assert_array_equal(stored.observations[start:stop], episode.observations)
+        np.testing.assert_array_equal(stored.actions[start:stop], episode.actions)
+        np.testing.assert_array_equal(stored.rewards[start:stop], episode.rewards)
+        for step in range(start, stop):
+            rest = float(episode.rewards[step - start :].astype(np.float64).sum())
+            assert stored.returns_to_go[step] == pytest.approx(rest, rel=1e-6)
+
+
+def test_the_arrays_are_contiguous_memory_maps(tmp_path: Path) -> None:
+    train = write_store(tmp_path / "store").task("push-v3").train
+    for name in ARRAYS:
+        array = getattr(train, name)
+        assert isinstance(array, np.memmap), name
+        assert array.flags.c_contiguous, name
+        assert not array.flags.writeable, name
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_opening_five_million_steps_takes_a_second_and_200_megabytes_at_most(
+    tmp_path: Path,
+) -> None:
+    store = write_store(tmp_path / "store")
+    tasks = store.manifest["tasks"]
+    for task in tasks:
+        for name in ("observations", "actions", "rewards", "returns_to_go"):
+            entry = tasks[task]["files"][name]
+            entry["shape"][0] = 2_500_000
+            file = tmp_path / "store" / task / f"{name}.npy"
+            # A file with holes: it takes no room, and shows when somebody reads it all.
+            np.lib.format.open_memmap(file, "w+", entry["dtype"], tuple(entry["shape"]))
+    edit_manifest(tmp_path / "store", tasks=tasks, crc32=_manifest_checksum(store.manifest))
+    script = """
+import re, sys, time
+from pathlib import Path
+from harmodt.store import DataStore
+start = time.perf_counter()
+store = DataStore.open(Path(sys.argv[1]))
+steps = sum(len(store.task(name).train.rewards) for name in store.tasks)
+seconds = time.perf_counter() - start
+status = Path("/proc/self/status").read_text()
+print(steps, seconds, int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) / 1024)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "store")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    steps, seconds, megabytes = map(float, printed.split())
+    assert steps == 5_000_000
+    assert seconds <= 1
+    assert megabytes <= 200
+
+
+def test_a_store_that_cannot_be_opened_says_why(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no store in .*nothing: make one with"):
+        DataStore.open(tmp_path / "nothing")
+
+    writer = StoreWriter(tmp_path / "begun", {})
+    with writer.task("reach-v3") as task_writer:
+        task_writer.add(make_episode(np.random.default_rng(0), 5))
+    with pytest.raises(UserError, match=r"begun is unfinished: run the command .* again"):
+        DataStore.open(tmp_path / "begun")
+
+    path = tmp_path / "store"
+    write_store(path)
+    manifest = (path / MANIFEST).read_bytes()
+    edit_manifest(path, version=7)
+    with pytest.raises(UserError, match=r"manifest.json has version 7 .* reads version 1"):
+        DataStore.open(path)
+    for damaged in (manifest[:100], manifest.replace(b'"test": 1', b'"test": 2'), b"\xff\x00"):
+        (path / MANIFEST).write_bytes(damaged)
+        with pytest.raises(UserError, match=r"manifest.json is damaged"):
+            DataStore.open(path)
+    for foreign in (b"[]", b'{"format": "other"}'):
+        (path / MANIFEST).write_bytes(foreign)
+        with pytest.raises(UserError, match=r"is not the manifest of a HarmoDT store"):
+            DataStore.open(path)
+
+
+@pytest.mark.parametrize("name", [*ARRAYS, "prompts/actions"])
+def test_a_damaged_array_is_named(tmp_path: Path, name: str) -> None:
+    store = write_store(tmp_path / "store")
+    file = store.path / "push-v3" / f"{name}.npy"
+    whole = file.read_bytes()
+
+    changed = bytearray(whole)
+    changed[-1] ^= 1
+    file.write_bytes(changed)
+    with pytest.raises(UserError, match=rf"checksum of .*push-v3/{name}.npy fails"):
+        DataStore.open(store.path).verify()
+
+    file.write_bytes(whole[:-3])
+    with pytest.raises(UserError, match=rf"push-v3/{name}.npy has 3 bytes too few"):
+        DataStore.open(store.path)
+    file.write_bytes(whole + b"0")
+    with pytest.raises(UserError, match=rf"push-v3/{name}.npy has 1 bytes too many"):
+        DataStore.open(store.path)
+
+    file.write_bytes(b"x" * len(whole))
+    with pytest.raises(UserError, match=rf"push-v3/{name}.npy is damaged"):
+        DataStore.open(store.path).task("push-v3")
+    header = whole[:128].replace(b"'<f4'", b"'<i4'").replace(b"'<i8'", b"'<u8'")
+    file.write_bytes(header.replace(b"'|i1'", b"'|u1'") + whole[128:])
+    with pytest.raises(UserError, match=rf"push-v3/{name}.npy does not fit the manifest"):
+        DataStore.open(store.path).task("push-v3")
+
+    file.unlink()
+    with pytest.raises(UserError, match=rf"push-v3/{name}.npy is missing"):
+        DataStore.open(store.path)
+
+
+def test_a_task_that_is_not_in_the_store_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no task 'sweep-v3': it holds reach-v3, push-v3"):
+        write_store(tmp_path / "store").task("sweep-v3")
+
+
+def test_an_interrupted_writer_goes_on_after_its_finished_tasks(tmp_path: Path) -> None:
+    whole = write_store(tmp_path / "whole")
+
+    generator = np.random.default_rng(0)
+    writer = StoreWriter(tmp_path / "cut", {"test": 1})
+    with writer.task("reach-v3") as task_writer:
+        for length in (30, 20, 25):
+            task_writer.add(make_episode(generator, length))
+        task_writer.add_prompt(make_episode(generator, 22))
+    with pytest.raises(OSError, match="full"), writer.task("push-v3") as task_writer:
+        task_writer.add(make_episode(np.random.default_rng(5), 3))
+        raise OSError("full")
+    assert {file.name for file in (tmp_path / "cut").iterdir()} == {UNFINISHED, "reach-v3"}
+
+    writer = StoreWriter(tmp_path / "cut", {"test": 1})
+    assert writer.tasks == ("reach-v3",)
+    with writer.task("push-v3") as task_writer:
+        for length in (30, 20, 25):
+            task_writer.add(make_episode(generator, length))
+        task_writer.add_prompt(make_episode(generator, 22))
+    writer.finish(("reach-v3", "push-v3"))
+    assert _contents(tmp_path / "cut") == _contents(whole.path)
+
+
+def _contents(path: Path) -> dict[str, bytes]:
+    files = (file for file in path.rglob("*") if file.is_file())
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+def test_a_directory_that_is_taken_is_left_as_it_was(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store")
+    StoreWriter(tmp_path / "begun", {"test": 1})
+    (tmp_path / "other" / "reach-v3").mkdir(parents=True)
+    (tmp_path / "other" / "reach-v3" / "0.npz").write_bytes(b"precious")
+    (tmp_path / "file").write_bytes(b"precious")
+    before = _contents(tmp_path)
+    for name, reason in {
+        "store": "already holds a store",
+        "begun": "holds the beginning of a store made with other settings",
+        "other": "holds other files",
+        "file": "is a file",
+    }.items():
+        with pytest.raises(UserError, match=f"{name} {reason}"):
+            StoreWriter(tmp_path / name, {"test": 2})
+    assert _contents(tmp_path) == before
+    assert (tmp_path / "begun" / UNFINISHED).exists()
+    store.verify()
