@@ -1,0 +1,305 @@
+"""Make offline data sets by running Meta-World's scripted experts.
+
+    python -m harmodt.collect --output data/mt5 --tasks mt5 --episodes 100
+
+The work is cut into parts of a few episodes, each a file written whole. Every episode has its
+own generator, drawn from the seed, the task and the episode's number, so the store is the same
+to the byte whatever the number of processes and however often the collection was killed.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import warnings
+import zlib
+from collections.abc import Generator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import tyro
+from metaworld.policies import ENV_POLICY_MAP
+
+from .environments import Environment
+from .errors import UserError, run_command
+from .files import write_atomic
+from .progress import progress_bar
+from .simulation import available_cores
+from .store import MANIFEST, DataStore, Episode, StoreWriter
+from .tasks import ACTION_SIZE, EPISODE_LENGTH, OBSERVATION_SIZE, resolve_tasks
+
+_PARTS = "parts"
+_EPISODES_PER_PART = 10
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """Collect an offline data set with Meta-World's scripted experts.
+
+    An interrupted collection goes on when the same command is given again.
+    """
+
+    output: Path
+    """Directory of the store."""
+    tasks: tuple[str, ...] = ("mt5",)
+    """Tasks by name (reach-v3, reach) or by set (mt5, mt10, mt30, mt50)."""
+    episodes: int = 100
+    """Training episodes per task."""
+    prompt_episodes: int = 10
+    """Episodes per task of the expert without noise, held apart as prompts."""
+    composition: Literal["near-optimal", "sub-optimal"] = "near-optimal"
+    """Exploration falling to none, as in a replay buffer, or the first half of such a buffer."""
+    seed: int = 0
+    """Determines the data to the bit, whatever the number of workers."""
+    episode_length: int = EPISODE_LENGTH
+    """Steps per episode."""
+    noise_start: float = 0.25
+    """Deviation of the Gaussian action noise in the first episode; it falls linearly to 0."""
+    random_start: float = 0.8
+    """Share of uniformly random actions in the first episode."""
+    random_end: float = 0.5
+    """Share of the episodes over which the share of random actions falls linearly to 0."""
+    workers: int | None = None
+    """Processes; as many as there are cores by default."""
+
+
+def collect(config: CollectConfig, progress: bool = True) -> DataStore:
+    """Collect a store, or go on with one that was begun; returns it opened.
+
+    A store that is there already and was made with the same settings is opened as it is.
+
+    Raises:
+        UserError: a setting out of range, an unknown task, or a directory that holds something
+            else.
+        OSError: the disk is full; what was collected so far is kept.
+    """
+    _check(config)
+    tasks = resolve_tasks(config.tasks)
+    settings = _settings(config, tasks)
+    if (config.output / MANIFEST).exists():
+        store = _open_finished(config.output, settings)
+    else:
+        versions = {name: version(name) for name in ("metaworld", "mujoco", "gymnasium", "numpy")}
+        writer = StoreWriter(config.output, {"collect": settings, "versions": versions})
+        _write_tasks(config, writer, [task for task in tasks if task not in writer.tasks], progress)
+        store = writer.finish(tasks)
+    shutil.rmtree(config.output / _PARTS, ignore_errors=True)
+    return store
+
+
+def exploration(config: CollectConfig, episode: int) -> tuple[float, float]:
+    """Noise deviation and share of random actions in a training episode.
+
+    Both fall linearly over the near-optimal schedule: the noise over all of it, the random
+    actions over its part `random_end`. The sub-optimal schedule is the first half of a
+    near-optimal one with twice the episodes.
+    """
+    schedule = config.episodes * (2 if config.composition == "sub-optimal" else 1)
+    position = episode / max(1, schedule - 1)
+    noise = config.noise_start * (1 - position)
+    random = config.random_start * max(0.0, 1 - position / config.random_end)
+    return noise, random
+
+
+class _Part(NamedTuple):
+    """Consecutive episodes of one task that are collected together and stored in one file."""
+
+    task: str
+    kind: Literal["train", "prompts"]
+    start: int
+    stop: int
+
+    def path(self, output: Path) -> Path:
+        return output / _PARTS / self.task / f"{self.kind}-{self.start:07d}.npz"
+
+
+def _parts(config: CollectConfig, task: str) -> list[_Part]:
+    kinds: list[tuple[Literal["train", "prompts"], int]] = [
+        ("train", config.episodes),
+        ("prompts", config.prompt_episodes),
+    ]
+    return [
+        _Part(task, kind, start, min(start + _EPISODES_PER_PART, count))
+        for kind, count in kinds
+        for start in range(0, count, _EPISODES_PER_PART)
+    ]
+
+
+def _write_tasks(
+    config: CollectConfig, writer: StoreWriter, tasks: list[str], progress: bool
+) -> None:
+    """Collect the missing parts of all tasks; each task goes to the store once it is whole."""
+    parts = {task: _parts(config, task) for task in tasks}
+    missing = {
+        task: {part for part in parts[task] if not part.path(config.output).exists()}
+        for task in tasks
+    }
+    work = [part for task in tasks for part in parts[task] if part in missing[task]]
+    # Closed whatever happens, for the workers would go on with all that is queued.
+    with (
+        closing(_collect_parts(config, work)) as collected,
+        progress_bar("episodes", enabled=progress) as bar,
+    ):
+        total = sum(_episodes(parts[task]) for task in tasks)
+        line = bar.add_task("collecting", total=total, completed=total - _episodes(work))
+        for task in tasks:
+            if not missing[task]:
+                _write_task(config, writer, task)
+        for part in collected:
+            bar.update(line, advance=_episodes([part]), description=f"collecting {part.task}")
+            missing[part.task].remove(part)
+            if not missing[part.task]:
+                _write_task(config, writer, part.task)
+
+
+def _write_task(config: CollectConfig, writer: StoreWriter, task: str) -> None:
+    with writer.task(task) as task_writer:
+        for part in _parts(config, task):
+            add = task_writer.add if part.kind == "train" else task_writer.add_prompt
+            with np.load(part.path(config.output), allow_pickle=False) as arrays:
+                fields = [arrays[name] for name in Episode._fields]
+            for values in zip(*fields, strict=True):
+                add(Episode(*values))
+    shutil.rmtree(config.output / _PARTS / task)
+
+
+def _collect_parts(config: CollectConfig, parts: list[_Part]) -> Generator[_Part, None, None]:
+    """Collect parts over processes; yields each when its file is written."""
+    for directory in {part.path(config.output).parent for part in parts}:
+        directory.mkdir(parents=True, exist_ok=True)
+    # Spawned rather than forked: the caller may hold threads and accelerators.
+    context = multiprocessing.get_context("spawn")
+    watched, lifeline = context.Pipe(duplex=False)
+    executor = ProcessPoolExecutor(
+        max_workers=config.workers or available_cores(),
+        mp_context=context,
+        initializer=_start_worker,
+        initargs=(watched,),
+    )
+    try:
+        futures = {executor.submit(_collect_part, config, part): part for part in parts}
+        for future in as_completed(futures):
+            future.result()
+            yield futures[future]
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process was killed, perhaps for want of memory: run the same command again, "
+            "with fewer --workers"
+        ) from error
+    finally:
+        lifeline.close()
+        executor.shutdown(cancel_futures=True)
+
+
+def _start_worker(watched: Connection) -> None:
+    """Leave Ctrl-C to the parent; end at once when it lets go of the lifeline, or is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", category=UserWarning, module="metaworld")
+
+    def follow_parent() -> None:
+        watched.poll(None)
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def _collect_part(config: CollectConfig, part: _Part) -> None:
+    environment = _make_environment(part.task)
+    episodes = [_run_episode(config, environment, part, i) for i in range(part.start, part.stop)]
+    arrays = dict(zip(Episode._fields, map(np.stack, zip(*episodes, strict=True)), strict=True))
+    write_atomic(part.path(config.output), lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=1)
+def _make_environment(task: str) -> Environment:
+    return Environment(task)
+
+
+def _run_episode(
+    config: CollectConfig, environment: Environment, part: _Part, number: int
+) -> Episode:
+    """Run the expert for one episode; the stored actions are those that were executed."""
+    steps = config.episode_length
+    key = [config.seed, zlib.crc32(part.task.encode()), part.kind == "prompts", number]
+    generator = np.random.default_rng(key)
+    deviation, share = exploration(config, number) if part.kind == "train" else (0.0, 0.0)
+    observation = environment.reset_random(int(generator.integers(2**31)))
+    noise = generator.normal(0, 1, (steps, ACTION_SIZE)) * deviation
+    at_random = generator.random(steps) < share
+    random_actions = generator.uniform(-1, 1, (steps, ACTION_SIZE))
+
+    expert = ENV_POLICY_MAP[part.task]()  # type: ignore[abstract]
+    observations = np.empty((steps, OBSERVATION_SIZE), np.float32)
+    actions = np.empty((steps, ACTION_SIZE), np.float32)
+    rewards = np.empty(steps, np.float32)
+    solved = False
+    for step in range(steps):
+        observations[step] = observation
+        action = random_actions[step] if at_random[step] else expert.get_action(observation)
+        actions[step] = (action + noise[step]).clip(-1, 1)
+        observation, rewards[step], success = environment.step(actions[step])
+        solved = solved or success
+    return Episode(observations, actions, rewards, int(solved))
+
+
+def _settings(config: CollectConfig, tasks: tuple[str, ...]) -> dict[str, Any]:
+    """The settings that determine the data."""
+    settings = {**asdict(config), "tasks": list(tasks)}
+    return {name: value for name, value in settings.items() if name not in ("output", "workers")}
+
+
+def _open_finished(path: Path, settings: dict[str, Any]) -> DataStore:
+    """Open a store that is complete, provided that it was collected with these settings."""
+    store = DataStore.open(path)
+    found = store.provenance.get("collect", {})
+    for name, value in settings.items():
+        if found.get(name) != value:
+            raise UserError(
+                f"{path} already holds a store with {name} = {found.get(name)} instead of {value}: "
+                "choose another --output or delete it"
+            )
+    return store
+
+
+def _check(config: CollectConfig) -> None:
+    bounds: list[tuple[str, float, float]] = [
+        ("episodes", 1, math.inf),
+        ("prompt_episodes", 0, math.inf),
+        ("seed", 0, math.inf),
+        ("episode_length", 1, EPISODE_LENGTH),
+        ("noise_start", 0, math.inf),
+        ("random_start", 0, 1),
+        ("random_end", 1e-9, 1),
+    ]
+    for name, low, high in bounds:
+        value = getattr(config, name)
+        if not low <= value <= high:
+            raise UserError(f"{name} is {value}: it must lie between {low} and {high}")
+    if config.workers is not None and config.workers < 1:
+        raise UserError(f"workers is {config.workers}: at least one process is needed")
+
+
+def _episodes(parts: list[_Part]) -> int:
+    return sum(part.stop - part.start for part in parts)
+
+
+def main() -> None:
+    config = tyro.cli(CollectConfig, prog="python -m harmodt.collect")
+    store = collect(config)
+    print(f"{config.output}: {len(store.tasks)} tasks, {store.steps} steps")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pytest
+
+from harmodt import collect as collect_module
+from harmodt import files
+from harmodt.collect import CollectConfig, collect, exploration, main
+from harmodt.errors import UserError, run_command
+from harmodt.store import DataStore
+
+OPTIONS = ["--tasks", "reach", "drawer-close", "--episodes", "22", "--prompt-episodes", "3"]
+OPTIONS += ["--episode-length", "40", "--seed", "5"]
+
+
+def _contents(path: Path) -> dict[str, bytes]:
+    found = (file for file in path.rglob("*") if file.is_file())
+    return {str(file.relative_to(path)): file.read_bytes() for file in found}
+
+
+def _command(output: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "harmodt.collect", "--output", str(output), *OPTIONS, *options]
+
+
+def _config(output: Path) -> CollectConfig:
+    """The settings of `_command`."""
+    tasks = ("reach", "drawer-close")
+    return CollectConfig(output, tasks, 22, 3, seed=5, episode_length=40, workers=2)
+
+
+@pytest.fixture(scope="module")
+def whole_and_seconds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A collection by one worker that nothing disturbed, and how long it took."""
+    path = tmp_path_factory.mktemp("collect") / "whole"
+    start = time.monotonic()
+    subprocess.run(_command(path, "--workers", "1"), check=True, capture_output=True)
+    return path, time.monotonic() - start
+
+
+@pytest.fixture
+def whole(whole_and_seconds: tuple[Path, float]) -> Path:
+    return whole_and_seconds[0]
+
+
+def test_the_store_holds_what_was_asked_for(whole: Path) -> None:
+    store = DataStore.open(whole)
+    store.verify()
+    assert store.tasks == ("reach-v3", "drawer-close-v3")
+    assert {file.name for file in whole.iterdir()} == {"manifest.json", *store.tasks}
+    for name in store.tasks:
+        task = store.task(name)
+        assert task.train.lengths.tolist() == [40] * 22
+        assert task.prompts.lengths.tolist() == [40] * 3
+        assert np.abs(task.train.actions).max() <= 1
+        goals = task.train.observations[task.train.episode_starts[:-1], 36:]
+        prompt_goals = task.prompts.observations[task.prompts.episode_starts[:-1], 36:]
+        assert len(np.unique(np.concatenate([goals, prompt_goals]), axis=0)) == 25
+        for episode in task.train.observations.reshape(22, 40, 39):
+            np.testing.assert_array_equal(episode[1:, 18:36], episode[:-1, :18])
+            assert (episode[:, 36:] == episode[0, 36:]).all()
+    actions = store.task("reach-v3").train.actions.reshape(22, 40, 4)
+    # The gripper of this expert holds still: what is left of it is the exploration.
+    assert actions[:2, :, 3].std() > 0.3
+    assert actions[12, :, 3].std() == pytest.approx(0.25 * (1 - 12 / 21), rel=0.4)
+    assert actions[-1, :, 3].std() == 0
+    assert store.task("reach-v3").prompts.actions[:, 3].std() == 0
+
+
+def test_the_workers_do_not_change_a_byte_and_the_seed_does(whole: Path, tmp_path: Path) -> None:
+    config = _config(tmp_path / "two")
+    collect(config, progress=False)
+    assert _contents(tmp_path / "two") == _contents(whole)
+    other = replace(config, output=tmp_path / "other", tasks=("reach",), episodes=1, seed=6)
+    observations = collect(other, progress=False).task("reach-v3").train.observations
+    first = DataStore.open(whole).task("reach-v3").train.observations[:40]
+    assert not np.array_equal(observations, first)
+
+
+def test_exploration_falls_as_in_a_replay_buffer() -> None:
+    near = CollectConfig(Path(), episodes=101)
+    assert exploration(near, 0) == (0.25, 0.8)
+    assert exploration(near, 25) == pytest.approx((0.1875, 0.4))
+    assert exploration(near, 50) == pytest.approx((0.125, 0.0))
+    assert exploration(near, 75) == pytest.approx((0.0625, 0.0))
+    assert exploration(near, 100) == (0.0, 0.0)
+    assert exploration(replace(near, episodes=1), 0) == (0.25, 0.8)
+
+
+def test_sub_optimal_data_are_the_first_half_of_near_optimal_data(tmp_path: Path) -> None:
+    near = CollectConfig(
+        tmp_path / "near", ("reach",), 6, 0, episode_length=20, random_end=0.9, workers=1
+    )
+    sub = replace(near, output=tmp_path / "sub", episodes=3, composition="sub-optimal")
+    whole, half = (collect(c, progress=False).task("reach-v3").train for c in (near, sub))
+    np.testing.assert_array_equal(whole.actions[:60], half.actions)
+    np.testing.assert_array_equal(whole.observations[:60], half.observations)
+
+
+def test_a_finished_store_is_opened_as_it_is(whole: Path) -> None:
+    times = {file: file.stat().st_mtime_ns for file in whole.rglob("*")}
+    subprocess.run(_command(whole), check=True, capture_output=True)
+    assert {file: file.stat().st_mtime_ns for file in whole.rglob("*")} == times
+    result = subprocess.run(_command(whole, "--seed", "6"), capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "already holds a store with seed = 5 instead of 6" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"tasks": ("reech",)}, "no task 'reech': did you mean 'reach-v3'"),
+        ({"episodes": 0}, "episodes is 0"),
+        ({"prompt_episodes": -1}, "prompt_episodes is -1"),
+        ({"episode_length": 501}, "episode_length is 501"),
+        ({"seed": -1}, "seed is -1"),
+        ({"noise_start": float("nan")}, "noise_start is nan"),
+        ({"random_start": 1.5}, "random_start is 1.5"),
+        ({"random_end": 0.0}, "random_end is 0.0"),
+        ({"workers": 0}, "workers is 0"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(
+    tmp_path: Path, changes: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(UserError, match=reason):
+        collect(replace(CollectConfig(tmp_path / "x"), **changes))  # type: ignore[arg-type]
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_full_disk_is_reported_and_the_collection_goes_on_later(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["collect", *_command(tmp_path / "full")[3:]])
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        # The workers write all the parts; the parent cannot write the first task.
+        patch.setattr(files.os, "rename", fail)
+        with pytest.raises(SystemExit) as stop:
+            run_command(main)
+    assert stop.value.code == 2
+    assert multiprocessing.active_children() == []
+    assert "error: the disk is full" in capsys.readouterr().err
+    with pytest.raises(UserError, match="unfinished"):
+        DataStore.open(tmp_path / "full")
+    run_command(main)
+    assert _contents(tmp_path / "full") == _contents(whole)
+
+
+@pytest.mark.filterwarnings("ignore:Constant")
+def test_a_part_that_is_not_written_whole_is_no_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(_config(tmp_path), episode_length=2)
+    part = collect_module._parts(config, "reach-v3")[0]
+    part.path(tmp_path).parent.mkdir(parents=True)
+
+    def tear(file: BinaryIO | Path, **_: np.ndarray) -> None:
+        with file.open("wb") if isinstance(file, Path) else nullcontext(file) as opened:
+            opened.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", tear)
+    with pytest.raises(OSError, match="No space"):
+        collect_module._collect_part(config, part)
+    assert _contents(tmp_path) == {}
+
+
+def test_a_killed_collection_goes_on_and_leaves_the_same_bytes(
+    whole_and_seconds: tuple[Path, float], tmp_path: Path, kills: int
+) -> None:
+    whole, seconds = whole_and_seconds
+    seed = random.randrange(2**32)
+    print(f"the moments are drawn from the seed {seed}")
+    moments = random.Random(seed)
+    output = tmp_path / "0"
+    for kill in range(kills):
+        process = subprocess.Popen(_command(output, "--workers", "2"), start_new_session=True)
+        time.sleep(moments.uniform(0, seconds))
+        process.kill()
+        process.wait()
+        _wait_until_gone(process.pid)
+        if (output / "manifest.json").exists():
+            # What remains may be the removal of the parts; the next kill meets a new collection.
+            collect(_config(output), progress=False)
+            assert _contents(output) == _contents(whole)
+            output = tmp_path / str(kill + 1)
+    subprocess.run(_command(output, "--workers", "2"), check=True)
+    assert _contents(output) == _contents(whole)
+
+
+def _wait_until_gone(group: int) -> None:
+    """The workers end by themselves after their parent."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.01)
+    raise AssertionError("workers are left over after the kill")
