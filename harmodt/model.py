@@ -1,0 +1,347 @@
+"""The policy: a decision transformer conditioned on a prompt, with per-task masked blocks.
+
+A batch is a list of groups, one task each. Shapes in comments: G groups, B windows per group,
+L time steps (K* of the prompt, K of the history), T = 3 L tokens, d embedding dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from harmodt_kernels import masked_linear, unpack_bits
+
+from .config import ModelConfig
+from .masks import TaskMasks
+from .vector import ParameterVector, Slot
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Consecutive time steps of one trajectory for each window.
+
+    Padding stands on the left and has `valid` False.
+
+    Attributes:
+        returns_to_go: float32 [G, B, L], divided by the return scale.
+        observations: float32 [G, B, L, 39], normalised by the task's mean and deviation.
+        actions: float32 [G, B, L, 4], in [-1, 1].
+        timesteps: int64 [G, B, L], counted from the beginning of the episode.
+        valid: bool [G, B, L].
+    """
+
+    returns_to_go: Tensor
+    observations: Tensor
+    actions: Tensor
+    timesteps: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows of several tasks: `task_ids` int64 [G], and each window's prompt and history."""
+
+    task_ids: Tensor
+    prompt: Steps | None
+    history: Steps
+
+
+PromptCache = list[tuple[Tensor, Tensor]]  # keys and values [G B, H, 3 K*, d / H] of every block
+
+
+class MaskableLinear(nn.Linear):
+    """A linear layer over [G, R, K] whose weights and biases are masked per group."""
+
+    weight_slot: Slot
+    bias_slot: Slot
+
+    def forward(self, x: Tensor, masks: TaskMasks | None) -> Tensor:  # type: ignore[override]
+        if masks is None:
+            return F.linear(x, self.weight, self.bias)
+        return masked_linear(
+            x,
+            self.weight,
+            self.bias,
+            self.weight_slot.bits(masks.bits),
+            self.bias_slot.bits(masks.bits)[:, 0],
+            masks.task_ids,
+        )
+
+
+class MaskableLayerNorm(nn.LayerNorm):
+    """A LayerNorm over [G, R, d] whose gains and biases are masked per group."""
+
+    weight_slot: Slot
+    bias_slot: Slot
+
+    def forward(self, x: Tensor, masks: TaskMasks | None) -> Tensor:  # type: ignore[override]
+        if masks is None:
+            return super().forward(x)
+        normalised = F.layer_norm(x, self.normalized_shape, eps=self.eps)
+        gain = self._masked(self.weight, self.weight_slot, masks)
+        return torch.addcmul(self._masked(self.bias, self.bias_slot, masks), normalised, gain)
+
+    def _masked(self, values: Tensor, slot: Slot, masks: TaskMasks) -> Tensor:
+        mask = unpack_bits(slot.bits(masks.bits)[masks.task_ids], len(values))  # [G, 1, d]
+        return torch.where(mask, values, 0.0)
+
+
+class Block(nn.Module):
+    """A pre-LayerNorm transformer block with a ReLU MLP, as in GPT-2."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.dropout = config.dropout
+        d = config.embed_dim
+        self.attention_norm = MaskableLayerNorm(d)
+        self.qkv = MaskableLinear(d, 3 * d)
+        self.attention_out = MaskableLinear(d, d)
+        self.mlp_norm = MaskableLayerNorm(d)
+        self.mlp_up = MaskableLinear(d, 4 * d)
+        self.mlp_down = MaskableLinear(4 * d, d)
+
+    def forward(
+        self,
+        x: Tensor,
+        allowed: Tensor,
+        masks: TaskMasks | None,
+        past: tuple[Tensor, Tensor] | None = None,
+        last_only: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Transform tokens [G, B, T, d]; also return their keys and values.
+
+        Args:
+            allowed: bool [G B, 1, queries, keys], which key each query may see.
+            past: keys and values of tokens before these.
+            last_only: compute only the last token's output, [G, B, 1, d].
+        """
+        groups, windows, tokens, d = x.shape
+        rows = x.flatten(1, 2)  # [G, B T, d]
+        qkv = self.qkv(self.attention_norm(rows, masks), masks)
+        qkv = qkv.view(groups * windows, tokens, 3, self.heads, d // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [G B, H, T, d / H]
+        present = (key, value)
+        if past is not None:
+            key, value = (torch.cat(pair, dim=2) for pair in zip(past, present, strict=True))
+        if last_only:
+            x, query, allowed, tokens = x[:, :, -1:], query[:, :, -1:], allowed[:, :, -1:], 1
+            rows = x.flatten(1, 2)
+        attended = attention(query, key, value, allowed, self.dropout if self.training else 0.0)
+        attended = attended.transpose(1, 2).reshape(groups, windows * tokens, d)
+        rows = rows + self._drop(self.attention_out(attended, masks))
+        hidden = F.relu_(self.mlp_up(self.mlp_norm(rows, masks), masks))
+        rows = rows + self._drop(self.mlp_down(hidden, masks))
+        return rows.view(groups, windows, tokens, d), present
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return dropout(x, self.dropout if self.training else 0.0)
+
+
+class TokenEmbedding(nn.Module):
+    """Return-to-go, observation and action of each time step, in that order, as tokens."""
+
+    def __init__(self, config: ModelConfig, observation_size: int, action_size: int):
+        super().__init__()
+        d = config.embed_dim
+        self.returns_to_go = nn.Linear(1, d)
+        self.observations = nn.Linear(observation_size, d)
+        self.actions = nn.Linear(action_size, d)
+        self.timesteps = nn.Embedding(config.max_timesteps, d)
+
+    def forward(self, steps: Steps) -> Tensor:
+        """Embed time steps: [G, B, 3 L, d]."""
+        tokens = torch.stack(
+            (
+                self.returns_to_go(steps.returns_to_go[..., None]),
+                self.observations(steps.observations),
+                self.actions(steps.actions),
+            ),
+            dim=3,
+        )  # [G, B, L, 3, d]
+        return (tokens + self.timesteps(steps.timesteps)[:, :, :, None]).flatten(2, 3)
+
+
+class DecisionTransformer(nn.Module):
+    """Prompt-DT with one binary mask per task over the blocks and the final LayerNorm.
+
+    Follows Section 3 of the HarmoDT paper (arXiv 2405.18080). Embeddings and the action head are
+    shared by all tasks and never masked.
+
+    Args:
+        config: sizes; `task_embedding_dim` > 0 gives the MTDT variant, in which a learned task
+            embedding is concatenated to the observation.
+        tasks: number of tasks N.
+        device: where the parameters live; they are initialised on the CPU from torch's default
+            generator, so that every device starts from the same values.
+    """
+
+    def __init__(self, config: ModelConfig, tasks: int, device: torch.device | str = "cpu"):
+        super().__init__()
+        self.config = config
+        d = config.embed_dim
+        observation_size = config.observation_size + config.task_embedding_dim
+        if config.task_embedding_dim:
+            self.task_embedding = nn.Embedding(tasks, config.task_embedding_dim)
+        if config.prompt_length:
+            self.prompt_embedding = TokenEmbedding(config, observation_size, config.action_size)
+        self.history_embedding = TokenEmbedding(config, observation_size, config.action_size)
+        self.history_norm = nn.LayerNorm(d)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.final_norm = MaskableLayerNorm(d)
+        self.action_head = nn.Linear(d, config.action_size)
+        self.apply(_initialise)
+        self.vector = ParameterVector(self, is_maskable, torch.device(device))
+        for name, module in self.named_modules():
+            if isinstance(module, MaskableLinear | MaskableLayerNorm):
+                module.weight_slot = self.vector.slots[f"{name}.weight"]
+                module.bias_slot = self.vector.slots[f"{name}.bias"]
+
+    def forward(self, batch: Batch, masks: TaskMasks | None) -> Tensor:
+        """Predict the action of every history step from the tokens up to its observation.
+
+        Args:
+            batch: G groups of B windows.
+            masks: the masks of the groups' tasks, or None for all weights (the dense model).
+
+        Returns:
+            float32 [G, B, K, 4], in (-1, 1).
+        """
+        x = self._embed_history(batch.history, batch.task_ids)
+        valid = batch.history.valid
+        if batch.prompt is not None:
+            x = torch.cat((self._embed_prompt(batch.prompt, batch.task_ids), x), dim=2)
+            valid = torch.cat((batch.prompt.valid, valid), dim=2)
+        allowed = causal_mask(_token_mask(valid))
+        for block in self.blocks:
+            x, _ = block(x, allowed, masks)
+        history_tokens = 3 * self.config.context_length
+        observation_tokens = x[:, :, -history_tokens:][:, :, 1::3]
+        return self._actions(observation_tokens, masks)
+
+    def encode_prompt(
+        self, prompt: Steps, task_ids: Tensor, masks: TaskMasks | None
+    ) -> PromptCache:
+        """Keys and values of the prompt's tokens, which no later token can change."""
+        x = self._embed_prompt(prompt, task_ids)
+        allowed = causal_mask(_token_mask(prompt.valid))
+        cache = []
+        for block in self.blocks:
+            x, present = block(x, allowed, masks)
+            cache.append(present)
+        return cache
+
+    def act(
+        self,
+        history: Steps,
+        task_ids: Tensor,
+        masks: TaskMasks | None,
+        prompt_cache: PromptCache | None = None,
+        prompt_valid: Tensor | None = None,
+    ) -> Tensor:
+        """The action of the last history step, [G, B, 4]; the same as the last of `forward`."""
+        # The last token is the last step's action, which is what is asked for.
+        x = self._embed_history(history, task_ids)[:, :, :-1]
+        valid = _token_mask(history.valid)[..., :-1]
+        if prompt_valid is not None:
+            valid = torch.cat((_token_mask(prompt_valid), valid), dim=2)
+        allowed = causal_mask(valid)[:, :, -x.shape[2] :]
+        for index, block in enumerate(self.blocks):
+            past = prompt_cache[index] if prompt_cache is not None else None
+            x, _ = block(x, allowed, masks, past, last_only=index == len(self.blocks) - 1)
+        return self._actions(x, masks)[:, :, 0]
+
+    def _embed_history(self, steps: Steps, task_ids: Tensor) -> Tensor:
+        return self.history_norm(self.history_embedding(self._with_task(steps, task_ids)))
+
+    def _embed_prompt(self, steps: Steps, task_ids: Tensor) -> Tensor:
+        return self.prompt_embedding(self._with_task(steps, task_ids))
+
+    def _with_task(self, steps: Steps, task_ids: Tensor) -> Steps:
+        if not self.config.task_embedding_dim:
+            return steps
+        task = self.task_embedding(task_ids)[:, None, None]  # [G, 1, 1, e]
+        task = task.expand(*steps.observations.shape[:3], -1)
+        observations = torch.cat((steps.observations, task), dim=-1)
+        return Steps(steps.returns_to_go, observations, steps.actions, steps.timesteps, steps.valid)
+
+    def _actions(self, x: Tensor, masks: TaskMasks | None) -> Tensor:
+        normalised = self.final_norm(x.flatten(1, 2), masks).view(x.shape)
+        return torch.tanh(self.action_head(normalised))
+
+
+def is_maskable(parameter_name: str) -> bool:
+    """Whether masks cover a parameter: those of the blocks and of the final LayerNorm."""
+    return parameter_name.startswith(("blocks.", "final_norm."))
+
+
+def causal_mask(valid: Tensor) -> Tensor:
+    """Which key each query may see: valid ones not after it, and itself.
+
+    Args:
+        valid: bool [G, B, T].
+
+    Returns:
+        bool [G B, 1, T, T]. A padded query sees itself, so that no row of a softmax is empty.
+    """
+    tokens = valid.shape[-1]
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=valid.device).tril()
+    itself = torch.eye(tokens, dtype=torch.bool, device=valid.device)
+    return causal & (valid.flatten(0, 1)[:, None, None, :] | itself)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, drop: float) -> Tensor:
+    """Scaled dot-product attention.
+
+    Args:
+        query, key, value: [B, H, T, d / H].
+        allowed: bool [B, 1, queries, keys].
+        drop: probability of dropping a weight of a key.
+
+    Returns:
+        [B, H, queries, d / H].
+    """
+    # On a CPU two products and a softmax are as fast as PyTorch's fused operator at these lengths,
+    # or many times faster, depending on the processor and the matmul precision.
+    if query.device.type != "cpu":
+        return F.scaled_dot_product_attention(query, key, value, allowed, dropout_p=drop)
+    bias = torch.zeros(allowed.shape, dtype=query.dtype).masked_fill_(~allowed, -math.inf)
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2) + bias
+    return dropout(scores.softmax(-1), drop) @ value
+
+
+def dropout(x: Tensor, drop: float) -> Tensor:
+    """Zero elements with probability `drop` and rescale the rest."""
+    if drop == 0.0:
+        return x
+    if x.device.type != "cpu":
+        return F.dropout(x, drop)
+    return x * dropout_mask(x.shape, drop).to(x.dtype).div_(1 - drop)
+
+
+def dropout_mask(shape: Sequence[int], drop: float) -> Tensor:
+    """bool tensor on the CPU, False with probability `drop` (rounded to 1/65536).
+
+    A 16-bit random number per element, four from one draw, is several times cheaper than PyTorch's
+    Bernoulli samples.
+    """
+    size = math.prod(shape)
+    draws = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None)
+    return (draws.view(torch.int16)[:size] >= min(round(drop * 65536), 65535) - 32768).view(*shape)
+
+
+def _token_mask(valid: Tensor) -> Tensor:
+    return valid.repeat_interleave(3, dim=-1)
+
+
+def _initialise(module: nn.Module) -> None:
+    # GPT-2's initialisation; LayerNorms keep their ones and zeros
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)

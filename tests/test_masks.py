@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import unpack_masks
+
+from harmodt.config import ModelConfig
+from harmodt.errors import UserError
+from harmodt.masks import MaskBank, erk_densities, vote
+from harmodt.model import DecisionTransformer
+from harmodt_kernels import pack_bits, select_harmony
+
+SHAPES = st.lists(
+    st.tuples(st.integers(2, 300), st.integers(1, 300))
+    | st.tuples(st.just(1), st.integers(1, 300)),
+    min_size=1,
+    max_size=12,
+)
+
+
+def make_model(dimension: int = 32, heads: int = 2) -> DecisionTransformer:
+    return DecisionTransformer(ModelConfig(dimension, layers=2, heads=heads), tasks=1)
+
+
+def make_bank(tasks: int, sparsity: float = 0.2, seed: int = 0, dimension: int = 32) -> MaskBank:
+    return MaskBank.initialise(make_model(dimension).vector, tasks, sparsity, seed)
+
+
+def unpack(bits: torch.Tensor) -> np.ndarray:
+    return np.unpackbits(bits.numpy().view(np.uint8), axis=-1, bitorder="little").astype(bool)
+
+
+def bank_of(masks: np.ndarray) -> MaskBank:
+    return MaskBank(pack_bits(torch.from_numpy(masks)), pack_bits(torch.ones(masks.shape[1]) > 0))
+
+
+@settings(deadline=None)
+@given(shapes=SHAPES, sparsity=st.floats(0, 0.999))
+def test_erk_densities_solve_for_the_overall_density(shapes, sparsity) -> None:
+    densities = np.array(erk_densities(shapes, sparsity))
+    sizes = np.array([rows * columns for rows, columns in shapes])
+    scores = np.array(
+        [(rows + columns) / (rows * columns) if rows > 1 else 1.0 for rows, columns in shapes]
+    )
+    assert (densities * sizes).sum() == pytest.approx((1 - sparsity) * sizes.sum(), rel=1e-9)
+    low, high = 0.0, 1e6
+    for _ in range(200):  # the count of active weights grows with ε
+        epsilon = (low + high) / 2
+        count = (np.minimum(epsilon * scores, 1) * sizes).sum()
+        low, high = (low, epsilon) if count > (1 - sparsity) * sizes.sum() else (epsilon, high)
+    np.testing.assert_allclose(densities, np.minimum(low * scores, 1), rtol=1e-6)
+
+
+def test_erk_densities_of_a_layer_by_hand() -> None:
+    # 2/10 per weight of the matrix and 1 for each of the vector's: ε = 0.5
+    assert erk_densities([(10, 10), (1, 10)], 1 - 15 / 110) == pytest.approx([0.1, 0.5])
+    # the vector would get 2, becomes dense, and the matrix takes the rest
+    assert erk_densities([(10, 10), (1, 10)], 0.5) == pytest.approx([0.45, 1.0])
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan")])
+def test_a_sparsity_outside_its_range_is_refused(sparsity: float) -> None:
+    with pytest.raises(UserError, match=r"sparsity is .*\[0, 1\)"):
+        make_bank(2, sparsity)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize(("dimension", "heads"), [(32, 2), (24, 3)])
+def test_every_mask_has_the_erk_count_in_every_tensor(sparsity, dimension, heads) -> None:
+    model = make_model(dimension, heads)
+    bank = MaskBank.initialise(model.vector, 3, sparsity, seed=5)
+    parameters = dict(model.named_parameters())
+    names = model.vector.maskable_names
+    shapes = [tuple(parameters[name].shape) for name in names]
+    densities = erk_densities([s if len(s) == 2 else (1, *s) for s in shapes], sparsity)
+    for bits in bank.bits:
+        masks = unpack_masks(model, bits)
+        assert list(masks) == names
+        counts = [int(mask.sum()) for mask in masks.values()]
+        assert counts == [
+            round(density * mask.numel())
+            for density, mask in zip(densities, masks.values(), strict=True)
+        ]
+        share = sum(counts) / model.vector.maskable_count()
+        assert share == pytest.approx(1 - sparsity, abs=1e-3)
+    assert not (bank.bits & ~bank.maskable_bits).any()
+    assert bank.active_counts().tolist() == [sum(counts)] * 3
+
+
+def test_tasks_are_drawn_independently_and_evenly() -> None:
+    tasks, model = 200, make_model()
+    bank = MaskBank.initialise(model.vector, tasks, 0.5, seed=0)
+    slot = model.vector.slots["blocks.1.mlp_up.weight"]
+    masks = np.stack(
+        [unpack_masks(model, bits)["blocks.1.mlp_up.weight"].numpy().ravel() for bits in bank.bits]
+    )
+    density = masks[0].mean()
+    assert slot.rows * slot.columns == masks.shape[1]
+    votes = masks.sum(0)
+    variance = tasks * density * (1 - density)
+    assert votes.var() == pytest.approx(variance, rel=0.1)
+    assert abs(votes - tasks * density).max() < 5 * variance**0.5
+    pairs = (masks[:-1] & masks[1:]).mean()
+    assert pairs == pytest.approx(density**2, rel=0.01)
+    # nor do two tensors of one task go together
+    other = np.stack(
+        [unpack_masks(model, bits)["blocks.0.mlp_up.weight"].numpy().ravel() for bits in bank.bits]
+    )
+    assert (masks & other).mean() == pytest.approx(density**2, rel=0.01)
+
+
+def test_a_draw_depends_on_the_seed_and_the_task_alone() -> None:
+    bank = make_bank(3, seed=1)
+    assert torch.equal(make_bank(3, seed=1).bits, bank.bits)
+    assert torch.equal(make_bank(2, seed=1).bits, bank.bits[:2])
+    for other in (0, 2):
+        assert not (make_bank(3, seed=other).bits == bank.bits).all(1).any()
+    torch.manual_seed(8)
+    assert torch.equal(make_bank(3, seed=1).bits, bank.bits)
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    tasks=st.integers(1, 12) | st.just(100),
+    threshold=st.integers(0, 99),
+)
+def test_a_vote_is_a_count_above_the_threshold(seed: int, tasks: int, threshold: int) -> None:
+    masks = np.random.default_rng(seed).random((tasks, 96)) < threshold / 100
+    expected = masks.sum(0) * 100 > threshold * tasks
+    voted = vote(bank_of(masks).bits, threshold / 100)
+    np.testing.assert_array_equal(unpack(voted), expected)
+
+
+def test_half_of_the_tasks_do_not_pass_the_default_vote() -> None:
+    masks = np.arange(64)[None] >= 10 * np.arange(4)[:, None]
+    voted = vote(bank_of(masks).bits)
+    assert np.flatnonzero(unpack(voted)).tolist() == list(range(20, 64))
+
+
+def test_overlap_is_intersection_over_union() -> None:
+    masks = np.random.default_rng(0).random((4, 96)) < [[0.1], [0.5], [0.9], [0.0]]
+    overlap = bank_of(masks).overlap()
+    assert overlap.dtype == torch.float64
+    for i, a in enumerate(masks):
+        for j, b in enumerate(masks):
+            expected = (a & b).sum() / max((a | b).sum(), 1)
+            assert overlap[i, j].item() == pytest.approx(expected)
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**32), tasks=st.lists(st.integers(0, 4), min_size=1, max_size=4))
+def test_active_bits_are_those_of_any_of_the_tasks(seed: int, tasks: list[int]) -> None:
+    masks = np.random.default_rng(seed).random((5, 96)) < 0.4
+    bank = bank_of(masks)
+    np.testing.assert_array_equal(unpack(bank.active_bits(tasks)), masks[tasks].any(0))
+    np.testing.assert_array_equal(unpack(bank.bits), masks)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    sparsity=st.sampled_from([0.0, 0.05, 0.2, 0.9]),
+    dimension=st.sampled_from([24, 32]),
+    counts=st.lists(st.sampled_from([0, 1, 50, 10**6]), min_size=1, max_size=4),
+    importance=st.sampled_from(["fisher", "magnitude"]),
+)
+def test_updates_keep_counts_and_padding(seed, sparsity, dimension, counts, importance) -> None:
+    model = make_model(dimension)
+    bank = MaskBank.initialise(model.vector, 3, sparsity, seed)
+    before = bank.active_counts()
+    generator = torch.Generator().manual_seed(seed)
+    size = model.vector.maskable_size
+    for count in counts:
+        dense = torch.randn(3, size, generator=generator).round(decimals=1)
+        masked = dense * torch.from_numpy(unpack(bank.bits))
+        select_harmony(
+            bank.bits,
+            bank.maskable_bits,
+            model.vector.weights[:size],
+            masked,
+            dense,
+            torch.rand(3, generator=generator) + 0.1,
+            count=count,
+            balance=10.0,
+            importance=importance,
+        )
+        assert torch.equal(bank.active_counts(), before)
+        assert not (bank.bits & ~bank.maskable_bits).any()

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import TASKS, configure, make_store
+from torch import Tensor
+
+from harmodt.conditioning import TaskConditioning
+from harmodt.config import TrainConfig
+from harmodt.model import Batch, Steps
+from harmodt.store import DataStore, Episodes
+from harmodt.windows import WindowSampler
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> DataStore:
+    # Longer than `max_timesteps` below; one episode is shorter than a window.
+    return make_store(tmp_path_factory.mktemp("data") / "store", lengths=(30, 4, 22))
+
+
+def make_sampler(store: DataStore, config: TrainConfig) -> WindowSampler:
+    data = [store.task(name) for name in store.tasks]
+    return WindowSampler(data, [TaskConditioning.from_data(task, config) for task in data], config)
+
+
+def sample(
+    store: DataStore, tasks: tuple[int, ...] = (0, 1, 2), seed: int = 0, **changes: object
+) -> tuple[Batch, Tensor]:
+    sampler = make_sampler(store, configure(**changes))
+    return sampler.sample(tasks, np.random.default_rng(seed))
+
+
+def locate(episodes: Episodes, return_to_go: float) -> tuple[int, int]:
+    """Episode and step that have a return-to-go, which random rewards make unique."""
+    (step,) = np.flatnonzero(episodes.returns_to_go == np.float32(return_to_go))
+    episode = int(np.searchsorted(episodes.episode_starts, step, "right")) - 1
+    return episode, int(step - episodes.episode_starts[episode])
+
+
+def step_by_hand(
+    store: DataStore, task: int, episodes: Episodes, episode: int, time: int, config: TrainConfig
+) -> dict[str, Any]:
+    data = store.task(TASKS[task])
+    at = episodes.episode_starts[episode] + time
+    end = episodes.episode_starts[episode + 1]
+    observation = []
+    for i in range(39):
+        scale = max(float(data.observation_std[i]), config.deviation_floor)
+        observation.append(
+            (float(episodes.observations[at, i]) - float(data.observation_mean[i])) / scale
+        )
+    return {
+        "returns_to_go": sum(map(float, episodes.rewards[at:end])) / config.return_scale,
+        "observations": observation,
+        "actions": [min(max(float(a), -1.0), 1.0) for a in episodes.actions[at]],
+        "timesteps": min(time, config.max_timesteps - 1),
+    }
+
+
+def check_step(steps: Steps, index: tuple[int, int, int], expected: dict[str, Any]) -> None:
+    for name, value in expected.items():
+        computed = getattr(steps, name)[index].numpy()
+        np.testing.assert_allclose(computed, value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_windows_equal_a_loop_over_the_arrays(store: DataStore) -> None:
+    config = configure(
+        batch_per_task=60, action_dropout=0.0, max_timesteps=25, return_scale=1.0,
+        window_start_bias=1.0,
+    )  # fmt: skip
+    batch, targets = make_sampler(store, config).sample((2, 0), np.random.default_rng(0))
+    assert batch.task_ids.tolist() == [2, 0]
+    assert batch.task_ids.dtype == batch.history.timesteps.dtype == torch.int64
+    history = batch.history
+    assert history.observations.shape == (2, 60, 6, 39)
+    assert history.observations.dtype == history.actions.dtype == torch.float32
+    assert history.returns_to_go.dtype == torch.float32
+    seen = set()
+    for group, task in enumerate((2, 0)):
+        episodes = store.task(TASKS[task]).train
+        for window in range(60):
+            valid = history.valid[group, window].tolist()
+            padding = valid.index(True)
+            assert valid == [False] * padding + [True] * (6 - padding)
+            episode, start = locate(episodes, history.returns_to_go[group, window, padding])
+            assert 6 - padding == min(6, episodes.lengths[episode] - start)
+            for step in range(padding, 6):
+                expected = step_by_hand(
+                    store, task, episodes, episode, start + step - padding, config
+                )
+                check_step(history, (group, window, step), expected)
+                np.testing.assert_allclose(
+                    targets[group, window, step], expected["actions"], rtol=1e-6
+                )
+            seen.add((episode, padding > 0))
+    assert {episode for episode, _ in seen} == {0, 1, 2}
+    assert (0, True) in seen
+    assert (0, False) in seen
+
+
+def test_the_scale_of_returns(store: DataStore) -> None:
+    plain, _ = sample(store, return_scale=1.0)
+    scaled, _ = sample(store, return_scale=500.0)
+    torch.testing.assert_close(plain.history.returns_to_go / 500, scaled.history.returns_to_go)
+    torch.testing.assert_close(plain.prompt.returns_to_go / 500, scaled.prompt.returns_to_go)
+
+
+def test_a_dimension_that_hardly_varies_is_divided_by_the_floor(store: DataStore) -> None:
+    batch, _ = sample(store)
+    assert (batch.history.observations[..., 5] == 0).all()
+    floor, _ = sample(store, deviation_floor=50.0)
+    assert floor.history.observations.abs().max() < 0.2
+    other = batch.history.observations[..., 6:]
+    assert other[batch.history.valid].std().item() == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("bias", [0.5, 1.0, 2.0])
+def test_windows_start_at_a_power_of_a_uniform_number(tmp_path: Path, bias: float) -> None:
+    length, count = 40, 20_000
+    store = make_store(tmp_path / "store", tasks=TASKS[:1], lengths=(length,))
+    batch, _ = sample(store, (0,), context_length=2, batch_per_task=count, window_start_bias=bias)
+    last = ~batch.history.valid[0, :, 0]
+    starts = torch.where(last, batch.history.timesteps[0, :, 1], batch.history.timesteps[0, :, 0])
+    counts = np.bincount(starts.numpy(), minlength=length)
+    # u^bias < x  <=>  u < x^(1 / bias)
+    edges = (np.arange(length + 1) / length) ** (1 / bias)
+    expected = count * np.diff(edges)
+    assert len(counts) == length
+    # 39 degrees of freedom: one in a million is above 96
+    assert ((counts - expected) ** 2 / expected).sum() < 96
+
+
+def test_episodes_are_drawn_in_proportion_to_their_length(store: DataStore) -> None:
+    count = 3000
+    batch, _ = sample(store, (1,), batch_per_task=count, return_scale=1.0, prompt_length=1)
+    episodes = store.task(TASKS[1]).train
+    first = batch.history.valid[0].int().argmax(1)
+    returns_to_go = batch.history.returns_to_go[0, torch.arange(count), first]
+    drawn = np.bincount([locate(episodes, value)[0] for value in returns_to_go], minlength=3)
+    for number, length in zip(drawn, (30, 4, 22), strict=True):
+        share = length / 56
+        assert abs(number - count * share) < 5 * (count * share * (1 - share)) ** 0.5
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.3, 1.0])
+def test_action_dropout_hides_whole_actions_of_the_history(store: DataStore, drop: float) -> None:
+    batch, targets = sample(store, batch_per_task=300, action_dropout=drop)
+    hidden = (batch.history.actions == 0).all(-1)
+    shown = batch.history.actions[~hidden]
+    assert torch.equal(shown, targets[~hidden])
+    share = hidden.double().mean().item()
+    assert abs(share - drop) <= 5 * (drop * (1 - drop) / hidden.numel()) ** 0.5
+    assert (targets != 0).any(-1).all()
+    assert (batch.prompt.actions != 0).any(-1).all()
+    without, _ = sample(store, batch_per_task=300, action_dropout=0.0)
+    for name in ("returns_to_go", "observations", "timesteps", "valid"):
+        assert torch.equal(getattr(batch.history, name), getattr(without.history, name))
+
+
+def test_prompts_come_from_the_prompt_episodes(store: DataStore) -> None:
+    config = configure(batch_per_task=100, return_scale=1.0)
+    batch, _ = make_sampler(store, config).sample((1, 2), np.random.default_rng(0))
+    assert batch.prompt.valid.shape == (2, 100, 3)
+    assert batch.prompt.valid.all()
+    for group, task in enumerate((1, 2)):
+        episodes = store.task(TASKS[task]).prompts
+        seen = set()
+        for window in range(100):
+            episode, start = locate(episodes, batch.prompt.returns_to_go[group, window, 0])
+            assert start + 3 <= episodes.lengths[episode]
+            for step in range(3):
+                expected = step_by_hand(store, task, episodes, episode, start + step, config)
+                check_step(batch.prompt, (group, window, step), expected)
+            seen.add((episode, start))
+        assert {episode for episode, _ in seen} == {0, 1, 2}
+        # every place of an episode, its last one too
+        assert {start for episode, start in seen if episode == 2} == {0, 1, 2, 3, 4}
+
+
+def test_the_mtdt_variant_has_no_prompt(store: DataStore) -> None:
+    assert sample(store, algorithm="mtdt")[0].prompt is None
+
+
+def test_a_draw_depends_on_the_generator_alone(store: DataStore) -> None:
+    sampler = make_sampler(store, configure())
+    first = sampler.sample((0, 1), np.random.default_rng(4))
+    other = sampler.sample((0, 1), np.random.default_rng(5))
+    again = sampler.sample((0, 1), np.random.default_rng(4))
+    assert _equal(first, again)
+    assert not _equal(first, other)
+
+
+def _equal(a: tuple[Batch, Tensor], b: tuple[Batch, Tensor]) -> bool:
+    pairs = [(a[1], b[1])]
+    for ours, theirs in ((a[0].history, b[0].history), (a[0].prompt, b[0].prompt)):
+        names = [field.name for field in dataclasses.fields(Steps)]
+        pairs += [(getattr(ours, name), getattr(theirs, name)) for name in names]
+    return all(torch.equal(x, y) for x, y in pairs)
