@@ -1,0 +1,232 @@
+"""Many Meta-World environments advancing in lock-step, spread over worker processes.
+
+The workers are fresh interpreters rather than forks or `multiprocessing` children: a fork is
+unsafe beside PyTorch's threads, and a `multiprocessing` child imports the parent's main module
+(and PyTorch with it) again. A worker reads from a socket that only its parent holds the other end
+of, so when the parent goes away, however it dies, the worker sees the end of the stream and exits.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .environments import Environment
+from .video import RecordedEnvironment
+
+EXIT_SECONDS = 30  # a worker that is told to end may first have to finish a step and a video
+
+
+class SimulationError(RuntimeError):
+    """A worker process failed or died; the message holds its tasks and what it reported."""
+
+
+class Simulation:
+    """N environments, one per row, each on its own goal; use it as a context manager.
+
+    Results do not depend on the number of workers.
+
+    Args:
+        tasks: the task of each of the N rows; rows of one task are best adjacent, since each
+            worker prepares the goals of its own tasks.
+        goal_seed: seed of the goals, as in `metaworld.MT1(task, seed)`.
+        workers: number of processes; by default one per core that this process may use.
+        videos: MP4 files to write, by row; the row's first episode is filmed.
+        variables: environment variables to set for the workers, such as MUJOCO_GL.
+
+    Raises:
+        SimulationError: a worker failed; every method may raise it.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        goal_seed: int,
+        workers: int | None = None,
+        videos: Mapping[int, Path] | None = None,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
+        count = min(workers or available_cores(), len(tasks))
+        videos = videos or {}
+        self._workers: list[_Worker] = []
+        try:
+            for rows in np.array_split(np.arange(len(tasks)), count):
+                self._workers.append(_Worker(rows, [tasks[row] for row in rows], variables or {}))
+            for worker in self._workers:
+                paths = [videos.get(row) for row in worker.rows]
+                worker.send("build", (worker.tasks, goal_seed, paths))
+            self._receive()
+        except BaseException:
+            self.close()
+            raise
+
+    def reset(self, goal_indices: np.ndarray) -> np.ndarray:
+        """Begin a new episode in every row.
+
+        Args:
+            goal_indices: [N] int, which of the task's goals each row gets.
+
+        Returns:
+            observations [N, 39] float64.
+        """
+        self._send("reset", goal_indices)
+        return np.concatenate(self._receive())
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Advance every row by one step.
+
+        Args:
+            actions: [N, 4]; clipped to [-1, 1].
+
+        Returns:
+            observations [N, 39] float64, rewards [N] float64, successes [N] bool (at this step).
+        """
+        self._send("step", actions)
+        observations, rewards, successes = zip(*self._receive(), strict=True)
+        return np.concatenate(observations), np.concatenate(rewards), np.concatenate(successes)
+
+    def close(self) -> None:
+        """End the workers; called on leaving the context."""
+        for worker in self._workers:
+            worker.connection.close()
+        for worker in self._workers:
+            worker.wait()
+        self._workers = []
+
+    def __enter__(self) -> Simulation:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _send(self, command: str, values: np.ndarray) -> None:
+        for worker in self._workers:
+            worker.send(command, values[worker.rows])
+
+    def _receive(self) -> list[Any]:
+        return [worker.receive() for worker in self._workers]
+
+
+class _Worker:
+    """The parent's view of a worker process: its rows, and the socket to it."""
+
+    def __init__(self, rows: np.ndarray, tasks: list[str], variables: Mapping[str, str]) -> None:
+        self.rows = rows
+        self.tasks = tasks
+        self.connection, child = Pipe()
+        program = f"from harmodt.simulation import work; work({child.fileno()})"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", program],
+            env={**os.environ, **_worker_variables(), **variables},
+            stdin=subprocess.DEVNULL,
+            pass_fds=[child.fileno()],
+            start_new_session=True,  # Ctrl-C is the parent's to handle
+        )
+        child.close()  # so that the worker's death is seen as the end of the stream
+
+    def send(self, command: str, values: Any) -> None:
+        try:
+            self.connection.send((command, values))
+        except OSError:
+            raise self._death() from None
+
+    def receive(self) -> Any:
+        try:
+            report, values = self.connection.recv()
+        except (EOFError, OSError):
+            raise self._death() from None
+        if report == "error":
+            raise SimulationError(f"a simulation worker failed ({self._tasks()}):\n{values}")
+        return values
+
+    def wait(self) -> None:
+        try:
+            self.process.wait(EXIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def _death(self) -> SimulationError:
+        self.wait()
+        code = self.process.returncode
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
+        return SimulationError(
+            f"a simulation worker {how} ({self._tasks()}); if the machine ran out of memory, "
+            "simulate fewer environments at once"
+        )
+
+    def _tasks(self) -> str:
+        return ", ".join(dict.fromkeys(self.tasks))
+
+
+def work(descriptor: int) -> None:
+    """The worker process: obey the parent's commands until its end of the socket is closed."""
+    connection = Connection(descriptor)
+    environments: list[Environment | RecordedEnvironment] = []
+    try:
+        while True:
+            command, values = connection.recv()
+            if command == "build":
+                environments = _build(*values)
+                reply: Any = None
+            elif command == "reset":
+                reply = _reset(environments, values)
+            else:
+                reply = _step(environments, values)
+            connection.send(("done", reply))
+    except (EOFError, ConnectionError):
+        pass  # the parent has closed the simulation, or died
+    except BaseException:
+        connection.send(("error", traceback.format_exc()))
+    finally:
+        for environment in environments:
+            if isinstance(environment, RecordedEnvironment):
+                environment.close()
+
+
+def available_cores() -> int:
+    """The number of cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _worker_variables() -> dict[str, str]:
+    paths = [path or os.getcwd() for path in sys.path]
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    return {"PYTHONPATH": os.pathsep.join(paths)} | one_thread
+
+
+def _build(
+    tasks: list[str], goal_seed: int, videos: list[Path | None]
+) -> list[Environment | RecordedEnvironment]:
+    environments = [Environment(task, goal_seed) for task in tasks]
+    return [
+        RecordedEnvironment(environment, video) if video else environment
+        for environment, video in zip(environments, videos, strict=True)
+    ]
+
+
+def _reset(
+    environments: list[Environment | RecordedEnvironment], goal_indices: np.ndarray
+) -> np.ndarray:
+    pairs = zip(environments, goal_indices.tolist(), strict=True)
+    return np.stack([environment.reset(goal_index) for environment, goal_index in pairs])
+
+
+def _step(
+    environments: list[Environment | RecordedEnvironment], actions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    pairs = zip(environments, actions, strict=True)
+    results = [environment.step(action) for environment, action in pairs]
+    observations, rewards, successes = zip(*results, strict=True)
+    return np.stack(observations), np.array(rewards, np.float64), np.array(successes, bool)

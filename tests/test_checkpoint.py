@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from harmodt.checkpoint import (
+    checkpoint_steps,
+    load_checkpoint,
+    load_parameters,
+    prune_checkpoints,
+    read_run,
+    save_checkpoint,
+    write_run,
+)
+from harmodt.errors import UserError
+
+
+@pytest.fixture
+def run(tmp_path):
+    write_run(tmp_path, {"config": {}})
+    return tmp_path
+
+
+def save(run, step, size=4):
+    save_checkpoint(run, step, {"w": torch.arange(float(size))})
+
+
+def test_round_trip(run):
+    save(run, 3)
+    checkpoint = load_checkpoint(run)
+    assert torch.equal(checkpoint.tensors["w"], torch.arange(4.0))
+    assert checkpoint.values == {"version": 1, "step": 3}
+
+
+def test_the_last_checkpoint_is_the_default_and_others_can_be_named(run):
+    for step in (5, 40, 300):
+        save(run, step)
+    assert load_checkpoint(run).values["step"] == 300
+    assert load_checkpoint(run, 40).values["step"] == 40
+    with pytest.raises(UserError, match="step 41: it has those of 5, 40, 300"):
+        load_checkpoint(run, 41)
+
+
+def test_pruning_keeps_the_last_and_the_best(run):
+    for step in range(1, 7):
+        save(run, step)
+    prune_checkpoints(run, keep=2, best=3)
+    assert checkpoint_steps(run) == [3, 5, 6]
+
+
+def test_a_failed_write_leaves_the_old_checkpoints_alone(run, monkeypatch):
+    save(run, 1)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(OSError, match="No space"):
+        save(run, 2)
+    assert checkpoint_steps(run) == [1]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["00000001"]
+
+
+def test_what_a_kill_left_behind_is_no_checkpoint(run):
+    save(run, 1)
+    (run / "checkpoints" / ".00000002.tmp").mkdir()
+    (run / "checkpoints" / ".00000002.tmp" / "state.json").write_text("{")
+    assert checkpoint_steps(run) == [1]
+    save(run, 2)
+    assert checkpoint_steps(run) == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
+def test_a_truncated_checkpoint_is_named(run, name):
+    save(run, 7)
+    path = run / "checkpoints" / "00000007" / name
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(UserError, match="00000007 is damaged"):
+        load_checkpoint(run)
+
+
+def test_a_checkpoint_of_another_model_size_is_refused(run):
+    save(run, 1, size=4)
+    with pytest.raises(UserError, match=r"another model size: w should be \[5\].* \[4\]"):
+        load_parameters(load_checkpoint(run), {"w": torch.zeros(5)}, prefix="")
+    with pytest.raises(UserError, match="does not have it"):
+        load_parameters(load_checkpoint(run), {"v": torch.zeros(4)}, prefix="")
+
+
+def test_a_directory_without_a_run_is_named(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        read_run(tmp_path)
+
+
+def test_a_run_of_another_version_is_refused(run):
+    description = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**description, "version": 99}))
+    with pytest.raises(UserError, match="version 99"):
+        read_run(run)

@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import TASKS, configure, make_store, make_trainer
+
+from harmodt.checkpoint import save_checkpoint, write_run
+from harmodt.conditioning import save_conditioning
+from harmodt.errors import UserError
+from harmodt.masks import TaskMasks, vote
+from harmodt.model import Batch, Steps
+from harmodt.policy import Policy
+from harmodt.store import DataStore, Episode, StoreWriter
+from harmodt.windows import WindowSampler
+
+LENGTH = 15  # steps of an episode, more than the context of 6
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> DataStore:
+    # One prompt episode, as long as a prompt: every row of a task has the same prompt.
+    return make_store(tmp_path_factory.mktemp("data") / "store", prompt_lengths=(3,))
+
+
+def make_policy(store: DataStore, **changes: object) -> Policy:
+    config = configure(**{"action_dropout": 0.0, **changes})
+    trainer = make_trainer(store, config)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.2)
+    bits = trainer.masks.bits if trainer.masks else None
+    return Policy(trainer.model.eval(), bits, trainer.sampler.conditioning, config)
+
+
+def observations(rows: int, seed: int = 0) -> np.ndarray:
+    """Float64 observations [LENGTH, rows, 39], as the environments give them."""
+    return np.random.default_rng(seed).normal(size=(LENGTH, rows, 39))
+
+
+def rewards(rows: int) -> np.ndarray:
+    return np.random.default_rng(9).uniform(0, 10, (LENGTH, rows))
+
+
+def play(policy: Policy, observations: np.ndarray, rewards: np.ndarray) -> np.ndarray:
+    """The actions [steps, rows, 4] of some steps."""
+    actions = []
+    for observation, reward in zip(observations, rewards, strict=True):
+        actions.append(policy.act(observation))
+        policy.record_rewards(reward)
+    return np.stack(actions)
+
+
+def record_calls(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> list[Steps]:
+    """The histories that the model is given from now on."""
+    calls: list[Steps] = []
+    original = policy.model.act
+
+    def act(history: Steps, *arguments: Any) -> torch.Tensor:
+        calls.append(Steps(*(getattr(history, f.name).clone() for f in dataclasses.fields(Steps))))
+        return original(history, *arguments)
+
+    monkeypatch.setattr(policy.model, "act", act)
+    return calls
+
+
+def test_actions_are_one_per_row_in_range(store: DataStore) -> None:
+    policy = make_policy(store)
+    assert policy.tasks == TASKS
+    policy.start(np.array([2, 0, 2, 1]))
+    actions = play(policy, observations(4), rewards(4))
+    assert actions.shape == (LENGTH, 4, 4)
+    assert actions.dtype == np.float32
+    assert np.abs(actions).max() <= 1
+    assert actions.std() > 0.05
+
+
+def test_the_history_is_a_window_of_the_same_trajectory(
+    store: DataStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy(store, max_timesteps=12, return_scale=20.0)
+    calls = record_calls(policy, monkeypatch)
+    played, paid = observations(2).astype(np.float32), rewards(2).astype(np.float32)
+    policy.start(np.array([0, 1]), target_returns=paid.astype(np.float64).sum(0))
+    actions = play(policy, played, paid)
+    writer = StoreWriter(tmp_path / "played", {})
+    for row, name in enumerate(TASKS[:2]):
+        with writer.task(name) as task:
+            task.add(Episode(played[:, row], actions[:, row], paid[:, row], 1))
+    data = [writer.finish(TASKS[:2]).task(name) for name in TASKS[:2]]
+    config = dataclasses.replace(policy.config, batch_per_task=300)
+    sampler = WindowSampler(data, policy.conditioning, config)
+    batch, _ = sampler.sample((0, 1), np.random.default_rng(0))
+    for row in range(2):
+        found = set()
+        for window in range(300):
+            history = batch.history
+            if not history.valid[row, window].all():
+                continue
+            last = _step_of(history.observations[row, window, -1], policy, row, played)
+            found.add(last)
+            _check_window(calls[last], history, row, window)
+        assert found == set(range(5, LENGTH))
+    for time in range(5):  # the beginning of an episode: a window that is padded on the left
+        valid = calls[time].valid
+        assert not valid[..., : 5 - time].any()
+        assert valid[..., 5 - time :].all()
+
+
+def _step_of(observation: torch.Tensor, policy: Policy, row: int, played: np.ndarray) -> int:
+    normal = policy.conditioning[row].normalise(played[:, row])
+    return int(np.abs(normal - observation.numpy()).max(1).argmin())
+
+
+def _check_window(call: Steps, history: Steps, row: int, window: int) -> None:
+    for name in ("returns_to_go", "observations", "timesteps", "valid"):
+        ours, theirs = getattr(call, name)[row, 0], getattr(history, name)[row, window]
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=name)
+    # the last action is the one that is asked for
+    torch.testing.assert_close(call.actions[row, 0, :-1], history.actions[row, window, :-1])
+
+
+def test_actions_are_those_of_forward_on_the_same_history(
+    store: DataStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy(store)
+    calls = record_calls(policy, monkeypatch)
+    policy.start(np.array([1, 0, 1]))
+    actions = play(policy, observations(3), rewards(3))
+    sampler = WindowSampler((), policy.conditioning, policy.config)
+    prompts = [sampler.prompt_windows(task, np.random.default_rng(0), 1) for task in range(3)]
+    for time in (0, 3, 10):
+        for row, task in enumerate((1, 0, 1)):
+            # groups are in the order of their tasks
+            history = Steps(
+                *(
+                    getattr(calls[time], f.name)[task : task + 1, row // 2 : row // 2 + 1]
+                    for f in dataclasses.fields(Steps)
+                )
+            )
+            batch = Batch(torch.tensor([task]), sampler.to_steps([prompts[task]]), history)
+            masks = TaskMasks(policy.mask_bits, batch.task_ids)
+            with torch.no_grad():
+                expected = policy.model(batch, masks)[0, 0, -1]
+            np.testing.assert_allclose(actions[time, row], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ["harmodt-f", "prompt-dt", "mtdt"])
+# unequal numbers, not sorted; in the second a task is missing
+@pytest.mark.parametrize("task_ids", [(2, 0, 2, 1, 2, 0), (2, 0, 2, 2, 0, 2)])
+def test_a_row_does_not_depend_on_the_others(
+    store: DataStore, algorithm: str, task_ids: tuple[int, ...]
+) -> None:
+    policy = make_policy(store, algorithm=algorithm)
+    seen, paid = observations(6), rewards(6)
+    tasks = np.array(task_ids)
+    policy.start(tasks)
+    together = play(policy, seen, paid)
+    for row in range(6):
+        policy.start(tasks[row : row + 1])
+        alone = play(policy, seen[:, row : row + 1], paid[:, row : row + 1])
+        np.testing.assert_allclose(together[:, row], alone[:, 0], rtol=1e-4, atol=1e-5)
+    policy.start(tasks[::-1].copy())
+    reverse = play(policy, seen[:, ::-1], paid[:, ::-1])
+    np.testing.assert_allclose(together, reverse[:, ::-1], rtol=1e-4, atol=1e-5)
+
+
+def test_each_task_has_its_own_mask_and_normalisation(store: DataStore) -> None:
+    policy = make_policy(store)
+    same = np.repeat(observations(1), 3, axis=1)
+    policy.start(np.array([0, 1, 2]), target_returns=np.full(3, 100.0))
+    actions = play(policy, same, np.zeros((LENGTH, 3)))
+    assert np.abs(actions[:, 0] - actions[:, 1]).max() > 1e-2
+    assert np.abs(actions[:, 1] - actions[:, 2]).max() > 1e-2
+    whole = torch.full_like(policy.mask_bits, -1)
+    dense = Policy(policy.model, whole, policy.conditioning, policy.config)
+    dense.start(np.array([0, 1, 2]), target_returns=np.full(3, 100.0))
+    assert np.abs(play(dense, same, np.zeros((LENGTH, 3))) - actions).max() > 1e-2
+
+
+def test_restarted_rows_begin_anew_and_the_others_go_on(store: DataStore) -> None:
+    policy = make_policy(store)
+    tasks, seen, paid = np.array([1, 0, 1]), observations(3), rewards(3)
+    policy.start(tasks)
+    straight = play(policy, seen, paid)
+    policy.start(tasks)
+    play(policy, seen[:8], paid[:8])
+    policy.restart(np.array([False, True, True]))
+    mixed = seen.copy()[:7]
+    mixed[:, 0] = seen[8:, 0]
+    after = play(policy, mixed, np.concatenate((paid[8:, :1], paid[:7, 1:]), axis=1))
+    np.testing.assert_allclose(after[:, 0], straight[8:, 0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(after[:, 1:], straight[:7, 1:], rtol=1e-5, atol=1e-6)
+    policy.restart(np.zeros(3, bool))  # nothing to do
+
+
+def test_a_restart_draws_a_new_prompt(tmp_path: Path) -> None:
+    policy = make_policy(make_store(tmp_path / "store", prompt_lengths=(40, 40)))
+    seen = observations(2)
+    first = []
+    policy.start(np.array([0, 0]))
+    for _ in range(4):
+        first.append(policy.act(seen[0]))
+        policy.restart(np.array([True, False]))
+    assert len({action.tobytes() for action in np.stack(first)[:, 0]}) > 1
+
+
+def test_prompts_are_seeded(tmp_path: Path) -> None:
+    policy = make_policy(make_store(tmp_path / "store", prompt_lengths=(40, 40)))
+    actions = []
+    for seed in (0, 0, 1):
+        policy.start(np.array([0, 1, 2]), seed=seed)
+        actions.append(policy.act(observations(3)[0]))
+    np.testing.assert_array_equal(actions[0], actions[1])
+    assert (actions[0] != actions[2]).any()
+
+
+def test_the_return_to_go_falls_by_the_rewards(
+    store: DataStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy(store, return_scale=10.0)
+    best = [max(store.task(name).train.returns) for name in TASKS]
+    np.testing.assert_allclose(policy.target_returns, best, rtol=1e-6)
+    calls = record_calls(policy, monkeypatch)
+    paid = rewards(2)
+    policy.start(np.array([0, 2]))
+    play(policy, observations(2), paid)
+    for row, task in enumerate((0, 2)):
+        received = np.concatenate(([0.0], np.cumsum(paid[:, row])))
+        expected = (best[task] - received) / 10
+        np.testing.assert_allclose(calls[-1].returns_to_go[row, 0], expected[9:15], rtol=1e-5)
+    policy.start(np.array([0, 2]), target_returns=np.array([50, 70]))
+    policy.act(observations(2)[0])
+    assert calls[-1].returns_to_go[:, 0, -1].tolist() == [5.0, 7.0]
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.5, 1.0])
+def test_actions_are_hidden_as_in_training(
+    store: DataStore, monkeypatch: pytest.MonkeyPatch, drop: float
+) -> None:
+    policy = make_policy(store, action_dropout=drop)
+    calls = record_calls(policy, monkeypatch)
+    policy.start(np.zeros(40, int))
+    actions = play(policy, observations(40), rewards(40))
+    before = calls[-1].actions[0, :, :-1].numpy()  # [rows, K - 1, 4]
+    hidden = (before == 0).all(-1)
+    assert abs(hidden.mean() - drop) <= 5 * (drop * (1 - drop) / hidden.size) ** 0.5
+    executed = actions[-6:-1].transpose(1, 0, 2)
+    np.testing.assert_array_equal(before[~hidden], executed[~hidden])
+
+
+def test_the_voted_mask_takes_the_place_of_every_tasks_own(store: DataStore) -> None:
+    policy = make_policy(store, sparsity=0.5, unseen_threshold=0.4)
+    bits = vote(policy.mask_bits, 0.4)
+    expected = Policy(policy.model, bits.repeat(3, 1), policy.conditioning, policy.config)
+    assert policy.mask == "task"
+    policy.use_voted_mask()
+    assert policy.mask == "voted"
+    actions = []
+    for each in (policy, expected):
+        each.start(np.array([1, 0, 2]))
+        actions.append(play(each, observations(3), rewards(3)))
+    np.testing.assert_array_equal(*actions)
+    dense = make_policy(store, algorithm="prompt-dt")
+    assert dense.mask == "none"
+    with pytest.raises(UserError, match="a run of prompt-dt has no masks to vote"):
+        dense.use_voted_mask()
+
+
+@pytest.mark.parametrize("algorithm", ["harmodt-f", "prompt-dt", "mtdt"])
+def test_a_loaded_policy_acts_as_the_one_that_was_saved(
+    store: DataStore, tmp_path: Path, algorithm: str
+) -> None:
+    config = configure(algorithm=algorithm, dropout=0.5, action_dropout=0.0)
+    trainer = make_trainer(store, config)
+    for step in (1, 2):
+        trainer.train_step()
+        save_checkpoint(tmp_path, step, trainer.tensors())
+    save_conditioning(tmp_path / "conditioning.safetensors", trainer.sampler.conditioning)
+    write_run(tmp_path, {"tasks": list(TASKS), "config": config.to_json()})
+    bits = trainer.masks.bits if trainer.masks else None
+    saved = Policy(trainer.model.eval(), bits, trainer.sampler.conditioning, config)
+    loaded = Policy.load(tmp_path)
+    assert (loaded.tasks, loaded.step, loaded.config) == (TASKS, 2, config)
+    assert Policy.load(tmp_path, checkpoint=1).step == 1
+    actions = []
+    for policy in (saved, loaded, Policy.load(tmp_path, checkpoint=1)):
+        policy.start(np.array([1, 0, 2]), seed=3)
+        actions.append(play(policy, observations(3), rewards(3)))
+    np.testing.assert_array_equal(actions[0], actions[1])
+    assert (actions[0] != actions[2]).any()
+
+
+@pytest.mark.parametrize("changes", [{}, {"algorithm": "mtdt"}, {"context_length": 1}])
+def test_every_variant_acts(store: DataStore, changes: dict[str, Any]) -> None:
+    policy = make_policy(store, **changes)
+    policy.start(np.array([0, 1, 1]))
+    assert np.isfinite(play(policy, observations(3), rewards(3))).all()

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from harmodt.environments import Environment
+from harmodt.simulation import Simulation, SimulationError
+
+TASKS = ["reach-v3", "reach-v3", "drawer-close-v3", "reach-v3"]
+GOALS = np.array([4, 0, 9, 4])
+GOAL_SEED = 3
+
+
+def play_alone(row: int, actions: np.ndarray) -> list[tuple]:
+    environment = Environment(TASKS[row], GOAL_SEED)
+    first = environment.reset(int(GOALS[row]))
+    return [(first, 0.0, False)] + [environment.step(action[row]) for action in actions]
+
+
+@pytest.mark.parametrize("workers", [1, 3, 9])
+def test_every_row_is_the_environment_on_its_own(workers):
+    actions = np.random.default_rng(0).uniform(-1.5, 1.5, (12, len(TASKS), 4))
+    with Simulation(TASKS, GOAL_SEED, workers) as simulation:
+        simulation.reset(GOALS[::-1])
+        for action in actions:
+            simulation.step(-action)
+        played = [(simulation.reset(GOALS), np.zeros(4), np.zeros(4, bool))]
+        played += [simulation.step(action) for action in actions]
+    observations, rewards, successes = (np.stack(part) for part in zip(*played, strict=True))
+    assert observations.shape == (13, 4, 39) and observations.dtype == np.float64
+    assert rewards.dtype == np.float64 and successes.dtype == bool
+    for row in range(len(TASKS)):
+        alone = play_alone(row, actions)
+        np.testing.assert_array_equal(observations[:, row], [step[0] for step in alone])
+        np.testing.assert_array_equal(rewards[:, row], [step[1] for step in alone])
+        np.testing.assert_array_equal(successes[:, row], [step[2] for step in alone])
+
+
+def test_an_exception_in_a_worker_is_reported_with_its_tasks():
+    with Simulation(TASKS, GOAL_SEED, 2) as simulation:
+        processes = [worker.process for worker in simulation._workers]
+        simulation.reset(GOALS)
+        actions = np.zeros((4, 4))
+        actions[2] = np.nan
+        with pytest.raises(SimulationError, match=r"drawer-close-v3, reach-v3[^$]*not finite"):
+            simulation.step(actions)
+    assert [process.returncode for process in processes] == [0, 0]
+
+
+def test_a_failure_to_build_an_environment_is_reported():
+    with pytest.raises(SimulationError, match="no-such-task-v3"):
+        Simulation(["no-such-task-v3"], GOAL_SEED)
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_killed_worker_is_reported_at_once(wait):
+    with Simulation(TASKS, GOAL_SEED, 2) as simulation:
+        simulation.reset(GOALS)
+        simulation._workers[1].process.kill()
+        if wait:
+            simulation._workers[1].process.wait()
+        began = time.monotonic()
+        with pytest.raises(SimulationError, match=r"killed by signal 9 \(drawer-close-v3"):
+            for _ in range(2):
+                simulation.step(np.zeros((4, 4)))
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads the workers' fate from /proc")
+@pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_when_the_parent_dies(death):
+    program = (
+        "import time\n"
+        "from harmodt.simulation import Simulation\n"
+        "simulation = Simulation(['reach-v3'] * 2, 0, 2)\n"
+        "print(*[worker.process.pid for worker in simulation._workers], flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    workers = [int(word) for word in parent.stdout.readline().split()]
+    assert len(workers) == 2 and all(map(runs, workers))
+    parent.send_signal(death)
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 10
+    while any(map(runs, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(runs, workers))
+
+
+def runs(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"  # a zombie waits for init alone
+
+
+def test_workers_do_without_torch():
+    check = "import sys, harmodt.simulation; sys.exit('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", check], env=environment).returncode == 0
