@@ -1,0 +1,246 @@
+"""The command line of training: runs, resuming, stopping, and every kind of bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import TASKS, make_store
+
+from harmodt import train
+from harmodt.checkpoint import checkpoint_steps, load_checkpoint
+from harmodt.errors import UserError
+from harmodt.store import DataStore
+
+SMALL = {
+    "embed-dim": 32, "layers": 1, "heads": 2, "steps": 12, "tasks-per-step": 2, "batch-per-task": 2,
+    "context-length": 4, "prompt-length": 2, "mask-update-every": 4, "dropout": 0.1, "log-every": 3,
+    "checkpoint-every": 4, "evaluation-episodes": 0,
+}  # fmt: skip
+SMALL_FLAGS = [text for name, value in SMALL.items() for text in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> DataStore:
+    return make_store(tmp_path_factory.mktemp("store") / "store", TASKS[:2])
+
+
+def begin(store: DataStore, output: Path, *more: str) -> None:
+    train.main(["--data", str(store.path), "--output", str(output), *SMALL_FLAGS, *more])
+
+
+def final(run: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(run).tensors
+
+
+def assert_same(a: Path, b: Path) -> None:
+    """Two runs ended in the same weights, masks and moments, bit for bit, and the same metrics."""
+    for name, tensor in final(a).items():
+        assert torch.equal(tensor, final(b)[name]), name
+    assert (a / "metrics.jsonl").read_text() == (b / "metrics.jsonl").read_text()
+
+
+def test_a_run_leaves_what_it_promises(store, tmp_path, capsys):
+    begin(store, tmp_path / "run")
+    assert checkpoint_steps(tmp_path / "run") == [4, 8, 12]
+    description = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert description["backend"] == "reference"
+    assert description["tasks"] == list(store.tasks)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines if "loss" in line] == [3, 4, 6, 8, 9, 12]
+    assert [line["step"] for line in lines if "harmony" in line] == [0, 4, 8]
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert str(tmp_path / "run") in capsys.readouterr().out.replace("\n", "")
+
+
+def test_masks_move_during_a_run(store, tmp_path):
+    begin(store, tmp_path / "run", "--keep-checkpoints", "9", "--checkpoint-every", "1")
+    first, last = (load_checkpoint(tmp_path / "run", s).tensors["masks"] for s in (4, 12))
+    assert not torch.equal(first, last)
+
+
+@pytest.mark.parametrize("algorithm", ["harmodt-m", "harmodt-r", "prompt-dt", "mtdt"])
+def test_every_variant_trains(store, tmp_path, algorithm):
+    begin(store, tmp_path / "run", "--algorithm", algorithm)
+    assert ("masks" in final(tmp_path / "run")) == algorithm.startswith("harmodt")
+
+
+def test_resuming_gives_the_same_run(store, tmp_path):
+    begin(store, tmp_path / "whole")
+    begin(store, tmp_path / "cut")
+    for step in (8, 12):  # as if it had been killed after the checkpoint of step 4
+        folder = tmp_path / "cut" / "checkpoints" / f"{step:08d}"
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    train.main(["--resume", str(tmp_path / "cut")])
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_checkpoints_and_the_run_goes_on(store, tmp_path, monkeypatch, capsys, number):
+    begin(store, tmp_path / "whole")
+    step = train.Trainer.train_step
+
+    def interrupted(trainer):
+        result = step(trainer)
+        if trainer.step == 6:
+            os.kill(os.getpid(), number)
+        return result
+
+    monkeypatch.setattr(train.Trainer, "train_step", interrupted)
+    with pytest.raises(SystemExit) as exit:
+        begin(store, tmp_path / "cut")
+    assert exit.value.code == 128 + number
+    assert checkpoint_steps(tmp_path / "cut")[-1] == 6
+    assert "--resume" in capsys.readouterr().out
+    monkeypatch.undo()
+    train.main(["--resume", str(tmp_path / "cut")])
+    for name, tensor in final(tmp_path / "whole").items():
+        assert torch.equal(tensor, final(tmp_path / "cut")[name]), name
+
+
+def test_killed_runs_go_on(store, tmp_path, kills):
+    """SIGKILL at random moments; the run ends as one that was left alone."""
+    begin(store, tmp_path / "whole", "--steps", "60", "--checkpoint-every", "1")
+    command = [sys.executable, "-m", "harmodt.train"]
+    run = tmp_path / "cut"
+    arguments = ["--data", str(store.path), "--output", str(run), *SMALL_FLAGS]
+    arguments += ["--steps", "60", "--checkpoint-every", "1"]
+    moments = random.Random(0)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    for _ in range(kills):
+        begun = (run / "run.json").exists()
+        process = subprocess.Popen(
+            command + (["--resume", str(run)] if begun else arguments), **quiet
+        )
+        wait_for_progress(run, process)
+        time.sleep(moments.uniform(0, 0.15))
+        process.kill()
+        process.communicate()
+        for step in checkpoint_steps(run):
+            load_checkpoint(run, step)
+    subprocess.run([*command, "--resume", str(run)], check=True, **quiet)
+    assert_same(tmp_path / "whole", run)
+
+
+def wait_for_progress(run: Path, process: subprocess.Popen) -> None:
+    """Until the program, whose start takes seconds, has written a checkpoint, or has ended."""
+    before = checkpoint_steps(run)
+    while process.poll() is None and checkpoint_steps(run) == before:
+        time.sleep(0.01)
+
+
+def refused(store: DataStore, tmp_path: Path, *more: str) -> str:
+    """The message of a run that is refused, which must leave nothing behind."""
+    with pytest.raises(UserError) as error:
+        begin(store, tmp_path / "run", *more)
+    assert not (tmp_path / "run").exists()
+    return str(error.value)
+
+
+def test_bad_settings_are_named(store, tmp_path):
+    assert "[0, 1)" in refused(store, tmp_path, "--sparsity", "1.0")
+    assert "sparsity" in refused(store, tmp_path, "--sparsity", "-0.1")
+    assert "maskable weights" in refused(store, tmp_path, "--eta-max", "1000000")
+    assert "only 2 tasks" in refused(store, tmp_path, "--tasks-per-step", "3")
+    assert "not a multiple of heads" in refused(store, tmp_path, "--heads", "5")
+    assert "learning_rate" in refused(store, tmp_path, "--learning-rate", "0")
+    assert "eta_min" in refused(store, tmp_path, "--eta-min", "200")
+
+
+def test_fused_says_that_no_backend_is_built(store, tmp_path):
+    assert "no fused backend is built yet" in refused(store, tmp_path, "--fused")
+
+
+def test_a_missing_device_is_named(store, tmp_path):
+    assert "device 'cuda:7' is not there" in refused(store, tmp_path, "--device", "cuda:7")
+    assert "device 'gpu' is not there" in refused(store, tmp_path, "--device", "gpu")
+
+
+def test_a_task_that_is_not_there_is_named(store, tmp_path):
+    assert "reach" in refused(store, tmp_path, "--tasks", "raech")
+    assert "has no task 'sweep-v3'" in refused(store, tmp_path, "--tasks", "sweep")
+
+
+def test_an_episode_shorter_than_the_context_is_named(store, tmp_path):
+    message = refused(store, tmp_path, "--context-length", "500")
+    assert store.tasks[0] in message and "fewer than context_length 500" in message
+
+
+def test_a_damaged_store_is_named(tmp_path):
+    store = make_store(tmp_path / "store", TASKS[:2])
+    path = store.path / store.tasks[0] / "rewards.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert "rewards.npy" in refused(store, tmp_path)
+
+
+def test_a_directory_with_something_in_it_is_not_overwritten(store, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="is not empty"):
+        begin(store, tmp_path / "run")
+    assert (tmp_path / "run" / "thesis.tex").read_text() == "years of work"
+
+
+def test_presets_without_data_say_how_to_get_some():
+    with pytest.raises(UserError, match="--data"):
+        train.main(["--preset", "paper"])
+    with pytest.raises(UserError, match="choose from quickstart"):
+        train.main(["--preset", "papers"])
+
+
+def test_settings_stay_as_they_were_when_a_run_goes_on(store, tmp_path):
+    begin(store, tmp_path / "run")
+    with pytest.raises(UserError, match=r"learning_rate cannot change from 0.001 to 0.5"):
+        train.main(["--resume", str(tmp_path / "run"), "--learning-rate", "0.5"])
+
+
+def test_a_checkpoint_of_another_size_is_refused(store, tmp_path):
+    begin(store, tmp_path / "run")
+    path = tmp_path / "run" / "run.json"
+    description = json.loads(path.read_text())
+    description["config"]["embed_dim"] = 64
+    path.write_text(json.dumps(description))
+    with pytest.raises(UserError, match="of another model size"):
+        train.main(["--resume", str(tmp_path / "run")])
+
+
+def test_a_loss_that_becomes_nan_stops_the_run(store, tmp_path, monkeypatch):
+    losses = train.Trainer.losses
+
+    def broken(trainer, batch, targets, masks):
+        values = losses(trainer, batch, targets, masks)
+        if trainer.step == 6 and masks is not None:
+            values = values * torch.tensor([1.0, np.nan])[: len(values)]
+        return values
+
+    monkeypatch.setattr(train.Trainer, "losses", broken)
+    with pytest.raises(UserError) as error:
+        begin(store, tmp_path / "run")
+    message = str(error.value)
+    assert "loss of step 7" in message and store.tasks[1] in message
+    assert "checkpoints/00000004" in message
+    assert checkpoint_steps(tmp_path / "run") == [4]
+
+
+def test_the_command_line_prints_one_line_and_exits_with_2(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "harmodt.train", "--data", str(tmp_path / "nothing")],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert str(tmp_path / "nothing") in result.stderr
