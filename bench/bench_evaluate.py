@@ -1,0 +1,57 @@
+"""Evaluating MT5: 10 episodes of 500 steps per task, simulation included, after start-up.
+
+    pytest bench/bench_evaluate.py --benchmark-only
+
+The weights are untrained, which costs the same. Starting the simulation's workers is timed apart.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from bench_train_step import STEP, make_trainer
+
+from harmodt.evaluate import GOAL_SEED
+from harmodt.policy import Policy
+from harmodt.simulation import Simulation
+from harmodt.store import DataStore
+from harmodt.tasks import EPISODE_LENGTH
+
+EPISODES = 10
+
+
+def make_policy(store: DataStore) -> Policy:
+    trainer = make_trainer(store, STEP)
+    trainer.model.eval()
+    assert trainer.masks is not None
+    return Policy(trainer.model, trainer.masks.bits, trainer.sampler.conditioning, STEP)
+
+
+@pytest.mark.benchmark(group="evaluation, MT5 x 10 episodes")
+def bench_act(benchmark, store: DataStore) -> None:
+    """One policy call for the 50 episodes."""
+    policy = make_policy(store)
+    policy.start(np.repeat(np.arange(5), EPISODES))
+    observations = np.random.default_rng(0).normal(size=(5 * EPISODES, 39))
+    actions = benchmark.pedantic(
+        policy.act, args=(observations,), rounds=30, warmup_rounds=STEP.context_length
+    )
+    assert np.abs(actions).max() <= 1.0
+
+
+@pytest.mark.benchmark(group="evaluation, MT5 x 10 episodes")
+def bench_episodes(benchmark, store: DataStore) -> None:
+    """All 500 steps: policy calls and simulation."""
+    policy = make_policy(store)
+    steps = 5 if benchmark.disabled else EPISODE_LENGTH
+    rows = [name for name in store.tasks for _ in range(EPISODES)]
+
+    def play() -> None:
+        observations = simulation.reset(np.tile(np.arange(EPISODES), 5))
+        policy.start(np.repeat(np.arange(5), EPISODES))
+        for _ in range(steps):
+            observations, rewards, _ = simulation.step(policy.act(observations))
+            policy.record_rewards(rewards)
+
+    with Simulation(rows, GOAL_SEED) as simulation:
+        benchmark.pedantic(play, rounds=1)

@@ -1,0 +1,49 @@
+"""Opening a store of 5 M steps: time, and the memory that it takes.
+
+pytest bench/bench_store.py --benchmark-only
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import random_store
+
+from harmodt.store import DataStore
+from harmodt.tasks import EPISODE_LENGTH, TASK_SETS
+
+STEPS = 5_000_000
+
+OPEN_ALL = """
+import resource, sys
+from pathlib import Path
+from harmodt.store import DataStore
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+store = DataStore.open(Path(sys.argv[1]))
+tasks = [store.task(name) for name in store.tasks]
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, before)
+"""
+
+
+@pytest.mark.benchmark(group="open a store of 5 M steps")
+def bench_open(benchmark, tmp_path: Path) -> None:
+    episodes = STEPS // EPISODE_LENGTH // len(TASK_SETS["mt5"])
+    if benchmark.disabled:
+        episodes = 2
+    path = random_store(tmp_path / "store", episodes).path
+
+    def open_all() -> None:
+        store = DataStore.open(path)
+        for name in store.tasks:
+            store.task(name)
+
+    benchmark.pedantic(open_all, rounds=5)
+    command = [sys.executable, "-c", OPEN_ALL, str(path)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    after, before = map(int, output.split())
+    benchmark.extra_info["resident_mb"] = after >> 10
+    benchmark.extra_info["of_which_opening_mb"] = (after - before) >> 10
+    print(f"\nresident after opening: {after >> 10} MB, {(after - before) >> 10} MB of them new")
