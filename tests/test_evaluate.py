@@ -246,7 +246,7 @@ def test_command_line_end_to_end(run, monkeypatch, capsys):
     command(monkeypatch, run, "--episodes", 2, "--tasks", "reach-v2", "--checkpoint", 20)
     captured = capsys.readouterr()
     assert "reach-v3" in captured.out and "average" in captured.out
-    assert "step 500/500" in captured.out
+    assert "500/500 steps" in captured.out
     first = {path: path.read_bytes() for path in (run / "evaluation").iterdir()}
     assert len(first) == 2
     (path,) = (run / "evaluation").glob("step-20-any-1x2-*.json")
