@@ -112,14 +112,14 @@ class Block(nn.Module):
         allowed: Tensor,
         masks: TaskMasks | None,
         past: tuple[Tensor, Tensor] | None = None,
-        last_only: bool = False,
+        wanted: slice = slice(None),
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Transform tokens [G, B, T, d]; also return their keys and values.
+        """Transform tokens [G, B, T, d]; also return the keys and values of all of them.
 
         Args:
             allowed: bool [G B, 1, queries, keys], which key each query may see.
             past: keys and values of tokens before these.
-            last_only: compute only the last token's output, [G, B, 1, d].
+            wanted: tokens whose outputs are returned; the others' are not computed.
         """
         groups, windows, tokens, d = x.shape
         rows = x.flatten(1, 2)  # [G, B T, d]
@@ -129,15 +129,17 @@ class Block(nn.Module):
         present = (key, value)
         if past is not None:
             key, value = (torch.cat(pair, dim=2) for pair in zip(past, present, strict=True))
-        if last_only:
-            x, query, allowed, tokens = x[:, :, -1:], query[:, :, -1:], allowed[:, :, -1:], 1
-            rows = x.flatten(1, 2)
+        query, allowed, rows = (
+            query[:, :, wanted],
+            allowed[:, :, wanted],
+            x[:, :, wanted].flatten(1, 2),
+        )
         attended = attention(query, key, value, allowed, self.dropout if self.training else 0.0)
-        attended = attended.transpose(1, 2).reshape(groups, windows * tokens, d)
+        attended = attended.transpose(1, 2).reshape(rows.shape)
         rows = rows + self._drop(self.attention_out(attended, masks))
         hidden = F.relu_(self.mlp_up(self.mlp_norm(rows, masks), masks))
         rows = rows + self._drop(self.mlp_down(hidden, masks))
-        return rows.view(groups, windows, tokens, d), present
+        return rows.view(groups, windows, -1, d), present
 
     def _drop(self, x: Tensor) -> Tensor:
         return dropout(x, self.dropout if self.training else 0.0)
@@ -218,11 +220,11 @@ class DecisionTransformer(nn.Module):
             x = torch.cat((self._embed_prompt(batch.prompt, batch.task_ids), x), dim=2)
             valid = torch.cat((batch.prompt.valid, valid), dim=2)
         allowed = causal_mask(_token_mask(valid))
-        for block in self.blocks:
+        observation_tokens = slice(3 * self.config.prompt_length + 1, None, 3)
+        for block in self.blocks[:-1]:
             x, _ = block(x, allowed, masks)
-        history_tokens = 3 * self.config.context_length
-        observation_tokens = x[:, :, -history_tokens:][:, :, 1::3]
-        return self._actions(observation_tokens, masks)
+        x, _ = self.blocks[-1](x, allowed, masks, wanted=observation_tokens)
+        return self._actions(x, masks)
 
     def encode_prompt(
         self, prompt: Steps, task_ids: Tensor, masks: TaskMasks | None
@@ -253,7 +255,8 @@ class DecisionTransformer(nn.Module):
         allowed = causal_mask(valid)[:, :, -x.shape[2] :]
         for index, block in enumerate(self.blocks):
             past = prompt_cache[index] if prompt_cache is not None else None
-            x, _ = block(x, allowed, masks, past, last_only=index == len(self.blocks) - 1)
+            last = index == len(self.blocks) - 1
+            x, _ = block(x, allowed, masks, past, wanted=slice(-1, None) if last else slice(None))
         return self._actions(x, masks)[:, :, 0]
 
     def _embed_history(self, steps: Steps, task_ids: Tensor) -> Tensor:
