@@ -85,7 +85,7 @@ class TrainConfig:
     task_embedding_dim: int = 16
     """Size of the learned task embedding (mtdt only)."""
 
-    steps: int = 1400
+    steps: int = 800
     """E, optimiser steps."""
     tasks_per_step: int = 5
     """Tasks in one step, at most the number of tasks; Eq. 11 is averaged over them."""
@@ -106,7 +106,7 @@ class TrainConfig:
     """Peak learning rate of AdamW."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
-    final_learning_rate: float = 1.0
+    final_learning_rate: float = 0.1
     """The learning rate falls along a cosine to this share of its peak; 1 keeps it constant."""
     weight_decay: float = 1e-4
     """Decoupled weight decay."""
@@ -117,7 +117,7 @@ class TrainConfig:
     """S, the share of inactive weights in each mask."""
     balance: float = 10.0
     """λ, the weight of importance against agreement."""
-    mask_update_every: int = 200
+    mask_update_every: int = 100
     """t_m, steps between mask updates."""
     eta_min: int = 0
     """Fewest weights moved per task and mask update."""
@@ -234,6 +234,7 @@ PRESETS: dict[str, TrainConfig] = {
         action_dropout=0.0,
         learning_rate=1e-4,
         warmup_steps=10_000,
+        final_learning_rate=1.0,
         mask_update_every=5000,
         log_every=100,
         checkpoint_every=10_000,
