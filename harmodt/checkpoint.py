@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from .errors import UserError
-from .files import replace_directory, write_json
+from .files import replace_directory, write_bytes, write_json
 
 RUN_FORMAT = "harmodt-run"
 VERSION = 1
@@ -83,7 +83,7 @@ def save_checkpoint(run: Path, step: int, tensors: dict[str, Tensor]) -> None:
     temporary.mkdir()
     try:
         on_cpu = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        save_file(on_cpu, temporary / "state.safetensors")
+        write_bytes(temporary / "state.safetensors", save(on_cpu))
         write_json(temporary / "state.json", {"version": VERSION, "step": step})
         replace_directory(temporary, folder / f"{step:08d}")
     except BaseException:
