@@ -37,10 +37,10 @@ class Metrics:
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """The step of the best evaluation so far, and its success."""
+        """The step of the best evaluation so far, the last of equals, and its success."""
         if not self.successes:
             return None
-        return max(self.successes.items(), key=lambda item: item[1])
+        return max(self.successes.items(), key=lambda item: (item[1], item[0]))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write some numbers of one step."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.filesize import decimal
 
 from .checkpoint import (
     checkpoint_steps,
@@ -109,7 +110,8 @@ class Run:
         with self._stoppable(), _Line(self.config.steps, self.trainer.step) as line:
             while self.trainer.step < step and self._stop is None:
                 self._advance(metrics, line)
-        self._flush(metrics)
+            if self._unlogged:
+                line.show(self.trainer.step, self._flush(metrics))
         self._save(metrics)
         if self._stop is not None:
             console.print(
@@ -142,7 +144,7 @@ class Run:
         metrics.write(self.trainer.step, values)
 
     def _flush(self, metrics: Metrics) -> float:
-        """Write the steps since the last call to the metrics; returns their mean loss.
+        """Write the steps since the last call to the metrics; returns their mean loss, or NaN.
 
         Raises:
             UserError: a loss was NaN or infinite.
@@ -204,7 +206,7 @@ class Run:
     def _announce(self) -> None:
         trainer = self.trainer
         parameters = sum(p.numel() for p in trainer.model.parameters())
-        masks = f"{trainer.masks.bits.nbytes / 2**20:.1f} MB of masks, " if trainer.masks else ""
+        masks = f"{decimal(trainer.masks.bits.nbytes)} of masks, " if trainer.masks else ""
         goes_on = f" (goes on after step {trainer.step})" if trainer.step else ""
         console.print(
             f"{self.config.algorithm} on {trainer.tasks} tasks: {parameters / 1e6:.2f} M "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,10 +85,17 @@ def _take(arguments: list[str], flag: str) -> tuple[str | None, list[str]]:
 
 def _parse(arguments: Sequence[str], default: TrainConfig) -> TrainConfig:
     description = (
-        f"{TrainConfig.__doc__}\n\n--preset {{{','.join(PRESETS)}}}: where the defaults come from."
-        "\n\n--resume RUN: go on with a run; its settings stay as they were."
+        f"{inspect.cleandoc(TrainConfig.__doc__ or '')}\n\n"
+        f"--preset {{{','.join(PRESETS)}}}: where the defaults come from.\n\n"
+        "--resume RUN: go on with a run; its settings stay as they were."
     )
-    return tyro.cli(TrainConfig, args=arguments, default=default, description=description)
+    return tyro.cli(
+        TrainConfig,
+        prog="python -m harmodt.train",
+        args=arguments,
+        default=default,
+        description=description,
+    )
 
 
 def begin(preset: str, config: TrainConfig) -> Run:
