@@ -41,7 +41,7 @@ setup(
         # PyTorch's CUDA builds require one exact Triton of their own, its CPU builds none: a range
         # lets either be satisfied.
         'triton>=3.6,<3.10; platform_system == "Linux" and platform_machine == "x86_64"',
-        "numpy>=1.26",
+        "numpy>=2.0",
         "metaworld>=3.1,<3.2",
         # Meta-World 3.1 asks for exactly 3.3.0; named here because videos call it directly.
         "mujoco>=3.3,<3.4",

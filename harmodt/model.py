@@ -314,8 +314,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, drop: 
     if query.device.type != "cpu":
         return F.scaled_dot_product_attention(query, key, value, allowed, dropout_p=drop)
     bias = torch.zeros(allowed.shape, dtype=query.dtype).masked_fill_(~allowed, -math.inf)
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2) + bias
-    return dropout(scores.softmax(-1), drop) @ value
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    return dropout(scores.add_(bias).softmax(-1), drop) @ value
 
 
 def dropout(x: Tensor, drop: float) -> Tensor:

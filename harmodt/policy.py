@@ -158,13 +158,12 @@ class Policy:
             self._history.observations[rows, -1] = self.conditioning[task].normalise(
                 observations[rows]
             )
-        self._history.actions[:, -1] = 0.0
         self._history.timesteps[:, -1] = np.minimum(self._time, self.config.max_timesteps - 1)
         self._history.valid[:, -1] = True
         self._time += 1
 
     def _arrange(self) -> None:
-        """Lay the rows out as one group per task; short groups repeat their first row."""
+        """Lay the rows out as one group per task; short groups repeat their rows."""
         present = np.unique(self._task_ids)
         members = [np.flatnonzero(self._task_ids == task) for task in present]
         width = max(map(len, members))
