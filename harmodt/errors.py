@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 
@@ -20,6 +21,9 @@ def run_command(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.exit(_report(str(error)))
+    except BrokenPipeError:  # whoever read the output has gone, as in `... --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from harmodt.files import replace_directory, write_atomic, write_bytes, write_json
+
+
+def test_json_is_written_whole(tmp_path):
+    write_json(tmp_path / "a.json", {"b": [1, 2]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"b": [1, 2]}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_write_that_fails_keeps_the_old_file_and_leaves_no_other(tmp_path):
+    path = tmp_path / "a"
+    write_bytes(path, b"old")
+
+    def fail(file):
+        file.write(b"ne")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(path, fail)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_content_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    events = []
+    replace, sync = os.replace, os.fsync
+    monkeypatch.setattr(os, "replace", lambda *names: (events.append("replace"), replace(*names)))
+    monkeypatch.setattr(os, "fsync", lambda file: (events.append("sync"), sync(file)))
+    write_bytes(tmp_path / "a", b"content")
+    assert events == ["sync", "replace", "sync"]
+
+
+def test_a_directory_takes_the_place_of_another(tmp_path):
+    for name, text in (("old", "1"), ("new", "2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(text)
+    replace_directory(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "old" / "file").read_text() == "2"
+    assert not (tmp_path / "new").exists()
