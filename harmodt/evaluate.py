@@ -13,7 +13,7 @@ import math
 import platform
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +22,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from .cpu import prepare_cpu
@@ -236,7 +235,7 @@ def evaluate(
         folder.mkdir(parents=True, exist_ok=True)
         videos = {i * per_round: folder / f"{task}.mp4" for i, task in enumerate(tasks)}
 
-    played = []
+    played: list[tuple[np.ndarray, np.ndarray]] = []
     with progress_bar("steps", "solved", enabled=console is not None, console=console) as progress:
         bar = progress.add_task("starting environments", total=rounds * EPISODE_LENGTH)
         with Simulation(row_tasks, goal_seed, workers, videos, variables) as simulation:
@@ -244,7 +243,13 @@ def evaluate(
             for first in range(0, rounds * per_round, per_round):
                 goal_indices = np.tile((first + np.arange(per_round)) % GOALS, len(tasks))
                 policy.start(task_ids.repeat(per_round), seed + first, targets.repeat(per_round))
-                played.append(_play(policy, simulation, goal_indices, success, progress, bar))
+                before = int(np.sum([successes for successes, _ in played]))
+
+                def show(solved: int, before: int = before) -> None:
+                    text = f"{before + solved}/{rounds * len(row_tasks)} solved"
+                    progress.update(bar, advance=1, solved=text)
+
+                played.append(_play(policy, simulation, goal_indices, success, show))
 
     successes, returns = (
         np.concatenate([part.reshape(len(tasks), per_round) for part in parts], axis=1)
@@ -287,10 +292,12 @@ def _play(
     simulation: Simulation,
     goal_indices: np.ndarray,
     success: SuccessRule,
-    progress: Progress,
-    bar: Any,
+    show: Callable[[int], None],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One episode in every row: successes bool [N], returns float64 [N]."""
+    """One episode in every row: successes bool [N], returns float64 [N].
+
+    `show` is told after each step how many rows are solved.
+    """
     observations = simulation.reset(goal_indices)
     successes = np.zeros(len(goal_indices), bool)
     returns = np.zeros(len(goal_indices))
@@ -299,7 +306,7 @@ def _play(
         policy.record_rewards(rewards)
         returns += rewards
         successes = successes | solved if success == "any" else solved
-        progress.update(bar, advance=1, solved=f"{successes.sum()}/{len(successes)} solved")
+        show(int(successes.sum()))
     return successes, returns
 
 
