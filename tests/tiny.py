@@ -30,6 +30,7 @@ CONFIG = TrainConfig(
     tasks_per_step=2,
     batch_per_task=4,
     warmup_steps=4,
+    final_learning_rate=1.0,
     mask_update_every=4,
     eta_max=40,
     action_dropout=0.5,
