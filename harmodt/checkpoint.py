@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .errors import UserError
-from .files import replace_directory, write_bytes, write_json
+from .files import remove_directory, replace_directory, write_bytes, write_json
 
 RUN_FORMAT = "harmodt-run"
 VERSION = 1
@@ -95,7 +95,9 @@ def prune_checkpoints(run: Path, keep: int, best: int | None = None) -> None:
     """Delete all checkpoints but the last `keep` and the one of step `best`."""
     for step in checkpoint_steps(run)[:-keep]:
         if step != best:
-            shutil.rmtree(run / "checkpoints" / f"{step:08d}")
+            remove_directory(run / "checkpoints" / f"{step:08d}")
+    for leftover in (run / "checkpoints").glob(".*"):  # of a kill
+        shutil.rmtree(leftover)
 
 
 def load_checkpoint(run: Path, step: int | None = None) -> Checkpoint:

@@ -51,6 +51,14 @@ def replace_directory(temporary: Path, final: Path) -> None:
     sync_directory(final.parent)
 
 
+def remove_directory(path: Path) -> None:
+    """Delete a directory; a kill on the way leaves no part of it under its name."""
+    doomed = path.with_name(f".{path.name}.deleted")
+    shutil.rmtree(doomed, ignore_errors=True)  # of an earlier kill
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
 def sync_directory(path: Path) -> None:
     """Make renames in a directory durable."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -49,6 +50,25 @@ def test_pruning_keeps_the_last_and_the_best(run):
         save(run, step)
     prune_checkpoints(run, keep=2, best=3)
     assert checkpoint_steps(run) == [3, 5, 6]
+
+
+def test_a_kill_while_pruning_leaves_no_damaged_checkpoint(run, monkeypatch):
+    for step in (1, 2):
+        save(run, step)
+
+    def killed(path, **_):
+        if path.exists():
+            (path / "state.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoints(run, keep=1)
+    for step in checkpoint_steps(run):
+        load_checkpoint(run, step)
+    prune_checkpoints(run, keep=1)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["00000002"]
 
 
 def test_a_failed_write_leaves_the_old_checkpoints_alone(run, monkeypatch):

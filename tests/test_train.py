@@ -111,11 +111,11 @@ def test_a_signal_checkpoints_and_the_run_goes_on(store, tmp_path, monkeypatch, 
 
 def test_killed_runs_go_on(store, tmp_path, kills):
     """SIGKILL at random moments; the run ends as one that was left alone."""
-    begin(store, tmp_path / "whole", "--steps", "60", "--checkpoint-every", "1")
+    more = ["--steps", str(30 * kills), "--checkpoint-every", "1"]
+    begin(store, tmp_path / "whole", *more)
     command = [sys.executable, "-m", "harmodt.train"]
     run = tmp_path / "cut"
-    arguments = ["--data", str(store.path), "--output", str(run), *SMALL_FLAGS]
-    arguments += ["--steps", "60", "--checkpoint-every", "1"]
+    arguments = ["--data", str(store.path), "--output", str(run), *SMALL_FLAGS, *more]
     moments = random.Random(0)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     for _ in range(kills):
@@ -123,8 +123,11 @@ def test_killed_runs_go_on(store, tmp_path, kills):
         process = subprocess.Popen(
             command + (["--resume", str(run)] if begun else arguments), **quiet
         )
-        wait_for_progress(run, process)
-        time.sleep(moments.uniform(0, 0.15))
+        if moments.random() < 0.7:
+            wait_for_progress(run, process)
+            time.sleep(moments.uniform(0, 0.15))
+        else:  # somewhere in its start
+            time.sleep(moments.uniform(0, 3))
         process.kill()
         process.communicate()
         for step in checkpoint_steps(run):
