@@ -35,15 +35,26 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 def unpack_bits(words: Tensor, size: int) -> Tensor:
     """Unpack the first `size` bits of the last dimension: int32 [..., W] to bool [..., size]."""
-    # Each byte is looked up in a table whose entries are eight bools, read as one int64.
+    return _look_up(words, size, torch.uint8, 1).view(torch.bool)
+
+
+def all_ones(words: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Unpack each bit to an integer of all ones or all zeros, [..., size].
+
+    Args:
+        words: int32 [..., W].
+        dtype: the integer type. Its bitwise AND with the bits of a floating-point number of the
+            same width keeps the number or makes it 0, whatever it was.
+    """
+    return _look_up(words, size, dtype, -1)
+
+
+def _look_up(words: Tensor, size: int, dtype: torch.dtype, one: int) -> Tensor:
+    """The first `size` bits of the last dimension, each as 0 or `one`; a byte at a time."""
+    table = ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).mul_(one).to(words.device, dtype)
     as_bytes = words.contiguous().view(torch.uint8)
-    mask = _eight_bools(words.device)[as_bytes.int()].view(torch.bool)
-    return mask[..., :size]
-
-
-def _eight_bools(device: torch.device) -> Tensor:
-    table = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
-    return table.to(torch.uint8).view(torch.int64).squeeze(-1).to(device)
+    bits = table.index_select(0, as_bytes.flatten().int())
+    return bits.view(*words.shape[:-1], -1)[..., :size]
 
 
 def count_bits(words: Tensor) -> Tensor:
