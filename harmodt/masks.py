@@ -84,12 +84,6 @@ class MaskBank:
         """Number of active weights of each task, int64 [T]."""
         return count_bits(self.bits)
 
-    def overlap(self) -> Tensor:
-        """Intersection over union of every two tasks' masks, float64 [T, T]."""
-        both = torch.stack([count_bits(self.bits & row) for row in self.bits])
-        either = torch.stack([count_bits(self.bits | row) for row in self.bits])
-        return both.double() / either.clamp(min=1)
-
 
 def vote(bits: Tensor, threshold: float = 0.5) -> Tensor:
     """The mask for an unseen task: weights active in more than a share of the tasks (Eq. 13).

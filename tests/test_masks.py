@@ -141,16 +141,6 @@ def test_half_of_the_tasks_do_not_pass_the_default_vote() -> None:
     assert np.flatnonzero(unpack(voted)).tolist() == list(range(20, 64))
 
 
-def test_overlap_is_intersection_over_union() -> None:
-    masks = np.random.default_rng(0).random((4, 96)) < [[0.1], [0.5], [0.9], [0.0]]
-    overlap = bank_of(masks).overlap()
-    assert overlap.dtype == torch.float64
-    for i, a in enumerate(masks):
-        for j, b in enumerate(masks):
-            expected = (a & b).sum() / max((a | b).sum(), 1)
-            assert overlap[i, j].item() == pytest.approx(expected)
-
-
 @settings(deadline=None)
 @given(seed=st.integers(0, 2**32), tasks=st.lists(st.integers(0, 4), min_size=1, max_size=4))
 def test_active_bits_are_those_of_any_of_the_tasks(seed: int, tasks: list[int]) -> None:
