@@ -61,8 +61,8 @@ class TrainConfig:
     """Apply the masks inside fused kernels; --no-fused is the reference path in plain PyTorch."""
     device: str = "cpu"
     """PyTorch device, such as cpu, cuda or cuda:1."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the matrix products; weights and optimiser stay in fp32."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Precision of the matrix products (tf32: GPUs only); weights and optimiser stay in fp32."""
     seed: int = 0
     """Seed of weights, masks, sampling and dropout."""
 
@@ -123,6 +123,8 @@ class TrainConfig:
     """Fewest weights moved per task and mask update."""
     eta_max: int = 100
     """Most weights moved per task and mask update."""
+    mask_update_gb: float = 4.0
+    """GB for gradients in a mask update; if all tasks' need more, they are computed twice."""
     harmony_rule: Literal["paper", "upstream"] = "paper"
     """Harmony as in the paper (A + λI) or in the authors' code (λA + I)."""
     unseen_threshold: float = 0.5
@@ -217,8 +219,8 @@ _POSITIVE = (
     "checkpoint_every", "keep_checkpoints",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "prompt_length", "warmup_steps", "weight_decay", "balance", "eta_min", "evaluate_every",
-    "evaluation_episodes", "seed",
+    "prompt_length", "warmup_steps", "weight_decay", "balance", "eta_min", "mask_update_gb",
+    "evaluate_every", "evaluation_episodes", "seed",
 )  # fmt: skip
 
 PRESETS: dict[str, TrainConfig] = {

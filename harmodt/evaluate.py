@@ -87,12 +87,14 @@ class EvaluationResult:
         successes: bool [tasks, episodes].
         returns: float64 [tasks, episodes], undiscounted sums of rewards.
         seconds: wall-clock time, starting the environments included.
+        backend: name of the kernels that applied the masks.
     """
 
     protocol: Protocol
     successes: np.ndarray
     returns: np.ndarray
     seconds: float
+    backend: str
 
     @property
     def success(self) -> float:
@@ -122,6 +124,7 @@ class EvaluationResult:
             "version": 1,
             "protocol": asdict(self.protocol),
             "versions": versions(),
+            "backend": self.backend,
             "seconds": round(self.seconds, 2),
             "average": average,
             "tasks": tasks,
@@ -256,7 +259,9 @@ def evaluate(
         for parts in zip(*played, strict=True)
     )
     seconds = time.perf_counter() - began
-    return EvaluationResult(protocol, successes[:, :episodes], returns[:, :episodes], seconds)
+    return EvaluationResult(
+        protocol, successes[:, :episodes], returns[:, :episodes], seconds, policy.backend.name
+    )
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
@@ -389,11 +394,6 @@ class EvaluateConfig:
                 raise UserError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)}: give 0 to 2^32 - 1"
                 )
-        if self.fused:
-            raise UserError(
-                "--fused: no fused backend is built yet; leave it out to evaluate on the "
-                "reference path"
-            )
 
 
 def main() -> None:
@@ -405,7 +405,7 @@ def main() -> None:
     if config.video:
         find_backend()
     tasks = resolve_tasks(config.tasks) if config.tasks else None
-    policy = Policy.load(config.run, config.checkpoint, config.device)
+    policy = Policy.load(config.run, config.checkpoint, config.device, config.fused)
     if config.mask == "voted":
         policy.use_voted_mask()
     directory = config.run / "evaluation"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harmodt_kernels import count_bits, pack_bits, unpack_bits
+from harmodt_kernels import REFERENCE, Backend, count_bits, pack_bits, unpack_bits
 
 from .errors import UserError
 from .vector import ParameterVector
@@ -16,15 +16,20 @@ from .vector import ParameterVector
 
 @dataclass(frozen=True)
 class TaskMasks:
-    """The masks of all tasks, and which of them each group of a batch uses.
+    """The masks of all tasks, which of them each group of a batch uses, and how they are applied.
 
     Attributes:
         bits: int32 [T, P_m / 32].
         task_ids: int64 [G].
+        backend: the kernels that apply them.
+        group_gradients: [G, P_m] or None. A backward pass writes each group's gradient of the
+            maskable weights to it by itself; those weights' own gradients are then undefined.
     """
 
     bits: Tensor
     task_ids: Tensor
+    backend: Backend = REFERENCE
+    group_gradients: Tensor | None = None
 
 
 class MaskBank:
@@ -33,15 +38,22 @@ class MaskBank:
     Attributes:
         bits: int32 [T, P_m / 32], one row per task; bit j is element j of the parameter vector.
         maskable_bits: int32 [P_m / 32], 1 where an element is a weight and 0 where it is padding.
+        backend: the kernels that apply them.
     """
 
-    def __init__(self, bits: Tensor, maskable_bits: Tensor):
+    def __init__(self, bits: Tensor, maskable_bits: Tensor, backend: Backend = REFERENCE):
         self.bits = bits
         self.maskable_bits = maskable_bits
+        self.backend = backend
 
     @classmethod
     def initialise(
-        cls, vector: ParameterVector, tasks: int, sparsity: float, seed: int
+        cls,
+        vector: ParameterVector,
+        tasks: int,
+        sparsity: float,
+        seed: int,
+        backend: Backend = REFERENCE,
     ) -> MaskBank:
         """Draw every task's mask independently at the ERK densities (Appendix C of the paper).
 
@@ -50,28 +62,37 @@ class MaskBank:
             tasks: number of tasks.
             sparsity: S, the share of inactive weights, in [0, 1).
             seed: with the task's index, the seed of its mask.
+            backend: the kernels that apply the masks.
 
         Raises:
             UserError: the sparsity is outside [0, 1).
         """
         slots = [vector.slots[name] for name in vector.maskable_names]
         shapes = [(slot.rows, slot.columns) for slot in slots]
-        masks = torch.zeros(tasks, vector.maskable_size, dtype=torch.bool)
-        for slot, density in zip(slots, erk_densities(shapes, sparsity), strict=True):
-            size = slot.rows * slot.columns
-            for task in range(tasks):
+        densities = erk_densities(shapes, sparsity)
+        words = vector.maskable_size // 32
+        bits = torch.empty(tasks, words, dtype=torch.int32)
+        for task in range(tasks):
+            mask = torch.zeros(vector.maskable_size, dtype=torch.bool)
+            for slot, density in zip(slots, densities, strict=True):
+                size = slot.rows * slot.columns
                 generator = torch.Generator().manual_seed(_mix(seed, task, slot.offset))
                 chosen = torch.zeros(size, dtype=torch.bool)
                 chosen[torch.randperm(size, generator=generator)[: round(density * size)]] = True
-                rows = masks[task, slot.offset : slot.end].view(slot.rows, slot.stride)
-                rows[:, : slot.columns] = chosen.view(slot.rows, slot.columns)
-        device = vector.weights.device
-        words = vector.maskable_size // 32
-        return cls(pack_bits(masks).to(device), vector.valid_bits()[:words])
+                slot.view(mask, torch.Size((slot.rows, slot.columns))).copy_(
+                    chosen.view(slot.rows, slot.columns)
+                )
+            bits[task] = pack_bits(mask)
+        return cls(bits.to(vector.weights.device), vector.valid_bits()[:words], backend)
 
-    def for_tasks(self, task_ids: Tensor) -> TaskMasks:
+    def for_tasks(self, task_ids: Tensor, group_gradients: Tensor | None = None) -> TaskMasks:
         """The masks of a batch whose groups belong to these tasks, int64 [G]."""
-        return TaskMasks(self.bits, task_ids)
+        return TaskMasks(self.bits, task_ids, self.backend, group_gradients)
+
+    def dense(self, groups: int, group_gradients: Tensor | None = None) -> TaskMasks:
+        """A mask with all weights for every group: the dense model."""
+        task_ids = torch.zeros(groups, dtype=torch.int64, device=self.bits.device)
+        return TaskMasks(self.maskable_bits[None], task_ids, self.backend, group_gradients)
 
     def active_bits(self, task_ids: Sequence[int]) -> Tensor:
         """int32 [P_m / 32]: the weights that are active in at least one of these tasks."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harmodt_kernels import masked_linear, unpack_bits
+from harmodt_kernels import unpack_bits
 
 from .config import ModelConfig
 from .masks import TaskMasks
@@ -60,17 +60,27 @@ class MaskableLinear(nn.Linear):
     weight_slot: Slot
     bias_slot: Slot
 
-    def forward(self, x: Tensor, masks: TaskMasks | None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, masks: TaskMasks | None, relu: bool = False
+    ) -> Tensor:
         if masks is None:
-            return F.linear(x, self.weight, self.bias)
-        return masked_linear(
+            y = F.linear(x, self.weight, self.bias)
+            return F.relu_(y) if relu else y
+        return masks.backend.masked_linear(
             x,
             self.weight,
             self.bias,
             self.weight_slot.bits(masks.bits),
             self.bias_slot.bits(masks.bits)[:, 0],
             masks.task_ids,
+            relu=relu,
+            group_gradients=self._of_groups(masks.group_gradients),
         )
+
+    def _of_groups(self, gradients: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        if gradients is None:
+            return None
+        return self.weight_slot.of_groups(gradients), self.bias_slot.of_groups(gradients)[:, 0]
 
 
 class MaskableLayerNorm(nn.LayerNorm):
@@ -88,7 +98,15 @@ class MaskableLayerNorm(nn.LayerNorm):
 
     def _masked(self, values: Tensor, slot: Slot, masks: TaskMasks) -> Tensor:
         mask = unpack_bits(slot.bits(masks.bits)[masks.task_ids], len(values))  # [G, 1, d]
-        return torch.where(mask, values, 0.0)
+        masked = torch.where(mask, values, 0.0)
+        if masks.group_gradients is not None and masked.requires_grad:
+            out = slot.of_groups(masks.group_gradients)
+
+            def keep(gradient: Tensor) -> None:
+                out.copy_(torch.where(mask, gradient, 0.0))
+
+            masked.register_hook(keep)
+        return masked
 
 
 class Block(nn.Module):
@@ -137,7 +155,7 @@ class Block(nn.Module):
         attended = attention(query, key, value, allowed, self.dropout if self.training else 0.0)
         attended = attended.transpose(1, 2).reshape(rows.shape)
         rows = rows + self._drop(self.attention_out(attended, masks))
-        hidden = F.relu_(self.mlp_up(self.mlp_norm(rows, masks), masks))
+        hidden = self.mlp_up(self.mlp_norm(rows, masks), masks, relu=True)
         rows = rows + self._drop(self.mlp_down(hidden, masks))
         return rows.view(groups, windows, -1, d), present
 

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from harmodt_kernels import REFERENCE, Backend
+
 from .checkpoint import load_checkpoint, load_parameters, read_run
 from .conditioning import TaskConditioning, load_conditioning
 from .config import TrainConfig
-from .devices import check_device
+from .devices import check_device, choose_backend
 from .errors import UserError
 from .masks import TaskMasks, vote
 from .model import DecisionTransformer, PromptCache, Steps
@@ -31,12 +33,13 @@ class Policy:
         mask_bits: int32 [T, P_m / 32], the tasks' masks, or None for a model without masks.
         conditioning: one entry per task; index = task id.
         config: the run's settings.
+        step: training steps of the checkpoint that was loaded.
+        backend: the kernels that apply the masks.
 
     Attributes:
         tasks: task names; index = task id.
         mask: "task" if each task has its own mask, "voted" for that of Eq. 13, "none" without.
         target_returns: float64 [T], the return asked for in each task.
-        step: training steps of the checkpoint that was loaded.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Policy:
         conditioning: Sequence[TaskConditioning],
         config: TrainConfig,
         step: int = 0,
+        backend: Backend = REFERENCE,
     ):
         self.model = model.eval()
         self.mask_bits = mask_bits
@@ -53,19 +57,24 @@ class Policy:
         self.conditioning = list(conditioning)
         self.config = config
         self.step = step
+        self.backend = backend
         self.device = model.vector.weights.device
         self.tasks = tuple(task.name for task in conditioning)
         self.target_returns = np.array([task.target_return for task in conditioning])
         self._sampler = WindowSampler((), conditioning, config, self.device)
 
     @classmethod
-    def load(cls, run: Path, checkpoint: int | None = None, device: str = "cpu") -> Policy:
+    def load(
+        cls, run: Path, checkpoint: int | None = None, device: str = "cpu", fused: bool = False
+    ) -> Policy:
         """Load a run's checkpoint, the last one by default.
 
         Raises:
-            UserError: no such run, checkpoint or device, or a checkpoint of another model size.
+            UserError: no such run, checkpoint or device, a checkpoint of another model size, or no
+                fused kernels for the device although they are asked for.
         """
         torch_device = check_device(device)
+        backend = choose_backend(fused, torch_device)
         description = read_run(run)
         config = TrainConfig.from_json(description["config"])
         state = load_checkpoint(run, checkpoint)
@@ -73,7 +82,7 @@ class Policy:
         model = DecisionTransformer(config.model(), len(conditioning), torch_device)
         load_parameters(state, dict(model.named_parameters()))
         mask_bits = state.tensors["masks"].to(torch_device) if config.masked else None
-        return cls(model, mask_bits, conditioning, config, state.values["step"])
+        return cls(model, mask_bits, conditioning, config, state.values["step"], backend)
 
     def use_voted_mask(self) -> None:
         """Put the mask for unseen tasks (Eq. 13) in the place of every task's own.
@@ -174,7 +183,9 @@ class Policy:
             self._place[rows] = np.arange(len(rows))
         self._group_ids = torch.from_numpy(present).to(self.device)
         self._masks = (
-            TaskMasks(self.mask_bits, self._group_ids) if self.mask_bits is not None else None
+            TaskMasks(self.mask_bits, self._group_ids, self.backend)
+            if self.mask_bits is not None
+            else None
         )
         self._prompt_cache: PromptCache | None = None
         self._prompt_valid: torch.Tensor | None = None

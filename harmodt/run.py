@@ -183,7 +183,9 @@ class Run:
         """Evaluate the present weights and save the result."""
         trainer = self.trainer
         bits = trainer.masks.bits if trainer.masks else None
-        policy = Policy(trainer.model, bits, self.conditioning, self.config, trainer.step)
+        policy = Policy(
+            trainer.model, bits, self.conditioning, self.config, trainer.step, trainer.backend
+        )
         result = evaluate(policy, episodes=self.config.evaluation_episodes, console=console)
         trainer.model.train()
         result.save(self.path / "evaluation")
@@ -210,7 +212,8 @@ class Run:
         goes_on = f" (goes on after step {trainer.step})" if trainer.step else ""
         console.print(
             f"{self.config.algorithm} on {trainer.tasks} tasks: {parameters / 1e6:.2f} M "
-            f"parameters, {masks}{self.config.device}, reference path\nrun: {self.path}{goes_on}",
+            f"parameters, {masks}{self.config.device}, {trainer.backend.name} kernels\n"
+            f"run: {self.path}{goes_on}",
             soft_wrap=True,
         )
 

@@ -16,7 +16,7 @@ from .collect import CollectConfig, collect
 from .conditioning import TaskConditioning, save_conditioning
 from .config import PRESETS, TrainConfig
 from .cpu import prepare_cpu
-from .devices import check_device
+from .devices import check_device, choose_backend
 from .errors import UserError, run_command
 from .evaluate import versions
 from .run import Run
@@ -105,8 +105,8 @@ def begin(preset: str, config: TrainConfig) -> Run:
         UserError: settings, data or device that cannot work; nothing is written then.
     """
     config.check()
-    _check_fused(config)
     device = check_device(config.device)
+    choose_backend(config.fused, device)
     if config.data is None:
         config = dataclasses.replace(config, data=_quickstart_data(preset))
     assert config.data is not None
@@ -124,7 +124,7 @@ def begin(preset: str, config: TrainConfig) -> Run:
     description = {
         "preset": preset,
         "tasks": list(names),
-        "backend": "reference",
+        "backend": trainer.backend.name,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "maskable": trainer.vector.maskable_count(),
         "versions": versions(),
@@ -142,13 +142,6 @@ def _check_empty(path: Path) -> None:
     ):
         raise UserError(
             f"{path} is not empty: go on with --resume {path}, or name another --output"
-        )
-
-
-def _check_fused(config: TrainConfig) -> None:
-    if config.fused:
-        raise UserError(
-            "--fused: no fused backend is built yet; leave it out to train on the reference path"
         )
 
 

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harmodt_kernels import clip_gradient, masked_adamw
-
 from .checkpoint import Checkpoint, load_parameters
 from .conditioning import TaskConditioning
 from .config import TrainConfig
+from .devices import choose_backend, set_precision
 from .errors import UserError
 from .mask_update import MaskUpdate, update_masks
 from .masks import MaskBank, TaskMasks
@@ -51,8 +50,8 @@ class Trainer:
         device: where to train.
 
     Raises:
-        UserError: eta_max is above the number of maskable weights, or tasks_per_step above the
-            number of tasks.
+        UserError: eta_max is above the number of maskable weights, tasks_per_step above the
+            number of tasks, or the device has no fused kernels although they are asked for.
     """
 
     def __init__(
@@ -64,13 +63,15 @@ class Trainer:
     ):
         self.config = config
         self.device = device
+        self.backend = choose_backend(config.fused, device)
+        set_precision(config.precision, device)
         self.tasks = len(data)
         self.step = 0
         torch.manual_seed(_seed(config.seed, _INITIALISE, 0))
         self.model = DecisionTransformer(config.model(), self.tasks, device)
         self.vector = self.model.vector
         self.masks = (
-            MaskBank.initialise(self.vector, self.tasks, config.sparsity, config.seed)
+            MaskBank.initialise(self.vector, self.tasks, config.sparsity, config.seed, self.backend)
             if config.masked
             else None
         )
@@ -102,9 +103,8 @@ class Trainer:
         masks = self.masks.for_tasks(batch.task_ids) if self.masks else None
         losses = self.losses(batch, targets, masks)
         losses.mean().backward()
-        norm = clip_gradient(self.vector.gradient, self.config.gradient_clip)
         self.step += 1
-        masked_adamw(
+        norm = self.backend.masked_adamw(
             self.vector.weights,
             self.vector.gradient,
             self.first_moment,
@@ -115,6 +115,7 @@ class Trainer:
             betas=_BETAS,
             epsilon=_EPSILON,
             weight_decay=self.config.weight_decay,
+            max_norm=self.config.gradient_clip,
         )
         return StepResult(tasks, losses.detach(), norm)
 
@@ -125,9 +126,11 @@ class Trainer:
     def update_masks(self) -> MaskUpdate:
         """Update the masks of all tasks from fresh batches."""
         assert self.masks is not None
-        rng = self._begin(_MASKS)
-        draws = [self.sampler.sample([task], rng) for task in range(self.tasks)]
-        return update_masks(self.step, self.config, self.masks, self.vector, self.losses, draws)
+
+        def draw(tasks: Sequence[int]) -> tuple[Batch, Tensor]:
+            return self.sampler.sample(tasks, self._begin(_MASKS, *tasks))
+
+        return update_masks(self.step, self.config, self.masks, self.vector, self.losses, draw)
 
     def losses(self, batch: Batch, targets: Tensor, masks: TaskMasks | None) -> Tensor:
         """Mean squared error on the actions of each group's valid history steps (Eq. 2), [G]."""
@@ -160,9 +163,10 @@ class Trainer:
         load_parameters(checkpoint, self.tensors(), prefix="")
         self.step = checkpoint.values["step"]
 
-    def _begin(self, purpose: int) -> np.random.Generator:
-        torch.manual_seed(_seed(self.config.seed, purpose, self.step))
-        return np.random.default_rng([self.config.seed, purpose, self.step])
+    def _begin(self, purpose: int, *more: int) -> np.random.Generator:
+        numbers = (self.config.seed, purpose, self.step, *more)
+        torch.manual_seed(_seed(*numbers))
+        return np.random.default_rng(numbers)
 
     def _choose_tasks(self, rng: np.random.Generator) -> list[int]:
         count = self.config.tasks_per_step

@@ -35,6 +35,11 @@ class Slot:
         rows = vector[self.offset : self.end].view(self.rows, self.stride)[:, : self.columns]
         return rows[0].view(shape) if self.rows == 1 else rows
 
+    def of_groups(self, vectors: Tensor) -> Tensor:
+        """This tensor's part of one vector per group [G, P]: a view [G, rows, columns]."""
+        rows = vectors[:, self.offset : self.end].unflatten(1, (self.rows, self.stride))
+        return rows[..., : self.columns]
+
     def bits(self, mask_bits: Tensor) -> Tensor:
         """This tensor's part of packed masks [T, words]: [T, rows, words per row]."""
         words = mask_bits[:, self.offset // BITS_PER_WORD : self.end // BITS_PER_WORD]

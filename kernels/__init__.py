@@ -1,19 +1,28 @@
 """The operations of HarmoDT on bit-packed masks.
 
-Installed as the package `harmodt_kernels`. Each operation has a folder, in which `reference.py` is
-its definition in plain PyTorch.
+Installed as the package `harmodt_kernels`. Each operation has a folder: `reference.py` is its
+definition in plain PyTorch, `operation.py` the fused operation as PyTorch sees it, `triton.py` its
+kernels for GPUs. The functions here are the fused operations; `REFERENCE` holds the definitions.
 """
 
+from .backend import REFERENCE, Backend, fused_backend
 from .bits import count_bits, pack_bits, unpack_bits, words_for
-from .harmony_selection import select_harmony
-from .masked_adamw import clip_gradient, masked_adamw
-from .masked_linear import masked_linear
+from .harmony_selection import Selection, move_weights, select_harmony
+from .masked_adamw import masked_adamw
+from .masked_linear import MaskedLinear, masked_linear
+from .registration import BackendUnavailable
 
 __all__ = [
-    "clip_gradient",
+    "REFERENCE",
+    "Backend",
+    "BackendUnavailable",
+    "MaskedLinear",
+    "Selection",
     "count_bits",
+    "fused_backend",
     "masked_adamw",
     "masked_linear",
+    "move_weights",
     "pack_bits",
     "select_harmony",
     "unpack_bits",

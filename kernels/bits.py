@@ -35,7 +35,7 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 def unpack_bits(words: Tensor, size: int) -> Tensor:
     """Unpack the first `size` bits of the last dimension: int32 [..., W] to bool [..., size]."""
-    return _look_up(words, size, torch.uint8, 1).view(torch.bool)
+    return _unpack(words, size, torch.uint8, 1).view(torch.bool)
 
 
 def all_ones(words: Tensor, size: int, dtype: torch.dtype) -> Tensor:
@@ -46,12 +46,17 @@ def all_ones(words: Tensor, size: int, dtype: torch.dtype) -> Tensor:
         dtype: the integer type. Its bitwise AND with the bits of a floating-point number of the
             same width keeps the number or makes it 0, whatever it was.
     """
-    return _look_up(words, size, dtype, -1)
+    return _unpack(words, size, dtype, -1)
 
 
-def _look_up(words: Tensor, size: int, dtype: torch.dtype, one: int) -> Tensor:
-    """The first `size` bits of the last dimension, each as 0 or `one`; a byte at a time."""
-    table = ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).mul_(one).to(words.device, dtype)
+def _unpack(words: Tensor, size: int, dtype: torch.dtype, one: int) -> Tensor:
+    """The first `size` bits of the last dimension, each as 0 or `one`."""
+    if words.device.type != "cpu":
+        places = torch.arange(BITS_PER_WORD, dtype=torch.int32, device=words.device)
+        bits = ((words[..., None] >> places) & 1).mul_(one).to(dtype)
+        return bits.flatten(-2)[..., :size]
+    # A CPU is faster with a byte at a time.
+    table = ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).mul_(one).to(dtype)
     as_bytes = words.contiguous().view(torch.uint8)
     bits = table.index_select(0, as_bytes.flatten().int())
     return bits.view(*words.shape[:-1], -1)[..., :size]

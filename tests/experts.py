@@ -7,6 +7,8 @@ import warnings
 import numpy as np
 from metaworld.policies import ENV_POLICY_MAP
 
+from harmodt_kernels import REFERENCE
+
 
 class ExpertPolicy:
     """The interface of `harmodt.policy.Policy`; remembers what it was told."""
@@ -16,6 +18,7 @@ class ExpertPolicy:
         self.target_returns = np.arange(1.0, len(tasks) + 1) * 1000
         self.step = 70
         self.mask = "task"
+        self.backend = REFERENCE
         self.calls = 0
         self.starts: list[tuple[list[int], int, list[float]]] = []
         self.restarts: list[np.ndarray] = []

@@ -149,7 +149,8 @@ def make_result(**changes) -> EvaluationResult:
     }  # fmt: skip
     successes = np.array([[1, 1, 0, 1], [0, 0, 0, 0]], bool)
     returns = np.array([[10.5, 20, 30, 40], [1, 2, 3, 4]])
-    return EvaluationResult(Protocol(**(protocol | changes)), successes, returns, 12.3)
+    protocol = Protocol(**(protocol | changes))
+    return EvaluationResult(protocol, successes, returns, 12.3, "reference")
 
 
 def test_json_holds_protocol_versions_and_every_episode(tmp_path):
@@ -159,6 +160,7 @@ def test_json_holds_protocol_versions_and_every_episode(tmp_path):
     assert content["protocol"]["goal_seed"] == 9 and content["protocol"]["episodes"] == 4
     assert content["protocol"]["success"] == "any" and content["protocol"]["checkpoint"] == 70
     assert content["versions"].keys() >= {"python", "torch", "metaworld", "mujoco"}
+    assert content["backend"] == "reference"
     first = content["tasks"][0]
     assert (first["task"], first["successes"], first["success"]) == ("reach-v3", 3, 0.75)
     assert first["mean_return"] == 25.125 and first["episode_returns"] == [10.5, 20, 30, 40]
@@ -268,10 +270,11 @@ def test_command_line_end_to_end(run, monkeypatch, capsys):
         (["--episodes", "0"], "--episodes is 0"),
         (["--workers", "0"], "--workers is 0"),
         (["--goal-seed", "-1"], "--goal-seed is -1"),
-        (["--fused"], "no fused backend"),
+        (["--fused"], "--fused: there are no fused kernels for a CPU.*--no-fused"),
     ],
 )
 def test_mistakes_get_one_sentence_and_status_2(run, monkeypatch, capsys, arguments, says):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     before = sorted(run.rglob("*"))
     with pytest.raises(SystemExit) as exit:
         command(monkeypatch, run, *arguments)

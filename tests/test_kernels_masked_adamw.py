@@ -8,7 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from harmodt_kernels import clip_gradient, masked_adamw, pack_bits
+from harmodt_kernels import REFERENCE, Backend, fused_backend, pack_bits
+from harmodt_kernels.masked_adamw.reference import clip_gradient
+
+# numpy's, where the interpreter computes with infinity
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 SETTINGS = {"learning_rate": 0.01, "betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.1}
 
@@ -18,7 +22,15 @@ def _vectors(count: int, size: int, seed: int = 0, dtype: torch.dtype = torch.fl
     return torch.randn(count, size, generator=generator, dtype=dtype)
 
 
-def _torch_adamw(weights: Tensor, gradients: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def _precisions(backend: Backend) -> list[tuple[torch.dtype, float]]:
+    """The dtypes that a backend takes, and their rounding errors."""
+    float32 = (torch.float32, 1e-5)
+    return [float32, (torch.float64, 1e-12)] if backend is REFERENCE else [float32]
+
+
+def _torch_adamw(
+    weights: Tensor, gradients: Sequence[Tensor], max_norm: float
+) -> tuple[Tensor, dict[str, Tensor]]:
     parameter = torch.nn.Parameter(weights.clone())
     optimizer = torch.optim.AdamW(
         [parameter],
@@ -29,79 +41,118 @@ def _torch_adamw(weights: Tensor, gradients: Sequence[Tensor]) -> tuple[Tensor, 
     )
     for gradient in gradients:
         parameter.grad = gradient.clone()
+        torch.nn.utils.clip_grad_norm_([parameter], max_norm)
         optimizer.step()
     return parameter.detach(), optimizer.state[parameter]
 
 
-@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_with_every_weight_active_it_is_pytorchs_adamw(dtype, error) -> None:
-    gradients = _vectors(10, 96, dtype=dtype)
-    weights, first, second = _vectors(1, 96, 1, dtype)[0], *torch.zeros(2, 96, dtype=dtype)
-    expected, state = _torch_adamw(weights, gradients)
-    everything = pack_bits(torch.ones(96, dtype=torch.bool))
-    for step, gradient in enumerate(gradients, 1):
-        masked_adamw(weights, gradient, first, second, everything, step=step, **SETTINGS)
-    torch.testing.assert_close(weights, expected, rtol=error, atol=error)
-    torch.testing.assert_close(first, state["exp_avg"], rtol=error, atol=error)
-    torch.testing.assert_close(second, state["exp_avg_sq"], rtol=error, atol=error)
+@pytest.mark.parametrize("max_norm", [math.inf, 0.25, 40.0])
+@pytest.mark.parametrize("size", [32, 96, 1100])
+def test_with_every_weight_active_it_is_pytorchs_adamw(backend, device, size, max_norm) -> None:
+    for dtype, error in _precisions(backend):
+        gradients = _vectors(5, size, dtype=dtype).to(device)
+        weights = _vectors(1, size, 1, dtype)[0].to(device)
+        first, second = torch.zeros_like(weights), torch.zeros_like(weights)
+        expected, state = _torch_adamw(weights, gradients, max_norm)
+        everything = pack_bits(torch.ones(size, dtype=torch.bool, device=device))
+        for step, gradient in enumerate(gradients, 1):
+            expected_norm = torch.linalg.vector_norm(gradient)
+            norm = backend.masked_adamw(
+                weights,
+                gradient.clone(),
+                first,
+                second,
+                everything,
+                step=step,
+                max_norm=max_norm,
+                **SETTINGS,
+            )
+            torch.testing.assert_close(norm, expected_norm)
+        torch.testing.assert_close(weights, expected, rtol=error, atol=error)
+        torch.testing.assert_close(first, state["exp_avg"], rtol=error, atol=error)
+        torch.testing.assert_close(second, state["exp_avg_sq"], rtol=error, atol=error)
 
 
-def test_weights_that_are_active_now_and_then_skip_the_other_steps() -> None:
+def test_weights_that_are_active_now_and_then_skip_the_other_steps(backend, device) -> None:
     size, steps = 40, 8
-    gradients = _vectors(steps, size)
-    active = _vectors(steps, size, 2) > 0
-    weights, first, second = _vectors(1, size, 1)[0], *torch.zeros(2, size, dtype=torch.float64)
-    w, m, v = (values.tolist() for values in (weights, first, second))
-    for step in range(1, steps + 1):
-        gradient, now = gradients[step - 1], active[step - 1]
-        masked_adamw(weights, gradient, first, second, pack_bits(now), step=step, **SETTINGS)
-        for j in range(size):
-            if now[j]:
-                g = float(gradient[j])
-                m[j] = 0.9 * m[j] + 0.1 * g
-                v[j] = 0.999 * v[j] + 0.001 * g * g
-                moved = m[j] / (1 - 0.9**step) / (math.sqrt(v[j] / (1 - 0.999**step)) + 1e-8)
-                w[j] -= 0.01 * (moved + 0.1 * w[j])
-    for computed, expected in ((weights, w), (first, m), (second, v)):
-        np.testing.assert_allclose(computed.numpy(), expected, 1e-12, 1e-15)
+    for dtype, error in _precisions(backend):
+        gradients = _vectors(steps, size, dtype=dtype).to(device)
+        active = (_vectors(steps, size, 2) > 0).to(device)
+        weights = _vectors(1, size, 1, dtype)[0].to(device)
+        first, second = torch.zeros_like(weights), torch.zeros_like(weights)
+        w, m, v = (values.tolist() for values in (weights, first, second))
+        for step in range(1, steps + 1):
+            gradient, now = gradients[step - 1], active[step - 1]
+            backend.masked_adamw(
+                weights, gradient, first, second, pack_bits(now), step=step, **SETTINGS
+            )
+            for j in range(size):
+                if now[j]:
+                    g = float(gradient[j])
+                    m[j] = 0.9 * m[j] + 0.1 * g
+                    v[j] = 0.999 * v[j] + 0.001 * g * g
+                    moved = m[j] / (1 - 0.9**step) / (math.sqrt(v[j] / (1 - 0.999**step)) + 1e-8)
+                    w[j] -= 0.01 * (moved + 0.1 * w[j])
+        for computed, expected in ((weights, w), (first, m), (second, v)):
+            np.testing.assert_allclose(computed.cpu().numpy(), expected, error, error / 1000)
 
 
 @pytest.mark.parametrize(
-    "values",
-    [[-0.3, 0.7, 1.0, 2.5], [1e-45, -1e-45, 1e-39, -1e-38], [-0.0, 0.0, 1.0], [-3e38, 3e38, 1.0]],
-    ids=["ordinary", "denormal", "signed zeros", "huge"],
+    "odd",
+    [
+        torch.tensor([-0.3, 0.7, 1.0, 2.5]),
+        torch.tensor([1e-45, -1e-45, 1e-39, -1e-38]),
+        torch.tensor([-0.0, 0.0, 1.0]),
+        torch.tensor([-3e38, 3e38, 1.0]),
+        torch.tensor([0x7F800000, 0x7FC01234, 0x7F800001, 0xFFFFFFFF]).int().view(torch.float32),
+    ],
+    ids=["ordinary", "denormal", "signed zeros", "huge", "infinity and NaN"],
 )
-def test_inactive_weights_and_moments_stay_bit_for_bit(values: list[float]) -> None:
-    odd = torch.tensor(values)
+def test_inactive_weights_and_moments_stay_bit_for_bit(backend, device, odd: Tensor) -> None:
     generator = torch.Generator().manual_seed(0)
     size = 4096
     weights, first, second = (
-        odd[torch.randint(len(odd), (size,), generator=generator)] for _ in range(3)
+        odd[torch.randint(len(odd), (size,), generator=generator)].to(device) for _ in range(3)
     )
     second = second.abs()
     gradient = torch.randn(size, generator=generator)
     active = torch.rand(size, generator=generator) < 0.5
     gradient[~active & (torch.arange(size) % 3 == 0)] = 0.0
     gradient[~active & (torch.arange(size) % 3 == 1)] = -0.0
+    gradient, active = gradient.to(device), active.to(device)
     before = weights.clone(), first.clone(), second.clone()
-    masked_adamw(weights, gradient, first, second, pack_bits(active), step=7, **SETTINGS)
+    backend.masked_adamw(weights, gradient, first, second, pack_bits(active), step=7, **SETTINGS)
     for name, new, old in zip(
         ("weight", "first moment", "second moment"), (weights, first, second), before, strict=True
     ):
         changed = (new.view(torch.int32) != old.view(torch.int32)) & ~active
         assert not changed.any(), f"{name}: {old[changed][:5]} became {new[changed][:5]}"
-    assert (weights != before[0])[active].any()
+    assert (weights.view(torch.int32) != before[0].view(torch.int32))[active].any()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_inactive_weights_may_hold_anything(value: float) -> None:
-    weights, gradient = torch.full((64,), value), torch.ones(64)
-    first, second = torch.zeros(64), torch.zeros(64)
+def test_inactive_weights_may_hold_anything(backend, device, value: float) -> None:
+    weights = torch.full((64,), value, device=device)
+    gradient = torch.ones(64, device=device)
+    first, second = torch.zeros_like(weights), torch.zeros_like(weights)
     weights[:32] = 1.0
-    active = torch.arange(64) < 32
-    masked_adamw(weights, gradient, first, second, pack_bits(active), step=1, **SETTINGS)
-    assert torch.equal(weights[32:].view(torch.int32), torch.full((32,), value).view(torch.int32))
+    kept = weights[32:].clone()
+    active = torch.arange(64, device=device) < 32
+    backend.masked_adamw(weights, gradient, first, second, pack_bits(active), step=1, **SETTINGS)
+    assert torch.equal(weights[32:].view(torch.int32), kept.view(torch.int32))
     assert (weights[:32] < 1.0).all()
+
+
+def test_a_gradient_of_nan_is_not_hidden(backend, device) -> None:
+    weights, first, second = torch.ones(3, 64, device=device)
+    gradient = torch.ones(64, device=device)
+    gradient[5] = math.nan  # and so is the norm
+    everything = torch.full((2,), -1, dtype=torch.int32, device=device)
+    norm = backend.masked_adamw(
+        weights, gradient, first, second, everything, step=1, max_norm=0.25, **SETTINGS
+    )
+    assert norm.isnan()
+    assert weights.isnan().all()
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-7, 1e-3, 1.0, 100.0])
@@ -114,3 +165,72 @@ def test_clipping_is_pytorchs(scale: float, limit: float) -> None:
     norm = clip_gradient(gradient, limit)
     torch.testing.assert_close(norm, expected_norm)
     torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=0.0)
+
+
+def _random_state(size: int, device: torch.device) -> list[Tensor]:
+    """Weights, a gradient, both moments and the active bits."""
+    weights, gradient, first, second = _vectors(4, size, dtype=torch.float32).to(device)
+    active = _vectors(1, size, 5)[0].to(device) > -0.5
+    return [weights, gradient, first, second.abs(), pack_bits(active)]
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.4, 0.0)], ids=str)
+@pytest.mark.parametrize("max_norm", [math.inf, 1e3, 0.25])
+@pytest.mark.parametrize("size", [31, 64, 3000])
+def test_backends_agree_rounding_for_rounding(device, size, max_norm, betas) -> None:
+    states = [_random_state(size, device) for _ in range(2)]
+    gradient = states[0][1].clone()
+    settings = SETTINGS | {"betas": betas, "max_norm": max_norm}
+    fused_norm = fused_backend(device).masked_adamw(*states[0], step=3, **settings)
+    norm = REFERENCE.masked_adamw(*states[1], step=3, **settings)
+    weights, fused_gradient, first, second, _ = states[0]
+    assert torch.equal(fused_norm, norm)
+    assert torch.equal(fused_gradient, gradient)
+    assert torch.equal(first, states[1][2])
+    assert torch.equal(second, states[1][3])
+    # PyTorch's square root on a CPU may be one unit in the last place off.
+    torch.testing.assert_close(weights, states[1][0], rtol=1e-6, atol=1e-8)
+
+
+def test_five_runs_give_the_same(device) -> None:
+    results = []
+    for _ in range(5):
+        state = _random_state(5000, device)
+        fused_backend(device).masked_adamw(*state, step=3, max_norm=0.5, **SETTINGS)
+        results.append(state)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_the_operation_composes(device) -> None:
+    state = _random_state(100, device)
+    norm = torch.linalg.vector_norm(state[1])
+    floats = (0.25, 0.1, 0.001, 1.0, 1.0, 1e-8, 0.1, 0.01)
+    torch.library.opcheck(torch.ops.harmodt.masked_adamw.default, (*state, norm, *floats))
+
+
+def test_it_compiles_into_one_graph(device) -> None:
+    fused = fused_backend(device).masked_adamw
+    states = [_random_state(100, device) for _ in range(2)]
+
+    def step(*state: Tensor) -> Tensor:
+        return fused(*state, step=3, max_norm=0.25, **SETTINGS)
+
+    norm = step(*states[0])
+    compiled_norm = torch.compile(step, fullgraph=True, backend="aot_eager")(*states[1])
+    assert torch.equal(norm, compiled_norm)
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+def test_operands_that_do_not_fit_are_refused(device) -> None:
+    state = _random_state(64, device)
+    for place, other, error, message in (
+        (0, state[0].double(), TypeError, "weights is torch.float64"),
+        (4, state[4].long(), TypeError, "active_bits is torch.int64"),
+        (1, state[1][:32], ValueError, r"gradient has shape \[32\], and 64 weights need \[64\]"),
+        (4, state[4][:1], ValueError, r"active_bits has shape \[1\], and 64 weights need \[2\]"),
+        (2, state[2].repeat(2)[::2], ValueError, "first_moment has gaps"),
+    ):
+        wrong = [other if i == place else operand for i, operand in enumerate(state)]
+        with pytest.raises(error, match=message):
+            fused_backend(device).masked_adamw(*wrong, step=1, **SETTINGS)

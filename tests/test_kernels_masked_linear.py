@@ -1,13 +1,17 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import peak_memory
+from torch import Tensor
 
-from harmodt_kernels import masked_linear, pack_bits
+from harmodt_kernels import REFERENCE, Backend, fused_backend, masked_linear, pack_bits, words_for
 
 TASKS = 3
 SIZES = [
@@ -18,6 +22,7 @@ SIZES = [
     (5, 1, 60, 4),
     (4, 63, 128, 4),
 ]  # groups, rows, inputs, outputs
+NAMES = ("y", "x", "weight", "bias")
 
 
 @dataclass
@@ -31,6 +36,7 @@ class Problem:
     bias_mask: np.ndarray
     task_ids: np.ndarray
     output_gradient: np.ndarray
+    results: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def random(cls, groups: int, rows: int, inputs: int, outputs: int) -> Problem:
@@ -45,78 +51,169 @@ class Problem:
             output_gradient=rng.normal(size=(groups, rows, outputs)),
         )
 
-    def expected(self) -> dict[str, np.ndarray]:
-        """Output and gradients, element by element of the output dimension."""
+    def rounded(self, dtype: torch.dtype) -> Problem:
+        """The same with operands that are exact in a lower precision."""
+        for name in ("x", "weight", "bias", "output_gradient"):
+            values = torch.from_numpy(getattr(self, name)).to(dtype).double().numpy()
+            setattr(self, name, values)
+        return self
+
+    def expected(self, relu: bool = False) -> dict[str, np.ndarray]:
+        """Output and gradients, group by group; `groups` holds the gradient of each group."""
         result = {
             "y": np.zeros_like(self.output_gradient),
             "x": np.zeros_like(self.x),
-            "weight": np.zeros_like(self.weight),
-            "bias": np.zeros_like(self.bias),
+            "weight": np.zeros((len(self.x), *self.weight.shape)),
+            "bias": np.zeros((len(self.x), *self.bias.shape)),
         }
         for g, task in enumerate(self.task_ids):
-            for n in range(len(self.bias)):
-                active = self.weight_mask[task, n]
-                row = np.where(active, self.weight[n], 0.0)
-                shift = self.bias[n] if self.bias_mask[task, n] else 0.0
-                dy = self.output_gradient[g, :, n]
-                for r, x in enumerate(self.x[g]):
-                    result["y"][g, r, n] = (x * row).sum() + shift
-                result["x"][g] += np.outer(dy, row)
-                result["weight"][n] += np.where(active, dy @ self.x[g], 0.0)
-                result["bias"][n] += dy.sum() if self.bias_mask[task, n] else 0.0
-        return result
+            weight = np.where(self.weight_mask[task], self.weight, 0.0)
+            y = self.x[g] @ weight.T + np.where(self.bias_mask[task], self.bias, 0.0)
+            dy = self.output_gradient[g] * ((y > 0) if relu else 1.0)
+            result["y"][g] = np.maximum(y, 0.0) if relu else y
+            result["x"][g] = dy @ weight
+            result["weight"][g] = (dy.T @ self.x[g]) * self.weight_mask[task]
+            result["bias"][g] = dy.sum(0) * self.bias_mask[task]
+        result["weight_of_groups"], result["bias_of_groups"] = result["weight"], result["bias"]
+        return result | {name: result[name].sum(0) for name in ("weight", "bias")}
 
     def computed(
-        self, dtype: torch.dtype, bias: bool = True, autocast: bool = False
-    ) -> dict[str, torch.Tensor]:
-        """The same by the kernel on operands of some dtype."""
-        leaves = {name: _leaf(getattr(self, name), dtype) for name in ("x", "weight", "bias")}
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            y = masked_linear(
-                leaves["x"],
-                leaves["weight"],
-                leaves["bias"] if bias else None,
-                pack_bits(torch.from_numpy(self.weight_mask)),
-                pack_bits(torch.from_numpy(self.bias_mask)) if bias else None,
-                torch.from_numpy(self.task_ids),
+        self,
+        backend: Backend,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        weight_dtype: torch.dtype | None = None,
+        bias: bool = True,
+        relu: bool = False,
+        autocast: bool = False,
+        of_groups: bool = False,
+    ) -> dict[str, Tensor]:
+        """The same by a backend, on views such as the model's: all rows padded to whole words."""
+        weight_dtype = weight_dtype or dtype
+        x = torch.from_numpy(self.x).to(device, dtype).requires_grad_()
+        flat = padded(torch.from_numpy(self.weight).to(device, weight_dtype)).requires_grad_()
+        weight = flat[:, : self.weight.shape[1]]
+        b = torch.from_numpy(self.bias).to(device, weight_dtype).requires_grad_()
+        bits = [
+            in_longer_rows(pack_bits(torch.from_numpy(mask)).to(device))
+            for mask in (self.weight_mask, self.bias_mask)
+        ]
+        groups, outputs, inputs = len(self.x), *self.weight.shape
+        vectors = torch.full((groups, outputs, words_for(inputs) * 32 + 64), torch.nan)
+        d_weight = vectors.to(device, weight_dtype)[..., :inputs]
+        d_bias = torch.full((groups, outputs), torch.nan, device=device, dtype=weight_dtype)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            y = backend.masked_linear(
+                x,
+                weight,
+                b if bias else None,
+                bits[0],
+                bits[1] if bias else None,
+                torch.from_numpy(self.task_ids).to(device),
+                relu=relu,
+                group_gradients=(d_weight, d_bias if bias else None) if of_groups else None,
             )
-        y.backward(torch.from_numpy(self.output_gradient).to(y.dtype))
-        return {"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+        y.backward(torch.from_numpy(self.output_gradient).to(device, y.dtype))
+        if of_groups:
+            assert flat.grad is None and b.grad is None
+            return {
+                "y": y.detach(),
+                "x": x.grad,
+                "weight_of_groups": d_weight,
+                "bias_of_groups": d_bias,
+            }
+        weight_gradient = flat.grad[:, :inputs]
+        return {"y": y.detach(), "x": x.grad, "weight": weight_gradient, "bias": b.grad}
 
 
-def _leaf(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    return torch.from_numpy(values).to(dtype).requires_grad_()
+def padded(weight: Tensor) -> Tensor:
+    """Rows of whole words, with NaN after the weights."""
+    inputs = weight.shape[1]
+    return F.pad(weight, (0, words_for(inputs) * 32 - inputs), value=torch.nan)
 
 
+def in_longer_rows(bits: Tensor) -> Tensor:
+    """The bits of each task as a slice of a longer row of set bits."""
+    rows = F.pad(bits.flatten(1), (5, 7), value=-1)
+    return rows[:, 5:-7].unflatten(1, bits.shape[1:])
+
+
+def largest_error(computed: Tensor, expected: np.ndarray) -> float:
+    return float(np.abs(computed.double().cpu().numpy() - expected).max())
+
+
+def check(computed: dict[str, Tensor], expected: dict[str, np.ndarray], error: float) -> None:
+    for name, values in computed.items():
+        np.testing.assert_allclose(
+            values.double().cpu().numpy(), expected[name], error, error, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 2e-4)])
-def test_output_and_gradients_equal_a_loop(sizes, dtype, error) -> None:
+def test_output_and_gradients_equal_a_loop(backend, device, sizes, relu) -> None:
     problem = Problem.random(*sizes)
-    expected, computed = problem.expected(), problem.computed(dtype)
-    for name, values in computed.items():
-        assert values.dtype == dtype, name
-        np.testing.assert_allclose(values.numpy(), expected[name], error, error, err_msg=name)
+    computed = problem.computed(backend, device, torch.float32, relu=relu)
+    check(computed, problem.expected(relu), 2e-4)
 
 
-def test_without_a_bias() -> None:
+@pytest.mark.parametrize("sizes", SIZES[2:4])
+def test_the_reference_is_exact_in_float64(sizes) -> None:
+    problem = Problem.random(*sizes)
+    computed = problem.computed(REFERENCE, torch.device("cpu"), torch.float64)
+    check(computed, problem.expected(), 1e-12)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 75, 39, 96), (4, 5, 60, 4)])
+def test_gradients_of_each_group_by_itself(backend, device, sizes, relu) -> None:
+    problem = Problem.random(*sizes)
+    computed = problem.computed(backend, device, torch.float32, relu=relu, of_groups=True)
+    check(computed, problem.expected(relu), 2e-4)
+
+
+def test_without_a_bias(backend, device) -> None:
     problem = Problem.random(4, 7, 39, 5)
-    computed = problem.computed(torch.float64, bias=False)
+    computed = problem.computed(backend, device, torch.float32, bias=False)
     problem.bias[:] = 0.0
-    expected = problem.expected()
     assert computed.pop("bias") is None
-    for name, values in computed.items():
-        np.testing.assert_allclose(values.numpy(), expected[name], 1e-12, 1e-12, err_msg=name)
+    check(computed, problem.expected(), 2e-4)
+
+
+@pytest.mark.parametrize("asked", [("x",), ("weight",), ("bias",), ()])
+def test_only_the_gradients_that_are_asked_for(backend, device, asked) -> None:
+    problem = Problem.random(2, 7, 39, 5)
+    leaves = {
+        name: torch.from_numpy(getattr(problem, name)).to(device, torch.float32)
+        for name in ("x", "weight", "bias")
+    }
+    for name in asked:
+        leaves[name].requires_grad_()
+    bits = [
+        pack_bits(torch.from_numpy(mask)).to(device)
+        for mask in (problem.weight_mask, problem.bias_mask)
+    ]
+    ids = torch.from_numpy(problem.task_ids).to(device)
+    y = backend.masked_linear(*leaves.values(), *bits, ids)
+    assert y.requires_grad == bool(asked)
+    if asked:
+        y.backward(torch.from_numpy(problem.output_gradient).to(device, torch.float32))
+    check({name: leaves[name].grad for name in asked}, problem.expected(), 2e-4)
+    assert all(leaf.grad is None for name, leaf in leaves.items() if name not in asked)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_inactive_weights_may_hold_anything_and_get_no_gradient(autocast: bool) -> None:
+def test_inactive_weights_may_hold_anything_and_get_no_gradient(backend, device, autocast) -> None:
+    if autocast and backend.name == "triton-interpreter":
+        pytest.skip("Triton's interpreter multiplies bf16 wrongly")
     problem = Problem.random(4, 7, 39, 5)
     problem.weight_mask &= np.arange(39) % 3 != 0  # these columns are inactive in every task
     problem.bias_mask[:, 2] = False
-    before = problem.computed(torch.float32, autocast=autocast)
+    before = problem.computed(backend, device, torch.float32, autocast=autocast)
     problem.weight[:, ::3] = np.resize([np.nan, np.inf, -np.inf], (5, 13))
     problem.bias[2] = np.nan
-    after = problem.computed(torch.float32, autocast=autocast)
+    after = problem.computed(backend, device, torch.float32, autocast=autocast)
     for name, values in after.items():
         assert torch.equal(values, before[name]), name
     assert torch.isfinite(after["y"]).all()
@@ -124,49 +221,233 @@ def test_inactive_weights_may_hold_anything_and_get_no_gradient(autocast: bool) 
     assert after["bias"][2] == 0
 
 
-@pytest.mark.parametrize("sizes", SIZES)
-def test_autocast_errs_at_most_twice_as_much_as_a_dense_layer(sizes) -> None:
+LOW = [(torch.float32, torch.float32)] + [
+    (dtype, weight)
+    for dtype in (torch.float16, torch.bfloat16)
+    for weight in (dtype, torch.float32)
+]
+
+
+@pytest.mark.parametrize(("dtype", "weight_dtype"), LOW, ids=str)
+@pytest.mark.parametrize("sizes", SIZES[1:4])
+def test_errs_at_most_twice_as_much_as_dense_layers(
+    backend, device, dtype, weight_dtype, sizes
+) -> None:
+    _skip_what_is_not_computed(backend, dtype)
+    problem = Problem.random(*sizes).rounded(dtype)
+    expected = problem.expected()
+    computed = problem.computed(backend, device, dtype, weight_dtype=weight_dtype)
+    dense = dense_layers(problem, device, dtype)
+    for name, values in computed.items():
+        assert values.dtype == (dtype if name in ("y", "x") else weight_dtype), name
+        bound = 2 * largest_error(dense[name], expected[name]) + 1e-7
+        assert largest_error(values, expected[name]) <= bound, name
+
+
+@pytest.mark.parametrize("sizes", SIZES[1:4])
+def test_autocast_errs_at_most_twice_as_much_as_dense_layers(backend, device, sizes) -> None:
+    _skip_what_is_not_computed(backend, torch.bfloat16)
     problem = Problem.random(*sizes)
     expected = problem.expected()
-    computed = problem.computed(torch.float32, autocast=True)
-    dense = _dense_under_autocast(problem)
+    computed = problem.computed(backend, device, torch.float32, autocast=True)
     assert computed["y"].dtype == torch.bfloat16
+    dense = dense_layers(problem, device, torch.float32, autocast=True)
     for name, values in computed.items():
-        if name != "y":
-            assert values.dtype == torch.float32, name
-        error = np.abs(values.double().numpy() - expected[name]).max()
-        bound = np.abs(dense[name].double().numpy() - expected[name]).max()
-        assert error <= 2 * bound + 1e-6, name
+        assert name == "y" or values.dtype == torch.float32, name
+        bound = 2 * largest_error(dense[name], expected[name]) + 1e-6
+        assert largest_error(values, expected[name]) <= bound, name
 
 
-def _dense_under_autocast(problem: Problem) -> dict[str, torch.Tensor]:
+def _skip_what_is_not_computed(backend: Backend, dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and backend.name == "triton-interpreter":
+        pytest.skip("Triton's interpreter multiplies bf16 wrongly")
+
+
+def dense_layers(
+    problem: Problem, device: torch.device, dtype: torch.dtype, autocast: bool = False
+) -> dict[str, Tensor]:
     """The groups one by one, by PyTorch's layer on weights that were masked before."""
-    x, weight, bias = (
-        torch.from_numpy(v).float() for v in (problem.x, problem.weight, problem.bias)
-    )
-    result = {"y": torch.zeros(problem.output_gradient.shape, dtype=torch.bfloat16)}
-    result |= {name: torch.zeros_like(v) for name, v in (("x", x), ("weight", weight))}
-    result["bias"] = torch.zeros_like(bias)
+    operands = (problem.x, problem.weight, problem.bias, problem.output_gradient)
+    x, weight, bias, dy = (torch.from_numpy(v).to(device, dtype) for v in operands)
+    ys, dxs, dws, dbs = [], [], [], []
     for g, task in enumerate(problem.task_ids):
-        weight_mask, bias_mask = (
-            torch.from_numpy(mask[task]) for mask in (problem.weight_mask, problem.bias_mask)
-        )
+        masks = (problem.weight_mask[task], problem.bias_mask[task])
+        weight_mask, bias_mask = (torch.from_numpy(mask).to(device) for mask in masks)
         leaves = [x[g].clone(), weight * weight_mask, bias * bias_mask]
         for leaf in leaves:
             leaf.requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             y = F.linear(*leaves)
-        y.backward(torch.from_numpy(problem.output_gradient[g]).to(y.dtype))
-        result["y"][g] = y.detach()
-        result["x"][g] = leaves[0].grad
-        result["weight"] += leaves[1].grad * weight_mask
-        result["bias"] += leaves[2].grad * bias_mask
-    return result
+        y.backward(dy[g].to(y.dtype))
+        ys.append(y.detach())
+        dxs.append(leaves[0].grad)
+        dws.append(leaves[1].grad * weight_mask)
+        dbs.append(leaves[2].grad * bias_mask)
+    results = torch.stack(ys), torch.stack(dxs), torch.stack(dws).sum(0), torch.stack(dbs).sum(0)
+    return dict(zip(NAMES, results, strict=True))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    groups=st.integers(1, 4),
+    rows=st.integers(1, 40),
+    inputs=st.integers(1, 70),
+    outputs=st.integers(1, 70),
+    relu=st.booleans(),
+)
+def test_any_shape(groups, rows, inputs, outputs, relu) -> None:
+    from conftest import DEVICE
+
+    device = torch.device(DEVICE)
+    problem = Problem.random(groups, rows, inputs, outputs)
+    computed = problem.computed(fused_backend(device), device, torch.float32, relu=relu)
+    check(computed, problem.expected(relu), 2e-4)
+
+
+def test_results_repeat_bit_for_bit(backend, device) -> None:
+    problem = Problem.random(3, 75, 60, 40)
+    first, *others = (problem.computed(backend, device, torch.float32) for _ in range(5))
+    for other in others:
+        for name, values in other.items():
+            assert torch.equal(values, first[name]), name
+
+
+def test_every_output_is_written(device, monkeypatch) -> None:
+    """Memory that PyTorch hands out holds NaN."""
+    empty = torch.Tensor.new_empty
+
+    def poisoned(self: Tensor, *size: object, **options: object) -> Tensor:
+        values = empty(self, *size, **options)
+        return values.fill_(torch.nan) if values.is_floating_point() else values
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    monkeypatch.setattr(torch, "empty_like", lambda t, **o: torch.Tensor.new_empty(t, t.shape, **o))
+    problem = Problem.random(2, 63, 60, 37)
+    computed = problem.computed(fused_backend(device), device, torch.float32)
+    check(computed, problem.expected(), 2e-4)
+
+
+def operands_of_ops(device: torch.device) -> dict[str, tuple]:
+    problem = Problem.random(2, 5, 39, 4)
+    x, weight, bias, dy = (
+        torch.from_numpy(v).to(device, torch.float32)
+        for v in (problem.x, problem.weight, problem.bias, problem.output_gradient)
+    )
+    weight_bits, bias_bits = (
+        pack_bits(torch.from_numpy(mask)).to(device)
+        for mask in (problem.weight_mask, problem.bias_mask)
+    )
+    ids = torch.from_numpy(problem.task_ids).to(device)
+    y = dy.roll(1, 1)
+    return {
+        "masked_linear": (x, weight, bias, weight_bits, bias_bits, ids, True),
+        "masked_linear_input_gradient": (dy, y, weight, weight_bits, ids),
+        "masked_linear_weight_gradient": (dy, y, x, weight_bits, bias_bits, ids, torch.float32),
+        "masked_linear_group_gradients": (
+            dy, y, x, weight_bits, bias_bits, ids, x.new_empty(2, 4, 39), x.new_empty(2, 4),
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(operands_of_ops(torch.device("cpu"))))
+def test_the_registered_operations_keep_pytorchs_rules(device, name: str) -> None:
+    torch.library.opcheck(getattr(torch.ops.harmodt, name), operands_of_ops(device)[name])
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_compiles_to_one_graph(device, relu: bool) -> None:
+    problem = Problem.random(2, 5, 39, 4)
+    backend = fused_backend(device)
+    compiled = torch.compile(backend.masked_linear, fullgraph=True, backend="aot_eager")
+    whole = Backend("compiled", compiled, *[backend.select_harmony] * 3)
+    computed = problem.computed(whole, device, torch.float32, relu=relu)
+    check(computed, problem.expected(relu), 2e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 5])
+@pytest.mark.parametrize(("inputs", "outputs"), [(128, 384), (512, 128)])
+def test_takes_no_more_memory_than_a_dense_layer(
+    device, groups, inputs, outputs, monkeypatch
+) -> None:
+    """Forward and backward hold at most 5 % more than F.linear's do, whose weight has no copies."""
+    if device.type == "cuda":
+        pytest.skip("counted on the CPU: the launchers allocate the same there")
+    from harmodt_kernels.masked_linear import triton as kernels
+
+    monkeypatch.setattr(kernels, "launch", lambda *_, **__: None)  # what it computes is no matter
+    rows = 600
+    x, dy = torch.zeros(groups, rows, inputs), torch.zeros(groups, rows, outputs)
+    weight, bias = torch.zeros(outputs, inputs), torch.zeros(outputs)
+    bits = torch.zeros(TASKS, outputs, inputs // 32, dtype=torch.int32)
+    bias_bits = torch.zeros(TASKS, outputs // 32, dtype=torch.int32)
+    ids = torch.zeros(groups, dtype=torch.int64)
+
+    def peak(layer) -> int:
+        leaves = [t.requires_grad_() for t in (x, weight, bias)]
+        return peak_memory(lambda: torch.autograd.grad(layer(*leaves), leaves, dy))
+
+    dense = peak(F.linear)
+    masked = peak(lambda *leaves: masked_linear(*leaves, bits, bias_bits, ids))
+    assert masked <= 1.05 * dense
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_cuda_graph_replays_on_changed_inputs(device) -> None:
+    problems = [Problem.random(3, 63, 128, 96) for _ in range(2)]
+    problems[1].x = problems[1].x[::-1].copy()
+    operands = [
+        [torch.from_numpy(v).to(device, torch.float32) for v in (p.x, p.weight, p.bias)]
+        for p in problems
+    ]
+    bits = [
+        pack_bits(torch.from_numpy(mask)).to(device)
+        for mask in (problems[0].weight_mask, problems[0].bias_mask)
+    ]
+    ids = torch.from_numpy(problems[0].task_ids).to(device)
+    x, weight, bias = (t.clone() for t in operands[0])
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        masked_linear(x, weight, bias, *bits, ids)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = masked_linear(x, weight, bias, *bits, ids)
+    x.copy_(operands[1][0])
+    graph.replay()
+    check({"y": y}, problems[1].expected(), 2e-4)
 
 
 def test_gradients_pass_pytorchs_own_check() -> None:
     problem = Problem.random(4, 3, 5, 4)
     bits = [pack_bits(torch.from_numpy(m)) for m in (problem.weight_mask, problem.bias_mask)]
-    leaves = [_leaf(v, torch.float64) for v in (problem.x, problem.weight, problem.bias)]
-    task_ids = torch.from_numpy(problem.task_ids)
-    assert torch.autograd.gradcheck(lambda *v: masked_linear(*v, *bits, task_ids), leaves)
+    leaves = [
+        torch.from_numpy(v).requires_grad_() for v in (problem.x, problem.weight, problem.bias)
+    ]
+    ids = torch.from_numpy(problem.task_ids)
+    assert torch.autograd.gradcheck(lambda *v: REFERENCE.masked_linear(*v, *bits, ids), leaves)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"x": torch.zeros(5, 39)}, ValueError, "x must be .* has shape"),
+        ({"x": torch.zeros(2, 5, 40)}, ValueError, "weight has shape"),
+        ({"x": torch.zeros(2, 5, 39, dtype=torch.float64)}, TypeError, "x is torch.float64"),
+        ({"weight_bits": torch.zeros(3, 4, 2, dtype=torch.int64)}, ValueError, "weight_bits is"),
+        ({"weight_bits": torch.zeros(3, 4, 1, dtype=torch.int32)}, ValueError, "weight_bits has"),
+        ({"bias_bits": None}, ValueError, "bias and bias_bits"),
+        ({"task_ids": torch.zeros(3, dtype=torch.int64)}, ValueError, "task_ids has shape"),
+        ({"task_ids": torch.zeros(2, dtype=torch.int32)}, ValueError, "task_ids is torch.int32"),
+    ],
+)
+def test_operands_that_do_not_fit_are_named(changed, error, message) -> None:
+    operands = {
+        "x": torch.zeros(2, 5, 39),
+        "weight": torch.zeros(4, 39),
+        "bias": torch.zeros(4),
+        "weight_bits": torch.zeros(3, 4, 2, dtype=torch.int32),
+        "bias_bits": torch.zeros(3, 1, dtype=torch.int32),
+        "task_ids": torch.zeros(2, dtype=torch.int64),
+    }
+    with pytest.raises(error, match=message):
+        masked_linear(**(operands | changed))

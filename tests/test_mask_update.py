@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import configure, make_store, make_trainer, masked_copy, unpack_masks
+from tiny import configure, make_store, make_trainer, masked_copy, peak_memory, unpack_masks
 from torch import Tensor
 
-from harmodt import mask_update
-from harmodt.mask_update import averaged_harmony, weights_to_move
-from harmodt.model import Batch, DecisionTransformer
+from harmodt.mask_update import weights_to_move
+from harmodt.model import Batch, DecisionTransformer, Steps
+from harmodt.tasks import TASK_SETS
 from harmodt.trainer import Trainer
+from harmodt_kernels import Selection, pack_bits
 
 
 @pytest.fixture
@@ -24,6 +27,8 @@ def trainer(tmp_path: Path) -> Trainer:
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.1)
+    # the drawn masks cover no LayerNorm; these do
+    trainer.masks.bits &= pack_bits(torch.rand(3, trainer.vector.maskable_size) < 0.8)
     return trainer
 
 
@@ -58,36 +63,40 @@ def test_the_schedule_is_the_next_integer_of_its_formula(steps, share, bounds) -
     assert exact - 1e-8 <= moved < exact + 1 + 1e-8
 
 
-def test_the_averaged_harmony_is_the_mean_of_signs() -> None:
-    rng = np.random.default_rng(0)
-    gradients = rng.normal(size=(4, 50)) * (rng.random((4, 50)) < 0.7)
-    mean = rng.normal(size=50) * (rng.random(50) < 0.7)
+def test_the_averaged_harmony_is_the_mean_of_signs(trainer: Trainer) -> None:
+    calls = _record_selection(trainer)
+    harmony = trainer.update_masks().harmony
+    mean = calls[0].mean
     terms = []
-    for gradient in gradients:
-        for g, m in zip(gradient, mean, strict=True):
+    for gradient in torch.cat([call.dense for call in calls]):
+        for g, m in zip(gradient.tolist(), mean.tolist(), strict=True):
             if g != 0 and m != 0:
                 terms.append(g * m / (abs(g) * abs(m)))
-    computed = averaged_harmony(torch.from_numpy(gradients), torch.from_numpy(mean))
-    assert computed == pytest.approx(np.mean(terms))
+    assert len(terms) > 1000
+    assert harmony == pytest.approx(np.mean(terms), abs=1e-9)
 
 
-def test_the_averaged_harmony_at_its_ends() -> None:
-    mean = torch.tensor([1e-30, -2.0, 0.0])
-    assert averaged_harmony(torch.tensor([[1e-30, -1.0, 5.0]]), mean) == 1.0
-    assert averaged_harmony(torch.tensor([[-1.0, 1e-30, 5.0]]), mean) == -1.0
-    assert averaged_harmony(torch.tensor([[0.0, 0.0, 5.0]]), mean) == 0.0
+def test_the_averaged_harmony_of_one_task_and_of_nothing(trainer: Trainer) -> None:
+    trainer.masks.bits = trainer.masks.maskable_bits[None].clone()  # one task with all weights
+    assert trainer.update_masks().harmony == 1.0  # the gradient agrees with itself
+    for parameter in trainer.model.action_head.parameters():
+        torch.nn.init.zeros_(parameter)  # so that nothing before it has a gradient
+    assert trainer.update_masks().harmony == 0.0
 
 
-def test_gradients_are_those_of_the_masked_and_of_the_dense_loss(
-    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    draws = [trainer.sampler.sample([task], np.random.default_rng(task)) for task in range(3)]
-    calls = _record_selection(monkeypatch)
+def test_gradients_are_those_of_the_masked_and_of_the_dense_loss(trainer: Trainer) -> None:
+    calls = _record_selection(trainer)
     trainer.vector.gradient.fill_(5.0)  # what an earlier step left does not count
-    _update(trainer, draws)
-    ((_, _, weights, masked, dense, losses), options) = calls[0]
-    assert torch.equal(weights, trainer.vector.weights[: trainer.vector.maskable_size])
-    for task, (batch, targets) in enumerate(draws):
+    draws = _record_draws(trainer)
+    trainer.update_masks()
+    assert [len(call.losses) for call in calls] == [2, 1]  # tasks_per_step is 2
+    masked, dense, losses = (
+        torch.cat([getattr(call, name) for call in calls]) for name in ("masked", "dense", "losses")
+    )
+    assert torch.equal(calls[0].weights, trainer.vector.weights[: trainer.vector.maskable_size])
+    torch.testing.assert_close(calls[0].mean, masked.double().mean(0).float())
+    for task in range(3):
+        batch, targets = draws[task]
         copy = masked_copy(trainer.model, trainer.masks.bits[task])
         expected_loss = _loss_by_hand(copy, batch, targets)
         assert losses[task].item() == pytest.approx(expected_loss.item(), rel=1e-5)
@@ -96,8 +105,8 @@ def test_gradients_are_those_of_the_masked_and_of_the_dense_loss(
         _check_gradient(
             trainer, dense[task], dense_copy, _loss_by_hand(dense_copy, batch, targets), None
         )
-    assert options == {
-        "count": 40, "balance": 10.0, "importance": "fisher", "rule": "paper",
+    assert calls[0].options == {
+        "count": 0, "balance": 10.0, "importance": "fisher", "rule": "paper",
     }  # fmt: skip
     assert (trainer.vector.gradient == 0).all()
 
@@ -107,13 +116,15 @@ def test_gradients_are_those_of_the_masked_and_of_the_dense_loss(
 )
 @pytest.mark.parametrize("rule", ["paper", "upstream"])
 def test_the_settings_choose_the_scores(
-    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, algorithm: str, importance: str, rule: str
+    trainer: Trainer, algorithm: str, importance: str, rule: str
 ) -> None:
     trainer.config = configure(algorithm=algorithm, harmony_rule=rule, balance=3.0, eta_min=2)
-    calls = _record_selection(monkeypatch)
-    draws = [trainer.sampler.sample([task], np.random.default_rng(task)) for task in range(3)]
-    _update(trainer, draws, step=0)
-    assert calls[0][1] == {"count": 2, "balance": 3.0, "importance": importance, "rule": rule}
+    calls = _record_selection(trainer)
+    trainer.update_masks()
+    for call in calls:
+        assert call.options == {
+            "count": 2, "balance": 3.0, "importance": importance, "rule": rule,
+        }  # fmt: skip
 
 
 def test_an_update_moves_as_many_weights_as_the_schedule_says(trainer: Trainer) -> None:
@@ -134,15 +145,37 @@ def test_an_update_moves_as_many_weights_as_the_schedule_says(trainer: Trainer) 
     assert torch.equal(trainer.vector.weights, weights)
 
 
-def test_the_harmony_is_that_of_dense_gradients_with_the_mean_of_masked_ones(
-    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_computing_gradients_twice_gives_the_same_masks(tmp_path: Path, dropout: float) -> None:
+    store = make_store(tmp_path / "store")
+    kept, twice = (
+        make_trainer(store, configure(dropout=dropout, mask_update_gb=gb)) for gb in (4.0, 0.0)
+    )
+    updates, passes = [], []
+    for trainer in (kept, twice):
+        trainer.step = 10
+        draws = _record_draws(trainer)
+        updates.append(trainer.update_masks())
+        passes.append(draws.count)
+    assert passes == [4, 6]  # two parts: masked and dense, or masked, masked again and dense
+    assert torch.equal(kept.masks.bits, twice.masks.bits)
+    assert updates[0].moved.tolist() == updates[1].moved.tolist() == [40, 40, 40]
+    assert updates[0].harmony == updates[1].harmony
+
+
+def test_memory_does_not_grow_with_the_tasks_where_gradients_are_computed_twice(
+    tmp_path: Path,
 ) -> None:
-    calls = _record_selection(monkeypatch)
-    draws = [trainer.sampler.sample([task], np.random.default_rng(task)) for task in range(3)]
-    harmony = _update(trainer, draws).harmony
-    _, _, _, masked, dense, _ = calls[0][0]
-    products = dense.double() * masked.double().mean(0)
-    assert harmony == pytest.approx(products[products != 0].sign().mean().item(), abs=1e-6)
+    peaks = {}
+    for tasks in (4, 12):
+        store = make_store(tmp_path / str(tasks), TASK_SETS["mt30"][:tasks])
+        for gb in (4.0, 0.0):
+            trainer = make_trainer(store, configure(mask_update_gb=gb, eta_max=10))
+            trainer.update_masks()
+            peaks[tasks, gb] = peak_memory(trainer.update_masks)
+    gradients = 2 * 4 * trainer.vector.maskable_size  # of one task
+    assert peaks[12, 4.0] - peaks[4, 4.0] > 7 * gradients
+    assert peaks[12, 0.0] - peaks[4, 0.0] < 0.1 * gradients
 
 
 def test_a_gradient_that_is_nan_stops_the_update(trainer: Trainer) -> None:
@@ -153,21 +186,78 @@ def test_a_gradient_that_is_nan_stops_the_update(trainer: Trainer) -> None:
     assert torch.equal(trainer.masks.bits, before)
 
 
-def _update(trainer: Trainer, draws: list[Any], step: int = 10) -> mask_update.MaskUpdate:
-    return mask_update.update_masks(
-        step, trainer.config, trainer.masks, trainer.vector, trainer.losses, draws
-    )
-
-
-def _record_selection(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+@pytest.mark.parametrize("gb", [4.0, 0.0])
+def test_a_nan_in_the_last_task_alone_leaves_all_masks_as_they_were(
+    trainer: Trainer, gb: float
+) -> None:
+    trainer.config = configure(mask_update_gb=gb)
+    trainer.step = 10
+    before = trainer.masks.bits.clone()
+    select = trainer.backend.select_harmony
     calls = []
 
-    def record(*tensors: Tensor, **options: Any) -> Tensor:
-        calls.append((tensors, options))
-        return torch.zeros(len(tensors[0]), dtype=torch.int64)
+    def select_or_fail(*tensors: Tensor, **options: Any) -> Selection:
+        calls.append(len(tensors[-1]))
+        if len(calls) == 2:
+            tensors[4][0, 0] = float("nan")  # in a dense gradient
+        return select(*tensors, **options)
 
-    monkeypatch.setattr(mask_update, "select_harmony", record)
+    _replace_selection(trainer, select_or_fail)
+    with pytest.raises(ValueError, match="dense gradients"):
+        trainer.update_masks()
+    assert calls == [2, 1]
+    assert torch.equal(trainer.masks.bits, before)
+
+
+@dataclass
+class _Call:
+    weights: Tensor
+    masked: Tensor
+    dense: Tensor
+    mean: Tensor
+    losses: Tensor
+    options: dict[str, Any]
+
+
+def _record_selection(trainer: Trainer) -> list[_Call]:
+    calls: list[_Call] = []
+    select = trainer.masks.backend.select_harmony
+
+    def record(*tensors: Tensor, **options: Any) -> Selection:
+        calls.append(_Call(*(tensor.clone() for tensor in tensors[2:]), options))
+        return select(*tensors, **options)
+
+    _replace_selection(trainer, record)
     return calls
+
+
+def _replace_selection(trainer: Trainer, function: Any) -> None:
+    trainer.masks.backend = dataclasses.replace(trainer.masks.backend, select_harmony=function)
+
+
+class _Draws(dict):
+    """The batch and targets of each task by itself, and how many batches were drawn."""
+
+    count = 0
+
+
+def _record_draws(trainer: Trainer) -> _Draws:
+    draws, sample = _Draws(), trainer.sampler.sample
+
+    def record(tasks: Any, rng: np.random.Generator) -> tuple[Batch, Tensor]:
+        batch, targets = sample(tasks, rng)
+        draws.count += 1
+        for group, task in enumerate(tasks):
+            only = slice(group, group + 1)
+            steps = (
+                Steps(*(value[only] for value in vars(part).values()))
+                for part in (batch.prompt, batch.history)
+            )
+            draws[task] = Batch(batch.task_ids[only], *steps), targets[only]
+        return batch, targets
+
+    trainer.sampler.sample = record
+    return draws
 
 
 def _loss_by_hand(model: DecisionTransformer, batch: Batch, targets: Tensor) -> Tensor:

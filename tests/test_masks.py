@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import unpack_masks
 
-from harmodt.config import ModelConfig
+from harmodt.config import PRESETS, ModelConfig
 from harmodt.errors import UserError
 from harmodt.masks import MaskBank, erk_densities, vote
 from harmodt.model import DecisionTransformer
-from harmodt_kernels import pack_bits, select_harmony
+from harmodt_kernels import REFERENCE, pack_bits
 
 SHAPES = st.lists(
     st.tuples(st.integers(2, 300), st.integers(1, 300))
@@ -167,16 +167,25 @@ def test_updates_keep_counts_and_padding(seed, sparsity, dimension, counts, impo
     for count in counts:
         dense = torch.randn(3, size, generator=generator).round(decimals=1)
         masked = dense * torch.from_numpy(unpack(bank.bits))
-        select_harmony(
+        selection = REFERENCE.select_harmony(
             bank.bits,
             bank.maskable_bits,
             model.vector.weights[:size],
             masked,
             dense,
+            masked.mean(0),
             torch.rand(3, generator=generator) + 0.1,
             count=count,
             balance=10.0,
             importance=importance,
         )
+        REFERENCE.move_weights(bank.bits, selection)
         assert torch.equal(bank.active_counts(), before)
         assert not (bank.bits & ~bank.maskable_bits).any()
+
+
+def test_masks_are_stored_as_bits_alone() -> None:
+    model = DecisionTransformer(PRESETS["paper"].model(), tasks=1)
+    per_task = MaskBank.initialise(model.vector, 1, 0.2, 0).bits.nbytes
+    assert model.vector.maskable_count() > 1.18e6
+    assert 1000 * per_task <= 160e6

@@ -161,8 +161,13 @@ def test_bad_settings_are_named(store, tmp_path):
     assert "eta_min" in refused(store, tmp_path, "--eta-min", "200")
 
 
-def test_fused_says_that_no_backend_is_built(store, tmp_path):
-    assert "no fused backend is built yet" in refused(store, tmp_path, "--fused")
+def test_fused_says_what_is_missing(store, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "no fused kernels for a CPU" in refused(store, tmp_path, "--fused")
+
+
+def test_tf32_on_a_cpu_is_refused(store, tmp_path):
+    assert "tf32 is a mode of GPUs" in refused(store, tmp_path, "--precision", "tf32")
 
 
 def test_a_missing_device_is_named(store, tmp_path):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from harmodt.conditioning import TaskConditioning
 from harmodt.config import TrainConfig
@@ -73,11 +74,25 @@ def make_store(
     return writer.finish(tasks)
 
 
-def make_trainer(store: DataStore, config: TrainConfig = CONFIG) -> Trainer:
-    """A trainer on the CPU over all tasks of a store."""
+def make_trainer(
+    store: DataStore, config: TrainConfig = CONFIG, device: torch.device | str = "cpu"
+) -> Trainer:
+    """A trainer over all tasks of a store."""
     data = [store.task(name) for name in store.tasks]
     conditioning = [TaskConditioning.from_data(task, config) for task in data]
-    return Trainer(config, data, conditioning, torch.device("cpu"))
+    return Trainer(config, data, conditioning, torch.device(device))
+
+
+def peak_memory(function: Callable[[], object]) -> int:
+    """Most bytes that PyTorch had allocated on the CPU at once during a call, beyond before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
 
 
 def unpack_masks(model: DecisionTransformer, bits: Tensor) -> dict[str, Tensor]:

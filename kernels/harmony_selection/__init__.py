@@ -1,5 +1,6 @@
 """Selection of the weights that enter and leave each task's mask."""
 
-from .reference import HarmonyRule, Importance, select_harmony
+from .operation import move_weights, select_harmony
+from .reference import HarmonyRule, Importance, Selection
 
-__all__ = ["HarmonyRule", "Importance", "select_harmony"]
+__all__ = ["HarmonyRule", "Importance", "Selection", "move_weights", "select_harmony"]

@@ -1,19 +1,33 @@
 """The definition of the harmony selection in plain PyTorch (Algorithm 2 of the HarmoDT paper).
 
-It materialises the score matrices [T, P], which the fused backends never do.
+It materialises the scores of one task at a time, which the fused backends never do.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..bits import pack_bits, unpack_bits
+from ..bits import unpack_bits
 
 Importance = Literal["fisher", "magnitude"]
 HarmonyRule = Literal["paper", "upstream"]
+
+
+class Selection(NamedTuple):
+    """Which weights leave and which enter each task's mask.
+
+    Attributes:
+        leaving, entering: int64 [T, C], indices into the maskable vector in no particular order;
+            the first `moved` of each row count and the rest are -1.
+        moved: int64 [T].
+    """
+
+    leaving: Tensor
+    entering: Tensor
+    moved: Tensor
 
 
 def select_harmony(
@@ -22,25 +36,27 @@ def select_harmony(
     weights: Tensor,
     masked_gradients: Tensor,
     dense_gradients: Tensor,
+    mean_gradient: Tensor,
     losses: Tensor,
     *,
     count: int,
     balance: float,
     importance: Importance,
     rule: HarmonyRule = "paper",
-) -> Tensor:
-    """Move `count` weights of every task's mask towards harmony, in place.
+) -> Selection:
+    """Choose `count` weights of every task's mask to give up and as many to take.
 
-    Each task gives up the active weights of smallest harmony (Eq. 8-10) and takes the inactive
+    A task gives up the active weights of smallest harmony (Eq. 8-10) and takes the inactive
     weights of largest agreement with the mean gradient (Eq. 12). Both are chosen on the mask as it
-    was before, ties go to the lowest index, and the number of active weights does not change.
+    is, and ties go to the lowest index. Nothing is changed: `move_weights` applies the selection.
 
     Args:
-        mask_bits: int32 [T, P / 32], the masks; changed in place.
+        mask_bits: int32 [T, P / 32], the masks.
         maskable_bits: int32 [P / 32], 1 where the element is a weight and 0 where it is padding.
         weights: [P], the maskable weights θ.
         masked_gradients: [T, P], ḡ_i = ∇L_i(θ ⊙ M^i) ⊙ M^i.
         dense_gradients: [T, P], g_i = ∇L_i(θ).
+        mean_gradient: [P], ĝ, the mean of ḡ_i over all tasks, which may be more than these T.
         losses: [T], L_i(θ ⊙ M^i), read by the paper's Fisher importance.
         count: weights to move per task, capped by the number of candidates on either side.
         balance: λ, the weight of importance against agreement.
@@ -48,27 +64,16 @@ def select_harmony(
         rule: "paper", H = A + λI with I_F = (ḡ / L)²; or "upstream", H = λA + I with I_F = ḡ²,
             which is what the authors' code computes.
 
-    Returns:
-        int64 [T], how many weights moved in each task's mask.
-
     Raises:
-        ValueError: a gradient, a loss or a score of it is NaN or infinite; the masks are then
-            unchanged.
+        ValueError: a gradient, a loss or a score of it is NaN or infinite.
     """
-    for name, values in (
-        ("masked gradients", masked_gradients),
-        ("dense gradients", dense_gradients),
-        ("losses", losses),
-    ):
-        if not bool(torch.isfinite(values).all()):
-            raise ValueError(f"the {name} hold NaN or infinity; the masks were left unchanged")
-    if importance == "fisher" and rule == "paper" and not bool((losses > 0).all()):
-        raise ValueError("a loss is zero, and the Fisher importance divides by it")
-    mean_gradient = masked_gradients.mean(0)
+    check_operands(masked_gradients, dense_gradients, mean_gradient, losses, importance, rule)
+    tasks, columns = len(mask_bits), min(count, weights.numel())
     maskable = unpack_bits(maskable_bits, weights.numel())
-    selected = torch.empty_like(mask_bits)
-    moved = torch.zeros(len(mask_bits), dtype=torch.int64)
-    for task in range(len(mask_bits)):
+    leaving = torch.full((tasks, columns), -1, device=weights.device)
+    entering = leaving.clone()
+    moved = torch.zeros(tasks, dtype=torch.int64, device=weights.device)
+    for task in range(tasks):
         active = unpack_bits(mask_bits[task], weights.numel())
         inactive = maskable & ~active
         harmony = harmony_scores(
@@ -76,14 +81,49 @@ def select_harmony(
         )
         agreement = dense_gradients[task] * mean_gradient
         if not bool(torch.isfinite(torch.where(active, harmony, agreement)[maskable]).all()):
-            raise ValueError(f"the scores of task {task} overflow; the masks were left unchanged")
+            raise ValueError(f"the scores of task {task} overflow; no weight was chosen")
         number = min(count, int(active.sum()), int(inactive.sum()))
-        active[smallest(harmony, active, number)] = False
-        active[smallest(-agreement, inactive, number)] = True
-        selected[task] = pack_bits(active)
+        leaving[task, :number] = smallest(harmony, active, number)
+        entering[task, :number] = smallest(-agreement, inactive, number)
         moved[task] = number
-    mask_bits.copy_(selected)
-    return moved
+    return Selection(leaving, entering, moved)
+
+
+def move_weights(mask_bits: Tensor, selection: Selection) -> None:
+    """Take the leaving weights out of each task's mask and the entering ones in, in place.
+
+    Args:
+        mask_bits: int32 [T, P / 32].
+        selection: for the same T tasks.
+    """
+    indices = torch.cat((selection.leaving, selection.entering), 1)
+    for row, chosen in zip(mask_bits, indices, strict=True):
+        chosen = chosen[chosen >= 0]
+        flips = torch.zeros_like(row)
+        # Each bit is added once, so that the sum is a union.
+        flips.index_add_(0, chosen // 32, (1 << (chosen % 32)).to(torch.int32))
+        row ^= flips
+
+
+def check_operands(
+    masked_gradients: Tensor,
+    dense_gradients: Tensor,
+    mean_gradient: Tensor,
+    losses: Tensor,
+    importance: Importance,
+    rule: HarmonyRule,
+) -> None:
+    """Raise ValueError if an operand of `select_harmony` is not finite or divides by zero."""
+    for name, values in (
+        ("masked gradients", masked_gradients),
+        ("dense gradients", dense_gradients),
+        ("mean gradient", mean_gradient),
+        ("losses", losses),
+    ):
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"the {name} hold NaN or infinity; no weight was chosen")
+    if importance == "fisher" and rule == "paper" and not bool((losses > 0).all()):
+        raise ValueError("a loss is zero, and the Fisher importance divides by it")
 
 
 def harmony_scores(
@@ -100,7 +140,7 @@ def harmony_scores(
     if importance == "magnitude":
         score = weights.abs()
     elif rule == "paper":
-        score = (masked_gradient / loss).square()
+        score = (masked_gradient * loss.reciprocal()).square()
     else:
         score = masked_gradient.square()
     return agreement + balance * score if rule == "paper" else balance * agreement + score

@@ -1,5 +1,5 @@
 """AdamW restricted to the weights that are active in a step."""
 
-from .reference import clip_gradient, masked_adamw
+from .operation import masked_adamw
 
-__all__ = ["clip_gradient", "masked_adamw"]
+__all__ = ["masked_adamw"]

@@ -22,25 +22,34 @@ def masked_adamw(
     betas: tuple[float, float],
     epsilon: float,
     weight_decay: float,
-) -> None:
-    """AdamW on the active weights; every other weight and its moments stay bit for bit the same.
+    max_norm: float = math.inf,
+) -> Tensor:
+    """Clip the gradient's norm, then AdamW on the active weights; all else stays bit for bit.
 
     This is the lazy form, as in `torch.optim.SparseAdam`: an inactive weight is moved neither by
     its old moments nor by weight decay. The bias correction counts all steps.
 
     Args:
-        weights, gradient, first_moment, second_moment: [P]; all but the gradient change in place.
+        weights, gradient, first_moment, second_moment: [P], changed in place; the gradient is left
+            scaled or not, as the backend likes.
         active_bits: int32 [P / 32], 1 where the weight is active in at least one task of the step.
         step: number of this step, from 1.
+        max_norm: the gradient is scaled to at most this global norm.
+
+    Returns:
+        The norm of the gradient as it was, a tensor of one element.
     """
+    norm = clip_gradient(gradient, max_norm)
     active = unpack_bits(active_bits, weights.numel())
     beta1, beta2 = betas
     _replace(first_moment, active, first_moment.lerp(gradient, 1 - beta1))
     _replace(second_moment, active, second_moment.lerp(gradient.square(), 1 - beta2))
-    denominator = second_moment.sqrt().div_(math.sqrt(1 - beta2**step)).add_(epsilon)
-    update = (first_moment / denominator).div_(1 - beta1**step)
+    # Products round alike everywhere; a division by a number is a product on a GPU alone.
+    denominator = second_moment.sqrt().mul_(1 / math.sqrt(1 - beta2**step)).add_(epsilon)
+    update = (first_moment / denominator).mul_(1 / (1 - beta1**step))
     update.add_(weights, alpha=weight_decay)
     _replace(weights, active, torch.sub(weights, update, alpha=learning_rate))
+    return norm
 
 
 def _replace(values: Tensor, active: Tensor, new: Tensor) -> None:

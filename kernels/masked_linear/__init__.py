@@ -1,5 +1,6 @@
 """Linear layer whose weights are masked per task."""
 
-from .reference import masked_linear
+from .module import MaskedLinear
+from .operation import masked_linear
 
-__all__ = ["masked_linear"]
+__all__ = ["MaskedLinear", "masked_linear"]

@@ -1,0 +1,60 @@
+"""Which implementation of the operations a program uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .harmony_selection import Selection
+from .harmony_selection import operation as harmony_operation
+from .harmony_selection import reference as harmony_reference
+from .masked_adamw import operation as adamw_operation
+from .masked_adamw import reference as adamw_reference
+from .masked_linear import operation as linear_operation
+from .masked_linear import reference as linear_reference
+from .registration import check_available
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The operations of one implementation; all have the signatures of the reference.
+
+    Attributes:
+        name: "reference", "triton", or "triton-interpreter" for the Triton kernels on a CPU.
+    """
+
+    name: str
+    masked_linear: Callable[..., Tensor]
+    select_harmony: Callable[..., Selection]
+    move_weights: Callable[[Tensor, Selection], None]
+    masked_adamw: Callable[..., Tensor]
+
+
+REFERENCE = Backend(
+    "reference",
+    linear_reference.masked_linear,
+    harmony_reference.select_harmony,
+    harmony_reference.move_weights,
+    adamw_reference.masked_adamw,
+)
+"""The definitions in plain PyTorch."""
+
+
+def fused_backend(device: torch.device | str) -> Backend:
+    """The fused kernels for a device.
+
+    Raises:
+        BackendUnavailable: there are none; the message says why and what to do.
+    """
+    device = torch.device(device)
+    check_available(device)
+    return Backend(
+        "triton-interpreter" if device.type == "cpu" else "triton",
+        linear_operation.masked_linear,
+        harmony_operation.select_harmony,
+        harmony_operation.move_weights,
+        adamw_operation.masked_adamw,
+    )

@@ -1,0 +1,139 @@
+"""The harmony selection as PyTorch sees it: the registered operations and the public functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..bits import BITS_PER_WORD
+from ..registration import register
+from .reference import HarmonyRule, Importance, Selection, check_operands
+
+# Indices of elements are 32-bit integers, up to the end of the last chunk.
+MOST_BITS = 2**31 - 1024
+
+
+def _fake_select_harmony(
+    mask_bits: Tensor, maskable_bits: Tensor, weights: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tasks, count = len(mask_bits), others[4]
+    leaving = mask_bits.new_empty(tasks, min(count, weights.numel()), dtype=torch.int64)
+    moved = mask_bits.new_empty(tasks, dtype=torch.int64)
+    return leaving, torch.empty_like(leaving), moved, torch.empty_like(moved, dtype=torch.bool)
+
+
+register(
+    __package__,
+    "select_harmony",
+    "(Tensor mask_bits, Tensor maskable_bits, Tensor weights, Tensor masked_gradients, "
+    "Tensor dense_gradients, Tensor mean_gradient, Tensor losses, int count, float balance, "
+    "str importance, str rule) -> (Tensor leaving, Tensor entering, Tensor moved, Tensor refused)",
+    _fake_select_harmony,
+)
+register(
+    __package__,
+    "move_weights",
+    "(Tensor(a!) mask_bits, Tensor leaving, Tensor entering) -> ()",
+    lambda mask_bits, leaving, entering: None,
+)
+
+
+def select_harmony(
+    mask_bits: Tensor,
+    maskable_bits: Tensor,
+    weights: Tensor,
+    masked_gradients: Tensor,
+    dense_gradients: Tensor,
+    mean_gradient: Tensor,
+    losses: Tensor,
+    *,
+    count: int,
+    balance: float,
+    importance: Importance,
+    rule: HarmonyRule = "paper",
+) -> Selection:
+    """Choose `count` weights of every task's mask to give up and as many to take.
+
+    The fused form of `reference.select_harmony`, with the same arguments and the same result, in
+    float32. It reads the gradients once and small parts of them again, and its workspace does not
+    grow with the number of tasks.
+
+    Args:
+        mask_bits: int32 [T, P / 32], the masks.
+        maskable_bits: int32 [P / 32], 1 where the element is a weight and 0 where it is padding.
+        weights: float32 [P], the maskable weights θ; P ≤ 2³¹ - 1024.
+        masked_gradients: float32 [T, P], ḡ_i = ∇L_i(θ ⊙ M^i) ⊙ M^i.
+        dense_gradients: float32 [T, P], g_i = ∇L_i(θ).
+        mean_gradient: float32 [P], ĝ, the mean of ḡ_i over all tasks.
+        losses: float32 [T], L_i(θ ⊙ M^i), read by the paper's Fisher importance.
+        count: weights to move per task, capped by the number of candidates on either side.
+        balance: λ, the weight of importance against agreement.
+        importance: "fisher" (HarmoDT-F) or "magnitude" (HarmoDT-M).
+        rule: "paper" or "upstream", as in `reference.select_harmony`.
+
+    Returns:
+        The smallest scores first.
+
+    Raises:
+        TypeError: a tensor has another dtype.
+        ValueError: a gradient, a loss or a score of it is NaN or infinite, or shapes disagree.
+    """
+    tasks, words = mask_bits.shape
+    size = words * BITS_PER_WORD
+    if size > MOST_BITS:
+        raise ValueError(f"a mask has {size} bits, and the fused selection takes {MOST_BITS}")
+    for name, tensor, dtype, shape in (
+        ("mask_bits", mask_bits, torch.int32, (tasks, words)),
+        ("maskable_bits", maskable_bits, torch.int32, (words,)),
+        ("weights", weights, torch.float32, (size,)),
+        ("masked_gradients", masked_gradients, torch.float32, (tasks, size)),
+        ("dense_gradients", dense_gradients, torch.float32, (tasks, size)),
+        ("mean_gradient", mean_gradient, torch.float32, (size,)),
+        ("losses", losses, torch.float32, (tasks,)),
+    ):
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} is {tensor.dtype}, and the fused selection takes {dtype}")
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}, and mask_bits of shape "
+                f"{[tasks, words]} needs {list(shape)}"
+            )
+        if shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{name} has gaps between its elements; pass {name}.contiguous()")
+    leaving, entering, moved, refused = torch.ops.harmodt.select_harmony(
+        mask_bits,
+        maskable_bits,
+        weights,
+        masked_gradients,
+        dense_gradients,
+        mean_gradient,
+        losses,
+        count,
+        balance,
+        importance,
+        rule,
+    )
+    if refused.any():
+        check_operands(masked_gradients, dense_gradients, mean_gradient, losses, importance, rule)
+        task = int(refused.nonzero()[0])
+        raise ValueError(f"the scores of task {task} overflow; no weight was chosen")
+    return Selection(leaving, entering, moved)
+
+
+def move_weights(mask_bits: Tensor, selection: Selection) -> None:
+    """Take the leaving weights out of each task's mask and the entering ones in, in place.
+
+    Args:
+        mask_bits: int32 [T, P / 32].
+        selection: for the same T tasks.
+
+    Raises:
+        ValueError: the selection is for another number of tasks.
+    """
+    if len(mask_bits) != len(selection.leaving):
+        raise ValueError(
+            f"mask_bits holds {len(mask_bits)} tasks and the selection {len(selection.leaving)}"
+        )
+    torch.ops.harmodt.move_weights(mask_bits, selection.leaving, selection.entering)

@@ -1,0 +1,33 @@
+"""Launches Triton kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Run a Triton kernel on the device of its first argument.
+
+    Args:
+        kernel: a function under `triton.jit`.
+        grid: number of programs along each axis.
+        arguments: the kernel's run-time arguments, a tensor first.
+        constants: its compile-time constants, `num_warps`, `num_stages` and `enable_fp_fusion`.
+    """
+    device = arguments[0].device
+    if device.type == "cpu":  # the interpreter
+        kernel[grid](*arguments, **constants)
+        return
+    with torch.cuda.device(device):  # Triton launches on the current device
+        kernel[grid](*arguments, **constants)
+
+
+def matmul_precision() -> str:
+    """How float32 products are computed: "tf32" where PyTorch is told so, else "ieee".
+
+    The switch is PyTorch's own: `torch.backends.cuda.matmul.fp32_precision` or
+    `torch.set_float32_matmul_precision`.
+    """
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

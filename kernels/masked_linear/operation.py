@@ -1,0 +1,219 @@
+"""The masked linear layer as PyTorch sees it: the registered operations and the public function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..bits import words_for
+from ..registration import register
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_bits: Tensor,
+    bias_bits: Tensor | None,
+    task_ids: Tensor,
+    *,
+    relu: bool = False,
+    group_gradients: tuple[Tensor, Tensor | None] | None = None,
+) -> Tensor:
+    """Linear layer under the mask of each group's task: y[g] = x[g] (W ⊙ M)ᵀ + b ⊙ m.
+
+    Differentiable in x, weight and bias; the gradient of an inactive weight is exactly zero
+    (Eq. 4 of the HarmoDT paper). Weights that are inactive may hold any value, NaN included.
+    Neither W ⊙ M nor the products of single groups are materialised, and results repeat bit for
+    bit. The last dimension of weights and masks must have stride 1; the others are free.
+
+    Args:
+        x: [G, R, K], one task per group; float32, float16 or bfloat16.
+        weight: [N, K], in float32 or the dtype of x.
+        bias: [N] or None, likewise.
+        weight_bits: int32 [T, N, ceil(K / 32)], the masks of all tasks.
+        bias_bits: int32 [T, ceil(N / 32)], or None without a bias.
+        task_ids: int64 [G], the task of each group, below T; ids may repeat.
+        relu: apply max(0, y) to the output.
+        group_gradients: tensors [G, N, K] and [G, N] (None without a bias) to which the backward
+            pass writes the gradient of each group by itself; weight and bias then get none.
+
+    Returns:
+        [G, R, N], in the dtype of x (under autocast, in the autocast dtype). Sums are in float32;
+        products of float32 are in TF32 where PyTorch's own switch says so.
+
+    Raises:
+        TypeError: the floating-point types are others.
+        ValueError: shapes, strides, devices or integer types do not fit together.
+        BackendUnavailable: there are no fused kernels for the device.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    d_weight, d_bias = group_gradients or (None, None)
+    _check_types(x, weight, bias, weight_bits, bias_bits, task_ids)
+    _check_layout(x, weight, bias, weight_bits, bias_bits, task_ids, d_weight, d_bias)
+    return _MaskedLinear.apply(
+        x, weight, bias, weight_bits, bias_bits, task_ids, relu, d_weight, d_bias
+    )
+
+
+class _MaskedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_bits: Tensor,
+        bias_bits: Tensor | None,
+        task_ids: Tensor,
+        relu: bool,
+        d_weight: Tensor | None,
+        d_bias: Tensor | None,
+    ) -> Tensor:
+        y = torch.ops.harmodt.masked_linear(x, weight, bias, weight_bits, bias_bits, task_ids, relu)
+        ctx.save_for_backward(x, weight, weight_bits, bias_bits, task_ids, y if relu else None)
+        ctx.group_gradients = d_weight, d_bias
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, weight_bits, bias_bits, task_ids, y = ctx.saved_tensors
+        operands = dy, y, x, weight_bits, bias_bits, task_ids
+        d_weight, d_bias = ctx.group_gradients
+        dx = dw = db = None
+        # The gradient of x comes last: it takes the memory that the weights' sums have left.
+        if d_weight is not None:
+            torch.ops.harmodt.masked_linear_group_gradients(*operands, d_weight, d_bias)
+        elif ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            dw, db = torch.ops.harmodt.masked_linear_weight_gradient(*operands, weight.dtype)
+        if ctx.needs_input_grad[0]:
+            dx = torch.ops.harmodt.masked_linear_input_gradient(
+                dy, y, weight, weight_bits, task_ids
+            )
+        return dx, dw, None if bias_bits is None else db, *[None] * 6
+
+
+def _check_types(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_bits: Tensor,
+    bias_bits: Tensor | None,
+    task_ids: Tensor,
+) -> None:
+    if x.dtype not in FLOATS:
+        raise TypeError(
+            f"x is {x.dtype}, and the fused masked linear takes float32, float16 or bfloat16; "
+            "the reference takes any"
+        )
+    if weight.dtype not in (torch.float32, x.dtype):
+        raise TypeError(f"weight is {weight.dtype}: it must be float32 or x's {x.dtype}")
+    if bias is not None and bias.dtype != weight.dtype:
+        raise TypeError(f"bias is {bias.dtype} and weight {weight.dtype}: they must be the same")
+    for name, bits in (("weight_bits", weight_bits), ("bias_bits", bias_bits)):
+        if bits is not None and bits.dtype != torch.int32:
+            raise ValueError(f"{name} is {bits.dtype}: masks are packed in int32 (pack_bits)")
+    if task_ids.dtype != torch.int64:
+        raise ValueError(f"task_ids is {task_ids.dtype}: it must be int64")
+    if (bias is None) != (bias_bits is None):
+        raise ValueError("bias and bias_bits go together: give both or neither")
+
+
+def _check_layout(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_bits: Tensor,
+    bias_bits: Tensor | None,
+    task_ids: Tensor,
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+) -> None:
+    if x.dim() != 3:
+        raise ValueError(f"x must be [groups, rows, inputs] and has shape {list(x.shape)}")
+    groups, _, inputs = x.shape
+    outputs, tasks = len(weight), len(weight_bits)
+    if d_weight is not None and (bias is None) != (d_bias is None):
+        raise ValueError("group_gradients must hold a bias gradient exactly if there is a bias")
+    for name, tensor, shape in (
+        ("weight", weight, (outputs, inputs)),
+        ("bias", bias, (outputs,)),
+        ("weight_bits", weight_bits, (tasks, outputs, words_for(inputs))),
+        ("bias_bits", bias_bits, (tasks, words_for(outputs))),
+        ("task_ids", task_ids, (groups,)),
+        ("group_gradients[0]", d_weight, (groups, outputs, inputs)),
+        ("group_gradients[1]", d_bias, (groups, outputs)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}: with x {list(x.shape)} and weight "
+                f"{list(weight.shape)} it must be {list(shape)}"
+            )
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(f"{name} has strides {tensor.stride()}: the last must be 1")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}")
+
+
+def _masked_linear_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:2], len(weight))
+
+
+def _input_gradient_fake(dy: Tensor, y: Tensor | None, weight: Tensor, *_: Any) -> Tensor:
+    return dy.new_empty(*dy.shape[:2], weight.shape[1])
+
+
+def _weight_gradient_fake(
+    dy: Tensor,
+    y: Tensor | None,
+    x: Tensor,
+    weight_bits: Tensor,
+    bias_bits: Tensor | None,
+    task_ids: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    outputs = dy.shape[2]
+    return (
+        dy.new_empty(outputs, x.shape[2], dtype=dtype),
+        dy.new_empty(0 if bias_bits is None else outputs, dtype=dtype),
+    )
+
+
+def _group_gradients_fake(*_: Any) -> None:
+    return None
+
+
+register(
+    __package__,
+    "masked_linear",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor weight_bits, Tensor? bias_bits, "
+    "Tensor task_ids, bool relu) -> Tensor",
+    _masked_linear_fake,
+)
+register(
+    __package__,
+    "masked_linear_input_gradient",
+    "(Tensor dy, Tensor? y, Tensor weight, Tensor weight_bits, Tensor task_ids) -> Tensor",
+    _input_gradient_fake,
+)
+register(
+    __package__,
+    "masked_linear_weight_gradient",
+    "(Tensor dy, Tensor? y, Tensor x, Tensor weight_bits, Tensor? bias_bits, Tensor task_ids, "
+    "ScalarType dtype) -> (Tensor, Tensor)",
+    _weight_gradient_fake,
+)
+register(
+    __package__,
+    "masked_linear_group_gradients",
+    "(Tensor dy, Tensor? y, Tensor x, Tensor weight_bits, Tensor? bias_bits, Tensor task_ids, "
+    "Tensor(a!) d_weight, Tensor(b!)? d_bias) -> ()",
+    _group_gradients_fake,
+)

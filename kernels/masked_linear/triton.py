@@ -1,0 +1,565 @@
+"""Triton kernels of the masked linear layer.
+
+Shapes in comments: G groups, R rows of each, K inputs, N outputs, T tasks; x is [G, R, K], y is
+[G, R, N], the weight is [N, K]. The mask of a weight tile is expanded from its words where the tile
+is in registers, so that neither W ⊙ M nor an unpacked mask exists in memory.
+
+The masked weight is the left operand of its products, whose results are hence transposed: matrix
+units take that operand from registers (wgmma) or from tensor memory (tcgen05), and it need not be
+written to shared memory again.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import launch, matmul_precision
+
+
+@triton.jit
+def bits_of(words, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Expand words [ROWS, COLUMNS / 32] to bool [ROWS, COLUMNS]."""
+    bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    return bits.reshape(ROWS, COLUMNS) != 0
+
+
+@triton.jit
+def masked_vector(values, bits, index, size):
+    """values[index] where the bit is set, else 0."""
+    inside = index < size
+    words = tl.load(bits + index // 32, mask=inside, other=0)
+    return tl.where(((words >> (index % 32)) & 1) != 0, values, 0.0)
+
+
+@triton.jit
+def load_dy(dy, y, start, place, mask, RELU: tl.constexpr):
+    """dy where the ReLU let y pass, else 0."""
+    dy_tile = tl.load(dy + start + place, mask=mask, other=0.0)
+    if RELU:
+        y_tile = tl.load(y + start + place, mask=mask, other=0.0)
+        dy_tile = tl.where(y_tile <= 0.0, 0.0, dy_tile)
+    return dy_tile
+
+
+@triton.jit
+def tile_of(row_tiles, column_tiles):
+    """Row tile and column tile of this program.
+
+    Programs go down 8 row tiles before the next column: they share the tile of the weight, and a
+    wave of them needs few tiles of both operands.
+    """
+    program = tl.program_id(0)
+    first = program // (8 * column_tiles) * 8
+    height = tl.minimum(row_tiles - first, 8)
+    within = program % (8 * column_tiles)
+    return first + within % height, within // height
+
+
+@triton.jit(do_not_specialize=["groups", "rows"])
+def masked_linear_kernel(
+    x,
+    weight,
+    bias,
+    weight_bits,
+    bias_bits,
+    task_ids,
+    y,
+    groups,
+    rows,
+    inputs,
+    outputs,
+    weight_stride,
+    task_stride,
+    bits_stride,
+    bias_task_stride,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tiles_of_group = tl.cdiv(rows, BLOCK_R)
+    row_tile, column_tile = tile_of(groups * tiles_of_group, tl.cdiv(outputs, BLOCK_N))
+    group = row_tile // tiles_of_group
+    first = row_tile % tiles_of_group * BLOCK_R
+    task = tl.load(task_ids + group)
+    row = tl.arange(0, BLOCK_R)
+    n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_rows, in_outputs = first + row < rows, n < outputs
+    # Rows and outputs beyond the last are computed as the last and not stored.
+    x_row = tl.minimum(row, rows - 1 - first)
+    w_row = tl.minimum(n, outputs - 1)
+    start = group.to(tl.int64) * rows + first
+    x += start * inputs
+    y += start * outputs
+    weight_bits += task * task_stride
+    total = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    for k0 in range(0, inputs, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        word = k0 // 32 + tl.arange(0, BLOCK_K // 32)
+        w = tl.load(
+            weight + w_row[:, None] * weight_stride + k[None, :],
+            mask=(k < inputs)[None, :],
+            other=0.0,
+        )
+        words = tl.load(
+            weight_bits + w_row[:, None] * bits_stride + word[None, :],
+            mask=(word * 32 < inputs)[None, :],
+            other=0,
+        )
+        x_tile = tl.load(
+            x + x_row[:, None] * inputs + k[None, :],
+            mask=(k < inputs)[None, :],
+            other=0.0,
+        )
+        w = tl.where(bits_of(words, BLOCK_N, BLOCK_K), w, 0.0).to(x_tile.dtype)
+        total = tl.dot(w, tl.trans(x_tile), total, input_precision=PRECISION)
+    if HAS_BIAS:
+        b = tl.load(bias + n, mask=in_outputs, other=0.0).to(tl.float32)
+        total += masked_vector(b, bias_bits + task * bias_task_stride, n, outputs)[:, None]
+    if RELU:
+        total = tl.where(total <= 0.0, 0.0, total)  # NaN stays
+    tl.store(
+        y + row[:, None] * outputs + n[None, :],
+        tl.trans(total).to(y.dtype.element_ty),
+        mask=in_rows[:, None] & in_outputs[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["groups", "rows"])
+def masked_linear_input_gradient_kernel(
+    dy,
+    y,
+    weight,
+    weight_bits,
+    task_ids,
+    dx,
+    groups,
+    rows,
+    inputs,
+    outputs,
+    weight_stride,
+    task_stride,
+    bits_stride,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    tiles_of_group = tl.cdiv(rows, BLOCK_R)
+    row_tile, column_tile = tile_of(groups * tiles_of_group, tl.cdiv(inputs, BLOCK_K))
+    group = row_tile // tiles_of_group
+    first = row_tile % tiles_of_group * BLOCK_R
+    task = tl.load(task_ids + group)
+    row = tl.arange(0, BLOCK_R)
+    k = column_tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    word = column_tile * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
+    in_rows, in_inputs = first + row < rows, k < inputs
+    dy_row = tl.minimum(row, rows - 1 - first)  # rows beyond the last are not stored
+    start = group.to(tl.int64) * rows + first
+    dx += start * inputs
+    weight_bits += task * task_stride
+    total = tl.zeros([BLOCK_K, BLOCK_R], tl.float32)
+    for n0 in range(0, outputs, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        in_outputs = n < outputs
+        w = tl.load(
+            weight + tl.minimum(n, outputs - 1)[:, None] * weight_stride + k[None, :],
+            mask=in_inputs[None, :],
+            other=0.0,
+        )
+        words = tl.load(
+            weight_bits + n[:, None] * bits_stride + word[None, :],
+            mask=in_outputs[:, None] & (word * 32 < inputs)[None, :],
+            other=0,
+        )
+        place = dy_row[:, None] * outputs + n[None, :]
+        dy_tile = load_dy(dy, y, start * outputs, place, in_outputs[None, :], RELU)
+        w = tl.where(bits_of(words, BLOCK_N, BLOCK_K), w, 0.0).to(dy_tile.dtype)
+        total = tl.dot(tl.trans(w), tl.trans(dy_tile), total, input_precision=PRECISION)
+    tl.store(
+        dx + row[:, None] * inputs + k[None, :],
+        tl.trans(total).to(dx.dtype.element_ty),
+        mask=in_rows[:, None] & in_inputs[None, :],
+    )
+
+
+@triton.jit
+def sums_of_rows(
+    dy,
+    y,
+    bias_bits,
+    task_ids,
+    first,
+    last,
+    n,
+    rows,
+    outputs,
+    bias_task_stride,
+    RELU: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """The bias gradient of outputs n: the masked sums of dy over the rows of each group."""
+    row = tl.arange(0, BLOCK_R)
+    place = n[:, None] + row[None, :] * outputs
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for group in range(first, last):
+        start = group * rows
+        of_group = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+        for r0 in tl.range(0, rows, BLOCK_R, num_stages=4):
+            inside = (n < outputs)[:, None] & (r0 + row < rows)[None, :]
+            of_group += load_dy(dy, y, (start + r0) * outputs, place, inside, RELU).to(tl.float32)
+        sums = tl.sum(of_group, 1)
+        task = tl.load(task_ids + group)
+        total += masked_vector(sums, bias_bits + task * bias_task_stride, n, outputs)
+    return total
+
+
+@triton.jit(do_not_specialize=["groups", "rows", "groups_of_program"])
+def masked_linear_weight_gradient_kernel(
+    dy,
+    y,
+    x,
+    weight_bits,
+    bias_bits,
+    task_ids,
+    d_weight,
+    d_bias,
+    groups,
+    rows,
+    inputs,
+    outputs,
+    groups_of_program,
+    task_stride,
+    bits_stride,
+    bias_task_stride,
+    d_weight_part_stride,
+    d_weight_stride,
+    d_bias_part_stride,
+    RELU: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    k_tiles = tl.cdiv(inputs, BLOCK_K)
+    columns = k_tiles + 1 if HAS_BIAS else k_tiles  # the bias is a column of its own
+    tiles = tl.cdiv(outputs, BLOCK_N) * columns
+    tile = tl.program_id(0) % tiles
+    part = (tl.program_id(0) // tiles).to(tl.int64)
+    first = part * groups_of_program
+    last = tl.minimum(first + groups_of_program, groups)
+    n = tile // columns * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tile % columns
+    in_outputs = n < outputs
+    if HAS_BIAS:  # noqa: SIM102 (decided at compile time)
+        if column == k_tiles:
+            d_bias += part * d_bias_part_stride
+            sums = sums_of_rows(
+                dy,
+                y,
+                bias_bits,
+                task_ids,
+                first,
+                last,
+                n,
+                rows,
+                outputs,
+                bias_task_stride,
+                RELU,
+                BLOCK_N,
+                BLOCK_R,
+            )
+            tl.store(d_bias + n, sums.to(d_bias.dtype.element_ty), mask=in_outputs)
+            return
+    k = column * BLOCK_K + tl.arange(0, BLOCK_K)
+    word = column * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
+    row = tl.arange(0, BLOCK_R)
+    in_inputs = k < inputs
+    total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for group in range(first, last):
+        start = group * rows
+        of_group = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        for r0 in range(0, rows, BLOCK_R):
+            # Rows beyond the last are read as the last, and x or dy is 0 there. dy is read
+            # transposed, as it is multiplied: before tl.trans its loads would be narrower.
+            in_rows = r0 + row < rows
+            near = tl.minimum(row, rows - 1 - r0)
+            dy_place = n[:, None] + near[None, :] * outputs
+            x_place = near[:, None] * inputs + k[None, :]
+            x_mask = in_inputs[None, :]
+            dy_tile = load_dy(dy, y, (start + r0) * outputs, dy_place, in_outputs[:, None], RELU)
+            if RELU:
+                dy_tile = tl.where(in_rows[None, :], dy_tile, 0.0)
+            else:
+                x_mask = x_mask & in_rows[:, None]
+            x_tile = tl.load(x + (start + r0) * inputs + x_place, mask=x_mask, other=0.0)
+            of_group = tl.dot(dy_tile, x_tile, of_group, input_precision=PRECISION)
+        task = tl.load(task_ids + group)
+        words = tl.load(
+            weight_bits + task * task_stride + n[:, None] * bits_stride + word[None, :],
+            mask=in_outputs[:, None] & (word * 32 < inputs)[None, :],
+            other=0,
+        )
+        total += tl.where(bits_of(words, BLOCK_N, BLOCK_K), of_group, 0.0)
+    d_weight += part * d_weight_part_stride
+    tl.store(
+        d_weight + n[:, None] * d_weight_stride + k[None, :],
+        total.to(d_weight.dtype.element_ty),
+        mask=in_outputs[:, None] & in_inputs[None, :],
+    )
+
+
+class Tile(NamedTuple):
+    """What one program computes: rows by columns of a result, `depth` of the sum at a time."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# By how the products are computed, "half" being those of 16-bit numbers; the largest tile of which
+# there are enough is taken. Compiled for sm_80, sm_90, sm_100 and gfx942, none spills registers or
+# exceeds the shared memory. IEEE float32 is computed without matrix units, and larger tiles spill.
+
+# Rows are those of x, columns outputs.
+FORWARD = {
+    "ieee": (Tile(64, 64, 32, 4, 3),),
+    "tf32": (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+    "half": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 32, 4, 3)),
+}
+# Columns are inputs.
+INPUT_GRADIENT = {
+    "ieee": (Tile(64, 64, 16, 4, 4),),
+    "tf32": (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+    "half": (Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 4, 4)),
+}
+# Rows are outputs, columns inputs. With 64 rows wgmma would be used, whose operands of TF32 must be
+# transposed in shared memory: they would be copied there 4 bytes at a time.
+WEIGHT_GRADIENT = {
+    "ieee": (Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3)),
+    "tf32": (Tile(32, 32, 32, 4, 3),),
+    "half": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 4)),
+}
+
+# Programs that keep a GPU busy.
+ENOUGH = 128
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_bits: Tensor,
+    bias_bits: Tensor | None,
+    task_ids: Tensor,
+    relu: bool,
+) -> Tensor:
+    x = x.contiguous()
+    groups, rows, inputs = x.shape
+    outputs = len(weight)
+    y = torch.empty(groups, rows, outputs, dtype=x.dtype, device=x.device)
+    precision, tile = product_tile(FORWARD, x, outputs)
+    launch(
+        masked_linear_kernel,
+        (groups * triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.columns),),
+        x,
+        weight,
+        bias,
+        weight_bits,
+        bias_bits,
+        task_ids,
+        y,
+        groups,
+        rows,
+        inputs,
+        outputs,
+        weight.stride(0),
+        *weight_bits.stride()[:2],
+        0 if bias_bits is None else bias_bits.stride(0),
+        HAS_BIAS=bias is not None,
+        RELU=relu,
+        PRECISION="tf32" if precision == "tf32" else "ieee",
+        BLOCK_R=tile.rows,
+        BLOCK_N=tile.columns,
+        BLOCK_K=tile.depth,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        enable_fp_fusion=True,
+    )
+    return y
+
+
+def masked_linear_input_gradient(
+    dy: Tensor, y: Tensor | None, weight: Tensor, weight_bits: Tensor, task_ids: Tensor
+) -> Tensor:
+    dy = dy.contiguous()
+    groups, rows, outputs = dy.shape
+    inputs = weight.shape[1]
+    dx = torch.empty(groups, rows, inputs, dtype=dy.dtype, device=dy.device)
+    precision, tile = product_tile(INPUT_GRADIENT, dy, inputs)
+    launch(
+        masked_linear_input_gradient_kernel,
+        (groups * triton.cdiv(rows, tile.rows) * triton.cdiv(inputs, tile.columns),),
+        dy,
+        y,
+        weight,
+        weight_bits,
+        task_ids,
+        dx,
+        groups,
+        rows,
+        inputs,
+        outputs,
+        weight.stride(0),
+        *weight_bits.stride()[:2],
+        RELU=y is not None,
+        PRECISION="tf32" if precision == "tf32" else "ieee",
+        BLOCK_R=tile.rows,
+        BLOCK_K=tile.columns,
+        BLOCK_N=tile.depth,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        enable_fp_fusion=True,
+    )
+    return dx
+
+
+def masked_linear_weight_gradient(
+    dy: Tensor,
+    y: Tensor | None,
+    x: Tensor,
+    weight_bits: Tensor,
+    bias_bits: Tensor | None,
+    task_ids: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    groups, _, inputs = x.shape
+    outputs = dy.shape[2]
+    groups_of_program = groups_per_program(x, outputs)
+    parts = max(1, triton.cdiv(groups, groups_of_program))
+    part_dtype = dtype if parts == 1 else torch.float32
+    d_weight = torch.empty(parts, outputs, inputs, dtype=part_dtype, device=x.device)
+    d_bias = torch.empty(
+        parts, 0 if bias_bits is None else outputs, dtype=part_dtype, device=x.device
+    )
+    launch_weight_gradient(
+        dy, y, x, weight_bits, bias_bits, task_ids, d_weight, d_bias, groups_of_program
+    )
+    if parts == 1:
+        return d_weight[0], d_bias[0]
+    return d_weight.sum(0).to(dtype), d_bias.sum(0).to(dtype)
+
+
+def masked_linear_group_gradients(
+    dy: Tensor,
+    y: Tensor | None,
+    x: Tensor,
+    weight_bits: Tensor,
+    bias_bits: Tensor | None,
+    task_ids: Tensor,
+    d_weight: Tensor,
+    d_bias: Tensor | None,
+) -> None:
+    launch_weight_gradient(dy, y, x, weight_bits, bias_bits, task_ids, d_weight, d_bias, 1)
+
+
+def launch_weight_gradient(
+    dy: Tensor,
+    y: Tensor | None,
+    x: Tensor,
+    weight_bits: Tensor,
+    bias_bits: Tensor | None,
+    task_ids: Tensor,
+    d_weight: Tensor,
+    d_bias: Tensor | None,
+    groups_of_program: int,
+) -> None:
+    """Write the sum of each `groups_of_program` groups to d_weight [.., N, K], d_bias [.., N]."""
+    dy, x = dy.contiguous(), x.contiguous()
+    groups, rows, inputs = x.shape
+    outputs = dy.shape[2]
+    precision, tile = weight_gradient_tile(x, outputs)
+    columns = triton.cdiv(inputs, tile.columns) + (bias_bits is not None)
+    launch(
+        masked_linear_weight_gradient_kernel,
+        (len(d_weight) * triton.cdiv(outputs, tile.rows) * columns,),
+        dy,
+        y,
+        x,
+        weight_bits,
+        bias_bits,
+        task_ids,
+        d_weight,
+        d_bias,
+        groups,
+        rows,
+        inputs,
+        outputs,
+        groups_of_program,
+        *weight_bits.stride()[:2],
+        0 if bias_bits is None else bias_bits.stride(0),
+        *d_weight.stride()[:2],
+        0 if d_bias is None else d_bias.stride(0),
+        RELU=y is not None,
+        HAS_BIAS=bias_bits is not None,
+        PRECISION="tf32" if precision == "tf32" else "ieee",
+        BLOCK_N=tile.rows,
+        BLOCK_K=tile.columns,
+        BLOCK_R=tile.depth,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        enable_fp_fusion=True,
+    )
+
+
+def product_tile(table: dict[str, tuple[Tile, ...]], x: Tensor, columns: int) -> tuple[str, Tile]:
+    """Precision and tile for a result with the groups and rows of x."""
+    precision = precision_of(x)
+    groups, rows, _ = x.shape
+    return precision, largest_tile(table[precision], 2 * ENOUGH, groups, rows, columns)
+
+
+def weight_gradient_tile(x: Tensor, outputs: int) -> tuple[str, Tile]:
+    precision = precision_of(x)
+    tiles = WEIGHT_GRADIENT[precision]
+    return precision, largest_tile(tiles, ENOUGH // 2, 1, outputs, x.shape[2])
+
+
+def precision_of(x: Tensor) -> str:
+    return matmul_precision() if x.dtype == torch.float32 else "half"
+
+
+def largest_tile(
+    tiles: tuple[Tile, ...], enough: int, results: int, rows: int, columns: int
+) -> Tile:
+    """The first tile of which there are enough in results of rows by columns, else the last."""
+    for tile in tiles:
+        if results * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns) >= enough:
+            return tile
+    return tiles[-1]
+
+
+def groups_per_program(x: Tensor, outputs: int) -> int:
+    """How many groups a program of the weight gradient sums; the rest is summed afterwards.
+
+    As many as leave enough programs to fill a GPU, two at least, and so many that the sums take no
+    more memory than the gradient of x, which is computed after they are freed.
+    """
+    groups, rows, inputs = x.shape
+    _, tile = weight_gradient_tile(x, outputs)
+    tiles = triton.cdiv(outputs, tile.rows) * triton.cdiv(inputs, tile.columns)
+    room = groups * rows * x.element_size() // (4 * outputs)
+    parts = max(1, min(ENOUGH // tiles, room, groups // 2))
+    return max(1, triton.cdiv(groups, parts))

@@ -1,0 +1,76 @@
+"""Registers the fused operations with PyTorch, which dispatches them by device.
+
+Each operation `harmodt::NAME` is the function NAME of the `triton.py` beside its `operation.py`.
+That file is imported at the first call, so that importing the package needs neither Triton nor a
+GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class BackendUnavailable(RuntimeError):
+    """There are no fused kernels for a device; the message says what is missing."""
+
+
+_LIBRARY = torch.library.Library("harmodt", "DEF")
+
+# NVIDIA's Ampere: the oldest generation with bf16 and tf32 in its matrix units.
+_OLDEST_CAPABILITY = (8, 0)
+
+
+def register(package: str, name: str, schema: str, fake: Callable[..., Any]) -> None:
+    """Define `harmodt::NAME` with the function NAME of `PACKAGE.triton`.
+
+    Args:
+        package: the operation's package.
+        name: of the operation and of the function.
+        schema: its arguments and results, in PyTorch's schema language.
+        fake: gives results of the right shape and dtype without computing them.
+    """
+
+    def run(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"{package}.triton"), name)(*arguments)
+
+    def run_on_cpu(*arguments: Any) -> Any:
+        check_available(torch.device("cpu"))
+        return run(*arguments)
+
+    _LIBRARY.define(f"{name}{schema}")
+    _LIBRARY.impl(name, run, "CUDA")
+    _LIBRARY.impl(name, run_on_cpu, "CPU")
+    torch.library.register_fake(f"harmodt::{name}", fake, lib=_LIBRARY)
+
+
+def check_available(device: torch.device) -> None:
+    """Raise BackendUnavailable, which says what is missing, if the kernels cannot run there."""
+    if device.type not in ("cpu", "cuda"):
+        raise BackendUnavailable(f"there are no fused kernels for {device.type} devices")
+    if device.type == "cpu" and not interpreted():
+        raise BackendUnavailable(
+            "there are no fused kernels for a CPU yet: use a CUDA device, or the reference path"
+        )
+    if importlib.util.find_spec("triton") is None:
+        raise BackendUnavailable(
+            "the fused kernels for a GPU need Triton, which is not installed: it comes with "
+            "PyTorch's CUDA builds on Linux"
+        )
+    if device.type == "cuda" and not torch.version.hip:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _OLDEST_CAPABILITY:
+            raise BackendUnavailable(
+                f"{torch.cuda.get_device_name(device)} has compute capability "
+                f"{'.'.join(map(str, capability))}, and the fused kernels need 8.0 or later"
+            )
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on a CPU: TRITON_INTERPRET=1 is set."""
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")

@@ -1,0 +1,383 @@
+"""Compiles every kernel for GPUs that need not be there, and tabulates what came out.
+
+    python tests/compile_for_targets.py [--output build/kernels.md]
+
+The operations are called on CPU tensors with the shapes and strides of the model. In place of
+running a kernel, its launcher compiles it, so that Triton specialises it as it would on the GPU.
+The table is written as JSON too, beside the Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+import harmodt_kernels
+from harmodt_kernels import masked_adamw, masked_linear, registration, words_for
+
+OUTPUT = Path(__file__).parents[1] / "build" / "kernels.md"
+PROCESSES = 2
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+# In PTX and in AMD's assembly; wide loads are of 16 bytes or more per thread.
+INSTRUCTIONS = {
+    "matrix": r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_s?mfma)",
+    "fma": r"\b(fma\.rn\.f32|v_(pk_)?fma\w*_f32)",
+    "async_copies": r"\bcp\.async\.(ca|cg|bulk)\.",
+    "wide_loads": r"\bld\.global\S*\.(v4\.\w32|v2\.\w64|v8\.\w32|v4\.\w64)|_load_dwordx4",
+}
+
+# The types of x and of the weights.
+PRECISIONS = {
+    "fp32": (torch.float32, torch.float32),
+    "tf32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp16": (torch.float16, torch.float16),
+    "bf16, fp32 weights": (torch.bfloat16, torch.float32),
+    "fp16, fp32 weights": (torch.float16, torch.float32),
+}
+# Maskable weights of the model of 1.47 million.
+WEIGHTS = 1_189_888
+
+# Those of a training run; the others are compiled for fewer sizes.
+TRAINING = ("fp32", "tf32", "bf16, fp32 weights")
+
+
+class Case(NamedTuple):
+    """A use of an operation, such as those of the model."""
+
+    use: str
+    run: Callable[[], object]
+    precision: str = "fp32"
+
+
+@dataclass
+class Compiled:
+    """What a kernel was compiled to.
+
+    Attributes:
+        use: the first case that needs it.
+        options: its compile-time constants, warps and stages.
+        dot: whether it multiplies matrices.
+        registers: per thread.
+        shared: bytes of shared memory per block.
+        spills: bytes of stack per thread (NVIDIA), or vector and scalar registers spilled (AMD).
+        instructions: how often each of `INSTRUCTIONS` stands in its code.
+    """
+
+    kernel: str
+    use: str
+    precision: str
+    options: str
+    target: str
+    dot: bool
+    registers: int
+    shared: int
+    spills: list[int]
+    instructions: dict[str, int]
+
+
+@dataclass
+class Compilation:
+    """All kernels, those that were compiled, and the cases that failed."""
+
+    kernels: list[str] = field(default_factory=list)
+    compiled: list[Compiled] = field(default_factory=list)
+    failures: list[dict[str, str]] = field(default_factory=list)
+
+
+def masked_linear_cases() -> Iterator[Case]:
+    small, large = (5, 600, 128, 512), (5, 4800, 256, 1024)
+    for precision in PRECISIONS:
+        if precision in TRAINING:
+            for d, rows in itertools.product((128, 256), (600, 4800)):
+                yield masked_linear_case(precision, (5, rows, d, 3 * d))
+                yield masked_linear_case(precision, (5, rows, d, d))
+                yield masked_linear_case(precision, (5, rows, d, 4 * d), relu=True)
+                yield masked_linear_case(precision, (5, rows, 4 * d, d))
+            yield masked_linear_case(precision, small, relu=True, group_gradients=True)
+            yield masked_linear_case(precision, small, no_bias=True)
+            yield masked_linear_case(precision, (1, 1, 39, 4))
+        else:
+            yield masked_linear_case(precision, large, relu=True)
+        yield masked_linear_case(precision, (4, 75, 39, 96), relu=True)
+
+
+def masked_linear_case(
+    precision: str,
+    shape: tuple[int, int, int, int],
+    *,
+    relu: bool = False,
+    no_bias: bool = False,
+    group_gradients: bool = False,
+) -> Case:
+    """Forward and backward pass of a layer whose tensors are views of flat vectors."""
+    groups, rows, inputs, outputs = shape
+    dtype, weight_dtype = PRECISIONS[precision]
+    words = words_for(inputs)
+    weight_words = outputs * words
+    end = weight_words + words_for(outputs)
+    # an odd layer alone, another as the first one of the model
+    all_words = end if inputs % 32 else words_for(WEIGHTS)
+
+    def weights_of(vectors: Tensor) -> Tensor:
+        rows_of = vectors[..., : weight_words * 32].unflatten(-1, (outputs, words * 32))
+        return rows_of[..., :inputs]
+
+    def biases_of(vectors: Tensor) -> Tensor:
+        return vectors[..., weight_words * 32 :][..., :outputs]
+
+    def run() -> None:
+        vector = torch.empty(all_words * 32, dtype=weight_dtype)
+        mask_bits = torch.zeros(3, all_words, dtype=torch.int32)
+        gradients = torch.empty(groups, all_words * 32, dtype=weight_dtype)
+        x = torch.empty(groups, rows, inputs, dtype=dtype, requires_grad=True)
+        y = masked_linear(
+            x,
+            weights_of(vector).requires_grad_(),
+            None if no_bias else biases_of(vector).requires_grad_(),
+            mask_bits[:, :weight_words].unflatten(1, (outputs, words)),
+            None if no_bias else mask_bits[:, weight_words:end],
+            torch.zeros(groups, dtype=torch.int64),
+            relu=relu,
+            group_gradients=(weights_of(gradients), None if no_bias else biases_of(gradients))
+            if group_gradients
+            else None,
+        )
+        y.backward(torch.empty_like(y))
+
+    options = (("ReLU", relu), ("no bias", no_bias), ("gradients of groups", group_gradients))
+    size = f"{groups} × {rows} rows, {inputs} to {outputs}"
+    return Case(", ".join([size, *(name for name, on in options if on)]), run, precision)
+
+
+def harmony_selection_cases() -> Iterator[Case]:
+    # the model's 1.2 million weights and the paper's largest count, then other chunks and sizes
+    for importance, rule in itertools.product(("fisher", "magnitude"), ("paper", "upstream")):
+        yield harmony_selection_case(5, WEIGHTS, 100, importance, rule)
+    for tasks, size, count in ((50, WEIGHTS, 1), (5, WEIGHTS, 10_000), (1, 96, 1), (3, 96, 9)):
+        yield harmony_selection_case(tasks, size, count, "fisher", "paper")
+
+
+def harmony_selection_case(tasks: int, size: int, count: int, importance: str, rule: str) -> Case:
+    def run() -> None:
+        mask_bits = torch.zeros(tasks, words_for(size), dtype=torch.int32)
+        gradients = torch.empty(tasks, size)
+        leaving, entering, *_ = torch.ops.harmodt.select_harmony(
+            mask_bits,
+            mask_bits[0],
+            gradients[0],
+            gradients,
+            gradients,
+            gradients[0],
+            gradients[:, 0],
+            count,
+            10.0,
+            importance,
+            rule,
+        )
+        torch.ops.harmodt.move_weights(mask_bits, leaving, entering)
+
+    return Case(f"{tasks} × {size:,} weights, {count:,} moved, {importance}, {rule}", run)
+
+
+def masked_adamw_cases() -> Iterator[Case]:
+    for size in (1_300_000, 39, 1):
+        yield masked_adamw_case(size)
+
+
+def masked_adamw_case(size: int) -> Case:
+    def run() -> None:
+        masked_adamw(
+            *torch.zeros(4, size),
+            torch.zeros(words_for(size), dtype=torch.int32),
+            step=1,
+            learning_rate=1e-3,
+            betas=(0.9, 0.999),
+            epsilon=1e-8,
+            weight_decay=1e-4,
+            max_norm=0.25,
+        )
+
+    return Case(f"{size:,} weights", run)
+
+
+CASES = {
+    "masked_linear": masked_linear_cases,
+    "harmony_selection": harmony_selection_cases,
+    "masked_adamw": masked_adamw_cases,
+}
+
+
+class TargetDriver:
+    """What Triton asks of a GPU's driver before it compiles."""
+
+    def __init__(self, target: str):
+        self._target = target
+
+    def get_current_device(self) -> int:
+        return list(TARGETS).index(self._target)  # Triton keeps what it compiled by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self._target]
+
+
+def compile_operation(operation: str, target: str) -> Compilation:
+    """Compile all cases of an operation for a target."""
+    torch.set_num_threads(1)
+    triton.runtime.driver.set_active(TargetDriver(target))
+    registration.check_available = lambda device: None
+    result, seen = Compilation(), set()
+    case: Case
+
+    def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        compiled = kernel.warmup(*arguments, grid=grid, **constants)
+        if (compiled.hash, case.precision) not in seen:
+            seen.add((compiled.hash, case.precision))
+            result.compiled.append(describe(compiled, case, target, constants))
+
+    for module in pkgutil.walk_packages(harmodt_kernels.__path__, "harmodt_kernels."):
+        if module.name.endswith(".triton"):
+            names = vars(importlib.import_module(module.name))
+            names["launch"] = launch
+            result.kernels += [
+                name
+                for name, value in names.items()
+                if name.endswith("_kernel") and isinstance(value, triton.JITFunction)
+            ]
+    switch = torch.backends.cuda.matmul
+    usual = switch.fp32_precision
+    for case in CASES[operation]():
+        switch.fp32_precision = "tf32" if case.precision == "tf32" else "ieee"
+        try:
+            case.run()
+        except Exception:
+            where = {"use": case.use, "precision": case.precision, "target": target}
+            result.failures.append({**where, "error": traceback.format_exc()})
+    switch.fp32_precision = usual
+    return result
+
+
+def describe(compiled: Any, case: Case, target: str, constants: dict[str, Any]) -> Compiled:
+    of_nvidia = TARGETS[target].backend == "cuda"
+    code = compiled.asm["ptx" if of_nvidia else "amdgcn"]
+    registers, spills = of_cubin(compiled.asm["cubin"]) if of_nvidia else of_amdgcn(code)
+    return Compiled(
+        kernel=compiled.name,
+        use=case.use,
+        precision=case.precision,
+        options=", ".join(f"{name}={value}" for name, value in constants.items()),
+        target=target,
+        dot=" tt.dot " in compiled.asm["ttir"],
+        registers=registers,
+        shared=compiled.metadata.shared,
+        spills=spills,
+        instructions={
+            name: len(re.findall(pattern, code)) for name, pattern in INSTRUCTIONS.items()
+        },
+    )
+
+
+def of_cubin(cubin: bytes) -> tuple[int, list[int]]:
+    """Registers and spills of NVIDIA's machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, stack = (int(re.search(rf"\b{name}:(\d+)", report)[1]) for name in ("REG", "STACK"))
+    return registers, [stack]
+
+
+def of_amdgcn(code: str) -> tuple[int, list[int]]:
+    """Registers and spills from the metadata in AMD's assembly."""
+    registers, *spills = (
+        int(re.search(rf"\.{name}:\s+(\d+)", code)[1])
+        for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+    )
+    return registers, spills
+
+
+def compile_all() -> Compilation:
+    """Compile every operation for every target, with nothing from Triton's usual cache."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        # Fresh processes, because Triton reads whether to interpret when it is imported.
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(PROCESSES, spawn) as pool:
+            jobs = itertools.product(CASES, TARGETS)
+            parts = list(pool.map(compile_operation, *zip(*jobs, strict=True)))
+    return Compilation(
+        parts[0].kernels,
+        [compiled for part in parts for compiled in part.compiled],
+        [failure for part in parts for failure in part.failures],
+    )
+
+
+def markdown(compilation: Compilation) -> str:
+    lines = [
+        "# Kernels, compiled for each target",
+        "",
+        f"By Triton {triton.__version__} under PyTorch {torch.__version__}. Registers are per "
+        "thread, shared memory is in bytes per block. Spills are bytes of stack per thread on "
+        "NVIDIA, and vector + scalar registers on AMD. The last four columns count instructions in "
+        "the code: matrix products, float32 multiply-adds, asynchronous copies, and loads of 16 "
+        "bytes or more.",
+    ]
+    for kernel in compilation.kernels:
+        lines += ["", f"## {kernel}", ""]
+        header = "first use|precision|options|target|registers|shared|spills|matrix|FMA|async|wide"
+        lines += [f"| {header.replace('|', ' | ')} |", "|---" * 4 + "|--:" * 7 + "|"]
+        for row in compilation.compiled:
+            if row.kernel == kernel:
+                cells = [row.use, row.precision, row.options, row.target, row.registers, row.shared]
+                cells += [" + ".join(map(str, row.spills)), *row.instructions.values()]
+                lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="the Markdown file to write")
+    output = parser.parse_args().output
+    compilation = compile_all()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(markdown(compilation), encoding="utf-8")
+    output.with_suffix(".json").write_text(json.dumps(asdict(compilation)), encoding="utf-8")
+    for failure in compilation.failures:
+        print(*failure.values(), sep="\n", file=sys.stderr)
+    return 1 if compilation.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

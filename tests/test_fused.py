@@ -1,0 +1,107 @@
+"""Training and acting on the fused kernels, beside the same on the reference path."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import configure, make_store, make_trainer
+from torch import Tensor
+
+from harmodt import train
+from harmodt.errors import UserError
+from harmodt.policy import Policy
+from harmodt.store import DataStore
+from harmodt.trainer import Trainer
+from harmodt_kernels import REFERENCE, count_bits
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> DataStore:
+    return make_store(tmp_path_factory.mktemp("data") / "store")
+
+
+def losses(trainer: Trainer, steps: int) -> Tensor:
+    """Of some steps with the mask updates that are due."""
+    rows = []
+    for _ in range(steps):
+        if trainer.mask_update_due():
+            trainer.update_masks()
+        rows.append(trainer.train_step().losses)
+    return torch.stack(rows)
+
+
+# Small even for these tests: the interpreter takes a millisecond or more for each tile.
+SIZES = {"layers": 1, "batch_per_task": 2, "context_length": 4, "prompt_length": 2}
+
+
+@pytest.mark.parametrize("algorithm", ["harmodt-f", "harmodt-m"])
+def test_training_follows_the_reference(store: DataStore, device, algorithm: str) -> None:
+    settings = {"algorithm": algorithm, "eta_min": 20, **SIZES}
+    reference, fused = (
+        make_trainer(store, configure(fused=fused, **settings), device) for fused in (False, True)
+    )
+    assert reference.backend.name == "reference"
+    assert fused.backend.name.startswith("triton")
+    # Biases of zero would tie, and rounding alone would decide which of them leave.
+    noise = torch.randn(reference.vector.weights.shape, device=device) * 0.05
+    for trainer in (reference, fused):
+        trainer.vector.weights += noise
+    before = reference.masks.bits.clone()
+    torch.testing.assert_close(losses(fused, 2), losses(reference, 2), rtol=1e-4, atol=0.0)
+    weights, expected = fused.vector.weights, reference.vector.weights
+    assert ((weights - expected).norm() / expected.norm()).item() < 1e-4
+    moved = count_bits(reference.masks.bits ^ before)
+    assert (moved == 40).all()  # 20 out and 20 in
+    # Rounding may decide between two weights of nearly the same harmony.
+    assert (count_bits(fused.masks.bits ^ reference.masks.bits) <= moved // 20).all()
+
+
+def test_a_variant_without_masks_trains(store: DataStore, device) -> None:
+    reference, fused = (
+        make_trainer(store, configure(algorithm="prompt-dt", fused=fused, **SIZES), device)
+        for fused in (False, True)
+    )
+    torch.testing.assert_close(losses(fused, 2), losses(reference, 2), rtol=1e-4, atol=0.0)
+
+
+def test_acting_equals_the_reference(store: DataStore, device) -> None:
+    trainer = make_trainer(store, configure(fused=True, **SIZES), device)
+    policies = [
+        Policy(
+            trainer.model, trainer.masks.bits, trainer.sampler.conditioning, trainer.config, 0, b
+        )
+        for b in (trainer.backend, REFERENCE)
+    ]
+    rng = np.random.default_rng(0)
+    for policy in policies:
+        policy.start(np.array([0, 2, 1, 2]))
+    for _ in range(2):
+        observations = rng.normal(size=(4, 39)).astype(np.float32)
+        fused, reference = (policy.act(observations) for policy in policies)
+        np.testing.assert_allclose(fused, reference, rtol=1e-4, atol=1e-6)
+        assert np.abs(reference).max() > 1e-3
+
+
+def test_a_run_records_its_kernels(store: DataStore, device, tmp_path: Path, capsys) -> None:
+    flags = "--embed-dim 32 --layers 1 --heads 2 --context-length 4 --prompt-length 2 --steps 1"
+    train.main(
+        [
+            *("--data", str(store.path), "--output", str(tmp_path / "run"), "--fused"),
+            *("--device", str(device), "--tasks-per-step", "1", "--evaluation-episodes", "0"),
+            *flags.split(),
+        ]
+    )
+    name = json.loads((tmp_path / "run" / "run.json").read_text())["backend"]
+    assert name == ("triton" if device.type == "cuda" else "triton-interpreter")
+    assert f"{name} kernels" in capsys.readouterr().out
+    assert Policy.load(tmp_path / "run", device=str(device), fused=True).backend.name == name
+
+
+def test_a_device_without_kernels_is_refused(store: DataStore, monkeypatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match="--fused: there are no fused kernels for a CPU"):
+        make_trainer(store, configure(fused=True))

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from harmodt_kernels import REFERENCE, BackendUnavailable, fused_backend, registration
+
+
+def test_importing_touches_neither_triton_nor_a_gpu() -> None:
+    program = (
+        "import sys, torch, harmodt_kernels\n"
+        "assert 'triton' not in sys.modules\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_interpreter_is_named(device) -> None:
+    name = fused_backend(device).name
+    assert name == ("triton" if device.type == "cuda" else "triton-interpreter")
+    assert REFERENCE.name == "reference"
+
+
+def test_a_cpu_without_the_interpreter_has_no_kernels(monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(BackendUnavailable, match="no fused kernels for a CPU"):
+        fused_backend("cpu")
+    operands = (torch.zeros(1, 1, 32), torch.zeros(1, 32), None)
+    bits = torch.zeros(1, 1, 1, dtype=torch.int32)
+    with pytest.raises(BackendUnavailable, match="no fused kernels for a CPU"):
+        torch.ops.harmodt.masked_linear(
+            *operands, bits, None, torch.zeros(1, dtype=torch.int64), False
+        )
+
+
+def test_what_is_missing_on_a_gpu_is_said(monkeypatch) -> None:
+    with pytest.raises(BackendUnavailable, match="meta devices"):
+        fused_backend("meta")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "An old GPU")
+    with pytest.raises(BackendUnavailable, match=r"An old GPU has compute capability 7\.5"):
+        fused_backend("cuda")
+    monkeypatch.setattr(registration.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BackendUnavailable, match="need Triton, which is not installed"):
+        fused_backend("cuda")

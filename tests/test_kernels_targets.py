@@ -1,0 +1,93 @@
+"""What every kernel compiles to, for GPUs that need not be there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+# Bytes of shared memory that a block can have.
+SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+NVIDIA = [target for target in SHARED_MEMORY if target.startswith("sm_")]
+
+Compiled = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def compilation() -> dict[str, Any]:
+    """The kernels, what they were compiled to, and the failures."""
+    tool = Path(__file__).with_name("compile_for_targets.py")
+    table = tool.parents[1] / "build" / "kernels.json"
+    table.unlink(missing_ok=True)
+    subprocess.run([sys.executable, str(tool)], check=False)
+    return json.loads(table.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def compiled(compilation: dict[str, Any]) -> list[Compiled]:
+    return compilation["compiled"]
+
+
+def labels(compiled: Iterator[Compiled]) -> list[str]:
+    names = ("target", "kernel", "precision", "use", "options")
+    return [" | ".join(kernel[name] for name in names) for kernel in compiled]
+
+
+def test_everything_compiles(compilation: dict[str, Any]) -> None:
+    assert compilation["failures"] == []
+
+
+@pytest.mark.parametrize("target", SHARED_MEMORY)
+def test_no_kernel_is_left_out(compilation: dict[str, Any], target: str) -> None:
+    done = {c["kernel"] for c in compilation["compiled"] if c["target"] == target}
+    assert done == set(compilation["kernels"])
+    assert len(done) >= 5
+
+
+@pytest.mark.parametrize("target", SHARED_MEMORY)
+def test_shared_memory_suffices(compiled: list[Compiled], target: str) -> None:
+    mine = (c for c in compiled if c["target"] == target)
+    assert labels(c for c in mine if c["shared"] > SHARED_MEMORY[target]) == []
+
+
+@pytest.mark.parametrize("target", NVIDIA)  # AMD's spills are in the table
+def test_nothing_spills(compiled: list[Compiled], target: str) -> None:
+    mine = (c for c in compiled if c["target"] == target)
+    assert labels(c for c in mine if any(c["spills"])) == []
+
+
+@pytest.mark.parametrize("target", SHARED_MEMORY)
+def test_matrix_units_multiply(compiled: list[Compiled], target: str) -> None:
+    # NVIDIA's have no float32
+    products = [
+        c
+        for c in compiled
+        if c["target"] == target
+        and c["dot"]
+        and not (target in NVIDIA and c["precision"] == "fp32")
+    ]
+    assert products
+    assert labels(c for c in products if c["instructions"]["matrix"] == 0) == []
+
+
+def test_float32_products_are_not_rounded_to_tf32(compiled: list[Compiled]) -> None:
+    products = [
+        c for c in compiled if c["target"] in NVIDIA and c["dot"] and c["precision"] == "fp32"
+    ]
+    assert products
+    instructions = ((c, c["instructions"]) for c in products)
+    assert labels(c for c, count in instructions if count["matrix"] or not count["fma"]) == []
+
+
+def test_scores_are_rounded_after_each_operation(compiled: list[Compiled]) -> None:
+    # a fused multiply-add would change the last bit, which decides ties
+    scores = [c for c in compiled if c["target"] in NVIDIA and c["kernel"].startswith("harmony_")]
+    assert scores
+    assert labels(c for c in scores if c["instructions"]["fma"]) == []
