@@ -61,6 +61,8 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-benchmark>=5",
+            # Draws the plot of the benchmark report.
+            "matplotlib>=3.10",
             # Generates the inputs of the property tests and shrinks what fails.
             "hypothesis>=6.100",
             "ruff>=0.12",

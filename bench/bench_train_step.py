@@ -2,52 +2,72 @@
 
     pytest bench/bench_train_step.py --benchmark-only
 
-The dense step, without masks, is the lower bound of what masking can cost. A batch is drawn for
-every step, so that the sampling beside it can be read as a share of the step.
+The dense step, without masks, is the lower bound of what masking can cost; "reference" applies
+the masks in plain PyTorch, "fused" inside kernels. A batch is drawn for every step, so that the
+sampling beside it can be read as a share of the step.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from measuring import DEVICE, ON_GPU, fused
 
 from harmodt.conditioning import TaskConditioning
-from harmodt.config import PRESETS, TrainConfig
+from harmodt.config import PRESETS
 from harmodt.store import DataStore
-from harmodt.trainer import Trainer
+from harmodt.trainer import StepResult, Trainer
 
 STEP = dataclasses.replace(PRESETS["paper"], tasks_per_step=5, batch_per_task=8)
 
 
-def make_trainer(store: DataStore, config: TrainConfig) -> Trainer:
+def make_trainer(store: DataStore, path: str, **settings: Any) -> Trainer:
+    """A trainer along a path; the benchmark is skipped if the device has no fused kernels."""
+    if path == "fused":
+        fused()
+    algorithm = "prompt-dt" if path == "dense" else "harmodt-f"
+    config = dataclasses.replace(STEP, algorithm=algorithm, fused=path == "fused", **settings)
     data = [store.task(name) for name in store.tasks]
     conditioning = [TaskConditioning.from_data(task, config) for task in data]
-    return Trainer(config, data, conditioning, torch.device("cpu"))
+    return Trainer(config, data, conditioning, DEVICE)
 
 
 @pytest.mark.benchmark(group="training step, d = 128, 5 tasks x 8 windows")
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("path", ["dense (no masks)", "reference"])
+@pytest.mark.parametrize("path", ["dense", "reference", "fused"])
 def bench_train_step(benchmark, store: DataStore, path: str, dropout: float) -> None:
-    algorithm = "harmodt-f" if path == "reference" else "prompt-dt"
-    trainer = make_trainer(store, dataclasses.replace(STEP, algorithm=algorithm, dropout=dropout))
-    result = benchmark.pedantic(trainer.train_step, rounds=20, warmup_rounds=3)
+    trainer = make_trainer(store, path, dropout=dropout)
+
+    def step() -> StepResult:
+        result = trainer.train_step()
+        if ON_GPU:
+            torch.cuda.synchronize()
+        return result
+
+    result = benchmark.pedantic(step, rounds=20, warmup_rounds=3)
     assert torch.isfinite(result.losses).all()
 
 
 @pytest.mark.benchmark(group="training step, d = 128, 5 tasks x 8 windows")
 def bench_sampling(benchmark, store: DataStore) -> None:
-    trainer = make_trainer(store, STEP)
+    trainer = make_trainer(store, "reference")
     rng = np.random.default_rng(0)
     benchmark.pedantic(trainer.sampler.sample, args=(range(5), rng), rounds=100, warmup_rounds=5)
 
 
-@pytest.mark.benchmark(group="mask update, d = 128, 5 tasks")
-def bench_mask_update(benchmark, store: DataStore) -> None:
-    trainer = make_trainer(store, STEP)
+@pytest.mark.benchmark(group="mask update, 5 tasks")
+@pytest.mark.parametrize("path", ["reference", "fused"])
+@pytest.mark.parametrize("size", ["1.47M", "5.29M"])
+@pytest.mark.parametrize("gradients", ["kept", "computed twice"])
+def bench_mask_update(benchmark, store: DataStore, path: str, size: str, gradients: str) -> None:
+    trainer = make_trainer(
+        store, path, size=size, mask_update_gb=4.0 if gradients == "kept" else 0.0
+    )
     trainer.step = STEP.steps // 2  # where the most weights move
+    # It ends with a number on the CPU, so that a GPU has ended as well.
     update = benchmark.pedantic(trainer.update_masks, rounds=5, warmup_rounds=1)
     assert update.moved.tolist() == [STEP.eta_max] * 5

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from measuring import ON_GPU
 
 from harmodt.cpu import prepare_cpu
 from harmodt.store import DataStore, Episode, StoreWriter
@@ -46,4 +47,17 @@ def pytest_benchmark_update_json(
     config: pytest.Config, benchmarks: list, output_json: dict
 ) -> None:
     """Store what a figure depends on beside it."""
-    output_json["torch"] = {"version": torch.__version__, "threads": torch.get_num_threads()}
+    output_json["torch"] = {
+        "version": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if ON_GPU else "CPU",
+        "triton": _triton_version(),
+    }
+
+
+def _triton_version() -> str | None:
+    try:
+        import triton
+    except ModuleNotFoundError:
+        return None
+    return triton.__version__

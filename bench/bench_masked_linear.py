@@ -1,0 +1,177 @@
+"""The linear layers of a transformer block under the masks of several tasks.
+
+    pytest bench/bench_masked_linear.py --benchmark-only
+
+A step holds one group of 600 rows (8 windows of 75 tokens) for each task, at most GROUPS of them;
+the masks of all tasks are in memory. The paths:
+
+    fused       the kernels, which apply the bits to tiles of W
+    reference   one masked copy of W per group, then a batched product
+    compiled    the reference through torch.compile
+    vmap        torch.func: a linear layer called on the stacked masked copies
+    dense       no masks: the lower bound
+
+Before a path is timed, its results are compared with the definition in float64, on weights rounded
+to the dtype of the products.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from measuring import DEVICE, ON_GPU, assert_agree, fused, measure, random_masks, timer
+from torch import Tensor, nn
+
+from harmodt_kernels import REFERENCE, unpack_bits
+
+LAYERS = {"up": (4, 1), "qkv": (3, 1), "out": (1, 1), "down": (1, 4)}  # outputs, inputs over d
+TASKS = (1, 5, 50, 1000)
+GROUPS = 50 if ON_GPU else 5
+ROWS = 600
+TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3}  # of the norm
+
+# Every layer with five tasks, and one layer with every number of tasks.
+SIZES = [("up", tasks) for tasks in TASKS] + [(layer, 5) for layer in LAYERS if layer != "up"]
+if ON_GPU:
+    CASES = [("float32", d, *size) for d in (128, 256) for size in SIZES]
+    CASES += [("bfloat16", d, *size) for d in (128, 256, 512, 1024) for size in SIZES]
+else:
+    CASES = [("float32", 128, *size) for size in SIZES] + [("float32", 256, "up", 5)]
+
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+pytestmark = pytest.mark.benchmark(timer=timer)
+
+
+@dataclass
+class Problem:
+    """The operands of a layer: x [G, R, K], weight [N, K], bias [N], dy [G, R, N] and the masks."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    dy: Tensor
+    weight_bits: Tensor  # [T, N, K / 32]
+    bias_bits: Tensor  # [T, N / 32]
+    task_ids: Tensor  # [G]
+
+    @classmethod
+    def random(cls, dtype: torch.dtype, d: int, layer: str, tasks: int, rows: int) -> Problem:
+        torch.manual_seed(0)
+        outputs, inputs = (factor * d for factor in LAYERS[layer])
+        groups = min(tasks, GROUPS)
+        return cls(
+            x=torch.randn(groups, rows, inputs, device=DEVICE, dtype=dtype),
+            weight=torch.randn(outputs, inputs, device=DEVICE) * inputs**-0.5,
+            bias=torch.randn(outputs, device=DEVICE),
+            dy=torch.randn(groups, rows, outputs, device=DEVICE, dtype=dtype),
+            weight_bits=random_masks(tasks, outputs, inputs // 32),
+            bias_bits=random_masks(tasks, outputs // 32),
+            task_ids=torch.randperm(tasks, device=DEVICE)[:groups],
+        )
+
+    @property
+    def masks(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.weight_bits, self.bias_bits, self.task_ids
+
+    def forward(self, forward: Forward) -> Tensor:
+        with torch.no_grad():
+            return forward(self.x, self.weight, self.bias)
+
+    def forward_backward(self, forward: Forward) -> tuple[Tensor, ...]:
+        """y and the gradients of x, weight and bias."""
+        operands = [t.detach().requires_grad_() for t in (self.x, self.weight, self.bias)]
+        y = forward(*operands)
+        return y.detach(), *torch.autograd.grad(y, operands, self.dy)
+
+    def expected(self, masked: bool) -> tuple[Tensor, ...]:
+        """What `forward_backward` should give, by the definition in float64."""
+        bits = self.masks[:2] if masked else (torch.full_like(b, -1) for b in self.masks[:2])
+        weight, bias = (t.to(self.x.dtype).double() for t in (self.weight, self.bias))
+        exact = Problem(self.x.double(), weight, bias, self.dy.double(), *bits, self.task_ids)
+        return exact.forward_backward(
+            lambda x, weight, bias: REFERENCE.masked_linear(x, weight, bias, *exact.masks)
+        )
+
+
+def of_backend(masked_linear: Callable[..., Tensor], problem: Problem) -> Forward:
+    return lambda x, weight, bias: masked_linear(x, weight, bias, *problem.masks)
+
+
+def masked(values: Tensor, bits: Tensor, task_ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """The copies of a weight or bias [..., K] under the masks of the groups' tasks, [G, ..., K]."""
+    mask = unpack_bits(bits[task_ids], values.shape[-1])
+    return torch.where(mask, values, 0.0).to(dtype)
+
+
+def vmap(problem: Problem) -> Forward:
+    outputs, inputs = problem.weight.shape
+    layer = nn.Linear(inputs, outputs, device="meta")
+
+    def one(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (x,))
+
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        parameters = {
+            "weight": masked(weight, problem.weight_bits, problem.task_ids, x.dtype),
+            "bias": masked(bias, problem.bias_bits, problem.task_ids, x.dtype),
+        }
+        return torch.func.vmap(one)(parameters, x)
+
+    return forward
+
+
+def dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+
+
+def forward_of(path: str, problem: Problem, compiler: str) -> Forward:
+    """The layer along a path; `compiler` is torch.compile's backend."""
+    if path == "fused":
+        return of_backend(fused().masked_linear, problem)
+    if path == "vmap":
+        return vmap(problem)
+    if path == "dense":
+        return dense
+    reference = of_backend(REFERENCE.masked_linear, problem)
+    if path == "reference":
+        return reference
+    torch.compiler.reset()  # else the other cases count as recompilations, and those are limited
+    return torch.compile(reference, fullgraph=True, dynamic=False, backend=compiler)
+
+
+@functools.lru_cache(maxsize=1)  # the paths of a case share it
+def problem_and_results(
+    dtype: str, d: int, layer: str, tasks: int, rows: int, is_masked: bool
+) -> tuple[Problem, tuple[Tensor, ...]]:
+    problem = Problem.random(getattr(torch, dtype), d, layer, tasks, rows)
+    return problem, problem.expected(is_masked)
+
+
+@pytest.mark.parametrize("path", ["fused", "reference", "compiled", "vmap", "dense"])
+@pytest.mark.parametrize(("dtype", "d", "layer", "tasks"), CASES)
+@pytest.mark.parametrize("passes", ["forward", "forward + backward"])
+def bench_masked_linear(
+    benchmark: Any, passes: str, dtype: str, d: int, layer: str, tasks: int, path: str
+) -> None:
+    problem, expected = problem_and_results(
+        dtype, d, layer, tasks, 4 if benchmark.disabled else ROWS, path != "dense"
+    )
+    # untimed, only that the whole graph is captured: generating code takes longer than all else
+    forward = forward_of(path, problem, "aot_eager" if benchmark.disabled else "inductor")
+    run = problem.forward if passes == "forward" else problem.forward_backward
+    actual = run(forward)
+    for one, other in zip((actual,) if passes == "forward" else actual, expected, strict=False):
+        assert_agree(one, other, TOLERANCE[dtype])
+    del actual, expected
+    groups = len(problem.task_ids)
+    benchmark.group = f"masked linear, {passes}: {layer}, d = {d}, tasks = {tasks}, {dtype}"
+    benchmark.extra_info["groups"] = groups
+    benchmark.extra_info["mask_bytes"] = problem.weight_bits.nbytes + problem.bias_bits.nbytes
+    measure(benchmark, lambda: run(forward))
