@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 
@@ -17,6 +20,26 @@ def version() -> str:
     if match is None:
         raise RuntimeError('harmodt/__init__.py has no line __version__ = "..."')
     return match.group(1)
+
+
+class BuildLibrary(build_ext):
+    """Builds the CPU kernels, a plain C library, with CMake."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return f"{fullname.replace('.', '/')}.so"
+
+    def build_extension(self, ext: Extension) -> None:
+        library = Path(self.get_ext_fullpath(ext.name)).absolute()
+        build = Path(self.build_temp).absolute() / "cmake"
+        try:
+            configure = ["cmake", "-S", str(ROOT), "-B", str(build)]
+            subprocess.run(
+                [*configure, f"-DHARMODT_LIBRARY_DIRECTORY={library.parent}"], check=True
+            )
+            subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            # Everything else is installed all the same; the CPU kernels say so when they are used.
+            raise CompileError(f"the CPU kernels were not built: {error}") from error
 
 
 setup(
@@ -36,6 +59,8 @@ setup(
         *(f"harmodt_kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"harmodt_kernels": "kernels"},
+    ext_modules=[Extension("harmodt_kernels.native.libharmodt", [], optional=True)],
+    cmdclass={"build_ext": BuildLibrary},
     install_requires=[
         "torch>=2.11,<2.14",
         # PyTorch's CUDA builds require one exact Triton of their own, its CPU builds none: a range

@@ -40,14 +40,19 @@ def choose_backend(fused: bool, device: torch.device) -> Backend:
         raise UserError(f"--fused: {error}; --no-fused is the reference path") from None
 
 
-def set_precision(precision: str, device: torch.device) -> None:
-    """Let this process multiply float32 matrices in TF32 if the precision is "tf32".
+def set_precision(precision: str, device: torch.device, backend: Backend) -> None:
+    """Set PyTorch's switch for how this process multiplies float32 matrices.
+
+    TF32 is a mode of GPUs. The CPU kernels round to bf16 inside, so that no tensor is converted;
+    everything else computes in bf16 under autocast, without this switch.
 
     Raises:
-        UserError: the device is not a GPU.
+        UserError: TF32 on a device that is not a GPU.
     """
-    if precision != "tf32":
-        return
-    if device.type != "cuda":
-        raise UserError("precision tf32 is a mode of GPUs: use fp32 or bf16 on a CPU")
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    if precision == "tf32":
+        if device.type != "cuda":
+            raise UserError("precision tf32 is a mode of GPUs: use fp32 or bf16 on a CPU")
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    if backend.name.startswith("cpu-"):
+        products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        products.fp32_precision = "bf16" if precision == "bf16" else "ieee"

@@ -6,8 +6,7 @@ L time steps (K* of the prompt, K of the history), T = 3 L tokens, d embedding d
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harmodt_kernels import unpack_bits
+from harmodt_kernels.attention.reference import attend, causal_mask, dropout
 
 from .config import ModelConfig
 from .masks import TaskMasks
@@ -49,6 +49,18 @@ class Batch:
     task_ids: Tensor
     prompt: Steps | None
     history: Steps
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens that attention sees: `valid` bool [G B, T], padding is not."""
+
+    valid: Tensor
+
+    @functools.cached_property
+    def allowed(self) -> Tensor:
+        """bool [G B, 1, T, T], which key each query may see."""
+        return causal_mask(self.valid)
 
 
 PromptCache = list[tuple[Tensor, Tensor]]  # keys and values [G B, H, 3 K*, d / H] of every block
@@ -127,7 +139,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        allowed: Tensor,
+        tokens: Tokens,
         masks: TaskMasks | None,
         past: tuple[Tensor, Tensor] | None = None,
         wanted: slice = slice(None),
@@ -135,25 +147,25 @@ class Block(nn.Module):
         """Transform tokens [G, B, T, d]; also return the keys and values of all of them.
 
         Args:
-            allowed: bool [G B, 1, queries, keys], which key each query may see.
+            tokens: these and those of `past`.
             past: keys and values of tokens before these.
             wanted: tokens whose outputs are returned; the others' are not computed.
         """
-        groups, windows, tokens, d = x.shape
-        rows = x.flatten(1, 2)  # [G, B T, d]
-        qkv = self.qkv(self.attention_norm(rows, masks), masks)
-        qkv = qkv.view(groups * windows, tokens, 3, self.heads, d // self.heads)
+        groups, windows, length, d = x.shape
+        qkv = self.qkv(self.attention_norm(x.flatten(1, 2), masks), masks)
+        qkv = qkv.view(groups * windows, length, 3, self.heads, d // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [G B, H, T, d / H]
         present = (key, value)
-        if past is not None:
-            key, value = (torch.cat(pair, dim=2) for pair in zip(past, present, strict=True))
-        query, allowed, rows = (
-            query[:, :, wanted],
-            allowed[:, :, wanted],
-            x[:, :, wanted].flatten(1, 2),
-        )
-        attended = attention(query, key, value, allowed, self.dropout if self.training else 0.0)
-        attended = attended.transpose(1, 2).reshape(rows.shape)
+        rows = x[:, :, wanted].flatten(1, 2)  # [G, B T, d]
+        drop = self.dropout if self.training else 0.0
+        if past is None and masks is not None and masks.backend.attention is not None:
+            attended = masks.backend.attention(qkv, tokens.valid, wanted, drop)
+        else:
+            if past is not None:
+                key, value = (torch.cat(pair, dim=2) for pair in zip(past, present, strict=True))
+            allowed = tokens.allowed[:, :, -length:][:, :, wanted]
+            attended = attend(query[:, :, wanted], key, value, allowed, drop).transpose(1, 2)
+        attended = attended.reshape(rows.shape)
         rows = rows + self._drop(self.attention_out(attended, masks))
         hidden = self.mlp_up(self.mlp_norm(rows, masks), masks, relu=True)
         rows = rows + self._drop(self.mlp_down(hidden, masks))
@@ -237,11 +249,11 @@ class DecisionTransformer(nn.Module):
         if batch.prompt is not None:
             x = torch.cat((self._embed_prompt(batch.prompt, batch.task_ids), x), dim=2)
             valid = torch.cat((batch.prompt.valid, valid), dim=2)
-        allowed = causal_mask(_token_mask(valid))
+        tokens = _tokens(valid)
         observation_tokens = slice(3 * self.config.prompt_length + 1, None, 3)
         for block in self.blocks[:-1]:
-            x, _ = block(x, allowed, masks)
-        x, _ = self.blocks[-1](x, allowed, masks, wanted=observation_tokens)
+            x, _ = block(x, tokens, masks)
+        x, _ = self.blocks[-1](x, tokens, masks, wanted=observation_tokens)
         return self._actions(x, masks)
 
     def encode_prompt(
@@ -249,10 +261,10 @@ class DecisionTransformer(nn.Module):
     ) -> PromptCache:
         """Keys and values of the prompt's tokens, which no later token can change."""
         x = self._embed_prompt(prompt, task_ids)
-        allowed = causal_mask(_token_mask(prompt.valid))
+        tokens = _tokens(prompt.valid)
         cache = []
         for block in self.blocks:
-            x, present = block(x, allowed, masks)
+            x, present = block(x, tokens, masks)
             cache.append(present)
         return cache
 
@@ -267,14 +279,14 @@ class DecisionTransformer(nn.Module):
         """The action of the last history step, [G, B, 4]; the same as the last of `forward`."""
         # The last token is the last step's action, which is what is asked for.
         x = self._embed_history(history, task_ids)[:, :, :-1]
-        valid = _token_mask(history.valid)[..., :-1]
+        valid = _tokens(history.valid).valid[:, :-1]
         if prompt_valid is not None:
-            valid = torch.cat((_token_mask(prompt_valid), valid), dim=2)
-        allowed = causal_mask(valid)[:, :, -x.shape[2] :]
+            valid = torch.cat((_tokens(prompt_valid).valid, valid), dim=1)
+        tokens = Tokens(valid)
         for index, block in enumerate(self.blocks):
             past = prompt_cache[index] if prompt_cache is not None else None
             last = index == len(self.blocks) - 1
-            x, _ = block(x, allowed, masks, past, wanted=slice(-1, None) if last else slice(None))
+            x, _ = block(x, tokens, masks, past, wanted=slice(-1, None) if last else slice(None))
         return self._actions(x, masks)[:, :, 0]
 
     def _embed_history(self, steps: Steps, task_ids: Tensor) -> Tensor:
@@ -301,63 +313,9 @@ def is_maskable(parameter_name: str) -> bool:
     return parameter_name.startswith(("blocks.", "final_norm."))
 
 
-def causal_mask(valid: Tensor) -> Tensor:
-    """Which key each query may see: valid ones not after it, and itself.
-
-    Args:
-        valid: bool [G, B, T].
-
-    Returns:
-        bool [G B, 1, T, T]. A padded query sees itself, so that no row of a softmax is empty.
-    """
-    tokens = valid.shape[-1]
-    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=valid.device).tril()
-    itself = torch.eye(tokens, dtype=torch.bool, device=valid.device)
-    return causal & (valid.flatten(0, 1)[:, None, None, :] | itself)
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, drop: float) -> Tensor:
-    """Scaled dot-product attention.
-
-    Args:
-        query, key, value: [B, H, T, d / H].
-        allowed: bool [B, 1, queries, keys].
-        drop: probability of dropping a weight of a key.
-
-    Returns:
-        [B, H, queries, d / H].
-    """
-    # On a CPU two products and a softmax are as fast as PyTorch's fused operator at these lengths,
-    # or many times faster, depending on the processor and the matmul precision.
-    if query.device.type != "cpu":
-        return F.scaled_dot_product_attention(query, key, value, allowed, dropout_p=drop)
-    bias = torch.zeros(allowed.shape, dtype=query.dtype).masked_fill_(~allowed, -math.inf)
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-    return dropout(scores.add_(bias).softmax(-1), drop) @ value
-
-
-def dropout(x: Tensor, drop: float) -> Tensor:
-    """Zero elements with probability `drop` and rescale the rest."""
-    if drop == 0.0:
-        return x
-    if x.device.type != "cpu":
-        return F.dropout(x, drop)
-    return x * dropout_mask(x.shape, drop).to(x.dtype).div_(1 - drop)
-
-
-def dropout_mask(shape: Sequence[int], drop: float) -> Tensor:
-    """bool tensor on the CPU, False with probability `drop` (rounded to 1/65536).
-
-    A 16-bit random number per element, four from one draw, is several times cheaper than PyTorch's
-    Bernoulli samples.
-    """
-    size = math.prod(shape)
-    draws = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None)
-    return (draws.view(torch.int16)[:size] >= min(round(drop * 65536), 65535) - 32768).view(*shape)
-
-
-def _token_mask(valid: Tensor) -> Tensor:
-    return valid.repeat_interleave(3, dim=-1)
+def _tokens(valid: Tensor) -> Tokens:
+    """The three tokens of each time step, valid bool [G, B, L]."""
+    return Tokens(valid.flatten(0, 1).repeat_interleave(3, dim=1))
 
 
 def _initialise(module: nn.Module) -> None:

@@ -64,7 +64,7 @@ class Trainer:
         self.config = config
         self.device = device
         self.backend = choose_backend(config.fused, device)
-        set_precision(config.precision, device)
+        set_precision(config.precision, device, self.backend)
         self.tasks = len(data)
         self.step = 0
         torch.manual_seed(_seed(config.seed, _INITIALISE, 0))
@@ -136,7 +136,7 @@ class Trainer:
         """Mean squared error on the actions of each group's valid history steps (Eq. 2), [G]."""
         autocast = (
             torch.autocast(self.device.type, torch.bfloat16)
-            if self.config.precision == "bf16"
+            if self.config.precision == "bf16" and not self.backend.name.startswith("cpu-")
             else contextlib.nullcontext()
         )
         with autocast:

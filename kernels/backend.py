@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .attention import attention
 from .harmony_selection import Selection
 from .harmony_selection import operation as harmony_operation
 from .harmony_selection import reference as harmony_reference
@@ -15,7 +16,8 @@ from .masked_adamw import operation as adamw_operation
 from .masked_adamw import reference as adamw_reference
 from .masked_linear import operation as linear_operation
 from .masked_linear import reference as linear_reference
-from .registration import check_available
+from .native import library
+from .registration import check_available, interpreted
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,9 @@ class Backend:
     """The operations of one implementation; all have the signatures of the reference.
 
     Attributes:
-        name: "reference", "triton", or "triton-interpreter" for the Triton kernels on a CPU.
+        name: "reference"; "triton"; "triton-interpreter" for the Triton kernels on a CPU; or "cpu-"
+            and the instruction set of the CPU kernels.
+        attention: `attention.reference.attention` as a kernel, or None where PyTorch's own serves.
     """
 
     name: str
@@ -31,6 +35,7 @@ class Backend:
     select_harmony: Callable[..., Selection]
     move_weights: Callable[[Tensor, Selection], None]
     masked_adamw: Callable[..., Tensor]
+    attention: Callable[..., Tensor] | None = None
 
 
 REFERENCE = Backend(
@@ -52,9 +57,16 @@ def fused_backend(device: torch.device | str) -> Backend:
     device = torch.device(device)
     check_available(device)
     return Backend(
-        "triton-interpreter" if device.type == "cpu" else "triton",
+        _name(device),
         linear_operation.masked_linear,
         harmony_operation.select_harmony,
         harmony_operation.move_weights,
         adamw_operation.masked_adamw,
+        attention if device.type == "cpu" and not interpreted() else None,
     )
+
+
+def _name(device: torch.device) -> str:
+    if device.type != "cpu":
+        return "triton"
+    return "triton-interpreter" if interpreted() else f"cpu-{library.isa()}"

@@ -1,8 +1,8 @@
 """Registers the fused operations with PyTorch, which dispatches them by device.
 
-Each operation `harmodt::NAME` is the function NAME of the `triton.py` beside its `operation.py`.
-That file is imported at the first call, so that importing the package needs neither Triton nor a
-GPU.
+Each operation `harmodt::NAME` is the function NAME of the `triton.py` beside its `operation.py` on
+a GPU, and of the `cpu.py` on a CPU. These are imported at the first call, so that importing the
+package needs neither Triton nor a GPU nor the C library.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from .native import library
 
 
 class BackendUnavailable(RuntimeError):
@@ -27,7 +29,7 @@ _OLDEST_CAPABILITY = (8, 0)
 
 
 def register(package: str, name: str, schema: str, fake: Callable[..., Any]) -> None:
-    """Define `harmodt::NAME` with the function NAME of `PACKAGE.triton`.
+    """Define `harmodt::NAME` with the function NAME of `PACKAGE.triton` and of `PACKAGE.cpu`.
 
     Args:
         package: the operation's package.
@@ -36,15 +38,17 @@ def register(package: str, name: str, schema: str, fake: Callable[..., Any]) -> 
         fake: gives results of the right shape and dtype without computing them.
     """
 
-    def run(*arguments: Any) -> Any:
+    def run_on_gpu(*arguments: Any) -> Any:
         return getattr(importlib.import_module(f"{package}.triton"), name)(*arguments)
 
     def run_on_cpu(*arguments: Any) -> Any:
+        if interpreted():
+            return run_on_gpu(*arguments)
         check_available(torch.device("cpu"))
-        return run(*arguments)
+        return getattr(importlib.import_module(f"{package}.cpu"), name)(*arguments)
 
     _LIBRARY.define(f"{name}{schema}")
-    _LIBRARY.impl(name, run, "CUDA")
+    _LIBRARY.impl(name, run_on_gpu, "CUDA")
     _LIBRARY.impl(name, run_on_cpu, "CPU")
     torch.library.register_fake(f"harmodt::{name}", fake, lib=_LIBRARY)
 
@@ -54,9 +58,10 @@ def check_available(device: torch.device) -> None:
     if device.type not in ("cpu", "cuda"):
         raise BackendUnavailable(f"there are no fused kernels for {device.type} devices")
     if device.type == "cpu" and not interpreted():
-        raise BackendUnavailable(
-            "there are no fused kernels for a CPU yet: use a CUDA device, or the reference path"
-        )
+        missing = library.why_missing()
+        if missing is not None:
+            raise BackendUnavailable(missing)
+        return
     if importlib.util.find_spec("triton") is None:
         raise BackendUnavailable(
             "the fused kernels for a GPU need Triton, which is not installed: it comes with "

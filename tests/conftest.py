@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
 from harmodt_kernels import REFERENCE, Backend, fused_backend  # noqa: E402
+from harmodt_kernels.native import library  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,16 +27,34 @@ def kills(request: pytest.FixtureRequest) -> int:
     return request.config.getoption("--kills")
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every implementation in turn for a `backend`, the fused ones for a `device` alone."""
+    marks = metafunc.definition.iter_markers("parametrize")
+    chosen = any(mark.args[0] == "implementation" for mark in marks)
+    if "implementation" in metafunc.fixturenames and not chosen:
+        reference = ["reference"] if "backend" in metafunc.fixturenames else []
+        metafunc.parametrize("implementation", [*reference, "triton", "cpu"], indirect=True)
+
+
 @pytest.fixture
-def device() -> torch.device:
-    """Where the fused kernels run: the GPU, or the CPU through Triton's interpreter."""
-    return torch.device(DEVICE)
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of an implementation, and the environment that chooses it."""
+    if request.param == "cpu":
+        if not library.PATH.exists() and shutil.which("g++") is None:
+            pytest.skip("the CPU kernels were not built, and there is no compiler")
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    return request.param
 
 
-@pytest.fixture(params=["reference", "triton"])
-def backend(request: pytest.FixtureRequest, device: torch.device) -> Backend:
-    """Every implementation of the kernels in turn."""
-    return REFERENCE if request.param == "reference" else fused_backend(device)
+@pytest.fixture
+def device(implementation: str) -> torch.device:
+    """Where an implementation runs; without a GPU, Triton's kernels are interpreted on the CPU."""
+    return torch.device("cpu" if implementation == "cpu" else DEVICE)
+
+
+@pytest.fixture
+def backend(implementation: str, device: torch.device) -> Backend:
+    return REFERENCE if implementation == "reference" else fused_backend(device)
 
 
 @pytest.fixture(autouse=True)
@@ -42,3 +62,4 @@ def _denormals_as_usual() -> Iterator[None]:
     """Undo what a command run inside a test sets for the whole process."""
     yield
     torch.set_flush_denormal(False)
+    torch.backends.mkldnn.matmul.fp32_precision = "none"

@@ -25,6 +25,7 @@ from harmodt.evaluate import EvaluationResult, Protocol, evaluate, wilson_interv
 from harmodt.masks import MaskBank
 from harmodt.model import DecisionTransformer
 from harmodt.store import Episodes
+from harmodt_kernels.native import library
 
 TASKS = ("reach-v3", "button-press-topdown-v3")
 
@@ -270,11 +271,12 @@ def test_command_line_end_to_end(run, monkeypatch, capsys):
         (["--episodes", "0"], "--episodes is 0"),
         (["--workers", "0"], "--workers is 0"),
         (["--goal-seed", "-1"], "--goal-seed is -1"),
-        (["--fused"], "--fused: there are no fused kernels for a CPU.*--no-fused"),
+        (["--fused"], "--fused: the CPU kernels were not built.*--no-fused"),
     ],
 )
 def test_mistakes_get_one_sentence_and_status_2(run, monkeypatch, capsys, arguments, says):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(library, "PATH", run / "libharmodt.so")
     before = sorted(run.rglob("*"))
     with pytest.raises(SystemExit) as exit:
         command(monkeypatch, run, *arguments)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from harmodt_kernels import REFERENCE, BackendUnavailable, fused_backend, registration
+from harmodt_kernels.native import library
 
 
 def test_importing_touches_neither_triton_nor_a_gpu() -> None:
@@ -18,19 +19,23 @@ def test_importing_touches_neither_triton_nor_a_gpu() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_the_interpreter_is_named(device) -> None:
+def test_the_kernels_are_named(device, implementation) -> None:
     name = fused_backend(device).name
-    assert name == ("triton" if device.type == "cuda" else "triton-interpreter")
+    if implementation == "cpu":
+        assert name == f"cpu-{library.isa()}"
+    else:
+        assert name == ("triton" if device.type == "cuda" else "triton-interpreter")
     assert REFERENCE.name == "reference"
 
 
-def test_a_cpu_without_the_interpreter_has_no_kernels(monkeypatch) -> None:
+def test_without_the_library_it_says_how_to_get_it(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(BackendUnavailable, match="no fused kernels for a CPU"):
+    monkeypatch.setattr(library, "PATH", tmp_path / "libharmodt.so")
+    with pytest.raises(BackendUnavailable, match="install GCC"):
         fused_backend("cpu")
     operands = (torch.zeros(1, 1, 32), torch.zeros(1, 32), None)
     bits = torch.zeros(1, 1, 1, dtype=torch.int32)
-    with pytest.raises(BackendUnavailable, match="no fused kernels for a CPU"):
+    with pytest.raises(BackendUnavailable, match="install GCC"):
         torch.ops.harmodt.masked_linear(
             *operands, bits, None, torch.zeros(1, dtype=torch.int64), False
         )

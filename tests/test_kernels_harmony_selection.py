@@ -437,6 +437,7 @@ def workspaces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
+@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
 @pytest.mark.parametrize("count", [3, 100])
 def test_the_workspace_does_not_grow_with_the_tasks(device, workspaces, monkeypatch, count) -> None:
     monkeypatch.setattr(kernels, "WORKSPACE", 10_000)

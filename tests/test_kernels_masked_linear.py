@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -173,11 +175,19 @@ def test_gradients_of_each_group_by_itself(backend, device, sizes, relu) -> None
     check(computed, problem.expected(relu), 2e-4)
 
 
-def test_without_a_bias(backend, device) -> None:
+@pytest.mark.parametrize("implementation", ["cpu"], indirect=True)
+def test_the_cpu_kernels_refuse_float16(backend, device) -> None:
+    with pytest.raises(TypeError, match="x is float16"):
+        Problem.random(1, 2, 32, 4).computed(backend, device, torch.float16)
+
+
+@pytest.mark.parametrize("of_groups", [False, True])
+def test_without_a_bias(backend, device, of_groups) -> None:
     problem = Problem.random(4, 7, 39, 5)
-    computed = problem.computed(backend, device, torch.float32, bias=False)
+    computed = problem.computed(backend, device, torch.float32, bias=False, of_groups=of_groups)
     problem.bias[:] = 0.0
-    assert computed.pop("bias") is None
+    untouched = computed.pop("bias_of_groups" if of_groups else "bias")
+    assert untouched is None or untouched.isnan().all()
     check(computed, problem.expected(), 2e-4)
 
 
@@ -261,6 +271,8 @@ def test_autocast_errs_at_most_twice_as_much_as_dense_layers(backend, device, si
 def _skip_what_is_not_computed(backend: Backend, dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16 and backend.name == "triton-interpreter":
         pytest.skip("Triton's interpreter multiplies bf16 wrongly")
+    if dtype == torch.float16 and backend.name.startswith("cpu"):
+        pytest.skip("the CPU kernels refuse float16")
 
 
 def dense_layers(
@@ -304,8 +316,19 @@ def test_any_shape(groups, rows, inputs, outputs, relu) -> None:
     check(computed, problem.expected(relu), 2e-4)
 
 
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
+def test_the_tiles_of_large_layers(backend, device, dtype, relu, monkeypatch) -> None:
+    kernels = importlib.import_module("harmodt_kernels.masked_linear.triton")
+    monkeypatch.setattr(kernels, "ENOUGH", 1)
+    problem = Problem.random(2, 75, 140, 139).rounded(dtype)
+    computed = problem.computed(backend, device, dtype, relu=relu)
+    check(computed, problem.expected(relu), 2e-4 if dtype == torch.float32 else 3e-2)
+
+
 def test_results_repeat_bit_for_bit(backend, device) -> None:
-    problem = Problem.random(3, 75, 60, 40)
+    problem = Problem.random(4, 75, 60, 40)
     first, *others = (problem.computed(backend, device, torch.float32) for _ in range(5))
     for other in others:
         for name, values in other.items():
@@ -314,14 +337,16 @@ def test_results_repeat_bit_for_bit(backend, device) -> None:
 
 def test_every_output_is_written(device, monkeypatch) -> None:
     """Memory that PyTorch hands out holds NaN."""
-    empty = torch.Tensor.new_empty
 
-    def poisoned(self: Tensor, *size: object, **options: object) -> Tensor:
-        values = empty(self, *size, **options)
-        return values.fill_(torch.nan) if values.is_floating_point() else values
+    def poisoned(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def poison(*args: object, **options: object) -> Tensor:
+            values = create(*args, **options)
+            return values.fill_(torch.nan) if values.is_floating_point() else values
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-    monkeypatch.setattr(torch, "empty_like", lambda t, **o: torch.Tensor.new_empty(t, t.shape, **o))
+        return poison
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
     problem = Problem.random(2, 63, 60, 37)
     computed = problem.computed(fused_backend(device), device, torch.float32)
     check(computed, problem.expected(), 2e-4)
@@ -364,7 +389,7 @@ def test_compiles_to_one_graph(device, relu: bool) -> None:
     check(computed, problem.expected(relu), 2e-4)
 
 
-@pytest.mark.parametrize("groups", [1, 5])
+@pytest.mark.parametrize("groups", [1, 5, 50])
 @pytest.mark.parametrize(("inputs", "outputs"), [(128, 384), (512, 128)])
 def test_takes_no_more_memory_than_a_dense_layer(
     device, groups, inputs, outputs, monkeypatch
@@ -438,6 +463,9 @@ def test_gradients_pass_pytorchs_own_check() -> None:
         ({"bias_bits": None}, ValueError, "bias and bias_bits"),
         ({"task_ids": torch.zeros(3, dtype=torch.int64)}, ValueError, "task_ids has shape"),
         ({"task_ids": torch.zeros(2, dtype=torch.int32)}, ValueError, "task_ids is torch.int32"),
+        ({"weight": torch.zeros(39, 4).T}, ValueError, "weight has strides"),
+        ({"group_gradients": (torch.zeros(2, 4, 39), None)}, ValueError, "must hold a bias"),
+        ({"group_gradients": torch.zeros(2, 4, 40).split([39, 1], 2)}, ValueError, r"gradients\[1"),
     ],
 )
 def test_operands_that_do_not_fit_are_named(changed, error, message) -> None:

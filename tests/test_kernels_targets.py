@@ -57,10 +57,11 @@ def test_shared_memory_suffices(compiled: list[Compiled], target: str) -> None:
     assert labels(c for c in mine if c["shared"] > SHARED_MEMORY[target]) == []
 
 
-@pytest.mark.parametrize("target", NVIDIA)  # AMD's spills are in the table
+@pytest.mark.parametrize("target", SHARED_MEMORY)
 def test_nothing_spills(compiled: list[Compiled], target: str) -> None:
+    # AMD's scalar registers, which come second, spill to vector registers: that costs little
     mine = (c for c in compiled if c["target"] == target)
-    assert labels(c for c in mine if any(c["spills"])) == []
+    assert labels(c for c in mine if c["spills"][0]) == []
 
 
 @pytest.mark.parametrize("target", SHARED_MEMORY)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from harmodt.config import SIZES, ModelConfig, TrainConfig
 from harmodt.masks import MaskBank
-from harmodt.model import Batch, DecisionTransformer, Steps, attention, causal_mask, dropout
+from harmodt.model import Batch, DecisionTransformer, Steps
 from harmodt_kernels import pack_bits
+from harmodt_kernels.attention.reference import attend, dropout
 
 TASKS = 3
 CONFIG = ModelConfig(
@@ -300,22 +301,12 @@ def test_act_is_the_last_step_of_forward(config: ModelConfig, masked: bool, padd
     torch.testing.assert_close(action, model(batch, masks)[:, :, -1])
 
 
-def test_causal_mask_shows_valid_tokens_before_and_oneself() -> None:
-    valid = torch.tensor([[[False, True, False, True]]])
-    assert causal_mask(valid).int()[0, 0].tolist() == [
-        [1, 0, 0, 0],
-        [0, 1, 0, 0],
-        [0, 1, 1, 0],
-        [0, 1, 0, 1],
-    ]
-
-
 def test_attention_equals_pytorchs() -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, 5, 2, 9, 8, generator=generator)
     allowed = (torch.rand(5, 1, 9, 9, generator=generator) < 0.5) | torch.eye(9, dtype=torch.bool)
     leaves = [leaf.requires_grad_() for leaf in (query, key, value)]
-    ours = attention(*leaves, allowed, 0.0)
+    ours = attend(*leaves, allowed, 0.0)
     theirs = F.scaled_dot_product_attention(*leaves, allowed)
     torch.testing.assert_close(ours, theirs)
     weights = torch.randn(ours.shape, generator=generator)
@@ -383,7 +374,8 @@ def test_dropout_reaches_attention_and_residual_branches(
         shapes.append((tuple(x.shape), drop))
         return x
 
-    monkeypatch.setattr("harmodt.model.dropout", record)
+    for module in ("harmodt.model", "harmodt_kernels.attention.reference"):
+        monkeypatch.setattr(f"{module}.dropout", record)
     make_model(dataclasses.replace(CONFIG, dropout=0.2))(make_batch([0, 1]), None)
     # The last block computes the outputs of the 4 observation tokens alone.
     whole, last, times = {

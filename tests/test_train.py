@@ -20,6 +20,7 @@ from harmodt import train
 from harmodt.checkpoint import checkpoint_steps, load_checkpoint
 from harmodt.errors import UserError
 from harmodt.store import DataStore
+from harmodt_kernels.native import library
 
 SMALL = {
     "embed-dim": 32, "layers": 1, "heads": 2, "steps": 12, "tasks-per-step": 2, "batch-per-task": 2,
@@ -163,7 +164,8 @@ def test_bad_settings_are_named(store, tmp_path):
 
 def test_fused_says_what_is_missing(store, tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert "no fused kernels for a CPU" in refused(store, tmp_path, "--fused")
+    monkeypatch.setattr(library, "PATH", tmp_path / "libharmodt.so")
+    assert "the CPU kernels were not built" in refused(store, tmp_path, "--fused")
 
 
 def test_tf32_on_a_cpu_is_refused(store, tmp_path):

@@ -297,9 +297,11 @@ def masked_linear_weight_gradient_kernel(
             dy_place = n[:, None] + near[None, :] * outputs
             x_place = near[:, None] * inputs + k[None, :]
             x_mask = in_inputs[None, :]
-            dy_tile = load_dy(dy, y, (start + r0) * outputs, dy_place, in_outputs[:, None], RELU)
+            dy_before = (start + r0) * outputs
+            dy_tile = tl.load(dy + dy_before + dy_place, mask=in_outputs[:, None], other=0.0)
             if RELU:
-                dy_tile = tl.where(in_rows[None, :], dy_tile, 0.0)
+                y_tile = tl.load(y + dy_before + dy_place, mask=in_outputs[:, None], other=0.0)
+                dy_tile = tl.where((y_tile <= 0.0) | ~in_rows[None, :], 0.0, dy_tile)
             else:
                 x_mask = x_mask & in_rows[:, None]
             x_tile = tl.load(x + (start + r0) * inputs + x_place, mask=x_mask, other=0.0)
@@ -348,7 +350,7 @@ INPUT_GRADIENT = {
 # Rows are outputs, columns inputs. With 64 rows wgmma would be used, whose operands of TF32 must be
 # transposed in shared memory: they would be copied there 4 bytes at a time.
 WEIGHT_GRADIENT = {
-    "ieee": (Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3)),
+    "ieee": (Tile(64, 64, 16, 4, 3), Tile(32, 32, 32, 4, 3)),
     "tf32": (Tile(32, 32, 32, 4, 3),),
     "half": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 4)),
 }

@@ -1,0 +1,64 @@
+"""The harmony selection on a CPU: passes tensors to the C library."""
+
+from __future__ import annotations
+
+from ctypes import byref
+
+import torch
+from torch import Tensor
+
+from ..native.library import Selection, library, pointer, threads
+
+
+def select_harmony(
+    mask_bits: Tensor,
+    maskable_bits: Tensor,
+    weights: Tensor,
+    masked_gradients: Tensor,
+    dense_gradients: Tensor,
+    mean_gradient: Tensor,
+    losses: Tensor,
+    count: int,
+    balance: float,
+    importance: str,
+    rule: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tasks, words = mask_bits.shape
+    columns = min(count, weights.numel())
+    leaving = torch.empty(tasks, columns, dtype=torch.int64)
+    entering = torch.empty_like(leaving)
+    moved = torch.empty(tasks, dtype=torch.int64)
+    refused = torch.empty(tasks, dtype=torch.bool)
+    losses = losses.contiguous()
+    operands = Selection(
+        tasks=tasks,
+        words=words,
+        mask_bits=pointer(mask_bits),
+        mask_stride=mask_bits.stride(0),
+        maskable_bits=pointer(maskable_bits),
+        weights=pointer(weights),
+        masked_gradients=pointer(masked_gradients),
+        masked_stride=masked_gradients.stride(0),
+        dense_gradients=pointer(dense_gradients),
+        dense_stride=dense_gradients.stride(0),
+        mean_gradient=pointer(mean_gradient),
+        losses=pointer(losses),
+        count=columns,
+        balance=balance,
+        fisher=importance == "fisher",
+        paper=rule == "paper",
+    )
+    results = (pointer(t) for t in (leaving, entering, moved, refused))
+    if not library().harmodt_select_harmony(byref(operands), *results, threads()):
+        raise MemoryError(f"there is no memory to select {columns} weights")
+    refused |= ~torch.isfinite(losses)
+    if importance == "fisher" and rule == "paper":
+        refused |= losses <= 0
+    return leaving, entering, moved, refused
+
+
+def move_weights(mask_bits: Tensor, leaving: Tensor, entering: Tensor) -> None:
+    for indices in (leaving.contiguous(), entering.contiguous()):
+        library().harmodt_flip_bits(
+            pointer(mask_bits), mask_bits.stride(0), pointer(indices), *indices.shape
+        )

@@ -1,0 +1,152 @@
+"""The masked linear layer on a CPU: passes tensors to the C library."""
+
+from __future__ import annotations
+
+from ctypes import byref
+
+import torch
+from torch import Tensor
+
+from ..native.library import Linear, WeightGradient, library, pointer, threads
+
+
+def bf16_products() -> bool:
+    """Whether products of float32 are computed in bf16: PyTorch's own switch for CPUs."""
+    return torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_bits: Tensor,
+    bias_bits: Tensor | None,
+    task_ids: Tensor,
+    relu: bool,
+) -> Tensor:
+    dtype = check_dtype(x)
+    operand = as_float(x)
+    y = operand.new_empty(*x.shape[:2], len(weight))
+    weight, bias = weight.float(), None if bias is None else bias.float()
+    shape = shape_of(operand, weight, y, weight_bits, bias_bits, task_ids, dtype)
+    library().harmodt_masked_linear(
+        byref(shape),
+        pointer(operand),
+        pointer(weight),
+        pointer(bias),
+        relu,
+        pointer(y),
+        threads(),
+    )
+    return y.to(dtype)
+
+
+def masked_linear_input_gradient(
+    dy: Tensor, y: Tensor | None, weight: Tensor, weight_bits: Tensor, task_ids: Tensor
+) -> Tensor:
+    dtype = check_dtype(dy)
+    dy, y, weight = as_float(dy), None if y is None else as_float(y), weight.float()
+    dx = dy.new_empty(*dy.shape[:2], weight.shape[1])
+    shape = shape_of(dx, weight, dy, weight_bits, None, task_ids, dtype)
+    library().harmodt_input_gradient(
+        byref(shape), pointer(dy), pointer(y), pointer(weight), pointer(dx), threads()
+    )
+    return dx.to(dtype)
+
+
+def masked_linear_weight_gradient(
+    dy: Tensor,
+    y: Tensor | None,
+    x: Tensor,
+    weight_bits: Tensor,
+    bias_bits: Tensor | None,
+    task_ids: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    outputs = dy.shape[2]
+    d_weight = dy.new_empty(outputs, x.shape[2], dtype=torch.float32)
+    d_bias = dy.new_empty(0 if bias_bits is None else outputs, dtype=torch.float32)
+    out = WeightGradient(
+        per_group=False,
+        weight=pointer(d_weight),
+        weight_row_stride=d_weight.stride(0),
+        bias=None if bias_bits is None else pointer(d_bias),
+    )
+    write_weight_gradient(dy, y, x, weight_bits, bias_bits, task_ids, out)
+    return d_weight.to(dtype), d_bias.to(dtype)
+
+
+def masked_linear_group_gradients(
+    dy: Tensor,
+    y: Tensor | None,
+    x: Tensor,
+    weight_bits: Tensor,
+    bias_bits: Tensor | None,
+    task_ids: Tensor,
+    d_weight: Tensor,
+    d_bias: Tensor | None,
+) -> None:
+    if d_weight.dtype != torch.float32:
+        raise TypeError(f"group_gradients are {d_weight.dtype}: on a CPU they must be float32")
+    out = WeightGradient(
+        per_group=True,
+        weight=pointer(d_weight),
+        weight_group_stride=d_weight.stride(0),
+        weight_row_stride=d_weight.stride(1),
+        bias=pointer(d_bias),
+        bias_group_stride=0 if d_bias is None else d_bias.stride(0),
+    )
+    write_weight_gradient(dy, y, x, weight_bits, bias_bits, task_ids, out)
+
+
+def write_weight_gradient(
+    dy: Tensor,
+    y: Tensor | None,
+    x: Tensor,
+    weight_bits: Tensor,
+    bias_bits: Tensor | None,
+    task_ids: Tensor,
+    out: WeightGradient,
+) -> None:
+    dtype = check_dtype(x)
+    dy, y, x = as_float(dy), None if y is None else as_float(y), as_float(x)
+    shape = shape_of(x, None, dy, weight_bits, bias_bits, task_ids, dtype)
+    library().harmodt_weight_gradient_of(
+        byref(shape), pointer(dy), pointer(y), pointer(x), byref(out), threads()
+    )
+
+
+def check_dtype(x: Tensor) -> torch.dtype:
+    if x.dtype == torch.float16:
+        raise TypeError("x is float16, and the CPU kernels take float32 or bfloat16")
+    return x.dtype
+
+
+def as_float(x: Tensor) -> Tensor:
+    return x.float().contiguous()
+
+
+def shape_of(
+    x: Tensor,
+    weight: Tensor | None,
+    y: Tensor,
+    weight_bits: Tensor,
+    bias_bits: Tensor | None,
+    task_ids: Tensor,
+    dtype: torch.dtype,
+) -> Linear:
+    groups, rows, inputs = x.shape
+    return Linear(
+        groups=groups,
+        rows=rows,
+        inputs=inputs,
+        outputs=y.shape[2],
+        weight_stride=0 if weight is None else weight.stride(0),
+        weight_bits=pointer(weight_bits),
+        weight_bits_task_stride=weight_bits.stride(0),
+        weight_bits_row_stride=weight_bits.stride(1),
+        bias_bits=pointer(bias_bits),
+        bias_bits_task_stride=0 if bias_bits is None else bias_bits.stride(0),
+        task_ids=pointer(task_ids),
+        bf16=dtype == torch.bfloat16 or bf16_products(),
+    )

@@ -1,0 +1,1 @@
+"""The CPU kernels: a C library, which CMake builds, and its loader."""

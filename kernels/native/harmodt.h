@@ -1,0 +1,120 @@
+// The C interface of the CPU kernels. Strides are in elements, matrices row-major, masks packed 32 to
+// a word, lowest bit first. Every call runs on `threads` threads, and its result does not depend on
+// their number.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define HARMODT_API __attribute__((visibility("default")))
+#else
+#define HARMODT_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// A batch of a masked linear layer: x is [groups][rows][inputs], y [groups][rows][outputs].
+typedef struct {
+  int64_t groups, rows, inputs, outputs;
+  int64_t weight_stride;          // from row to row of the weight [outputs][inputs]
+  const int32_t* weight_bits;     // [tasks][outputs][words]
+  int64_t weight_bits_task_stride, weight_bits_row_stride;
+  const int32_t* bias_bits;       // [tasks][words], or null without a bias
+  int64_t bias_bits_task_stride;
+  const int64_t* task_ids;        // [groups]
+  int bf16;                       // round the operands of products to bf16
+} harmodt_linear;
+
+// Where the gradient of weight and bias goes: summed over the groups, or each group's own.
+typedef struct {
+  int per_group;
+  float* weight;
+  int64_t weight_group_stride, weight_row_stride;
+  float* bias;                    // null without a bias
+  int64_t bias_group_stride;
+} harmodt_weight_gradient;
+
+// Operands of the harmony selection over `words` mask words; one row per task.
+typedef struct {
+  int64_t tasks, words;
+  const int32_t* mask_bits;
+  int64_t mask_stride;
+  const int32_t* maskable_bits;
+  const float* weights;
+  const float* masked_gradients;
+  int64_t masked_stride;
+  const float* dense_gradients;
+  int64_t dense_stride;
+  const float* mean_gradient;
+  const float* losses;
+  int64_t count;                  // weights to move
+  float balance;
+  int fisher, paper;              // importance and rule
+} harmodt_selection;
+
+// Operands of the masked AdamW step over `size` elements.
+typedef struct {
+  int64_t size;
+  float* weights;
+  const float* gradient;
+  float* first_moment;
+  float* second_moment;
+  const int32_t* active_bits;
+  float scale;                    // of the gradient
+  float first_rate, second_rate;  // 1 - beta
+  float first_correction, second_correction;
+  float epsilon, weight_decay, learning_rate;
+} harmodt_adamw;
+
+// Causal self-attention over short sequences; qkv is [sequences][tokens][3][heads][head_size].
+typedef struct {
+  int64_t sequences, tokens, heads, head_size;
+  int64_t queries, first_query, query_step;  // query i is token first_query + i * query_step
+  const uint8_t* valid;           // [sequences][tokens]; a key that is not is seen by itself alone
+  float dropout;                  // probability of dropping a key's weight
+  uint32_t seed;                  // of the dropout
+} harmodt_attention;
+
+// The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable".
+HARMODT_API const char* harmodt_isa(void);
+// Use another one; returns 0 if this machine does not have it, or the name is none.
+HARMODT_API int harmodt_use_isa(const char* name);
+
+// y = x (W with mask)^T + bias with mask, then max(0, y) if relu; bias may be null.
+HARMODT_API void harmodt_masked_linear(const harmodt_linear* shape, const float* x,
+                                       const float* weight, const float* bias, int relu, float* y,
+                                       int threads);
+// dx = dy (W with mask). Where y is given, the layer had a ReLU: dy counts where y > 0.
+HARMODT_API void harmodt_input_gradient(const harmodt_linear* shape, const float* dy,
+                                        const float* y, const float* weight, float* dx,
+                                        int threads);
+// dy^T x with mask, and the sums of dy with mask.
+HARMODT_API void harmodt_weight_gradient_of(const harmodt_linear* shape, const float* dy,
+                                            const float* y, const float* x,
+                                            const harmodt_weight_gradient* out, int threads);
+
+// The indices that leave and enter each task's mask, [tasks][count] in order of their scores, -1
+// after the first moved[task]. refused[task] is 1 if an operand or a score is not finite.
+// Returns 0 if memory is lacking.
+HARMODT_API int harmodt_select_harmony(const harmodt_selection* operands, int64_t* leaving,
+                                       int64_t* entering, int64_t* moved, uint8_t* refused,
+                                       int threads);
+// Flip the bits of [tasks][count] indices; those below 0 are none.
+HARMODT_API void harmodt_flip_bits(int32_t* mask_bits, int64_t mask_stride, const int64_t* indices,
+                                   int64_t tasks, int64_t count);
+
+HARMODT_API void harmodt_masked_adamw(const harmodt_adamw* operands, int threads);
+
+// out is [sequences][queries][heads][head_size]; log_sums [sequences][queries][heads] is for the
+// gradient, which is of all of qkv.
+HARMODT_API void harmodt_attention_forward(const harmodt_attention* shape, const float* qkv,
+                                           float* out, float* log_sums, int threads);
+HARMODT_API void harmodt_attention_gradient(const harmodt_attention* shape, const float* d_out,
+                                            const float* qkv, const float* out,
+                                            const float* log_sums, float* d_qkv, int threads);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,31 @@
+// What dispatch.cpp and the kernels of each instruction set share.
+//
+// The kernels include no standard library code: a template that is compiled for AVX-512 there could
+// be the copy that the linker keeps for everyone.
+#pragma once
+
+#include "harmodt.h"
+
+struct Kernels {
+  const char* isa;
+  void (*masked_linear)(const harmodt_linear&, const float* x, const float* weight,
+                        const float* bias, bool relu, float* y, int threads);
+  void (*input_gradient)(const harmodt_linear&, const float* dy, const float* y,
+                         const float* weight, float* dx, int threads);
+  void (*weight_gradient)(const harmodt_linear&, const float* dy, const float* y, const float* x,
+                          const harmodt_weight_gradient&, int threads);
+  void (*attention)(const harmodt_attention&, const float* qkv, float* out, float* log_sums,
+                    int threads);
+  void (*attention_gradient)(const harmodt_attention&, const float* d_out, const float* qkv,
+                             const float* out, const float* log_sums, float* d_qkv, int threads);
+  // Each task in `parts`; keys are [tasks][parts][2][capacity], `held` of them [tasks][parts][2].
+  void (*select_harmony)(const harmodt_selection&, int64_t parts, int64_t capacity, int64_t* keys,
+                         int64_t* held, uint8_t* refused, int threads);
+  void (*masked_adamw)(const harmodt_adamw&, int threads);
+};
+
+// Memory of the calling thread, aligned to 64 bytes and kept from call to call.
+void* scratch(uint64_t bytes);
+
+// Move the `count` smallest of `size` keys to the front, the largest of them last.
+void keep_smallest(int64_t* keys, int64_t size, int64_t count);

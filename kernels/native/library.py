@@ -1,0 +1,167 @@
+"""Loads the C library of the CPU kernels; `harmodt.h` describes its functions."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int64, c_uint32, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PATH = Path(__file__).with_name("libharmodt.so")
+
+ISA_VARIABLE = "HARMODT_ISA"
+"""Environment variable that holds the kernels to an instruction set, read when they are loaded."""
+
+
+class Linear(Structure):
+    """`harmodt_linear`."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("groups", "rows", "inputs", "outputs", "weight_stride")),
+        ("weight_bits", c_void_p),
+        ("weight_bits_task_stride", c_int64),
+        ("weight_bits_row_stride", c_int64),
+        ("bias_bits", c_void_p),
+        ("bias_bits_task_stride", c_int64),
+        ("task_ids", c_void_p),
+        ("bf16", c_int),
+    ]
+
+
+class WeightGradient(Structure):
+    """`harmodt_weight_gradient`."""
+
+    _fields_ = [
+        ("per_group", c_int),
+        ("weight", c_void_p),
+        ("weight_group_stride", c_int64),
+        ("weight_row_stride", c_int64),
+        ("bias", c_void_p),
+        ("bias_group_stride", c_int64),
+    ]
+
+
+class Selection(Structure):
+    """`harmodt_selection`."""
+
+    _fields_ = [
+        ("tasks", c_int64),
+        ("words", c_int64),
+        ("mask_bits", c_void_p),
+        ("mask_stride", c_int64),
+        ("maskable_bits", c_void_p),
+        ("weights", c_void_p),
+        ("masked_gradients", c_void_p),
+        ("masked_stride", c_int64),
+        ("dense_gradients", c_void_p),
+        ("dense_stride", c_int64),
+        ("mean_gradient", c_void_p),
+        ("losses", c_void_p),
+        ("count", c_int64),
+        ("balance", c_float),
+        ("fisher", c_int),
+        ("paper", c_int),
+    ]
+
+
+class AdamW(Structure):
+    """`harmodt_adamw`."""
+
+    _fields_ = [
+        ("size", c_int64),
+        *(
+            (name, c_void_p)
+            for name in ("weights", "gradient", "first_moment", "second_moment", "active_bits")
+        ),
+        *(
+            (name, c_float)
+            for name in (
+                "scale",
+                "first_rate",
+                "second_rate",
+                "first_correction",
+                "second_correction",
+                "epsilon",
+                "weight_decay",
+                "learning_rate",
+            )
+        ),
+    ]
+
+
+class Attention(Structure):
+    """`harmodt_attention`."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("sequences", "tokens", "heads", "head_size")),
+        *((name, c_int64) for name in ("queries", "first_query", "query_step")),
+        ("valid", c_void_p),
+        ("dropout", c_float),
+        ("seed", c_uint32),
+    ]
+
+
+_P, _THREADS = c_void_p, c_int
+_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "harmodt_isa": (c_char_p, []),
+    "harmodt_use_isa": (c_int, [c_char_p]),
+    "harmodt_masked_linear": (None, [POINTER(Linear), _P, _P, _P, c_int, _P, _THREADS]),
+    "harmodt_input_gradient": (None, [POINTER(Linear), _P, _P, _P, _P, _THREADS]),
+    "harmodt_weight_gradient_of": (
+        None,
+        [POINTER(Linear), _P, _P, _P, POINTER(WeightGradient), _THREADS],
+    ),
+    "harmodt_select_harmony": (c_int, [POINTER(Selection), _P, _P, _P, _P, _THREADS]),
+    "harmodt_flip_bits": (None, [_P, c_int64, _P, c_int64, c_int64]),
+    "harmodt_masked_adamw": (None, [POINTER(AdamW), _THREADS]),
+    "harmodt_attention_forward": (None, [POINTER(Attention), _P, _P, _P, _THREADS]),
+    "harmodt_attention_gradient": (None, [POINTER(Attention), _P, _P, _P, _P, _P, _THREADS]),
+}
+
+
+def why_missing() -> str | None:
+    """What is wrong with the library, or None if it can be used."""
+    if not PATH.exists():
+        return (
+            "the CPU kernels were not built when harmodt was installed: install GCC (g++) and "
+            "install harmodt again (pip install -v shows why a build fails)"
+        )
+    wanted = os.environ.get(ISA_VARIABLE)
+    if wanted and not _loaded().harmodt_use_isa(wanted.encode()):
+        return f"{ISA_VARIABLE} is {wanted!r}, which this machine does not have"
+    return None
+
+
+def library() -> ctypes.CDLL:
+    """The library, with the types of its functions."""
+    return _loaded()
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return library().harmodt_isa().decode()
+
+
+@functools.cache
+def _loaded() -> ctypes.CDLL:
+    # PyTorch was imported before: the library's OpenMP is PyTorch's, which is loaded already.
+    loaded = ctypes.CDLL(str(PATH))
+    for name, (result, arguments) in _FUNCTIONS.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    return loaded
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """The address of a tensor's first element."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def threads() -> int:
+    """As many as PyTorch uses."""
+    return torch.get_num_threads()

@@ -1,0 +1,37 @@
+// AdamW where a weight is active; everything else stays bit for bit. Compiled without contraction:
+// the roundings are PyTorch's.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace {
+
+// As torch.lerp, with its roundings.
+inline Vec lerp(Vec start, Vec end, float weight) {
+  return weight < 0.5f ? fused_multiply_add(splat(weight), end - start, start)
+                       : fused_multiply_add(splat(weight - 1.0f), end - start, end);
+}
+
+void masked_adamw(const harmodt_adamw& s, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t word = 0; word < (s.size + 31) / 32; ++word) {
+    if (!s.active_bits[word]) continue;
+    for (int64_t at = word * 32; at < smaller(word * 32 + 32, s.size); at += kWidth) {
+      uint32_t active = bits_at(s.active_bits, at) & lanes_left(s.size - at);
+      Vec w = load(s.weights + at, active), g = load(s.gradient + at, active);
+      Vec m = load(s.first_moment + at, active), v = load(s.second_moment + at, active);
+      g *= s.scale;
+      m = lerp(m, g, s.first_rate);
+      v = lerp(v, g * g, s.second_rate);
+      Vec denominator = square_root(v) * s.second_correction + s.epsilon;
+      Vec update = m / denominator * s.first_correction;
+      update = fused_multiply_add(splat(s.weight_decay), w, update);
+      store(s.weights + at, fused_multiply_add(splat(-s.learning_rate), update, w), active);
+      store(s.first_moment + at, m, active);
+      store(s.second_moment + at, v, active);
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,183 @@
+// A SIMD register of floats, as wide as the instruction set of the including file allows.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define HARMODT_WIDTH 16
+#elif defined(__AVX2__)
+#include <immintrin.h>
+#define HARMODT_WIDTH 8
+#else
+#define HARMODT_WIDTH 4
+#endif
+
+// Everything is compiled once for each instruction set, hence without external linkage.
+namespace {
+
+constexpr int kWidth = HARMODT_WIDTH;
+typedef float Vec __attribute__((vector_size(HARMODT_WIDTH * 4)));
+typedef int32_t IntVec __attribute__((vector_size(HARMODT_WIDTH * 4)));
+typedef float UnalignedVec __attribute__((vector_size(HARMODT_WIDTH * 4), aligned(4), may_alias));
+typedef int32_t UnalignedIntVec
+    __attribute__((vector_size(HARMODT_WIDTH * 4), aligned(4), may_alias));
+
+inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
+inline IntVec load(const int32_t* p) { return *reinterpret_cast<const UnalignedIntVec*>(p); }
+inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+inline void store(int32_t* p, IntVec v) { *reinterpret_cast<UnalignedIntVec*>(p) = v; }
+inline Vec splat(float x) { return Vec{} + x; }
+inline IntVec splat(int32_t x) { return IntVec{} + x; }
+
+// The low bits, one for each lane; all of them where at least a register is left.
+inline uint32_t lanes_left(int64_t left) {
+  return left >= kWidth ? ~0u : left <= 0 ? 0u : (1u << left) - 1;
+}
+
+// The bits of the lanes from element `at` of a packed mask on; `at` is a multiple of the width.
+inline uint32_t bits_at(const int32_t* words, int64_t at) {
+  return static_cast<uint32_t>(words[at >> 5]) >> (at & 31);
+}
+
+// All ones in the lanes whose bit is set.
+inline IntVec expand(uint32_t bits) {
+  IntVec place;
+  for (int i = 0; i < kWidth; ++i) place[i] = 1 << i;
+  return (splat(static_cast<int32_t>(bits)) & place) != 0;
+}
+
+// Lanes whose bit is set; others are 0 when loaded and stay as they are when stored.
+#if defined(__AVX512F__)
+inline Vec keep(Vec v, uint32_t bits) { return (Vec)_mm512_maskz_mov_ps(bits, (__m512)v); }
+inline Vec load(const float* p, uint32_t bits) { return (Vec)_mm512_maskz_loadu_ps(bits, p); }
+inline void store(float* p, Vec v, uint32_t bits) { _mm512_mask_storeu_ps(p, bits, (__m512)v); }
+#else
+inline Vec keep(Vec v, uint32_t bits) { return (Vec)((IntVec)v & expand(bits)); }
+#if defined(__AVX2__)
+inline Vec load(const float* p, uint32_t bits) {
+  return (Vec)_mm256_maskload_ps(p, (__m256i)expand(bits));
+}
+inline void store(float* p, Vec v, uint32_t bits) {
+  _mm256_maskstore_ps(p, (__m256i)expand(bits), (__m256)v);
+}
+#else
+inline Vec load(const float* p, uint32_t bits) {
+  Vec v{};
+  for (int i = 0; i < kWidth; ++i)
+    if (bits >> i & 1) v[i] = p[i];
+  return v;
+}
+inline void store(float* p, Vec v, uint32_t bits) {
+  for (int i = 0; i < kWidth; ++i)
+    if (bits >> i & 1) p[i] = v[i];
+}
+#endif
+#endif
+
+// One bit for each lane that is all ones.
+inline uint32_t to_bits(IntVec lanes) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)lanes);
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)lanes);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kWidth; ++i) bits |= (lanes[i] & 1u) << i;
+  return bits;
+#endif
+}
+
+// a * b + c in one rounding, where the instruction set has it.
+inline Vec fused_multiply_add(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline Vec square_root(Vec v) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_sqrt_ps((__m256)v);
+#else
+  for (int i = 0; i < kWidth; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
+
+inline Vec magnitude(Vec v) { return (Vec)((IntVec)v & 0x7fffffff); }
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Transpose kWidth registers in place.
+template <int Half = kWidth / 2>
+inline void transpose(IntVec* rows) {
+  IntVec low, high;
+  for (int i = 0; i < kWidth; ++i) {
+    low[i] = i & Half ? i - Half + kWidth : i;
+    high[i] = i & Half ? i + kWidth : i + Half;
+  }
+  for (int i = 0; i < kWidth; ++i) {
+    if (i & Half) continue;
+    IntVec a = rows[i], b = rows[i + Half];
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i + Half] = __builtin_shuffle(a, b, high);
+  }
+  if constexpr (Half > 1) transpose<Half / 2>(rows);
+}
+
+#if defined(__AVX512BF16__)
+// Two bf16 in each lane, `first` in the low half, rounded to nearest even.
+inline IntVec pair_bf16(Vec first, Vec second) {
+  __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)first));
+  __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)second));
+  return (IntVec)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+// Two registers of neighbours as pairs: lane i holds elements 2 i and 2 i + 1.
+inline IntVec pair_neighbours(Vec a, Vec b) {
+  return (IntVec)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+}
+#else
+// bf16, rounded to nearest even, in the high half of each lane; the low half is noise.
+inline IntVec round_bf16(Vec v) {
+  IntVec bits = (IntVec)v;
+  IntVec rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  return v == v ? rounded : bits | 0x400000;  // NaN stays NaN
+}
+
+// Two bf16 in each lane, `first` in the low half.
+inline IntVec pair_bf16(Vec first, Vec second) {
+  IntVec low = round_bf16(first) >> 16 & 0xffff;
+  return low | (round_bf16(second) & static_cast<int32_t>(0xffff0000));
+}
+
+// Two registers of neighbours as pairs: lane i holds elements 2 i and 2 i + 1.
+inline IntVec pair_neighbours(Vec a, Vec b) {
+  IntVec even, odd;
+  for (int i = 0; i < kWidth; ++i) {
+    even[i] = 2 * i;
+    odd[i] = 2 * i + 1;
+  }
+  return pair_bf16(__builtin_shuffle(a, b, even), __builtin_shuffle(a, b, odd));
+}
+#endif
+
+// total + a * b, or for pairs of bf16, total + a.low * b.low + a.high * b.high.
+inline Vec multiply_add(Vec total, Vec a, Vec b) { return fused_multiply_add(a, b, total); }
+inline Vec multiply_add(Vec total, IntVec a, IntVec b) {
+#if defined(__AVX512BF16__)
+  return (Vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b);
+#else
+  constexpr int32_t high = static_cast<int32_t>(0xffff0000);
+  total = fused_multiply_add((Vec)(a << 16), (Vec)(b << 16), total);
+  return fused_multiply_add((Vec)(a & high), (Vec)(b & high), total);
+#endif
+}
+
+}  // namespace

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from harmodt_kernels.attention import attention, reference
+
+SIZES = [
+    (3, 75, 8, 16),
+    (2, 75, 2, 32),
+    (2, 7, 2, 20),
+    (1, 1, 1, 5),
+]  # sequences, tokens, heads, size
+
+
+@pytest.fixture(autouse=True)
+def _native(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def make_operands(sequences: int, tokens: int, heads: int, size: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    qkv = torch.randn(sequences, tokens, 3, heads, size, generator=generator) * 2
+    valid = torch.rand(sequences, tokens, generator=generator) < 0.7
+    valid[-1, : tokens // 2] = False
+    return qkv, valid
+
+
+def by_loops(qkv: Tensor, valid: Tensor, queries: slice) -> Tensor:
+    """In float64, a softmax for each query over the keys that it may see."""
+    sequences, tokens, _, heads, size = qkv.shape
+    rows = []
+    for b in range(sequences):
+        for i in range(tokens)[queries]:
+            seen = [j for j in range(i + 1) if valid[b, j] or j == i]
+            for h in range(heads):
+                q, k, v = qkv[b, i, 0, h], qkv[b, seen, 1, h], qkv[b, seen, 2, h]
+                rows.append(torch.softmax(k @ q / math.sqrt(size), 0) @ v)
+    return torch.stack(rows).view(sequences, -1, heads, size)
+
+
+@pytest.mark.parametrize("function", [attention, reference.attention])
+@pytest.mark.parametrize("queries", [slice(None), slice(1, None, 3), slice(-1, None)], ids=str)
+@pytest.mark.parametrize("sizes", SIZES[1:3])
+def test_output_and_gradient_equal_loops(function, queries, sizes) -> None:
+    qkv, valid = make_operands(*sizes)
+    exact, leaf = qkv.double().requires_grad_(), qkv.requires_grad_()
+    expected, computed = by_loops(exact, valid, queries), function(leaf, valid, queries, 0.0)
+    d_out = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
+    expected.backward(d_out.double())
+    computed.backward(d_out)
+    torch.testing.assert_close(computed.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    tokens=st.integers(1, 70),
+    heads=st.integers(1, 3),
+    size=st.integers(1, 40),
+    first=st.integers(0, 5),
+    step=st.integers(1, 4),
+)
+def test_equals_the_reference(tokens, heads, size, first, step) -> None:
+    qkv, valid = make_operands(2, tokens, heads, size)
+    queries = slice(min(first, tokens - 1), None, step)
+    leaves = [qkv.clone().requires_grad_() for _ in range(2)]
+    outs = [
+        f(x, valid, queries, 0.0)
+        for f, x in zip((attention, reference.attention), leaves, strict=True)
+    ]
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+    for out in outs:
+        out.square().sum().backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-3, atol=1e-4)
+
+
+def test_weights_far_apart_do_not_overflow() -> None:
+    qkv, valid = make_operands(2, 20, 1, 16)
+    qkv *= 1000
+    computed = attention(qkv, valid, slice(None), 0.0)
+    torch.testing.assert_close(computed, reference.attention(qkv, valid, slice(None), 0.0))
+
+
+def test_dropout_drops_its_share_and_rescales_the_rest() -> None:
+    tokens = 64
+    qkv = torch.zeros(200, tokens, 3, 1, tokens)  # equal weights, which the values make visible
+    qkv[:, :, 2, 0] = torch.eye(tokens)
+    valid = torch.ones(200, tokens, dtype=torch.bool)
+    torch.manual_seed(0)
+    weights = attention(qkv, valid, slice(-1, None), 0.25)[:, 0, 0] * tokens  # [200, keys]
+    dropped = weights == 0
+    assert dropped.double().mean().item() == pytest.approx(0.25, abs=0.02)
+    torch.testing.assert_close(weights[~dropped], torch.full_like(weights[~dropped], 1 / 0.75))
+    assert len({tuple(row.tolist()) for row in dropped}) == 200
+    assert not torch.equal(attention(qkv, valid, slice(-1, None), 0.25)[:, 0, 0] == 0, dropped)
+
+
+def test_the_gradient_is_that_of_the_dropped_weights() -> None:
+    qkv, valid = make_operands(2, 12, 2, 16)
+    direction = torch.randn(qkv.shape, generator=torch.Generator().manual_seed(1))
+
+    def loss(x: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return attention(x, valid, slice(None), 0.4).double().sin().sum()
+
+    leaf = qkv.clone().requires_grad_()
+    loss(leaf).backward()
+    slope = (leaf.grad.double() * direction).sum()
+    numeric = (loss(qkv + 1e-2 * direction) - loss(qkv - 1e-2 * direction)) / 2e-2
+    assert slope.item() == pytest.approx(numeric.item(), rel=2e-2)
+
+
+def test_threads_do_not_change_the_result() -> None:
+    qkv, valid = make_operands(*SIZES[0])
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        leaf = qkv.clone().requires_grad_()
+        out = attention(leaf, valid, slice(None), 0.0)
+        out.sum().backward()
+        results.append((out, leaf.grad))
+    torch.set_num_threads(before)
+    for out, gradient in results[1:]:
+        assert torch.equal(out, results[0][0]) and torch.equal(gradient, results[0][1])
+
+
+def test_the_registered_operations_keep_pytorchs_rules() -> None:
+    qkv, valid = make_operands(2, 7, 2, 16)
+    settings = (3, 0, 3, 0.0, 0)
+    torch.library.opcheck(torch.ops.harmodt.attention, (qkv, valid, *settings))
+    out, log_sums = torch.ops.harmodt.attention(qkv, valid, *settings)
+    torch.library.opcheck(
+        torch.ops.harmodt.attention_gradient, (out, qkv, valid, out, log_sums, *settings)
+    )
+
+
+def test_operands_that_do_not_fit_are_named() -> None:
+    qkv, valid = make_operands(2, 7, 2, 16)
+    with pytest.raises(TypeError, match="float64"):
+        attention(qkv.double(), valid, slice(None), 0.0)
+    with pytest.raises(ValueError, match=r"valid \[2, 6\]"):
+        attention(qkv, valid[:, :6], slice(None), 0.0)
+
+
+def test_causal_mask_shows_valid_tokens_before_and_oneself() -> None:
+    valid = torch.tensor([[False, True, False, True]])
+    assert reference.causal_mask(valid).int()[0, 0].tolist() == [
+        [1, 0, 0, 0],
+        [0, 1, 0, 0],
+        [0, 1, 1, 0],
+        [0, 1, 0, 1],
+    ]

@@ -1,0 +1,135 @@
+"""The CPU kernels for every instruction set of this machine, and the library around them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import test_kernels_masked_adamw as adamw
+import test_kernels_masked_linear as linear
+import torch
+
+from harmodt_kernels import REFERENCE, Backend, BackendUnavailable, fused_backend
+from harmodt_kernels.native import library
+
+CPU = torch.device("cpu")
+ISAS = ["avx512bf16", "avx512", "avx2", "portable"]
+
+
+@pytest.fixture(params=ISAS)
+def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
+    """The CPU kernels held to an instruction set."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    best = fused_backend(CPU).name.removeprefix("cpu-")
+    if not library.library().harmodt_use_isa(request.param.encode()):
+        pytest.skip(f"this machine has no {request.param}")
+    backend = fused_backend(CPU)
+    assert backend.name == f"cpu-{request.param}"
+    yield backend
+    library.library().harmodt_use_isa(best.encode())
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("sizes", [(5, 63, 60, 97), (2, 7, 257, 130), (1, 1, 1, 1)])
+def test_masked_linear(cpu: Backend, sizes, relu) -> None:
+    problem = linear.Problem.random(*sizes)
+    for of_groups in (False, True):
+        computed = problem.computed(cpu, CPU, torch.float32, relu=relu, of_groups=of_groups)
+        linear.check(computed, problem.expected(relu), 2e-4)
+
+
+@pytest.fixture
+def bf16_products() -> Iterator[None]:
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    yield
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+def test_bf16_products_by_pytorchs_switch(cpu: Backend, bf16_products: None) -> None:
+    """Operands are rounded to bf16; tensors and sums stay in float32."""
+    problem = linear.Problem.random(3, 63, 61, 40)
+    rounded = linear.Problem.random(3, 63, 61, 40).rounded(torch.bfloat16)
+    rounded.bias, exact = problem.bias, problem.expected()
+    computed = problem.computed(cpu, CPU, torch.float32)
+    expected = rounded.expected() | {"bias": exact["bias"]}  # no product
+    linear.check(computed, expected, 1e-3)
+    assert linear.largest_error(computed["y"], exact["y"]) > 1e-3
+
+
+def test_selection_and_adamw(cpu: Backend) -> None:
+    torch.manual_seed(0)
+    tasks, size = 3, 32 * 3000
+    bits = torch.randint(-(2**31), 2**31, (tasks, size // 32), dtype=torch.int32)
+    dense = torch.randn(tasks, size).round(decimals=2)  # with many ties
+    operands = (
+        bits, torch.full_like(bits[0], -1), torch.randn(size), dense, dense.roll(1, 1),
+        dense.mean(0), torch.rand(tasks) + 0.1,
+    )  # fmt: skip
+    for importance in ("fisher", "magnitude"):
+        results = []
+        for backend in (cpu, REFERENCE):
+            changed = bits.clone()
+            selection = backend.select_harmony(
+                *operands, count=700, balance=3.0, importance=importance
+            )
+            backend.move_weights(changed, selection)
+            results.append(changed)
+        assert torch.equal(*results)
+    first, second = (torch.randn(2, size) for _ in range(2))
+    states = []
+    for backend in (cpu, REFERENCE):
+        weights, gradient = first.clone()
+        m, v = second.clone().unbind()
+        v = v.abs()
+        backend.masked_adamw(
+            weights, gradient, m, v, bits[0], step=3, max_norm=1.0, **adamw.SETTINGS
+        )
+        states.append((weights, m, v))
+    for computed, expected in zip(*states, strict=True):
+        torch.testing.assert_close(computed, expected, rtol=2e-6, atol=1e-7)
+
+
+def test_results_do_not_depend_on_the_number_of_threads(cpu: Backend) -> None:
+    problem = linear.Problem.random(2, 100, 60, 70)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(problem.computed(cpu, CPU, torch.float32))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        for name, values in other.items():
+            assert torch.equal(values, results[0][name]), name
+
+
+def test_one_openmp_runtime_is_shared_with_pytorch() -> None:
+    program = (
+        "import torch\n"
+        "from harmodt_kernels import fused_backend\n"
+        "torch.ones(1000, 1000) @ torch.ones(1000, 1000)\n"
+        "fused_backend('cpu')\n"
+        "maps = open('/proc/self/maps').read().split()\n"
+        "print(*sorted({m for m in maps if 'libgomp' in m or 'libomp' in m or 'libiomp' in m}))\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    python = [sys.executable, "-c", program]
+    result = subprocess.run(python, env=environment, capture_output=True, text=True, check=True)
+    assert len(result.stdout.split()) == 1, result.stdout
+
+
+def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("HARMODT_ISA", "sse5")
+    with pytest.raises(BackendUnavailable, match="HARMODT_ISA is 'sse5'"):
+        fused_backend("cpu")
+
+
+def test_the_variable_holds_the_kernels_to_less(monkeypatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    best = fused_backend("cpu").name
+    monkeypatch.setenv("HARMODT_ISA", "portable")
+    assert fused_backend("cpu").name == "cpu-portable"
+    library.library().harmodt_use_isa(best.removeprefix("cpu-").encode())
