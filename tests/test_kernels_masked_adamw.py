@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from harmodt_kernels.masked_adamw.reference import clip_gradient
 
 # numpy's, where the interpreter computes with infinity
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+OLD_TRITON = metadata.version("triton") < "3.9"
 
 SETTINGS = {"learning_rate": 0.01, "betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.1}
 
@@ -177,7 +180,9 @@ def _random_state(size: int, device: torch.device) -> list[Tensor]:
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.4, 0.0)], ids=str)
 @pytest.mark.parametrize("max_norm", [math.inf, 1e3, 0.25])
 @pytest.mark.parametrize("size", [31, 64, 3000])
-def test_backends_agree_rounding_for_rounding(device, size, max_norm, betas) -> None:
+def test_backends_agree_rounding_for_rounding(
+    device, implementation, size, max_norm, betas
+) -> None:
     states = [_random_state(size, device) for _ in range(2)]
     gradient = states[0][1].clone()
     settings = SETTINGS | {"betas": betas, "max_norm": max_norm}
@@ -186,8 +191,10 @@ def test_backends_agree_rounding_for_rounding(device, size, max_norm, betas) -> 
     weights, fused_gradient, first, second, _ = states[0]
     assert torch.equal(fused_norm, norm)
     assert torch.equal(fused_gradient, gradient)
-    assert torch.equal(first, states[1][2])
-    assert torch.equal(second, states[1][3])
+    # Before 3.9, Triton's interpreter rounded twice in a fused multiply-add.
+    error = 1e-6 if implementation == "triton" and device.type == "cpu" and OLD_TRITON else 0.0
+    torch.testing.assert_close(first, states[1][2], rtol=error, atol=error * 0.01)
+    torch.testing.assert_close(second, states[1][3], rtol=error, atol=error * 0.01)
     # PyTorch's square root on a CPU may be one unit in the last place off.
     torch.testing.assert_close(weights, states[1][0], rtol=1e-6, atol=1e-8)
 
