@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -7,10 +8,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-# Without a GPU, Triton's interpreter runs the kernels; it reads this when a kernel is imported.
+# Without a GPU, Triton's interpreter runs the kernels; this is read when Triton or a kernel is
+# imported, so Triton is imported before a test takes it out of the environment.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+    with contextlib.suppress(ModuleNotFoundError):
+        import triton  # noqa: F401
 
 from harmodt_kernels import REFERENCE, Backend, fused_backend  # noqa: E402
 from harmodt_kernels.native import library  # noqa: E402
