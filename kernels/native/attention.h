@@ -1,41 +1,32 @@
 // Causal self-attention over short sequences, one (sequence, head) at a time in a thread's cache.
+//
+// A block is kWidth queries, one in each lane. Matrices of a block are "transposed": [..][kWidth], a
+// register for each key or element. So sums over keys and maxima need no shuffles.
 #pragma once
+
+#include <type_traits>
 
 #include "kernels.h"
 #include "simd.h"
 
 namespace {
 
-constexpr int kQueries = 6;  // queries at a time
-constexpr int kKeyVecs = HARMODT_WIDTH == 4 ? 1 : HARMODT_WIDTH == 8 ? 2 : 4;
+constexpr int kKeys = 8;  // keys at a time in a product
 
 inline Vec exponential(Vec x) {
-  // exp(x) = 2^n exp(r), |r| <= ln 2 / 2; below the range of floats it is 0.
-  x = x < -87.0f ? splat(-87.0f) : x;
-  Vec n = x * 1.44269504f + 12582912.0f;  // the sum rounds to an integer in its low bits
+  // exp(x) = 2^n exp(r), |r| <= ln 2 / 2; below the normal numbers it is 0.
+  IntVec vanishes = x < -87.0f;
+  x = x > -87.0f ? x : splat(-87.0f);
+  Vec n = fused_multiply_add(x, splat(1.44269504f), splat(12582912.0f));  // integer in the low bits
   IntVec power = (IntVec)n << 23;
   n -= 12582912.0f;
-  Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Vec r = fused_multiply_add(n, splat(-0.693359375f), x);
+  r = fused_multiply_add(n, splat(2.12194440e-4f), r);
   Vec p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return (Vec)((IntVec)p + power);
-}
-
-inline float sum(Vec v) {
-  float total = 0;
-  for (int i = 0; i < kWidth; ++i) total += v[i];
-  return total;
-}
-
-inline float largest(Vec v) {
-  float most = v[0];
-  for (int i = 1; i < kWidth; ++i) most = v[i] > most ? v[i] : most;
-  return most;
+  const float more[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
+                        1.6666665459e-1f, 5.0000001201e-1f, 1.0f, 1.0f};
+  for (float c : more) p = fused_multiply_add(p, r, splat(c));
+  return vanishes ? Vec{} : (Vec)((IntVec)p + power);
 }
 
 // Integers that look random: of the place and the seed alone, so that backward draws them again.
@@ -50,230 +41,268 @@ inline IntVec hash(IntVec x) {
   return (IntVec)v;
 }
 
-void transpose_tokens(const float* from, int64_t stride, int64_t tokens, int64_t size, int64_t keys,
-                      float* to) {
-  for (int64_t j = 0; j < keys; j += kWidth)
-    for (int64_t d = 0; d < size; d += kWidth) {
-      IntVec block[kWidth];
-      for (int i = 0; i < kWidth; ++i)
-        block[i] = j + i < tokens
-                       ? (IntVec)load(from + (j + i) * stride + d, lanes_left(size - d))
-                       : IntVec{};
-      transpose(block);
-      for (int64_t i = 0; i < smaller(kWidth, size - d); ++i)
-        store(to + (d + i) * keys + j, (Vec)block[i]);
+// scores[j] = sum over d of queries[d] * keys[j][d]
+void dots(const float* queries, const float* keys, int64_t count, int64_t size, float* scores) {
+  auto some = [&](int64_t j, auto tile) {
+    Vec total[tile.value] = {};
+    for (int64_t d = 0; d < size; ++d) {
+      Vec query = load(queries + d * kWidth);
+      for (int i = 0; i < tile.value; ++i)
+        total[i] = fused_multiply_add(splat(keys[(j + i) * size + d]), query, total[i]);
     }
-}
-
-// out[i][j] = rows[i] · columns[.][j], kQueries rows and Vecs registers of columns
-template <int Vecs>
-inline void products(const float* const* rows, int64_t size, const float* columns, int64_t keys,
-                     float* out) {
-  Vec total[kQueries][Vecs] = {};
-  for (int64_t d = 0; d < size; ++d) {
-    Vec right[Vecs];
-    for (int j = 0; j < Vecs; ++j) right[j] = load(columns + d * keys + j * kWidth);
-    for (int i = 0; i < kQueries; ++i) {
-      Vec value = splat(rows[i][d]);
-      for (int j = 0; j < Vecs; ++j) total[i][j] = fused_multiply_add(value, right[j], total[i][j]);
-    }
-  }
-  for (int i = 0; i < kQueries; ++i)
-    for (int j = 0; j < Vecs; ++j) store(out + i * keys + j * kWidth, total[i][j]);
-}
-
-inline void products(const float* const* rows, int64_t size, const float* columns, int64_t keys,
-                     int64_t count, float* out) {
+    for (int i = 0; i < tile.value; ++i) store(scores + (j + i) * kWidth, total[i]);
+  };
   int64_t j = 0;
-  for (; j + kKeyVecs * kWidth <= count; j += kKeyVecs * kWidth)
-    products<kKeyVecs>(rows, size, columns + j, keys, out + j);
-  for (; j < count; j += kWidth) products<1>(rows, size, columns + j, keys, out + j);
+  for (; j + kKeys <= count; j += kKeys) some(j, std::integral_constant<int, kKeys>{});
+  for (; j < count; ++j) some(j, std::integral_constant<int, 1>{});
 }
 
-// out[i] (+)= sum over j < count of weights[i][j] * rows[j]
-inline void weighted_sums(const float* weights, int64_t keys, int64_t count, const float* rows,
-                          int64_t stride, int64_t size, int64_t queries, float* const* out) {
+// out[d] = sum over j of weights[j] * rows[j][d]
+void weighted_sums(const float* weights, const float* rows, int64_t count, int64_t size, float* out) {
   for (int64_t d = 0; d < size; d += kWidth) {
-    uint32_t inside = lanes_left(size - d);
-    Vec total[kQueries] = {};
+    Vec total[kWidth] = {};
     for (int64_t j = 0; j < count; ++j) {
-      Vec row = load(rows + j * stride + d, inside);
-      for (int i = 0; i < kQueries; ++i) total[i] = fused_multiply_add(splat(weights[i * keys + j]), row, total[i]);
+      Vec weight = load(weights + j * kWidth);
+      for (int i = 0; i < kWidth; ++i)
+        total[i] = fused_multiply_add(splat(rows[j * size + d + i]), weight, total[i]);
     }
-    for (int64_t i = 0; i < queries; ++i) store(out[i] + d, total[i], inside);
+    for (int i = 0; i < kWidth; ++i) store(out + (d + i) * kWidth, total[i]);
   }
 }
 
-// rows[j] += sum over i of weights[i][j] * from[i]
-inline void add_outer(const float* weights, int64_t keys, int64_t count, const float* const* from,
-                      int64_t size, float* rows, int64_t stride) {
+// out[j][d] += sum over i of weights[j][i] * rows[i][d]
+void add_outer(const float* weights, const float* rows, int64_t count, int64_t size, float* out) {
   for (int64_t d = 0; d < size; d += kWidth) {
-    uint32_t inside = lanes_left(size - d);
-    Vec value[kQueries];
-    for (int i = 0; i < kQueries; ++i) value[i] = load(from[i] + d, inside);
+    Vec row[kWidth];
+    for (int i = 0; i < kWidth; ++i) row[i] = load(rows + i * size + d);
     for (int64_t j = 0; j < count; ++j) {
-      Vec row = load(rows + j * stride + d, inside);
-      for (int i = 0; i < kQueries; ++i) row = fused_multiply_add(splat(weights[i * keys + j]), value[i], row);
-      store(rows + j * stride + d, row, inside);
+      Vec total = load(out + j * size + d);
+      for (int i = 0; i < kWidth; ++i)
+        total = fused_multiply_add(splat(weights[j * kWidth + i]), row[i], total);
+      store(out + j * size + d, total);
     }
   }
 }
 
-// One sequence and head; the vectors of a token lie `stride` after those of the one before.
+// A block's rows [kWidth][size] into [size][kWidth], and back.
+void transpose_tile(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  IntVec tile[kWidth];
+  for (int i = 0; i < kWidth; ++i) tile[i] = (IntVec)load(from + i * from_stride);
+  transpose(tile);
+  for (int i = 0; i < kWidth; ++i) store(to + i * to_stride, (Vec)tile[i]);
+}
+void transpose_rows(const float* rows, int64_t size, float* transposed) {
+  for (int64_t d = 0; d < size; d += kWidth)
+    transpose_tile(rows + d, size, transposed + d * kWidth, kWidth);
+}
+void transpose_back(const float* transposed, int64_t size, float* rows) {
+  for (int64_t d = 0; d < size; d += kWidth)
+    transpose_tile(transposed + d * kWidth, kWidth, rows + d, size);
+}
+
+// One sequence and head. What is read many times is copied to `memory`, padded with zeros to whole
+// registers.
 struct Head {
-  const harmodt_attention& s;
+  harmodt_attention s;
   int64_t sequence, head;
-  int64_t keys;    // tokens, rounded up to registers
-  int64_t stride;  // of qkv
-  int64_t offset;  // of the first token's query
+  int64_t size;    // of a padded row
+  int64_t stride;  // from token to token of qkv
+  int64_t offset;  // of the first token's query; key and value lie `part` and 2 `part` further
+  int64_t part;
   float scale;
-  IntVec* valid;   // all ones for valid keys
-  float *k_t, *v_t, *scores, *gradients;
+  float *keys, *values, *d_keys, *d_values;    // [tokens][size]
+  float *queries, *d_out, *rows;               // of a block, [kWidth][size]
+  float *queries_t, *d_out_t, *transposed;     // of a block, [size][kWidth]
+  float *scores, *gradients;                   // of a block, [tokens][kWidth]
 
-  Head(const harmodt_attention& shape, int64_t item, float* memory)
-      : s(shape), sequence(item / shape.heads), head(item % shape.heads) {
-    keys = (s.tokens + kWidth - 1) / kWidth * kWidth;
-    stride = 3 * s.heads * s.head_size;
-    offset = sequence * s.tokens * stride + head * s.head_size;
-    scale = 1 / __builtin_sqrtf(static_cast<float>(s.head_size));
-    valid = reinterpret_cast<IntVec*>(memory);
-    k_t = memory + keys;
-    v_t = k_t + s.head_size * keys;
-    scores = v_t + s.head_size * keys;
-    gradients = scores + kQueries * keys;
-    for (int64_t j = 0; j < keys; ++j)
-      reinterpret_cast<int32_t*>(valid)[j] = j < s.tokens && s.valid[sequence * s.tokens + j] ? -1 : 0;
+  static int64_t padded(const harmodt_attention& s) {
+    return (s.head_size + kWidth - 1) / kWidth * kWidth;
   }
   static uint64_t memory(const harmodt_attention& s) {
-    int64_t keys = (s.tokens + kWidth - 1) / kWidth * kWidth;
-    return sizeof(float) * keys * (1 + 2 * s.head_size + 2 * kQueries);
+    return sizeof(float) * (s.tokens * (4 * padded(s) + 2 * kWidth) + 6 * kWidth * padded(s));
+  }
+
+  Head(const harmodt_attention& shape, int64_t item, float* memory)
+      : s(shape), sequence(item / shape.heads), head(item % shape.heads), size(padded(shape)) {
+    part = s.heads * s.head_size;
+    stride = 3 * part;
+    offset = sequence * s.tokens * stride + head * s.head_size;
+    scale = 1 / __builtin_sqrtf(static_cast<float>(s.head_size));
+    float** of_tokens[] = {&keys, &values, &d_keys, &d_values};
+    for (float** matrix : of_tokens) {
+      *matrix = memory;
+      memory += s.tokens * size;
+    }
+    float** of_block[] = {&queries, &d_out, &rows, &queries_t, &d_out_t, &transposed};
+    for (float** matrix : of_block) {
+      *matrix = memory;
+      memory += kWidth * size;
+    }
+    scores = memory;
+    gradients = scores + s.tokens * kWidth;
+  }
+
+  // A row of the head between tensors, where it has head_size elements, and here.
+  void get(const float* from, float* to) const {
+    for (int64_t d = 0; d < size; d += kWidth)
+      store(to + d, load(from + d, lanes_left(s.head_size - d)));
+  }
+  void put(const float* from, float* to) const {
+    for (int64_t d = 0; d < s.head_size; d += kWidth)
+      store(to + d, load(from + d), lanes_left(s.head_size - d));
+  }
+  void get_keys_and_values(const float* qkv) {
+    for (int64_t j = 0; j < s.tokens; ++j) {
+      get(qkv + offset + j * stride + part, keys + j * size);
+      get(qkv + offset + j * stride + 2 * part, values + j * size);
+    }
   }
 
   int64_t position(int64_t query) const { return s.first_query + query * s.query_step; }
   int64_t row(int64_t query) const { return (sequence * s.queries + query) * s.heads + head; }
-  // Registers up to the last key that queries up to this one may see.
-  int64_t seen(int64_t query) const {
-    return (position(smaller(query, s.queries - 1)) + kWidth) / kWidth * kWidth;
+};
+
+// The queries `first` and later, kWidth of them; after the last one, it is repeated.
+struct Block {
+  Head h;
+  const uint8_t* valid;
+  int64_t first, queries;
+  int64_t keys;  // that some query may see
+  IntVec positions, places;
+
+  Block(const Head& head, int64_t first_query) : h(head), first(first_query) {
+    valid = h.s.valid + h.sequence * h.s.tokens;
+    queries = smaller(kWidth, h.s.queries - first);
+    for (int i = 0; i < kWidth; ++i) {
+      positions[i] = static_cast<int32_t>(h.position(query(i)));
+      places[i] = static_cast<int32_t>(h.row(query(i)) * h.s.tokens);
+    }
+    keys = h.position(query(kWidth - 1)) + 1;
   }
-  IntVec allowed(int64_t query, int64_t j) const {
-    IntVec key;
-    for (int i = 0; i < kWidth; ++i) key[i] = i;
-    key += static_cast<int32_t>(j);
-    int32_t at = static_cast<int32_t>(position(query));
-    return ((key < at) & valid[j / kWidth]) | (key == at);
+  int64_t query(int64_t lane) const { return first + smaller(lane, queries - 1); }
+
+  void get_queries(const float* qkv) const {
+    for (int i = 0; i < kWidth; ++i)
+      h.get(qkv + h.offset + h.position(query(i)) * h.stride, h.queries + i * h.size);
+    transpose_rows(h.queries, h.size, h.queries_t);
   }
-  // 1 / (1 - dropout) where the weight of a key is kept, else 0.
-  Vec kept(int64_t query, int64_t j) const {
-    IntVec place;
-    for (int i = 0; i < kWidth; ++i) place[i] = i;
-    place += static_cast<int32_t>((row(query) * keys + j) * 0x9E3779B1u + s.seed);
-    IntVec draw = hash(place) & 0x7fffffff;
-    return draw < static_cast<int32_t>(s.dropout * 2147483648.0) ? Vec{} : splat(1 / (1 - s.dropout));
+  // All ones where a query may see key j.
+  IntVec allowed(int64_t j) const {
+    int32_t key = static_cast<int32_t>(j);
+    int32_t before = valid[j] ? key : INT32_MAX;
+    return (splat(before) < positions) | (splat(key) == positions);
+  }
+  // 1 / (1 - dropout) where the weight of key j is kept, else 0.
+  Vec kept(int64_t j) const {
+    IntVec place = (places + static_cast<int32_t>(j)) * static_cast<int32_t>(0x9E3779B1u);
+    IntVec draw = hash(place + static_cast<int32_t>(h.s.seed)) & 0x7fffffff;
+    float drop = h.s.dropout;
+    return draw < static_cast<int32_t>(drop * 2147483648.0) ? Vec{} : splat(1 / (1 - drop));
   }
 };
 
-void attention(const harmodt_attention& s, const float* qkv, float* out, float* log_sums, int threads) {
+template <bool Dropout>
+void attention_of(Block block, float* out, float* log_sums) {
+  Head h = block.h;
+  dots(h.queries_t, h.keys, block.keys, h.size, h.scores);
+  Vec most = splat(-__builtin_inff()), total{};
+  for (int64_t j = 0; j < block.keys; ++j) {
+    Vec x = load(h.scores + j * kWidth) * h.scale;
+    x = block.allowed(j) ? x : splat(-__builtin_inff());
+    store(h.scores + j * kWidth, x);
+    most = x > most ? x : most;
+  }
+  for (int64_t j = 0; j < block.keys; ++j) {
+    Vec e = exponential(load(h.scores + j * kWidth) - most);
+    total += e;
+    store(h.scores + j * kWidth, Dropout ? e * block.kept(j) : e);
+  }
+  weighted_sums(h.scores, h.values, block.keys, h.size, h.transposed);
+  for (int64_t d = 0; d < h.size; ++d)
+    store(h.transposed + d * kWidth, load(h.transposed + d * kWidth) / total);
+  transpose_back(h.transposed, h.size, h.rows);
+  for (int64_t i = 0; i < block.queries; ++i) {
+    int64_t row = h.row(block.query(i));
+    h.put(h.rows + i * h.size, out + row * h.s.head_size);
+    log_sums[row] = most[i] + __builtin_logf(total[i]);
+  }
+}
+
+void attention(const harmodt_attention& s, const float* qkv, float* out, float* log_sums,
+               int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t item = 0; item < s.sequences * s.heads; ++item) {
     Head h(s, item, static_cast<float*>(scratch(Head::memory(s))));
-    const float* q = qkv + h.offset;
-    const float* k = q + s.heads * s.head_size;
-    const float* v = k + s.heads * s.head_size;
-    transpose_tokens(k, h.stride, s.tokens, s.head_size, h.keys, h.k_t);
-    for (int64_t first = 0; first < s.queries; first += kQueries) {
-      int64_t count = smaller(kQueries, s.queries - first), seen = h.seen(first + count - 1);
-      const float* rows[kQueries];
-      float* outs[kQueries];
-      for (int64_t i = 0; i < kQueries; ++i) {
-        int64_t query = smaller(first + i, s.queries - 1);
-        rows[i] = q + h.position(query) * h.stride;
-        outs[i] = out + h.row(query) * s.head_size;
-      }
-      products(rows, s.head_size, h.k_t, h.keys, seen, h.scores);
-      for (int64_t i = 0; i < count; ++i) {
-        float* score = h.scores + i * h.keys;
-        Vec most = splat(-__builtin_inff());
-        for (int64_t j = 0; j < seen; j += kWidth) {
-          Vec x = load(score + j) * h.scale;
-          x = h.allowed(first + i, j) ? x : splat(-__builtin_inff());
-          store(score + j, x);
-          most = x > most ? x : most;
-        }
-        float top = largest(most);
-        Vec total{};
-        for (int64_t j = 0; j < seen; j += kWidth) {
-          Vec e = exponential(load(score + j) - top);
-          e = h.allowed(first + i, j) ? e : Vec{};
-          store(score + j, e);
-          total += e;
-        }
-        float all = sum(total);
-        log_sums[h.row(first + i)] = top + __builtin_logf(all);
-        for (int64_t j = 0; j < seen; j += kWidth) {
-          Vec p = load(score + j) * (1 / all);
-          if (s.dropout > 0) p *= h.kept(first + i, j);
-          store(score + j, p);
-        }
-      }
-      weighted_sums(h.scores, h.keys, smaller(seen, s.tokens), v, h.stride, s.head_size, count, outs);
+    h.get_keys_and_values(qkv);
+    for (int64_t first = 0; first < s.queries; first += kWidth) {
+      Block block(h, first);
+      block.get_queries(qkv);
+      (s.dropout > 0 ? attention_of<true> : attention_of<false>)(block, out, log_sums);
     }
   }
 }
 
-void attention_gradient(const harmodt_attention& s, const float* d_out, const float* qkv, const float* out,
-                        const float* log_sums, float* d_qkv, int threads) {
+// Adds to d_keys and d_values, and puts the queries' gradients into d_qkv.
+template <bool Dropout>
+void attention_gradient_of(Block block, const float* d_out, const float* out,
+                           const float* log_sums, float* d_qkv) {
+  Head h = block.h;
+  Vec log_sum{}, dot{};
+  for (int64_t i = 0; i < kWidth; ++i) {
+    int64_t row = h.row(block.query(i));
+    log_sum[i] = log_sums[row];
+    if (i < block.queries) {
+      h.get(d_out + row * h.s.head_size, h.d_out + i * h.size);
+    } else {  // a repeated query counts once
+      for (int64_t d = 0; d < h.size; d += kWidth) store(h.d_out + i * h.size + d, Vec{});
+    }
+    h.get(out + row * h.s.head_size, h.rows + i * h.size);
+  }
+  transpose_rows(h.d_out, h.size, h.d_out_t);
+  transpose_rows(h.rows, h.size, h.transposed);
+  for (int64_t d = 0; d < h.size; ++d)
+    dot += load(h.transposed + d * kWidth) * load(h.d_out_t + d * kWidth);
+  dots(h.queries_t, h.keys, block.keys, h.size, h.scores);
+  dots(h.d_out_t, h.values, block.keys, h.size, h.gradients);
+  for (int64_t j = 0; j < block.keys; ++j) {
+    float *score = h.scores + j * kWidth, *gradient = h.gradients + j * kWidth;
+    Vec p = exponential(load(score) * h.scale - log_sum), dp = load(gradient);
+    p = block.allowed(j) ? p : Vec{};
+    Vec kept = Dropout ? block.kept(j) : splat(1.0f);
+    store(score, p * kept);
+    store(gradient, p * (dp * kept - dot) * h.scale);
+  }
+  add_outer(h.scores, h.d_out, block.keys, h.size, h.d_values);
+  add_outer(h.gradients, h.queries, block.keys, h.size, h.d_keys);
+  weighted_sums(h.gradients, h.keys, block.keys, h.size, h.transposed);
+  transpose_back(h.transposed, h.size, h.rows);
+  for (int64_t i = 0; i < block.queries; ++i)
+    h.put(h.rows + i * h.size, d_qkv + h.offset + h.position(block.query(i)) * h.stride);
+}
+
+void attention_gradient(const harmodt_attention& s, const float* d_out, const float* qkv,
+                        const float* out, const float* log_sums, float* d_qkv, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t item = 0; item < s.sequences * s.heads; ++item) {
     Head h(s, item, static_cast<float*>(scratch(Head::memory(s))));
-    int64_t part = s.heads * s.head_size;
-    const float* q = qkv + h.offset;
-    const float *k = q + part, *v = k + part;
-    float* dq = d_qkv + h.offset;
-    float *dk = dq + part, *dv = dk + part;
-    transpose_tokens(k, h.stride, s.tokens, s.head_size, h.keys, h.k_t);
-    transpose_tokens(v, h.stride, s.tokens, s.head_size, h.keys, h.v_t);
-    for (int64_t j = 0; j < s.tokens; ++j)
-      for (int64_t d = 0; d < s.head_size; ++d)
-        dq[j * h.stride + d] = dk[j * h.stride + d] = dv[j * h.stride + d] = 0;
-    for (int64_t first = 0; first < s.queries; first += kQueries) {
-      int64_t count = smaller(kQueries, s.queries - first), seen = h.seen(first + count - 1);
-      const float *rows[kQueries], *d_rows[kQueries];
-      float* outs[kQueries];
-      for (int64_t i = 0; i < kQueries; ++i) {
-        int64_t query = smaller(first + i, s.queries - 1);
-        rows[i] = q + h.position(query) * h.stride;
-        outs[i] = dq + h.position(query) * h.stride;
-        d_rows[i] = d_out + h.row(query) * s.head_size;
-      }
-      products(rows, s.head_size, h.k_t, h.keys, seen, h.scores);
-      products(d_rows, s.head_size, h.v_t, h.keys, seen, h.gradients);
-      for (int64_t i = 0; i < kQueries; ++i) {
-        float *score = h.scores + i * h.keys, *gradient = h.gradients + i * h.keys;
-        if (i >= count) {  // repeats the last query, which counts once
-          for (int64_t j = 0; j < seen; ++j) score[j] = gradient[j] = 0;
-          continue;
-        }
-        const float* o = out + h.row(first + i) * s.head_size;
-        float dot = 0;
-        for (int64_t d = 0; d < s.head_size; ++d) dot += o[d] * d_rows[i][d];
-        float log_sum = log_sums[h.row(first + i)];
-        for (int64_t j = 0; j < seen; j += kWidth) {
-          Vec p = exponential(load(score + j) * h.scale - log_sum);
-          p = h.allowed(first + i, j) ? p : Vec{};
-          Vec dp = load(gradient + j), dropped = p;
-          if (s.dropout > 0) {
-            Vec kept = h.kept(first + i, j);
-            dp *= kept;
-            dropped *= kept;
-          }
-          store(score + j, dropped);
-          store(gradient + j, p * (dp - dot) * h.scale);
-        }
-      }
-      int64_t tokens = smaller(seen, s.tokens);
-      weighted_sums(h.gradients, h.keys, tokens, k, h.stride, s.head_size, count, outs);
-      add_outer(h.gradients, h.keys, tokens, rows, s.head_size, dk, h.stride);
-      add_outer(h.scores, h.keys, tokens, d_rows, s.head_size, dv, h.stride);
+    h.get_keys_and_values(qkv);
+    for (int64_t i = 0; i < s.tokens * h.size; i += kWidth) {
+      store(h.d_keys + i, Vec{});
+      store(h.d_values + i, Vec{});
+    }
+    float* d_query = d_qkv + h.offset;
+    if (s.queries < s.tokens)
+      for (int64_t j = 0; j < s.tokens; ++j)
+        for (int64_t d = 0; d < s.head_size; ++d) d_query[j * h.stride + d] = 0;
+    for (int64_t first = 0; first < s.queries; first += kWidth) {
+      Block block(h, first);
+      block.get_queries(qkv);
+      auto gradient = s.dropout > 0 ? attention_gradient_of<true> : attention_gradient_of<false>;
+      gradient(block, d_out, out, log_sums, d_qkv);
+    }
+    for (int64_t j = 0; j < s.tokens; ++j) {
+      h.put(h.d_keys + j * h.size, d_query + j * h.stride + h.part);
+      h.put(h.d_values + j * h.size, d_query + j * h.stride + 2 * h.part);
     }
   }
 }

@@ -24,6 +24,11 @@ constexpr int kRows = 4, kPanelVecs = 2;
 constexpr int64_t kPanel = kPanelVecs * kWidth;
 // Rows of the weight gradient whose left operand a thread packs at a time.
 constexpr int64_t kStrip = 8 * kRows;
+// Most rows of a group at a time, so that what is packed of them stays in a core's cache.
+constexpr int64_t kMostRows = 1024;
+
+// Rows of a panel of x that are fetched ahead: they are far apart in memory.
+constexpr int kAhead = 8;
 
 template <bool Pairs>
 using Element = std::conditional_t<Pairs, int32_t, float>;
@@ -34,20 +39,29 @@ int64_t depth_of(int64_t size) {
 }
 
 // total[i][j] = sum over k of left[i * row_stride + k * depth_stride] * panel[k * panel_stride + j]
-template <int Rows, class T>
+template <int Rows, int Ahead = 0, class T>
 inline void multiply(const T* left, int64_t row_stride, int64_t depth_stride, const T* panel,
                      int64_t panel_stride, int64_t depth, Vec (&total)[Rows][kPanelVecs]) {
   for (auto& row : total)
     for (auto& sum : row) sum = Vec{};
   for (int64_t k = 0; k < depth; ++k) {
     decltype(load(panel)) right[kPanelVecs];
-    for (int j = 0; j < kPanelVecs; ++j) right[j] = load(panel + k * panel_stride + j * kWidth);
+    for (int j = 0; j < kPanelVecs; ++j) {
+      right[j] = load(panel + k * panel_stride + j * kWidth);
+      if (Ahead) __builtin_prefetch(panel + (k + Ahead) * panel_stride + j * kWidth);
+    }
     for (int i = 0; i < Rows; ++i) {
       auto value = splat(left[i * row_stride + k * depth_stride]);
       asm volatile("" : "+x"(value));  // one broadcast, not one in each product
       for (int j = 0; j < kPanelVecs; ++j) total[i][j] = multiply_add(total[i][j], value, right[j]);
     }
   }
+}
+
+// From row to row of a packed left operand.
+template <bool Pairs>
+int64_t packed_stride(int64_t size) {
+  return (depth_of<Pairs>(size) + kWidth - 1) / kWidth * kWidth;
 }
 
 // Call body(std::integral_constant<int, rows>) for rows <= kRows known at run time.
@@ -120,21 +134,21 @@ inline Vec of_gradient(const float* dy, const float* y, int64_t column, int64_t 
   return y && inside ? (load(y + column, inside) <= 0 ? Vec{} : v) : v;
 }
 
-// block[i][d] = rows of a left operand [..][columns], as pairs or as they are.
+// packed[i][d] = rows of a left operand [..][columns], as pairs or as they are.
 template <bool Pairs>
-void pack_block(const float* left, const float* y, int64_t rows, int64_t columns,
-                Element<Pairs>* block) {
-  int64_t stride = (depth_of<Pairs>(columns) + kWidth - 1) / kWidth * kWidth;
+void pack_rows(const float* left, const float* y, int64_t rows, int64_t columns,
+               Element<Pairs>* packed) {
+  int64_t stride = packed_stride<Pairs>(columns);
   for (int64_t i = 0; i < rows; ++i) {
     const float* row = left + i * columns;
     const float* y_row = y ? y + i * columns : nullptr;
     for (int64_t d = 0; d < stride; d += kWidth) {
       if constexpr (Pairs) {
-        store(block + i * stride + d,
+        store(packed + i * stride + d,
               pair_neighbours(of_gradient(row, y_row, 2 * d, columns),
                               of_gradient(row, y_row, 2 * d + kWidth, columns)));
       } else {
-        store(block + i * stride + d, of_gradient(row, y_row, d, columns));
+        store(packed + i * stride + d, of_gradient(row, y_row, d, columns));
       }
     }
   }
@@ -147,6 +161,9 @@ void block_times_panel(const Element<Pairs>* left, int64_t left_stride, int64_t 
                        float* out, int64_t out_stride, int64_t columns) {
   with_rows(rows, [&](auto count) {
     Vec total[count.value][kPanelVecs];
+    for (int i = 0; i < count.value; ++i)
+      for (int j = 0; j < kPanelVecs; ++j)
+        __builtin_prefetch(out + i * out_stride + j * kWidth, 1);
     multiply<count.value>(left, left_stride, 1, panel, kPanel, depth, total);
     for (int i = 0; i < count.value; ++i)
       for (int j = 0; j < kPanelVecs; ++j) {
@@ -159,47 +176,35 @@ void block_times_panel(const Element<Pairs>* left, int64_t left_stride, int64_t 
   });
 }
 
-// The rows of a group times a panel; `out` has the panel's columns.
-template <bool Pairs>
-void rows_times_panel(const float* left, const float* y, int64_t rows, int64_t size,
-                      const Element<Pairs>* panel, Element<Pairs>* block, const float* bias,
-                      bool relu, float* out, int64_t out_stride, int64_t columns) {
-  int64_t depth = depth_of<Pairs>(size);
-  int64_t block_stride = (depth + kWidth - 1) / kWidth * kWidth;
-  for (int64_t r = 0; r < rows; r += kRows) {
-    int64_t count = smaller(kRows, rows - r);
-    const float* from = left + r * size;
-    float* to = out + r * out_stride;
-    if constexpr (!Pairs) {
-      if (!y) {
-        block_times_panel<false>(from, size, count, depth, panel, bias, relu, to, out_stride,
-                                 columns);
-        continue;
-      }
-    }
-    pack_block<Pairs>(from, y ? y + r * size : nullptr, count, size, block);
-    block_times_panel<Pairs>(block, block_stride, count, depth, panel, bias, relu, to, out_stride,
-                             columns);
-  }
-}
-
-// Parts of the rows of each (group, panel), so that every thread has as much to do.
+// Parts of the rows of each group, so that every thread has as much to do and packed rows stay few.
 int64_t row_parts(int64_t items, int64_t rows, int threads) {
-  if (items % threads == 0 || items >= 8 * threads) return 1;
-  return smaller(threads, (rows + 8 * kRows - 1) / (8 * kRows));
+  int64_t parts = (rows + kMostRows - 1) / kMostRows;
+  if (items % threads == 0 || items >= 8 * threads) return parts;
+  int64_t for_threads = smaller(threads, (rows + 8 * kRows - 1) / (8 * kRows));
+  return parts > for_threads ? parts : for_threads;
 }
 
-// Every (group, panel, part of the rows): body(group, first column, first row, last row).
+// A panel of a group times some of the group's rows.
+struct Item {
+  int64_t group, column, first, last;  // first column of the panel; rows
+  bool same_rows;                      // as the item before, on the same thread
+};
+
+// Every (group, part of the rows, panel): body(item).
 template <class Body>
 void for_panels(const harmodt_linear& s, int64_t width, int threads, const Body& body) {
   int64_t panels = (width + kPanel - 1) / kPanel;
   int64_t parts = row_parts(s.groups * panels, s.rows, threads);
   int64_t rows = (s.rows + parts - 1) / parts;
+  int64_t items = s.groups * parts * panels;
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t item = 0; item < s.groups * panels * parts; ++item) {
-    int64_t part = item % parts, panel = item / parts % panels, group = item / parts / panels;
-    int64_t first = part * rows, last = smaller(s.rows, first + rows);
-    if (first < last) body(group, panel * kPanel, first, last);
+  for (int64_t thread = 0; thread < threads; ++thread) {
+    int64_t from = items * thread / threads, to = items * (thread + 1) / threads;
+    for (int64_t i = from; i < to; ++i) {
+      int64_t panel = i % panels, part = i / panels % parts, group = i / panels / parts;
+      int64_t first = part * rows, last = smaller(s.rows, first + rows);
+      if (first < last) body(Item{group, panel * kPanel, first, last, i > from && panel > 0});
+    }
   }
 }
 
@@ -208,38 +213,58 @@ MaskedWeight weight_of(const harmodt_linear& s, const float* weight, int64_t gro
           s.weight_bits_row_stride};
 }
 
+// The rows of an item times the panel that `pack` fills; `out` has the panel's columns. Rows that
+// are not multiplied as they are get packed once for all panels.
+template <bool Pairs, class Pack>
+void rows_times_panel(const Item& item, const float* left, const float* y, int64_t size,
+                      const Pack& pack, const float* bias, bool relu, float* out,
+                      int64_t out_stride, int64_t columns) {
+  int64_t depth = depth_of<Pairs>(size), rows = item.last - item.first, stride = size;
+  bool packs = Pairs || y;
+  if (packs) stride = packed_stride<Pairs>(size);
+  auto* panel = static_cast<Element<Pairs>*>(
+      scratch(4 * (depth * kPanel + (packs ? rows * stride : 0))));
+  auto* packed = panel + depth * kPanel;
+  pack(panel);
+  if (packs && !item.same_rows) pack_rows<Pairs>(left, y, rows, size, packed);
+  auto* from = packs ? packed : reinterpret_cast<const Element<Pairs>*>(left);
+  for (int64_t r = 0; r < rows; r += kRows)
+    block_times_panel<Pairs>(from + r * stride, stride, smaller(kRows, rows - r), depth, panel,
+                             bias, relu, out + r * out_stride, out_stride, columns);
+}
+
 template <bool Pairs>
 void masked_linear(const harmodt_linear& s, const float* x, const float* weight, const float* bias,
                    bool relu, float* y, int threads) {
-  int64_t depth = depth_of<Pairs>(s.inputs);
-  for_panels(s, s.outputs, threads, [&](int64_t group, int64_t n, int64_t first, int64_t last) {
-    int64_t columns = smaller(kPanel, s.outputs - n);
-    auto* panel = static_cast<Element<Pairs>*>(scratch(4 * (depth * (kPanel + kRows) + kRows * kWidth)));
+  for_panels(s, s.outputs, threads, [&](const Item& item) {
+    int64_t n = item.column, columns = smaller(kPanel, s.outputs - n);
     alignas(64) float masked_bias[kPanel] = {};
     if (bias) {
-      const int32_t* bits = s.bias_bits + s.task_ids[group] * s.bias_bits_task_stride;
+      const int32_t* bits = s.bias_bits + s.task_ids[item.group] * s.bias_bits_task_stride;
       for (int64_t j = 0; j < columns; ++j)
         if (bits[(n + j) >> 5] >> ((n + j) & 31) & 1) masked_bias[j] = bias[n + j];
     }
-    pack_transposed<Pairs>(weight_of(s, weight, group), n, columns, s.inputs, panel);
-    int64_t row = group * s.rows + first;
-    rows_times_panel<Pairs>(x + row * s.inputs, nullptr, last - first, s.inputs, panel,
-                            panel + depth * kPanel, bias ? masked_bias : nullptr, relu,
-                            y + row * s.outputs + n, s.outputs, columns);
+    int64_t row = item.group * s.rows + item.first;
+    rows_times_panel<Pairs>(
+        item, x + row * s.inputs, nullptr, s.inputs,
+        [&](Element<Pairs>* panel) {
+          pack_transposed<Pairs>(weight_of(s, weight, item.group), n, columns, s.inputs, panel);
+        },
+        bias ? masked_bias : nullptr, relu, y + row * s.outputs + n, s.outputs, columns);
   });
 }
 
 template <bool Pairs>
 void input_gradient(const harmodt_linear& s, const float* dy, const float* y, const float* weight,
                     float* dx, int threads) {
-  int64_t depth = depth_of<Pairs>(s.outputs);
-  for_panels(s, s.inputs, threads, [&](int64_t group, int64_t k, int64_t first, int64_t last) {
-    auto* panel = static_cast<Element<Pairs>*>(scratch(4 * (depth * (kPanel + kRows) + kRows * kWidth)));
-    pack_straight<Pairs>(weight_of(s, weight, group), k, s.inputs, s.outputs, panel);
-    int64_t row = group * s.rows + first;
-    rows_times_panel<Pairs>(dy + row * s.outputs, y ? y + row * s.outputs : nullptr, last - first,
-                            s.outputs, panel, panel + depth * kPanel, nullptr, false,
-                            dx + row * s.inputs + k, s.inputs, smaller(kPanel, s.inputs - k));
+  for_panels(s, s.inputs, threads, [&](const Item& item) {
+    int64_t k = item.column, row = item.group * s.rows + item.first;
+    rows_times_panel<Pairs>(
+        item, dy + row * s.outputs, y ? y + row * s.outputs : nullptr, s.outputs,
+        [&](Element<Pairs>* panel) {
+          pack_straight<Pairs>(weight_of(s, weight, item.group), k, s.inputs, s.outputs, panel);
+        },
+        nullptr, false, dx + row * s.inputs + k, s.inputs, smaller(kPanel, s.inputs - k));
   });
 }
 
@@ -250,6 +275,8 @@ void pack_columns(const float* left, const float* y, int64_t stride, int64_t row
   for (int64_t d = 0; d < depth_of<Pairs>(rows); ++d)
     for (int64_t j = 0; j < width; j += kWidth) {
       auto row = [&](int64_t r) {
+        __builtin_prefetch(left + (r + 2 * kAhead) * stride + j);
+        if (y) __builtin_prefetch(y + (r + 2 * kAhead) * stride + j);
         return r < rows ? of_gradient(left + r * stride, y ? y + r * stride : nullptr, j, columns)
                         : Vec{};
       };
@@ -279,62 +306,97 @@ void bias_gradient(const float* dy, const float* y, int64_t rows, int64_t stride
   }
 }
 
+// Where the gradient of a group goes, and whether there is one already to which it is added.
+struct GroupGradient {
+  float* weight;
+  float* bias;
+  const int32_t* weight_bits;
+  const int32_t* bias_bits;
+  bool add;
+};
+
+// A strip of dy, packed, times a panel of x: rows [n, n + height) and columns [k, k + columns).
+template <class T>
+void strip_times_panel(const harmodt_linear& s, const T* strip, int64_t n, int64_t height,
+                       const T* panel, int64_t panel_stride, int64_t k, int64_t columns,
+                       int64_t depth, const GroupGradient& out, int64_t row_stride) {
+  for (int64_t i0 = 0; i0 < height; i0 += kRows)
+    with_rows(smaller(kRows, height - i0), [&](auto count) {
+      Vec total[count.value][kPanelVecs];
+      multiply<count.value, kAhead>(strip + i0, 1, kStrip, panel, panel_stride, depth, total);
+      for (int i = 0; i < count.value; ++i) {
+        int64_t row = n + i0 + i;
+        const int32_t* bits = out.weight_bits + row * s.weight_bits_row_stride;
+        float* to = out.weight + row * row_stride + k;
+        for (int j = 0; j < kPanelVecs; ++j) {
+          uint32_t inside = lanes_left(columns - j * kWidth);
+          if (!inside) continue;
+          Vec v = keep(total[i][j], bits_at(bits, k + j * kWidth));
+          if (out.add) v += load(to + j * kWidth, inside);
+          store(to + j * kWidth, v, inside);
+        }
+      }
+    });
+}
+
+// The gradient of weight rows [from, to) of one group, of some rows of its dy and x.
+template <bool Pairs>
+void weight_gradient_of(const harmodt_linear& s, const float* dy, const float* y, const float* x,
+                        int64_t rows, int64_t from, int64_t to, const GroupGradient& out,
+                        int64_t row_stride) {
+  int64_t depth = depth_of<Pairs>(rows), panels = (s.inputs + kPanel - 1) / kPanel;
+  auto* strip = static_cast<Element<Pairs>*>(
+      scratch(4 * depth * (kStrip + (Pairs ? panels : 1) * kPanel)));
+  auto* packed = strip + depth * kStrip;
+  if constexpr (Pairs)
+    for (int64_t k = 0; k < s.inputs; k += kPanel)
+      pack_columns<true>(x + k, nullptr, s.inputs, rows, smaller(kPanel, s.inputs - k), kPanel,
+                         packed + depth * k);
+  for (int64_t n = from; n < to; n += kStrip) {
+    int64_t height = smaller(kStrip, to - n);
+    const float* y_strip = y ? y + n : nullptr;
+    pack_columns<Pairs>(dy + n, y_strip, s.outputs, rows, height, kStrip, strip);
+    if (out.bias)
+      bias_gradient(dy + n, y_strip, rows, s.outputs, n, height, out.bias_bits, out.add,
+                    out.bias + n);
+    for (int64_t k = 0; k < s.inputs; k += kPanel) {
+      int64_t columns = smaller(kPanel, s.inputs - k), panel_stride = kPanel;
+      const Element<Pairs>* panel = packed;
+      if constexpr (Pairs) {
+        panel += depth * k;
+      } else if (columns < kPanel) {
+        pack_columns<false>(x + k, nullptr, s.inputs, rows, columns, kPanel, packed);
+      } else {
+        panel = x + k;
+        panel_stride = s.inputs;
+      }
+      strip_times_panel(s, strip, n, height, panel, panel_stride, k, columns, depth, out,
+                        row_stride);
+    }
+  }
+}
+
 template <bool Pairs>
 void weight_gradient(const harmodt_linear& s, const float* dy, const float* y, const float* x,
                      const harmodt_weight_gradient& out, int threads) {
-  int64_t depth = depth_of<Pairs>(s.rows);
   int64_t blocks = (s.outputs + kRows - 1) / kRows;
-  constexpr int64_t strip_stride = (kStrip + kWidth - 1) / kWidth * kWidth;
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t part = 0; part < threads; ++part) {
-    int64_t from = blocks * part / threads * kRows;
-    int64_t to = smaller(s.outputs, blocks * (part + 1) / threads * kRows);
-    auto* panel = static_cast<Element<Pairs>*>(scratch(4 * depth * (kPanel + strip_stride)));
-    auto* strip = panel + depth * kPanel;
+  for (int64_t thread = 0; thread < threads; ++thread) {
+    int64_t from = blocks * thread / threads * kRows;
+    int64_t to = smaller(s.outputs, blocks * (thread + 1) / threads * kRows);
     for (int64_t group = 0; group < s.groups; ++group) {
-      const int32_t* bits = s.weight_bits + s.task_ids[group] * s.weight_bits_task_stride;
-      bool add = group > 0 && !out.per_group;
-      float* d_weight = out.weight + (out.per_group ? group * out.weight_group_stride : 0);
-      for (int64_t n0 = from; n0 < to; n0 += kStrip) {
-        int64_t height = smaller(kStrip, to - n0);
-        const float* left = dy + group * s.rows * s.outputs + n0;
-        const float* left_y = y ? y + group * s.rows * s.outputs + n0 : nullptr;
-        pack_columns<Pairs>(left, left_y, s.outputs, s.rows, height, strip_stride, strip);
-        if (out.bias)
-          bias_gradient(left, left_y, s.rows, s.outputs, n0, height,
-                        s.bias_bits + s.task_ids[group] * s.bias_bits_task_stride, add,
-                        out.bias + (out.per_group ? group * out.bias_group_stride : 0) + n0);
-        for (int64_t k = 0; k < s.inputs; k += kPanel) {
-          int64_t columns = smaller(kPanel, s.inputs - k);
-          const float* right = x + group * s.rows * s.inputs + k;
-          const Element<Pairs>* packed = panel;
-          int64_t packed_stride = kPanel;
-          if constexpr (Pairs) {
-            pack_columns<true>(right, nullptr, s.inputs, s.rows, columns, kPanel, panel);
-          } else if (columns < kPanel) {
-            pack_columns<false>(right, nullptr, s.inputs, s.rows, columns, kPanel, panel);
-          } else {
-            packed = right;
-            packed_stride = s.inputs;
-          }
-          for (int64_t n = 0; n < height; n += kRows)
-            with_rows(smaller(kRows, height - n), [&](auto count) {
-              Vec total[count.value][kPanelVecs];
-              multiply<count.value>(strip + n, 1, strip_stride, packed, packed_stride, depth,
-                                    total);
-              for (int i = 0; i < count.value; ++i) {
-                const int32_t* row_bits = bits + (n0 + n + i) * s.weight_bits_row_stride;
-                float* row = d_weight + (n0 + n + i) * out.weight_row_stride + k;
-                for (int j = 0; j < kPanelVecs; ++j) {
-                  uint32_t inside = lanes_left(columns - j * kWidth);
-                  if (!inside) continue;
-                  Vec v = keep(total[i][j], bits_at(row_bits, k + j * kWidth));
-                  if (add) v += load(row + j * kWidth, inside);
-                  store(row + j * kWidth, v, inside);
-                }
-              }
-            });
-        }
+      int64_t place = out.per_group ? group : 0, task = s.task_ids[group];
+      for (int64_t first = 0; first < s.rows || first == 0; first += kMostRows) {
+        int64_t row = group * s.rows + first;
+        GroupGradient of_group{
+            out.weight + place * out.weight_group_stride,
+            out.bias ? out.bias + place * out.bias_group_stride : nullptr,
+            s.weight_bits + task * s.weight_bits_task_stride,
+            s.bias_bits ? s.bias_bits + task * s.bias_bits_task_stride : nullptr,
+            first > 0 || (group > 0 && !out.per_group)};
+        weight_gradient_of<Pairs>(s, dy + row * s.outputs, y ? y + row * s.outputs : nullptr,
+                                  x + row * s.inputs, smaller(kMostRows, s.rows - first), from, to,
+                                  of_group, out.weight_row_stride);
       }
     }
   }
