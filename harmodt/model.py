@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harmodt_kernels import unpack_bits
-from harmodt_kernels.attention.reference import attend, causal_mask, dropout
+from harmodt_kernels import REFERENCE
+from harmodt_kernels.attention.reference import attend, causal_mask
 
 from .config import ModelConfig
 from .masks import TaskMasks
@@ -104,21 +104,19 @@ class MaskableLayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor, masks: TaskMasks | None) -> Tensor:  # type: ignore[override]
         if masks is None:
             return super().forward(x)
-        normalised = F.layer_norm(x, self.normalized_shape, eps=self.eps)
-        gain = self._masked(self.weight, self.weight_slot, masks)
-        return torch.addcmul(self._masked(self.bias, self.bias_slot, masks), normalised, gain)
-
-    def _masked(self, values: Tensor, slot: Slot, masks: TaskMasks) -> Tensor:
-        mask = unpack_bits(slot.bits(masks.bits)[masks.task_ids], len(values))  # [G, 1, d]
-        masked = torch.where(mask, values, 0.0)
-        if masks.group_gradients is not None and masked.requires_grad:
-            out = slot.of_groups(masks.group_gradients)
-
-            def keep(gradient: Tensor) -> None:
-                out.copy_(torch.where(mask, gradient, 0.0))
-
-            masked.register_hook(keep)
-        return masked
+        slots = (self.weight_slot, self.bias_slot)
+        of_groups = masks.group_gradients
+        return masks.backend.masked_layer_norm(
+            x,
+            self.weight,
+            self.bias,
+            *(slot.bits(masks.bits)[:, 0] for slot in slots),
+            masks.task_ids,
+            epsilon=self.eps,
+            group_gradients=of_groups
+            if of_groups is None
+            else tuple(slot.of_groups(of_groups)[:, 0] for slot in slots),
+        )
 
 
 class Block(nn.Module):
@@ -166,13 +164,11 @@ class Block(nn.Module):
             allowed = tokens.allowed[:, :, -length:][:, :, wanted]
             attended = attend(query[:, :, wanted], key, value, allowed, drop).transpose(1, 2)
         attended = attended.reshape(rows.shape)
-        rows = rows + self._drop(self.attention_out(attended, masks))
+        dropout_add = REFERENCE.dropout_add if masks is None else masks.backend.dropout_add
+        rows = dropout_add(rows, self.attention_out(attended, masks), drop)
         hidden = self.mlp_up(self.mlp_norm(rows, masks), masks, relu=True)
-        rows = rows + self._drop(self.mlp_down(hidden, masks))
+        rows = dropout_add(rows, self.mlp_down(hidden, masks), drop)
         return rows.view(groups, windows, -1, d), present
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return dropout(x, self.dropout if self.training else 0.0)
 
 
 class TokenEmbedding(nn.Module):

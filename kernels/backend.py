@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 from .attention import attention
+from .dropout_add import dropout_add
+from .dropout_add import reference as dropout_reference
 from .harmony_selection import Selection
 from .harmony_selection import operation as harmony_operation
 from .harmony_selection import reference as harmony_reference
 from .masked_adamw import operation as adamw_operation
 from .masked_adamw import reference as adamw_reference
+from .masked_layer_norm import masked_layer_norm
+from .masked_layer_norm import reference as norm_reference
 from .masked_linear import operation as linear_operation
 from .masked_linear import reference as linear_reference
 from .native import library
@@ -27,6 +31,7 @@ class Backend:
     Attributes:
         name: "reference"; "triton"; "triton-interpreter" for the Triton kernels on a CPU; or "cpu-"
             and the instruction set of the CPU kernels.
+        masked_layer_norm, dropout_add: on a GPU those of the reference.
         attention: `attention.reference.attention` as a kernel, or None where PyTorch's own serves.
     """
 
@@ -35,6 +40,8 @@ class Backend:
     select_harmony: Callable[..., Selection]
     move_weights: Callable[[Tensor, Selection], None]
     masked_adamw: Callable[..., Tensor]
+    masked_layer_norm: Callable[..., Tensor] = norm_reference.masked_layer_norm
+    dropout_add: Callable[[Tensor, Tensor, float], Tensor] = dropout_reference.dropout_add
     attention: Callable[..., Tensor] | None = None
 
 
@@ -56,13 +63,16 @@ def fused_backend(device: torch.device | str) -> Backend:
     """
     device = torch.device(device)
     check_available(device)
+    native = device.type == "cpu" and not interpreted()
     return Backend(
         _name(device),
         linear_operation.masked_linear,
         harmony_operation.select_harmony,
         harmony_operation.move_weights,
         adamw_operation.masked_adamw,
-        attention if device.type == "cpu" and not interpreted() else None,
+        masked_layer_norm if native else norm_reference.masked_layer_norm,
+        dropout_add if native else dropout_reference.dropout_add,
+        attention if native else None,
     )
 
 

@@ -13,7 +13,8 @@ from harmodt.config import SIZES, ModelConfig, TrainConfig
 from harmodt.masks import MaskBank
 from harmodt.model import Batch, DecisionTransformer, Steps
 from harmodt_kernels import pack_bits
-from harmodt_kernels.attention.reference import attend, dropout
+from harmodt_kernels.attention.reference import attend
+from harmodt_kernels.dropout_add.reference import dropout
 
 TASKS = 3
 CONFIG = ModelConfig(
@@ -374,8 +375,8 @@ def test_dropout_reaches_attention_and_residual_branches(
         shapes.append((tuple(x.shape), drop))
         return x
 
-    for module in ("harmodt.model", "harmodt_kernels.attention.reference"):
-        monkeypatch.setattr(f"{module}.dropout", record)
+    for module in ("dropout_add.reference", "attention.reference"):
+        monkeypatch.setattr(f"harmodt_kernels.{module}.dropout", record)
     make_model(dataclasses.replace(CONFIG, dropout=0.2))(make_batch([0, 1]), None)
     # The last block computes the outputs of the 4 observation tokens alone.
     whole, last, times = {

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+import test_kernels_attention as attention
 import test_kernels_masked_adamw as adamw
+import test_kernels_masked_layer_norm as norm
 import test_kernels_masked_linear as linear
 import torch
 
@@ -57,6 +59,49 @@ def test_bf16_products_by_pytorchs_switch(cpu: Backend, bf16_products: None) -> 
     expected = rounded.expected() | {"bias": exact["bias"]}  # no product
     linear.check(computed, expected, 1e-3)
     assert linear.largest_error(computed["y"], exact["y"]) > 1e-3
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("products", ["float32", "bf16"])
+def test_more_rows_than_are_packed_at_a_time(cpu: Backend, relu, products, request) -> None:
+    if products == "bf16":
+        request.getfixturevalue("bf16_products")
+    problem = linear.Problem.random(2, 1500, 33, 70).rounded(torch.bfloat16)
+    for of_groups in (False, True):
+        computed = problem.computed(cpu, CPU, torch.float32, relu=relu, of_groups=of_groups)
+        linear.check(computed, problem.expected(relu), 1e-3)
+
+
+@pytest.mark.parametrize("sizes", [(3, 40, 2, 16), (2, 9, 3, 21)])
+def test_attention(cpu: Backend, sizes) -> None:
+    qkv, valid = attention.make_operands(*sizes)
+    queries = slice(1, None, 3)
+    exact, leaf = qkv.double().requires_grad_(), qkv.requires_grad_()
+    expected = attention.by_loops(exact, valid, queries)
+    computed = cpu.attention(leaf, valid, queries, 0.0)
+    expected.square().sum().backward()
+    computed.square().sum().backward()
+    torch.testing.assert_close(computed.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("of_groups", [False, True])
+def test_masked_layer_norm(cpu: Backend, of_groups) -> None:
+    problem = norm.Problem.random(3, 130, 39)
+    norm.check(problem.computed(cpu, of_groups), problem.expected(of_groups))
+
+
+def test_dropout_draws_the_same_with_every_instruction_set(cpu: Backend) -> None:
+    operands = torch.zeros(2, 1, 37), torch.ones(2, 1, 37)
+    qkv, valid = attention.make_operands(2, 37, 2, 16)
+    torch.manual_seed(3)
+    sums, attended = cpu.dropout_add(*operands, 0.5), cpu.attention(qkv, valid, slice(None), 0.5)
+    here = library.isa()
+    assert library.library().harmodt_use_isa(b"portable")
+    torch.manual_seed(3)
+    assert torch.equal(cpu.dropout_add(*operands, 0.5), sums)
+    torch.testing.assert_close(cpu.attention(qkv, valid, slice(None), 0.5), attended)
+    assert library.library().harmodt_use_isa(here.encode())
 
 
 def test_selection_and_adamw(cpu: Backend) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..dropout_add.reference import dropout
 
 
 def attention(qkv: Tensor, valid: Tensor, queries: slice, drop: float) -> Tensor:
@@ -60,23 +61,3 @@ def causal_mask(valid: Tensor) -> Tensor:
     causal = torch.ones(tokens, tokens, dtype=torch.bool, device=valid.device).tril()
     itself = torch.eye(tokens, dtype=torch.bool, device=valid.device)
     return causal & (valid[:, None, None, :] | itself)
-
-
-def dropout(x: Tensor, drop: float) -> Tensor:
-    """Zero elements with probability `drop` and rescale the rest."""
-    if drop == 0.0:
-        return x
-    if x.device.type != "cpu":
-        return F.dropout(x, drop)
-    return x * dropout_mask(x.shape, drop).to(x.dtype).div_(1 - drop)
-
-
-def dropout_mask(shape: Sequence[int], drop: float) -> Tensor:
-    """bool tensor on the CPU, False with probability `drop` (rounded to 1/65536).
-
-    A 16-bit random number per element, four from one draw, is several times cheaper than PyTorch's
-    Bernoulli samples.
-    """
-    size = math.prod(shape)
-    draws = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None)
-    return (draws.view(torch.int16)[:size] >= min(round(drop * 65536), 65535) - 32768).view(*shape)

@@ -6,6 +6,7 @@
 
 #include <type_traits>
 
+#include "dropout.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -27,18 +28,6 @@ inline Vec exponential(Vec x) {
                         1.6666665459e-1f, 5.0000001201e-1f, 1.0f, 1.0f};
   for (float c : more) p = fused_multiply_add(p, r, splat(c));
   return vanishes ? Vec{} : (Vec)((IntVec)p + power);
-}
-
-// Integers that look random: of the place and the seed alone, so that backward draws them again.
-inline IntVec hash(IntVec x) {
-  typedef uint32_t UVec __attribute__((vector_size(HARMODT_WIDTH * 4)));
-  UVec v = (UVec)x;
-  v ^= v >> 16;
-  v *= 0x7feb352du;
-  v ^= v >> 15;
-  v *= 0x846ca68bu;
-  v ^= v >> 16;
-  return (IntVec)v;
 }
 
 // scores[j] = sum over d of queries[d] * keys[j][d]
@@ -192,12 +181,9 @@ struct Block {
     int32_t before = valid[j] ? key : INT32_MAX;
     return (splat(before) < positions) | (splat(key) == positions);
   }
-  // 1 / (1 - dropout) where the weight of key j is kept, else 0.
-  Vec kept(int64_t j) const {
-    IntVec place = (places + static_cast<int32_t>(j)) * static_cast<int32_t>(0x9E3779B1u);
-    IntVec draw = hash(place + static_cast<int32_t>(h.s.seed)) & 0x7fffffff;
-    float drop = h.s.dropout;
-    return draw < static_cast<int32_t>(drop * 2147483648.0) ? Vec{} : splat(1 / (1 - drop));
+  // The factor of key j's weight.
+  Vec dropout(int64_t j) const {
+    return kept(places + static_cast<int32_t>(j), h.s.dropout, h.s.seed);
   }
 };
 
@@ -215,7 +201,7 @@ void attention_of(Block block, float* out, float* log_sums) {
   for (int64_t j = 0; j < block.keys; ++j) {
     Vec e = exponential(load(h.scores + j * kWidth) - most);
     total += e;
-    store(h.scores + j * kWidth, Dropout ? e * block.kept(j) : e);
+    store(h.scores + j * kWidth, Dropout ? e * block.dropout(j) : e);
   }
   weighted_sums(h.scores, h.values, block.keys, h.size, h.transposed);
   for (int64_t d = 0; d < h.size; ++d)
@@ -268,9 +254,9 @@ void attention_gradient_of(Block block, const float* d_out, const float* out,
     float *score = h.scores + j * kWidth, *gradient = h.gradients + j * kWidth;
     Vec p = exponential(load(score) * h.scale - log_sum), dp = load(gradient);
     p = block.allowed(j) ? p : Vec{};
-    Vec kept = Dropout ? block.kept(j) : splat(1.0f);
-    store(score, p * kept);
-    store(gradient, p * (dp * kept - dot) * h.scale);
+    Vec factor = Dropout ? block.dropout(j) : splat(1.0f);
+    store(score, p * factor);
+    store(gradient, p * (dp * factor - dot) * h.scale);
   }
   add_outer(h.scores, h.d_out, block.keys, h.size, h.d_values);
   add_outer(h.gradients, h.queries, block.keys, h.size, h.d_keys);

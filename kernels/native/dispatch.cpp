@@ -170,4 +170,23 @@ void harmodt_attention_gradient(const harmodt_attention* shape, const float* d_o
   kernels->attention_gradient(*shape, d_out, qkv, out, log_sums, d_qkv, threads);
 }
 
+void harmodt_masked_layer_norm(const harmodt_layer_norm* shape, const float* x,
+                               const float* weight, const float* bias, float* y, float* statistics,
+                               int threads) {
+  kernels->masked_layer_norm(*shape, x, weight, bias, y, statistics, threads);
+}
+
+void harmodt_masked_layer_norm_gradient(const harmodt_layer_norm* shape, const float* dy,
+                                        const float* x, const float* statistics,
+                                        const float* weight, float* dx, float* d_weight,
+                                        float* d_bias, int threads) {
+  kernels->masked_layer_norm_gradient(*shape, dy, x, statistics, weight, dx, d_weight, d_bias,
+                                      threads);
+}
+
+void harmodt_dropout_add(int64_t size, const float* x, const float* branch, float* out, float drop,
+                         uint32_t seed, int threads) {
+  kernels->dropout_add(size, x, branch, out, drop, seed, threads);
+}
+
 }  // extern "C"

@@ -77,6 +77,17 @@ typedef struct {
   uint32_t seed;                  // of the dropout
 } harmodt_attention;
 
+// A masked LayerNorm; x is [groups][rows][size].
+typedef struct {
+  int64_t groups, rows, size;
+  const int32_t* weight_bits;     // [tasks][words]
+  int64_t weight_bits_task_stride;
+  const int32_t* bias_bits;       // [tasks][words]
+  int64_t bias_bits_task_stride;
+  const int64_t* task_ids;        // [groups]
+  float epsilon;
+} harmodt_layer_norm;
+
 // The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable".
 HARMODT_API const char* harmodt_isa(void);
 // Use another one; returns 0 if this machine does not have it, or the name is none.
@@ -114,6 +125,23 @@ HARMODT_API void harmodt_attention_forward(const harmodt_attention* shape, const
 HARMODT_API void harmodt_attention_gradient(const harmodt_attention* shape, const float* d_out,
                                             const float* qkv, const float* out,
                                             const float* log_sums, float* d_qkv, int threads);
+
+// y = (x normalised) (weight with mask) + bias with mask; statistics [groups][rows][2] are for the
+// gradient.
+HARMODT_API void harmodt_masked_layer_norm(const harmodt_layer_norm* shape, const float* x,
+                                           const float* weight, const float* bias, float* y,
+                                           float* statistics, int threads);
+// d_weight and d_bias are [groups][size], with the group's mask.
+HARMODT_API void harmodt_masked_layer_norm_gradient(const harmodt_layer_norm* shape,
+                                                    const float* dy, const float* x,
+                                                    const float* statistics, const float* weight,
+                                                    float* dx, float* d_weight, float* d_bias,
+                                                    int threads);
+
+// out = x + branch, of `size` elements; those of the branch are dropped or divided by 1 - drop.
+// x may be null.
+HARMODT_API void harmodt_dropout_add(int64_t size, const float* x, const float* branch, float* out,
+                                     float drop, uint32_t seed, int threads);
 
 #ifdef __cplusplus
 }

@@ -4,8 +4,10 @@
 // (-ffp-contract=off): the roundings of scores and of AdamW are PyTorch's.
 
 #include "attention.h"
+#include "dropout.h"
 #include "harmony_selection.h"
 #include "masked_adamw.h"
+#include "masked_layer_norm.h"
 #include "masked_linear.h"
 
 #define NAME_(isa) kernels_##isa
@@ -30,6 +32,9 @@ const Kernels NAME(HARMODT_ISA) = {
     },
     attention,
     attention_gradient,
+    masked_layer_norm,
+    masked_layer_norm_gradient,
+    dropout_add,
     select_harmony,
     masked_adamw,
 };

@@ -18,6 +18,13 @@ struct Kernels {
                     int threads);
   void (*attention_gradient)(const harmodt_attention&, const float* d_out, const float* qkv,
                              const float* out, const float* log_sums, float* d_qkv, int threads);
+  void (*masked_layer_norm)(const harmodt_layer_norm&, const float* x, const float* weight,
+                            const float* bias, float* y, float* statistics, int threads);
+  void (*masked_layer_norm_gradient)(const harmodt_layer_norm&, const float* dy, const float* x,
+                                     const float* statistics, const float* weight, float* dx,
+                                     float* d_weight, float* d_bias, int threads);
+  void (*dropout_add)(int64_t size, const float* x, const float* branch, float* out, float drop,
+                      uint32_t seed, int threads);
   // Each task in `parts`; keys are [tasks][parts][2][capacity], `held` of them [tasks][parts][2].
   void (*select_harmony)(const harmodt_selection&, int64_t parts, int64_t capacity, int64_t* keys,
                          int64_t* held, uint8_t* refused, int threads);

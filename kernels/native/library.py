@@ -106,6 +106,20 @@ class Attention(Structure):
     ]
 
 
+class LayerNorm(Structure):
+    """`harmodt_layer_norm`."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("groups", "rows", "size")),
+        ("weight_bits", c_void_p),
+        ("weight_bits_task_stride", c_int64),
+        ("bias_bits", c_void_p),
+        ("bias_bits_task_stride", c_int64),
+        ("task_ids", c_void_p),
+        ("epsilon", c_float),
+    ]
+
+
 _P, _THREADS = c_void_p, c_int
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "harmodt_isa": (c_char_p, []),
@@ -121,17 +135,27 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "harmodt_masked_adamw": (None, [POINTER(AdamW), _THREADS]),
     "harmodt_attention_forward": (None, [POINTER(Attention), _P, _P, _P, _THREADS]),
     "harmodt_attention_gradient": (None, [POINTER(Attention), _P, _P, _P, _P, _P, _THREADS]),
+    "harmodt_dropout_add": (None, [c_int64, _P, _P, _P, c_float, c_uint32, _THREADS]),
+    "harmodt_masked_layer_norm": (None, [POINTER(LayerNorm), _P, _P, _P, _P, _P, _THREADS]),
+    "harmodt_masked_layer_norm_gradient": (
+        None,
+        [POINTER(LayerNorm), _P, _P, _P, _P, _P, _P, _P, _THREADS],
+    ),
 }
 
 
 def why_missing() -> str | None:
     """What is wrong with the library, or None if it can be used."""
-    if not PATH.exists():
+    return _why_missing(PATH, os.environ.get(ISA_VARIABLE))
+
+
+@functools.cache  # asked at every call of an operation
+def _why_missing(path: Path, wanted: str | None) -> str | None:
+    if not path.exists():
         return (
             "the CPU kernels were not built when harmodt was installed: install GCC (g++) and "
             "install harmodt again (pip install -v shows why a build fails)"
         )
-    wanted = os.environ.get(ISA_VARIABLE)
     if wanted and not _loaded().harmodt_use_isa(wanted.encode()):
         return f"{ISA_VARIABLE} is {wanted!r}, which this machine does not have"
     return None

@@ -1,0 +1,16 @@
+"""The residual connection with dropout on a CPU: passes tensors to the C library."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..native.library import library, pointer, threads
+
+
+def dropout_add(x: Tensor | None, branch: Tensor, drop: float, seed: int) -> Tensor:
+    x, branch = None if x is None else x.contiguous(), branch.contiguous()
+    out = torch.empty_like(branch)
+    operands = map(pointer, (x, branch, out))
+    library().harmodt_dropout_add(branch.numel(), *operands, drop, seed, threads())
+    return out

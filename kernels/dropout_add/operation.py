@@ -1,0 +1,50 @@
+"""The residual connection with dropout as PyTorch sees it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..registration import register
+
+
+def dropout_add(x: Tensor, branch: Tensor, drop: float) -> Tensor:
+    """x + dropout(branch), fused for a CPU, in float32.
+
+    The fused form of `reference.dropout_add`: nothing but the sum is materialised. Which elements
+    it drops is drawn from PyTorch's generator.
+
+    Raises:
+        TypeError: x or branch is not float32.
+        ValueError: their shapes differ.
+        BackendUnavailable: there is no such kernel for the device.
+    """
+    for name, tensor in (("x", x), ("branch", branch)):
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"{name} is {tensor.dtype}, and the fused dropout_add takes float32")
+    if x.shape != branch.shape:
+        raise ValueError(f"x {list(x.shape)} and branch {list(branch.shape)} must have one shape")
+    if drop == 0.0:
+        return x + branch
+    return _DropoutAdd.apply(x, branch, drop, int(torch.randint(2**31, ())))
+
+
+class _DropoutAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, branch: Tensor, drop: float, seed: int) -> Tensor:
+        ctx.draw = drop, seed
+        return torch.ops.harmodt.dropout_add(x, branch, drop, seed)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return dy, torch.ops.harmodt.dropout_add(None, dy, *ctx.draw), None, None
+
+
+register(
+    __package__,
+    "dropout_add",
+    "(Tensor? x, Tensor branch, float drop, int seed) -> Tensor",
+    lambda x, branch, drop, seed: torch.empty_like(branch, memory_format=torch.contiguous_format),
+)

@@ -1,0 +1,123 @@
+// LayerNorm under the masks of each group's task. A row is read twice, the second time from cache.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace {
+
+// Rows whose gradients of gain and bias are summed up by one thread.
+constexpr int64_t kPartRows = 64;
+
+// The sum of a register's lanes.
+inline float sum(Vec v) {
+  IntVec other;
+  for (int half = kWidth / 2; half > 0; half /= 2) {
+    for (int i = 0; i < kWidth; ++i) other[i] = i ^ half;
+    v += __builtin_shuffle(v, other);
+  }
+  return v[0];
+}
+
+// A row under a mask: elements whose bit is not set are 0.
+struct MaskedRow {
+  const float* values;
+  const int32_t* bits;
+  int64_t size;
+
+  Vec at(int64_t j) const { return load(values + j, bits_at(bits, j) & lanes_left(size - j)); }
+};
+
+inline const int32_t* weight_bits_of(const harmodt_layer_norm& s, int64_t group) {
+  return s.weight_bits + s.task_ids[group] * s.weight_bits_task_stride;
+}
+inline const int32_t* bias_bits_of(const harmodt_layer_norm& s, int64_t group) {
+  return s.bias_bits + s.task_ids[group] * s.bias_bits_task_stride;
+}
+
+// y = normalised x times gain plus bias; statistics are each row's mean and inverse deviation.
+void masked_layer_norm(const harmodt_layer_norm& s, const float* x, const float* weight,
+                       const float* bias, float* y, float* statistics, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < s.groups * s.rows; ++row) {
+    int64_t group = row / s.rows;
+    MaskedRow gain{weight, weight_bits_of(s, group), s.size};
+    MaskedRow shift{bias, bias_bits_of(s, group), s.size};
+    const float* in = x + row * s.size;
+    float* out = y + row * s.size;
+    Vec total{}, squares{};
+    for (int64_t j = 0; j < s.size; j += kWidth) total += load(in + j, lanes_left(s.size - j));
+    float mean = sum(total) / s.size;
+    for (int64_t j = 0; j < s.size; j += kWidth) {
+      uint32_t inside = lanes_left(s.size - j);
+      Vec v = keep(load(in + j, inside) - mean, inside);
+      squares = fused_multiply_add(v, v, squares);
+    }
+    float scale = 1 / __builtin_sqrtf(sum(squares) / s.size + s.epsilon);
+    for (int64_t j = 0; j < s.size; j += kWidth) {
+      uint32_t inside = lanes_left(s.size - j);
+      Vec v = (load(in + j, inside) - mean) * scale;
+      store(out + j, fused_multiply_add(v, gain.at(j), shift.at(j)), inside);
+    }
+    statistics[2 * row] = mean;
+    statistics[2 * row + 1] = scale;
+  }
+}
+
+// The gradient of x, and the sums over some rows of those of gain and bias, [2][size].
+void layer_norm_gradient_of(const harmodt_layer_norm& s, int64_t group, int64_t first, int64_t last,
+                            const float* dy, const float* x, const float* statistics,
+                            const float* weight, float* dx, float* sums) {
+  MaskedRow gain{weight, weight_bits_of(s, group), s.size};
+  float *d_gain = sums, *d_bias = sums + s.size;
+  for (int64_t i = 0; i < 2 * s.size; ++i) sums[i] = 0;
+  for (int64_t row = group * s.rows + first; row < group * s.rows + last; ++row) {
+    const float *in = x + row * s.size, *d_out = dy + row * s.size;
+    float mean = statistics[2 * row], scale = statistics[2 * row + 1];
+    Vec total{}, weighted{};
+    for (int64_t j = 0; j < s.size; j += kWidth) {
+      uint32_t inside = lanes_left(s.size - j);
+      Vec d = load(d_out + j, inside), v = (load(in + j, inside) - mean) * scale;
+      store(d_gain + j, fused_multiply_add(d, v, load(d_gain + j, inside)), inside);
+      store(d_bias + j, d + load(d_bias + j, inside), inside);
+      d *= gain.at(j);
+      total += d;
+      weighted = fused_multiply_add(d, v, weighted);
+    }
+    float mean_d = sum(total) / s.size, mean_dv = sum(weighted) / s.size;
+    for (int64_t j = 0; j < s.size; j += kWidth) {
+      uint32_t inside = lanes_left(s.size - j);
+      Vec d = load(d_out + j, inside) * gain.at(j), v = (load(in + j, inside) - mean) * scale;
+      store(dx + row * s.size + j, (d - mean_d - v * mean_dv) * scale, inside);
+    }
+  }
+}
+
+// `sums` holds [groups][parts][2][size], parts of kPartRows rows.
+void masked_layer_norm_gradient(const harmodt_layer_norm& s, const float* dy, const float* x,
+                                const float* statistics, const float* weight, float* dx,
+                                float* d_weight, float* d_bias, int threads) {
+  int64_t parts = (s.rows + kPartRows - 1) / kPartRows;
+  auto* sums = static_cast<float*>(scratch(sizeof(float) * s.groups * parts * 2 * s.size));
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t item = 0; item < s.groups * parts; ++item) {
+    int64_t group = item / parts, first = item % parts * kPartRows;
+    layer_norm_gradient_of(s, group, first, smaller(s.rows, first + kPartRows), dy, x, statistics,
+                           weight, dx, sums + item * 2 * s.size);
+  }
+  for (int64_t group = 0; group < s.groups; ++group)
+    for (int64_t j = 0; j < s.size; j += kWidth) {
+      uint32_t inside = lanes_left(s.size - j);
+      Vec gain{}, shift{};
+      for (int64_t part = group * parts; part < (group + 1) * parts; ++part) {
+        gain += load(sums + part * 2 * s.size + j, inside);
+        shift += load(sums + part * 2 * s.size + s.size + j, inside);
+      }
+      gain = keep(gain, bits_at(weight_bits_of(s, group), j));
+      shift = keep(shift, bits_at(bias_bits_of(s, group), j));
+      store(d_weight + group * s.size + j, gain, inside);
+      store(d_bias + group * s.size + j, shift, inside);
+    }
+}
+
+}  // namespace
