@@ -38,12 +38,24 @@ int64_t depth_of(int64_t size) {
   return Pairs ? (size + 1) / 2 : size;
 }
 
-// total[i][j] = sum over k of left[i * row_stride + k * depth_stride] * panel[k * panel_stride + j]
-template <int Rows, int Ahead = 0, class T>
-inline void multiply(const T* left, int64_t row_stride, int64_t depth_stride, const T* panel,
-                     int64_t panel_stride, int64_t depth, Vec (&total)[Rows][kPanelVecs]) {
-  for (auto& row : total)
-    for (auto& sum : row) sum = Vec{};
+// A left operand whose rows lie in memory one after the other, and a packed strip of columns.
+template <class T>
+struct InRows {
+  const T* first;
+  int64_t stride;
+  T at(int64_t row, int64_t k) const { return first[row * stride + k]; }
+};
+template <class T>
+struct InStrip {
+  const T* first;
+  T at(int64_t row, int64_t k) const { return first[k * kStrip + row]; }
+};
+
+// total[i][j] = sum over k of left.at(i, k) * panel[k * panel_stride + j]
+template <int Rows, int Ahead = 0, class Left, class T>
+inline void multiply(Left left, const T* panel, int64_t panel_stride, int64_t depth,
+                     Vec (&total)[Rows][kPanelVecs]) {
+  Vec sums[Rows][kPanelVecs] = {};
   for (int64_t k = 0; k < depth; ++k) {
     decltype(load(panel)) right[kPanelVecs];
     for (int j = 0; j < kPanelVecs; ++j) {
@@ -51,11 +63,22 @@ inline void multiply(const T* left, int64_t row_stride, int64_t depth_stride, co
       if (Ahead) __builtin_prefetch(panel + (k + Ahead) * panel_stride + j * kWidth);
     }
     for (int i = 0; i < Rows; ++i) {
-      auto value = splat(left[i * row_stride + k * depth_stride]);
+      auto value = splat(left.at(i, k));
       asm volatile("" : "+x"(value));  // one broadcast, not one in each product
-      for (int j = 0; j < kPanelVecs; ++j) total[i][j] = multiply_add(total[i][j], value, right[j]);
+      for (int j = 0; j < kPanelVecs; ++j) sums[i][j] = multiply_add(sums[i][j], value, right[j]);
     }
   }
+  for (int i = 0; i < Rows; ++i)
+    for (int j = 0; j < kPanelVecs; ++j) total[i][j] = sums[i][j];
+}
+
+// The same for a panel that may lie far apart in memory. Not inlined: what surrounds it would keep
+// registers that the sums need.
+template <int Rows, class T>
+__attribute__((noinline)) void multiply_strip(InStrip<T> strip, const T* panel,
+                                              int64_t panel_stride, int64_t depth,
+                                              Vec (&total)[Rows][kPanelVecs]) {
+  multiply<Rows, kAhead>(strip, panel, panel_stride, depth, total);
 }
 
 // From row to row of a packed left operand.
@@ -164,7 +187,7 @@ void block_times_panel(const Element<Pairs>* left, int64_t left_stride, int64_t 
     for (int i = 0; i < count.value; ++i)
       for (int j = 0; j < kPanelVecs; ++j)
         __builtin_prefetch(out + i * out_stride + j * kWidth, 1);
-    multiply<count.value>(left, left_stride, 1, panel, kPanel, depth, total);
+    multiply<count.value>(InRows<Element<Pairs>>{left, left_stride}, panel, kPanel, depth, total);
     for (int i = 0; i < count.value; ++i)
       for (int j = 0; j < kPanelVecs; ++j) {
         Vec v = total[i][j];
@@ -323,7 +346,7 @@ void strip_times_panel(const harmodt_linear& s, const T* strip, int64_t n, int64
   for (int64_t i0 = 0; i0 < height; i0 += kRows)
     with_rows(smaller(kRows, height - i0), [&](auto count) {
       Vec total[count.value][kPanelVecs];
-      multiply<count.value, kAhead>(strip + i0, 1, kStrip, panel, panel_stride, depth, total);
+      multiply_strip<count.value>(InStrip<T>{strip + i0}, panel, panel_stride, depth, total);
       for (int i = 0; i < count.value; ++i) {
         int64_t row = n + i0 + i;
         const int32_t* bits = out.weight_bits + row * s.weight_bits_row_stride;
@@ -344,14 +367,16 @@ template <bool Pairs>
 void weight_gradient_of(const harmodt_linear& s, const float* dy, const float* y, const float* x,
                         int64_t rows, int64_t from, int64_t to, const GroupGradient& out,
                         int64_t row_stride) {
+  // Panels as narrow as a cache line would share few of the cache's sets where they lie.
+  constexpr bool packs = Pairs || kWidth < 16;
   int64_t depth = depth_of<Pairs>(rows), panels = (s.inputs + kPanel - 1) / kPanel;
   auto* strip = static_cast<Element<Pairs>*>(
-      scratch(4 * depth * (kStrip + (Pairs ? panels : 1) * kPanel)));
+      scratch(4 * depth * (kStrip + (packs ? panels : 1) * kPanel)));
   auto* packed = strip + depth * kStrip;
-  if constexpr (Pairs)
+  if constexpr (packs)
     for (int64_t k = 0; k < s.inputs; k += kPanel)
-      pack_columns<true>(x + k, nullptr, s.inputs, rows, smaller(kPanel, s.inputs - k), kPanel,
-                         packed + depth * k);
+      pack_columns<Pairs>(x + k, nullptr, s.inputs, rows, smaller(kPanel, s.inputs - k), kPanel,
+                          packed + depth * k);
   for (int64_t n = from; n < to; n += kStrip) {
     int64_t height = smaller(kStrip, to - n);
     const float* y_strip = y ? y + n : nullptr;
@@ -362,7 +387,7 @@ void weight_gradient_of(const harmodt_linear& s, const float* dy, const float* y
     for (int64_t k = 0; k < s.inputs; k += kPanel) {
       int64_t columns = smaller(kPanel, s.inputs - k), panel_stride = kPanel;
       const Element<Pairs>* panel = packed;
-      if constexpr (Pairs) {
+      if constexpr (packs) {
         panel += depth * k;
       } else if (columns < kPanel) {
         pack_columns<false>(x + k, nullptr, s.inputs, rows, columns, kPanel, packed);

@@ -59,6 +59,7 @@ inline Vec load(const float* p, uint32_t bits) {
   return (Vec)_mm256_maskload_ps(p, (__m256i)expand(bits));
 }
 inline void store(float* p, Vec v, uint32_t bits) {
+  if ((bits & 0xff) == 0xff) return store(p, v);  // masked stores are slow on some processors
   _mm256_maskstore_ps(p, (__m256i)expand(bits), (__m256)v);
 }
 #else
