@@ -11,6 +11,7 @@ as an SVG file of the same name, if the results hold several numbers of tasks.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +66,7 @@ def table(results: list[Result]) -> str:
         "÷ dense": lambda r: ratio(r, results, "dense"),
         "peak memory": lambda r: size(r, "peak_bytes"),
         "share of the floor": lambda r: share(r),
+        **{f"÷ {name}": functools.partial(beside, name=name) for name in names_beside(results)},
     }
     cells = {name: [cell(r) for r in results] for name, cell in columns.items()}
     cells = {name: column for name, column in cells.items() if any(column)}
@@ -95,6 +97,17 @@ def ratio(result: Result, results: list[Result], to: str) -> str:
         if path(other).startswith(to) and others(other) == others(result):
             return f"{median(result) / median(other):.2f}"
     return ""
+
+
+def names_beside(results: list[Result]) -> list[str]:
+    """What the benchmarks were timed beside, call by call."""
+    return list(dict.fromkeys(name for r in results for name in r["extra_info"].get("beside", {})))
+
+
+def beside(result: Result, name: str) -> str:
+    """The median over that of what was timed beside it."""
+    other = result["extra_info"].get("beside", {}).get(name)
+    return "" if other is None else f"{median(result) / other:.2f}"
 
 
 def path(result: Result) -> str:

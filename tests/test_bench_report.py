@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parents[1] / "bench" / "report.py"
 REPORT = runpy.run_path(str(SCRIPT))
 
 
-def result(group: str, name: str, median: float, params: Any, **extra: float) -> dict[str, Any]:
+def result(group: str, name: str, median: float, params: Any, **extra: Any) -> dict[str, Any]:
     stats = {"median": median}
     return {"group": group, "name": name, "params": params, "extra_info": extra, "stats": stats}
 
@@ -84,6 +84,17 @@ def test_ratios_are_to_the_path_under_the_same_other_parameters() -> None:
         "| reference, dropout 0.0 | 300 ms | 1.00 | 3.00 |  |",
         "| reference, dropout 0.1 | 400 ms | 1.00 | 2.00 |  |",
         "| sampling | 2.1 ms |  |  | 12.3% |",
+    ]
+
+
+def test_what_was_timed_beside_is_a_column() -> None:
+    first = result("linear", "bench_linear[8]", 1e-3, {"rows": 8}, beside={"dense, one": 2e-3})
+    second = result("linear", "bench_linear[9]", 3e-3, {"rows": 9}, beside={"another": 2e-3})
+    assert REPORT["tables"](report(first, second)).splitlines()[2:6] == [
+        "|  | median | ÷ dense, one | ÷ another |",
+        "| --- | ---: | ---: | ---: |",
+        "| linear, rows 8 | 1 ms | 0.50 |  |",
+        "| linear, rows 9 | 3 ms |  | 1.50 |",
     ]
 
 

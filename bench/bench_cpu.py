@@ -1,0 +1,212 @@
+"""The CPU kernels beside what PyTorch offers, one call of each in turn.
+
+    pytest bench/bench_cpu.py --benchmark-only
+
+A machine that others use as well changes its speed from second to second; the ratios of calls made
+in turn hold where their times do not. What the kernels stand beside:
+
+    PyTorch dense       F.linear as it is by default: MKL, on x86
+    oneDNN dense        F.linear under torch.set_float32_matmul_precision("medium"), which on CPUs
+                        chooses oneDNN
+    oneDNN masked copy  the same, after unpacking the mask and materialising W ⊙ M
+
+To hold both sides to AVX2, set ONEDNN_MAX_CPU_ISA=AVX2 and HARMODT_ISA=avx2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bench_masked_linear import TOLERANCE, Problem, dense, masked, of_backend
+from bench_train_step import make_trainer
+from measuring import ON_GPU, assert_agree, fused, timer
+from torch import Tensor
+
+from harmodt.devices import set_precision
+from harmodt.store import DataStore
+from harmodt_kernels import REFERENCE
+from harmodt_kernels.attention import reference as attention_reference
+
+LAYERS = [("qkv", 128), ("out", 128), ("up", 128), ("down", 128)]
+LAYERS += [("qkv", 256), ("out", 256), ("up", 256), ("down", 256)]
+SHAPES = [(600, *layer) for layer in LAYERS] + [(4800, "up", 256), (32, "up", 256)]
+
+pytestmark = [
+    pytest.mark.skipif(ON_GPU, reason="PyTorch computes on a GPU here"),
+    pytest.mark.benchmark(timer=timer, disable_gc=True),
+]
+
+
+def measure_beside(
+    benchmark: Any, call: Callable[[], object], others: dict[str, Callable[[], object]], rounds: int
+) -> None:
+    """Time a call; before each round time the others, and note the medians of their times."""
+    times: dict[str, list[float]] = {name: [] for name in others}
+
+    def run_others() -> None:
+        for name, other in others.items():
+            start = time.perf_counter()
+            other()
+            times[name].append(time.perf_counter() - start)
+
+    rounds = 1 if benchmark.disabled else rounds
+    benchmark.pedantic(call, setup=run_others, rounds=rounds, warmup_rounds=min(rounds - 1, 2))
+    benchmark.extra_info["beside"] = {
+        name: statistics.median(values[-rounds:]) for name, values in times.items()
+    }
+
+
+@contextlib.contextmanager
+def onednn() -> Iterator[None]:
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@contextlib.contextmanager
+def bf16_products() -> Iterator[None]:
+    products = torch.backends.mkldnn.matmul
+    products.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        products.fp32_precision = "none"
+
+
+def inside(context: Callable[[], Any], call: Callable[[], Any]) -> Callable[[], Any]:
+    def run() -> Any:
+        with context():
+            return call()
+
+    return run
+
+
+@pytest.mark.parametrize(("rows", "layer", "d"), SHAPES)
+@pytest.mark.parametrize("products", ["float32", "bf16"])
+@pytest.mark.parametrize("passes", ["forward", "forward + backward"])
+def bench_linear(benchmark: Any, passes: str, products: str, rows: int, layer: str, d: int) -> None:
+    problem = Problem.random(torch.float32, d, layer, 1, 4 if benchmark.disabled else rows)
+    run = problem.forward if passes == "forward" else problem.forward_backward
+
+    def masked_copy(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        weight = masked(weight, problem.weight_bits, problem.task_ids, x.dtype)[0]
+        return F.linear(x, weight, masked(bias, problem.bias_bits, problem.task_ids, x.dtype)[0])
+
+    kernels = of_backend(fused().masked_linear, problem)
+    call: Callable[[], Any] = lambda: run(kernels)  # noqa: E731
+    if products == "bf16":
+        call = inside(bf16_products, call)
+    tolerance = TOLERANCE["float32" if products == "float32" else "bfloat16"]
+    actual = call()
+    actual = (actual,) if passes == "forward" else actual
+    for one, other in zip(actual, problem.expected(True), strict=False):
+        assert_agree(one, other, tolerance)
+    assert_agree(inside(onednn, lambda: problem.forward(dense))(), problem.forward(dense), 1e-5)
+    others = {
+        "PyTorch dense": lambda: run(dense),
+        "oneDNN dense": inside(onednn, lambda: run(dense)),
+        "oneDNN masked copy": inside(onednn, lambda: run(masked_copy)),
+    }
+    benchmark.group = f"linear, {passes}, {products} products"
+    measure_beside(benchmark, call, others, rounds=60 if rows <= 600 else 15)
+
+
+@pytest.mark.parametrize("head_size", [16, 32])
+@pytest.mark.parametrize("passes", ["forward", "forward + backward"])
+def bench_attention(benchmark: Any, passes: str, head_size: int) -> None:
+    torch.manual_seed(0)
+    qkv = torch.randn(40, 75, 3, 8, head_size, requires_grad=passes != "forward")
+    d_out = torch.randn(40, 75, 8, head_size)
+    valid = torch.rand(40, 75) < 0.9
+    allowed = attention_reference.causal_mask(valid)
+    kernel = fused().attention
+    assert kernel is not None
+
+    def run(attention: Callable[[], Tensor]) -> Tensor:
+        if passes == "forward":
+            with torch.no_grad():
+                return attention()
+        return torch.autograd.grad(attention(), qkv, d_out)[0]
+
+    def by_kernel() -> Tensor:
+        return run(lambda: kernel(qkv, valid, slice(None), 0.0))
+
+    def by_products() -> Tensor:
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        return attention_reference.attend(query, key, value, allowed, 0.0).transpose(1, 2)
+
+    def by_pytorch() -> Tensor:
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(query, key, value, allowed).transpose(1, 2)
+
+    for other in (by_products, by_pytorch):
+        assert_agree(by_kernel(), run(other), 1e-5)
+    others = {
+        "products and softmax": lambda: run(by_products),
+        "the same, oneDNN": inside(onednn, lambda: run(by_products)),
+        "F.scaled_dot_product_attention": lambda: run(by_pytorch),
+    }
+    benchmark.group = f"attention, {passes}: 40 sequences of 75 tokens, 8 heads"
+    measure_beside(benchmark, by_kernel, others, rounds=20)
+
+
+@pytest.mark.parametrize("passes", ["forward", "forward + backward"])
+def bench_layer_norm(benchmark: Any, passes: str) -> None:
+    problem = Problem.random(torch.float32, 128, "out", 5, 600)
+    bits = (problem.bias_bits, problem.bias_bits, problem.task_ids)
+
+    def run(layer_norm: Callable[..., Tensor]) -> Tensor:
+        weight = problem.bias
+
+        def forward(x: Tensor, _: Tensor, bias: Tensor) -> Tensor:
+            return layer_norm(x, weight, bias, *bits)
+
+        if passes == "forward":
+            return problem.forward(forward)
+        x = problem.x.requires_grad_()
+        return torch.autograd.grad(forward(x, weight, problem.bias), x, problem.dy)[0]
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor, *_: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], weight, bias)
+
+    kernel = fused().masked_layer_norm
+    assert_agree(run(kernel), run(REFERENCE.masked_layer_norm), 1e-5)
+    others = {
+        "PyTorch dense": lambda: run(plain),
+        "reference": lambda: run(REFERENCE.masked_layer_norm),
+    }
+    benchmark.group = f"LayerNorm, {passes}: 5 tasks x 600 rows, d = 128"
+    measure_beside(benchmark, lambda: run(kernel), others, rounds=60)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def bench_step(benchmark: Any, store: DataStore, precision: str, dropout: float) -> None:
+    fused()  # skips where there are no kernels
+    trainers = {
+        path: make_trainer(store, path, dropout=dropout, precision=precision)
+        for path in ("fused", "dense", "reference")
+    }
+
+    def step(path: str) -> Callable[[], object]:
+        trainer = trainers[path]
+
+        def run() -> object:
+            set_precision(precision, trainer.device, trainer.backend)
+            return trainer.train_step()
+
+        return run
+
+    benchmark.group = "training step, d = 128, 5 tasks x 8 windows"
+    others = {"reference": step("reference"), "dense": step("dense")}
+    measure_beside(benchmark, step("fused"), others, rounds=15)
+    torch.backends.mkldnn.matmul.fp32_precision = "none"

@@ -1,0 +1,91 @@
+"""Where the time of a training step goes: a Markdown table.
+
+    python bench/profile_step.py [--path fused|reference|dense] [--dropout 0.1] [--precision bf16]
+
+The step is that of bench_train_step.py: the paper's model (d = 128), five tasks, 8 windows each.
+PyTorch's profiler gives the operations' own times; the last line is what they leave of a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from bench_train_step import make_trainer
+from conftest import random_store
+from torch.profiler import ProfilerActivity, profile
+
+from harmodt.cpu import prepare_cpu
+from harmodt.trainer import Trainer
+
+STEPS = 20
+
+# Part of the step to the names of its operations.
+PARTS = {
+    "linear layers, forward": ("harmodt::masked_linear",),
+    "linear layers, gradient of x": ("harmodt::masked_linear_input_gradient",),
+    "linear layers, gradient of W and b": ("harmodt::masked_linear_weight_gradient",),
+    "products of other layers, or of the reference": (
+        "aten::addmm",
+        "aten::baddbmm",
+        "aten::mm",
+        "aten::bmm",
+    ),
+    "attention, forward": ("harmodt::attention",),
+    "attention, gradient": ("harmodt::attention_gradient",),
+    "softmax": ("aten::_softmax", "aten::_softmax_backward_data"),
+    "LayerNorm, forward": ("harmodt::masked_layer_norm", "aten::native_layer_norm"),
+    "LayerNorm, gradient": (
+        "harmodt::masked_layer_norm_gradient",
+        "aten::native_layer_norm_backward",
+    ),
+    "residual sums, dropout": ("aten::add", "aten::add_", "harmodt::dropout_add"),
+    "optimiser": ("harmodt::masked_adamw", "aten::linalg_vector_norm"),
+}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--path", default="fused", choices=("fused", "reference", "dense"))
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    arguments = parser.parse_args()
+    prepare_cpu()
+    with tempfile.TemporaryDirectory() as directory:
+        store = random_store(Path(directory) / "store", episodes=20)
+        trainer = make_trainer(
+            store, arguments.path, dropout=arguments.dropout, precision=arguments.precision
+        )
+        print(table(*measure(trainer)))
+
+
+def measure(trainer: Trainer) -> tuple[float, dict[str, float]]:
+    """Median seconds of a step without the profiler, and of each operation by itself."""
+    times = []
+    for _ in range(STEPS):
+        start = time.perf_counter()
+        trainer.train_step()
+        times.append(time.perf_counter() - start)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(STEPS):
+            trainer.train_step()
+    averages = profiler.key_averages()
+    return statistics.median(times), {a.key: a.self_cpu_time_total / STEPS / 1e6 for a in averages}
+
+
+def table(step: float, operations: dict[str, float]) -> str:
+    """The parts of a step, and what is left of it."""
+    parts = {part: sum(operations.get(n, 0.0) for n in names) for part, names in PARTS.items()}
+    parts = {part: seconds for part, seconds in parts.items() if seconds}
+    parts["everything else: embeddings, sampling, loss, Python"] = step - sum(parts.values())
+    rows = [f"| {part} | {1e3 * s:.1f} ms | {s / step:.0%} |" for part, s in parts.items()]
+    head = ["| | time | share |", "| --- | ---: | ---: |"]
+    return "\n".join([*head, *rows, f"| **a step** | **{1e3 * step:.0f} ms** | |"])
+
+
+if __name__ == "__main__":
+    main()
