@@ -7,6 +7,7 @@ package needs neither Triton nor a GPU nor the C library.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -39,18 +40,25 @@ def register(package: str, name: str, schema: str, fake: Callable[..., Any]) -> 
     """
 
     def run_on_gpu(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(f"{package}.triton"), name)(*arguments)
+        return _function(f"{package}.triton", name)(*arguments)
 
     def run_on_cpu(*arguments: Any) -> Any:
         if interpreted():
             return run_on_gpu(*arguments)
-        check_available(torch.device("cpu"))
-        return getattr(importlib.import_module(f"{package}.cpu"), name)(*arguments)
+        missing = library.why_missing()
+        if missing is not None:
+            raise BackendUnavailable(missing)
+        return _function(f"{package}.cpu", name)(*arguments)
 
     _LIBRARY.define(f"{name}{schema}")
     _LIBRARY.impl(name, run_on_gpu, "CUDA")
     _LIBRARY.impl(name, run_on_cpu, "CPU")
     torch.library.register_fake(f"harmodt::{name}", fake, lib=_LIBRARY)
+
+
+@functools.cache
+def _function(module: str, name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(module), name)
 
 
 def check_available(device: torch.device) -> None:

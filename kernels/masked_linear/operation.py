@@ -54,11 +54,12 @@ def masked_linear(
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     d_weight, d_bias = group_gradients or (None, None)
-    _check_types(x, weight, bias, weight_bits, bias_bits, task_ids)
-    _check_layout(x, weight, bias, weight_bits, bias_bits, task_ids, d_weight, d_bias)
-    return _MaskedLinear.apply(
-        x, weight, bias, weight_bits, bias_bits, task_ids, relu, d_weight, d_bias
-    )
+    operands = x, weight, bias, weight_bits, bias_bits, task_ids
+    _check_types(*operands)
+    _check_layout(*operands, d_weight, d_bias)
+    if not torch.is_grad_enabled():
+        return torch.ops.harmodt.masked_linear(*operands, relu)
+    return _MaskedLinear.apply(*operands, relu, d_weight, d_bias)
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -140,6 +141,7 @@ def _check_layout(
     outputs, tasks = len(weight), len(weight_bits)
     if d_weight is not None and (bias is None) != (d_bias is None):
         raise ValueError("group_gradients must hold a bias gradient exactly if there is a bias")
+    device = x.device
     for name, tensor, shape in (
         ("weight", weight, (outputs, inputs)),
         ("bias", bias, (outputs,)),
@@ -158,7 +160,7 @@ def _check_layout(
             )
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(f"{name} has strides {tensor.stride()}: the last must be 1")
-        if tensor.device != x.device:
+        if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}")
 
 
