@@ -32,7 +32,7 @@ class BuildLibrary(build_ext):
         library = Path(self.get_ext_fullpath(ext.name)).absolute()
         build = Path(self.build_temp).absolute() / "cmake"
         try:
-            configure = ["cmake", "-S", str(ROOT), "-B", str(build)]
+            configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build)]
             subprocess.run(
                 [*configure, f"-DHARMODT_LIBRARY_DIRECTORY={library.parent}"], check=True
             )
