@@ -42,6 +42,10 @@ def test_the_paper_preset_is_table_6() -> None:
     assert dataclasses.replace(PRESETS["paper-256"], size="1.47M") == paper
 
 
+def test_the_quickstart_alone_is_fused_by_default() -> None:
+    assert [name for name, preset in PRESETS.items() if preset.fused] == ["quickstart"]
+
+
 def test_the_quickstart_updates_its_masks_at_least_five_times() -> None:
     quickstart = PRESETS["quickstart"]
     assert (quickstart.steps - 1) // quickstart.mask_update_every >= 5

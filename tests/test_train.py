@@ -27,7 +27,8 @@ SMALL = {
     "context-length": 4, "prompt-length": 2, "mask-update-every": 4, "dropout": 0.1, "log-every": 3,
     "checkpoint-every": 4, "evaluation-episodes": 0,
 }  # fmt: skip
-SMALL_FLAGS = [text for name, value in SMALL.items() for text in (f"--{name}", str(value))]
+SMALL_FLAGS = ["--no-fused"]
+SMALL_FLAGS += [text for name, value in SMALL.items() for text in (f"--{name}", str(value))]
 
 
 @pytest.fixture(scope="module")

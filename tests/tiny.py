@@ -21,6 +21,7 @@ from harmodt.trainer import Trainer
 TASKS = ("reach-v3", "push-v3", "drawer-open-v3")
 
 CONFIG = TrainConfig(
+    fused=False,
     embed_dim=32,
     layers=2,
     heads=2,
