@@ -20,17 +20,19 @@ from harmodt.tasks import EPISODE_LENGTH
 EPISODES = 10
 
 
-def make_policy(store: DataStore) -> Policy:
-    trainer = make_trainer(store, STEP)
+def make_policy(store: DataStore, path: str) -> Policy:
+    trainer = make_trainer(store, path)
     trainer.model.eval()
     assert trainer.masks is not None
-    return Policy(trainer.model, trainer.masks.bits, trainer.sampler.conditioning, STEP)
+    conditioning = trainer.sampler.conditioning
+    return Policy(trainer.model, trainer.masks.bits, conditioning, STEP, backend=trainer.backend)
 
 
 @pytest.mark.benchmark(group="evaluation, MT5 x 10 episodes")
-def bench_act(benchmark, store: DataStore) -> None:
+@pytest.mark.parametrize("path", ["reference", "fused"])
+def bench_act(benchmark, store: DataStore, path: str) -> None:
     """One policy call for the 50 episodes."""
-    policy = make_policy(store)
+    policy = make_policy(store, path)
     policy.start(np.repeat(np.arange(5), EPISODES))
     observations = np.random.default_rng(0).normal(size=(5 * EPISODES, 39))
     actions = benchmark.pedantic(
@@ -40,9 +42,10 @@ def bench_act(benchmark, store: DataStore) -> None:
 
 
 @pytest.mark.benchmark(group="evaluation, MT5 x 10 episodes")
-def bench_episodes(benchmark, store: DataStore) -> None:
+@pytest.mark.parametrize("path", ["reference", "fused"])
+def bench_episodes(benchmark, store: DataStore, path: str) -> None:
     """All 500 steps: policy calls and simulation."""
-    policy = make_policy(store)
+    policy = make_policy(store, path)
     steps = 5 if benchmark.disabled else EPISODE_LENGTH
     rows = [name for name in store.tasks for _ in range(EPISODES)]
 
