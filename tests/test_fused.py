@@ -61,6 +61,17 @@ def test_training_follows_the_reference(store: DataStore, device, algorithm: str
     assert (count_bits(fused.masks.bits ^ reference.masks.bits) <= moved // 20).all()
 
 
+@pytest.mark.parametrize("implementation", ["cpu"], indirect=True)
+def test_a_hundred_steps_on_a_cpu_follow_the_reference(store: DataStore, device) -> None:
+    settings = {"steps": 100, "mask_update_every": 50, "learning_rate": 1e-3, "heads": 1}
+    reference, fused = (
+        losses(make_trainer(store, configure(fused=fused, **settings), device), 100)
+        for fused in (False, True)
+    )
+    assert (reference[-10:].mean() / reference[:10].mean()).item() < 0.9  # it has learned
+    torch.testing.assert_close(fused, reference, rtol=0.0, atol=1e-4)
+
+
 def test_a_variant_without_masks_trains(store: DataStore, device) -> None:
     reference, fused = (
         make_trainer(store, configure(algorithm="prompt-dt", fused=fused, **SIZES), device)
