@@ -156,8 +156,8 @@ class Block(nn.Module):
         present = (key, value)
         rows = x[:, :, wanted].flatten(1, 2)  # [G, B T, d]
         drop = self.dropout if self.training else 0.0
-        if past is None and masks is not None and masks.backend.attention is not None:
-            attended = masks.backend.attention(qkv, tokens.valid, wanted, drop)
+        if masks is not None and masks.backend.attention is not None:
+            attended = masks.backend.attention(qkv, tokens.valid, wanted, drop, past)
         else:
             if past is not None:
                 key, value = (torch.cat(pair, dim=2) for pair in zip(past, present, strict=True))
@@ -260,8 +260,8 @@ class DecisionTransformer(nn.Module):
         tokens = _tokens(prompt.valid)
         cache = []
         for block in self.blocks:
-            x, present = block(x, tokens, masks)
-            cache.append(present)
+            x, (keys, values) = block(x, tokens, masks)
+            cache.append((keys.contiguous(), values.contiguous()))
         return cache
 
     def act(

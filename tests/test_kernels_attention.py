@@ -80,6 +80,18 @@ def test_equals_the_reference(tokens, heads, size, first, step) -> None:
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("function", [attention, reference.attention])
+@pytest.mark.parametrize("queries", [slice(None), slice(-1, None)], ids=str)
+@pytest.mark.parametrize("sizes", [(3, 75, 2, 16), (2, 9, 3, 5)])
+def test_past_tokens_are_seen_as_if_they_were_present(function, queries, sizes) -> None:
+    qkv, valid = make_operands(*sizes)
+    before = sizes[1] // 3
+    expected = by_loops(qkv.double(), valid, slice(None))[:, before:][:, queries]
+    past = tuple(qkv[:, :before, part].transpose(1, 2) for part in (1, 2))
+    computed = function(qkv[:, before:], valid, queries, 0.0, past)
+    torch.testing.assert_close(computed.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_weights_far_apart_do_not_overflow() -> None:
     qkv, valid = make_operands(2, 20, 1, 16)
     qkv *= 1000
@@ -133,8 +145,12 @@ def test_threads_do_not_change_the_result() -> None:
 def test_the_registered_operations_keep_pytorchs_rules() -> None:
     qkv, valid = make_operands(2, 7, 2, 16)
     settings = (3, 0, 3, 0.0, 0)
-    torch.library.opcheck(torch.ops.harmodt.attention, (qkv, valid, *settings))
-    out, log_sums = torch.ops.harmodt.attention(qkv, valid, *settings)
+    torch.library.opcheck(torch.ops.harmodt.attention, (qkv, valid, None, None, *settings))
+    past = qkv[:, :3, 1].transpose(1, 2).contiguous()
+    torch.library.opcheck(
+        torch.ops.harmodt.attention, (qkv[:, 3:], valid, past, past, 1, 0, 3, 0.0, 0)
+    )
+    out, log_sums = torch.ops.harmodt.attention(qkv, valid, None, None, *settings)
     torch.library.opcheck(
         torch.ops.harmodt.attention_gradient, (out, qkv, valid, out, log_sums, *settings)
     )
@@ -144,8 +160,15 @@ def test_operands_that_do_not_fit_are_named() -> None:
     qkv, valid = make_operands(2, 7, 2, 16)
     with pytest.raises(TypeError, match="float64"):
         attention(qkv.double(), valid, slice(None), 0.0)
-    with pytest.raises(ValueError, match=r"valid \[2, 6\]"):
+    with pytest.raises(ValueError, match=r"valid \[2, 6\] must be \[2, 7\]"):
         attention(qkv, valid[:, :6], slice(None), 0.0)
+    past = torch.zeros(2, 2, 3, 16)
+    with pytest.raises(ValueError, match=r"past \[2, 2, 3, 16\], \[2, 2, 3, 8\]"):
+        attention(qkv, valid, slice(None), 0.0, (past, past[..., :8]))
+    with pytest.raises(ValueError, match=r"valid \[2, 7\] must be \[2, 10\]"):
+        attention(qkv, valid, slice(None), 0.0, (past, past))
+    with pytest.raises(ValueError, match="no gradient"):
+        attention(qkv.requires_grad_(), valid.new_ones(2, 10), slice(None), 0.0, (past, past))
 
 
 def test_causal_mask_shows_valid_tokens_before_and_oneself() -> None:

@@ -11,13 +11,25 @@ from ..native.library import Attention, library, pointer, threads
 
 
 def attention(
-    qkv: Tensor, valid: Tensor, wanted: int, first: int, step: int, drop: float, seed: int
+    qkv: Tensor,
+    valid: Tensor,
+    past_keys: Tensor | None,
+    past_values: Tensor | None,
+    wanted: int,
+    first: int,
+    step: int,
+    drop: float,
+    seed: int,
 ) -> tuple[Tensor, Tensor]:
     sequences, _, _, heads, size = qkv.shape
     out = qkv.new_empty(sequences, wanted, heads, size)
     log_sums = qkv.new_empty(sequences, wanted, heads)
-    valid = valid.contiguous()
+    qkv, valid = qkv.contiguous(), valid.contiguous()
     shape = shape_of(qkv, valid, wanted, first, step, drop, seed)
+    if past_keys is not None and past_values is not None:
+        past_keys, past_values = past_keys.contiguous(), past_values.contiguous()
+        shape.past = past_keys.shape[2]
+        shape.past_keys, shape.past_values = pointer(past_keys), pointer(past_values)
     library().harmodt_attention_forward(
         byref(shape), pointer(qkv), pointer(out), pointer(log_sums), threads()
     )
@@ -50,5 +62,14 @@ def shape_of(
 ) -> Attention:
     sequences, tokens, _, heads, size = qkv.shape
     return Attention(
-        sequences, tokens, heads, size, wanted, first, step, pointer(valid), drop, seed
+        sequences=sequences,
+        tokens=tokens,
+        heads=heads,
+        head_size=size,
+        queries=wanted,
+        first_query=first,
+        query_step=step,
+        valid=pointer(valid),
+        dropout=drop,
+        seed=seed,
     )

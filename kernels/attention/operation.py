@@ -10,7 +10,13 @@ from torch import Tensor
 from ..registration import register
 
 
-def attention(qkv: Tensor, valid: Tensor, queries: slice, drop: float) -> Tensor:
+def attention(
+    qkv: Tensor,
+    valid: Tensor,
+    queries: slice,
+    drop: float,
+    past: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Scaled dot-product attention of some tokens of each sequence to those before them.
 
     The fused form of `reference.attention` for a CPU, in float32: scores live in a core's cache and
@@ -18,36 +24,58 @@ def attention(qkv: Tensor, valid: Tensor, queries: slice, drop: float) -> Tensor
 
     Args:
         qkv: float32 [B, T, 3, H, D], query, key and value of every token and head.
-        valid: bool [B, T]. A token that is not is seen by itself alone.
-        queries: the tokens whose outputs are wanted, with a step above 0.
+        valid: bool [B, P + T]. A token that is not is seen by itself alone.
+        queries: those of the T tokens whose outputs are wanted, with a step above 0.
         drop: probability of dropping the weight of a key.
+        past: keys and values [B, H, P, D] of the tokens before these; P = 0 without. It is for
+            acting: with it there is no gradient.
 
     Returns:
         [B, tokens wanted, H, D].
 
     Raises:
-        TypeError: qkv is not float32.
-        ValueError: shapes do not fit together.
+        TypeError: qkv, or past, is not float32.
+        ValueError: shapes do not fit together, or a gradient is wanted through `past`.
         BackendUnavailable: there is no such kernel for the device.
     """
-    if qkv.dtype != torch.float32:
-        raise TypeError(f"qkv is {qkv.dtype}, and the fused attention takes float32")
-    if qkv.dim() != 5 or qkv.shape[2] != 3 or valid.shape != qkv.shape[:2]:
-        raise ValueError(
-            f"qkv {list(qkv.shape)} must be [B, T, 3, heads, head size] and valid "
-            f"{list(valid.shape)} [B, T]"
-        )
+    keys, values = past or (None, None)
+    for tensor in (qkv, keys, values):
+        if tensor is not None and tensor.dtype != torch.float32:
+            raise TypeError(f"qkv or past is {tensor.dtype}, and the fused attention takes float32")
+    _check_shapes(qkv, valid, keys, values)
     wanted = range(*queries.indices(qkv.shape[1]))
     seed = int(torch.randint(2**31, ())) if drop else 0
-    return _Attention.apply(
-        qkv.contiguous(), valid, len(wanted), wanted.start, wanted.step, drop, seed
-    )
+    settings = len(wanted), wanted.start, wanted.step, drop, seed
+    if past is not None:
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (qkv, *past)):
+            raise ValueError("attention to past tokens has no gradient: call it in torch.no_grad()")
+        return torch.ops.harmodt.attention(qkv, valid, keys, values, *settings)[0]
+    return _Attention.apply(qkv.contiguous(), valid, *settings)
+
+
+def _check_shapes(qkv: Tensor, valid: Tensor, keys: Tensor | None, values: Tensor | None) -> None:
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"qkv {list(qkv.shape)} must be [B, T, 3, heads, head size]")
+    sequences, tokens, _, heads, size = qkv.shape
+    before = 0
+    if keys is not None and values is not None:
+        before = keys.shape[2] if keys.dim() == 4 else -1
+        if not keys.shape == values.shape == (sequences, heads, before, size):
+            raise ValueError(
+                f"past {list(keys.shape)}, {list(values.shape)} must be [B, heads, P, head size] "
+                f"as qkv {list(qkv.shape)}"
+            )
+    if valid.shape != (sequences, before + tokens):
+        raise ValueError(
+            f"valid {list(valid.shape)} must be {[sequences, before + tokens]}: a value for each "
+            f"token of qkv {list(qkv.shape)} and of the past"
+        )
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, valid: Tensor, *settings: Any) -> Tensor:
-        out, log_sums = torch.ops.harmodt.attention(qkv, valid, *settings)
+        out, log_sums = torch.ops.harmodt.attention(qkv, valid, None, None, *settings)
         ctx.save_for_backward(qkv, valid, out, log_sums)
         ctx.settings = settings
         return out
@@ -62,7 +90,12 @@ class _Attention(torch.autograd.Function):
 
 
 def _attention_fake(
-    qkv: Tensor, valid: Tensor, wanted: int, *settings: Any
+    qkv: Tensor,
+    valid: Tensor,
+    past_keys: Tensor | None,
+    past_values: Tensor | None,
+    wanted: int,
+    *settings: Any,
 ) -> tuple[Tensor, Tensor]:
     sequences, _, _, heads, size = qkv.shape
     return qkv.new_empty(sequences, wanted, heads, size), qkv.new_empty(sequences, wanted, heads)
@@ -71,8 +104,8 @@ def _attention_fake(
 register(
     __package__,
     "attention",
-    "(Tensor qkv, Tensor valid, int wanted, int first, int step, float drop, int seed) "
-    "-> (Tensor out, Tensor log_sums)",
+    "(Tensor qkv, Tensor valid, Tensor? past_keys, Tensor? past_values, int wanted, int first, "
+    "int step, float drop, int seed) -> (Tensor out, Tensor log_sums)",
     _attention_fake,
 )
 register(

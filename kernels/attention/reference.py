@@ -11,20 +11,29 @@ from torch import Tensor
 from ..dropout_add.reference import dropout
 
 
-def attention(qkv: Tensor, valid: Tensor, queries: slice, drop: float) -> Tensor:
+def attention(
+    qkv: Tensor,
+    valid: Tensor,
+    queries: slice,
+    drop: float,
+    past: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Scaled dot-product attention of some tokens of each sequence to those before them.
 
     Args:
         qkv: [B, T, 3, H, D], query, key and value of every token and head.
-        valid: bool [B, T]. A token that is not is seen by itself alone.
-        queries: the tokens whose outputs are wanted, with a step above 0.
+        valid: bool [B, P + T]. A token that is not is seen by itself alone.
+        queries: those of the T tokens whose outputs are wanted, with a step above 0.
         drop: probability of dropping the weight of a key.
+        past: keys and values [B, H, P, D] of the tokens before these; P = 0 without.
 
     Returns:
         [B, tokens wanted, H, D].
     """
     query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
-    allowed = causal_mask(valid)[:, :, queries]
+    allowed = causal_mask(valid)[:, :, -qkv.shape[1] :][:, :, queries]
+    if past is not None:
+        key, value = (torch.cat(pair, dim=2) for pair in zip(past, (key, value), strict=True))
     return attend(query[:, :, queries], key, value, allowed, drop).transpose(1, 2)
 
 

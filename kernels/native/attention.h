@@ -94,25 +94,28 @@ void transpose_back(const float* transposed, int64_t size, float* rows) {
 struct Head {
   harmodt_attention s;
   int64_t sequence, head;
+  int64_t total;   // keys: past and present tokens
   int64_t size;    // of a padded row
   int64_t stride;  // from token to token of qkv
   int64_t offset;  // of the first token's query; key and value lie `part` and 2 `part` further
   int64_t part;
   float scale;
-  float *keys, *values, *d_keys, *d_values;    // [tokens][size]
+  float *keys, *values, *d_keys, *d_values;    // [total][size]
   float *queries, *d_out, *rows;               // of a block, [kWidth][size]
   float *queries_t, *d_out_t, *transposed;     // of a block, [size][kWidth]
-  float *scores, *gradients;                   // of a block, [tokens][kWidth]
+  float *scores, *gradients;                   // of a block, [total][kWidth]
 
   static int64_t padded(const harmodt_attention& s) {
     return (s.head_size + kWidth - 1) / kWidth * kWidth;
   }
   static uint64_t memory(const harmodt_attention& s) {
-    return sizeof(float) * (s.tokens * (4 * padded(s) + 2 * kWidth) + 6 * kWidth * padded(s));
+    int64_t total = s.past + s.tokens;
+    return sizeof(float) * (total * (4 * padded(s) + 2 * kWidth) + 6 * kWidth * padded(s));
   }
 
   Head(const harmodt_attention& shape, int64_t item, float* memory)
       : s(shape), sequence(item / shape.heads), head(item % shape.heads), size(padded(shape)) {
+    total = s.past + s.tokens;
     part = s.heads * s.head_size;
     stride = 3 * part;
     offset = sequence * s.tokens * stride + head * s.head_size;
@@ -120,7 +123,7 @@ struct Head {
     float** of_tokens[] = {&keys, &values, &d_keys, &d_values};
     for (float** matrix : of_tokens) {
       *matrix = memory;
-      memory += s.tokens * size;
+      memory += total * size;
     }
     float** of_block[] = {&queries, &d_out, &rows, &queries_t, &d_out_t, &transposed};
     for (float** matrix : of_block) {
@@ -128,7 +131,7 @@ struct Head {
       memory += kWidth * size;
     }
     scores = memory;
-    gradients = scores + s.tokens * kWidth;
+    gradients = scores + total * kWidth;
   }
 
   // A row of the head between tensors, where it has head_size elements, and here.
@@ -141,13 +144,18 @@ struct Head {
       store(to + d, load(from + d), lanes_left(s.head_size - d));
   }
   void get_keys_and_values(const float* qkv) {
+    for (int64_t j = 0; j < s.past; ++j) {
+      int64_t at = ((sequence * s.heads + head) * s.past + j) * s.head_size;
+      get(s.past_keys + at, keys + j * size);
+      get(s.past_values + at, values + j * size);
+    }
     for (int64_t j = 0; j < s.tokens; ++j) {
-      get(qkv + offset + j * stride + part, keys + j * size);
-      get(qkv + offset + j * stride + 2 * part, values + j * size);
+      get(qkv + offset + j * stride + part, keys + (s.past + j) * size);
+      get(qkv + offset + j * stride + 2 * part, values + (s.past + j) * size);
     }
   }
 
-  int64_t position(int64_t query) const { return s.first_query + query * s.query_step; }
+  int64_t token(int64_t query) const { return s.first_query + query * s.query_step; }
   int64_t row(int64_t query) const { return (sequence * s.queries + query) * s.heads + head; }
 };
 
@@ -157,22 +165,22 @@ struct Block {
   const uint8_t* valid;
   int64_t first, queries;
   int64_t keys;  // that some query may see
-  IntVec positions, places;
+  IntVec positions, places;  // among the keys; for dropout
 
   Block(const Head& head, int64_t first_query) : h(head), first(first_query) {
-    valid = h.s.valid + h.sequence * h.s.tokens;
+    valid = h.s.valid + h.sequence * h.total;
     queries = smaller(kWidth, h.s.queries - first);
     for (int i = 0; i < kWidth; ++i) {
-      positions[i] = static_cast<int32_t>(h.position(query(i)));
-      places[i] = static_cast<int32_t>(h.row(query(i)) * h.s.tokens);
+      positions[i] = static_cast<int32_t>(h.s.past + h.token(query(i)));
+      places[i] = static_cast<int32_t>(h.row(query(i)) * h.total);
     }
-    keys = h.position(query(kWidth - 1)) + 1;
+    keys = h.s.past + h.token(query(kWidth - 1)) + 1;
   }
   int64_t query(int64_t lane) const { return first + smaller(lane, queries - 1); }
 
   void get_queries(const float* qkv) const {
     for (int i = 0; i < kWidth; ++i)
-      h.get(qkv + h.offset + h.position(query(i)) * h.stride, h.queries + i * h.size);
+      h.get(qkv + h.offset + h.token(query(i)) * h.stride, h.queries + i * h.size);
     transpose_rows(h.queries, h.size, h.queries_t);
   }
   // All ones where a query may see key j.
@@ -263,7 +271,7 @@ void attention_gradient_of(Block block, const float* d_out, const float* out,
   weighted_sums(h.gradients, h.keys, block.keys, h.size, h.transposed);
   transpose_back(h.transposed, h.size, h.rows);
   for (int64_t i = 0; i < block.queries; ++i)
-    h.put(h.rows + i * h.size, d_qkv + h.offset + h.position(block.query(i)) * h.stride);
+    h.put(h.rows + i * h.size, d_qkv + h.offset + h.token(block.query(i)) * h.stride);
 }
 
 void attention_gradient(const harmodt_attention& s, const float* d_out, const float* qkv,

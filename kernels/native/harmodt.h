@@ -72,7 +72,10 @@ typedef struct {
 typedef struct {
   int64_t sequences, tokens, heads, head_size;
   int64_t queries, first_query, query_step;  // query i is token first_query + i * query_step
-  const uint8_t* valid;           // [sequences][tokens]; a key that is not is seen by itself alone
+  int64_t past;                   // tokens before these, whose keys and values are
+  const float* past_keys;         // [sequences][heads][past][head_size], for no gradient
+  const float* past_values;
+  const uint8_t* valid;           // [sequences][past + tokens]; else a key is seen by itself alone
   float dropout;                  // probability of dropping a key's weight
   uint32_t seed;                  // of the dropout
 } harmodt_attention;

@@ -99,7 +99,9 @@ class Attention(Structure):
 
     _fields_ = [
         *((name, c_int64) for name in ("sequences", "tokens", "heads", "head_size")),
-        *((name, c_int64) for name in ("queries", "first_query", "query_step")),
+        *((name, c_int64) for name in ("queries", "first_query", "query_step", "past")),
+        ("past_keys", c_void_p),
+        ("past_values", c_void_p),
         ("valid", c_void_p),
         ("dropout", c_float),
         ("seed", c_uint32),
