@@ -28,7 +28,7 @@ def make_policy(store: DataStore, path: str) -> Policy:
     return Policy(trainer.model, trainer.masks.bits, conditioning, STEP, backend=trainer.backend)
 
 
-@pytest.mark.benchmark(group="evaluation, MT5 x 10 episodes")
+@pytest.mark.benchmark(group="policy call, MT5 x 10 episodes")
 @pytest.mark.parametrize("path", ["reference", "fused"])
 def bench_act(benchmark, store: DataStore, path: str) -> None:
     """One policy call for the 50 episodes."""
