@@ -381,9 +381,15 @@ void weight_gradient_of(const harmodt_linear& s, const float* dy, const float* y
     int64_t height = smaller(kStrip, to - n);
     const float* y_strip = y ? y + n : nullptr;
     pack_columns<Pairs>(dy + n, y_strip, s.outputs, rows, height, kStrip, strip);
-    if (out.bias)
-      bias_gradient(dy + n, y_strip, rows, s.outputs, n, height, out.bias_bits, out.add,
-                    out.bias + n);
+    if (out.bias) {
+      if constexpr (Pairs) {  // the strip is rounded
+        bias_gradient(dy + n, y_strip, rows, s.outputs, n, height, out.bias_bits, out.add,
+                      out.bias + n);
+      } else {
+        bias_gradient(strip, nullptr, rows, kStrip, n, height, out.bias_bits, out.add,
+                      out.bias + n);
+      }
+    }
     for (int64_t k = 0; k < s.inputs; k += kPanel) {
       int64_t columns = smaller(kPanel, s.inputs - k), panel_stride = kPanel;
       const Element<Pairs>* panel = packed;
