@@ -79,7 +79,7 @@ def check(computed: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("of_groups", [False, True])
 @pytest.mark.parametrize("name", ["reference", "cpu"])
-@pytest.mark.parametrize("sizes", [(5, 75, 128), (3, 130, 39), (1, 1, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(5, 75, 128), (3, 130, 39), (1, 1, 2), (2, 0, 40)], ids=str)
 def test_equals_the_formulas(name, sizes, of_groups) -> None:
     problem = Problem.random(*sizes)
     backend = REFERENCE if name == "reference" else fused_backend("cpu")

@@ -181,6 +181,15 @@ def test_the_cpu_kernels_refuse_float16(backend, device) -> None:
         Problem.random(1, 2, 32, 4).computed(backend, device, torch.float16)
 
 
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("of_groups", [False, True])
+def test_without_rows_the_gradients_are_zero(backend, device, of_groups, relu) -> None:
+    problem = Problem.random(2, 0, 40, 33)
+    computed = problem.computed(backend, device, torch.float32, relu=relu, of_groups=of_groups)
+    check(computed, problem.expected(relu), 0.0)
+    assert computed["y"].shape == (2, 0, 33)
+
+
 @pytest.mark.parametrize("of_groups", [False, True])
 def test_without_a_bias(backend, device, of_groups) -> None:
     problem = Problem.random(4, 7, 39, 5)
@@ -457,6 +466,7 @@ def test_gradients_pass_pytorchs_own_check() -> None:
     [
         ({"x": torch.zeros(5, 39)}, ValueError, "x must be .* has shape"),
         ({"x": torch.zeros(2, 5, 40)}, ValueError, "weight has shape"),
+        ({"x": torch.zeros(0, 5, 39)}, ValueError, "x has no groups"),
         ({"x": torch.zeros(2, 5, 39, dtype=torch.float64)}, TypeError, "x is torch.float64"),
         ({"weight_bits": torch.zeros(3, 4, 2, dtype=torch.int64)}, ValueError, "weight_bits is"),
         ({"weight_bits": torch.zeros(3, 4, 1, dtype=torch.int32)}, ValueError, "weight_bits has"),

@@ -138,6 +138,8 @@ def _check_layout(
     if x.dim() != 3:
         raise ValueError(f"x must be [groups, rows, inputs] and has shape {list(x.shape)}")
     groups, _, inputs = x.shape
+    if groups == 0:
+        raise ValueError("x has no groups: give at least one")
     outputs, tasks = len(weight), len(weight_bits)
     if d_weight is not None and (bias is None) != (d_bias is None):
         raise ValueError("group_gradients must hold a bias gradient exactly if there is a bias")

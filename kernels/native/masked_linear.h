@@ -201,7 +201,7 @@ void block_times_panel(const Element<Pairs>* left, int64_t left_stride, int64_t 
 
 // Parts of the rows of each group, so that every thread has as much to do and packed rows stay few.
 int64_t row_parts(int64_t items, int64_t rows, int threads) {
-  int64_t parts = (rows + kMostRows - 1) / kMostRows;
+  int64_t parts = rows > 0 ? (rows + kMostRows - 1) / kMostRows : 1;
   if (items % threads == 0 || items >= 8 * threads) return parts;
   int64_t for_threads = smaller(threads, (rows + 8 * kRows - 1) / (8 * kRows));
   return parts > for_threads ? parts : for_threads;
