@@ -104,6 +104,18 @@ def test_dropout_draws_the_same_with_every_instruction_set(cpu: Backend) -> None
     assert library.library().harmodt_use_isa(here.encode())
 
 
+@pytest.mark.parametrize("task", [-1, 3])
+def test_a_task_without_a_mask_is_refused(task, monkeypatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    backend, ids = fused_backend("cpu"), torch.tensor([0, task])
+    x, bits = torch.zeros(2, 5, 32), torch.zeros(3, 1, dtype=torch.int32)
+    message = f"task_ids holds {task}, and there are the masks of 3 tasks"
+    with pytest.raises(IndexError, match=message):
+        backend.masked_linear(x, torch.zeros(4, 32), None, bits[:, None].expand(3, 4, 1), None, ids)
+    with pytest.raises(IndexError, match=message):
+        backend.masked_layer_norm(x, torch.zeros(32), torch.zeros(32), bits, bits, ids)
+
+
 def test_selection_and_adamw(cpu: Backend) -> None:
     torch.manual_seed(0)
     tasks, size = 3, 32 * 3000

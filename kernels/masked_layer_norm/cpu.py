@@ -7,7 +7,7 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
-from ..native.library import LayerNorm, library, pointer, threads
+from ..native.library import LayerNorm, library, pointer, pointer_to_ids, threads
 
 
 def masked_layer_norm(
@@ -56,6 +56,6 @@ def shape_of(
         weight_bits.stride(0),
         pointer(bias_bits),
         bias_bits.stride(0),
-        pointer(task_ids),
+        pointer_to_ids(task_ids, len(weight_bits)),
         epsilon,
     )

@@ -30,6 +30,7 @@ def masked_layer_norm(
     Raises:
         TypeError: x, weight or bias is not float32, bits not int32 or task_ids not int64.
         ValueError: shapes or strides do not fit together.
+        IndexError: there is no such task.
         BackendUnavailable: there is no such kernel for the device.
     """
     for names, tensors, dtype in (

@@ -7,7 +7,7 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
-from ..native.library import Linear, WeightGradient, library, pointer, threads
+from ..native.library import Linear, WeightGradient, library, pointer, pointer_to_ids, threads
 
 
 def bf16_products() -> bool:
@@ -147,6 +147,6 @@ def shape_of(
         weight_bits_row_stride=weight_bits.stride(1),
         bias_bits=pointer(bias_bits),
         bias_bits_task_stride=0 if bias_bits is None else bias_bits.stride(0),
-        task_ids=pointer(task_ids),
+        task_ids=pointer_to_ids(task_ids, len(weight_bits)),
         bf16=dtype == torch.bfloat16 or bf16_products(),
     )

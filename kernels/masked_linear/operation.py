@@ -37,7 +37,8 @@ def masked_linear(
         bias: [N] or None, likewise.
         weight_bits: int32 [T, N, ceil(K / 32)], the masks of all tasks.
         bias_bits: int32 [T, ceil(N / 32)], or None without a bias.
-        task_ids: int64 [G], the task of each group, below T; ids may repeat.
+        task_ids: int64 [G], the task of each group, below T; ids may repeat. A GPU does not check
+            them.
         relu: apply max(0, y) to the output.
         group_gradients: tensors [G, N, K] and [G, N] (None without a bias) to which the backward
             pass writes the gradient of each group by itself; weight and bias then get none.
@@ -49,6 +50,7 @@ def masked_linear(
     Raises:
         TypeError: the floating-point types are others.
         ValueError: shapes, strides, devices or integer types do not fit together.
+        IndexError: on a CPU, there is no such task.
         BackendUnavailable: there are no fused kernels for the device.
     """
     if torch.is_autocast_enabled(x.device.type):

@@ -188,6 +188,18 @@ def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def pointer_to_ids(task_ids: Tensor, tasks: int) -> int | None:
+    """The address of task ids, by which the library finds masks in memory.
+
+    Raises:
+        IndexError: there is no such task.
+    """
+    for task in task_ids.tolist():
+        if not 0 <= task < tasks:
+            raise IndexError(f"task_ids holds {task}, and there are the masks of {tasks} tasks")
+    return pointer(task_ids)
+
+
 def threads() -> int:
     """As many as PyTorch uses."""
     return torch.get_num_threads()
