@@ -2,7 +2,9 @@
 
 Installed as the package `harmodt_kernels`. Each operation has a folder: `reference.py` is its
 definition in plain PyTorch, `operation.py` the fused operation as PyTorch sees it, `triton.py` its
-kernels for GPUs. The functions here are the fused operations; `REFERENCE` holds the definitions.
+kernels for GPUs, `cpu.py` its way to the C library in `native/`. Attention, LayerNorm and residual
+dropout are fused on CPUs alone. The functions here are the fused operations; `REFERENCE` holds the
+definitions.
 """
 
 from .backend import REFERENCE, Backend, fused_backend
