@@ -6,7 +6,6 @@ L time steps (K* of the prompt, K of the history), T = 3 L tokens, d embedding d
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harmodt_kernels import REFERENCE
-from harmodt_kernels.attention.reference import attend, causal_mask
 
 from .config import ModelConfig
 from .masks import TaskMasks
@@ -49,18 +47,6 @@ class Batch:
     task_ids: Tensor
     prompt: Steps | None
     history: Steps
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The tokens that attention sees: `valid` bool [G B, T], padding is not."""
-
-    valid: Tensor
-
-    @functools.cached_property
-    def allowed(self) -> Tensor:
-        """bool [G B, 1, T, T], which key each query may see."""
-        return causal_mask(self.valid)
 
 
 PromptCache = list[tuple[Tensor, Tensor]]  # keys and values [G B, H, 3 K*, d / H] of every block
@@ -137,7 +123,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        tokens: Tokens,
+        valid: Tensor,
         masks: TaskMasks | None,
         past: tuple[Tensor, Tensor] | None = None,
         wanted: slice = slice(None),
@@ -145,30 +131,22 @@ class Block(nn.Module):
         """Transform tokens [G, B, T, d]; also return the keys and values of all of them.
 
         Args:
-            tokens: these and those of `past`.
+            valid: bool [G B, tokens of `past` and these], padding is not.
             past: keys and values of tokens before these.
             wanted: tokens whose outputs are returned; the others' are not computed.
         """
         groups, windows, length, d = x.shape
         qkv = self.qkv(self.attention_norm(x.flatten(1, 2), masks), masks)
         qkv = qkv.view(groups * windows, length, 3, self.heads, d // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [G B, H, T, d / H]
-        present = (key, value)
         rows = x[:, :, wanted].flatten(1, 2)  # [G, B T, d]
         drop = self.dropout if self.training else 0.0
-        if masks is not None and masks.backend.attention is not None:
-            attended = masks.backend.attention(qkv, tokens.valid, wanted, drop, past)
-        else:
-            if past is not None:
-                key, value = (torch.cat(pair, dim=2) for pair in zip(past, present, strict=True))
-            allowed = tokens.allowed[:, :, -length:][:, :, wanted]
-            attended = attend(query[:, :, wanted], key, value, allowed, drop).transpose(1, 2)
-        attended = attended.reshape(rows.shape)
-        dropout_add = REFERENCE.dropout_add if masks is None else masks.backend.dropout_add
-        rows = dropout_add(rows, self.attention_out(attended, masks), drop)
+        backend = REFERENCE if masks is None else masks.backend
+        attended = backend.attention(qkv, valid, wanted, drop, past).reshape(rows.shape)
+        rows = backend.dropout_add(rows, self.attention_out(attended, masks), drop)
         hidden = self.mlp_up(self.mlp_norm(rows, masks), masks, relu=True)
-        rows = dropout_add(rows, self.mlp_down(hidden, masks), drop)
-        return rows.view(groups, windows, -1, d), present
+        rows = backend.dropout_add(rows, self.mlp_down(hidden, masks), drop)
+        _, keys, values = qkv.permute(2, 0, 3, 1, 4)  # each [G B, H, T, d / H]
+        return rows.view(groups, windows, -1, d), (keys, values)
 
 
 class TokenEmbedding(nn.Module):
@@ -245,11 +223,11 @@ class DecisionTransformer(nn.Module):
         if batch.prompt is not None:
             x = torch.cat((self._embed_prompt(batch.prompt, batch.task_ids), x), dim=2)
             valid = torch.cat((batch.prompt.valid, valid), dim=2)
-        tokens = _tokens(valid)
+        valid = _of_tokens(valid)
         observation_tokens = slice(3 * self.config.prompt_length + 1, None, 3)
         for block in self.blocks[:-1]:
-            x, _ = block(x, tokens, masks)
-        x, _ = self.blocks[-1](x, tokens, masks, wanted=observation_tokens)
+            x, _ = block(x, valid, masks)
+        x, _ = self.blocks[-1](x, valid, masks, wanted=observation_tokens)
         return self._actions(x, masks)
 
     def encode_prompt(
@@ -257,10 +235,10 @@ class DecisionTransformer(nn.Module):
     ) -> PromptCache:
         """Keys and values of the prompt's tokens, which no later token can change."""
         x = self._embed_prompt(prompt, task_ids)
-        tokens = _tokens(prompt.valid)
+        valid = _of_tokens(prompt.valid)
         cache = []
         for block in self.blocks:
-            x, (keys, values) = block(x, tokens, masks)
+            x, (keys, values) = block(x, valid, masks)
             cache.append((keys.contiguous(), values.contiguous()))
         return cache
 
@@ -275,14 +253,13 @@ class DecisionTransformer(nn.Module):
         """The action of the last history step, [G, B, 4]; the same as the last of `forward`."""
         # The last token is the last step's action, which is what is asked for.
         x = self._embed_history(history, task_ids)[:, :, :-1]
-        valid = _tokens(history.valid).valid[:, :-1]
+        valid = _of_tokens(history.valid)[:, :-1]
         if prompt_valid is not None:
-            valid = torch.cat((_tokens(prompt_valid).valid, valid), dim=1)
-        tokens = Tokens(valid)
+            valid = torch.cat((_of_tokens(prompt_valid), valid), dim=1)
         for index, block in enumerate(self.blocks):
             past = prompt_cache[index] if prompt_cache is not None else None
             last = index == len(self.blocks) - 1
-            x, _ = block(x, tokens, masks, past, wanted=slice(-1, None) if last else slice(None))
+            x, _ = block(x, valid, masks, past, wanted=slice(-1, None) if last else slice(None))
         return self._actions(x, masks)[:, :, 0]
 
     def _embed_history(self, steps: Steps, task_ids: Tensor) -> Tensor:
@@ -309,9 +286,9 @@ def is_maskable(parameter_name: str) -> bool:
     return parameter_name.startswith(("blocks.", "final_norm."))
 
 
-def _tokens(valid: Tensor) -> Tokens:
+def _of_tokens(valid: Tensor) -> Tensor:
     """The three tokens of each time step, valid bool [G, B, L]."""
-    return Tokens(valid.flatten(0, 1).repeat_interleave(3, dim=1))
+    return valid.flatten(0, 1).repeat_interleave(3, dim=1)
 
 
 def _initialise(module: nn.Module) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .attention import attention
+from .attention import reference as attention_reference
 from .dropout_add import dropout_add
 from .dropout_add import reference as dropout_reference
 from .harmony_selection import Selection
@@ -31,8 +32,7 @@ class Backend:
     Attributes:
         name: "reference"; "triton"; "triton-interpreter" for the Triton kernels on a CPU; or "cpu-"
             and the instruction set of the CPU kernels.
-        masked_layer_norm, dropout_add: on a GPU those of the reference.
-        attention: `attention.reference.attention` as a kernel, or None where PyTorch's own serves.
+        masked_layer_norm, dropout_add, attention: on a GPU those of the reference.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Backend:
     masked_adamw: Callable[..., Tensor]
     masked_layer_norm: Callable[..., Tensor] = norm_reference.masked_layer_norm
     dropout_add: Callable[[Tensor, Tensor, float], Tensor] = dropout_reference.dropout_add
-    attention: Callable[..., Tensor] | None = None
+    attention: Callable[..., Tensor] = attention_reference.attention
 
 
 REFERENCE = Backend(
@@ -72,7 +72,7 @@ def fused_backend(device: torch.device | str) -> Backend:
         adamw_operation.masked_adamw,
         masked_layer_norm if native else norm_reference.masked_layer_norm,
         dropout_add if native else dropout_reference.dropout_add,
-        attention if native else None,
+        attention if native else attention_reference.attention,
     )
 
 
