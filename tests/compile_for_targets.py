@@ -280,7 +280,7 @@ def compile_operation(operation: str, target: str) -> Compilation:
         switch.fp32_precision = "tf32" if case.precision == "tf32" else "ieee"
         try:
             case.run()
-        except Exception:
+        except Exception:  # reported with its traceback, so that one does not hide the others
             where = {"use": case.use, "precision": case.precision, "target": target}
             result.failures.append({**where, "error": traceback.format_exc()})
     switch.fp32_precision = usual
