@@ -54,7 +54,7 @@ setup(
     python_requires=">=3.10",
     # The bare name "kernels" belongs to another distribution, hence the longer import name.
     packages=[
-        "harmodt",
+        *find_packages(include=["harmodt", "harmodt.*"]),
         "harmodt_kernels",
         *(f"harmodt_kernels.{name}" for name in find_packages("kernels")),
     ],

@@ -29,8 +29,8 @@ from bench_train_step import make_trainer
 from measuring import ON_GPU, assert_agree, fused, timer
 from torch import Tensor
 
+from harmodt.data.store import DataStore
 from harmodt.devices import set_precision
-from harmodt.store import DataStore
 from harmodt_kernels import REFERENCE
 from harmodt_kernels.attention import reference as attention_reference
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from bench_train_step import STEP, make_trainer
 
+from harmodt.data.store import DataStore
+from harmodt.environments.metaworld_names import EPISODE_LENGTH
+from harmodt.environments.simulation import Simulation
 from harmodt.evaluate import GOAL_SEED
-from harmodt.policy import Policy
-from harmodt.simulation import Simulation
-from harmodt.store import DataStore
-from harmodt.tasks import EPISODE_LENGTH
+from harmodt.policies.decision import Policy
 
 EPISODES = 10
 

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 from conftest import random_store
 
-from harmodt.store import DataStore
-from harmodt.tasks import EPISODE_LENGTH, TASK_SETS
+from harmodt.data.store import DataStore
+from harmodt.environments.metaworld_names import EPISODE_LENGTH, TASK_SETS
 
 STEPS = 5_000_000
 
 OPEN_ALL = """
 import re, sys
 from pathlib import Path
-from harmodt.store import DataStore
+from harmodt.data.store import DataStore
 
 def peak():  # of this program alone, in KB; getrusage would count its parent's
     return re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]

@@ -17,10 +17,10 @@ import pytest
 import torch
 from measuring import DEVICE, ON_GPU, fused
 
-from harmodt.conditioning import TaskConditioning
 from harmodt.config import PRESETS
-from harmodt.store import DataStore
-from harmodt.trainer import StepResult, Trainer
+from harmodt.data.inputs import TaskConditioning
+from harmodt.data.store import DataStore
+from harmodt.training.trainer import StepResult, Trainer
 
 STEP = dataclasses.replace(PRESETS["paper"], tasks_per_step=5, batch_per_task=8)
 

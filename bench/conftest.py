@@ -9,9 +9,9 @@ import pytest
 import torch
 from measuring import ON_GPU
 
-from harmodt.cpu import prepare_cpu
-from harmodt.store import DataStore, Episode, StoreWriter
-from harmodt.tasks import EPISODE_LENGTH, TASK_SETS
+from harmodt.data.store import DataStore, Episode, StoreWriter
+from harmodt.devices import prepare_cpu
+from harmodt.environments.metaworld_names import EPISODE_LENGTH, TASK_SETS
 
 
 @pytest.fixture(scope="session", autouse=True)

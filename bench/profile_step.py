@@ -22,8 +22,8 @@ from bench_train_step import make_trainer
 from conftest import random_store
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harmodt.cpu import prepare_cpu
-from harmodt.trainer import Trainer
+from harmodt.devices import prepare_cpu
+from harmodt.training.trainer import Trainer
 
 STEPS = 20
 

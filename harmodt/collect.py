@@ -32,13 +32,18 @@ import numpy as np
 import tyro
 from metaworld.policies import ENV_POLICY_MAP
 
-from .environments import Environment
+from .data.store import MANIFEST, DataStore, Episode, StoreWriter
+from .environments.metaworld import Environment
+from .environments.metaworld_names import (
+    ACTION_SIZE,
+    EPISODE_LENGTH,
+    OBSERVATION_SIZE,
+    resolve_tasks,
+)
+from .environments.simulation import available_cores
 from .errors import UserError, run_command
 from .files import write_atomic
 from .progress import progress_bar
-from .simulation import available_cores
-from .store import MANIFEST, DataStore, Episode, StoreWriter
-from .tasks import ACTION_SIZE, EPISODE_LENGTH, OBSERVATION_SIZE, resolve_tasks
 
 _PARTS = "parts"
 _EPISODES_PER_PART = 10

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from .environments.metaworld_names import ACTION_SIZE, OBSERVATION_SIZE
 from .errors import UserError
-from .tasks import ACTION_SIZE, OBSERVATION_SIZE
 
 Algorithm = Literal["harmodt-f", "harmodt-m", "harmodt-r", "prompt-dt", "mtdt"]
 

@@ -24,15 +24,15 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from .cpu import prepare_cpu
-from .environments import EPISODE_LENGTH
+from .devices import prepare_cpu
+from .environments.metaworld import EPISODE_LENGTH
+from .environments.metaworld_names import resolve_tasks
+from .environments.simulation import Simulation
+from .environments.video import find_backend
 from .errors import UserError, run_command
 from .files import write_atomic, write_json
-from .policy import Policy
+from .policies.decision import Policy
 from .progress import progress_bar
-from .simulation import Simulation
-from .tasks import resolve_tasks
-from .video import find_backend
 
 GOAL_SEED = 240518080
 GOALS = 50  # that Meta-World's MT1 benchmark holds for a seed

@@ -11,18 +11,17 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from .checkpoint import read_run, write_run
 from .collect import CollectConfig, collect
-from .conditioning import TaskConditioning, save_conditioning
 from .config import PRESETS, TrainConfig
-from .cpu import prepare_cpu
-from .devices import check_device, choose_backend
+from .data.inputs import TaskConditioning, save_conditioning
+from .data.store import DataStore
+from .devices import check_device, choose_backend, prepare_cpu
+from .environments.metaworld_names import resolve_tasks
 from .errors import UserError, run_command
 from .evaluate import versions
-from .run import Run
-from .store import DataStore
-from .tasks import resolve_tasks
-from .trainer import Trainer
+from .training.checkpoint import read_run, write_run
+from .training.run import Run
+from .training.trainer import Trainer
 
 QUICKSTART_DATA = Path("data/quickstart-mt5")
 """Where the quickstart collects its demonstrations."""

@@ -11,7 +11,7 @@ from harmodt_kernels import REFERENCE
 
 
 class ExpertPolicy:
-    """The interface of `harmodt.policy.Policy`; remembers what it was told."""
+    """The interface of `harmodt.policies.decision.Policy`; remembers what it was told."""
 
     def __init__(self, *tasks: str) -> None:
         self.tasks = tasks

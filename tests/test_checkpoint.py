@@ -7,7 +7,8 @@ import shutil
 import pytest
 import torch
 
-from harmodt.checkpoint import (
+from harmodt.errors import UserError
+from harmodt.training.checkpoint import (
     checkpoint_steps,
     load_checkpoint,
     load_parameters,
@@ -16,7 +17,6 @@ from harmodt.checkpoint import (
     save_checkpoint,
     write_run,
 )
-from harmodt.errors import UserError
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ import pytest
 from harmodt import collect as collect_module
 from harmodt import files
 from harmodt.collect import CollectConfig, collect, exploration, main
+from harmodt.data.store import DataStore
 from harmodt.errors import UserError, run_command
-from harmodt.store import DataStore
 
 OPTIONS = ["--tasks", "reach", "drawer-close", "--episodes", "22", "--prompt-episodes", "3"]
 OPTIONS += ["--episode-length", "40", "--seed", "5"]

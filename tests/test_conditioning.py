@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from tiny import TASKS, configure, make_episode, make_store
 
-from harmodt.conditioning import (
+from harmodt.data.inputs import (
     PROMPT_EPISODES,
     TaskConditioning,
     load_conditioning,
     save_conditioning,
 )
+from harmodt.data.store import StoreWriter, TaskData
 from harmodt.errors import UserError
-from harmodt.store import StoreWriter, TaskData
 
 
 def task_data(path: Path, prompt_lengths: tuple[int, ...] = (12, 9, 7)) -> TaskData:

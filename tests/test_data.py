@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harmodt.data import ImportConfig, import_npz, main
+from harmodt.data.__main__ import ImportConfig, import_npz, main
+from harmodt.data.store import DataStore
 from harmodt.errors import UserError, run_command
-from harmodt.store import DataStore
 
 Arrays = dict[str, np.ndarray]
 

@@ -6,7 +6,12 @@ import pytest
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from metaworld.policies import ENV_POLICY_MAP
 
-from harmodt.environments import ACTION_SIZE, EPISODE_LENGTH, OBSERVATION_SIZE, Environment
+from harmodt.environments.metaworld import (
+    ACTION_SIZE,
+    EPISODE_LENGTH,
+    OBSERVATION_SIZE,
+    Environment,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Constant")
 

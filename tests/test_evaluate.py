@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from harmodt import evaluate as module
-from harmodt.checkpoint import save_checkpoint, write_run
-from harmodt.conditioning import TaskConditioning, save_conditioning
 from harmodt.config import TrainConfig
+from harmodt.data.inputs import TaskConditioning, save_conditioning
+from harmodt.data.store import Episodes
 from harmodt.errors import UserError, run_command
 from harmodt.evaluate import EvaluationResult, Protocol, evaluate, wilson_interval
-from harmodt.masks import MaskBank
-from harmodt.model import DecisionTransformer
-from harmodt.store import Episodes
+from harmodt.masks.bank import MaskBank
+from harmodt.networks.decision_transformer import DecisionTransformer
+from harmodt.training.checkpoint import save_checkpoint, write_run
 from harmodt_kernels.native import library
 
 TASKS = ("reach-v3", "button-press-topdown-v3")

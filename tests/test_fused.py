@@ -12,10 +12,10 @@ from tiny import configure, make_store, make_trainer
 from torch import Tensor
 
 from harmodt import train
+from harmodt.data.store import DataStore
 from harmodt.errors import UserError
-from harmodt.policy import Policy
-from harmodt.store import DataStore
-from harmodt.trainer import Trainer
+from harmodt.policies.decision import Policy
+from harmodt.training.trainer import Trainer
 from harmodt_kernels import REFERENCE, count_bits, fused_backend
 from harmodt_kernels.native import library
 

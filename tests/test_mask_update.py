@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from tiny import configure, make_store, make_trainer, masked_copy, peak_memory, unpack_masks
 from torch import Tensor
 
-from harmodt.mask_update import weights_to_move
-from harmodt.model import Batch, DecisionTransformer, Steps
-from harmodt.tasks import TASK_SETS
-from harmodt.trainer import Trainer
+from harmodt.batch import Batch, Steps
+from harmodt.environments.metaworld_names import TASK_SETS
+from harmodt.masks.update import weights_to_move
+from harmodt.networks.decision_transformer import DecisionTransformer
+from harmodt.training.trainer import Trainer
 from harmodt_kernels import Selection, pack_bits
 
 

@@ -9,8 +9,8 @@ from tiny import unpack_masks
 
 from harmodt.config import PRESETS, ModelConfig
 from harmodt.errors import UserError
-from harmodt.masks import MaskBank, erk_densities, vote
-from harmodt.model import DecisionTransformer
+from harmodt.masks.bank import MaskBank, erk_densities, vote
+from harmodt.networks.decision_transformer import DecisionTransformer
 from harmodt_kernels import REFERENCE, pack_bits
 
 SHAPES = st.lists(

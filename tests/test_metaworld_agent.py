@@ -8,7 +8,7 @@ from experts import ExpertPolicy
 from metaworld.evaluation import evaluation
 
 from harmodt.errors import UserError
-from harmodt.metaworld_agent import MetaWorldAgent
+from harmodt.policies.metaworld_agent import MetaWorldAgent
 
 TASKS = ["reach-v3", "button-press-topdown-v3"]
 

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from tiny import masked_copy, unpack_masks
 from torch import Tensor
 
+from harmodt.batch import Batch, Steps
 from harmodt.config import SIZES, ModelConfig, TrainConfig
-from harmodt.masks import MaskBank
-from harmodt.model import Batch, DecisionTransformer, Steps
+from harmodt.masks.bank import MaskBank
+from harmodt.networks.decision_transformer import DecisionTransformer
 from harmodt_kernels import pack_bits
 from harmodt_kernels.attention.reference import attend
 from harmodt_kernels.dropout_add.reference import dropout

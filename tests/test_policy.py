@@ -9,14 +9,14 @@ import pytest
 import torch
 from tiny import TASKS, configure, make_store, make_trainer
 
-from harmodt.checkpoint import save_checkpoint, write_run
-from harmodt.conditioning import save_conditioning
+from harmodt.batch import Batch, Steps
+from harmodt.data.inputs import save_conditioning
+from harmodt.data.store import DataStore, Episode, StoreWriter
+from harmodt.data.windows import WindowSampler
 from harmodt.errors import UserError
-from harmodt.masks import TaskMasks, vote
-from harmodt.model import Batch, Steps
-from harmodt.policy import Policy
-from harmodt.store import DataStore, Episode, StoreWriter
-from harmodt.windows import WindowSampler
+from harmodt.masks.bank import TaskMasks, vote
+from harmodt.policies.decision import Policy
+from harmodt.training.checkpoint import save_checkpoint, write_run
 
 LENGTH = 15  # steps of an episode, more than the context of 6
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harmodt.environments import Environment
-from harmodt.simulation import Simulation, SimulationError
+from harmodt.environments.metaworld import Environment
+from harmodt.environments.simulation import Simulation, SimulationError
 
 TASKS = ["reach-v3", "reach-v3", "drawer-close-v3", "reach-v3"]
 GOALS = np.array([4, 0, 9, 4])
@@ -78,7 +78,7 @@ def test_a_killed_worker_is_reported_at_once(wait):
 def test_workers_end_when_the_parent_dies(death):
     program = (
         "import time\n"
-        "from harmodt.simulation import Simulation\n"
+        "from harmodt.environments.simulation import Simulation\n"
         "simulation = Simulation(['reach-v3'] * 2, 0, 2)\n"
         "print(*[worker.process.pid for worker in simulation._workers], flush=True)\n"
         "time.sleep(60)\n"
@@ -110,6 +110,6 @@ def runs(pid: int) -> bool:
 
 
 def test_workers_do_without_torch():
-    check = "import sys, harmodt.simulation; sys.exit('torch' in sys.modules)"
+    check = "import sys, harmodt.environments.simulation; sys.exit('torch' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", check], env=environment).returncode == 0

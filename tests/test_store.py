@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harmodt.errors import UserError
-from harmodt.store import (
+from harmodt.data.store import (
     MANIFEST,
     UNFINISHED,
     DataStore,
@@ -20,6 +19,7 @@ from harmodt.store import (
     StoreWriter,
     _manifest_checksum,
 )
+from harmodt.errors import UserError
 
 ARRAYS = ("observations", "actions", "rewards", "returns_to_go", "episode_starts", "successes")
 
@@ -125,7 +125,7 @@ def test_opening_five_million_steps_takes_a_second_and_200_megabytes_at_most(
     script = """
 import re, sys, time
 from pathlib import Path
-from harmodt.store import DataStore
+from harmodt.data.store import DataStore
 start = time.perf_counter()
 store = DataStore.open(Path(sys.argv[1]))
 steps = sum(len(store.task(name).train.rewards) for name in store.tasks)

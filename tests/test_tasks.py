@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from metaworld.env_dict import MT10_V3, MT50_V3
 
+from harmodt.environments.metaworld_names import ALL_TASKS, TASK_SETS, resolve_tasks
 from harmodt.errors import UserError
-from harmodt.tasks import ALL_TASKS, TASK_SETS, resolve_tasks
 
 
 def test_the_sets_are_those_of_metaworld_and_of_the_experiments() -> None:

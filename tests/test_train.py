@@ -17,9 +17,9 @@ import torch
 from tiny import TASKS, make_store
 
 from harmodt import train
-from harmodt.checkpoint import checkpoint_steps, load_checkpoint
+from harmodt.data.store import DataStore
 from harmodt.errors import UserError
-from harmodt.store import DataStore
+from harmodt.training.checkpoint import checkpoint_steps, load_checkpoint
 from harmodt_kernels.native import library
 
 SMALL = {

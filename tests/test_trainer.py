@@ -9,11 +9,11 @@ import torch
 from tiny import configure, make_store, make_trainer, masked_copy, unpack_masks
 from torch import Tensor
 
-from harmodt.checkpoint import Checkpoint
+from harmodt.batch import Batch
+from harmodt.data.store import DataStore
 from harmodt.errors import UserError
-from harmodt.model import Batch
-from harmodt.store import DataStore
-from harmodt.trainer import Trainer, learning_rate
+from harmodt.training.checkpoint import Checkpoint
+from harmodt.training.trainer import Trainer, learning_rate
 
 ALGORITHMS = ["harmodt-f", "harmodt-m", "harmodt-r", "prompt-dt", "mtdt"]
 

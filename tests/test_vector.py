@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from harmodt.config import ModelConfig
-from harmodt.model import DecisionTransformer, is_maskable
-from harmodt.vector import ParameterVector
+from harmodt.masks.vector import ParameterVector
+from harmodt.networks.decision_transformer import DecisionTransformer, is_maskable
 
 DIMENSIONS = [(32, 2), (24, 3), (60, 4), (40, 2)]  # embedding dimension, heads
 

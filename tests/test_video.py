@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 
+from harmodt.environments.simulation import Simulation
+from harmodt.environments.video import find_backend, upright
 from harmodt.errors import UserError
-from harmodt.simulation import Simulation
-from harmodt.video import find_backend, upright
 
 
 @pytest.fixture(scope="module")

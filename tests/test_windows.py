@@ -10,11 +10,11 @@ import torch
 from tiny import TASKS, configure, make_store
 from torch import Tensor
 
-from harmodt.conditioning import TaskConditioning
+from harmodt.batch import Batch, Steps
 from harmodt.config import TrainConfig
-from harmodt.model import Batch, Steps
-from harmodt.store import DataStore, Episodes
-from harmodt.windows import WindowSampler
+from harmodt.data.inputs import TaskConditioning
+from harmodt.data.store import DataStore, Episodes
+from harmodt.data.windows import WindowSampler
 
 
 @pytest.fixture(scope="module")

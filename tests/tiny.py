@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from harmodt.conditioning import TaskConditioning
 from harmodt.config import TrainConfig
-from harmodt.model import DecisionTransformer
-from harmodt.store import DataStore, Episode, StoreWriter
-from harmodt.tasks import ACTION_SIZE, OBSERVATION_SIZE
-from harmodt.trainer import Trainer
+from harmodt.data.inputs import TaskConditioning
+from harmodt.data.store import DataStore, Episode, StoreWriter
+from harmodt.environments.metaworld_names import ACTION_SIZE, OBSERVATION_SIZE
+from harmodt.networks.decision_transformer import DecisionTransformer
+from harmodt.training.trainer import Trainer
 
 TASKS = ("reach-v3", "push-v3", "drawer-open-v3")
 

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .errors import UserError
-from .files import remove_directory, replace_directory, write_bytes, write_json
+from ..errors import UserError
+from ..files import remove_directory, replace_directory, write_bytes, write_json
 
 RUN_FORMAT = "harmodt-run"
 VERSION = 1

@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .errors import UserError
-from .files import replace_directory, sync_directory, write_json
-from .tasks import ACTION_SIZE, OBSERVATION_SIZE
+from ..environments.metaworld_names import ACTION_SIZE, OBSERVATION_SIZE
+from ..errors import UserError
+from ..files import replace_directory, sync_directory, write_json
 
 FORMAT = "harmodt-store"
 VERSION = 1

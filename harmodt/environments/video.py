@@ -11,8 +11,8 @@ from pathlib import Path
 import mujoco
 import numpy as np
 
-from .environments import EPISODE_LENGTH, Environment
-from .errors import UserError
+from ..errors import UserError
+from .metaworld import EPISODE_LENGTH, Environment
 
 BACKENDS = ("egl", "osmesa")  # hardware first
 CAMERA = "corner4"  # the closest view of table and gripper

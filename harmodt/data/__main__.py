@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from .errors import UserError, run_command
-from .npz import find_episodes, find_tasks, read_episode
-from .progress import progress_bar
+from ..environments.metaworld_names import resolve_tasks
+from ..errors import UserError, run_command
+from ..progress import progress_bar
+from .importers.npz import find_episodes, find_tasks, read_episode
 from .store import DataStore, StoreWriter, TaskData, TaskWriter, check_output
-from .tasks import resolve_tasks
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import metaworld
 import numpy as np
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
-from .tasks import ACTION_SIZE, EPISODE_LENGTH, OBSERVATION_SIZE
+from .metaworld_names import ACTION_SIZE, EPISODE_LENGTH, OBSERVATION_SIZE
 
 __all__ = ["ACTION_SIZE", "EPISODE_LENGTH", "OBSERVATION_SIZE", "Environment"]
 

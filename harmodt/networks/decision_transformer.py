@@ -6,48 +6,16 @@ L time steps (K* of the prompt, K of the history), T = 3 L tokens, d embedding d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harmodt_kernels import REFERENCE
 
-from .config import ModelConfig
-from .masks import TaskMasks
-from .vector import ParameterVector, Slot
-
-
-@dataclass(frozen=True)
-class Steps:
-    """Consecutive time steps of one trajectory for each window.
-
-    Padding stands on the left and has `valid` False.
-
-    Attributes:
-        returns_to_go: float32 [G, B, L], divided by the return scale.
-        observations: float32 [G, B, L, 39], normalised by the task's mean and deviation.
-        actions: float32 [G, B, L, 4], in [-1, 1].
-        timesteps: int64 [G, B, L], counted from the beginning of the episode.
-        valid: bool [G, B, L].
-    """
-
-    returns_to_go: Tensor
-    observations: Tensor
-    actions: Tensor
-    timesteps: Tensor
-    valid: Tensor
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Windows of several tasks: `task_ids` int64 [G], and each window's prompt and history."""
-
-    task_ids: Tensor
-    prompt: Steps | None
-    history: Steps
-
+from ..batch import Batch, Steps
+from ..config import ModelConfig
+from ..masks.bank import TaskMasks
+from ..masks.vector import ParameterVector, Slot
 
 PromptCache = list[tuple[Tensor, Tensor]]  # keys and values [G B, H, 3 K*, d / H] of every block
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from .environments import Environment
+from .metaworld import Environment
 from .video import RecordedEnvironment
 
 EXIT_SECONDS = 30  # a worker that is told to end may first have to finish a step and a video
@@ -123,7 +123,7 @@ class _Worker:
         self.rows = rows
         self.tasks = tasks
         self.connection, child = Pipe()
-        program = f"from harmodt.simulation import work; work({child.fileno()})"
+        program = f"from harmodt.environments.simulation import work; work({child.fileno()})"
         self.process = subprocess.Popen(
             [sys.executable, "-c", program],
             env={**os.environ, **_worker_variables(), **variables},

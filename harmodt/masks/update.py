@@ -11,9 +11,9 @@ from torch import Tensor
 
 from harmodt_kernels import Selection
 
-from .config import TrainConfig
-from .masks import MaskBank, TaskMasks
-from .model import Batch
+from ..batch import Batch
+from ..config import TrainConfig
+from .bank import MaskBank, TaskMasks
 from .vector import ParameterVector
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from harmodt_kernels import REFERENCE, Backend, count_bits, pack_bits, unpack_bits
 
-from .errors import UserError
+from ..errors import UserError
 from .vector import ParameterVector
 
 

@@ -14,6 +14,14 @@ import torch
 from rich.console import Console
 from rich.filesize import decimal
 
+from ..config import TrainConfig
+from ..data.inputs import TaskConditioning, load_conditioning
+from ..data.store import DataStore
+from ..devices import check_device
+from ..errors import UserError
+from ..evaluate import EvaluationResult, evaluate
+from ..policies.decision import Policy
+from ..progress import progress_bar
 from .checkpoint import (
     checkpoint_steps,
     load_checkpoint,
@@ -21,15 +29,7 @@ from .checkpoint import (
     read_run,
     save_checkpoint,
 )
-from .conditioning import TaskConditioning, load_conditioning
-from .config import TrainConfig
-from .devices import check_device
-from .errors import UserError
-from .evaluate import EvaluationResult, evaluate
 from .metrics import Metrics
-from .policy import Policy
-from .progress import progress_bar
-from .store import DataStore
 from .trainer import StepResult, Trainer
 
 console = Console()

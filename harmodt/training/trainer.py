@@ -12,16 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..batch import Batch
+from ..config import TrainConfig
+from ..data.inputs import TaskConditioning
+from ..data.store import TaskData
+from ..data.windows import WindowSampler
+from ..devices import choose_backend, set_precision
+from ..errors import UserError
+from ..masks.bank import MaskBank, TaskMasks
+from ..masks.update import MaskUpdate, update_masks
+from ..networks.decision_transformer import DecisionTransformer
 from .checkpoint import Checkpoint, load_parameters
-from .conditioning import TaskConditioning
-from .config import TrainConfig
-from .devices import choose_backend, set_precision
-from .errors import UserError
-from .mask_update import MaskUpdate, update_masks
-from .masks import MaskBank, TaskMasks
-from .model import Batch, DecisionTransformer
-from .store import TaskData
-from .windows import WindowSampler
 
 # What a random draw is for: part of its seed, beside the run's seed and the step.
 _TRAIN, _MASKS, _INITIALISE = 0, 1, 2

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .conditioning import TaskConditioning
-from .config import TrainConfig
-from .model import Batch, Steps
+from ..batch import Batch, Steps
+from ..config import TrainConfig
+from .inputs import TaskConditioning
 from .store import Episodes, TaskData
 
 

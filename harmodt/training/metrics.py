@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from .config import TrainConfig
-from .files import write_bytes
+from ..config import TrainConfig
+from ..files import write_bytes
 from .trainer import StepResult, learning_rate
 
 

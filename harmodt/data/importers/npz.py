@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import UserError
-from .store import UNKNOWN, Episode
-from .tasks import ACTION_SIZE, OBSERVATION_SIZE, TASK_SETS, resolve_tasks
+from ...environments.metaworld_names import ACTION_SIZE, OBSERVATION_SIZE, TASK_SETS, resolve_tasks
+from ...errors import UserError
+from ..store import UNKNOWN, Episode
 
 _SHAPES: dict[str, tuple[int, ...]] = {
     "observations": (OBSERVATION_SIZE,),

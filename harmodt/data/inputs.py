@@ -13,9 +13,9 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from .config import TrainConfig
-from .errors import UserError
-from .files import write_bytes
+from ..config import TrainConfig
+from ..errors import UserError
+from ..files import write_bytes
 from .store import Episodes, TaskData
 
 PROMPT_EPISODES = 5

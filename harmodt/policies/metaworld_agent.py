@@ -15,9 +15,9 @@ import numpy as np
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
-from .environments import OBSERVATION_SIZE
-from .errors import UserError
-from .policy import Policy
+from ..environments.metaworld import OBSERVATION_SIZE
+from ..errors import UserError
+from .decision import Policy
 
 
 class MetaWorldAgent:

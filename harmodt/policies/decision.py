@@ -10,14 +10,15 @@ import torch
 
 from harmodt_kernels import REFERENCE, Backend
 
-from .checkpoint import load_checkpoint, load_parameters, read_run
-from .conditioning import TaskConditioning, load_conditioning
-from .config import TrainConfig
-from .devices import check_device, choose_backend
-from .errors import UserError
-from .masks import TaskMasks, vote
-from .model import DecisionTransformer, PromptCache, Steps
-from .windows import WindowArrays, WindowSampler
+from ..batch import Steps
+from ..config import TrainConfig
+from ..data.inputs import TaskConditioning, load_conditioning
+from ..data.windows import WindowArrays, WindowSampler
+from ..devices import check_device, choose_backend
+from ..errors import UserError
+from ..masks.bank import TaskMasks, vote
+from ..networks.decision_transformer import DecisionTransformer, PromptCache
+from ..training.checkpoint import load_checkpoint, load_parameters, read_run
 
 _HISTORY = ("returns_to_go", "observations", "actions", "timesteps", "valid")
 

@@ -1,0 +1,1 @@
+"""Offline data: the store on disk, windows of it as batches, and importers of other formats."""
