@@ -7,7 +7,7 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
-from ..native.library import Attention, library, pointer, threads
+from ..native.library import AttentionShape, library, pointer, threads
 
 
 def attention(
@@ -30,7 +30,7 @@ def attention(
         past_keys, past_values = past_keys.contiguous(), past_values.contiguous()
         shape.past = past_keys.shape[2]
         shape.past_keys, shape.past_values = pointer(past_keys), pointer(past_values)
-    library().harmodt_attention_forward(
+    library().harmodt_attention(
         byref(shape), pointer(qkv), pointer(out), pointer(log_sums), threads()
     )
     return out, log_sums
@@ -59,9 +59,9 @@ def attention_gradient(
 
 def shape_of(
     qkv: Tensor, valid: Tensor, wanted: int, first: int, step: int, drop: float, seed: int
-) -> Attention:
+) -> AttentionShape:
     sequences, tokens, _, heads, size = qkv.shape
-    return Attention(
+    return AttentionShape(
         sequences=sequences,
         tokens=tokens,
         heads=heads,

@@ -7,7 +7,7 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
-from ..native.library import Selection, library, pointer, threads
+from ..native.library import SelectionOperands, library, pointer, threads
 
 
 def select_harmony(
@@ -30,7 +30,7 @@ def select_harmony(
     moved = torch.empty(tasks, dtype=torch.int64)
     refused = torch.empty(tasks, dtype=torch.bool)
     losses = losses.contiguous()
-    operands = Selection(
+    operands = SelectionOperands(
         tasks=tasks,
         words=words,
         mask_bits=pointer(mask_bits),
@@ -59,6 +59,6 @@ def select_harmony(
 
 def move_weights(mask_bits: Tensor, leaving: Tensor, entering: Tensor) -> None:
     for indices in (leaving.contiguous(), entering.contiguous()):
-        library().harmodt_flip_bits(
+        library().harmodt_move_weights(
             pointer(mask_bits), mask_bits.stride(0), pointer(indices), *indices.shape
         )

@@ -6,7 +6,7 @@ from ctypes import byref
 
 from torch import Tensor
 
-from ..native.library import AdamW, library, pointer, threads
+from ..native.library import AdamWOperands, library, pointer, threads
 
 
 def masked_adamw(
@@ -21,7 +21,8 @@ def masked_adamw(
 ) -> None:
     # As `torch.nn.utils.clip_grad_norm_`; NaN stays NaN.
     scale = ((norm + 1e-6).reciprocal() * max_norm).item()
-    operands = AdamW(
+    # `settings` are the structure's last members in their order, from first_rate on.
+    operands = AdamWOperands(
         weights.numel(),
         *map(pointer, (weights, gradient, first_moment, second_moment, active_bits)),
         1.0 if scale > 1.0 else scale,

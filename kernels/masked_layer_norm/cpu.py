@@ -7,7 +7,7 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
-from ..native.library import LayerNorm, library, pointer, pointer_to_ids, threads
+from ..native.library import LayerNormShape, library, pointer, pointer_to_ids, threads
 
 
 def masked_layer_norm(
@@ -39,18 +39,20 @@ def masked_layer_norm_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dy, x = dy.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
-    d_weight, d_bias = (x.new_empty(len(x), x.shape[-1]) for _ in range(2))
+    of_weights, of_biases = (x.new_empty(len(x), x.shape[-1]) for _ in range(2))
     shape = shape_of(x, weight_bits, bias_bits, task_ids)
     library().harmodt_masked_layer_norm_gradient(
-        byref(shape), *map(pointer, (dy, x, statistics, weight, dx, d_weight, d_bias)), threads()
+        byref(shape),
+        *map(pointer, (dy, x, statistics, weight, dx, of_weights, of_biases)),
+        threads(),
     )
-    return dx, d_weight, d_bias
+    return dx, of_weights, of_biases
 
 
 def shape_of(
     x: Tensor, weight_bits: Tensor, bias_bits: Tensor, task_ids: Tensor, epsilon: float = 0.0
-) -> LayerNorm:
-    return LayerNorm(
+) -> LayerNormShape:
+    return LayerNormShape(
         *x.shape,
         pointer(weight_bits),
         weight_bits.stride(0),

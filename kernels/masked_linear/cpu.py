@@ -7,7 +7,7 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
-from ..native.library import Linear, WeightGradient, library, pointer, pointer_to_ids, threads
+from ..native.library import LinearShape, WeightGradient, library, pointer, pointer_to_ids, threads
 
 
 def bf16_products() -> bool:
@@ -48,7 +48,7 @@ def masked_linear_input_gradient(
     dy, y, weight = as_float(dy), None if y is None else as_float(y), weight.float()
     dx = dy.new_empty(*dy.shape[:2], weight.shape[1])
     shape = shape_of(dx, weight, dy, weight_bits, None, task_ids, dtype)
-    library().harmodt_input_gradient(
+    library().harmodt_masked_linear_input_gradient(
         byref(shape), pointer(dy), pointer(y), pointer(weight), pointer(dx), threads()
     )
     return dx.to(dtype)
@@ -83,18 +83,18 @@ def masked_linear_group_gradients(
     weight_bits: Tensor,
     bias_bits: Tensor | None,
     task_ids: Tensor,
-    d_weight: Tensor,
-    d_bias: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
 ) -> None:
-    if d_weight.dtype != torch.float32:
-        raise TypeError(f"group_gradients are {d_weight.dtype}: on a CPU they must be float32")
+    if weight_out.dtype != torch.float32:
+        raise TypeError(f"group_gradients are {weight_out.dtype}: on a CPU they must be float32")
     out = WeightGradient(
         per_group=True,
-        weight=pointer(d_weight),
-        weight_group_stride=d_weight.stride(0),
-        weight_row_stride=d_weight.stride(1),
-        bias=pointer(d_bias),
-        bias_group_stride=0 if d_bias is None else d_bias.stride(0),
+        weight=pointer(weight_out),
+        weight_group_stride=weight_out.stride(0),
+        weight_row_stride=weight_out.stride(1),
+        bias=pointer(bias_out),
+        bias_group_stride=0 if bias_out is None else bias_out.stride(0),
     )
     write_weight_gradient(dy, y, x, weight_bits, bias_bits, task_ids, out)
 
@@ -111,7 +111,7 @@ def write_weight_gradient(
     dtype = check_dtype(x)
     dy, y, x = as_float(dy), None if y is None else as_float(y), as_float(x)
     shape = shape_of(x, None, dy, weight_bits, bias_bits, task_ids, dtype)
-    library().harmodt_weight_gradient_of(
+    library().harmodt_masked_linear_weight_gradient(
         byref(shape), pointer(dy), pointer(y), pointer(x), byref(out), threads()
     )
 
@@ -134,9 +134,9 @@ def shape_of(
     bias_bits: Tensor | None,
     task_ids: Tensor,
     dtype: torch.dtype,
-) -> Linear:
+) -> LinearShape:
     groups, rows, inputs = x.shape
-    return Linear(
+    return LinearShape(
         groups=groups,
         rows=rows,
         inputs=inputs,

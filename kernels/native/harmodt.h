@@ -25,7 +25,7 @@ typedef struct {
   int64_t bias_bits_task_stride;
   const int64_t* task_ids;        // [groups]
   int bf16;                       // round the operands of products to bf16
-} harmodt_linear;
+} harmodt_linear_shape;
 
 // Where the gradient of weight and bias goes: summed over the groups, or each group's own.
 typedef struct {
@@ -52,7 +52,7 @@ typedef struct {
   int64_t count;                  // weights to move
   float balance;
   int fisher, paper;              // importance and rule
-} harmodt_selection;
+} harmodt_selection_operands;
 
 // Operands of the masked AdamW step over `size` elements.
 typedef struct {
@@ -66,7 +66,7 @@ typedef struct {
   float first_rate, second_rate;  // 1 - beta
   float first_correction, second_correction;
   float epsilon, weight_decay, learning_rate;
-} harmodt_adamw;
+} harmodt_adamw_operands;
 
 // Causal self-attention over short sequences; qkv is [sequences][tokens][3][heads][head_size].
 typedef struct {
@@ -78,7 +78,7 @@ typedef struct {
   const uint8_t* valid;           // [sequences][past + tokens]; else a key is seen by itself alone
   float dropout;                  // probability of dropping a key's weight
   uint32_t seed;                  // of the dropout
-} harmodt_attention;
+} harmodt_attention_shape;
 
 // A masked LayerNorm; x is [groups][rows][size].
 typedef struct {
@@ -89,7 +89,10 @@ typedef struct {
   int64_t bias_bits_task_stride;
   const int64_t* task_ids;        // [groups]
   float epsilon;
-} harmodt_layer_norm;
+} harmodt_layer_norm_shape;
+
+// The size in bytes of a structure above, by its name, for who mirrors it; 0 if there is none.
+HARMODT_API int64_t harmodt_size_of(const char* structure);
 
 // The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable".
 HARMODT_API const char* harmodt_isa(void);
@@ -97,45 +100,47 @@ HARMODT_API const char* harmodt_isa(void);
 HARMODT_API int harmodt_use_isa(const char* name);
 
 // y = x (W with mask)^T + bias with mask, then max(0, y) if relu; bias may be null.
-HARMODT_API void harmodt_masked_linear(const harmodt_linear* shape, const float* x,
+HARMODT_API void harmodt_masked_linear(const harmodt_linear_shape* shape, const float* x,
                                        const float* weight, const float* bias, int relu, float* y,
                                        int threads);
 // dx = dy (W with mask). Where y is given, the layer had a ReLU: dy counts where y > 0.
-HARMODT_API void harmodt_input_gradient(const harmodt_linear* shape, const float* dy,
-                                        const float* y, const float* weight, float* dx,
-                                        int threads);
+HARMODT_API void harmodt_masked_linear_input_gradient(const harmodt_linear_shape* shape,
+                                                      const float* dy, const float* y,
+                                                      const float* weight, float* dx, int threads);
 // dy^T x with mask, and the sums of dy with mask.
-HARMODT_API void harmodt_weight_gradient_of(const harmodt_linear* shape, const float* dy,
-                                            const float* y, const float* x,
-                                            const harmodt_weight_gradient* out, int threads);
+HARMODT_API void harmodt_masked_linear_weight_gradient(const harmodt_linear_shape* shape,
+                                                       const float* dy, const float* y,
+                                                       const float* x,
+                                                       const harmodt_weight_gradient* out,
+                                                       int threads);
 
 // The indices that leave and enter each task's mask, [tasks][count] in order of their scores, -1
 // after the first moved[task]. refused[task] is 1 if an operand or a score is not finite.
 // Returns 0 if memory is lacking.
-HARMODT_API int harmodt_select_harmony(const harmodt_selection* operands, int64_t* leaving,
+HARMODT_API int harmodt_select_harmony(const harmodt_selection_operands* operands, int64_t* leaving,
                                        int64_t* entering, int64_t* moved, uint8_t* refused,
                                        int threads);
-// Flip the bits of [tasks][count] indices; those below 0 are none.
-HARMODT_API void harmodt_flip_bits(int32_t* mask_bits, int64_t mask_stride, const int64_t* indices,
-                                   int64_t tasks, int64_t count);
+// Flip the mask bits of [tasks][count] indices, leaving or entering; those below 0 are none.
+HARMODT_API void harmodt_move_weights(int32_t* mask_bits, int64_t mask_stride,
+                                      const int64_t* indices, int64_t tasks, int64_t count);
 
-HARMODT_API void harmodt_masked_adamw(const harmodt_adamw* operands, int threads);
+HARMODT_API void harmodt_masked_adamw(const harmodt_adamw_operands* operands, int threads);
 
 // out is [sequences][queries][heads][head_size]; log_sums [sequences][queries][heads] is for the
 // gradient, which is of all of qkv.
-HARMODT_API void harmodt_attention_forward(const harmodt_attention* shape, const float* qkv,
-                                           float* out, float* log_sums, int threads);
-HARMODT_API void harmodt_attention_gradient(const harmodt_attention* shape, const float* d_out,
-                                            const float* qkv, const float* out,
+HARMODT_API void harmodt_attention(const harmodt_attention_shape* shape, const float* qkv,
+                                   float* out, float* log_sums, int threads);
+HARMODT_API void harmodt_attention_gradient(const harmodt_attention_shape* shape,
+                                            const float* d_out, const float* qkv, const float* out,
                                             const float* log_sums, float* d_qkv, int threads);
 
 // y = (x normalised) (weight with mask) + bias with mask; statistics [groups][rows][2] are for the
 // gradient.
-HARMODT_API void harmodt_masked_layer_norm(const harmodt_layer_norm* shape, const float* x,
+HARMODT_API void harmodt_masked_layer_norm(const harmodt_layer_norm_shape* shape, const float* x,
                                            const float* weight, const float* bias, float* y,
                                            float* statistics, int threads);
 // d_weight and d_bias are [groups][size], with the group's mask.
-HARMODT_API void harmodt_masked_layer_norm_gradient(const harmodt_layer_norm* shape,
+HARMODT_API void harmodt_masked_layer_norm_gradient(const harmodt_layer_norm_shape* shape,
                                                     const float* dy, const float* x,
                                                     const float* statistics, const float* weight,
                                                     float* dx, float* d_weight, float* d_bias,

@@ -3,12 +3,12 @@
 // Products are contracted to fused multiply-adds where the code says so and nowhere else
 // (-ffp-contract=off): the roundings of scores and of AdamW are PyTorch's.
 
-#include "attention.h"
-#include "dropout.h"
-#include "harmony_selection.h"
-#include "masked_adamw.h"
-#include "masked_layer_norm.h"
-#include "masked_linear.h"
+#include "attention/attention.h"
+#include "dropout_add/dropout_add.h"
+#include "harmony_selection/harmony_selection.h"
+#include "masked_adamw/masked_adamw.h"
+#include "masked_layer_norm/masked_layer_norm.h"
+#include "masked_linear/masked_linear.h"
 
 #define NAME_(isa) kernels_##isa
 #define NAME(isa) NAME_(isa)
@@ -18,17 +18,21 @@
 extern const Kernels NAME(HARMODT_ISA);
 const Kernels NAME(HARMODT_ISA) = {
     TEXT(HARMODT_ISA),
-    [](const harmodt_linear& s, const float* x, const float* weight, const float* bias, bool relu,
-       float* y, int threads) {
+    [](const harmodt_linear_shape& s, const float* x, const float* weight, const float* bias,
+       bool relu, float* y, int threads) {
       (s.bf16 ? masked_linear<true> : masked_linear<false>)(s, x, weight, bias, relu, y, threads);
     },
-    [](const harmodt_linear& s, const float* dy, const float* y, const float* weight, float* dx,
-       int threads) {
-      (s.bf16 ? input_gradient<true> : input_gradient<false>)(s, dy, y, weight, dx, threads);
+    [](const harmodt_linear_shape& s, const float* dy, const float* y, const float* weight,
+       float* dx, int threads) {
+      auto gradient =
+          s.bf16 ? masked_linear_input_gradient<true> : masked_linear_input_gradient<false>;
+      gradient(s, dy, y, weight, dx, threads);
     },
-    [](const harmodt_linear& s, const float* dy, const float* y, const float* x,
+    [](const harmodt_linear_shape& s, const float* dy, const float* y, const float* x,
        const harmodt_weight_gradient& out, int threads) {
-      (s.bf16 ? weight_gradient<true> : weight_gradient<false>)(s, dy, y, x, out, threads);
+      auto gradient =
+          s.bf16 ? masked_linear_weight_gradient<true> : masked_linear_weight_gradient<false>;
+      gradient(s, dy, y, x, out, threads);
     },
     attention,
     attention_gradient,

@@ -1,4 +1,5 @@
-// What dispatch.cpp and the kernels of each instruction set share.
+// What dispatch.cpp and the kernels of each instruction set share. Operations are included by their
+// folder: kernels/ is on the path.
 //
 // The kernels include no standard library code: a template that is compiled for AVX-512 there could
 // be the copy that the linker keeps for everyone.
@@ -8,31 +9,32 @@
 
 struct Kernels {
   const char* isa;
-  void (*masked_linear)(const harmodt_linear&, const float* x, const float* weight,
+  void (*masked_linear)(const harmodt_linear_shape&, const float* x, const float* weight,
                         const float* bias, bool relu, float* y, int threads);
-  void (*input_gradient)(const harmodt_linear&, const float* dy, const float* y,
-                         const float* weight, float* dx, int threads);
-  void (*weight_gradient)(const harmodt_linear&, const float* dy, const float* y, const float* x,
-                          const harmodt_weight_gradient&, int threads);
-  void (*attention)(const harmodt_attention&, const float* qkv, float* out, float* log_sums,
+  void (*masked_linear_input_gradient)(const harmodt_linear_shape&, const float* dy, const float* y,
+                                       const float* weight, float* dx, int threads);
+  void (*masked_linear_weight_gradient)(const harmodt_linear_shape&, const float* dy,
+                                        const float* y, const float* x,
+                                        const harmodt_weight_gradient&, int threads);
+  void (*attention)(const harmodt_attention_shape&, const float* qkv, float* out, float* log_sums,
                     int threads);
-  void (*attention_gradient)(const harmodt_attention&, const float* d_out, const float* qkv,
+  void (*attention_gradient)(const harmodt_attention_shape&, const float* d_out, const float* qkv,
                              const float* out, const float* log_sums, float* d_qkv, int threads);
-  void (*masked_layer_norm)(const harmodt_layer_norm&, const float* x, const float* weight,
+  void (*masked_layer_norm)(const harmodt_layer_norm_shape&, const float* x, const float* weight,
                             const float* bias, float* y, float* statistics, int threads);
-  void (*masked_layer_norm_gradient)(const harmodt_layer_norm&, const float* dy, const float* x,
-                                     const float* statistics, const float* weight, float* dx,
-                                     float* d_weight, float* d_bias, int threads);
+  void (*masked_layer_norm_gradient)(const harmodt_layer_norm_shape&, const float* dy,
+                                     const float* x, const float* statistics, const float* weight,
+                                     float* dx, float* d_weight, float* d_bias, int threads);
   void (*dropout_add)(int64_t size, const float* x, const float* branch, float* out, float drop,
                       uint32_t seed, int threads);
   // Each task in `parts`; keys are [tasks][parts][2][capacity], `held` of them [tasks][parts][2].
-  void (*select_harmony)(const harmodt_selection&, int64_t parts, int64_t capacity, int64_t* keys,
-                         int64_t* held, uint8_t* refused, int threads);
-  void (*masked_adamw)(const harmodt_adamw&, int threads);
+  void (*select_harmony)(const harmodt_selection_operands&, int64_t parts, int64_t capacity,
+                         int64_t* keys, int64_t* held, uint8_t* refused, int threads);
+  void (*masked_adamw)(const harmodt_adamw_operands&, int threads);
 };
+
+// Those in use.
+const Kernels& kernels();
 
 // Memory of the calling thread, aligned to 64 bytes and kept from call to call.
 void* scratch(uint64_t bytes);
-
-// Move the `count` smallest of `size` keys to the front, the largest of them last.
-void keep_smallest(int64_t* keys, int64_t size, int64_t count);

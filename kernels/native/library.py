@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import struct
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int64, c_uint32, c_void_p
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ ISA_VARIABLE = "HARMODT_ISA"
 """Environment variable that holds the kernels to an instruction set, read when they are loaded."""
 
 
-class Linear(Structure):
-    """`harmodt_linear`."""
+class LinearShape(Structure):
+    """`harmodt_linear_shape`."""
 
     _fields_ = [
         *((name, c_int64) for name in ("groups", "rows", "inputs", "outputs", "weight_stride")),
@@ -46,8 +47,8 @@ class WeightGradient(Structure):
     ]
 
 
-class Selection(Structure):
-    """`harmodt_selection`."""
+class SelectionOperands(Structure):
+    """`harmodt_selection_operands`."""
 
     _fields_ = [
         ("tasks", c_int64),
@@ -69,8 +70,8 @@ class Selection(Structure):
     ]
 
 
-class AdamW(Structure):
-    """`harmodt_adamw`."""
+class AdamWOperands(Structure):
+    """`harmodt_adamw_operands`."""
 
     _fields_ = [
         ("size", c_int64),
@@ -94,8 +95,8 @@ class AdamW(Structure):
     ]
 
 
-class Attention(Structure):
-    """`harmodt_attention`."""
+class AttentionShape(Structure):
+    """`harmodt_attention_shape`."""
 
     _fields_ = [
         *((name, c_int64) for name in ("sequences", "tokens", "heads", "head_size")),
@@ -108,8 +109,8 @@ class Attention(Structure):
     ]
 
 
-class LayerNorm(Structure):
-    """`harmodt_layer_norm`."""
+class LayerNormShape(Structure):
+    """`harmodt_layer_norm_shape`."""
 
     _fields_ = [
         *((name, c_int64) for name in ("groups", "rows", "size")),
@@ -122,27 +123,43 @@ class LayerNorm(Structure):
     ]
 
 
+_STRUCTURES: dict[str, type[Structure]] = {
+    "harmodt_linear_shape": LinearShape,
+    "harmodt_weight_gradient": WeightGradient,
+    "harmodt_selection_operands": SelectionOperands,
+    "harmodt_adamw_operands": AdamWOperands,
+    "harmodt_attention_shape": AttentionShape,
+    "harmodt_layer_norm_shape": LayerNormShape,
+}
+
 _P, _THREADS = c_void_p, c_int
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "harmodt_size_of": (c_int64, [c_char_p]),
     "harmodt_isa": (c_char_p, []),
     "harmodt_use_isa": (c_int, [c_char_p]),
-    "harmodt_masked_linear": (None, [POINTER(Linear), _P, _P, _P, c_int, _P, _THREADS]),
-    "harmodt_input_gradient": (None, [POINTER(Linear), _P, _P, _P, _P, _THREADS]),
-    "harmodt_weight_gradient_of": (
+    "harmodt_masked_linear": (None, [POINTER(LinearShape), _P, _P, _P, c_int, _P, _THREADS]),
+    "harmodt_masked_linear_input_gradient": (
         None,
-        [POINTER(Linear), _P, _P, _P, POINTER(WeightGradient), _THREADS],
+        [POINTER(LinearShape), _P, _P, _P, _P, _THREADS],
     ),
-    "harmodt_select_harmony": (c_int, [POINTER(Selection), _P, _P, _P, _P, _THREADS]),
-    "harmodt_flip_bits": (None, [_P, c_int64, _P, c_int64, c_int64]),
-    "harmodt_masked_adamw": (None, [POINTER(AdamW), _THREADS]),
-    "harmodt_attention_forward": (None, [POINTER(Attention), _P, _P, _P, _THREADS]),
-    "harmodt_attention_gradient": (None, [POINTER(Attention), _P, _P, _P, _P, _P, _THREADS]),
-    "harmodt_dropout_add": (None, [c_int64, _P, _P, _P, c_float, c_uint32, _THREADS]),
-    "harmodt_masked_layer_norm": (None, [POINTER(LayerNorm), _P, _P, _P, _P, _P, _THREADS]),
+    "harmodt_masked_linear_weight_gradient": (
+        None,
+        [POINTER(LinearShape), _P, _P, _P, POINTER(WeightGradient), _THREADS],
+    ),
+    "harmodt_masked_layer_norm": (None, [POINTER(LayerNormShape), _P, _P, _P, _P, _P, _THREADS]),
     "harmodt_masked_layer_norm_gradient": (
         None,
-        [POINTER(LayerNorm), _P, _P, _P, _P, _P, _P, _P, _THREADS],
+        [POINTER(LayerNormShape), _P, _P, _P, _P, _P, _P, _P, _THREADS],
     ),
+    "harmodt_attention": (None, [POINTER(AttentionShape), _P, _P, _P, _THREADS]),
+    "harmodt_attention_gradient": (
+        None,
+        [POINTER(AttentionShape), _P, _P, _P, _P, _P, _THREADS],
+    ),
+    "harmodt_dropout_add": (None, [c_int64, _P, _P, _P, c_float, c_uint32, _THREADS]),
+    "harmodt_select_harmony": (c_int, [POINTER(SelectionOperands), _P, _P, _P, _P, _THREADS]),
+    "harmodt_move_weights": (None, [_P, c_int64, _P, c_int64, c_int64]),
+    "harmodt_masked_adamw": (None, [POINTER(AdamWOperands), _THREADS]),
 }
 
 
@@ -158,14 +175,19 @@ def _why_missing(path: Path, wanted: str | None) -> str | None:
             "the CPU kernels were not built when harmodt was installed: install GCC (g++) and "
             "install harmodt again (pip install -v shows why a build fails)"
         )
-    if wanted and not _loaded().harmodt_use_isa(wanted.encode()):
+    try:
+        loaded = _load(path)
+    except (OSError, AttributeError) as error:
+        return f"the CPU kernels in {path} cannot be used ({error}): install harmodt again"
+    if wanted and not loaded.harmodt_use_isa(wanted.encode()):
         return f"{ISA_VARIABLE} is {wanted!r}, which this machine does not have"
     return None
 
 
+@functools.cache
 def library() -> ctypes.CDLL:
     """The library, with the types of its functions."""
-    return _loaded()
+    return _load(PATH)
 
 
 def isa() -> str:
@@ -174,13 +196,36 @@ def isa() -> str:
 
 
 @functools.cache
-def _loaded() -> ctypes.CDLL:
+def _load(path: Path) -> ctypes.CDLL:
+    """Load a library and compare it with what is declared here.
+
+    Raises:
+        OSError: it is not whole, or has structures of other sizes.
+        AttributeError: it lacks a function.
+    """
+    _check_whole(path)
     # PyTorch was imported before: the library's OpenMP is PyTorch's, which is loaded already.
-    loaded = ctypes.CDLL(str(PATH))
+    loaded = ctypes.CDLL(str(path))
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
+    for name, structure in _STRUCTURES.items():
+        built, here = loaded.harmodt_size_of(name.encode()), ctypes.sizeof(structure)
+        if built != here:
+            raise OSError(f"its {name} has {built} bytes and is declared with {here}")
     return loaded
+
+
+def _check_whole(path: Path) -> None:
+    """Raise OSError if the file ends early: the system would end the process that loads it."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if not header.startswith(b"\x7fELF\x02\x01"):
+        return  # not 64-bit ELF, little-endian: the loader knows what it is
+    # The table of sections, which linkers write last: where it is, and size and number of entries.
+    _, start, _, _, _, _, size, number, _ = struct.unpack_from("<QQIHHHHHH", header.ljust(64), 32)
+    if path.stat().st_size < start + size * number:
+        raise OSError("its end is missing")
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -8,8 +8,8 @@
 
 #include <type_traits>
 
-#include "kernels.h"
-#include "simd.h"
+#include "native/kernels.h"
+#include "native/simd.h"
 
 namespace {
 
@@ -215,7 +215,7 @@ struct Item {
 
 // Every (group, part of the rows, panel): body(item).
 template <class Body>
-void for_panels(const harmodt_linear& s, int64_t width, int threads, const Body& body) {
+void for_panels(const harmodt_linear_shape& s, int64_t width, int threads, const Body& body) {
   int64_t panels = (width + kPanel - 1) / kPanel;
   int64_t parts = row_parts(s.groups * panels, s.rows, threads);
   int64_t rows = (s.rows + parts - 1) / parts;
@@ -231,7 +231,7 @@ void for_panels(const harmodt_linear& s, int64_t width, int threads, const Body&
   }
 }
 
-MaskedWeight weight_of(const harmodt_linear& s, const float* weight, int64_t group) {
+MaskedWeight weight_of(const harmodt_linear_shape& s, const float* weight, int64_t group) {
   return {weight, s.weight_stride, s.weight_bits + s.task_ids[group] * s.weight_bits_task_stride,
           s.weight_bits_row_stride};
 }
@@ -257,8 +257,8 @@ void rows_times_panel(const Item& item, const float* left, const float* y, int64
 }
 
 template <bool Pairs>
-void masked_linear(const harmodt_linear& s, const float* x, const float* weight, const float* bias,
-                   bool relu, float* y, int threads) {
+void masked_linear(const harmodt_linear_shape& s, const float* x, const float* weight,
+                   const float* bias, bool relu, float* y, int threads) {
   for_panels(s, s.outputs, threads, [&](const Item& item) {
     int64_t n = item.column, columns = smaller(kPanel, s.outputs - n);
     alignas(64) float masked_bias[kPanel] = {};
@@ -278,8 +278,8 @@ void masked_linear(const harmodt_linear& s, const float* x, const float* weight,
 }
 
 template <bool Pairs>
-void input_gradient(const harmodt_linear& s, const float* dy, const float* y, const float* weight,
-                    float* dx, int threads) {
+void masked_linear_input_gradient(const harmodt_linear_shape& s, const float* dy, const float* y,
+                                  const float* weight, float* dx, int threads) {
   for_panels(s, s.inputs, threads, [&](const Item& item) {
     int64_t k = item.column, row = item.group * s.rows + item.first;
     rows_times_panel<Pairs>(
@@ -340,7 +340,7 @@ struct GroupGradient {
 
 // A strip of dy, packed, times a panel of x: rows [n, n + height) and columns [k, k + columns).
 template <class T>
-void strip_times_panel(const harmodt_linear& s, const T* strip, int64_t n, int64_t height,
+void strip_times_panel(const harmodt_linear_shape& s, const T* strip, int64_t n, int64_t height,
                        const T* panel, int64_t panel_stride, int64_t k, int64_t columns,
                        int64_t depth, const GroupGradient& out, int64_t row_stride) {
   for (int64_t i0 = 0; i0 < height; i0 += kRows)
@@ -364,9 +364,9 @@ void strip_times_panel(const harmodt_linear& s, const T* strip, int64_t n, int64
 
 // The gradient of weight rows [from, to) of one group, of some rows of its dy and x.
 template <bool Pairs>
-void weight_gradient_of(const harmodt_linear& s, const float* dy, const float* y, const float* x,
-                        int64_t rows, int64_t from, int64_t to, const GroupGradient& out,
-                        int64_t row_stride) {
+void weight_gradient_of(const harmodt_linear_shape& s, const float* dy, const float* y,
+                        const float* x, int64_t rows, int64_t from, int64_t to,
+                        const GroupGradient& out, int64_t row_stride) {
   // Panels as narrow as a cache line would share few of the cache's sets where they lie.
   constexpr bool packs = Pairs || kWidth < 16;
   int64_t depth = depth_of<Pairs>(rows), panels = (s.inputs + kPanel - 1) / kPanel;
@@ -408,8 +408,9 @@ void weight_gradient_of(const harmodt_linear& s, const float* dy, const float* y
 }
 
 template <bool Pairs>
-void weight_gradient(const harmodt_linear& s, const float* dy, const float* y, const float* x,
-                     const harmodt_weight_gradient& out, int threads) {
+void masked_linear_weight_gradient(const harmodt_linear_shape& s, const float* dy, const float* y,
+                                   const float* x, const harmodt_weight_gradient& out,
+                                   int threads) {
   int64_t blocks = (s.outputs + kRows - 1) / kRows;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t thread = 0; thread < threads; ++thread) {

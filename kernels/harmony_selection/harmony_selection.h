@@ -8,8 +8,9 @@
 // ties: this file is compiled without contraction to fused multiply-adds.
 #pragma once
 
-#include "kernels.h"
-#include "simd.h"
+#include "harmony_selection/parts.h"
+#include "native/kernels.h"
+#include "native/simd.h"
 
 namespace {
 
@@ -66,7 +67,7 @@ inline Vec harmony(Vec masked, Vec mean, Vec weight, float reciprocal, float bal
 
 // The candidates of words [first, last) of a task; returns whether all that was read is finite.
 template <bool Fisher, bool Paper>
-bool select_words(const harmodt_selection& s, int64_t task, int64_t first, int64_t last,
+bool select_words(const harmodt_selection_operands& s, int64_t task, int64_t first, int64_t last,
                   Smallest& leaving, Smallest& entering) {
   const int32_t* bits = s.mask_bits + task * s.mask_stride;
   const float* masked = s.masked_gradients + task * s.masked_stride;
@@ -74,7 +75,7 @@ bool select_words(const harmodt_selection& s, int64_t task, int64_t first, int64
   float reciprocal = 1.0f / s.losses[task];
   Vec finite{};  // stays 0 unless something times 0 is NaN
   for (int64_t at = first * 32; at < last * 32; at += kWidth) {
-    uint32_t active = bits_at(bits, at) & lanes_left(kWidth) ;
+    uint32_t active = bits_at(bits, at);
     uint32_t maskable = bits_at(s.maskable_bits, at);
     Vec m = load(masked + at), g = load(dense + at), mean = load(s.mean_gradient + at);
     Vec stays = harmony<Fisher, Paper>(m, mean, load(s.weights + at), reciprocal, s.balance);
@@ -90,12 +91,12 @@ bool select_words(const harmodt_selection& s, int64_t task, int64_t first, int64
   return to_bits(finite == 0.0f) == to_bits(Vec{} == 0.0f);
 }
 
-typedef bool (*SelectWords)(const harmodt_selection&, int64_t, int64_t, int64_t, Smallest&,
+typedef bool (*SelectWords)(const harmodt_selection_operands&, int64_t, int64_t, int64_t, Smallest&,
                             Smallest&);
 
 // Every task is cut into parts; keys are [tasks][parts][2][capacity], their numbers `held`.
-void select_harmony(const harmodt_selection& s, int64_t parts, int64_t capacity, int64_t* keys,
-                    int64_t* held, uint8_t* refused, int threads) {
+void select_harmony(const harmodt_selection_operands& s, int64_t parts, int64_t capacity,
+                    int64_t* keys, int64_t* held, uint8_t* refused, int threads) {
   SelectWords select = s.fisher ? (s.paper ? select_words<true, true> : select_words<true, false>)
                                 : (s.paper ? select_words<false, true> : select_words<false, false>);
 #pragma omp parallel for num_threads(threads) schedule(static)

@@ -2,8 +2,8 @@
 // many threads and whatever the instruction set, draws them again.
 #pragma once
 
-#include "kernels.h"
-#include "simd.h"
+#include "native/kernels.h"
+#include "native/simd.h"
 
 namespace {
 

@@ -1,8 +1,8 @@
 // LayerNorm under the masks of each group's task. A row is read twice, the second time from cache.
 #pragma once
 
-#include "kernels.h"
-#include "simd.h"
+#include "native/kernels.h"
+#include "native/simd.h"
 
 namespace {
 
@@ -28,15 +28,15 @@ struct MaskedRow {
   Vec at(int64_t j) const { return load(values + j, bits_at(bits, j) & lanes_left(size - j)); }
 };
 
-inline const int32_t* weight_bits_of(const harmodt_layer_norm& s, int64_t group) {
+inline const int32_t* weight_bits_of(const harmodt_layer_norm_shape& s, int64_t group) {
   return s.weight_bits + s.task_ids[group] * s.weight_bits_task_stride;
 }
-inline const int32_t* bias_bits_of(const harmodt_layer_norm& s, int64_t group) {
+inline const int32_t* bias_bits_of(const harmodt_layer_norm_shape& s, int64_t group) {
   return s.bias_bits + s.task_ids[group] * s.bias_bits_task_stride;
 }
 
 // y = normalised x times gain plus bias; statistics are each row's mean and inverse deviation.
-void masked_layer_norm(const harmodt_layer_norm& s, const float* x, const float* weight,
+void masked_layer_norm(const harmodt_layer_norm_shape& s, const float* x, const float* weight,
                        const float* bias, float* y, float* statistics, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < s.groups * s.rows; ++row) {
@@ -65,8 +65,8 @@ void masked_layer_norm(const harmodt_layer_norm& s, const float* x, const float*
 }
 
 // The gradient of x, and the sums over some rows of those of gain and bias, [2][size].
-void layer_norm_gradient_of(const harmodt_layer_norm& s, int64_t group, int64_t first, int64_t last,
-                            const float* dy, const float* x, const float* statistics,
+void layer_norm_gradient_of(const harmodt_layer_norm_shape& s, int64_t group, int64_t first,
+                            int64_t last, const float* dy, const float* x, const float* statistics,
                             const float* weight, float* dx, float* sums) {
   MaskedRow gain{weight, weight_bits_of(s, group), s.size};
   float *d_gain = sums, *d_bias = sums + s.size;
@@ -94,7 +94,7 @@ void layer_norm_gradient_of(const harmodt_layer_norm& s, int64_t group, int64_t 
 }
 
 // `sums` holds [groups][parts][2][size], parts of kPartRows rows.
-void masked_layer_norm_gradient(const harmodt_layer_norm& s, const float* dy, const float* x,
+void masked_layer_norm_gradient(const harmodt_layer_norm_shape& s, const float* dy, const float* x,
                                 const float* statistics, const float* weight, float* dx,
                                 float* d_weight, float* d_bias, int threads) {
   int64_t parts = (s.rows + kPartRows - 1) / kPartRows;

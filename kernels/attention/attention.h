@@ -6,9 +6,9 @@
 
 #include <type_traits>
 
-#include "dropout.h"
-#include "kernels.h"
-#include "simd.h"
+#include "dropout_add/dropout_add.h"
+#include "native/kernels.h"
+#include "native/simd.h"
 
 namespace {
 
@@ -92,7 +92,7 @@ void transpose_back(const float* transposed, int64_t size, float* rows) {
 // One sequence and head. What is read many times is copied to `memory`, padded with zeros to whole
 // registers.
 struct Head {
-  harmodt_attention s;
+  harmodt_attention_shape s;
   int64_t sequence, head;
   int64_t total;   // keys: past and present tokens
   int64_t size;    // of a padded row
@@ -105,15 +105,15 @@ struct Head {
   float *queries_t, *d_out_t, *transposed;     // of a block, [size][kWidth]
   float *scores, *gradients;                   // of a block, [total][kWidth]
 
-  static int64_t padded(const harmodt_attention& s) {
+  static int64_t padded(const harmodt_attention_shape& s) {
     return (s.head_size + kWidth - 1) / kWidth * kWidth;
   }
-  static uint64_t memory(const harmodt_attention& s) {
+  static uint64_t memory(const harmodt_attention_shape& s) {
     int64_t total = s.past + s.tokens;
     return sizeof(float) * (total * (4 * padded(s) + 2 * kWidth) + 6 * kWidth * padded(s));
   }
 
-  Head(const harmodt_attention& shape, int64_t item, float* memory)
+  Head(const harmodt_attention_shape& shape, int64_t item, float* memory)
       : s(shape), sequence(item / shape.heads), head(item % shape.heads), size(padded(shape)) {
     total = s.past + s.tokens;
     part = s.heads * s.head_size;
@@ -222,7 +222,7 @@ void attention_of(Block block, float* out, float* log_sums) {
   }
 }
 
-void attention(const harmodt_attention& s, const float* qkv, float* out, float* log_sums,
+void attention(const harmodt_attention_shape& s, const float* qkv, float* out, float* log_sums,
                int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t item = 0; item < s.sequences * s.heads; ++item) {
@@ -274,7 +274,7 @@ void attention_gradient_of(Block block, const float* d_out, const float* out,
     h.put(h.rows + i * h.size, d_qkv + h.offset + h.token(block.query(i)) * h.stride);
 }
 
-void attention_gradient(const harmodt_attention& s, const float* d_out, const float* qkv,
+void attention_gradient(const harmodt_attention_shape& s, const float* d_out, const float* qkv,
                         const float* out, const float* log_sums, float* d_qkv, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t item = 0; item < s.sequences * s.heads; ++item) {

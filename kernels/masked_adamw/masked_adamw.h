@@ -2,8 +2,8 @@
 // the roundings are PyTorch's.
 #pragma once
 
-#include "kernels.h"
-#include "simd.h"
+#include "native/kernels.h"
+#include "native/simd.h"
 
 namespace {
 
@@ -13,7 +13,7 @@ inline Vec lerp(Vec start, Vec end, float weight) {
                        : fused_multiply_add(splat(weight - 1.0f), end - start, end);
 }
 
-void masked_adamw(const harmodt_adamw& s, int threads) {
+void masked_adamw(const harmodt_adamw_operands& s, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t word = 0; word < (s.size + 31) / 32; ++word) {
     if (!s.active_bits[word]) continue;
