@@ -7,21 +7,21 @@ from typing import Any
 import torch
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """Run a Triton kernel on the device of its first argument.
 
     Args:
         kernel: a function under `triton.jit`.
         grid: number of programs along each axis.
-        arguments: the kernel's run-time arguments, a tensor first.
-        constants: its compile-time constants, `num_warps`, `num_stages` and `enable_fp_fusion`.
+        arguments: all of the kernel's arguments by name, a tensor first, then `num_warps`,
+            `num_stages` and `enable_fp_fusion`.
     """
-    device = arguments[0].device
+    device = next(iter(arguments.values())).device
     if device.type == "cpu":  # the interpreter
-        kernel[grid](*arguments, **constants)
+        kernel[grid](**arguments)
         return
     with torch.cuda.device(device):  # Triton launches on the current device
-        kernel[grid](*arguments, **constants)
+        kernel[grid](**arguments)
 
 
 def matmul_precision() -> str:

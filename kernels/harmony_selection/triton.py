@@ -64,13 +64,13 @@ def ordered(score):
 
 @triton.jit(do_not_specialize=["tasks", "task_groups"])
 def harmony_minima_kernel(
-    mask_bits,
-    maskable_bits,
-    weights,
-    masked_gradients,
-    dense_gradients,
-    mean_gradient,
-    losses,
+    mask_bits,  # int32 [tasks, words], mask_stride apart
+    maskable_bits,  # int32 [words]
+    weights,  # [32 words]
+    masked_gradients,  # [tasks, 32 words], masked_stride apart
+    dense_gradients,  # [tasks, 32 words], dense_stride apart
+    mean_gradient,  # [32 words]
+    losses,  # [tasks]
     mask_stride,
     masked_stride,
     dense_stride,
@@ -137,13 +137,13 @@ def harmony_minima_kernel(
 
 @triton.jit(do_not_specialize=["blocks", "chosen"])
 def harmony_candidates_kernel(
-    mask_bits,
-    maskable_bits,
-    weights,
-    masked_gradients,
-    dense_gradients,
-    mean_gradient,
-    losses,
+    mask_bits,  # int32 [tasks, words], mask_stride apart
+    maskable_bits,  # int32 [words]
+    weights,  # [32 words]
+    masked_gradients,  # [tasks, 32 words], masked_stride apart
+    dense_gradients,  # [tasks, 32 words], dense_stride apart
+    mean_gradient,  # [32 words]
+    losses,  # [tasks]
     mask_stride,
     masked_stride,
     dense_stride,
@@ -189,8 +189,14 @@ def harmony_candidates_kernel(
 
 
 @triton.jit(do_not_specialize=["blocks", "columns"])
-def flip_bits_kernel(
-    mask_bits, leaving, entering, blocks, columns, mask_stride, BLOCK: tl.constexpr
+def move_weights_kernel(
+    mask_bits,  # int32 [tasks, words], mask_stride apart
+    leaving,  # int64 [tasks, columns]
+    entering,  # int64 [tasks, columns]
+    blocks,
+    columns,
+    mask_stride,
+    BLOCK: tl.constexpr,
 ):
     task = (tl.program_id(0) // blocks).to(tl.int64)
     column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -228,21 +234,21 @@ def select_harmony(
     refused = mask_bits.new_empty(tasks, dtype=torch.bool)
     for first in range(0, tasks, tasks_at_once):
         part = slice(first, first + tasks_at_once)
-        operands = (
-            mask_bits[part],
-            maskable_bits,
-            weights,
-            masked_gradients[part],
-            dense_gradients[part],
-            mean_gradient,
-            losses[part],
-        )
+        operands = {
+            "mask_bits": mask_bits[part],
+            "maskable_bits": maskable_bits,
+            "weights": weights,
+            "masked_gradients": masked_gradients[part],
+            "dense_gradients": dense_gradients[part],
+            "mean_gradient": mean_gradient,
+            "losses": losses[part],
+        }
         keys, refused[part] = smallest_keys(
             operands,
             columns,
             chunks,
             chosen,
-            balance,
+            balance=balance,
             FISHER=importance == "fisher",
             PAPER=rule == "paper",
             CHUNK_WORDS=chunk_words,
@@ -260,38 +266,38 @@ def words_per_chunk(size: int, count: int) -> int:
 
 
 def smallest_keys(
-    operands: tuple[Tensor, ...],
+    operands: dict[str, Tensor],
     columns: int,
     chunks: int,
     chosen: int,
-    balance: float,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """The smallest keys of both sides, int64 [T, 2, columns] in order, and who is refused [T]."""
-    mask_bits, _, _, masked_gradients, dense_gradients, _, _ = operands
+    mask_bits = operands["mask_bits"]
     tasks, words = mask_bits.shape
-    arguments = (
-        *operands,
-        mask_bits.stride(0),
-        masked_gradients.stride(0),
-        dense_gradients.stride(0),
-        words,
-        balance,
-    )
-    options |= {"WORDS": WORDS, "num_warps": NUM_WARPS, "enable_fp_fusion": False}
+    arguments = {
+        **operands,
+        "mask_stride": mask_bits.stride(0),
+        "masked_stride": operands["masked_gradients"].stride(0),
+        "dense_stride": operands["dense_gradients"].stride(0),
+        "words": words,
+        **options,
+        "WORDS": WORDS,
+        "num_warps": NUM_WARPS,
+        "enable_fp_fusion": False,
+    }
     minima = mask_bits.new_empty(tasks, 2, chunks, dtype=torch.int64)
     task_groups = triton.cdiv(tasks, TASKS)
     launch(
         harmony_minima_kernel,
         # Programs that read the same part of the mean gradient run next to each other.
         (triton.cdiv(words, WORDS) * task_groups,),
-        *arguments,
-        minima,
-        tasks,
-        task_groups,
-        chunks,
+        **arguments,
+        minima=minima,
+        tasks=tasks,
+        task_groups=task_groups,
+        chunks=chunks,
         TASKS=TASKS,
-        **options,
     )
     minima = minima.topk(chosen, largest=False).values
     refused = (minima[:, 0, :1] >> 32 == REFUSED.value).any(1)
@@ -301,12 +307,11 @@ def smallest_keys(
     launch(
         harmony_candidates_kernel,
         (tasks * blocks, 2),
-        *arguments,
-        minima,
-        candidates,
-        blocks,
-        chosen,
-        **options,
+        **arguments,
+        minima=minima,
+        candidates=candidates,
+        blocks=blocks,
+        chosen=chosen,
     )
     return candidates.topk(columns, largest=False).values, refused
 
@@ -315,14 +320,14 @@ def move_weights(mask_bits: Tensor, leaving: Tensor, entering: Tensor) -> None:
     tasks, columns = leaving.shape
     blocks = triton.cdiv(columns, INDICES)
     launch(
-        flip_bits_kernel,
+        move_weights_kernel,
         (tasks * blocks,),
-        mask_bits,
-        leaving,
-        entering,
-        blocks,
-        columns,
-        mask_bits.stride(0),
+        mask_bits=mask_bits,
+        leaving=leaving,
+        entering=entering,
+        blocks=blocks,
+        columns=columns,
+        mask_stride=mask_bits.stride(0),
         BLOCK=INDICES,
         num_warps=NUM_WARPS,
         enable_fp_fusion=False,

@@ -23,12 +23,12 @@ def lerp(start, end, weight):
 
 @triton.jit
 def masked_adamw_kernel(
-    weights,  # [size], as the gradient and the moments
-    gradient,
-    first_moment,
-    second_moment,
-    active_bits,
-    norm,
+    weights,  # [size]
+    gradient,  # [size]
+    first_moment,  # [size]
+    second_moment,  # [size]
+    active_bits,  # int32 [size / 32]
+    norm,  # of the gradient, []
     size,
     max_norm,
     first_rate,  # 1 - β₁
@@ -78,20 +78,34 @@ def masked_adamw(
     second_moment: Tensor,
     active_bits: Tensor,
     norm: Tensor,
-    *settings: float,
+    max_norm: float,
+    first_rate: float,
+    second_rate: float,
+    first_correction: float,
+    second_correction: float,
+    epsilon: float,
+    weight_decay: float,
+    learning_rate: float,
 ) -> None:
     size = weights.numel()
     launch(
         masked_adamw_kernel,
         (triton.cdiv(size, WORDS * BITS_PER_WORD),),
-        weights,
-        gradient,
-        first_moment,
-        second_moment,
-        active_bits,
-        norm,
-        size,
-        *settings,
+        weights=weights,
+        gradient=gradient,
+        first_moment=first_moment,
+        second_moment=second_moment,
+        active_bits=active_bits,
+        norm=norm,
+        size=size,
+        max_norm=max_norm,
+        first_rate=first_rate,
+        second_rate=second_rate,
+        first_correction=first_correction,
+        second_correction=second_correction,
+        epsilon=epsilon,
+        weight_decay=weight_decay,
+        learning_rate=learning_rate,
         WORDS=WORDS,
         num_warps=NUM_WARPS,
         enable_fp_fusion=False,

@@ -62,13 +62,13 @@ def tile_of(row_tiles, column_tiles):
 
 @triton.jit(do_not_specialize=["groups", "rows"])
 def masked_linear_kernel(
-    x,
-    weight,
-    bias,
-    weight_bits,
-    bias_bits,
-    task_ids,
-    y,
+    x,  # [groups, rows, inputs]
+    weight,  # [outputs, inputs], rows weight_stride apart
+    bias,  # [outputs], or None
+    weight_bits,  # int32 [tasks, outputs, words], task_stride and bits_stride apart
+    bias_bits,  # int32 [tasks, words], bias_task_stride apart, or None
+    task_ids,  # int64 [groups]
+    y,  # [groups, rows, outputs]
     groups,
     rows,
     inputs,
@@ -134,12 +134,12 @@ def masked_linear_kernel(
 
 @triton.jit(do_not_specialize=["groups", "rows"])
 def masked_linear_input_gradient_kernel(
-    dy,
-    y,
-    weight,
-    weight_bits,
-    task_ids,
-    dx,
+    dy,  # [groups, rows, outputs]
+    y,  # as dy, or None
+    weight,  # [outputs, inputs], rows weight_stride apart
+    weight_bits,  # int32 [tasks, outputs, words], task_stride and bits_stride apart
+    task_ids,  # int64 [groups]
+    dx,  # [groups, rows, inputs]
     groups,
     rows,
     inputs,
@@ -193,10 +193,10 @@ def masked_linear_input_gradient_kernel(
 
 @triton.jit
 def sums_of_rows(
-    dy,
-    y,
-    bias_bits,
-    task_ids,
+    dy,  # [groups, rows, outputs]
+    y,  # as dy, or None
+    bias_bits,  # int32 [tasks, words], bias_task_stride apart
+    task_ids,  # int64 [groups]
     first,
     last,
     n,
@@ -225,14 +225,14 @@ def sums_of_rows(
 
 @triton.jit(do_not_specialize=["groups", "rows", "groups_of_program"])
 def masked_linear_weight_gradient_kernel(
-    dy,
-    y,
-    x,
-    weight_bits,
-    bias_bits,
-    task_ids,
-    d_weight,
-    d_bias,
+    dy,  # [groups, rows, outputs]
+    y,  # as dy, or None
+    x,  # [groups, rows, inputs]
+    weight_bits,  # int32 [tasks, outputs, words], task_stride and bits_stride apart
+    bias_bits,  # int32 [tasks, words], bias_task_stride apart, or None
+    task_ids,  # int64 [groups]
+    weight_out,  # [parts, outputs, inputs], weight_part_stride and weight_row_stride apart
+    bias_out,  # [parts, outputs], bias_part_stride apart, or None
     groups,
     rows,
     inputs,
@@ -241,9 +241,9 @@ def masked_linear_weight_gradient_kernel(
     task_stride,
     bits_stride,
     bias_task_stride,
-    d_weight_part_stride,
-    d_weight_stride,
-    d_bias_part_stride,
+    weight_part_stride,
+    weight_row_stride,
+    bias_part_stride,
     RELU: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -263,23 +263,23 @@ def masked_linear_weight_gradient_kernel(
     in_outputs = n < outputs
     if HAS_BIAS:  # noqa: SIM102 (decided at compile time)
         if column == k_tiles:
-            d_bias += part * d_bias_part_stride
+            bias_out += part * bias_part_stride
             sums = sums_of_rows(
-                dy,
-                y,
-                bias_bits,
-                task_ids,
-                first,
-                last,
-                n,
-                rows,
-                outputs,
-                bias_task_stride,
-                RELU,
-                BLOCK_N,
-                BLOCK_R,
+                dy=dy,
+                y=y,
+                bias_bits=bias_bits,
+                task_ids=task_ids,
+                first=first,
+                last=last,
+                n=n,
+                rows=rows,
+                outputs=outputs,
+                bias_task_stride=bias_task_stride,
+                RELU=RELU,
+                BLOCK_N=BLOCK_N,
+                BLOCK_R=BLOCK_R,
             )
-            tl.store(d_bias + n, sums.to(d_bias.dtype.element_ty), mask=in_outputs)
+            tl.store(bias_out + n, sums.to(bias_out.dtype.element_ty), mask=in_outputs)
             return
     k = column * BLOCK_K + tl.arange(0, BLOCK_K)
     word = column * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
@@ -313,10 +313,10 @@ def masked_linear_weight_gradient_kernel(
             other=0,
         )
         total += tl.where(bits_of(words, BLOCK_N, BLOCK_K), of_group, 0.0)
-    d_weight += part * d_weight_part_stride
+    weight_out += part * weight_part_stride
     tl.store(
-        d_weight + n[:, None] * d_weight_stride + k[None, :],
-        total.to(d_weight.dtype.element_ty),
+        weight_out + n[:, None] * weight_row_stride + k[None, :],
+        total.to(weight_out.dtype.element_ty),
         mask=in_outputs[:, None] & in_inputs[None, :],
     )
 
@@ -376,20 +376,21 @@ def masked_linear(
     launch(
         masked_linear_kernel,
         (groups * triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.columns),),
-        x,
-        weight,
-        bias,
-        weight_bits,
-        bias_bits,
-        task_ids,
-        y,
-        groups,
-        rows,
-        inputs,
-        outputs,
-        weight.stride(0),
-        *weight_bits.stride()[:2],
-        0 if bias_bits is None else bias_bits.stride(0),
+        x=x,
+        weight=weight,
+        bias=bias,
+        weight_bits=weight_bits,
+        bias_bits=bias_bits,
+        task_ids=task_ids,
+        y=y,
+        groups=groups,
+        rows=rows,
+        inputs=inputs,
+        outputs=outputs,
+        weight_stride=weight.stride(0),
+        task_stride=weight_bits.stride(0),
+        bits_stride=weight_bits.stride(1),
+        bias_task_stride=0 if bias_bits is None else bias_bits.stride(0),
         HAS_BIAS=bias is not None,
         RELU=relu,
         PRECISION="tf32" if precision == "tf32" else "ieee",
@@ -414,18 +415,19 @@ def masked_linear_input_gradient(
     launch(
         masked_linear_input_gradient_kernel,
         (groups * triton.cdiv(rows, tile.rows) * triton.cdiv(inputs, tile.columns),),
-        dy,
-        y,
-        weight,
-        weight_bits,
-        task_ids,
-        dx,
-        groups,
-        rows,
-        inputs,
-        outputs,
-        weight.stride(0),
-        *weight_bits.stride()[:2],
+        dy=dy,
+        y=y,
+        weight=weight,
+        weight_bits=weight_bits,
+        task_ids=task_ids,
+        dx=dx,
+        groups=groups,
+        rows=rows,
+        inputs=inputs,
+        outputs=outputs,
+        weight_stride=weight.stride(0),
+        task_stride=weight_bits.stride(0),
+        bits_stride=weight_bits.stride(1),
         RELU=y is not None,
         PRECISION="tf32" if precision == "tf32" else "ieee",
         BLOCK_R=tile.rows,
@@ -452,16 +454,16 @@ def masked_linear_weight_gradient(
     groups_of_program = groups_per_program(x, outputs)
     parts = max(1, triton.cdiv(groups, groups_of_program))
     part_dtype = dtype if parts == 1 else torch.float32
-    d_weight = torch.empty(parts, outputs, inputs, dtype=part_dtype, device=x.device)
-    d_bias = torch.empty(
+    weight_parts = torch.empty(parts, outputs, inputs, dtype=part_dtype, device=x.device)
+    bias_parts = torch.empty(
         parts, 0 if bias_bits is None else outputs, dtype=part_dtype, device=x.device
     )
     launch_weight_gradient(
-        dy, y, x, weight_bits, bias_bits, task_ids, d_weight, d_bias, groups_of_program
+        dy, y, x, weight_bits, bias_bits, task_ids, weight_parts, bias_parts, groups_of_program
     )
     if parts == 1:
-        return d_weight[0], d_bias[0]
-    return d_weight.sum(0).to(dtype), d_bias.sum(0).to(dtype)
+        return weight_parts[0], bias_parts[0]
+    return weight_parts.sum(0).to(dtype), bias_parts.sum(0).to(dtype)
 
 
 def masked_linear_group_gradients(
@@ -471,10 +473,10 @@ def masked_linear_group_gradients(
     weight_bits: Tensor,
     bias_bits: Tensor | None,
     task_ids: Tensor,
-    d_weight: Tensor,
-    d_bias: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
 ) -> None:
-    launch_weight_gradient(dy, y, x, weight_bits, bias_bits, task_ids, d_weight, d_bias, 1)
+    launch_weight_gradient(dy, y, x, weight_bits, bias_bits, task_ids, weight_out, bias_out, 1)
 
 
 def launch_weight_gradient(
@@ -484,11 +486,16 @@ def launch_weight_gradient(
     weight_bits: Tensor,
     bias_bits: Tensor | None,
     task_ids: Tensor,
-    d_weight: Tensor,
-    d_bias: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
     groups_of_program: int,
 ) -> None:
-    """Write the sum of each `groups_of_program` groups to d_weight [.., N, K], d_bias [.., N]."""
+    """Write the sums of each `groups_of_program` groups.
+
+    Args:
+        weight_out, bias_out: [parts, N, K] and [parts, N]; the others are those of the operations,
+            of which there are nine in all.
+    """
     dy, x = dy.contiguous(), x.contiguous()
     groups, rows, inputs = x.shape
     outputs = dy.shape[2]
@@ -496,24 +503,26 @@ def launch_weight_gradient(
     columns = triton.cdiv(inputs, tile.columns) + (bias_bits is not None)
     launch(
         masked_linear_weight_gradient_kernel,
-        (len(d_weight) * triton.cdiv(outputs, tile.rows) * columns,),
-        dy,
-        y,
-        x,
-        weight_bits,
-        bias_bits,
-        task_ids,
-        d_weight,
-        d_bias,
-        groups,
-        rows,
-        inputs,
-        outputs,
-        groups_of_program,
-        *weight_bits.stride()[:2],
-        0 if bias_bits is None else bias_bits.stride(0),
-        *d_weight.stride()[:2],
-        0 if d_bias is None else d_bias.stride(0),
+        (len(weight_out) * triton.cdiv(outputs, tile.rows) * columns,),
+        dy=dy,
+        y=y,
+        x=x,
+        weight_bits=weight_bits,
+        bias_bits=bias_bits,
+        task_ids=task_ids,
+        weight_out=weight_out,
+        bias_out=bias_out,
+        groups=groups,
+        rows=rows,
+        inputs=inputs,
+        outputs=outputs,
+        groups_of_program=groups_of_program,
+        task_stride=weight_bits.stride(0),
+        bits_stride=weight_bits.stride(1),
+        bias_task_stride=0 if bias_bits is None else bias_bits.stride(0),
+        weight_part_stride=weight_out.stride(0),
+        weight_row_stride=weight_out.stride(1),
+        bias_part_stride=0 if bias_out is None else bias_out.stride(0),
         RELU=y is not None,
         HAS_BIAS=bias_bits is not None,
         PRECISION="tf32" if precision == "tf32" else "ieee",
