@@ -125,7 +125,7 @@ class TrainConfig:
     """Most weights moved per task and mask update."""
     mask_update_gb: float = 4.0
     """GB for gradients in a mask update; if all tasks' need more, they are computed twice."""
-    harmony_rule: Literal["paper", "upstream"] = "paper"
+    harmony_rule: Literal["paper", "upstream-score"] = "paper"
     """Harmony as in the paper (A + λI) or in the authors' code (λA + I)."""
     unseen_threshold: float = 0.5
     """Share of tasks above which a weight is active in the mask for unseen tasks (Eq. 13)."""

@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-from harmodt_kernels import REFERENCE, Backend, BackendUnavailable, fused_backend
+from harmodt_kernels import PYTORCH, Backend, BackendUnavailable, fused_backend
 
 from .errors import UserError
 
@@ -31,17 +31,17 @@ def check_device(name: str) -> torch.device:
 
 
 def choose_backend(fused: bool, device: torch.device) -> Backend:
-    """The fused kernels for the device, or the reference path in plain PyTorch.
+    """The fused kernels for the device, or plain PyTorch.
 
     Raises:
         UserError: the device has no fused kernels.
     """
     if not fused:
-        return REFERENCE
+        return PYTORCH
     try:
         return fused_backend(device)
     except BackendUnavailable as error:
-        raise UserError(f"--fused: {error}; --no-fused is the reference path") from None
+        raise UserError(f"--fused: {error}; --no-fused computes in plain PyTorch") from None
 
 
 def set_precision(precision: str, device: torch.device, backend: Backend) -> None:
@@ -57,7 +57,7 @@ def set_precision(precision: str, device: torch.device, backend: Backend) -> Non
         if device.type != "cuda":
             raise UserError("precision tf32 is a mode of GPUs: use fp32 or bf16 on a CPU")
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-    if backend.name.startswith("cpu-"):
+    if backend.rounds_inside:
         products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
         products.fp32_precision = "bf16" if precision == "bf16" else "ieee"
 

@@ -1,23 +1,29 @@
 """The operations of HarmoDT on bit-packed masks.
 
 Installed as the package `harmodt_kernels`. Each operation has a folder: `reference.py` is its
-definition in plain PyTorch, `operation.py` the fused operation as PyTorch sees it, `triton.py` its
-kernels for GPUs, `cpu.py` its way to the C library in `native/`. Attention, LayerNorm and residual
-dropout are fused on CPUs alone. The functions here are the fused operations; `REFERENCE` holds the
-definitions.
+definition in plain PyTorch, `pytorch.py` a quicker way in PyTorch where there is one,
+`operation.py` the fused operation as PyTorch sees it, `triton.py` its kernels for GPUs, `cpu.py`
+its way to the C++ loops beside it, and `module.py` the layer. Attention, LayerNorm and residual
+dropout are fused on CPUs alone. A `Backend` holds all operations of one implementation; the
+functions named here are the fused ones.
 """
 
-from .backend import REFERENCE, Backend, fused_backend
+from .backend import PYTORCH, REFERENCE, Backend, fused_backend
 from .bits import count_bits, pack_bits, unpack_bits, words_for
 from .harmony_selection import Selection, move_weights, select_harmony
 from .masked_adamw import masked_adamw
+from .masked_layer_norm import MaskedLayerNorm
 from .masked_linear import MaskedLinear, masked_linear
+from .masks import LayerMasks
 from .registration import BackendUnavailable
 
 __all__ = [
+    "PYTORCH",
     "REFERENCE",
     "Backend",
     "BackendUnavailable",
+    "LayerMasks",
+    "MaskedLayerNorm",
     "MaskedLinear",
     "Selection",
     "count_bits",

@@ -1,82 +1,187 @@
-"""Which implementation of the operations a program uses."""
+"""Which implementation of the operations a program uses, and how precisely it computes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from .attention import attention
+from .attention import operation as attention_operation
+from .attention import pytorch as attention_pytorch
 from .attention import reference as attention_reference
-from .dropout_add import dropout_add
+from .dropout_add import operation as dropout_operation
+from .dropout_add import pytorch as dropout_pytorch
 from .dropout_add import reference as dropout_reference
 from .harmony_selection import Selection
 from .harmony_selection import operation as harmony_operation
 from .harmony_selection import reference as harmony_reference
 from .masked_adamw import operation as adamw_operation
 from .masked_adamw import reference as adamw_reference
-from .masked_layer_norm import masked_layer_norm
+from .masked_layer_norm import operation as norm_operation
+from .masked_layer_norm import pytorch as norm_pytorch
 from .masked_layer_norm import reference as norm_reference
 from .masked_linear import operation as linear_operation
+from .masked_linear import pytorch as linear_pytorch
 from .masked_linear import reference as linear_reference
 from .native import library
-from .registration import check_available, interpreted
+from .registration import check_available, kernels_for, registered_kernels
+
+Precision = Literal["fp32", "tf32", "bf16"]
 
 
 @dataclass(frozen=True)
 class Backend:
-    """The operations of one implementation; all have the signatures of the reference.
+    """The operations of one implementation; all have the signatures of the definitions.
 
     Attributes:
-        name: "reference"; "triton"; "triton-interpreter" for the Triton kernels on a CPU; or "cpu-"
-            and the instruction set of the CPU kernels.
-        masked_layer_norm, dropout_add, attention: on a GPU those of the reference.
+        name: "reference"; "pytorch"; "triton"; "triton-interpreter" for the Triton kernels on a
+            CPU; or "cpu-" and the instruction set of the CPU kernels.
+        implementations: the name of what runs, for each operation: that of the backend, or
+            "pytorch" where it has no kernel.
+        rounds_inside: whether its kernels round the operands of products to bf16 themselves where
+            PyTorch's switch for CPUs says so, so that no tensor is converted.
     """
 
     name: str
     masked_linear: Callable[..., Tensor]
+    masked_layer_norm: Callable[..., Tensor]
+    attention: Callable[..., Tensor]
+    dropout_add: Callable[[Tensor, Tensor, float], Tensor]
     select_harmony: Callable[..., Selection]
     move_weights: Callable[[Tensor, Selection], None]
     masked_adamw: Callable[..., Tensor]
-    masked_layer_norm: Callable[..., Tensor] = norm_reference.masked_layer_norm
-    dropout_add: Callable[[Tensor, Tensor, float], Tensor] = dropout_reference.dropout_add
-    attention: Callable[..., Tensor] = attention_reference.attention
+    implementations: Mapping[str, str] = field(hash=False)
+    rounds_inside: bool
 
+    def precision(
+        self, name: Precision, device: torch.device | str
+    ) -> contextlib.AbstractContextManager[None]:
+        """A context in which matrices are multiplied in a precision, backward passes included.
+
+        Afterwards the process multiplies as before.
+
+        Args:
+            name: "fp32"; "tf32", the short products of GPUs; or "bf16": operands are rounded to
+                bf16, inside the kernels where the backend can, else by PyTorch's autocast.
+            device: where the matrices are.
+
+        Raises:
+            ValueError: there is no such precision, or TF32 is asked for off a GPU.
+        """
+        device = torch.device(device)
+        if name not in get_args(Precision):
+            raise ValueError(f"precision {name!r} is none of {', '.join(get_args(Precision))}")
+        if name == "tf32" and device.type != "cuda":
+            raise ValueError(f"tf32 is a mode of GPUs: use fp32 or bf16 on a {device.type}")
+        return self._computing(name, device)
+
+    @contextlib.contextmanager
+    def _computing(self, name: Precision, device: torch.device) -> Iterator[None]:
+        of = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+        products = of.matmul
+        by_switch = name == "tf32" or (name == "bf16" and self.rounds_inside)
+        autocast = name == "bf16" and not self.rounds_inside
+        before = products.fp32_precision
+        products.fp32_precision = name if by_switch else "ieee"
+        try:
+            # Without its cache, which would keep the weights of the first step.
+            with torch.autocast(device.type, torch.bfloat16, autocast, cache_enabled=False):
+                yield
+        finally:
+            products.fp32_precision = before
+
+
+class _Operation(NamedTuple):
+    """An operation's functions: its definition, the quickest in plain PyTorch, the fused one."""
+
+    reference: Callable[..., Any]
+    pytorch: Callable[..., Any]
+    fused: Callable[..., Any]
+
+
+_OPERATIONS = {
+    "masked_linear": _Operation(
+        linear_reference.masked_linear,
+        linear_pytorch.masked_linear,
+        linear_operation.masked_linear,
+    ),
+    "masked_layer_norm": _Operation(
+        norm_reference.masked_layer_norm,
+        norm_pytorch.masked_layer_norm,
+        norm_operation.masked_layer_norm,
+    ),
+    "attention": _Operation(
+        attention_reference.attention,
+        attention_pytorch.attention,
+        attention_operation.attention,
+    ),
+    "dropout_add": _Operation(
+        dropout_reference.dropout_add,
+        dropout_pytorch.dropout_add,
+        dropout_operation.dropout_add,
+    ),
+    "select_harmony": _Operation(
+        harmony_reference.select_harmony,
+        harmony_reference.select_harmony,
+        harmony_operation.select_harmony,
+    ),
+    "move_weights": _Operation(
+        harmony_reference.move_weights,
+        harmony_reference.move_weights,
+        harmony_operation.move_weights,
+    ),
+    "masked_adamw": _Operation(
+        adamw_reference.masked_adamw,
+        adamw_reference.masked_adamw,
+        adamw_operation.masked_adamw,
+    ),
+}
 
 REFERENCE = Backend(
     "reference",
-    linear_reference.masked_linear,
-    harmony_reference.select_harmony,
-    harmony_reference.move_weights,
-    adamw_reference.masked_adamw,
+    **{name: operation.reference for name, operation in _OPERATIONS.items()},
+    implementations=dict.fromkeys(_OPERATIONS, "reference"),
+    rounds_inside=False,
 )
-"""The definitions in plain PyTorch."""
+"""The definitions: a few lines of PyTorch each."""
+
+PYTORCH = Backend(
+    "pytorch",
+    **{name: operation.pytorch for name, operation in _OPERATIONS.items()},
+    implementations=dict.fromkeys(_OPERATIONS, "pytorch"),
+    rounds_inside=False,
+)
+"""As quick as it gets in plain PyTorch, on any device."""
 
 
 def fused_backend(device: torch.device | str) -> Backend:
-    """The fused kernels for a device.
+    """The fused kernels for a device, and PyTorch's way for operations that have none there.
 
     Raises:
-        BackendUnavailable: there are none; the message says why and what to do.
+        BackendUnavailable: there are none at all; the message says why and what to do.
     """
     device = torch.device(device)
     check_available(device)
-    native = device.type == "cpu" and not interpreted()
+    kernels, name = kernels_for(device), _name(device)
+    fused = {operation for operation in _OPERATIONS if kernels in registered_kernels(operation)}
     return Backend(
-        _name(device),
-        linear_operation.masked_linear,
-        harmony_operation.select_harmony,
-        harmony_operation.move_weights,
-        adamw_operation.masked_adamw,
-        masked_layer_norm if native else norm_reference.masked_layer_norm,
-        dropout_add if native else dropout_reference.dropout_add,
-        attention if native else attention_reference.attention,
+        name,
+        **{
+            operation: functions.fused if operation in fused else functions.pytorch
+            for operation, functions in _OPERATIONS.items()
+        },
+        implementations={
+            operation: name if operation in fused else PYTORCH.name for operation in _OPERATIONS
+        },
+        rounds_inside=kernels == "cpu",
     )
 
 
 def _name(device: torch.device) -> str:
-    if device.type != "cpu":
-        return "triton"
-    return "triton-interpreter" if interpreted() else f"cpu-{library.isa()}"
+    if kernels_for(device) == "cpu":
+        return f"cpu-{library.isa()}"
+    return "triton-interpreter" if device.type == "cpu" else "triton"

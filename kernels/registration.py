@@ -1,8 +1,9 @@
 """Registers the fused operations with PyTorch, which dispatches them by device.
 
 Each operation `harmodt::NAME` is the function NAME of the `triton.py` beside its `operation.py` on
-a GPU, and of the `cpu.py` on a CPU. These are imported at the first call, so that importing the
-package needs neither Triton nor a GPU nor the C library.
+a GPU, and of the `cpu.py` on a CPU; its registration says which of the two there are. They are
+imported at the first call, so that importing the package needs neither Triton nor a GPU nor the C
+library.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
 from .native import library
+
+Kernels = Literal["triton", "cpu"]
 
 
 class BackendUnavailable(RuntimeError):
@@ -29,7 +32,16 @@ _LIBRARY = torch.library.Library("harmodt", "DEF")
 _OLDEST_CAPABILITY = (8, 0)
 
 
-def register(package: str, name: str, schema: str, fake: Callable[..., Any]) -> None:
+_KERNELS: dict[str, tuple[Kernels, ...]] = {}
+
+
+def register(
+    package: str,
+    name: str,
+    schema: str,
+    fake: Callable[..., Any],
+    kernels: tuple[Kernels, ...] = ("triton", "cpu"),
+) -> None:
     """Define `harmodt::NAME` with the function NAME of `PACKAGE.triton` and of `PACKAGE.cpu`.
 
     Args:
@@ -37,23 +49,51 @@ def register(package: str, name: str, schema: str, fake: Callable[..., Any]) -> 
         name: of the operation and of the function.
         schema: its arguments and results, in PyTorch's schema language.
         fake: gives results of the right shape and dtype without computing them.
+        kernels: which of the two there are. Where one is lacking, the operation raises
+            BackendUnavailable.
     """
-
-    def run_on_gpu(*arguments: Any) -> Any:
-        return _function(f"{package}.triton", name)(*arguments)
+    run_triton, run_native = (_caller(package, name, kind, kernels) for kind in get_args(Kernels))
 
     def run_on_cpu(*arguments: Any) -> Any:
         if interpreted():
-            return run_on_gpu(*arguments)
+            return run_triton(*arguments)
         missing = library.why_missing()
         if missing is not None:
             raise BackendUnavailable(missing)
-        return _function(f"{package}.cpu", name)(*arguments)
+        return run_native(*arguments)
 
+    _KERNELS[name] = kernels
     _LIBRARY.define(f"{name}{schema}")
-    _LIBRARY.impl(name, run_on_gpu, "CUDA")
+    _LIBRARY.impl(name, run_triton, "CUDA")
     _LIBRARY.impl(name, run_on_cpu, "CPU")
     torch.library.register_fake(f"harmodt::{name}", fake, lib=_LIBRARY)
+
+
+def registered_kernels(name: str) -> tuple[Kernels, ...]:
+    """Which kernels an operation was registered with."""
+    return _KERNELS[name]
+
+
+def kernels_for(device: torch.device) -> Kernels:
+    """Which kernels run on a device."""
+    return "cpu" if device.type == "cpu" and not interpreted() else "triton"
+
+
+def _caller(
+    package: str, name: str, kind: Kernels, kernels: tuple[Kernels, ...]
+) -> Callable[..., Any]:
+    """What calls the function NAME of `PACKAGE.KIND`, or says that there is none."""
+    module = f"{package}.{kind}"
+
+    def run(*arguments: Any) -> Any:
+        return _function(module, name)(*arguments)
+
+    def refuse(*_: Any) -> Any:
+        raise BackendUnavailable(
+            f"{name} has no {kind} kernel: fused_backend(device) has PyTorch's way in its place"
+        )
+
+    return run if kind in kernels else refuse
 
 
 @functools.cache
@@ -65,7 +105,7 @@ def check_available(device: torch.device) -> None:
     """Raise BackendUnavailable, which says what is missing, if the kernels cannot run there."""
     if device.type not in ("cpu", "cuda"):
         raise BackendUnavailable(f"there are no fused kernels for {device.type} devices")
-    if device.type == "cpu" and not interpreted():
+    if kernels_for(device) == "cpu":
         missing = library.why_missing()
         if missing is not None:
             raise BackendUnavailable(missing)

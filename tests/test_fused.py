@@ -45,7 +45,7 @@ def test_training_follows_the_reference(store: DataStore, device, algorithm: str
     reference, fused = (
         make_trainer(store, configure(fused=fused, **settings), device) for fused in (False, True)
     )
-    assert reference.backend.name == "reference"
+    assert reference.backend.name == "pytorch"
     assert fused.backend.name == fused_backend(device).name != "reference"
     # Biases of zero would tie, and rounding alone would decide which of them leave.
     noise = torch.randn(reference.vector.weights.shape, device=device) * 0.05

@@ -115,7 +115,7 @@ def test_gradients_are_those_of_the_masked_and_of_the_dense_loss(trainer: Traine
 @pytest.mark.parametrize(
     ("algorithm", "importance"), [("harmodt-f", "fisher"), ("harmodt-m", "magnitude")]
 )
-@pytest.mark.parametrize("rule", ["paper", "upstream"])
+@pytest.mark.parametrize("rule", ["paper", "upstream-score"])
 def test_the_settings_choose_the_scores(
     trainer: Trainer, algorithm: str, importance: str, rule: str
 ) -> None:

@@ -14,8 +14,8 @@ from harmodt.config import SIZES, ModelConfig, TrainConfig
 from harmodt.masks.bank import MaskBank
 from harmodt.networks.decision_transformer import DecisionTransformer
 from harmodt_kernels import pack_bits
-from harmodt_kernels.attention.reference import attend
-from harmodt_kernels.dropout_add.reference import dropout
+from harmodt_kernels.attention.pytorch import attend
+from harmodt_kernels.dropout_add.pytorch import dropout
 
 TASKS = 3
 CONFIG = ModelConfig(
@@ -376,7 +376,7 @@ def test_dropout_reaches_attention_and_residual_branches(
         shapes.append((tuple(x.shape), drop))
         return x
 
-    for module in ("dropout_add.reference", "attention.reference"):
+    for module in ("dropout_add.pytorch", "attention.pytorch"):
         monkeypatch.setattr(f"harmodt_kernels.{module}.dropout", record)
     make_model(dataclasses.replace(CONFIG, dropout=0.2))(make_batch([0, 1]), None)
     # The last block computes the outputs of the 4 observation tokens alone.

@@ -55,7 +55,7 @@ def test_a_run_leaves_what_it_promises(store, tmp_path, capsys):
     begin(store, tmp_path / "run")
     assert checkpoint_steps(tmp_path / "run") == [4, 8, 12]
     description = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert description["backend"] == "reference"
+    assert description["backend"] == "pytorch"
     assert description["tasks"] == list(store.tasks)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert [line["step"] for line in lines if "loss" in line] == [3, 4, 6, 8, 9, 12]

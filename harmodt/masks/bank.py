@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harmodt_kernels import REFERENCE, Backend, count_bits, pack_bits, unpack_bits
+from harmodt_kernels import PYTORCH, Backend, count_bits, pack_bits, unpack_bits
 
 from ..errors import UserError
 from .vector import ParameterVector
@@ -28,7 +28,7 @@ class TaskMasks:
 
     bits: Tensor
     task_ids: Tensor
-    backend: Backend = REFERENCE
+    backend: Backend = PYTORCH
     group_gradients: Tensor | None = None
 
 
@@ -41,7 +41,7 @@ class MaskBank:
         backend: the kernels that apply them.
     """
 
-    def __init__(self, bits: Tensor, maskable_bits: Tensor, backend: Backend = REFERENCE):
+    def __init__(self, bits: Tensor, maskable_bits: Tensor, backend: Backend = PYTORCH):
         self.bits = bits
         self.maskable_bits = maskable_bits
         self.backend = backend
@@ -53,7 +53,7 @@ class MaskBank:
         tasks: int,
         sparsity: float,
         seed: int,
-        backend: Backend = REFERENCE,
+        backend: Backend = PYTORCH,
     ) -> MaskBank:
         """Draw every task's mask independently at the ERK densities (Appendix C of the paper).
 

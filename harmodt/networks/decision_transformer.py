@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harmodt_kernels import REFERENCE
+from harmodt_kernels import PYTORCH
 
 from ..batch import Batch, Steps
 from ..config import ModelConfig
@@ -108,7 +108,7 @@ class Block(nn.Module):
         qkv = qkv.view(groups * windows, length, 3, self.heads, d // self.heads)
         rows = x[:, :, wanted].flatten(1, 2)  # [G, B T, d]
         drop = self.dropout if self.training else 0.0
-        backend = REFERENCE if masks is None else masks.backend
+        backend = PYTORCH if masks is None else masks.backend
         attended = backend.attention(qkv, valid, wanted, drop, past).reshape(rows.shape)
         rows = backend.dropout_add(rows, self.attention_out(attended, masks), drop)
         hidden = self.mlp_up(self.mlp_norm(rows, masks), masks, relu=True)

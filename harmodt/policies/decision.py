@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from harmodt_kernels import REFERENCE, Backend
+from harmodt_kernels import PYTORCH, Backend
 
 from ..batch import Steps
 from ..config import TrainConfig
@@ -50,7 +50,7 @@ class Policy:
         conditioning: Sequence[TaskConditioning],
         config: TrainConfig,
         step: int = 0,
-        backend: Backend = REFERENCE,
+        backend: Backend = PYTORCH,
     ):
         self.model = model.eval()
         self.mask_bits = mask_bits

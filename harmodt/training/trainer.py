@@ -137,7 +137,7 @@ class Trainer:
         """Mean squared error on the actions of each group's valid history steps (Eq. 2), [G]."""
         autocast = (
             torch.autocast(self.device.type, torch.bfloat16)
-            if self.config.precision == "bf16" and not self.backend.name.startswith("cpu-")
+            if self.config.precision == "bf16" and not self.backend.rounds_inside
             else contextlib.nullcontext()
         )
         with autocast:

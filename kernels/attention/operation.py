@@ -1,4 +1,4 @@
-"""The attention as PyTorch sees it: the registered operations and the public function."""
+"""The attention as PyTorch sees it: the public function and the registered operations."""
 
 from __future__ import annotations
 
@@ -101,17 +101,23 @@ def _attention_fake(
     return qkv.new_empty(sequences, wanted, heads, size), qkv.new_empty(sequences, wanted, heads)
 
 
+def _attention_gradient_fake(d_out: Tensor, qkv: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(qkv)
+
+
 register(
     __package__,
     "attention",
     "(Tensor qkv, Tensor valid, Tensor? past_keys, Tensor? past_values, int wanted, int first, "
     "int step, float drop, int seed) -> (Tensor out, Tensor log_sums)",
     _attention_fake,
+    kernels=("cpu",),
 )
 register(
     __package__,
     "attention_gradient",
     "(Tensor d_out, Tensor qkv, Tensor valid, Tensor out, Tensor log_sums, int wanted, int first, "
     "int step, float drop, int seed) -> Tensor",
-    lambda d_out, qkv, *_: torch.empty_like(qkv),
+    _attention_gradient_fake,
+    kernels=("cpu",),
 )

@@ -1,4 +1,4 @@
-"""The residual connection with dropout as PyTorch sees it."""
+"""Dropout with the residual sum as PyTorch sees it: the public function, the operation."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from ..registration import register
 
 
 def dropout_add(x: Tensor, branch: Tensor, drop: float) -> Tensor:
-    """x + dropout(branch), fused for a CPU, in float32.
+    """x + dropout(branch).
 
-    The fused form of `reference.dropout_add`: nothing but the sum is materialised. Which elements
-    it drops is drawn from PyTorch's generator.
+    The fused form of `reference.dropout_add` for a CPU, in float32: nothing but the sum is
+    materialised. Which elements it drops is drawn from PyTorch's generator.
+
+    Args:
+        x, branch: float32, of the same shape.
+        drop: probability of dropping an element of the branch, in [0, 1); the rest is rescaled.
 
     Raises:
         TypeError: x or branch is not float32.
@@ -42,9 +46,14 @@ class _DropoutAdd(torch.autograd.Function):
         return dy, torch.ops.harmodt.dropout_add(None, dy, *ctx.draw), None, None
 
 
+def _dropout_add_fake(x: Tensor | None, branch: Tensor, drop: float, seed: int) -> Tensor:
+    return torch.empty_like(branch, memory_format=torch.contiguous_format)
+
+
 register(
     __package__,
     "dropout_add",
     "(Tensor? x, Tensor branch, float drop, int seed) -> Tensor",
-    lambda x, branch, drop, seed: torch.empty_like(branch, memory_format=torch.contiguous_format),
+    _dropout_add_fake,
+    kernels=("cpu",),
 )

@@ -1,11 +1,7 @@
-"""The definition of dropout and of a residual connection in plain PyTorch."""
+"""The definition of the residual connection with dropout in plain PyTorch."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,24 +13,4 @@ def dropout_add(x: Tensor, branch: Tensor, drop: float) -> Tensor:
         x, branch: of the same shape.
         drop: probability of dropping an element of the branch, in [0, 1); the rest is rescaled.
     """
-    return x + dropout(branch, drop)
-
-
-def dropout(x: Tensor, drop: float) -> Tensor:
-    """Zero elements with probability `drop` and rescale the rest."""
-    if drop == 0.0:
-        return x
-    if x.device.type != "cpu":
-        return F.dropout(x, drop)
-    return x * dropout_mask(x.shape, drop).to(x.dtype).div_(1 - drop)
-
-
-def dropout_mask(shape: Sequence[int], drop: float) -> Tensor:
-    """bool tensor on the CPU, False with probability `drop` (rounded to 1/65536).
-
-    A 16-bit random number per element, four from one draw, is several times cheaper than PyTorch's
-    Bernoulli samples.
-    """
-    size = math.prod(shape)
-    draws = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None)
-    return (draws.view(torch.int16)[:size] >= min(round(drop * 65536), 65535) - 32768).view(*shape)
+    return x + F.dropout(branch, drop)

@@ -1,4 +1,4 @@
-"""The harmony selection as PyTorch sees it: the registered operations and the public functions."""
+"""The harmony selection as PyTorch sees it: the public functions and the registered operations."""
 
 from __future__ import annotations
 
@@ -9,35 +9,10 @@ from torch import Tensor
 
 from ..bits import BITS_PER_WORD
 from ..registration import register
-from .reference import HarmonyRule, Importance, Selection, check_operands
+from .reference import HarmonyRule, Importance, Selection, check_choice, check_operands
 
 # Indices of elements are 32-bit integers, up to the end of the last chunk.
 MOST_BITS = 2**31 - 1024
-
-
-def _fake_select_harmony(
-    mask_bits: Tensor, maskable_bits: Tensor, weights: Tensor, *others: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tasks, count = len(mask_bits), others[4]
-    leaving = mask_bits.new_empty(tasks, min(count, weights.numel()), dtype=torch.int64)
-    moved = mask_bits.new_empty(tasks, dtype=torch.int64)
-    return leaving, torch.empty_like(leaving), moved, torch.empty_like(moved, dtype=torch.bool)
-
-
-register(
-    __package__,
-    "select_harmony",
-    "(Tensor mask_bits, Tensor maskable_bits, Tensor weights, Tensor masked_gradients, "
-    "Tensor dense_gradients, Tensor mean_gradient, Tensor losses, int count, float balance, "
-    "str importance, str rule) -> (Tensor leaving, Tensor entering, Tensor moved, Tensor refused)",
-    _fake_select_harmony,
-)
-register(
-    __package__,
-    "move_weights",
-    "(Tensor(a!) mask_bits, Tensor leaving, Tensor entering) -> ()",
-    lambda mask_bits, leaving, entering: None,
-)
 
 
 def select_harmony(
@@ -71,37 +46,26 @@ def select_harmony(
         count: weights to move per task, capped by the number of candidates on either side.
         balance: λ, the weight of importance against agreement.
         importance: "fisher" (HarmoDT-F) or "magnitude" (HarmoDT-M).
-        rule: "paper" or "upstream", as in `reference.select_harmony`.
+        rule: "paper" or "upstream-score", as in `reference.select_harmony`.
 
     Returns:
         The smallest scores first.
 
     Raises:
         TypeError: a tensor has another dtype.
-        ValueError: a gradient, a loss or a score of it is NaN or infinite, or shapes disagree.
+        ValueError: a gradient, a loss or a score of it is NaN or infinite, shapes disagree, or
+            there is no such importance or rule.
     """
-    tasks, words = mask_bits.shape
-    size = words * BITS_PER_WORD
-    if size > MOST_BITS:
-        raise ValueError(f"a mask has {size} bits, and the fused selection takes {MOST_BITS}")
-    for name, tensor, dtype, shape in (
-        ("mask_bits", mask_bits, torch.int32, (tasks, words)),
-        ("maskable_bits", maskable_bits, torch.int32, (words,)),
-        ("weights", weights, torch.float32, (size,)),
-        ("masked_gradients", masked_gradients, torch.float32, (tasks, size)),
-        ("dense_gradients", dense_gradients, torch.float32, (tasks, size)),
-        ("mean_gradient", mean_gradient, torch.float32, (size,)),
-        ("losses", losses, torch.float32, (tasks,)),
-    ):
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name} is {tensor.dtype}, and the fused selection takes {dtype}")
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}, and mask_bits of shape "
-                f"{[tasks, words]} needs {list(shape)}"
-            )
-        if shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"{name} has gaps between its elements; pass {name}.contiguous()")
+    check_choice(importance, rule)
+    _check_tensors(
+        mask_bits,
+        maskable_bits,
+        weights,
+        masked_gradients,
+        dense_gradients,
+        mean_gradient,
+        losses,
+    )
     leaving, entering, moved, refused = torch.ops.harmodt.select_harmony(
         mask_bits,
         maskable_bits,
@@ -137,3 +101,65 @@ def move_weights(mask_bits: Tensor, selection: Selection) -> None:
             f"mask_bits holds {len(mask_bits)} tasks and the selection {len(selection.leaving)}"
         )
     torch.ops.harmodt.move_weights(mask_bits, selection.leaving, selection.entering)
+
+
+def _check_tensors(
+    mask_bits: Tensor,
+    maskable_bits: Tensor,
+    weights: Tensor,
+    masked_gradients: Tensor,
+    dense_gradients: Tensor,
+    mean_gradient: Tensor,
+    losses: Tensor,
+) -> None:
+    tasks, words = mask_bits.shape
+    size = words * BITS_PER_WORD
+    if size > MOST_BITS:
+        raise ValueError(f"a mask has {size} bits, and the fused selection takes {MOST_BITS}")
+    for name, tensor, dtype, shape in (
+        ("mask_bits", mask_bits, torch.int32, (tasks, words)),
+        ("maskable_bits", maskable_bits, torch.int32, (words,)),
+        ("weights", weights, torch.float32, (size,)),
+        ("masked_gradients", masked_gradients, torch.float32, (tasks, size)),
+        ("dense_gradients", dense_gradients, torch.float32, (tasks, size)),
+        ("mean_gradient", mean_gradient, torch.float32, (size,)),
+        ("losses", losses, torch.float32, (tasks,)),
+    ):
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} is {tensor.dtype}, and the fused selection takes {dtype}")
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}, and mask_bits of shape "
+                f"{[tasks, words]} needs {list(shape)}"
+            )
+        if shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{name} has gaps between its elements; pass {name}.contiguous()")
+
+
+def _select_harmony_fake(
+    mask_bits: Tensor, maskable_bits: Tensor, weights: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tasks, count = len(mask_bits), others[4]
+    leaving = mask_bits.new_empty(tasks, min(count, weights.numel()), dtype=torch.int64)
+    moved = mask_bits.new_empty(tasks, dtype=torch.int64)
+    return leaving, torch.empty_like(leaving), moved, torch.empty_like(moved, dtype=torch.bool)
+
+
+def _move_weights_fake(*_: Any) -> None:
+    return None
+
+
+register(
+    __package__,
+    "select_harmony",
+    "(Tensor mask_bits, Tensor maskable_bits, Tensor weights, Tensor masked_gradients, "
+    "Tensor dense_gradients, Tensor mean_gradient, Tensor losses, int count, float balance, "
+    "str importance, str rule) -> (Tensor leaving, Tensor entering, Tensor moved, Tensor refused)",
+    _select_harmony_fake,
+)
+register(
+    __package__,
+    "move_weights",
+    "(Tensor(a!) mask_bits, Tensor leaving, Tensor entering) -> ()",
+    _move_weights_fake,
+)

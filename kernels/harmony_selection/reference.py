@@ -5,7 +5,7 @@ It materialises the scores of one task at a time, which the fused backends never
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..bits import unpack_bits
 
 Importance = Literal["fisher", "magnitude"]
-HarmonyRule = Literal["paper", "upstream"]
+HarmonyRule = Literal["paper", "upstream-score"]
 
 
 class Selection(NamedTuple):
@@ -61,12 +61,14 @@ def select_harmony(
         count: weights to move per task, capped by the number of candidates on either side.
         balance: λ, the weight of importance against agreement.
         importance: "fisher" (HarmoDT-F) or "magnitude" (HarmoDT-M).
-        rule: "paper", H = A + λI with I_F = (ḡ / L)²; or "upstream", H = λA + I with I_F = ḡ²,
-            which is what the authors' code computes.
+        rule: "paper", H = A + λI with I_F = (ḡ / L)²; or "upstream-score", H = λA + I with
+            I_F = ḡ², the score that the authors' code computes.
 
     Raises:
-        ValueError: a gradient, a loss or a score of it is NaN or infinite.
+        ValueError: a gradient, a loss or a score of it is NaN or infinite, or there is no such
+            importance or rule.
     """
+    check_choice(importance, rule)
     check_operands(masked_gradients, dense_gradients, mean_gradient, losses, importance, rule)
     tasks, columns = len(mask_bits), min(count, weights.numel())
     maskable = unpack_bits(maskable_bits, weights.numel())
@@ -103,6 +105,16 @@ def move_weights(mask_bits: Tensor, selection: Selection) -> None:
         # Each bit is added once, so that the sum is a union.
         flips.index_add_(0, chosen // 32, (1 << (chosen % 32)).to(torch.int32))
         row ^= flips
+
+
+def check_choice(importance: str, rule: str) -> None:
+    """Raise ValueError if there is no such importance or rule."""
+    for name, chosen, choices in (
+        ("importance", importance, get_args(Importance)),
+        ("rule", rule, get_args(HarmonyRule)),
+    ):
+        if chosen not in choices:
+            raise ValueError(f"{name} is {chosen!r}: it must be {' or '.join(choices)}")
 
 
 def check_operands(

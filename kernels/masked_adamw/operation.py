@@ -1,24 +1,15 @@
-"""The masked AdamW step as PyTorch sees it: the registered operation and the public function."""
+"""The masked AdamW step as PyTorch sees it: the public function and the registered operation."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..bits import words_for
 from ..registration import register
-
-register(
-    __package__,
-    "masked_adamw",
-    "(Tensor(a!) weights, Tensor gradient, Tensor(b!) first_moment, Tensor(c!) second_moment, "
-    "Tensor active_bits, Tensor norm, float max_norm, float first_rate, float second_rate, "
-    "float first_correction, float second_correction, float epsilon, float weight_decay, "
-    "float learning_rate) -> ()",
-    lambda *arguments: None,
-)
 
 
 def masked_adamw(
@@ -41,7 +32,7 @@ def masked_adamw(
 
     Args:
         weights, first_moment, second_moment: float32 [P], changed in place where active.
-        gradient: float32 [P]; it is read and stays as it is.
+        gradient: float32 [P]; it stays as it is.
         active_bits: int32 [ceil(P / 32)], 1 where the weight is active in at least one task of the
             step.
         step: number of this step, from 1.
@@ -89,3 +80,18 @@ def masked_adamw(
         learning_rate,
     )
     return norm
+
+
+def _masked_adamw_fake(*_: Any) -> None:
+    return None
+
+
+register(
+    __package__,
+    "masked_adamw",
+    "(Tensor(a!) weights, Tensor gradient, Tensor(b!) first_moment, Tensor(c!) second_moment, "
+    "Tensor active_bits, Tensor norm, float max_norm, float first_rate, float second_rate, "
+    "float first_correction, float second_correction, float epsilon, float weight_decay, "
+    "float learning_rate) -> ()",
+    _masked_adamw_fake,
+)

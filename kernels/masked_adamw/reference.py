@@ -30,16 +30,17 @@ def masked_adamw(
     its old moments nor by weight decay. The bias correction counts all steps.
 
     Args:
-        weights, gradient, first_moment, second_moment: [P], changed in place; the gradient is left
-            scaled or not, as the backend likes.
-        active_bits: int32 [P / 32], 1 where the weight is active in at least one task of the step.
+        weights, first_moment, second_moment: [P], changed in place where active.
+        gradient: [P]; it stays as it is.
+        active_bits: int32 [ceil(P / 32)], 1 where the weight is active in at least one task of the
+            step.
         step: number of this step, from 1.
         max_norm: the gradient is scaled to at most this global norm.
 
     Returns:
         The norm of the gradient as it was, a tensor of one element.
     """
-    norm = clip_gradient(gradient, max_norm)
+    gradient, norm = clipped(gradient, max_norm)
     active = unpack_bits(active_bits, weights.numel())
     beta1, beta2 = betas
     _replace(first_moment, active, first_moment.lerp(gradient, 1 - beta1))
@@ -57,8 +58,7 @@ def _replace(values: Tensor, active: Tensor, new: Tensor) -> None:
     torch.where(active, new, values, out=values)
 
 
-def clip_gradient(gradient: Tensor, max_norm: float) -> Tensor:
-    """Scale a gradient [P] in place to a global norm of at most `max_norm`; return the old norm."""
+def clipped(gradient: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
+    """A gradient [P] scaled to a global norm of at most `max_norm`, and the norm as it was."""
     norm = torch.linalg.vector_norm(gradient)
-    gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+    return gradient * (max_norm / (norm + 1e-6)).clamp(max=1.0), norm

@@ -1,4 +1,4 @@
-"""The masked LayerNorm as PyTorch sees it: the registered operations and the public function."""
+"""The masked LayerNorm as PyTorch sees it: the public function and the registered operations."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..bits import words_for
+from ..masks import all_active, first_task
 from ..registration import register
 
 
@@ -15,17 +16,30 @@ def masked_layer_norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    weight_bits: Tensor,
-    bias_bits: Tensor,
-    task_ids: Tensor,
+    weight_bits: Tensor | None,
+    bias_bits: Tensor | None,
+    task_ids: Tensor | None,
     *,
     epsilon: float = 1e-5,
     group_gradients: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """LayerNorm under the mask of each group's task, fused for a CPU.
+    """LayerNorm under the mask of each group's task: y[g] = normalised x[g] (w ⊙ M) + b ⊙ m.
 
-    The same as `reference.masked_layer_norm` in one pass over x, in float32; weight and bias get
-    no gradient where `group_gradients` is given.
+    The fused form of `reference.masked_layer_norm` for a CPU: one pass over x, in float32.
+
+    Args:
+        x: float32 [G, R, d], one task per group; each row is normalised.
+        weight, bias: float32 [d].
+        weight_bits, bias_bits: int32 [T, ceil(d / 32)], the masks of all tasks; or None where
+            every weight and bias is active.
+        task_ids: int64 [G], the task of each group, below T; ids may repeat. Not read without
+            masks.
+        epsilon: added to the variance.
+        group_gradients: two tensors [G, d] to which the backward pass writes the gradients of
+            weight and bias of each group by itself; weight and bias then get none.
+
+    Returns:
+        float32 [G, R, d].
 
     Raises:
         TypeError: x, weight or bias is not float32, bits not int32 or task_ids not int64.
@@ -33,24 +47,63 @@ def masked_layer_norm(
         IndexError: there is no such task.
         BackendUnavailable: there is no such kernel for the device.
     """
-    for names, tensors, dtype in (
-        (("x", "weight", "bias"), (x, weight, bias), torch.float32),
-        (("weight_bits", "bias_bits"), (weight_bits, bias_bits), torch.int32),
-        (("task_ids",), (task_ids,), torch.int64),
-    ):
-        for name, tensor in zip(names, tensors, strict=True):
-            if tensor.dtype != dtype:
-                raise TypeError(f"{name} is {tensor.dtype}, and the fused LayerNorm takes {dtype}")
+    if weight_bits is None:
+        return _without_masks(x, weight, bias, epsilon, group_gradients)
+    if bias_bits is None or task_ids is None:
+        raise ValueError("weight_bits needs bias_bits and task_ids: give all of them or none")
+    _check_operands(x, weight, bias, weight_bits, bias_bits, task_ids)
+    weight_out, bias_out = group_gradients or (None, None)
+    return _MaskedLayerNorm.apply(
+        x, weight, bias, weight_bits, bias_bits, task_ids, epsilon, weight_out, bias_out
+    )
+
+
+def _without_masks(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    epsilon: float,
+    group_gradients: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """The layer under a mask of all weights: of the batch as one group, or of each group."""
+    operands = x if group_gradients else x.flatten(0, 1)[None]
+    everything = all_active(weight.shape, x.device)
+    y = masked_layer_norm(
+        operands,
+        weight,
+        bias,
+        everything,
+        everything,
+        first_task(len(operands), x.device),
+        epsilon=epsilon,
+        group_gradients=group_gradients,
+    )
+    return y.view(x.shape)
+
+
+def _check_operands(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    weight_bits: Tensor,
+    bias_bits: Tensor,
+    task_ids: Tensor,
+) -> None:
     size, words = x.shape[-1], words_for(x.shape[-1])
     tasks = len(weight_bits)
-    expected: list[tuple[str, Tensor, tuple[int, ...]]] = [
-        ("weight", weight, (size,)),
-        ("bias", bias, (size,)),
-        ("weight_bits", weight_bits, (tasks, words)),
-        ("bias_bits", bias_bits, (tasks, words)),
-        ("task_ids", task_ids, (len(x),)),
+    expected: list[tuple[str, Tensor, torch.dtype, tuple[int, ...] | None]] = [
+        ("x", x, torch.float32, None),
+        ("weight", weight, torch.float32, (size,)),
+        ("bias", bias, torch.float32, (size,)),
+        ("weight_bits", weight_bits, torch.int32, (tasks, words)),
+        ("bias_bits", bias_bits, torch.int32, (tasks, words)),
+        ("task_ids", task_ids, torch.int64, (len(x),)),
     ]
-    for name, tensor, shape in expected:
+    for name, tensor, dtype, shape in expected:
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} is {tensor.dtype}, and the fused LayerNorm takes {dtype}")
+        if shape is None:
+            continue
         if x.dim() != 3 or tensor.shape != shape:
             raise ValueError(
                 f"{name} has shape {list(tensor.shape)}: with x {list(x.shape)}, which must be "
@@ -58,10 +111,6 @@ def masked_layer_norm(
             )
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(f"{name} has strides {tensor.stride()}: the last must be 1")
-    d_weight, d_bias = group_gradients or (None, None)
-    return _MaskedLayerNorm.apply(
-        x, weight, bias, weight_bits, bias_bits, task_ids, epsilon, d_weight, d_bias
-    )
 
 
 class _MaskedLayerNorm(torch.autograd.Function):
@@ -75,25 +124,27 @@ class _MaskedLayerNorm(torch.autograd.Function):
         bias_bits: Tensor,
         task_ids: Tensor,
         epsilon: float,
-        d_weight: Tensor | None,
-        d_bias: Tensor | None,
+        weight_out: Tensor | None,
+        bias_out: Tensor | None,
     ) -> Tensor:
         y, statistics = torch.ops.harmodt.masked_layer_norm(
             x, weight, bias, weight_bits, bias_bits, task_ids, epsilon
         )
         ctx.save_for_backward(x, statistics, weight, weight_bits, bias_bits, task_ids)
-        ctx.group_gradients = d_weight, d_bias
+        ctx.group_gradients = weight_out, bias_out
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dw, db = torch.ops.harmodt.masked_layer_norm_gradient(dy, *ctx.saved_tensors)
-        d_weight, d_bias = ctx.group_gradients
-        if d_weight is not None:
-            d_weight.copy_(dw)
-            d_bias.copy_(db)
+        dx, of_weights, of_biases = torch.ops.harmodt.masked_layer_norm_gradient(
+            dy, *ctx.saved_tensors
+        )
+        weight_out, bias_out = ctx.group_gradients
+        if weight_out is not None:
+            weight_out.copy_(of_weights)
+            bias_out.copy_(of_biases)
             return dx, *[None] * 8
-        return dx, dw.sum(0), db.sum(0), *[None] * 6
+        return dx, of_weights.sum(0), of_biases.sum(0), *[None] * 6
 
 
 def _masked_layer_norm_fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -111,11 +162,13 @@ register(
     "(Tensor x, Tensor weight, Tensor bias, Tensor weight_bits, Tensor bias_bits, "
     "Tensor task_ids, float epsilon) -> (Tensor y, Tensor statistics)",
     _masked_layer_norm_fake,
+    kernels=("cpu",),
 )
 register(
     __package__,
     "masked_layer_norm_gradient",
     "(Tensor dy, Tensor x, Tensor statistics, Tensor weight, Tensor weight_bits, "
-    "Tensor bias_bits, Tensor task_ids) -> (Tensor dx, Tensor d_weight, Tensor d_bias)",
+    "Tensor bias_bits, Tensor task_ids) -> (Tensor dx, Tensor of_weights, Tensor of_biases)",
     _gradient_fake,
+    kernels=("cpu",),
 )

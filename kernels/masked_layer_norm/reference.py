@@ -6,16 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bits import unpack_bits
+from ..masks import copies_of_groups
 
 
 def masked_layer_norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    weight_bits: Tensor,
-    bias_bits: Tensor,
-    task_ids: Tensor,
+    weight_bits: Tensor | None,
+    bias_bits: Tensor | None,
+    task_ids: Tensor | None,
     *,
     epsilon: float = 1e-5,
     group_gradients: tuple[Tensor, Tensor] | None = None,
@@ -28,29 +28,18 @@ def masked_layer_norm(
     Args:
         x: [G, R, d], one task per group; each row is normalised.
         weight, bias: [d].
-        weight_bits, bias_bits: int32 [T, ceil(d / 32)], the masks of all tasks.
-        task_ids: int64 [G], the task of each group; ids may repeat.
+        weight_bits, bias_bits: int32 [T, ceil(d / 32)], the masks of all tasks; or None where
+            every weight and bias is active.
+        task_ids: int64 [G], the task of each group; ids may repeat. Not read without masks.
         epsilon: added to the variance.
         group_gradients: two tensors [G, d] to which the backward pass writes the gradients of
-            weight and bias of each group by itself; those of weight and bias are then undefined.
+            weight and bias of each group by itself; weight and bias then get none.
 
     Returns:
         [G, R, d].
     """
     normalised = F.layer_norm(x, x.shape[-1:], eps=epsilon)
-    d_weight, d_bias = group_gradients or (None, None)
-    gain = _masked(weight, weight_bits[task_ids], d_weight)
-    shift = _masked(bias, bias_bits[task_ids], d_bias)
+    weight_out, bias_out = group_gradients or (None, None)
+    gain = copies_of_groups(weight, weight_bits, task_ids, len(x), weight_out)
+    shift = copies_of_groups(bias, bias_bits, task_ids, len(x), bias_out)
     return torch.addcmul(shift[:, None], normalised, gain[:, None])
-
-
-def _masked(values: Tensor, bits: Tensor, gradient_out: Tensor | None) -> Tensor:
-    mask = unpack_bits(bits, len(values))
-    masked = torch.where(mask, values, 0.0)  # [G, d]
-    if gradient_out is not None and masked.requires_grad:
-
-        def keep(gradient: Tensor) -> None:
-            gradient_out.copy_(torch.where(mask, gradient, 0.0))
-
-        masked.register_hook(keep)
-    return masked

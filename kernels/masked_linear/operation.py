@@ -1,4 +1,4 @@
-"""The masked linear layer as PyTorch sees it: the registered operations and the public function."""
+"""The masked linear layer as PyTorch sees it: the public function and the registered operations."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..bits import words_for
+from ..masks import all_active, first_task
 from ..registration import register
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -17,9 +18,9 @@ def masked_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    weight_bits: Tensor,
+    weight_bits: Tensor | None,
     bias_bits: Tensor | None,
-    task_ids: Tensor,
+    task_ids: Tensor | None,
     *,
     relu: bool = False,
     group_gradients: tuple[Tensor, Tensor | None] | None = None,
@@ -35,10 +36,11 @@ def masked_linear(
         x: [G, R, K], one task per group; float32, float16 or bfloat16.
         weight: [N, K], in float32 or the dtype of x.
         bias: [N] or None, likewise.
-        weight_bits: int32 [T, N, ceil(K / 32)], the masks of all tasks.
-        bias_bits: int32 [T, ceil(N / 32)], or None without a bias.
+        weight_bits: int32 [T, N, ceil(K / 32)], the masks of all tasks; or None where every weight
+            and bias is active.
+        bias_bits: int32 [T, ceil(N / 32)], or None without a bias or without masks.
         task_ids: int64 [G], the task of each group, below T; ids may repeat. A GPU does not check
-            them.
+            them. Not read without masks.
         relu: apply max(0, y) to the output.
         group_gradients: tensors [G, N, K] and [G, N] (None without a bias) to which the backward
             pass writes the gradient of each group by itself; weight and bias then get none.
@@ -53,52 +55,39 @@ def masked_linear(
         IndexError: on a CPU, there is no such task.
         BackendUnavailable: there are no fused kernels for the device.
     """
+    if weight_bits is None:
+        return _without_masks(x, weight, bias, relu, group_gradients)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    d_weight, d_bias = group_gradients or (None, None)
+    weight_out, bias_out = group_gradients or (None, None)
+    _check_types(x, weight, bias, weight_bits, bias_bits, task_ids)
+    _check_layout(x, weight, bias, weight_bits, bias_bits, task_ids, weight_out, bias_out)
     operands = x, weight, bias, weight_bits, bias_bits, task_ids
-    _check_types(*operands)
-    _check_layout(*operands, d_weight, d_bias)
     if not torch.is_grad_enabled():
         return torch.ops.harmodt.masked_linear(*operands, relu)
-    return _MaskedLinear.apply(*operands, relu, d_weight, d_bias)
+    return _MaskedLinear.apply(*operands, relu, weight_out, bias_out)
 
 
-class _MaskedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        weight_bits: Tensor,
-        bias_bits: Tensor | None,
-        task_ids: Tensor,
-        relu: bool,
-        d_weight: Tensor | None,
-        d_bias: Tensor | None,
-    ) -> Tensor:
-        y = torch.ops.harmodt.masked_linear(x, weight, bias, weight_bits, bias_bits, task_ids, relu)
-        ctx.save_for_backward(x, weight, weight_bits, bias_bits, task_ids, y if relu else None)
-        ctx.group_gradients = d_weight, d_bias
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, weight_bits, bias_bits, task_ids, y = ctx.saved_tensors
-        operands = dy, y, x, weight_bits, bias_bits, task_ids
-        d_weight, d_bias = ctx.group_gradients
-        dx = dw = db = None
-        # The gradient of x comes last: it takes the memory that the weights' sums have left.
-        if d_weight is not None:
-            torch.ops.harmodt.masked_linear_group_gradients(*operands, d_weight, d_bias)
-        elif ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            dw, db = torch.ops.harmodt.masked_linear_weight_gradient(*operands, weight.dtype)
-        if ctx.needs_input_grad[0]:
-            dx = torch.ops.harmodt.masked_linear_input_gradient(
-                dy, y, weight, weight_bits, task_ids
-            )
-        return dx, dw, None if bias_bits is None else db, *[None] * 6
+def _without_masks(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    relu: bool,
+    group_gradients: tuple[Tensor, Tensor | None] | None,
+) -> Tensor:
+    """The layer under a mask of all weights: of the batch as one group, or of each group."""
+    operands = x if group_gradients else x.flatten(0, 1)[None]
+    y = masked_linear(
+        operands,
+        weight,
+        bias,
+        all_active(weight.shape, x.device),
+        None if bias is None else all_active(bias.shape, x.device),
+        first_task(len(operands), x.device),
+        relu=relu,
+        group_gradients=group_gradients,
+    )
+    return y.view(*x.shape[:2], -1)
 
 
 def _check_types(
@@ -107,7 +96,7 @@ def _check_types(
     bias: Tensor | None,
     weight_bits: Tensor,
     bias_bits: Tensor | None,
-    task_ids: Tensor,
+    task_ids: Tensor | None,
 ) -> None:
     if x.dtype not in FLOATS:
         raise TypeError(
@@ -121,6 +110,8 @@ def _check_types(
     for name, bits in (("weight_bits", weight_bits), ("bias_bits", bias_bits)):
         if bits is not None and bits.dtype != torch.int32:
             raise ValueError(f"{name} is {bits.dtype}: masks are packed in int32 (pack_bits)")
+    if task_ids is None:
+        raise ValueError("task_ids is None: masks need the task of each group, int64")
     if task_ids.dtype != torch.int64:
         raise ValueError(f"task_ids is {task_ids.dtype}: it must be int64")
     if (bias is None) != (bias_bits is None):
@@ -133,9 +124,9 @@ def _check_layout(
     bias: Tensor | None,
     weight_bits: Tensor,
     bias_bits: Tensor | None,
-    task_ids: Tensor,
-    d_weight: Tensor | None,
-    d_bias: Tensor | None,
+    task_ids: Tensor | None,
+    weight_out: Tensor | None,
+    bias_out: Tensor | None,
 ) -> None:
     if x.dim() != 3:
         raise ValueError(f"x must be [groups, rows, inputs] and has shape {list(x.shape)}")
@@ -143,7 +134,7 @@ def _check_layout(
     if groups == 0:
         raise ValueError("x has no groups: give at least one")
     outputs, tasks = len(weight), len(weight_bits)
-    if d_weight is not None and (bias is None) != (d_bias is None):
+    if weight_out is not None and (bias is None) != (bias_out is None):
         raise ValueError("group_gradients must hold a bias gradient exactly if there is a bias")
     device = x.device
     for name, tensor, shape in (
@@ -152,8 +143,8 @@ def _check_layout(
         ("weight_bits", weight_bits, (tasks, outputs, words_for(inputs))),
         ("bias_bits", bias_bits, (tasks, words_for(outputs))),
         ("task_ids", task_ids, (groups,)),
-        ("group_gradients[0]", d_weight, (groups, outputs, inputs)),
-        ("group_gradients[1]", d_bias, (groups, outputs)),
+        ("group_gradients[0]", weight_out, (groups, outputs, inputs)),
+        ("group_gradients[1]", bias_out, (groups, outputs)),
     ):
         if tensor is None:
             continue
@@ -166,6 +157,45 @@ def _check_layout(
             raise ValueError(f"{name} has strides {tensor.stride()}: the last must be 1")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}")
+
+
+class _MaskedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_bits: Tensor,
+        bias_bits: Tensor | None,
+        task_ids: Tensor,
+        relu: bool,
+        weight_out: Tensor | None,
+        bias_out: Tensor | None,
+    ) -> Tensor:
+        y = torch.ops.harmodt.masked_linear(x, weight, bias, weight_bits, bias_bits, task_ids, relu)
+        ctx.save_for_backward(x, weight, weight_bits, bias_bits, task_ids, y if relu else None)
+        ctx.group_gradients = weight_out, bias_out
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, weight_bits, bias_bits, task_ids, y = ctx.saved_tensors
+        operands = dy, y, x, weight_bits, bias_bits, task_ids
+        weight_out, bias_out = ctx.group_gradients
+        dx = d_weight = d_bias = None
+        # The gradient of x comes last: it takes the memory that the weights' sums have left.
+        if weight_out is not None:
+            torch.ops.harmodt.masked_linear_group_gradients(*operands, weight_out, bias_out)
+        elif ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            d_weight, d_bias = torch.ops.harmodt.masked_linear_weight_gradient(
+                *operands, weight.dtype
+            )
+        if ctx.needs_input_grad[0]:
+            dx = torch.ops.harmodt.masked_linear_input_gradient(
+                dy, y, weight, weight_bits, task_ids
+            )
+        return dx, d_weight, None if bias_bits is None else d_bias, *[None] * 6
 
 
 def _masked_linear_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
@@ -213,13 +243,13 @@ register(
     __package__,
     "masked_linear_weight_gradient",
     "(Tensor dy, Tensor? y, Tensor x, Tensor weight_bits, Tensor? bias_bits, Tensor task_ids, "
-    "ScalarType dtype) -> (Tensor, Tensor)",
+    "ScalarType dtype) -> (Tensor d_weight, Tensor d_bias)",
     _weight_gradient_fake,
 )
 register(
     __package__,
     "masked_linear_group_gradients",
     "(Tensor dy, Tensor? y, Tensor x, Tensor weight_bits, Tensor? bias_bits, Tensor task_ids, "
-    "Tensor(a!) d_weight, Tensor(b!)? d_bias) -> ()",
+    "Tensor(a!) weight_out, Tensor(b!)? bias_out) -> ()",
     _group_gradients_fake,
 )

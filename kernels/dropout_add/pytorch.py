@@ -1,0 +1,35 @@
+"""Dropout and the residual connection as quick as they get in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def dropout_add(x: Tensor, branch: Tensor, drop: float) -> Tensor:
+    """The same as `reference.dropout_add`; on a CPU, `drop` is rounded to 1/65536."""
+    return x + dropout(branch, drop)
+
+
+def dropout(x: Tensor, drop: float) -> Tensor:
+    """Zero elements with probability `drop` and rescale the rest."""
+    if drop == 0.0:
+        return x
+    if x.device.type != "cpu":
+        return F.dropout(x, drop)
+    return x * dropout_mask(x.shape, drop).to(x.dtype).div_(1 - drop)
+
+
+def dropout_mask(shape: Sequence[int], drop: float) -> Tensor:
+    """bool tensor on the CPU, False with probability `drop` (rounded to 1/65536).
+
+    A 16-bit random number per element, four from one draw, is several times cheaper than PyTorch's
+    Bernoulli samples.
+    """
+    size = math.prod(shape)
+    draws = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None)
+    return (draws.view(torch.int16)[:size] >= min(round(drop * 65536), 65535) - 32768).view(*shape)

@@ -1,0 +1,79 @@
+"""The masks of one layer: as its operands, and as the definitions apply them."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .bits import pack_bits, unpack_bits
+
+
+@dataclass(frozen=True)
+class LayerMasks:
+    """The masks of one layer under all tasks, and which of them each group of a batch uses.
+
+    Attributes:
+        weight_bits: int32 [T, N, ceil(K / 32)] of a linear layer, [T, ceil(d / 32)] of a LayerNorm;
+            or None where every weight is active in every task.
+        bias_bits: int32 [T, ceil(N / 32)], or None without a bias or without masks.
+        task_ids: int64 [G], the task of each group; it is not read without masks.
+        group_gradients: tensors [G, N, K] and [G, N] (of a LayerNorm both [G, d]; None without a
+            bias) to which a backward pass writes the gradient of each group by itself; weight and
+            bias then get none.
+    """
+
+    weight_bits: Tensor | None
+    bias_bits: Tensor | None
+    task_ids: Tensor | None
+    group_gradients: tuple[Tensor, Tensor | None] | None = None
+
+
+def copies_of_groups(
+    values: Tensor,
+    bits: Tensor | None,
+    task_ids: Tensor | None,
+    groups: int,
+    gradient: Tensor | None = None,
+) -> Tensor:
+    """One copy of a parameter for each group, 0 where the mask of the group's task is.
+
+    Args:
+        values: [..., K].
+        bits: int32 [T, ..., ceil(K / 32)], or None for no masks.
+        task_ids: int64 [G], or None for no masks.
+        groups: G.
+        gradient: [G, ..., K], to which a backward pass writes that of each copy, which then does
+            not reach `values`.
+
+    Returns:
+        [G, ..., K].
+    """
+    copies = values.expand(groups, *values.shape)
+    if gradient is not None:
+        copies = copies.detach().requires_grad_()
+
+        def write(of_copies: Tensor) -> None:
+            gradient.copy_(of_copies)
+
+        copies.register_hook(write)
+    if bits is None:
+        return copies
+    # not a product: 0 times NaN or infinity is NaN
+    return torch.where(unpack_bits(bits[task_ids], values.shape[-1]), copies, 0.0)
+
+
+@functools.cache
+def all_active(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """The bits of one task that uses every weight, int32 [1, ..., words], padding 0."""
+    with torch.inference_mode(False):  # whoever asks next may want gradients
+        return pack_bits(torch.ones(1, *shape, dtype=torch.bool, device=device))
+
+
+@functools.cache
+def first_task(groups: int, device: torch.device) -> Tensor:
+    """Ids of groups that all belong to the first task, int64 [G]."""
+    with torch.inference_mode(False):
+        return torch.zeros(groups, dtype=torch.int64, device=device)
