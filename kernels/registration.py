@@ -89,8 +89,10 @@ def _caller(
         return _function(module, name)(*arguments)
 
     def refuse(*_: Any) -> Any:
+        where = "a GPU" if kind == "triton" else "a CPU"
         raise BackendUnavailable(
-            f"{name} has no {kind} kernel: fused_backend(device) has PyTorch's way in its place"
+            f"{name} has no kernel for {where}: take it from fused_backend(device), which has "
+            "PyTorch's own in its place"
         )
 
     return run if kind in kernels else refuse

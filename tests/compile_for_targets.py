@@ -53,6 +53,9 @@ INSTRUCTIONS = {
     "wide_loads": r"\bld\.global\S*\.(v4\.\w32|v2\.\w64|v8\.\w32|v4\.\w64)|_load_dwordx4",
 }
 
+# What is given to a launch beside the kernel's own arguments.
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+
 # The types of x and of the weights.
 PRECISIONS = {
     "fp32": (torch.float32, torch.float32),
@@ -179,7 +182,7 @@ def masked_linear_case(
 
 def harmony_selection_cases() -> Iterator[Case]:
     # the model's 1.2 million weights and the paper's largest count, then other chunks and sizes
-    for importance, rule in itertools.product(("fisher", "magnitude"), ("paper", "upstream")):
+    for importance, rule in itertools.product(("fisher", "magnitude"), ("paper", "upstream-score")):
         yield harmony_selection_case(5, WEIGHTS, 100, importance, rule)
     for tasks, size, count in ((50, WEIGHTS, 1), (5, WEIGHTS, 10_000), (1, 96, 1), (3, 96, 9)):
         yield harmony_selection_case(tasks, size, count, "fisher", "paper")
@@ -259,10 +262,11 @@ def compile_operation(operation: str, target: str) -> Compilation:
     result, seen = Compilation(), set()
     case: Case
 
-    def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        compiled = kernel.warmup(*arguments, grid=grid, **constants)
+    def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+        compiled = kernel.warmup(grid=grid, **arguments)
         if (compiled.hash, case.precision) not in seen:
             seen.add((compiled.hash, case.precision))
+            constants = {k: v for k, v in arguments.items() if k.isupper() or k in OPTIONS}
             result.compiled.append(describe(compiled, case, target, constants))
 
     for module in pkgutil.walk_packages(harmodt_kernels.__path__, "harmodt_kernels."):

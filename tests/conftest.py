@@ -16,8 +16,11 @@ if DEVICE == "cpu":
     with contextlib.suppress(ModuleNotFoundError):
         import triton  # noqa: F401
 
-from harmodt_kernels import REFERENCE, Backend, fused_backend  # noqa: E402
+from harmodt_kernels import PYTORCH, REFERENCE, Backend, fused_backend  # noqa: E402
 from harmodt_kernels.native import library  # noqa: E402
+
+IN_PYTORCH = {"reference": REFERENCE, "pytorch": PYTORCH}
+IMPLEMENTATIONS = [*IN_PYTORCH, "triton", "cpu"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,21 +35,26 @@ def kills(request: pytest.FixtureRequest) -> int:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every implementation in turn for a `backend`, the fused ones for a `device` alone."""
+    """Every implementation in turn for a `backend`, the fused ones for a `device` alone.
+
+    A module whose operations have other implementations names them as IMPLEMENTATIONS.
+    """
     marks = metafunc.definition.iter_markers("parametrize")
     chosen = any(mark.args[0] == "implementation" for mark in marks)
     if "implementation" in metafunc.fixturenames and not chosen:
-        reference = ["reference"] if "backend" in metafunc.fixturenames else []
-        metafunc.parametrize("implementation", [*reference, "triton", "cpu"], indirect=True)
+        names = getattr(metafunc.module, "IMPLEMENTATIONS", IMPLEMENTATIONS)
+        if "backend" not in metafunc.fixturenames:
+            names = [name for name in names if name not in IN_PYTORCH]
+        metafunc.parametrize("implementation", names, indirect=True)
 
 
 @pytest.fixture
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def implementation(request: pytest.FixtureRequest) -> str:
     """The name of an implementation, and the environment that chooses it."""
     if request.param == "cpu":
         if not library.PATH.exists() and shutil.which("g++") is None:
             pytest.skip("the CPU kernels were not built, and there is no compiler")
-        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        request.getfixturevalue("native")
     return request.param
 
 
@@ -58,7 +66,13 @@ def device(implementation: str) -> torch.device:
 
 @pytest.fixture
 def backend(implementation: str, device: torch.device) -> Backend:
-    return REFERENCE if implementation == "reference" else fused_backend(device)
+    return IN_PYTORCH.get(implementation) or fused_backend(device)
+
+
+@pytest.fixture
+def native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU kernels for tensors on a CPU, in place of Triton's interpreter."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 @pytest.fixture(autouse=True)

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from problems import attention_by_loops, attention_operands
 from torch import Tensor
 
 from harmodt_kernels.attention import attention, reference
+
+IMPLEMENTATIONS = ["reference", "pytorch", "cpu"]
 
 SIZES = [
     (3, 75, 8, 16),
@@ -18,47 +19,27 @@ SIZES = [
 ]  # sequences, tokens, heads, size
 
 
-@pytest.fixture(autouse=True)
-def _native(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-
-
-def make_operands(sequences: int, tokens: int, heads: int, size: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(tokens)
-    qkv = torch.randn(sequences, tokens, 3, heads, size, generator=generator) * 2
-    valid = torch.rand(sequences, tokens, generator=generator) < 0.7
-    valid[-1, : tokens // 2] = False
-    return qkv, valid
-
-
-def by_loops(qkv: Tensor, valid: Tensor, queries: slice) -> Tensor:
-    """In float64, a softmax for each query over the keys that it may see."""
-    sequences, tokens, _, heads, size = qkv.shape
-    rows = []
-    for b in range(sequences):
-        for i in range(tokens)[queries]:
-            seen = [j for j in range(i + 1) if valid[b, j] or j == i]
-            for h in range(heads):
-                q, k, v = qkv[b, i, 0, h], qkv[b, seen, 1, h], qkv[b, seen, 2, h]
-                rows.append(torch.softmax(k @ q / math.sqrt(size), 0) @ v)
-    return torch.stack(rows).view(sequences, -1, heads, size)
-
-
-@pytest.mark.parametrize("function", [attention, reference.attention])
 @pytest.mark.parametrize("queries", [slice(None), slice(1, None, 3), slice(-1, None)], ids=str)
 @pytest.mark.parametrize("sizes", SIZES[1:3])
-def test_output_and_gradient_equal_loops(function, queries, sizes) -> None:
-    qkv, valid = make_operands(*sizes)
+def test_output_and_gradient_equal_loops(backend, device, queries, sizes) -> None:
+    qkv, valid = (t.to(device) for t in attention_operands(*sizes))
     exact, leaf = qkv.double().requires_grad_(), qkv.requires_grad_()
-    expected, computed = by_loops(exact, valid, queries), function(leaf, valid, queries, 0.0)
-    d_out = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
+    expected, computed = (
+        attention_by_loops(exact, valid, queries),
+        backend.attention(leaf, valid, queries, 0.0),
+    )
+    d_out = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0)).to(device)
     expected.backward(d_out.double())
     computed.backward(d_out)
     torch.testing.assert_close(computed.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(
+    max_examples=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # it keeps no state
+)
 @given(
     tokens=st.integers(1, 70),
     heads=st.integers(1, 3),
@@ -66,13 +47,14 @@ def test_output_and_gradient_equal_loops(function, queries, sizes) -> None:
     first=st.integers(0, 5),
     step=st.integers(1, 4),
 )
-def test_equals_the_reference(tokens, heads, size, first, step) -> None:
-    qkv, valid = make_operands(2, tokens, heads, size)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:], indirect=True)
+def test_equals_the_definition(backend, device, tokens, heads, size, first, step) -> None:
+    qkv, valid = (t.to(device) for t in attention_operands(2, tokens, heads, size))
     queries = slice(min(first, tokens - 1), None, step)
     leaves = [qkv.clone().requires_grad_() for _ in range(2)]
     outs = [
         f(x, valid, queries, 0.0)
-        for f, x in zip((attention, reference.attention), leaves, strict=True)
+        for f, x in zip((backend.attention, reference.attention), leaves, strict=True)
     ]
     torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
     for out in outs:
@@ -80,46 +62,48 @@ def test_equals_the_reference(tokens, heads, size, first, step) -> None:
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("function", [attention, reference.attention])
 @pytest.mark.parametrize("queries", [slice(None), slice(-1, None)], ids=str)
 @pytest.mark.parametrize("sizes", [(3, 75, 2, 16), (2, 9, 3, 5)])
-def test_past_tokens_are_seen_as_if_they_were_present(function, queries, sizes) -> None:
-    qkv, valid = make_operands(*sizes)
+def test_past_tokens_are_seen_as_if_they_were_present(backend, device, queries, sizes) -> None:
+    qkv, valid = (t.to(device) for t in attention_operands(*sizes))
     before = sizes[1] // 3
-    expected = by_loops(qkv.double(), valid, slice(None))[:, before:][:, queries]
+    expected = attention_by_loops(qkv.double(), valid, slice(None))[:, before:][:, queries]
     past = tuple(qkv[:, :before, part].transpose(1, 2) for part in (1, 2))
-    computed = function(qkv[:, before:], valid, queries, 0.0, past)
+    computed = backend.attention(qkv[:, before:], valid, queries, 0.0, past)
     torch.testing.assert_close(computed.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_weights_far_apart_do_not_overflow() -> None:
-    qkv, valid = make_operands(2, 20, 1, 16)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:], indirect=True)
+def test_weights_far_apart_do_not_overflow(backend, device) -> None:
+    qkv, valid = (t.to(device) for t in attention_operands(2, 20, 1, 16))
     qkv *= 1000
-    computed = attention(qkv, valid, slice(None), 0.0)
+    computed = backend.attention(qkv, valid, slice(None), 0.0)
     torch.testing.assert_close(computed, reference.attention(qkv, valid, slice(None), 0.0))
 
 
-def test_dropout_drops_its_share_and_rescales_the_rest() -> None:
+def test_dropout_drops_its_share_and_rescales_the_rest(backend, device) -> None:
     tokens = 64
     qkv = torch.zeros(200, tokens, 3, 1, tokens)  # equal weights, which the values make visible
     qkv[:, :, 2, 0] = torch.eye(tokens)
-    valid = torch.ones(200, tokens, dtype=torch.bool)
+    qkv, valid = qkv.to(device), torch.ones(200, tokens, dtype=torch.bool, device=device)
     torch.manual_seed(0)
-    weights = attention(qkv, valid, slice(-1, None), 0.25)[:, 0, 0] * tokens  # [200, keys]
+    weights = backend.attention(qkv, valid, slice(-1, None), 0.25)[:, 0, 0] * tokens  # [200, keys]
     dropped = weights == 0
     assert dropped.double().mean().item() == pytest.approx(0.25, abs=0.02)
     torch.testing.assert_close(weights[~dropped], torch.full_like(weights[~dropped], 1 / 0.75))
     assert len({tuple(row.tolist()) for row in dropped}) == 200
-    assert not torch.equal(attention(qkv, valid, slice(-1, None), 0.25)[:, 0, 0] == 0, dropped)
+    assert not torch.equal(
+        backend.attention(qkv, valid, slice(-1, None), 0.25)[:, 0, 0] == 0, dropped
+    )
 
 
-def test_the_gradient_is_that_of_the_dropped_weights() -> None:
-    qkv, valid = make_operands(2, 12, 2, 16)
-    direction = torch.randn(qkv.shape, generator=torch.Generator().manual_seed(1))
+def test_the_gradient_is_that_of_the_dropped_weights(backend, device) -> None:
+    qkv, valid = (t.to(device) for t in attention_operands(2, 12, 2, 16))
+    direction = torch.randn(qkv.shape, generator=torch.Generator().manual_seed(1)).to(device)
 
     def loss(x: Tensor) -> Tensor:
         torch.manual_seed(5)
-        return attention(x, valid, slice(None), 0.4).double().sin().sum()
+        return backend.attention(x, valid, slice(None), 0.4).double().sin().sum()
 
     leaf = qkv.clone().requires_grad_()
     loss(leaf).backward()
@@ -128,8 +112,9 @@ def test_the_gradient_is_that_of_the_dropped_weights() -> None:
     assert slope.item() == pytest.approx(numeric.item(), rel=2e-2)
 
 
+@pytest.mark.usefixtures("native")
 def test_threads_do_not_change_the_result() -> None:
-    qkv, valid = make_operands(*SIZES[0])
+    qkv, valid = attention_operands(*SIZES[0])
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -142,8 +127,9 @@ def test_threads_do_not_change_the_result() -> None:
         assert torch.equal(out, results[0][0]) and torch.equal(gradient, results[0][1])
 
 
+@pytest.mark.usefixtures("native")
 def test_the_registered_operations_keep_pytorchs_rules() -> None:
-    qkv, valid = make_operands(2, 7, 2, 16)
+    qkv, valid = attention_operands(2, 7, 2, 16)
     settings = (3, 0, 3, 0.0, 0)
     torch.library.opcheck(torch.ops.harmodt.attention, (qkv, valid, None, None, *settings))
     past = qkv[:, :3, 1].transpose(1, 2).contiguous()
@@ -156,8 +142,9 @@ def test_the_registered_operations_keep_pytorchs_rules() -> None:
     )
 
 
+@pytest.mark.usefixtures("native")
 def test_operands_that_do_not_fit_are_named() -> None:
-    qkv, valid = make_operands(2, 7, 2, 16)
+    qkv, valid = attention_operands(2, 7, 2, 16)
     with pytest.raises(TypeError, match="float64"):
         attention(qkv.double(), valid, slice(None), 0.0)
     with pytest.raises(ValueError, match=r"valid \[2, 6\] must be \[2, 7\]"):

@@ -16,8 +16,12 @@ from harmodt_kernels.harmony_selection import triton as kernels
 # numpy's, where the interpreter multiplies infinity
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
+IMPLEMENTATIONS = ["reference", "triton", "cpu"]  # the definition is PyTorch's quickest
+
 RULES = [
-    (importance, rule) for importance in ("fisher", "magnitude") for rule in ("paper", "upstream")
+    (importance, rule)
+    for importance in ("fisher", "magnitude")
+    for rule in ("paper", "upstream-score")
 ]
 
 # The fixtures keep no state between the examples.
@@ -372,7 +376,7 @@ def test_a_loss_of_zero_is_refused_where_it_is_divided_by(backend, device) -> No
     problem.masks[1] = False  # nothing is divided, but the loss is wrong all the same
     problem.losses[1] = 0.0
     _check_refusal(problem, backend, device, "a loss is zero")
-    for kind in (("fisher", "upstream"), ("magnitude", "paper")):
+    for kind in (("fisher", "upstream-score"), ("magnitude", "paper")):
         problem.select(backend, device, 5, *kind)
 
 
@@ -427,11 +431,11 @@ def workspaces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes of the keys that every launch of a kernel gets."""
     sizes, launch = [], kernels.launch
 
-    def spy(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
-        if kernel is not kernels.flip_bits_kernel:
-            tensors = [t for t in arguments if isinstance(t, Tensor) and t.dtype == torch.int64]
-            sizes.append(sum(t.nbytes for t in tensors))
-        launch(kernel, grid, *arguments, **constants)
+    def spy(kernel: Any, grid: Any, **arguments: Any) -> None:
+        if kernel is not kernels.move_weights_kernel:
+            keys = [arguments[name] for name in ("minima", "candidates") if name in arguments]
+            sizes.append(sum(tensor.nbytes for tensor in keys))
+        launch(kernel, grid, **arguments)
 
     monkeypatch.setattr(kernels, "launch", spy)
     return sizes
@@ -457,6 +461,16 @@ def test_five_runs_give_the_same(device) -> None:
     )
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_an_importance_or_a_rule_that_is_none_is_refused(backend, device) -> None:
+    operands = Problem.usual(3, 4).operands(device)
+    with pytest.raises(ValueError, match="rule is 'upstream': it must be paper or upstream-score"):
+        backend.select_harmony(
+            *operands, count=5, balance=1.0, importance="fisher", rule="upstream"
+        )
+    with pytest.raises(ValueError, match="importance is 'size'"):
+        backend.select_harmony(*operands, count=5, balance=1.0, importance="size")
 
 
 @pytest.mark.parametrize("kind", RULES)

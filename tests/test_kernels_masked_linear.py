@@ -2,20 +2,20 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from problems import TASKS, LinearProblem, largest_error
 from tiny import peak_memory
 from torch import Tensor
 
-from harmodt_kernels import REFERENCE, Backend, fused_backend, masked_linear, pack_bits, words_for
+from harmodt_kernels import PYTORCH, REFERENCE, Backend, fused_backend, masked_linear
 
-TASKS = 3
 SIZES = [
     (1, 1, 39, 4),
     (1, 75, 128, 96),
@@ -24,201 +24,102 @@ SIZES = [
     (5, 1, 60, 4),
     (4, 63, 128, 4),
 ]  # groups, rows, inputs, outputs
-NAMES = ("y", "x", "weight", "bias")
-
-
-@dataclass
-class Problem:
-    """Random operands in float64; the groups' tasks repeat where there are more than tasks."""
-
-    x: np.ndarray
-    weight: np.ndarray
-    bias: np.ndarray
-    weight_mask: np.ndarray
-    bias_mask: np.ndarray
-    task_ids: np.ndarray
-    output_gradient: np.ndarray
-    results: dict[str, np.ndarray] = field(default_factory=dict)
-
-    @classmethod
-    def random(cls, groups: int, rows: int, inputs: int, outputs: int) -> Problem:
-        rng = np.random.default_rng([groups, rows, inputs, outputs])
-        return cls(
-            x=rng.normal(size=(groups, rows, inputs)),
-            weight=rng.normal(size=(outputs, inputs)),
-            bias=rng.normal(size=outputs),
-            weight_mask=rng.random((TASKS, outputs, inputs)) < 0.7,
-            bias_mask=rng.random((TASKS, outputs)) < 0.7,
-            task_ids=rng.permutation(np.arange(groups) % TASKS),
-            output_gradient=rng.normal(size=(groups, rows, outputs)),
-        )
-
-    def rounded(self, dtype: torch.dtype) -> Problem:
-        """The same with operands that are exact in a lower precision."""
-        for name in ("x", "weight", "bias", "output_gradient"):
-            values = torch.from_numpy(getattr(self, name)).to(dtype).double().numpy()
-            setattr(self, name, values)
-        return self
-
-    def expected(self, relu: bool = False) -> dict[str, np.ndarray]:
-        """Output and gradients, group by group; `groups` holds the gradient of each group."""
-        result = {
-            "y": np.zeros_like(self.output_gradient),
-            "x": np.zeros_like(self.x),
-            "weight": np.zeros((len(self.x), *self.weight.shape)),
-            "bias": np.zeros((len(self.x), *self.bias.shape)),
-        }
-        for g, task in enumerate(self.task_ids):
-            weight = np.where(self.weight_mask[task], self.weight, 0.0)
-            y = self.x[g] @ weight.T + np.where(self.bias_mask[task], self.bias, 0.0)
-            dy = self.output_gradient[g] * ((y > 0) if relu else 1.0)
-            result["y"][g] = np.maximum(y, 0.0) if relu else y
-            result["x"][g] = dy @ weight
-            result["weight"][g] = (dy.T @ self.x[g]) * self.weight_mask[task]
-            result["bias"][g] = dy.sum(0) * self.bias_mask[task]
-        result["weight_of_groups"], result["bias_of_groups"] = result["weight"], result["bias"]
-        return result | {name: result[name].sum(0) for name in ("weight", "bias")}
-
-    def computed(
-        self,
-        backend: Backend,
-        device: torch.device,
-        dtype: torch.dtype,
-        *,
-        weight_dtype: torch.dtype | None = None,
-        bias: bool = True,
-        relu: bool = False,
-        autocast: bool = False,
-        of_groups: bool = False,
-    ) -> dict[str, Tensor]:
-        """The same by a backend, on views such as the model's: all rows padded to whole words."""
-        weight_dtype = weight_dtype or dtype
-        x = torch.from_numpy(self.x).to(device, dtype).requires_grad_()
-        flat = padded(torch.from_numpy(self.weight).to(device, weight_dtype)).requires_grad_()
-        weight = flat[:, : self.weight.shape[1]]
-        b = torch.from_numpy(self.bias).to(device, weight_dtype).requires_grad_()
-        bits = [
-            in_longer_rows(pack_bits(torch.from_numpy(mask)).to(device))
-            for mask in (self.weight_mask, self.bias_mask)
-        ]
-        groups, outputs, inputs = len(self.x), *self.weight.shape
-        vectors = torch.full((groups, outputs, words_for(inputs) * 32 + 64), torch.nan)
-        d_weight = vectors.to(device, weight_dtype)[..., :inputs]
-        d_bias = torch.full((groups, outputs), torch.nan, device=device, dtype=weight_dtype)
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            y = backend.masked_linear(
-                x,
-                weight,
-                b if bias else None,
-                bits[0],
-                bits[1] if bias else None,
-                torch.from_numpy(self.task_ids).to(device),
-                relu=relu,
-                group_gradients=(d_weight, d_bias if bias else None) if of_groups else None,
-            )
-        y.backward(torch.from_numpy(self.output_gradient).to(device, y.dtype))
-        if of_groups:
-            assert flat.grad is None and b.grad is None
-            return {
-                "y": y.detach(),
-                "x": x.grad,
-                "weight_of_groups": d_weight,
-                "bias_of_groups": d_bias,
-            }
-        weight_gradient = flat.grad[:, :inputs]
-        return {"y": y.detach(), "x": x.grad, "weight": weight_gradient, "bias": b.grad}
-
-
-def padded(weight: Tensor) -> Tensor:
-    """Rows of whole words, with NaN after the weights."""
-    inputs = weight.shape[1]
-    return F.pad(weight, (0, words_for(inputs) * 32 - inputs), value=torch.nan)
-
-
-def in_longer_rows(bits: Tensor) -> Tensor:
-    """The bits of each task as a slice of a longer row of set bits."""
-    rows = F.pad(bits.flatten(1), (5, 7), value=-1)
-    return rows[:, 5:-7].unflatten(1, bits.shape[1:])
-
-
-def largest_error(computed: Tensor, expected: np.ndarray) -> float:
-    return float(np.abs(computed.double().cpu().numpy() - expected).max())
-
-
-def check(computed: dict[str, Tensor], expected: dict[str, np.ndarray], error: float) -> None:
-    for name, values in computed.items():
-        np.testing.assert_allclose(
-            values.double().cpu().numpy(), expected[name], error, error, err_msg=name
-        )
 
 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("sizes", SIZES)
 def test_output_and_gradients_equal_a_loop(backend, device, sizes, relu) -> None:
-    problem = Problem.random(*sizes)
+    problem = LinearProblem.random(*sizes)
     computed = problem.computed(backend, device, torch.float32, relu=relu)
-    check(computed, problem.expected(relu), 2e-4)
+    problem.check(computed, 2e-4, relu)
 
 
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("backend", [REFERENCE, PYTORCH], ids=["reference", "pytorch"])
 @pytest.mark.parametrize("sizes", SIZES[2:4])
-def test_the_reference_is_exact_in_float64(sizes) -> None:
-    problem = Problem.random(*sizes)
-    computed = problem.computed(REFERENCE, torch.device("cpu"), torch.float64)
-    check(computed, problem.expected(), 1e-12)
+def test_pytorchs_ways_are_exact_in_float64(backend, sizes, relu) -> None:
+    problem = LinearProblem.random(*sizes)
+    for of_groups in (False, True):
+        computed = problem.computed(
+            backend, torch.device("cpu"), torch.float64, relu=relu, of_groups=of_groups
+        )
+        problem.check(computed, 1e-12, relu)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("of_groups", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_without_masks_every_weight_is_active(backend, device, relu, of_groups, bias) -> None:
+    problem = LinearProblem.random(4, 7, 39, 5).without_masks()
+    computed = problem.computed(
+        backend, device, torch.float32, relu=relu, of_groups=of_groups, bias=bias
+    )
+    if not bias:
+        problem.bias[:] = 0.0
+        computed.pop("bias_of_groups" if of_groups else "bias")
+    problem.check(computed, 2e-4, relu)
+
+
+def test_masks_of_all_weights_made_in_inference_serve_training(device) -> None:
+    problem = LinearProblem.random(2, 5, 43, 6).without_masks()  # sizes of this test alone
+    layer = torch.nn.Linear(43, 6).to(device)
+    with torch.inference_mode():
+        fused_backend(device).masked_linear(
+            torch.zeros(2, 5, 43, device=device), layer.weight, layer.bias, None, None, None
+        )
+    problem.check(problem.computed(fused_backend(device), device, torch.float32), 2e-4)
 
 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("sizes", [(1, 75, 39, 96), (4, 5, 60, 4)])
 def test_gradients_of_each_group_by_itself(backend, device, sizes, relu) -> None:
-    problem = Problem.random(*sizes)
+    problem = LinearProblem.random(*sizes)
     computed = problem.computed(backend, device, torch.float32, relu=relu, of_groups=True)
-    check(computed, problem.expected(relu), 2e-4)
+    problem.check(computed, 2e-4, relu)
 
 
 @pytest.mark.parametrize("implementation", ["cpu"], indirect=True)
 def test_the_cpu_kernels_refuse_float16(backend, device) -> None:
     with pytest.raises(TypeError, match="x is float16"):
-        Problem.random(1, 2, 32, 4).computed(backend, device, torch.float16)
+        LinearProblem.random(1, 2, 32, 4).computed(backend, device, torch.float16)
 
 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("of_groups", [False, True])
 def test_without_rows_the_gradients_are_zero(backend, device, of_groups, relu) -> None:
-    problem = Problem.random(2, 0, 40, 33)
+    problem = LinearProblem.random(2, 0, 40, 33)
     computed = problem.computed(backend, device, torch.float32, relu=relu, of_groups=of_groups)
-    check(computed, problem.expected(relu), 0.0)
+    problem.check(computed, 0.0, relu)
     assert computed["y"].shape == (2, 0, 33)
 
 
 @pytest.mark.parametrize("of_groups", [False, True])
 def test_without_a_bias(backend, device, of_groups) -> None:
-    problem = Problem.random(4, 7, 39, 5)
+    problem = LinearProblem.random(4, 7, 39, 5)
     computed = problem.computed(backend, device, torch.float32, bias=False, of_groups=of_groups)
     problem.bias[:] = 0.0
     untouched = computed.pop("bias_of_groups" if of_groups else "bias")
     assert untouched is None or untouched.isnan().all()
-    check(computed, problem.expected(), 2e-4)
+    problem.check(computed, 2e-4)
 
 
 @pytest.mark.parametrize("asked", [("x",), ("weight",), ("bias",), ()])
 def test_only_the_gradients_that_are_asked_for(backend, device, asked) -> None:
-    problem = Problem.random(2, 7, 39, 5)
+    problem = LinearProblem.random(2, 7, 39, 5)
     leaves = {
         name: torch.from_numpy(getattr(problem, name)).to(device, torch.float32)
         for name in ("x", "weight", "bias")
     }
     for name in asked:
         leaves[name].requires_grad_()
-    bits = [
-        pack_bits(torch.from_numpy(mask)).to(device)
-        for mask in (problem.weight_mask, problem.bias_mask)
-    ]
+    bits = [bits.to(device) for bits in problem.bits]
     ids = torch.from_numpy(problem.task_ids).to(device)
     y = backend.masked_linear(*leaves.values(), *bits, ids)
     assert y.requires_grad == bool(asked)
     if asked:
         y.backward(torch.from_numpy(problem.output_gradient).to(device, torch.float32))
-    check({name: leaves[name].grad for name in asked}, problem.expected(), 2e-4)
+    computed = {"y": y.detach(), **{name: leaves[name].grad for name in asked}}
+    problem.check(computed, 2e-4)
     assert all(leaf.grad is None for name, leaf in leaves.items() if name not in asked)
 
 
@@ -226,7 +127,7 @@ def test_only_the_gradients_that_are_asked_for(backend, device, asked) -> None:
 def test_inactive_weights_may_hold_anything_and_get_no_gradient(backend, device, autocast) -> None:
     if autocast and backend.name == "triton-interpreter":
         pytest.skip("Triton's interpreter multiplies bf16 wrongly")
-    problem = Problem.random(4, 7, 39, 5)
+    problem = LinearProblem.random(4, 7, 39, 5)
     problem.weight_mask &= np.arange(39) % 3 != 0  # these columns are inactive in every task
     problem.bias_mask[:, 2] = False
     before = problem.computed(backend, device, torch.float32, autocast=autocast)
@@ -253,7 +154,7 @@ def test_errs_at_most_twice_as_much_as_dense_layers(
     backend, device, dtype, weight_dtype, sizes
 ) -> None:
     _skip_what_is_not_computed(backend, dtype)
-    problem = Problem.random(*sizes).rounded(dtype)
+    problem = LinearProblem.random(*sizes).rounded(dtype)
     expected = problem.expected()
     computed = problem.computed(backend, device, dtype, weight_dtype=weight_dtype)
     dense = dense_layers(problem, device, dtype)
@@ -266,7 +167,7 @@ def test_errs_at_most_twice_as_much_as_dense_layers(
 @pytest.mark.parametrize("sizes", SIZES[1:4])
 def test_autocast_errs_at_most_twice_as_much_as_dense_layers(backend, device, sizes) -> None:
     _skip_what_is_not_computed(backend, torch.bfloat16)
-    problem = Problem.random(*sizes)
+    problem = LinearProblem.random(*sizes)
     expected = problem.expected()
     computed = problem.computed(backend, device, torch.float32, autocast=True)
     assert computed["y"].dtype == torch.bfloat16
@@ -285,7 +186,7 @@ def _skip_what_is_not_computed(backend: Backend, dtype: torch.dtype) -> None:
 
 
 def dense_layers(
-    problem: Problem, device: torch.device, dtype: torch.dtype, autocast: bool = False
+    problem: LinearProblem, device: torch.device, dtype: torch.dtype, autocast: bool = False
 ) -> dict[str, Tensor]:
     """The groups one by one, by PyTorch's layer on weights that were masked before."""
     operands = (problem.x, problem.weight, problem.bias, problem.output_gradient)
@@ -305,24 +206,28 @@ def dense_layers(
         dws.append(leaves[1].grad * weight_mask)
         dbs.append(leaves[2].grad * bias_mask)
     results = torch.stack(ys), torch.stack(dxs), torch.stack(dws).sum(0), torch.stack(dbs).sum(0)
-    return dict(zip(NAMES, results, strict=True))
+    return dict(zip(("y", "x", "weight", "bias"), results, strict=True))
 
 
-@settings(max_examples=20, deadline=None)
+# The fixtures keep no state between the examples.
+examples = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+
+
+@settings(max_examples=20, **examples)
 @given(
     groups=st.integers(1, 4),
     rows=st.integers(1, 40),
     inputs=st.integers(1, 70),
     outputs=st.integers(1, 70),
     relu=st.booleans(),
+    masked=st.booleans(),
 )
-def test_any_shape(groups, rows, inputs, outputs, relu) -> None:
-    from conftest import DEVICE
-
-    device = torch.device(DEVICE)
-    problem = Problem.random(groups, rows, inputs, outputs)
-    computed = problem.computed(fused_backend(device), device, torch.float32, relu=relu)
-    check(computed, problem.expected(relu), 2e-4)
+def test_any_shape(backend, device, groups, rows, inputs, outputs, relu, masked) -> None:
+    problem = LinearProblem.random(groups, rows, inputs, outputs)
+    if not masked:
+        problem.without_masks()
+    computed = problem.computed(backend, device, torch.float32, relu=relu)
+    problem.check(computed, 2e-4, relu)
 
 
 @pytest.mark.parametrize("relu", [False, True])
@@ -331,13 +236,13 @@ def test_any_shape(groups, rows, inputs, outputs, relu) -> None:
 def test_the_tiles_of_large_layers(backend, device, dtype, relu, monkeypatch) -> None:
     kernels = importlib.import_module("harmodt_kernels.masked_linear.triton")
     monkeypatch.setattr(kernels, "ENOUGH", 1)
-    problem = Problem.random(2, 75, 140, 139).rounded(dtype)
+    problem = LinearProblem.random(2, 75, 140, 139).rounded(dtype)
     computed = problem.computed(backend, device, dtype, relu=relu)
-    check(computed, problem.expected(relu), 2e-4 if dtype == torch.float32 else 3e-2)
+    problem.check(computed, 2e-4 if dtype == torch.float32 else 3e-2, relu)
 
 
 def test_results_repeat_bit_for_bit(backend, device) -> None:
-    problem = Problem.random(4, 75, 60, 40)
+    problem = LinearProblem.random(4, 75, 60, 40)
     first, *others = (problem.computed(backend, device, torch.float32) for _ in range(5))
     for other in others:
         for name, values in other.items():
@@ -356,21 +261,18 @@ def test_every_output_is_written(device, monkeypatch) -> None:
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
-    problem = Problem.random(2, 63, 60, 37)
+    problem = LinearProblem.random(2, 63, 60, 37)
     computed = problem.computed(fused_backend(device), device, torch.float32)
-    check(computed, problem.expected(), 2e-4)
+    problem.check(computed, 2e-4)
 
 
 def operands_of_ops(device: torch.device) -> dict[str, tuple]:
-    problem = Problem.random(2, 5, 39, 4)
+    problem = LinearProblem.random(2, 5, 39, 4)
     x, weight, bias, dy = (
         torch.from_numpy(v).to(device, torch.float32)
         for v in (problem.x, problem.weight, problem.bias, problem.output_gradient)
     )
-    weight_bits, bias_bits = (
-        pack_bits(torch.from_numpy(mask)).to(device)
-        for mask in (problem.weight_mask, problem.bias_mask)
-    )
+    weight_bits, bias_bits = (bits.to(device) for bits in problem.bits)
     ids = torch.from_numpy(problem.task_ids).to(device)
     y = dy.roll(1, 1)
     return {
@@ -389,13 +291,16 @@ def test_the_registered_operations_keep_pytorchs_rules(device, name: str) -> Non
 
 
 @pytest.mark.parametrize("relu", [False, True])
-def test_compiles_to_one_graph(device, relu: bool) -> None:
-    problem = Problem.random(2, 5, 39, 4)
+@pytest.mark.parametrize("masked", [False, True])
+def test_compiles_to_one_graph(device, relu: bool, masked: bool) -> None:
+    problem = LinearProblem.random(2, 5, 39, 4)
+    if not masked:
+        problem.without_masks()
     backend = fused_backend(device)
     compiled = torch.compile(backend.masked_linear, fullgraph=True, backend="aot_eager")
-    whole = Backend("compiled", compiled, *[backend.select_harmony] * 3)
+    whole = replace(backend, masked_linear=compiled)
     computed = problem.computed(whole, device, torch.float32, relu=relu)
-    check(computed, problem.expected(relu), 2e-4)
+    problem.check(computed, 2e-4, relu)
 
 
 @pytest.mark.parametrize("groups", [1, 5, 50])
@@ -427,16 +332,13 @@ def test_takes_no_more_memory_than_a_dense_layer(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_cuda_graph_replays_on_changed_inputs(device) -> None:
-    problems = [Problem.random(3, 63, 128, 96) for _ in range(2)]
+    problems = [LinearProblem.random(3, 63, 128, 96) for _ in range(2)]
     problems[1].x = problems[1].x[::-1].copy()
     operands = [
         [torch.from_numpy(v).to(device, torch.float32) for v in (p.x, p.weight, p.bias)]
         for p in problems
     ]
-    bits = [
-        pack_bits(torch.from_numpy(mask)).to(device)
-        for mask in (problems[0].weight_mask, problems[0].bias_mask)
-    ]
+    bits = [bits.to(device) for bits in problems[0].bits]
     ids = torch.from_numpy(problems[0].task_ids).to(device)
     x, weight, bias = (t.clone() for t in operands[0])
     stream = torch.cuda.Stream()
@@ -448,17 +350,18 @@ def test_a_cuda_graph_replays_on_changed_inputs(device) -> None:
         y = masked_linear(x, weight, bias, *bits, ids)
     x.copy_(operands[1][0])
     graph.replay()
-    check({"y": y}, problems[1].expected(), 2e-4)
+    problems[1].check({"y": y}, 2e-4)
 
 
-def test_gradients_pass_pytorchs_own_check() -> None:
-    problem = Problem.random(4, 3, 5, 4)
-    bits = [pack_bits(torch.from_numpy(m)) for m in (problem.weight_mask, problem.bias_mask)]
+def test_the_backward_pass_in_pytorch_passes_its_own_check() -> None:
+    problem = LinearProblem.random(4, 3, 5, 4)
     leaves = [
         torch.from_numpy(v).requires_grad_() for v in (problem.x, problem.weight, problem.bias)
     ]
     ids = torch.from_numpy(problem.task_ids)
-    assert torch.autograd.gradcheck(lambda *v: REFERENCE.masked_linear(*v, *bits, ids), leaves)
+    assert torch.autograd.gradcheck(
+        lambda *v: PYTORCH.masked_linear(*v, *problem.bits, ids), leaves
+    )
 
 
 @pytest.mark.parametrize(
@@ -473,6 +376,7 @@ def test_gradients_pass_pytorchs_own_check() -> None:
         ({"bias_bits": None}, ValueError, "bias and bias_bits"),
         ({"task_ids": torch.zeros(3, dtype=torch.int64)}, ValueError, "task_ids has shape"),
         ({"task_ids": torch.zeros(2, dtype=torch.int32)}, ValueError, "task_ids is torch.int32"),
+        ({"task_ids": None}, ValueError, "task_ids is None"),
         ({"weight": torch.zeros(39, 4).T}, ValueError, "weight has strides"),
         ({"group_gradients": (torch.zeros(2, 4, 39), None)}, ValueError, "must hold a bias"),
         ({"group_gradients": torch.zeros(2, 4, 40).split([39, 1], 2)}, ValueError, r"gradients\[1"),

@@ -1,0 +1,264 @@
+"""Operands of the operations with their results by independent computations, for several tests."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from harmodt_kernels import Backend, pack_bits, words_for
+
+TASKS = 3
+
+ADAMW = {"learning_rate": 0.01, "betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.1}
+
+
+@dataclass
+class LinearProblem:
+    """Random operands in float64; the groups' tasks repeat where there are more than tasks."""
+
+    x: np.ndarray
+    weight: np.ndarray
+    bias: np.ndarray
+    weight_mask: np.ndarray
+    bias_mask: np.ndarray
+    task_ids: np.ndarray
+    output_gradient: np.ndarray
+    masked: bool = True
+
+    @classmethod
+    def random(cls, groups: int, rows: int, inputs: int, outputs: int) -> LinearProblem:
+        rng = np.random.default_rng([groups, rows, inputs, outputs])
+        return cls(
+            x=rng.normal(size=(groups, rows, inputs)),
+            weight=rng.normal(size=(outputs, inputs)),
+            bias=rng.normal(size=outputs),
+            weight_mask=rng.random((TASKS, outputs, inputs)) < 0.7,
+            bias_mask=rng.random((TASKS, outputs)) < 0.7,
+            task_ids=rng.permutation(np.arange(groups) % TASKS),
+            output_gradient=rng.normal(size=(groups, rows, outputs)),
+        )
+
+    def without_masks(self) -> LinearProblem:
+        """The same with every weight active, and no masks among the operands."""
+        self.weight_mask[:] = self.bias_mask[:] = True
+        self.masked = False
+        return self
+
+    def rounded(self, dtype: torch.dtype) -> LinearProblem:
+        """The same with operands that are exact in a lower precision."""
+        for name in ("x", "weight", "bias", "output_gradient"):
+            values = torch.from_numpy(getattr(self, name)).to(dtype).double().numpy()
+            setattr(self, name, values)
+        return self
+
+    @property
+    def bits(self) -> tuple[Tensor, Tensor]:
+        """The packed masks of weights and biases."""
+        masks = torch.from_numpy(self.weight_mask), torch.from_numpy(self.bias_mask)
+        return pack_bits(masks[0]), pack_bits(masks[1])
+
+    def expected(
+        self, relu: bool = False, passed: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """Output and gradients in float64, group by group, and the gradients of single groups.
+
+        Args:
+            passed: bool, shape of the output: where the ReLU let it pass, by default where the
+                output is above 0. Next to 0 the output in another precision may lie on the other
+                side, and its gradients are then other ones.
+        """
+        result = {
+            "y": np.zeros_like(self.output_gradient),
+            "x": np.zeros_like(self.x),
+            "weight_of_groups": np.zeros((len(self.x), *self.weight.shape)),
+            "bias_of_groups": np.zeros((len(self.x), *self.bias.shape)),
+        }
+        for g, task in enumerate(self.task_ids):
+            weight = np.where(self.weight_mask[task], self.weight, 0.0)
+            y = self.x[g] @ weight.T + np.where(self.bias_mask[task], self.bias, 0.0)
+            dy = self.output_gradient[g]
+            if relu:
+                dy = dy * (y > 0 if passed is None else passed[g])
+                y = np.maximum(y, 0.0)
+            result["y"][g] = y
+            result["x"][g] = dy @ weight
+            result["weight_of_groups"][g] = (dy.T @ self.x[g]) * self.weight_mask[task]
+            result["bias_of_groups"][g] = dy.sum(0) * self.bias_mask[task]
+        sums = {name: result[f"{name}_of_groups"].sum(0) for name in ("weight", "bias")}
+        return result | sums
+
+    def check(self, computed: dict[str, Tensor], error: float, relu: bool = False) -> None:
+        """Assert that results are the expected ones, and gradients those of the computed output."""
+        passed = computed["y"].cpu().numpy() > 0 if relu else None
+        expected = self.expected(relu, passed)
+        for name, values in computed.items():
+            np.testing.assert_allclose(
+                values.double().cpu().numpy(), expected[name], error, error, err_msg=name
+            )
+
+    def computed(
+        self,
+        backend: Backend,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        weight_dtype: torch.dtype | None = None,
+        bias: bool = True,
+        relu: bool = False,
+        autocast: bool = False,
+        of_groups: bool = False,
+    ) -> dict[str, Tensor]:
+        """The same by a backend, on views such as the model's: all rows padded to whole words."""
+        weight_dtype = weight_dtype or dtype
+        x = torch.from_numpy(self.x).to(device, dtype).requires_grad_()
+        flat = padded(torch.from_numpy(self.weight).to(device, weight_dtype)).requires_grad_()
+        weight = flat[:, : self.weight.shape[1]]
+        b = torch.from_numpy(self.bias).to(device, weight_dtype).requires_grad_()
+        weight_bits, bias_bits = (in_longer_rows(bits.to(device)) for bits in self.bits)
+        task_ids = torch.from_numpy(self.task_ids).to(device)
+        masks = (weight_bits, bias_bits if bias else None, task_ids)
+        groups, outputs, inputs = len(self.x), *self.weight.shape
+        vectors = torch.full((groups, outputs, words_for(inputs) * 32 + 64), torch.nan)
+        d_weight = vectors.to(device, weight_dtype)[..., :inputs]
+        d_bias = torch.full((groups, outputs), torch.nan, device=device, dtype=weight_dtype)
+        casting = torch.autocast(device.type, torch.bfloat16)
+        with casting if autocast else contextlib.nullcontext():
+            y = backend.masked_linear(
+                x,
+                weight,
+                b if bias else None,
+                *(masks if self.masked else (None, None, None)),
+                relu=relu,
+                group_gradients=(d_weight, d_bias if bias else None) if of_groups else None,
+            )
+        y.backward(torch.from_numpy(self.output_gradient).to(device, y.dtype))
+        if of_groups:
+            assert flat.grad is None and b.grad is None
+            return {
+                "y": y.detach(),
+                "x": x.grad,
+                "weight_of_groups": d_weight,
+                "bias_of_groups": d_bias,
+            }
+        weight_gradient = flat.grad[:, :inputs]
+        return {"y": y.detach(), "x": x.grad, "weight": weight_gradient, "bias": b.grad}
+
+
+def padded(weight: Tensor) -> Tensor:
+    """Rows of whole words, with NaN after the weights."""
+    inputs = weight.shape[1]
+    return F.pad(weight, (0, words_for(inputs) * 32 - inputs), value=torch.nan)
+
+
+def in_longer_rows(bits: Tensor) -> Tensor:
+    """The bits of each task as a slice of a longer row of set bits."""
+    rows = F.pad(bits.flatten(1), (5, 7), value=-1)
+    return rows[:, 5:-7].unflatten(1, bits.shape[1:])
+
+
+def largest_error(computed: Tensor, expected: np.ndarray) -> float:
+    return float(np.abs(computed.double().cpu().numpy() - expected).max())
+
+
+@dataclass
+class LayerNormProblem:
+    """Operands, two tasks more than groups."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    weight_mask: Tensor
+    bias_mask: Tensor
+    task_ids: Tensor
+    dy: Tensor
+    masked: bool = True
+
+    @classmethod
+    def random(cls, groups: int, rows: int, size: int) -> LayerNormProblem:
+        generator = torch.Generator().manual_seed(size)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        masks = (torch.rand(groups + 2, size, generator=generator) < 0.7 for _ in range(2))
+        ids = torch.randint(groups + 2, (groups,), generator=generator)
+        # Rows of two elements too are spread out: nearly equal ones lose digits in any arithmetic.
+        x = draw(groups, rows, size).clamp(-2, 2) + 1 + 6 * (torch.arange(size) % 2)
+        return cls(x, draw(size), draw(size), *masks, ids, draw(groups, rows, size))
+
+    @property
+    def masks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The operands that are masks."""
+        return pack_bits(self.weight_mask), pack_bits(self.bias_mask), self.task_ids
+
+    def without_masks(self) -> LayerNormProblem:
+        """The same with every weight active, and no masks among the operands."""
+        self.weight_mask[:] = self.bias_mask[:] = True
+        self.masked = False
+        return self
+
+    def computed(self, backend: Backend, of_groups: bool) -> dict[str, Tensor]:
+        """The output and the gradients; of weight and bias those of each group, or summed."""
+        leaves = [t.clone().requires_grad_() for t in (self.x, self.weight, self.bias)]
+        out = torch.full((2, *self.x.shape[::2]), torch.nan)
+        masks = self.masks if self.masked else (None, None, None)
+        y = backend.masked_layer_norm(
+            *leaves, *masks, group_gradients=tuple(out) if of_groups else None
+        )
+        y.backward(self.dy)
+        assert not of_groups or (leaves[1].grad is None and leaves[2].grad is None)
+        d_weight, d_bias = out if of_groups else (leaves[1].grad, leaves[2].grad)
+        return {"y": y.detach(), "x": leaves[0].grad, "weight": d_weight, "bias": d_bias}
+
+    def expected(self, of_groups: bool) -> dict[str, Tensor]:
+        """By the formulas, in float64."""
+        x, dy = self.x.double(), self.dy.double()
+        gain_mask, bias_mask = (m[self.task_ids] for m in (self.weight_mask, self.bias_mask))
+        gain = torch.where(gain_mask, self.weight.double(), 0.0)[:, None]
+        bias = torch.where(bias_mask, self.bias.double(), 0.0)[:, None]
+        centred = x - x.mean(-1, keepdim=True)
+        deviation = (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        v = centred / deviation
+        d = dy * gain
+        dx = d - d.mean(-1, keepdim=True) - v * (d * v).mean(-1, keepdim=True)
+        d_weight, d_bias = (dy * v).sum(1) * gain_mask, dy.sum(1) * bias_mask
+        if not of_groups:
+            d_weight, d_bias = d_weight.sum(0), d_bias.sum(0)
+        return {"y": v * gain + bias, "x": dx / deviation, "weight": d_weight, "bias": d_bias}
+
+    def check(self, computed: dict[str, Tensor], of_groups: bool) -> None:
+        for name, expected in self.expected(of_groups).items():
+            torch.testing.assert_close(
+                computed[name].double(),
+                expected,
+                rtol=2e-5,
+                atol=2e-4,
+                msg=lambda m, n=name: f"{n}: {m}",
+            )
+
+
+def attention_operands(sequences: int, tokens: int, heads: int, size: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    qkv = torch.randn(sequences, tokens, 3, heads, size, generator=generator) * 2
+    valid = torch.rand(sequences, tokens, generator=generator) < 0.7
+    valid[-1, : tokens // 2] = False
+    return qkv, valid
+
+
+def attention_by_loops(qkv: Tensor, valid: Tensor, queries: slice) -> Tensor:
+    """In float64, a softmax for each query over the keys that it may see."""
+    sequences, tokens, _, heads, size = qkv.shape
+    rows = []
+    for b in range(sequences):
+        for i in range(tokens)[queries]:
+            seen = [j for j in range(i + 1) if valid[b, j] or j == i]
+            for h in range(heads):
+                q, k, v = qkv[b, i, 0, h], qkv[b, seen, 1, h], qkv[b, seen, 2, h]
+                rows.append(torch.softmax(k @ q / math.sqrt(size), 0) @ v)
+    return torch.stack(rows).view(sequences, -1, heads, size)
