@@ -30,9 +30,9 @@ from measuring import ON_GPU, assert_agree, fused, timer
 from torch import Tensor
 
 from harmodt.data.store import DataStore
-from harmodt.devices import set_precision
-from harmodt_kernels import REFERENCE
-from harmodt_kernels.attention import reference as attention_reference
+from harmodt_kernels import PYTORCH
+from harmodt_kernels.attention import pytorch as attention_pytorch
+from harmodt_kernels.attention.reference import causal_mask
 
 LAYERS = [("qkv", 128), ("out", 128), ("up", 128), ("down", 128)]
 LAYERS += [("qkv", 256), ("out", 256), ("up", 256), ("down", 256)]
@@ -72,16 +72,6 @@ def onednn() -> Iterator[None]:
         torch.set_float32_matmul_precision("highest")
 
 
-@contextlib.contextmanager
-def bf16_products() -> Iterator[None]:
-    products = torch.backends.mkldnn.matmul
-    products.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        products.fp32_precision = "none"
-
-
 def inside(context: Callable[[], Any], call: Callable[[], Any]) -> Callable[[], Any]:
     def run() -> Any:
         with context():
@@ -104,7 +94,7 @@ def bench_linear(benchmark: Any, passes: str, products: str, rows: int, layer: s
     kernels = of_backend(fused().masked_linear, problem)
     call: Callable[[], Any] = lambda: run(kernels)  # noqa: E731
     if products == "bf16":
-        call = inside(bf16_products, call)
+        call = inside(lambda: fused().precision("bf16", "cpu"), call)
     tolerance = TOLERANCE["float32" if products == "float32" else "bfloat16"]
     actual = call()
     actual = (actual,) if passes == "forward" else actual
@@ -127,7 +117,7 @@ def bench_attention(benchmark: Any, passes: str, head_size: int) -> None:
     qkv = torch.randn(40, 75, 3, 8, head_size, requires_grad=passes != "forward")
     d_out = torch.randn(40, 75, 8, head_size)
     valid = torch.rand(40, 75) < 0.9
-    allowed = attention_reference.causal_mask(valid)
+    allowed = causal_mask(valid)
     kernel = fused().attention
 
     def run(attention: Callable[[], Tensor]) -> Tensor:
@@ -141,7 +131,7 @@ def bench_attention(benchmark: Any, passes: str, head_size: int) -> None:
 
     def by_products() -> Tensor:
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        return attention_reference.attend(query, key, value, allowed, 0.0).transpose(1, 2)
+        return attention_pytorch.attend(query, key, value, allowed, 0.0).transpose(1, 2)
 
     def by_pytorch() -> Tensor:
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
@@ -178,10 +168,10 @@ def bench_layer_norm(benchmark: Any, passes: str) -> None:
         return F.layer_norm(x, x.shape[-1:], weight, bias)
 
     kernel = fused().masked_layer_norm
-    assert_agree(run(kernel), run(REFERENCE.masked_layer_norm), 1e-5)
+    assert_agree(run(kernel), run(PYTORCH.masked_layer_norm), 1e-5)
     others = {
         "PyTorch dense": lambda: run(plain),
-        "reference": lambda: run(REFERENCE.masked_layer_norm),
+        "reference": lambda: run(PYTORCH.masked_layer_norm),
     }
     benchmark.group = f"LayerNorm, {passes}: 5 tasks x 600 rows, d = 128"
     measure_beside(benchmark, lambda: run(kernel), others, rounds=60)
@@ -200,12 +190,11 @@ def bench_step(benchmark: Any, store: DataStore, precision: str, dropout: float)
         trainer = trainers[path]
 
         def run() -> object:
-            set_precision(precision, trainer.device, trainer.backend)
-            return trainer.train_step()
+            with trainer.backend.precision(precision, trainer.device):
+                return trainer.train_step()
 
         return run
 
     benchmark.group = "training step, d = 128, 5 tasks x 8 windows"
     others = {"reference": step("reference"), "dense": step("dense")}
     measure_beside(benchmark, step("fused"), others, rounds=15)
-    torch.backends.mkldnn.matmul.fp32_precision = "none"

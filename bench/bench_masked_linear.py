@@ -6,7 +6,7 @@ A step holds one group of 600 rows (8 windows of 75 tokens) for each task, at mo
 the masks of all tasks are in memory. The paths:
 
     fused       the kernels, which apply the bits to tiles of W
-    reference   one masked copy of W per group, then a batched product
+    reference   plain PyTorch: one masked copy of W per group, then a batched product
     compiled    the reference through torch.compile
     vmap        torch.func: a linear layer called on the stacked masked copies
     dense       no masks: the lower bound
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from measuring import DEVICE, ON_GPU, assert_agree, fused, measure, random_masks, timer
 from torch import Tensor, nn
 
-from harmodt_kernels import REFERENCE, unpack_bits
+from harmodt_kernels import PYTORCH, REFERENCE, unpack_bits
 
 LAYERS = {"up": (4, 1), "qkv": (3, 1), "out": (1, 1), "down": (1, 4)}  # outputs, inputs over d
 TASKS = (1, 5, 50, 1000)
@@ -139,7 +139,7 @@ def forward_of(path: str, problem: Problem, compiler: str) -> Forward:
         return vmap(problem)
     if path == "dense":
         return dense
-    reference = of_backend(REFERENCE.masked_linear, problem)
+    reference = of_backend(PYTORCH.masked_linear, problem)
     if path == "reference":
         return reference
     torch.compiler.reset()  # else the other cases count as recompilations, and those are limited

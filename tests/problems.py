@@ -114,7 +114,10 @@ class LinearProblem:
         autocast: bool = False,
         of_groups: bool = False,
     ) -> dict[str, Tensor]:
-        """The same by a backend, on views such as the model's: all rows padded to whole words."""
+        """The same by a backend, on views such as the model's: all rows padded to whole words.
+
+        Each keyword is a choice that some test makes by itself.
+        """
         weight_dtype = weight_dtype or dtype
         x = torch.from_numpy(self.x).to(device, dtype).requires_grad_()
         flat = padded(torch.from_numpy(self.weight).to(device, weight_dtype)).requires_grad_()

@@ -21,6 +21,7 @@ def attention(
     drop: float,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
+    """`harmodt::attention`, whose arguments, one by one, are those of its schema."""
     sequences, _, _, heads, size = qkv.shape
     out = qkv.new_empty(sequences, wanted, heads, size)
     log_sums = qkv.new_empty(sequences, wanted, heads)
@@ -48,6 +49,7 @@ def attention_gradient(
     drop: float,
     seed: int,
 ) -> Tensor:
+    """`harmodt::attention_gradient`, whose arguments, one by one, are those of its schema."""
     d_qkv = torch.empty_like(qkv)
     d_out, valid = d_out.contiguous(), valid.contiguous()
     shape = shape_of(qkv, valid, wanted, first, step, drop, seed)

@@ -23,6 +23,7 @@ def select_harmony(
     importance: str,
     rule: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`harmodt::select_harmony`, whose arguments, one by one, are those of its schema."""
     tasks, words = mask_bits.shape
     columns = min(count, weights.numel())
     leaving = torch.empty(tasks, columns, dtype=torch.int64)

@@ -33,7 +33,8 @@ def select_harmony(
 
     The fused form of `reference.select_harmony`, with the same arguments and the same result, in
     float32. It reads the gradients once and small parts of them again, and its workspace does not
-    grow with the number of tasks.
+    grow with the number of tasks. Tensors and settings are an argument each, as PyTorch's
+    dispatcher takes them.
 
     Args:
         mask_bits: int32 [T, P / 32], the masks.

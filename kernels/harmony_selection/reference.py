@@ -49,6 +49,7 @@ def select_harmony(
     A task gives up the active weights of smallest harmony (Eq. 8-10) and takes the inactive
     weights of largest agreement with the mean gradient (Eq. 12). Both are chosen on the mask as it
     is, and ties go to the lowest index. Nothing is changed: `move_weights` applies the selection.
+    Tensors and settings are an argument each, as PyTorch's dispatcher takes them.
 
     Args:
         mask_bits: int32 [T, P / 32], the masks.

@@ -88,7 +88,8 @@ def harmony_minima_kernel(
 ):
     """The smallest score of each chunk and side, in the high half; the low half is the chunk.
 
-    It is REFUSED for the leaving weights of a chunk that holds NaN or infinity.
+    It is REFUSED for the leaving weights of a chunk that holds NaN or infinity. A launch takes no
+    structures: what a kernel needs is an argument each.
     """
     block, group = tl.program_id(0) // task_groups, tl.program_id(0) % task_groups
     word = block * WORDS + tl.arange(0, WORDS)
@@ -158,7 +159,7 @@ def harmony_candidates_kernel(
     CHUNK_WORDS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """The keys of all elements of the chosen chunks."""
+    """The keys of all elements of the chosen chunks. Its arguments are those of the one above."""
     task, side = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(1)
     row = (tl.program_id(0) % blocks) * WORDS + tl.arange(0, WORDS)
     inside = row < chosen * CHUNK_WORDS
@@ -222,6 +223,7 @@ def select_harmony(
     importance: str,
     rule: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`harmodt::select_harmony`, whose arguments, one by one, are those of its schema."""
     tasks, size = len(mask_bits), weights.numel()
     columns = min(count, size)
     chunk_words = words_per_chunk(size, columns)

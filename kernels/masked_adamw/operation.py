@@ -29,6 +29,7 @@ def masked_adamw(
     """Clip the gradient's norm, then AdamW on the active weights; all else stays bit for bit.
 
     The fused form of `reference.masked_adamw`: one kernel after the norm's, in float32.
+    Tensors and settings are an argument each, as PyTorch's optimisers take them.
 
     Args:
         weights, first_moment, second_moment: float32 [P], changed in place where active.

@@ -28,6 +28,7 @@ def masked_adamw(
 
     This is the lazy form, as in `torch.optim.SparseAdam`: an inactive weight is moved neither by
     its old moments nor by weight decay. The bias correction counts all steps.
+    Tensors and settings are an argument each, as PyTorch's optimisers take them.
 
     Args:
         weights, first_moment, second_moment: [P], changed in place where active.

@@ -40,6 +40,10 @@ def masked_adamw_kernel(
     learning_rate,
     WORDS: tl.constexpr,
 ):
+    """The step of the weights of some words.
+
+    A launch takes no structures: what a kernel needs is an argument each.
+    """
     start = tl.program_id(0).to(tl.int64) * (WORDS * 32)
     word, place = tl.arange(0, WORDS), tl.arange(0, 32)
     element = word[:, None] * 32 + place[None, :]  # [WORDS, 32]
@@ -87,6 +91,7 @@ def masked_adamw(
     weight_decay: float,
     learning_rate: float,
 ) -> None:
+    """`harmodt::masked_adamw`, whose arguments, one by one, are those of its schema."""
     size = weights.numel()
     launch(
         masked_adamw_kernel,

@@ -127,6 +127,7 @@ class _MaskedLayerNorm(torch.autograd.Function):
         weight_out: Tensor | None,
         bias_out: Tensor | None,
     ) -> Tensor:
+        """Its arguments stand one by one, because autograd looks for tensors among them."""
         y, statistics = torch.ops.harmodt.masked_layer_norm(
             x, weight, bias, weight_bits, bias_bits, task_ids, epsilon
         )

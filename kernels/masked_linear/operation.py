@@ -173,6 +173,7 @@ class _MaskedLinear(torch.autograd.Function):
         weight_out: Tensor | None,
         bias_out: Tensor | None,
     ) -> Tensor:
+        """Its arguments stand one by one, because autograd looks for tensors among them."""
         y = torch.ops.harmodt.masked_linear(x, weight, bias, weight_bits, bias_bits, task_ids, relu)
         ctx.save_for_backward(x, weight, weight_bits, bias_bits, task_ids, y if relu else None)
         ctx.group_gradients = weight_out, bias_out

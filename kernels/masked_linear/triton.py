@@ -84,6 +84,7 @@ def masked_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """y of one tile. A launch takes no structures: what a kernel needs is an argument each."""
     tiles_of_group = tl.cdiv(rows, BLOCK_R)
     row_tile, column_tile = tile_of(groups * tiles_of_group, tl.cdiv(outputs, BLOCK_N))
     group = row_tile // tiles_of_group
@@ -153,6 +154,7 @@ def masked_linear_input_gradient_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """dx of one tile. A launch takes no structures: what a kernel needs is an argument each."""
     tiles_of_group = tl.cdiv(rows, BLOCK_R)
     row_tile, column_tile = tile_of(groups * tiles_of_group, tl.cdiv(inputs, BLOCK_K))
     group = row_tile // tiles_of_group
@@ -207,7 +209,10 @@ def sums_of_rows(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """The bias gradient of outputs n: the masked sums of dy over the rows of each group."""
+    """The bias gradient of outputs n: the masked sums of dy over the rows of each group.
+
+    A part of the kernel below, with its arguments.
+    """
     row = tl.arange(0, BLOCK_R)
     place = n[:, None] + row[None, :] * outputs
     total = tl.zeros([BLOCK_N], tl.float32)
@@ -251,6 +256,11 @@ def masked_linear_weight_gradient_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    """One tile of weight_out, or of bias_out, for some groups one after the other.
+
+    A launch takes no structures: what a kernel needs is an argument each. The loops over groups and
+    rows stay in one function, where Triton overlaps loads and products.
+    """
     k_tiles = tl.cdiv(inputs, BLOCK_K)
     columns = k_tiles + 1 if HAS_BIAS else k_tiles  # the bias is a column of its own
     tiles = tl.cdiv(outputs, BLOCK_N) * columns
@@ -493,8 +503,8 @@ def launch_weight_gradient(
     """Write the sums of each `groups_of_program` groups.
 
     Args:
-        weight_out, bias_out: [parts, N, K] and [parts, N]; the others are those of the operations,
-            of which there are nine in all.
+        weight_out, bias_out: [parts, N, K] and [parts, N]. The others are those of the operations,
+            hence nine in all.
     """
     dy, x = dy.contiguous(), x.contiguous()
     groups, rows, inputs = x.shape
