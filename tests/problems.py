@@ -128,8 +128,8 @@ class LinearProblem:
         masks = (weight_bits, bias_bits if bias else None, task_ids)
         groups, outputs, inputs = len(self.x), *self.weight.shape
         vectors = torch.full((groups, outputs, words_for(inputs) * 32 + 64), torch.nan)
-        d_weight = vectors.to(device, weight_dtype)[..., :inputs]
-        d_bias = torch.full((groups, outputs), torch.nan, device=device, dtype=weight_dtype)
+        weight_out = vectors.to(device, weight_dtype)[..., :inputs]
+        bias_out = torch.full((groups, outputs), torch.nan, device=device, dtype=weight_dtype)
         casting = torch.autocast(device.type, torch.bfloat16)
         with casting if autocast else contextlib.nullcontext():
             y = backend.masked_linear(
@@ -138,7 +138,7 @@ class LinearProblem:
                 b if bias else None,
                 *(masks if self.masked else (None, None, None)),
                 relu=relu,
-                group_gradients=(d_weight, d_bias if bias else None) if of_groups else None,
+                group_gradients=(weight_out, bias_out if bias else None) if of_groups else None,
             )
         y.backward(torch.from_numpy(self.output_gradient).to(device, y.dtype))
         if of_groups:
@@ -146,8 +146,8 @@ class LinearProblem:
             return {
                 "y": y.detach(),
                 "x": x.grad,
-                "weight_of_groups": d_weight,
-                "bias_of_groups": d_bias,
+                "weight_of_groups": weight_out,
+                "bias_of_groups": bias_out,
             }
         weight_gradient = flat.grad[:, :inputs]
         return {"y": y.detach(), "x": x.grad, "weight": weight_gradient, "bias": b.grad}

@@ -51,15 +51,15 @@ def test_output_and_gradient_equal_loops(backend, device, queries, sizes) -> Non
 def test_equals_the_definition(backend, device, tokens, heads, size, first, step) -> None:
     qkv, valid = (t.to(device) for t in attention_operands(2, tokens, heads, size))
     queries = slice(min(first, tokens - 1), None, step)
-    leaves = [qkv.clone().requires_grad_() for _ in range(2)]
-    outs = [
-        f(x, valid, queries, 0.0)
-        for f, x in zip((backend.attention, reference.attention), leaves, strict=True)
-    ]
-    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
-    for out in outs:
-        out.square().sum().backward()
-    torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-3, atol=1e-4)
+    leaf, exact = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
+    out = backend.attention(leaf, valid, queries, 0.0)
+    expected = reference.attention(exact, valid, queries, 0.0)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    # An element may be a small difference of large terms: errors are those of the largest ones.
+    error = (leaf.grad - exact.grad).abs().max()
+    assert error <= 2e-5 * exact.grad.abs().max()
 
 
 @pytest.mark.parametrize("queries", [slice(None), slice(-1, None)], ids=str)

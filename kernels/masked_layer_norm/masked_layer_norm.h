@@ -96,7 +96,7 @@ void layer_norm_gradient_of(const harmodt_layer_norm_shape& s, int64_t group, in
 // `sums` holds [groups][parts][2][size], parts of kPartRows rows.
 void masked_layer_norm_gradient(const harmodt_layer_norm_shape& s, const float* dy, const float* x,
                                 const float* statistics, const float* weight, float* dx,
-                                float* d_weight, float* d_bias, int threads) {
+                                float* of_weights, float* of_biases, int threads) {
   int64_t parts = (s.rows + kPartRows - 1) / kPartRows;
   auto* sums = static_cast<float*>(scratch(sizeof(float) * s.groups * parts * 2 * s.size));
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -115,8 +115,8 @@ void masked_layer_norm_gradient(const harmodt_layer_norm_shape& s, const float* 
       }
       gain = keep(gain, bits_at(weight_bits_of(s, group), j));
       shift = keep(shift, bits_at(bias_bits_of(s, group), j));
-      store(d_weight + group * s.size + j, gain, inside);
-      store(d_bias + group * s.size + j, shift, inside);
+      store(of_weights + group * s.size + j, gain, inside);
+      store(of_biases + group * s.size + j, shift, inside);
     }
 }
 

@@ -50,11 +50,14 @@ class _MaskedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.dtype, ctx.group_gradients = weight.dtype, group_gradients
         ctx.has_bias = bias is not None
-        masked_weight = _mask(weight.expand(len(x), -1, -1), bits).to(x.dtype)  # [G, N, K]
+        if bits is None:
+            weight = weight.expand(len(x), -1, -1)
+            bias = None if bias is None else bias.expand(len(x), -1)
+        masked_weight = _mask(weight, bits).to(x.dtype)  # [G, N, K]
         if bias is None:
             y = x @ masked_weight.mT
         else:
-            masked_bias = _mask(bias.expand(len(x), -1), bias_bits).to(x.dtype)  # [G, N]
+            masked_bias = _mask(bias, bias_bits).to(x.dtype)  # [G, N]
             y = torch.baddbmm(masked_bias[:, None], x, masked_weight.mT)
         y = y.relu_() if relu else y
         ctx.save_for_backward(x, masked_weight, bits, bias_bits, y if relu else None)

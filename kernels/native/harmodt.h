@@ -139,11 +139,11 @@ HARMODT_API void harmodt_attention_gradient(const harmodt_attention_shape* shape
 HARMODT_API void harmodt_masked_layer_norm(const harmodt_layer_norm_shape* shape, const float* x,
                                            const float* weight, const float* bias, float* y,
                                            float* statistics, int threads);
-// d_weight and d_bias are [groups][size], with the group's mask.
+// of_weights and of_biases are the gradients of each group, [groups][size], with its mask.
 HARMODT_API void harmodt_masked_layer_norm_gradient(const harmodt_layer_norm_shape* shape,
                                                     const float* dy, const float* x,
                                                     const float* statistics, const float* weight,
-                                                    float* dx, float* d_weight, float* d_bias,
+                                                    float* dx, float* of_weights, float* of_biases,
                                                     int threads);
 
 // out = x + branch, of `size` elements; those of the branch are dropped or divided by 1 - drop.
