@@ -78,6 +78,8 @@ def test_operands_that_do_not_fit_are_named() -> None:
         masked_layer_norm(
             problem.x, problem.weight, problem.bias, bits[0][:, :1], bits[1], problem.task_ids
         )
+    with pytest.raises(ValueError, match="bias_bits is given without weight_bits"):
+        masked_layer_norm(problem.x, problem.weight, problem.bias, None, bits[1], None)
     with pytest.raises(ValueError, match="weight_bits needs bias_bits and task_ids"):
         masked_layer_norm(problem.x, problem.weight, problem.bias, *bits, None)
     with pytest.raises(ValueError, match=r"bias has strides \(2,\)"):

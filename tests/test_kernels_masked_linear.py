@@ -374,6 +374,7 @@ def test_the_backward_pass_in_pytorch_passes_its_own_check() -> None:
         ({"weight_bits": torch.zeros(3, 4, 2, dtype=torch.int64)}, ValueError, "weight_bits is"),
         ({"weight_bits": torch.zeros(3, 4, 1, dtype=torch.int32)}, ValueError, "weight_bits has"),
         ({"bias_bits": None}, ValueError, "bias and bias_bits"),
+        ({"weight_bits": None}, ValueError, "bias_bits is given without weight_bits"),
         ({"task_ids": torch.zeros(3, dtype=torch.int64)}, ValueError, "task_ids has shape"),
         ({"task_ids": torch.zeros(2, dtype=torch.int32)}, ValueError, "task_ids is torch.int32"),
         ({"task_ids": None}, ValueError, "task_ids is None"),

@@ -48,6 +48,8 @@ def masked_layer_norm(
         BackendUnavailable: there is no such kernel for the device.
     """
     if weight_bits is None:
+        if bias_bits is not None:
+            raise ValueError("bias_bits is given without weight_bits: give both or neither")
         return _without_masks(x, weight, bias, epsilon, group_gradients)
     if bias_bits is None or task_ids is None:
         raise ValueError("weight_bits needs bias_bits and task_ids: give all of them or none")

@@ -56,6 +56,8 @@ def masked_linear(
         BackendUnavailable: there are no fused kernels for the device.
     """
     if weight_bits is None:
+        if bias_bits is not None:
+            raise ValueError("bias_bits is given without weight_bits: give both or neither")
         return _without_masks(x, weight, bias, relu, group_gradients)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
