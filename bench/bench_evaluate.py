@@ -12,7 +12,7 @@ import pytest
 from bench_train_step import STEP, make_trainer
 
 from harmodt.data.store import DataStore
-from harmodt.environments.metaworld_names import EPISODE_LENGTH
+from harmodt.environments.metaworld import MetaWorld
 from harmodt.environments.simulation import Simulation
 from harmodt.evaluate import GOAL_SEED
 from harmodt.policies.decision import Policy
@@ -46,7 +46,7 @@ def bench_act(benchmark, store: DataStore, path: str) -> None:
 def bench_episodes(benchmark, store: DataStore, path: str) -> None:
     """All 500 steps: policy calls and simulation."""
     policy = make_policy(store, path)
-    steps = 5 if benchmark.disabled else EPISODE_LENGTH
+    steps = 5 if benchmark.disabled else MetaWorld.spec.episode_length
     rows = [name for name in store.tasks for _ in range(EPISODES)]
 
     def play() -> None:
@@ -56,5 +56,5 @@ def bench_episodes(benchmark, store: DataStore, path: str) -> None:
             observations, rewards, _ = simulation.step(policy.act(observations))
             policy.record_rewards(rewards)
 
-    with Simulation(rows, GOAL_SEED) as simulation:
+    with Simulation(store.environment, rows, GOAL_SEED) as simulation:
         benchmark.pedantic(play, rounds=1)

@@ -30,10 +30,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
-from metaworld.policies import ENV_POLICY_MAP
 
 from .data.store import MANIFEST, DataStore, Episode, StoreWriter
-from .environments.metaworld import Environment
+from .environments.metaworld import MetaWorld, MetaWorldEnvironment
 from .environments.metaworld_names import (
     ACTION_SIZE,
     EPISODE_LENGTH,
@@ -228,12 +227,12 @@ def _collect_part(config: CollectConfig, part: _Part) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _make_environment(task: str) -> Environment:
-    return Environment(task)
+def _make_environment(task: str) -> MetaWorldEnvironment:
+    return MetaWorldEnvironment(task)
 
 
 def _run_episode(
-    config: CollectConfig, environment: Environment, part: _Part, number: int
+    config: CollectConfig, environment: MetaWorldEnvironment, part: _Part, number: int
 ) -> Episode:
     """Run the expert for one episode; the stored actions are those that were executed."""
     steps = config.episode_length
@@ -245,14 +244,14 @@ def _run_episode(
     at_random = generator.random(steps) < share
     random_actions = generator.uniform(-1, 1, (steps, ACTION_SIZE))
 
-    expert = ENV_POLICY_MAP[part.task]()  # type: ignore[abstract]
+    expert = MetaWorld().expert(part.task)
     observations = np.empty((steps, OBSERVATION_SIZE), np.float32)
     actions = np.empty((steps, ACTION_SIZE), np.float32)
     rewards = np.empty(steps, np.float32)
     solved = False
     for step in range(steps):
         observations[step] = observation
-        action = random_actions[step] if at_random[step] else expert.get_action(observation)
+        action = random_actions[step] if at_random[step] else expert(observation)
         actions[step] = (action + noise[step]).clip(-1, 1)
         observation, rewards[step], success = environment.step(actions[step])
         solved = solved or success

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .environments.metaworld_names import ACTION_SIZE, OBSERVATION_SIZE
+from .environments.metaworld import MetaWorld
 from .errors import UserError
 
 Algorithm = Literal["harmodt-f", "harmodt-m", "harmodt-r", "prompt-dt", "mtdt"]
@@ -25,8 +25,8 @@ class ModelConfig:
     prompt_length: int = 5
     max_timesteps: int = 1000
     task_embedding_dim: int = 0
-    observation_size: int = OBSERVATION_SIZE
-    action_size: int = ACTION_SIZE
+    observation_size: int = MetaWorld.spec.observation_size
+    action_size: int = MetaWorld.spec.action_size
 
 
 # (embedding dimension, layers, heads). The first four are Table 3 of the paper, whose parameter

@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .devices import prepare_cpu
-from .environments.metaworld import EPISODE_LENGTH
+from .environments import METAWORLD
+from .environments.metaworld import MetaWorld
 from .environments.metaworld_names import resolve_tasks
 from .environments.simulation import Simulation
 from .environments.video import find_backend
@@ -68,7 +69,7 @@ class Protocol:
     checkpoint: int
     rounds: int = 1
     mask: str = "task"
-    episode_length: int = EPISODE_LENGTH
+    episode_length: int = MetaWorld.spec.episode_length
 
     @property
     def name(self) -> str:
@@ -240,8 +241,10 @@ def evaluate(
 
     played: list[tuple[np.ndarray, np.ndarray]] = []
     with progress_bar("steps", "solved", enabled=console is not None, console=console) as progress:
-        bar = progress.add_task("starting environments", total=rounds * EPISODE_LENGTH)
-        with Simulation(row_tasks, goal_seed, workers, videos, variables) as simulation:
+        bar = progress.add_task(
+            "starting environments", total=rounds * MetaWorld.spec.episode_length
+        )
+        with Simulation(METAWORLD, row_tasks, goal_seed, workers, videos, variables) as simulation:
             progress.update(bar, description="evaluating")
             for first in range(0, rounds * per_round, per_round):
                 goal_indices = np.tile((first + np.arange(per_round)) % GOALS, len(tasks))
@@ -306,7 +309,7 @@ def _play(
     observations = simulation.reset(goal_indices)
     successes = np.zeros(len(goal_indices), bool)
     returns = np.zeros(len(goal_indices))
-    for _ in range(EPISODE_LENGTH):
+    for _ in range(MetaWorld.spec.episode_length):
         observations, rewards, solved = simulation.step(policy.act(observations))
         policy.record_rewards(rewards)
         returns += rewards

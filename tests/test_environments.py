@@ -1,25 +1,27 @@
 from __future__ import annotations
 
+import json
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+
 import metaworld
 import numpy as np
 import pytest
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from metaworld.policies import ENV_POLICY_MAP
 
-from harmodt.environments.metaworld import (
-    ACTION_SIZE,
-    EPISODE_LENGTH,
-    OBSERVATION_SIZE,
-    Environment,
-)
-
-pytestmark = pytest.mark.filterwarnings("ignore:Constant")
+from harmodt.environments import METAWORLD, Environment, EnvironmentSpec, family
+from harmodt.environments.metaworld import MetaWorld, MetaWorldEnvironment
+from harmodt.errors import UserError
 
 TASKS = ["basketball-v3", "drawer-open-v3", "pick-out-of-hole-v3"]
 
 
 def _actions(seed: int, steps: int) -> np.ndarray:
-    shape = (steps, ACTION_SIZE)
+    shape = (steps, MetaWorld.spec.action_size)
     return np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32)
 
 
@@ -43,25 +45,24 @@ def test_an_episode_is_that_of_metaworld_itself(task: str) -> None:
         observation, reward, _, _, info = reference.step(action)
         expected.append(np.append(observation, [reward, info["success"]]))
 
-    environment = Environment(task, goal_seed=5)
-    assert environment.goals == 50
+    environment = MetaWorldEnvironment(task, goal_seed=5)
     assert _same(_play(environment, environment.reset(7), actions), expected)
-    assert len(expected[0]) == OBSERVATION_SIZE
+    assert len(expected[0]) == MetaWorld.spec.observation_size
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_an_episode_does_not_depend_on_what_was_run_before(task: str) -> None:
     actions = _actions(1, 80)
-    fresh = Environment(task, goal_seed=3)
+    fresh = MetaWorldEnvironment(task, goal_seed=3)
     from_goal = _play(fresh, fresh.reset(4), actions)
-    fresh = Environment(task)
+    fresh = MetaWorldEnvironment(task)
     from_seed = _play(fresh, fresh.reset_random(11), actions)
 
-    used = Environment(task, goal_seed=3)
-    expert = ENV_POLICY_MAP[task]()
+    used = MetaWorldEnvironment(task, goal_seed=3)
+    expert = MetaWorld().expert(task)
     observation = used.reset(9)
     for _ in range(150):
-        observation, _, _ = used.step(expert.get_action(observation))
+        observation, _, _ = used.step(expert(observation))
     _play(used, used.reset_random(2), _actions(2, 100))
     assert _same(_play(used, used.reset(4), actions), from_goal)
     assert _same(_play(used, used.reset_random(11), actions), from_seed)
@@ -69,14 +70,14 @@ def test_an_episode_does_not_depend_on_what_was_run_before(task: str) -> None:
 
 
 def test_random_goals_are_visible_and_differ() -> None:
-    environment = Environment("reach-v3")
+    environment = MetaWorldEnvironment("reach-v3")
     goals = {tuple(environment.reset_random(seed)[36:]) for seed in range(5)}
     assert len(goals) == 5
     assert (0.0, 0.0, 0.0) not in goals
 
 
 def test_actions_are_clipped_before_they_are_executed(monkeypatch: pytest.MonkeyPatch) -> None:
-    environment = Environment("push-v3")
+    environment = MetaWorldEnvironment("push-v3")
     environment.reset(0)
     executed = []
     step = environment._env.step
@@ -86,11 +87,67 @@ def test_actions_are_clipped_before_they_are_executed(monkeypatch: pytest.Monkey
 
 
 def test_an_episode_has_500_steps_and_a_finite_action_in_each() -> None:
-    environment = Environment("reach-v3")
+    environment = MetaWorldEnvironment("reach-v3")
     environment.reset(0)
     with pytest.raises(ValueError, match=r"reach-v3: the action .* is not finite"):
         environment.step(np.array([0, np.nan, 0, 0]))
-    for action in _actions(4, EPISODE_LENGTH):
+    for action in _actions(4, MetaWorld.spec.episode_length):
         environment.step(action)
     with pytest.raises(ValueError, match="reset"):
-        environment.step(np.zeros(ACTION_SIZE))
+        environment.step(np.zeros(MetaWorld.spec.action_size))
+
+
+def test_the_family_says_what_metaworld_is() -> None:
+    found = family(METAWORLD)
+    assert found.spec == EnvironmentSpec("metaworld", 39, 4, 500, success=True, reward_version="v2")
+    assert len(metaworld.MT1("push-v3", seed=0).train_tasks) == found.goals
+    environment = MetaWorldEnvironment("push-v3")
+    assert environment.reset(found.goals - 1).shape == (found.spec.observation_size,)
+    space = environment._env.action_space
+    assert (
+        space.shape == (found.spec.action_size,) and abs(space.low).max() == space.high.max() == 1
+    )
+    assert environment._env.max_path_length == found.spec.episode_length
+    assert environment._env.reward_function_version == found.spec.reward_version
+
+
+def test_a_spec_survives_json_and_a_family_survives_pickling() -> None:
+    spec = family(METAWORLD).spec
+    assert EnvironmentSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    assert pickle.loads(pickle.dumps(family(METAWORLD))).spec == spec
+
+
+def test_an_expert_is_metaworlds_without_its_warnings() -> None:
+    environment = MetaWorldEnvironment("basketball-v3")
+    expert, theirs = MetaWorld().expert("basketball-v3"), ENV_POLICY_MAP["basketball-v3"]()
+    observation = environment.reset(3)
+    for _ in range(60):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            action = expert(observation)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            np.testing.assert_array_equal(action, theirs.get_action(observation))
+        observation, _, _ = environment.step(action)
+
+
+def test_an_unknown_family_is_answered_with_those_there_are() -> None:
+    with pytest.raises(UserError, match="no environment family 'atari': choose from metaworld"):
+        family("atari")
+
+
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        ("harmodt.environments.metaworld", "metaworld mujoco gymnasium torch"),
+        ("harmodt.environments.simulation", "metaworld mujoco gymnasium torch"),
+        ("harmodt.data.store, harmodt.collect", "metaworld mujoco gymnasium torch"),
+        ("harmodt.train", "metaworld mujoco gymnasium"),
+    ],
+)
+def test_no_simulator_is_imported_before_one_is_needed(modules: str, absent: str) -> None:
+    script = f"import sys, {modules}; print(*(set({absent.split()}) & set(sys.modules)))"
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script]
+    printed = subprocess.run(command, env=variables, capture_output=True, check=True).stdout
+    assert printed.split() == []

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harmodt.environments.metaworld import Environment
+from harmodt.environments import METAWORLD
+from harmodt.environments.metaworld import MetaWorldEnvironment
 from harmodt.environments.simulation import Simulation, SimulationError
 
 TASKS = ["reach-v3", "reach-v3", "drawer-close-v3", "reach-v3"]
@@ -19,7 +20,7 @@ GOAL_SEED = 3
 
 
 def play_alone(row: int, actions: np.ndarray) -> list[tuple]:
-    environment = Environment(TASKS[row], GOAL_SEED)
+    environment = MetaWorldEnvironment(TASKS[row], GOAL_SEED)
     first = environment.reset(int(GOALS[row]))
     return [(first, 0.0, False)] + [environment.step(action[row]) for action in actions]
 
@@ -27,7 +28,7 @@ def play_alone(row: int, actions: np.ndarray) -> list[tuple]:
 @pytest.mark.parametrize("workers", [1, 3, 9])
 def test_every_row_is_the_environment_on_its_own(workers):
     actions = np.random.default_rng(0).uniform(-1.5, 1.5, (12, len(TASKS), 4))
-    with Simulation(TASKS, GOAL_SEED, workers) as simulation:
+    with Simulation(METAWORLD, TASKS, GOAL_SEED, workers) as simulation:
         simulation.reset(GOALS[::-1])
         for action in actions:
             simulation.step(-action)
@@ -44,7 +45,7 @@ def test_every_row_is_the_environment_on_its_own(workers):
 
 
 def test_an_exception_in_a_worker_is_reported_with_its_tasks():
-    with Simulation(TASKS, GOAL_SEED, 2) as simulation:
+    with Simulation(METAWORLD, TASKS, GOAL_SEED, 2) as simulation:
         processes = [worker.process for worker in simulation._workers]
         simulation.reset(GOALS)
         actions = np.zeros((4, 4))
@@ -56,12 +57,12 @@ def test_an_exception_in_a_worker_is_reported_with_its_tasks():
 
 def test_a_failure_to_build_an_environment_is_reported():
     with pytest.raises(SimulationError, match="no-such-task-v3"):
-        Simulation(["no-such-task-v3"], GOAL_SEED)
+        Simulation(METAWORLD, ["no-such-task-v3"], GOAL_SEED)
 
 
 @pytest.mark.parametrize("wait", [False, True])
 def test_a_killed_worker_is_reported_at_once(wait):
-    with Simulation(TASKS, GOAL_SEED, 2) as simulation:
+    with Simulation(METAWORLD, TASKS, GOAL_SEED, 2) as simulation:
         simulation.reset(GOALS)
         simulation._workers[1].process.kill()
         if wait:
@@ -79,7 +80,7 @@ def test_workers_end_when_the_parent_dies(death):
     program = (
         "import time\n"
         "from harmodt.environments.simulation import Simulation\n"
-        "simulation = Simulation(['reach-v3'] * 2, 0, 2)\n"
+        "simulation = Simulation('metaworld', ['reach-v3'] * 2, 0, 2)\n"
         "print(*[worker.process.pid for worker in simulation._workers], flush=True)\n"
         "time.sleep(60)\n"
     )
@@ -107,9 +108,3 @@ def runs(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return status.rpartition(")")[2].split()[0] != "Z"  # a zombie waits for init alone
-
-
-def test_workers_do_without_torch():
-    check = "import sys, harmodt.environments.simulation; sys.exit('torch' in sys.modules)"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    assert subprocess.run([sys.executable, "-c", check], env=environment).returncode == 0

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from harmodt.environments import METAWORLD
 from harmodt.environments.simulation import Simulation
 from harmodt.environments.video import find_backend, upright
 from harmodt.errors import UserError
@@ -22,7 +23,7 @@ def backend() -> str:
 
 def play(steps: int, **options) -> np.ndarray:
     actions = np.random.default_rng(0).uniform(-1, 1, (steps, 2, 4))
-    with Simulation(["reach-v3"] * 2, 1, 1, **options) as simulation:
+    with Simulation(METAWORLD, ["reach-v3"] * 2, 1, 1, **options) as simulation:
         simulation.reset(np.array([0, 1]))
         return np.stack([simulation.step(action)[0] for action in actions])
 
@@ -67,15 +68,15 @@ def test_no_backend_is_said_before_anything_is_run(tmp_path):
 
 
 def test_missing_packages_are_named(monkeypatch):
-    monkeypatch.setattr("harmodt.video.find_spec", lambda name: None)
+    monkeypatch.setattr("harmodt.environments.video.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"harmodt\[video\]"):
         find_backend()
 
 
 def test_both_backends_are_tried(monkeypatch):
     monkeypatch.delenv("MUJOCO_GL", raising=False)
-    monkeypatch.setattr("harmodt.video._works", lambda backend: backend == "osmesa")
+    monkeypatch.setattr("harmodt.environments.video._works", lambda backend: backend == "osmesa")
     assert find_backend() == "osmesa"
-    monkeypatch.setattr("harmodt.video._works", lambda backend: False)
+    monkeypatch.setattr("harmodt.environments.video._works", lambda backend: False)
     with pytest.raises(UserError, match="MUJOCO_GL=egl and MUJOCO_GL=osmesa tried"):
         find_backend()

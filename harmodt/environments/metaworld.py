@@ -1,27 +1,59 @@
-"""One Meta-World environment: given goals or random ones, reproducible to the bit."""
+"""Meta-World: fifty tasks of a simulated robot arm, with the goal visible in the observation."""
 
 from __future__ import annotations
 
 import functools
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import metaworld
 import numpy as np
-from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
-from .metaworld_names import ACTION_SIZE, EPISODE_LENGTH, OBSERVATION_SIZE
+from . import METAWORLD, Environment, EnvironmentFamily, EnvironmentSpec, Scene
+from .metaworld_names import TASK_SETS, resolve_tasks
 
-__all__ = ["ACTION_SIZE", "EPISODE_LENGTH", "OBSERVATION_SIZE", "Environment"]
-
-
-@functools.lru_cache(maxsize=64)
-def _make_goals(task: str, goal_seed: int) -> list[metaworld.Task]:
-    """The 50 goals of Meta-World's MT1 benchmark; drawing them takes more than half a second."""
-    return metaworld.MT1(task, seed=goal_seed).train_tasks
+REWARD_VERSION = "v2"
+"""Of the two reward functions that every v3 environment has, the one that it uses by default."""
 
 
-class Environment:
-    """One task of Meta-World, with the goal visible in the observation.
+class MetaWorld(EnvironmentFamily):
+    """The environments of the package `metaworld`."""
+
+    spec = EnvironmentSpec(
+        family=METAWORLD,
+        observation_size=39,
+        action_size=4,
+        episode_length=500,
+        success=True,
+        reward_version=REWARD_VERSION,
+    )
+    goals = 50
+    packages = ("metaworld", "mujoco", "gymnasium")
+    task_sets = TASK_SETS
+
+    def resolve_tasks(self, names: Sequence[str]) -> tuple[str, ...]:
+        return resolve_tasks(names)
+
+    def make(self, task: str, goal_seed: int = 0) -> MetaWorldEnvironment:
+        """An environment whose goals are those of `metaworld.MT1(task, goal_seed)`."""
+        return MetaWorldEnvironment(task, goal_seed)
+
+    def expert(self, task: str) -> Callable[[np.ndarray], np.ndarray]:
+        """Meta-World's scripted policy."""
+        from metaworld.policies import ENV_POLICY_MAP
+
+        policy = ENV_POLICY_MAP[task]()  # type: ignore[abstract]
+
+        def act(observation: np.ndarray) -> np.ndarray:
+            with warnings.catch_warnings():  # of constants that may be too high
+                warnings.simplefilter("ignore", UserWarning)
+                return policy.get_action(observation)
+
+        return act
+
+
+class MetaWorldEnvironment(Environment):
+    """One task of Meta-World.
 
     An episode depends on the task, its goal and the actions alone, bit for bit: not on what
     was run before in the same object.
@@ -29,26 +61,22 @@ class Environment:
     Args:
         task: a v3 task name.
         goal_seed: seed of the 50 goals among which `reset` chooses (metaworld.MT1).
-        options: passed to Meta-World's class: render_mode, camera_name, camera_id, width, height.
     """
 
-    def __init__(self, task: str, goal_seed: int = 0, **options: Any) -> None:
+    def __init__(self, task: str, goal_seed: int = 0) -> None:
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+
         self.task = task
         self.goal_seed = goal_seed
-        self._env = ALL_V3_ENVIRONMENTS[task](**options)
+        self._env = ALL_V3_ENVIRONMENTS[task](reward_function_version=REWARD_VERSION)
         # As in Meta-World's own "goal-observable" classes; the cached space hides the goal.
         self._env._partially_observable = False
         self._env.__dict__.pop("sawyer_observation_space", None)
         self._env._set_task_called = True
         self._env.seeded_rand_vec = True
 
-    @property
-    def goals(self) -> int:
-        """Number of goals that `reset` knows, 50."""
-        return len(_make_goals(self.task, self.goal_seed))
-
     def reset(self, goal_index: int) -> np.ndarray:
-        """Begin an episode with one of the `goals`; returns the observation, float64 [39]."""
+        """Begin an episode with one of the 50 goals; returns the observation, float64 [39]."""
         self._env.set_task(_make_goals(self.task, self.goal_seed)[goal_index])
         return self._env.reset()[0]
 
@@ -59,23 +87,23 @@ class Environment:
         return self._env.reset()[0]
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool]:
-        """Execute an action [4], taken as float32 and clipped to [-1, 1].
-
-        Returns the observation, float64 [39], the reward and whether the task is solved now.
-
-        Raises:
-            ValueError: the action is not finite, or the episode has had its 500 steps.
-        """
+        """As `Environment.step`; the action [4] is taken as float32."""
         action = np.asarray(action, np.float32)
         if not np.isfinite(action).all():
             raise ValueError(f"{self.task}: the action {action} is not finite")
         observation, reward, _, _, info = self._env.step(action.clip(-1, 1))
         return observation, float(reward), bool(info["success"])
 
-    def render(self) -> np.ndarray:
-        """The current picture, uint8 [height, width, 3]; needs render_mode="rgb_array"."""
-        return self._env.render()
+    @property
+    def scene(self) -> Scene:
+        """Seen by the camera that is closest to table and gripper."""
+        model, data = self._env.model, self._env.data
+        return Scene(model, data, camera="corner4", upside_down=True, steps_per_second=80)
 
-    def close(self) -> None:
-        """Release the renderer."""
-        self._env.close()
+
+@functools.lru_cache(maxsize=64)
+def _make_goals(task: str, goal_seed: int) -> list[Any]:
+    """The goals of Meta-World's MT1 benchmark; drawing them takes more than half a second."""
+    import metaworld
+
+    return metaworld.MT1(task, seed=goal_seed).train_tasks

@@ -10,7 +10,6 @@ from ..errors import UserError
 OBSERVATION_SIZE = 39
 ACTION_SIZE = 4
 EPISODE_LENGTH = 500
-"""Steps after which Meta-World ends an episode."""
 
 ALL_TASKS: tuple[str, ...] = (
     "assembly-v3",

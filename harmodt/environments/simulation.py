@@ -1,4 +1,4 @@
-"""Many Meta-World environments advancing in lock-step, spread over worker processes.
+"""Many environments advancing in lock-step, spread over worker processes.
 
 The workers are fresh interpreters rather than forks or `multiprocessing` children: a fork is
 unsafe beside PyTorch's threads, and a `multiprocessing` child imports the parent's main module
@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from .metaworld import Environment
+from . import Environment, EnvironmentFamily, EnvironmentSpec
+from . import family as family_named
 from .video import RecordedEnvironment
 
 EXIT_SECONDS = 30  # a worker that is told to end may first have to finish a step and a video
@@ -36,9 +37,10 @@ class Simulation:
     Results do not depend on the number of workers.
 
     Args:
+        family: the environments' family, by its name or spec.
         tasks: the task of each of the N rows; rows of one task are best adjacent, since each
             worker prepares the goals of its own tasks.
-        goal_seed: seed of the goals, as in `metaworld.MT1(task, seed)`.
+        goal_seed: seed of the goals, as in `EnvironmentFamily.make`.
         workers: number of processes; by default one per core that this process may use.
         videos: MP4 files to write, by row; the row's first episode is filmed.
         variables: environment variables to set for the workers, such as MUJOCO_GL.
@@ -49,6 +51,7 @@ class Simulation:
 
     def __init__(
         self,
+        family: str | EnvironmentSpec,
         tasks: Sequence[str],
         goal_seed: int,
         workers: int | None = None,
@@ -57,13 +60,14 @@ class Simulation:
     ) -> None:
         count = min(workers or available_cores(), len(tasks))
         videos = videos or {}
+        found = family_named(family if isinstance(family, str) else family.family)
         self._workers: list[_Worker] = []
         try:
             for rows in np.array_split(np.arange(len(tasks)), count):
                 self._workers.append(_Worker(rows, [tasks[row] for row in rows], variables or {}))
             for worker in self._workers:
                 paths = [videos.get(row) for row in worker.rows]
-                worker.send("build", (worker.tasks, goal_seed, paths))
+                worker.send("build", (found, worker.tasks, goal_seed, paths))
             self._receive()
         except BaseException:
             self.close()
@@ -76,7 +80,7 @@ class Simulation:
             goal_indices: [N] int, which of the task's goals each row gets.
 
         Returns:
-            observations [N, 39] float64.
+            observations [N, observation_size] float64.
         """
         self._send("reset", goal_indices)
         return np.concatenate(self._receive())
@@ -85,10 +89,11 @@ class Simulation:
         """Advance every row by one step.
 
         Args:
-            actions: [N, 4]; clipped to [-1, 1].
+            actions: [N, action_size]; clipped to [-1, 1].
 
         Returns:
-            observations [N, 39] float64, rewards [N] float64, successes [N] bool (at this step).
+            observations [N, observation_size] float64, rewards [N] float64, successes [N] bool (at
+            this step; all False in a family without success).
         """
         self._send("step", actions)
         observations, rewards, successes = zip(*self._receive(), strict=True)
@@ -171,7 +176,7 @@ class _Worker:
 def work(descriptor: int) -> None:
     """The worker process: obey the parent's commands until its end of the socket is closed."""
     connection = Connection(descriptor)
-    environments: list[Environment | RecordedEnvironment] = []
+    environments: list[Environment] = []
     try:
         while True:
             command, values = connection.recv()
@@ -207,24 +212,24 @@ def _worker_variables() -> dict[str, str]:
 
 
 def _build(
-    tasks: list[str], goal_seed: int, videos: list[Path | None]
-) -> list[Environment | RecordedEnvironment]:
-    environments = [Environment(task, goal_seed) for task in tasks]
+    family: EnvironmentFamily, tasks: list[str], goal_seed: int, videos: list[Path | None]
+) -> list[Environment]:
+    environments: list[Environment] = [family.make(task, goal_seed) for task in tasks]
     return [
-        RecordedEnvironment(environment, video) if video else environment
+        RecordedEnvironment(environment, family.spec.episode_length, video)
+        if video
+        else environment
         for environment, video in zip(environments, videos, strict=True)
     ]
 
 
-def _reset(
-    environments: list[Environment | RecordedEnvironment], goal_indices: np.ndarray
-) -> np.ndarray:
+def _reset(environments: list[Environment], goal_indices: np.ndarray) -> np.ndarray:
     pairs = zip(environments, goal_indices.tolist(), strict=True)
     return np.stack([environment.reset(goal_index) for environment, goal_index in pairs])
 
 
 def _step(
-    environments: list[Environment | RecordedEnvironment], actions: np.ndarray
+    environments: list[Environment], actions: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     pairs = zip(environments, actions, strict=True)
     results = [environment.step(action) for environment, action in pairs]

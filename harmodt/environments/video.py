@@ -8,17 +8,14 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import mujoco
 import numpy as np
 
 from ..errors import UserError
-from .metaworld import EPISODE_LENGTH, Environment
+from . import Environment
 
 BACKENDS = ("egl", "osmesa")  # hardware first
-CAMERA = "corner4"  # the closest view of table and gripper
 SIZE = 480  # pixels, both ways
-STEPS_PER_FRAME = 4
-FRAMES_PER_SECOND = 20  # with 80 steps a second, real time
+FRAMES_PER_SECOND = 20
 
 _PROBE = """
 import mujoco
@@ -27,26 +24,30 @@ renderer.render()
 """
 
 
-class RecordedEnvironment:
-    """An environment whose first episode is filmed into an MP4 file.
+class RecordedEnvironment(Environment):
+    """An environment whose first episode is filmed into an MP4 file, in real time.
 
-    The file appears under its name when the episode has had its 500 steps.
+    The file appears under its name when the episode is over.
 
     Args:
         environment: the environment to film; to be used through this object from now on.
+        episode_length: steps of an episode.
         path: the MP4 file to write; its directory must be there.
     """
 
-    def __init__(self, environment: Environment, path: Path) -> None:
+    def __init__(self, environment: Environment, episode_length: int, path: Path) -> None:
         import imageio.v2 as imageio  # an optional dependency
+        import mujoco
 
         self._environment = environment
+        self._episode_length = episode_length
         self._path = path
         self._partial = path.with_name(f".{path.stem}.partial.mp4")
         self._steps = 0
-        model = environment._env.model
-        model.vis.quality.shadowsize = 0  # shadows cost several times the rest without a GPU
-        self._renderer = mujoco.Renderer(model, SIZE, SIZE)
+        scene = environment.scene
+        scene.model.vis.quality.shadowsize = 0  # shadows cost several times the rest without a GPU
+        self._steps_per_frame = scene.steps_per_second // FRAMES_PER_SECOND
+        self._renderer = mujoco.Renderer(scene.model, SIZE, SIZE)
         self._writer = imageio.get_writer(self._partial, fps=FRAMES_PER_SECOND)
 
     def reset(self, goal_index: int) -> np.ndarray:
@@ -55,13 +56,19 @@ class RecordedEnvironment:
         self._film()
         return observation
 
+    def reset_random(self, seed: int) -> np.ndarray:
+        """As `Environment.reset_random`."""
+        observation = self._environment.reset_random(seed)
+        self._film()
+        return observation
+
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool]:
         """As `Environment.step`."""
         result = self._environment.step(action)
         self._steps += 1
-        if self._steps % STEPS_PER_FRAME == 0:
+        if self._steps % self._steps_per_frame == 0:
             self._film()
-        if self._steps == EPISODE_LENGTH:
+        if self._steps == self._episode_length:
             self._stop()
             os.replace(self._partial, self._path)
         return result
@@ -73,8 +80,10 @@ class RecordedEnvironment:
 
     def _film(self) -> None:
         if not self._writer.closed:
-            self._renderer.update_scene(self._environment._env.data, camera=CAMERA)
-            self._writer.append_data(upright(self._renderer.render()))
+            scene = self._environment.scene
+            self._renderer.update_scene(scene.data, camera=scene.camera)
+            image = self._renderer.render()
+            self._writer.append_data(upright(image) if scene.upside_down else image)
 
     def _stop(self) -> None:
         self._writer.close()
@@ -82,7 +91,7 @@ class RecordedEnvironment:
 
 
 def upright(image: np.ndarray) -> np.ndarray:
-    """Turn an image [height, width, 3] by 180 degrees: Meta-World's cameras hang upside down."""
+    """Turn an image [height, width, 3] by 180 degrees, for a camera that hangs upside down."""
     return np.ascontiguousarray(image[::-1, ::-1])
 
 

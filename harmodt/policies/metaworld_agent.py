@@ -15,7 +15,7 @@ import numpy as np
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
-from ..environments.metaworld import OBSERVATION_SIZE
+from ..environments.metaworld import MetaWorld
 from ..errors import UserError
 from .decision import Policy
 
@@ -53,7 +53,7 @@ class MetaWorldAgent:
 
     def eval_action(self, observations: np.ndarray) -> np.ndarray:
         """Actions, float32 [rows, 4], after observations [rows, 39 or more]."""
-        return self._policy.act(observations[:, :OBSERVATION_SIZE])
+        return self._policy.act(observations[:, : MetaWorld.spec.observation_size])
 
     def reset(self, env_mask: np.ndarray) -> None:
         """Take in the last step's rewards; begin new episodes where `env_mask`, bool [rows].
