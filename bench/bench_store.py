@@ -13,7 +13,7 @@ import pytest
 from conftest import random_store
 
 from harmodt.data.store import DataStore
-from harmodt.environments.metaworld_names import EPISODE_LENGTH, TASK_SETS
+from harmodt.environments import METAWORLD, family
 
 STEPS = 5_000_000
 
@@ -34,7 +34,8 @@ print(peak(), before)
 
 @pytest.mark.benchmark(group="open a store of 5 M steps")
 def bench_open(benchmark, tmp_path: Path) -> None:
-    episodes = STEPS // EPISODE_LENGTH // len(TASK_SETS["mt5"])
+    metaworld = family(METAWORLD)
+    episodes = STEPS // metaworld.spec.episode_length // len(metaworld.task_sets["mt5"])
     if benchmark.disabled:
         episodes = 2
     path = random_store(tmp_path / "store", episodes).path

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from measuring import ON_GPU
 
-from harmodt.data.store import DataStore, Episode, StoreWriter
+from harmodt.data.store import DataStore
 from harmodt.devices import prepare_cpu
-from harmodt.environments.metaworld_names import EPISODE_LENGTH, TASK_SETS
+from harmodt.environments import METAWORLD, family
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from tiny import make_store
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,20 +30,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> DataStore:
 
 def random_store(path: Path, episodes: int) -> DataStore:
     """A store of MT5 whose episodes hold random numbers."""
-    rng = np.random.default_rng(0)
-    writer = StoreWriter(path, {"source": "random"})
-    for name in TASK_SETS["mt5"]:
-        episode = Episode(
-            observations=rng.normal(size=(EPISODE_LENGTH, 39)).astype(np.float32),
-            actions=rng.uniform(-1, 1, size=(EPISODE_LENGTH, 4)).astype(np.float32),
-            rewards=rng.uniform(0, 10, size=EPISODE_LENGTH).astype(np.float32),
-            success=1,
-        )
-        with writer.task(name) as task:
-            for _ in range(episodes):
-                task.add(episode)
-            task.add_prompt(episode)
-    return writer.finish(TASK_SETS["mt5"])
+    metaworld = family(METAWORLD)
+    length = metaworld.spec.episode_length
+    return make_store(path, metaworld.task_sets["mt5"], [length] * episodes, [length])
 
 
 def pytest_benchmark_update_json(

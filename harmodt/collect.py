@@ -1,4 +1,4 @@
-"""Make offline data sets by running Meta-World's scripted experts.
+"""Make offline data sets by running scripted experts.
 
     python -m harmodt.collect --output data/mt5 --tasks mt5 --episodes 100
 
@@ -16,13 +16,12 @@ import os
 import shutil
 import signal
 import threading
-import warnings
 import zlib
 from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,14 +30,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import tyro
 
-from .data.store import MANIFEST, DataStore, Episode, StoreWriter
-from .environments.metaworld import MetaWorld, MetaWorldEnvironment
-from .environments.metaworld_names import (
-    ACTION_SIZE,
-    EPISODE_LENGTH,
-    OBSERVATION_SIZE,
-    resolve_tasks,
-)
+from .data.store import MANIFEST, UNKNOWN, DataStore, Episode
+from .data.writer import StoreWriter
+from .environments import METAWORLD, Environment, EnvironmentFamily
+from .environments import family as family_named
 from .environments.simulation import available_cores
 from .errors import UserError, run_command
 from .files import write_atomic
@@ -50,7 +45,7 @@ _EPISODES_PER_PART = 10
 
 @dataclass(frozen=True)
 class CollectConfig:
-    """Collect an offline data set with Meta-World's scripted experts.
+    """Collect an offline data set with scripted experts, such as Meta-World's.
 
     An interrupted collection goes on when the same command is given again.
     """
@@ -62,13 +57,16 @@ class CollectConfig:
     episodes: int = 100
     """Training episodes per task."""
     prompt_episodes: int = 10
-    """Episodes per task of the expert without noise, held apart as prompts."""
+    """Episodes per task that are held apart as prompts."""
     composition: Literal["near-optimal", "sub-optimal"] = "near-optimal"
     """Exploration falling to none, as in a replay buffer, or the first half of such a buffer."""
+    prompt_source: Literal["expert", "composition"] | None = None
+    """Prompts by the expert without exploration, or explored like the training episodes; by
+    default expert for near-optimal data and composition for sub-optimal."""
     seed: int = 0
     """Determines the data to the bit, whatever the number of workers."""
-    episode_length: int = EPISODE_LENGTH
-    """Steps per episode."""
+    episode_length: int | None = None
+    """Steps per episode; by default as many as the environments have."""
     noise_start: float = 0.25
     """Deviation of the Gaussian action noise in the first episode; it falls linearly to 0."""
     random_start: float = 0.8
@@ -77,6 +75,8 @@ class CollectConfig:
     """Share of the episodes over which the share of random actions falls linearly to 0."""
     workers: int | None = None
     """Processes; as many as there are cores by default."""
+    family: str = METAWORLD
+    """The environments' family (metaworld)."""
 
 
 def collect(config: CollectConfig, progress: bool = True) -> DataStore:
@@ -85,36 +85,53 @@ def collect(config: CollectConfig, progress: bool = True) -> DataStore:
     A store that is there already and was made with the same settings is opened as it is.
 
     Raises:
-        UserError: a setting out of range, an unknown task, or a directory that holds something
-            else.
+        UserError: a setting out of range, an unknown task, one without an expert, or a directory
+            that holds something else.
         OSError: the disk is full; what was collected so far is kept.
     """
-    _check(config)
-    tasks = resolve_tasks(config.tasks)
-    settings = _settings(config, tasks)
+    found = family_named(config.family)
+    config = _resolve(config, found)
+    _check(config, found)
+    settings = _settings(config)
     if (config.output / MANIFEST).exists():
         store = _open_finished(config.output, settings)
     else:
-        versions = {name: version(name) for name in ("metaworld", "mujoco", "gymnasium", "numpy")}
-        writer = StoreWriter(config.output, {"collect": settings, "versions": versions})
-        _write_tasks(config, writer, [task for task in tasks if task not in writer.tasks], progress)
-        store = writer.finish(tasks)
+        for task in config.tasks:
+            found.expert(task)
+        versions = {name: version(name) for name in (*found.packages, "numpy")}
+        provenance = {"collect": settings, "versions": versions}
+        writer = StoreWriter(config.output, provenance, found.spec)
+        _write_tasks(config, found, writer, progress)
+        store = writer.finish(config.tasks)
     shutil.rmtree(config.output / _PARTS, ignore_errors=True)
     return store
 
 
-def exploration(config: CollectConfig, episode: int) -> tuple[float, float]:
-    """Noise deviation and share of random actions in a training episode.
+def exploration(config: CollectConfig, episode: int, episodes: int) -> tuple[float, float]:
+    """Noise deviation and share of random actions in one of so many `episodes`.
 
     Both fall linearly over the near-optimal schedule: the noise over all of it, the random
     actions over its part `random_end`. The sub-optimal schedule is the first half of a
     near-optimal one with twice the episodes.
     """
-    schedule = config.episodes * (2 if config.composition == "sub-optimal" else 1)
+    schedule = episodes * (2 if config.composition == "sub-optimal" else 1)
     position = episode / max(1, schedule - 1)
     noise = config.noise_start * (1 - position)
     random = config.random_start * max(0.0, 1 - position / config.random_end)
     return noise, random
+
+
+def _resolve(config: CollectConfig, family: EnvironmentFamily) -> CollectConfig:
+    """The settings with names resolved and defaults that depend on others filled in."""
+    prompts: Literal["expert", "composition"]
+    prompts = "composition" if config.composition == "sub-optimal" else "expert"
+    length = config.episode_length
+    return replace(
+        config,
+        tasks=family.resolve_tasks(config.tasks),
+        prompt_source=config.prompt_source or prompts,
+        episode_length=family.spec.episode_length if length is None else length,
+    )
 
 
 class _Part(NamedTuple):
@@ -142,9 +159,10 @@ def _parts(config: CollectConfig, task: str) -> list[_Part]:
 
 
 def _write_tasks(
-    config: CollectConfig, writer: StoreWriter, tasks: list[str], progress: bool
+    config: CollectConfig, family: EnvironmentFamily, writer: StoreWriter, progress: bool
 ) -> None:
     """Collect the missing parts of all tasks; each task goes to the store once it is whole."""
+    tasks = [task for task in config.tasks if task not in writer.tasks]
     parts = {task: _parts(config, task) for task in tasks}
     missing = {
         task: {part for part in parts[task] if not part.path(config.output).exists()}
@@ -153,7 +171,7 @@ def _write_tasks(
     work = [part for task in tasks for part in parts[task] if part in missing[task]]
     # Closed whatever happens, for the workers would go on with all that is queued.
     with (
-        closing(_collect_parts(config, work)) as collected,
+        closing(_collect_parts(config, family, work)) as collected,
         progress_bar("episodes", enabled=progress) as bar,
     ):
         total = sum(_episodes(parts[task]) for task in tasks)
@@ -179,7 +197,9 @@ def _write_task(config: CollectConfig, writer: StoreWriter, task: str) -> None:
     shutil.rmtree(config.output / _PARTS / task)
 
 
-def _collect_parts(config: CollectConfig, parts: list[_Part]) -> Generator[_Part, None, None]:
+def _collect_parts(
+    config: CollectConfig, family: EnvironmentFamily, parts: list[_Part]
+) -> Generator[_Part, None, None]:
     """Collect parts over processes; yields each when its file is written."""
     for directory in {part.path(config.output).parent for part in parts}:
         directory.mkdir(parents=True, exist_ok=True)
@@ -193,7 +213,7 @@ def _collect_parts(config: CollectConfig, parts: list[_Part]) -> Generator[_Part
         initargs=(watched,),
     )
     try:
-        futures = {executor.submit(_collect_part, config, part): part for part in parts}
+        futures = {executor.submit(_collect_part, config, family, part): part for part in parts}
         for future in as_completed(futures):
             future.result()
             yield futures[future]
@@ -210,7 +230,6 @@ def _collect_parts(config: CollectConfig, parts: list[_Part]) -> Generator[_Part
 def _start_worker(watched: Connection) -> None:
     """Leave Ctrl-C to the parent; end at once when it lets go of the lifeline, or is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.filterwarnings("ignore", category=UserWarning, module="metaworld")
 
     def follow_parent() -> None:
         watched.poll(None)
@@ -219,34 +238,36 @@ def _start_worker(watched: Connection) -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def _collect_part(config: CollectConfig, part: _Part) -> None:
-    environment = _make_environment(part.task)
-    episodes = [_run_episode(config, environment, part, i) for i in range(part.start, part.stop)]
+def _collect_part(config: CollectConfig, family: EnvironmentFamily, part: _Part) -> None:
+    numbers = range(part.start, part.stop)
+    episodes = [_run_episode(config, family, part, number) for number in numbers]
     arrays = dict(zip(Episode._fields, map(np.stack, zip(*episodes, strict=True)), strict=True))
     write_atomic(part.path(config.output), lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=1)
-def _make_environment(task: str) -> MetaWorldEnvironment:
-    return MetaWorldEnvironment(task)
+def _make_environment(family: EnvironmentFamily, task: str) -> Environment:
+    return family.make(task)
 
 
 def _run_episode(
-    config: CollectConfig, environment: MetaWorldEnvironment, part: _Part, number: int
+    config: CollectConfig, family: EnvironmentFamily, part: _Part, number: int
 ) -> Episode:
     """Run the expert for one episode; the stored actions are those that were executed."""
-    steps = config.episode_length
+    spec, steps = family.spec, config.episode_length
+    assert steps is not None
     key = [config.seed, zlib.crc32(part.task.encode()), part.kind == "prompts", number]
     generator = np.random.default_rng(key)
-    deviation, share = exploration(config, number) if part.kind == "train" else (0.0, 0.0)
+    deviation, share = _exploration_of(config, part, number)
+    environment = _make_environment(family, part.task)
     observation = environment.reset_random(int(generator.integers(2**31)))
-    noise = generator.normal(0, 1, (steps, ACTION_SIZE)) * deviation
+    noise = generator.normal(0, 1, (steps, spec.action_size)) * deviation
     at_random = generator.random(steps) < share
-    random_actions = generator.uniform(-1, 1, (steps, ACTION_SIZE))
+    random_actions = generator.uniform(-1, 1, (steps, spec.action_size))
 
-    expert = MetaWorld().expert(part.task)
-    observations = np.empty((steps, OBSERVATION_SIZE), np.float32)
-    actions = np.empty((steps, ACTION_SIZE), np.float32)
+    expert = family.expert(part.task)
+    observations = np.empty((steps, spec.observation_size), np.float32)
+    actions = np.empty((steps, spec.action_size), np.float32)
     rewards = np.empty(steps, np.float32)
     solved = False
     for step in range(steps):
@@ -255,12 +276,21 @@ def _run_episode(
         actions[step] = (action + noise[step]).clip(-1, 1)
         observation, rewards[step], success = environment.step(actions[step])
         solved = solved or success
-    return Episode(observations, actions, rewards, int(solved))
+    return Episode(observations, actions, rewards, int(solved) if spec.success else UNKNOWN)
 
 
-def _settings(config: CollectConfig, tasks: tuple[str, ...]) -> dict[str, Any]:
-    """The settings that determine the data."""
-    settings = {**asdict(config), "tasks": list(tasks)}
+def _exploration_of(config: CollectConfig, part: _Part, number: int) -> tuple[float, float]:
+    """Noise deviation and share of random actions in an episode of a part."""
+    if part.kind == "train":
+        return exploration(config, number, config.episodes)
+    if config.prompt_source == "expert":
+        return 0.0, 0.0
+    return exploration(config, number, config.prompt_episodes)
+
+
+def _settings(config: CollectConfig) -> dict[str, Any]:
+    """The settings that determine the data, as JSON."""
+    settings = {**asdict(config), "tasks": list(config.tasks)}
     return {name: value for name, value in settings.items() if name not in ("output", "workers")}
 
 
@@ -277,12 +307,12 @@ def _open_finished(path: Path, settings: dict[str, Any]) -> DataStore:
     return store
 
 
-def _check(config: CollectConfig) -> None:
+def _check(config: CollectConfig, family: EnvironmentFamily) -> None:
     bounds: list[tuple[str, float, float]] = [
         ("episodes", 1, math.inf),
         ("prompt_episodes", 0, math.inf),
         ("seed", 0, math.inf),
-        ("episode_length", 1, EPISODE_LENGTH),
+        ("episode_length", 1, family.spec.episode_length),
         ("noise_start", 0, math.inf),
         ("random_start", 0, 1),
         ("random_end", 1e-9, 1),

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from harmodt import collect as collect_module
-from harmodt import files
+from harmodt import environments, files
 from harmodt.collect import CollectConfig, collect, exploration, main
-from harmodt.data.store import DataStore
+from harmodt.data.store import UNKNOWN, DataStore
+from harmodt.environments.metaworld import MetaWorld
 from harmodt.errors import UserError, run_command
 
 OPTIONS = ["--tasks", "reach", "drawer-close", "--episodes", "22", "--prompt-episodes", "3"]
@@ -90,12 +91,12 @@ def test_the_workers_do_not_change_a_byte_and_the_seed_does(whole: Path, tmp_pat
 
 def test_exploration_falls_as_in_a_replay_buffer() -> None:
     near = CollectConfig(Path(), episodes=101)
-    assert exploration(near, 0) == (0.25, 0.8)
-    assert exploration(near, 25) == pytest.approx((0.1875, 0.4))
-    assert exploration(near, 50) == pytest.approx((0.125, 0.0))
-    assert exploration(near, 75) == pytest.approx((0.0625, 0.0))
-    assert exploration(near, 100) == (0.0, 0.0)
-    assert exploration(replace(near, episodes=1), 0) == (0.25, 0.8)
+    assert exploration(near, 0, 101) == (0.25, 0.8)
+    assert exploration(near, 25, 101) == pytest.approx((0.1875, 0.4))
+    assert exploration(near, 50, 101) == pytest.approx((0.125, 0.0))
+    assert exploration(near, 75, 101) == pytest.approx((0.0625, 0.0))
+    assert exploration(near, 100, 101) == (0.0, 0.0)
+    assert exploration(near, 0, 1) == (0.25, 0.8)
 
 
 def test_sub_optimal_data_are_the_first_half_of_near_optimal_data(tmp_path: Path) -> None:
@@ -106,6 +107,73 @@ def test_sub_optimal_data_are_the_first_half_of_near_optimal_data(tmp_path: Path
     whole, half = (collect(c, progress=False).task("reach-v3").train for c in (near, sub))
     np.testing.assert_array_equal(whole.actions[:60], half.actions)
     np.testing.assert_array_equal(whole.observations[:60], half.observations)
+
+
+def test_sub_optimal_prompts_are_explored_like_sub_optimal_data(tmp_path: Path) -> None:
+    config = CollectConfig(tmp_path / "sub", ("reach",), 2, 3, "sub-optimal", episode_length=30)
+    prompts = collect(config, progress=False).task("reach-v3").prompts
+    # The gripper of this expert holds still: what is left of it is the exploration.
+    gripper = prompts.actions.reshape(3, 30, 4)[:, :, 3]
+    # Prompt 2 of 3 is episode 2 of a schedule of 6: 60 % of the noise, and a fifth of 80 % random.
+    # A uniform number in [-1, 1] has the variance 1/3.
+    for prompt, noise, share in ((0, 0.25, 0.8), (2, 0.15, 0.16)):
+        expected = np.hypot(noise, (share / 3) ** 0.5)
+        assert gripper[prompt].std() == pytest.approx(expected, rel=0.35)
+
+    expert = replace(config, output=tmp_path / "expert", prompt_source="expert")
+    explored, plain = (DataStore.open(config.output), collect(expert, progress=False))
+    assert plain.task("reach-v3").prompts.actions[:, 3].std() == 0
+    train = [store.task("reach-v3").train.actions for store in (explored, plain)]
+    np.testing.assert_array_equal(*train)
+
+
+def test_prompts_of_near_optimal_data_are_the_experts_unless_this_is_asked(tmp_path: Path) -> None:
+    config = CollectConfig(tmp_path / "near", ("reach",), 1, 2, episode_length=10, workers=1)
+    store = collect(config, progress=False)
+    assert store.provenance["collect"]["prompt_source"] == "expert"
+    assert store.task("reach-v3").prompts.actions[:, 3].std() == 0
+    asked = replace(config, output=tmp_path / "asked", prompt_source="composition")
+    explored = collect(asked, progress=False).task("reach-v3").prompts.actions.reshape(2, 10, 4)
+    assert explored[0, :, 3].std() > 0.2 and explored[1, :, 3].std() == 0  # of a schedule of two
+
+
+def test_the_store_says_what_it_was_recorded_in(whole: Path) -> None:
+    assert DataStore.open(whole).environment == MetaWorld.spec
+
+
+def test_another_family_is_collected_without_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(environments.FAMILIES, "toy", "toy_family:Toy")
+    config = CollectConfig(
+        tmp_path / "toy", ("both",), 3, 1, noise_start=0, random_start=0, family="toy"
+    )
+    store = collect(config, progress=False)
+    store.verify()
+    assert store.tasks == ("slow", "quick")
+    assert store.environment.to_json() == {
+        "family": "toy",
+        "observation_size": 3,
+        "action_size": 2,
+        "episode_length": 7,
+        "success": False,
+        "reward_version": None,
+    }
+    for name, way in (("slow", 0.25), ("quick", 2.0)):
+        train = store.task(name).train
+        assert train.observations.shape == (21, 3) and train.actions.shape == (21, 2)
+        assert train.returns.tolist() == [7 * way] * 3
+        assert train.successes.tolist() == [UNKNOWN] * 3
+        assert store.task(name).prompts.successes.tolist() == [UNKNOWN]
+
+
+def test_a_family_without_an_expert_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(environments.FAMILIES, "mute", "toy_family:Mute")
+    with pytest.raises(UserError, match="no expert for slow"):
+        collect(CollectConfig(tmp_path / "x", ("slow",), family="mute"), progress=False)
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_finished_store_is_opened_as_it_is(whole: Path) -> None:
@@ -130,6 +198,7 @@ def test_a_finished_store_is_opened_as_it_is(whole: Path) -> None:
         ({"random_start": 1.5}, "random_start is 1.5"),
         ({"random_end": 0.0}, "random_end is 0.0"),
         ({"workers": 0}, "workers is 0"),
+        ({"family": "atari"}, "no environment family 'atari'"),
     ],
 )
 def test_a_setting_that_cannot_be_is_named(
@@ -162,7 +231,6 @@ def test_a_full_disk_is_reported_and_the_collection_goes_on_later(
     assert _contents(tmp_path / "full") == _contents(whole)
 
 
-@pytest.mark.filterwarnings("ignore:Constant")
 def test_a_part_that_is_not_written_whole_is_no_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,7 +245,7 @@ def test_a_part_that_is_not_written_whole_is_no_part(
 
     monkeypatch.setattr(np, "savez", tear)
     with pytest.raises(OSError, match="No space"):
-        collect_module._collect_part(config, part)
+        collect_module._collect_part(config, MetaWorld(), part)
     assert _contents(tmp_path) == {}
 
 

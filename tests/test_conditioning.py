@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import TASKS, configure, make_episode, make_store
+from tiny import SPEC, TASKS, configure, make_episode, make_store
 
 from harmodt.data.inputs import (
     PROMPT_EPISODES,
@@ -13,7 +13,8 @@ from harmodt.data.inputs import (
     load_conditioning,
     save_conditioning,
 )
-from harmodt.data.store import StoreWriter, TaskData
+from harmodt.data.store import TaskData
+from harmodt.data.writer import StoreWriter
 from harmodt.errors import UserError
 
 
@@ -38,7 +39,7 @@ def test_normalising_floors_the_deviation(tmp_path: Path) -> None:
 def test_prompts_are_the_best_episodes(tmp_path: Path) -> None:
     lengths = (3, 8, 14, 5, 6, 2, 9, 4)
     returns = (4.0, 9.0, 1.0, 7.0, 2.0, 20.0, 8.0, 5.0)  # the highest is too short
-    writer = StoreWriter(tmp_path / "store", {})
+    writer = StoreWriter(tmp_path / "store", {}, SPEC)
     rng = np.random.default_rng(0)
     with writer.task("reach-v3") as task:
         task.add(make_episode(rng, 20))

@@ -3,13 +3,17 @@ from __future__ import annotations
 import sys
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from harmodt.data.__main__ import ImportConfig, import_npz, main
-from harmodt.data.store import DataStore
+from harmodt import environments
+from harmodt.data import importers
+from harmodt.data.__main__ import ImportConfig, import_data, main
+from harmodt.data.store import DataStore, Episode
+from harmodt.environments.metaworld import MetaWorld
 from harmodt.errors import UserError, run_command
 
 Arrays = dict[str, np.ndarray]
@@ -48,7 +52,7 @@ def keep_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_import_holds_the_episodes_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     source = write_source(tmp_path / "raw", tasks=("reach-v2", "push-v2"))
     config = ImportConfig(source, tmp_path / "store", ("reach", "push-v2"), prompt_episodes=3)
-    store = import_npz(config, progress=False)
+    store = import_data(config, progress=False)
     store.verify()
     assert store.tasks == ("reach-v3", "push-v3")
     for name in store.tasks:
@@ -66,7 +70,7 @@ def test_an_import_holds_the_episodes_in_the_order_of_their_numbers(tmp_path: Pa
 
 def test_every_task_that_is_found_is_imported_by_default(tmp_path: Path) -> None:
     source = write_source(tmp_path / "raw", 3, ("sweep-v2", "reach-v2", "notes", "mt5"))
-    store = import_npz(ImportConfig(source, tmp_path / "store", prompt_episodes=1), progress=False)
+    store = import_data(ImportConfig(source, tmp_path / "store", prompt_episodes=1), progress=False)
     assert store.tasks == ("reach-v3", "sweep-v3")
 
 
@@ -76,13 +80,13 @@ def test_the_layout_of_mtdiff_is_read(tmp_path: Path) -> None:
     for number in range(3):
         np.savez_compressed(folder / f"{number}.npz", **make_arrays(number))
     config = ImportConfig(tmp_path / "raw", tmp_path / "store", ("reach-v2",), prompt_episodes=1)
-    assert len(import_npz(config, progress=False).task("reach-v3").train) == 2
+    assert len(import_data(config, progress=False).task("reach-v3").train) == 2
 
 
 def test_only_the_first_episodes_are_read_where_this_is_asked(tmp_path: Path) -> None:
     source = write_source(tmp_path / "raw")
     config = ImportConfig(source, tmp_path / "store", ("reach",), episodes=4, prompt_episodes=1)
-    train = import_npz(config, progress=False).task("reach-v3").train
+    train = import_data(config, progress=False).task("reach-v3").train
     assert train.returns.tolist() == [25, 50, 75]
 
 
@@ -96,7 +100,7 @@ def test_success_and_flat_float64_arrays_are_understood(tmp_path: Path) -> None:
     config = ImportConfig(
         source, tmp_path / "store", ("reach",), prompt_episodes=1, clip_actions=False
     )
-    task = import_npz(config, progress=False).task("reach-v3")
+    task = import_data(config, progress=False).task("reach-v3")
     assert task.train.successes.tolist() == [0, 1]
     assert task.prompts.successes.tolist() == [1]
     np.testing.assert_array_equal(task.train.actions[:25], make_arrays(0)["actions"])
@@ -109,7 +113,7 @@ def test_an_import_holds_few_episodes_in_memory(tmp_path: Path) -> None:
     for number in range(80):
         np.savez(source / "reach-v2" / f"{number}.npz", **arrays)
     tracemalloc.start()
-    import_npz(ImportConfig(source, tmp_path / "store"), progress=False)
+    import_data(ImportConfig(source, tmp_path / "store"), progress=False)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 15 * size
@@ -173,7 +177,7 @@ def test_a_file_that_cannot_be_used_is_named_and_nothing_is_written(
     edit(source / "push-v2" / "1.npz")
     config = ImportConfig(source, tmp_path / "store", ("reach", "push"))
     with pytest.raises(UserError, match=rf"push-v2/1\.npz:? {reason}"):
-        import_npz(config, progress=False)
+        import_data(config, progress=False)
     assert not (tmp_path / "store").exists()
 
     with pytest.raises(SystemExit) as stop:
@@ -188,12 +192,67 @@ def test_an_empty_episode_is_refused_even_without_a_context(tmp_path: Path) -> N
     source = write_source(tmp_path / "raw")
     np.savez(source / "reach-v2" / "1.npz", **make_arrays(1, 0))
     with pytest.raises(UserError, match="the episode has 0 steps"):
-        import_npz(ImportConfig(source, tmp_path / "store", min_length=1), progress=False)
+        import_data(ImportConfig(source, tmp_path / "store", min_length=1), progress=False)
+
+
+def test_the_store_says_what_is_known_of_the_environment(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "raw", 2)
+    config = ImportConfig(source, tmp_path / "store", prompt_episodes=1)
+    unknown = replace(MetaWorld.spec, reward_version=None)
+    assert import_data(config, progress=False).environment == unknown
+    config = replace(config, output=tmp_path / "v1", reward_version="v1")
+    assert import_data(config, progress=False).environment == replace(unknown, reward_version="v1")
+
+
+def test_another_family_has_its_own_sizes_and_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(environments.FAMILIES, "toy", "toy_family:Toy")
+    for folder in ("slow", "quick", "reach-v2"):
+        (tmp_path / "raw" / folder).mkdir(parents=True)
+    arrays = {"observations": np.ones((7, 3)), "actions": np.ones((7, 2)), "rewards": np.ones(7)}
+    for file in ("slow/0.npz", "slow/1.npz", "quick/0.npz", "quick/1.npz"):
+        np.savez(tmp_path / "raw" / file, **arrays, success=np.ones(7))
+    config = ImportConfig(
+        tmp_path / "raw", tmp_path / "store", prompt_episodes=1, min_length=7, family="toy"
+    )
+    store = import_data(config, progress=False)
+    assert store.tasks == ("quick", "slow")
+    assert store.environment == environments.family("toy").spec
+    assert store.task("slow").train.observations.shape == (7, 3)
+    assert store.task("slow").train.successes.tolist() == [-1]  # the family has no success
+    np.savez(tmp_path / "raw" / "slow" / "1.npz", **arrays | {"actions": np.ones((7, 4))})
+    with pytest.raises(UserError, match=r"\(7, 4\) and \(T, 2\) is needed: is this data of toy"):
+        import_data(replace(config, output=tmp_path / "other"), progress=False)
+
+
+def test_a_format_is_a_class_and_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(importers.IMPORTERS, "numbers", f"{__name__}:Numbers")
+    config = ImportConfig(Path("3"), tmp_path / "store", prompt_episodes=1, format="numbers")
+    task = import_data(config, progress=False).task("reach-v3")
+    assert task.train.returns.tolist() == [0, 25]
+    assert task.prompts.returns.tolist() == [50]
+
+
+class Numbers(importers.Importer):
+    """The source is the number of episodes; an episode is its number."""
+
+    def tasks(self) -> tuple[str, ...]:
+        return self.family.resolve_tasks(["reach"])
+
+    def episodes(self, task: str) -> range:
+        return range(int(self.source.name))
+
+    def read(self, episode: int) -> Episode:
+        zeros = np.zeros((25, 39), np.float32)
+        return Episode(zeros, zeros[:, :4], np.full(25, episode, np.float32), 1)
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
+        ({"format": "hdf"}, "no format 'hdf': choose from npz"),
+        ({"family": "atari"}, "no environment family 'atari'"),
         ({"source": "missing"}, "missing is not a folder"),
         ({"source": "empty"}, "empty holds no folder named after a task"),
         ({"tasks": ("push",)}, "raw has no folder for push-v3"),
@@ -220,7 +279,7 @@ def test_a_setting_that_cannot_be_is_named(
     for name in ("source", "output"):
         options[name] = tmp_path / str(options[name])
     with pytest.raises(UserError, match=reason):
-        import_npz(ImportConfig(**options), progress=False)  # type: ignore[arg-type]
+        import_data(ImportConfig(**options), progress=False)  # type: ignore[arg-type]
     assert not (tmp_path / "store").exists()
     assert (tmp_path / "taken" / "precious").exists()
 

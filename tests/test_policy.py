@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import TASKS, configure, make_store, make_trainer
+from tiny import SPEC, TASKS, configure, make_store, make_trainer
 
 from harmodt.batch import Batch, Steps
 from harmodt.data.inputs import save_conditioning
-from harmodt.data.store import DataStore, Episode, StoreWriter
+from harmodt.data.store import DataStore, Episode
 from harmodt.data.windows import WindowSampler
+from harmodt.data.writer import StoreWriter
 from harmodt.errors import UserError
 from harmodt.masks.bank import TaskMasks, vote
 from harmodt.policies.decision import Policy
@@ -87,7 +88,7 @@ def test_the_history_is_a_window_of_the_same_trajectory(
     played, paid = observations(2).astype(np.float32), rewards(2).astype(np.float32)
     policy.start(np.array([0, 1]), target_returns=paid.astype(np.float64).sum(0))
     actions = play(policy, played, paid)
-    writer = StoreWriter(tmp_path / "played", {})
+    writer = StoreWriter(tmp_path / "played", {}, SPEC)
     for row, name in enumerate(TASKS[:2]):
         with writer.task(name) as task:
             task.add(Episode(played[:, row], actions[:, row], paid[:, row], 1))

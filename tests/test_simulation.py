@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from harmodt import environments
 from harmodt.environments import METAWORLD
 from harmodt.environments.metaworld import MetaWorldEnvironment
 from harmodt.environments.simulation import Simulation, SimulationError
@@ -42,6 +43,18 @@ def test_every_row_is_the_environment_on_its_own(workers):
         np.testing.assert_array_equal(observations[:, row], [step[0] for step in alone])
         np.testing.assert_array_equal(rewards[:, row], [step[1] for step in alone])
         np.testing.assert_array_equal(successes[:, row], [step[2] for step in alone])
+
+
+def test_another_family_is_simulated(monkeypatch):
+    monkeypatch.setitem(environments.FAMILIES, "toy", "toy_family:Toy")
+    spec = environments.family("toy").spec
+    with Simulation(spec, ["slow", "quick", "quick"], goal_seed=9, workers=2) as simulation:
+        first = simulation.reset(np.array([0, 1, 3]))
+        observations, rewards, successes = simulation.step(np.array([[1, 0], [-0.5, 0], [4, 0]]))
+    np.testing.assert_array_equal(first, [[0, 9, 0], [1, 9, 0], [3, 9, 0]])
+    np.testing.assert_array_equal(observations, [[0.5, 9, 1], [0, 9, 1], [5, 9, 1]])
+    np.testing.assert_array_equal(rewards, [0.5, -1, 2])
+    assert not successes.any()
 
 
 def test_an_exception_in_a_worker_is_reported_with_its_tasks():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,18 @@ from hypothesis import strategies as st
 from harmodt.data.store import (
     MANIFEST,
     UNFINISHED,
+    UNKNOWN,
     DataStore,
     Episode,
     Episodes,
-    StoreWriter,
-    _manifest_checksum,
+    manifest_checksum,
 )
+from harmodt.data.writer import StoreWriter
+from harmodt.environments import EnvironmentSpec
+from harmodt.environments.metaworld import MetaWorld
 from harmodt.errors import UserError
 
+SPEC = MetaWorld.spec
 ARRAYS = ("observations", "actions", "rewards", "returns_to_go", "episode_starts", "successes")
 
 
@@ -33,7 +38,7 @@ def make_episode(generator: np.random.Generator, length: int, success: int = 1) 
 
 def write_store(path: Path, tasks: tuple[str, ...] = ("reach-v3", "push-v3")) -> DataStore:
     generator = np.random.default_rng(0)
-    writer = StoreWriter(path, {"test": 1})
+    writer = StoreWriter(path, {"test": 1}, SPEC)
     for task in tasks:
         with writer.task(task) as task_writer:
             for length in (30, 20, 25):
@@ -65,7 +70,7 @@ def test_a_store_gives_back_what_was_written(
         for n, success in zip(lengths, [1, 0, -1] * 2, strict=False)
     ]
     prompts = [make_episode(generator, length) for length in prompt_lengths]
-    writer = StoreWriter(tmp_path_factory.mktemp("data") / "store", {})
+    writer = StoreWriter(tmp_path_factory.mktemp("data") / "store", {}, SPEC)
     with writer.task("reach-v3") as task_writer:
         for episode in train:
             task_writer.add(episode)
@@ -121,7 +126,7 @@ def test_opening_five_million_steps_takes_a_second_and_200_megabytes_at_most(
             file = tmp_path / "store" / task / f"{name}.npy"
             # A file with holes: it takes no room, and shows when somebody reads it all.
             np.lib.format.open_memmap(file, "w+", entry["dtype"], tuple(entry["shape"]))
-    edit_manifest(tmp_path / "store", tasks=tasks, crc32=_manifest_checksum(store.manifest))
+    edit_manifest(tmp_path / "store", tasks=tasks, crc32=manifest_checksum(store.manifest))
     script = """
 import re, sys, time
 from pathlib import Path
@@ -145,7 +150,7 @@ def test_a_store_that_cannot_be_opened_says_why(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no store in .*nothing: make one with"):
         DataStore.open(tmp_path / "nothing")
 
-    writer = StoreWriter(tmp_path / "begun", {})
+    writer = StoreWriter(tmp_path / "begun", {}, SPEC)
     with writer.task("reach-v3") as task_writer:
         task_writer.add(make_episode(np.random.default_rng(0), 5))
     with pytest.raises(UserError, match=r"begun is unfinished: run the command .* again"):
@@ -155,7 +160,7 @@ def test_a_store_that_cannot_be_opened_says_why(tmp_path: Path) -> None:
     write_store(path)
     manifest = (path / MANIFEST).read_bytes()
     edit_manifest(path, version=7)
-    with pytest.raises(UserError, match=r"manifest.json has version 7 .* reads version 1"):
+    with pytest.raises(UserError, match=r"manifest.json has version 7 .* reads version 2"):
         DataStore.open(path)
     for damaged in (manifest[:100], manifest.replace(b'"test": 1', b'"test": 2'), b"\xff\x00"):
         (path / MANIFEST).write_bytes(damaged)
@@ -208,7 +213,7 @@ def test_an_interrupted_writer_goes_on_after_its_finished_tasks(tmp_path: Path) 
     whole = write_store(tmp_path / "whole")
 
     generator = np.random.default_rng(0)
-    writer = StoreWriter(tmp_path / "cut", {"test": 1})
+    writer = StoreWriter(tmp_path / "cut", {"test": 1}, SPEC)
     with writer.task("reach-v3") as task_writer:
         for length in (30, 20, 25):
             task_writer.add(make_episode(generator, length))
@@ -218,7 +223,7 @@ def test_an_interrupted_writer_goes_on_after_its_finished_tasks(tmp_path: Path) 
         raise OSError("full")
     assert {file.name for file in (tmp_path / "cut").iterdir()} == {UNFINISHED, "reach-v3"}
 
-    writer = StoreWriter(tmp_path / "cut", {"test": 1})
+    writer = StoreWriter(tmp_path / "cut", {"test": 1}, SPEC)
     assert writer.tasks == ("reach-v3",)
     with writer.task("push-v3") as task_writer:
         for length in (30, 20, 25):
@@ -235,7 +240,7 @@ def _contents(path: Path) -> dict[str, bytes]:
 
 def test_a_directory_that_is_taken_is_left_as_it_was(tmp_path: Path) -> None:
     store = write_store(tmp_path / "store")
-    StoreWriter(tmp_path / "begun", {"test": 1})
+    StoreWriter(tmp_path / "begun", {"test": 1}, SPEC)
     (tmp_path / "other" / "reach-v3").mkdir(parents=True)
     (tmp_path / "other" / "reach-v3" / "0.npz").write_bytes(b"precious")
     (tmp_path / "file").write_bytes(b"precious")
@@ -247,7 +252,68 @@ def test_a_directory_that_is_taken_is_left_as_it_was(tmp_path: Path) -> None:
         "file": "is a file",
     }.items():
         with pytest.raises(UserError, match=f"{name} {reason}"):
-            StoreWriter(tmp_path / name, {"test": 2})
+            StoreWriter(tmp_path / name, {"test": 2}, SPEC)
     assert _contents(tmp_path) == before
     assert (tmp_path / "begun" / UNFINISHED).exists()
     store.verify()
+
+
+@pytest.mark.parametrize(
+    ("origin", "command"), [("collect", "harmodt.collect"), ("import", "harmodt.data import")]
+)
+def test_a_store_of_the_first_version_says_how_to_make_it_again(
+    tmp_path: Path, origin: str, command: str
+) -> None:
+    path = tmp_path / "old"
+    path.mkdir()
+    provenance = {origin: {"tasks": ["reach-v3"]}}
+    first = {"format": "harmodt-store", "version": 1, "provenance": provenance, "tasks": {}}
+    (path / MANIFEST).write_text(json.dumps(first))
+    again = rf"version 1 and .* version 2: make the store again with `python -m {command}`"
+    with pytest.raises(UserError, match=again):
+        DataStore.open(path)
+
+
+def test_equal_stores_have_equal_checksums_and_others_do_not(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "a")
+    written = json.loads((store.path / MANIFEST).read_text())["crc32"]
+    assert store.checksum == written == write_store(tmp_path / "b").checksum
+    assert write_store(tmp_path / "c", ("push-v3",)).checksum != written
+
+
+def test_the_environment_is_given_back_and_may_not_change_on_the_way(tmp_path: Path) -> None:
+    assert write_store(tmp_path / "store").environment == SPEC
+    StoreWriter(tmp_path / "begun", {}, SPEC)
+    other = replace(SPEC, reward_version=None)
+    with pytest.raises(UserError, match="the beginning of a store made with other settings"):
+        StoreWriter(tmp_path / "begun", {}, other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"observations": np.zeros((5, 39))}, r"observations has the shape \(5, 39\) and \(5, 3\)"),
+        ({"actions": np.zeros((5, 4))}, r"actions has the shape \(5, 4\) and \(5, 2\)"),
+        ({"actions": np.zeros((4, 2))}, r"actions has the shape \(4, 2\) and \(5, 2\)"),
+        ({"rewards": np.zeros((5, 1))}, r"rewards has the shape \(5, 1\) and \(5,\)"),
+        ({"success": 0}, "small has no success"),
+        (
+            {"observations": np.zeros((0, 3)), "actions": np.zeros((0, 2)), "rewards": np.zeros(0)},
+            "no steps",
+        ),
+    ],
+)
+def test_an_episode_that_does_not_fit_the_environment_is_refused(
+    tmp_path: Path, changes: dict[str, object], reason: str
+) -> None:
+    spec = EnvironmentSpec("small", 3, 2, 5, success=False)
+    fitting = Episode(np.zeros((5, 3)), np.zeros((5, 2)), np.zeros(5), UNKNOWN)
+    writer = StoreWriter(tmp_path / "store", {}, spec)
+    with writer.task("a") as task:
+        task.add(fitting)
+        for add in (task.add, task.add_prompt):
+            with pytest.raises(ValueError, match=reason):
+                add(fitting._replace(**changes))
+    data = writer.finish(["a"]).task("a")
+    assert data.train.observations.shape == (5, 3) and data.observation_mean.shape == (3,)
+    assert len(data.prompts) == 0

@@ -13,11 +13,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from harmodt.config import TrainConfig
 from harmodt.data.inputs import TaskConditioning
-from harmodt.data.store import DataStore, Episode, StoreWriter
-from harmodt.environments.metaworld_names import ACTION_SIZE, OBSERVATION_SIZE
+from harmodt.data.store import DataStore, Episode
+from harmodt.data.writer import StoreWriter
+from harmodt.environments import METAWORLD, family
 from harmodt.networks.decision_transformer import DecisionTransformer
 from harmodt.training.trainer import Trainer
 
+SPEC = family(METAWORLD).spec
 TASKS = ("reach-v3", "push-v3", "drawer-open-v3")
 
 CONFIG = TrainConfig(
@@ -49,9 +51,9 @@ def configure(**changes: object) -> TrainConfig:
 
 def make_episode(rng: np.random.Generator, length: int, center: float = 0.0) -> Episode:
     """A random episode; observation 5 is constant and some actions lie outside [-1, 1]."""
-    observations = rng.normal(center, 1.0, (length, OBSERVATION_SIZE)).astype(np.float32)
+    observations = rng.normal(center, 1.0, (length, SPEC.observation_size)).astype(np.float32)
     observations[:, 5] = center
-    actions = rng.uniform(-1.2, 1.2, (length, ACTION_SIZE)).astype(np.float32)
+    actions = rng.uniform(-1.2, 1.2, (length, SPEC.action_size)).astype(np.float32)
     rewards = rng.uniform(0, 10, length).astype(np.float32)
     return Episode(observations, actions, rewards, success=1)
 
@@ -65,7 +67,7 @@ def make_store(
 ) -> DataStore:
     """Write a store whose tasks differ in their observations' center: 0, 1, 2 and so on."""
     rng = np.random.default_rng(seed)
-    writer = StoreWriter(path, {"source": "random"})
+    writer = StoreWriter(path, {"source": "random"}, SPEC)
     for index, name in enumerate(tasks):
         with writer.task(name) as task:
             for length in lengths:

@@ -7,8 +7,9 @@ python -m harmodt.data verify DIR
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,26 +17,26 @@ import numpy as np
 import tyro
 from rich import box
 from rich.console import Console
-from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from ..environments.metaworld_names import resolve_tasks
+from ..environments import METAWORLD, EnvironmentSpec, family
 from ..errors import UserError, run_command
 from ..progress import progress_bar
-from .importers.npz import find_episodes, find_tasks, read_episode
-from .store import DataStore, StoreWriter, TaskData, TaskWriter, check_output
+from .importers import Importer, check_episode, importer
+from .store import UNKNOWN, DataStore, Episode, TaskData
+from .writer import StoreWriter, TaskWriter, check_output
 
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """Bring episodes in npz files into a store.
+    """Bring episodes from files into a store.
 
-    The files are SOURCE/<task>-v2/<number>.npz, or SOURCE/<task>/<run>/dataset/<number>.npz as
-    MTDiff has them. All of them are checked before anything is written.
+    npz files are SOURCE/<task>-v2/<number>.npz, or SOURCE/<task>/<run>/dataset/<number>.npz as
+    MTDiff has them. All episodes are checked before anything is written.
     """
 
     source: tyro.conf.Positional[Path]
-    """Folder that holds a folder per task."""
+    """Where the data are: for npz files, the folder that holds a folder per task."""
     output: Path
     """Directory of the store."""
     tasks: tuple[str, ...] = ()
@@ -47,7 +48,13 @@ class ImportConfig:
     min_length: int = 20
     """Steps that an episode must have at least: the context length in training."""
     clip_actions: bool = True
-    """Clip actions to [-1, 1], which is what Meta-World executes."""
+    """Clip actions to [-1, 1], which is what the environments execute."""
+    reward_version: str | None = None
+    """Of the reward function that the data were made with, such as v2 in Meta-World, if known."""
+    format: str = "npz"
+    """Of the source (npz)."""
+    family: str = METAWORLD
+    """The environments' family (metaworld)."""
 
 
 @dataclass(frozen=True)
@@ -66,73 +73,94 @@ class VerifyConfig:
     """Directory of the store."""
 
 
-def import_npz(config: ImportConfig, progress: bool = True) -> DataStore:
-    """Import a data set in npz files; returns the store opened.
+def import_data(config: ImportConfig, progress: bool = True) -> DataStore:
+    """Import a data set; returns the store opened.
 
     Raises:
-        UserError: a setting out of range, a task that is not there, a file that cannot be used,
-            or an output directory that is taken.
+        UserError: a setting out of range, a task that is not there, an episode that cannot be
+            used, or an output directory that is taken.
     """
     _check(config)
-    tasks = resolve_tasks(config.tasks) if config.tasks else find_tasks(config.source)
-    files = {task: find_episodes(config.source, task)[: config.episodes] for task in tasks}
-    for task in tasks:
-        if config.episodes and len(files[task]) < config.episodes:
-            raise UserError(
-                f"{task} has {len(files[task])} episodes and {config.episodes} are asked for: add "
-                "the missing files or lower --episodes"
-            )
-        if len(files[task]) <= config.prompt_episodes:
-            raise UserError(
-                f"{task} has {len(files[task])} episodes, and none is left to train on when "
-                f"{config.prompt_episodes} are held apart as prompts: lower --prompt-episodes"
-            )
+    found = family(config.family)
+    environment = replace(found.spec, reward_version=config.reward_version)
+    source = importer(config.format, config.source, found)
+    tasks = found.resolve_tasks(config.tasks) if config.tasks else source.tasks()
+    episodes = {task: _find_episodes(config, source, task) for task in tasks}
+
+    def read(episode: Any) -> Episode:
+        return _read_episode(config, source, environment, episode)
+
     with progress_bar("episodes", enabled=progress) as bar:
-        total = sum(map(len, files.values()))
+        total = sum(map(len, episodes.values()))
         line = bar.add_task("checking", total=total)
-        prompts = {task: _choose_prompts(config, files[task], bar, line) for task in tasks}
-        writer = StoreWriter(config.output, {"import": _settings(config, tasks)})
+        advance = partial(bar.advance, line)
+        prompts = {}
+        for task in tasks:
+            returns = _read_returns(map(read, episodes[task]), advance)
+            best = np.argsort(-returns, kind="stable")[: config.prompt_episodes]
+            prompts[task] = set(best.tolist())
+        writer = StoreWriter(config.output, {"import": _settings(config, tasks)}, environment)
         line = bar.add_task("importing", total=total)
+        advance = partial(bar.advance, line)
         for task in tasks:
             if task in writer.tasks:
-                bar.advance(line, len(files[task]))
+                bar.advance(line, len(episodes[task]))
             else:
                 with writer.task(task) as task_writer:
-                    _write_task(config, files[task], prompts[task], task_writer, bar, line)
+                    _write_task(task_writer, map(read, episodes[task]), prompts[task], advance)
     return writer.finish(tasks)
 
 
-def _choose_prompts(
-    config: ImportConfig, files: list[Path], bar: Progress, line: TaskID
-) -> set[int]:
-    """Check all episodes of a task; returns the numbers of those with the highest returns."""
+def _find_episodes(config: ImportConfig, source: Importer, task: str) -> Sequence[Any]:
+    """The episodes of a task to import, not read yet; at least one more than its prompts."""
+    episodes = source.episodes(task)[: config.episodes]
+    if config.episodes and len(episodes) < config.episodes:
+        raise UserError(
+            f"{task} has {len(episodes)} episodes and {config.episodes} are asked for: add "
+            "the missing ones or lower --episodes"
+        )
+    if len(episodes) <= config.prompt_episodes:
+        raise UserError(
+            f"{task} has {len(episodes)} episodes, and none is left to train on when "
+            f"{config.prompt_episodes} are held apart as prompts: lower --prompt-episodes"
+        )
+    return episodes
+
+
+def _read_episode(
+    config: ImportConfig, source: Importer, environment: EnvironmentSpec, which: Any
+) -> Episode:
+    """Read and check an episode; its actions are clipped if that is asked for."""
+    episode = source.read(which)
+    check_episode(str(which), episode, environment, config.min_length)
+    if config.clip_actions:
+        episode = episode._replace(actions=episode.actions.clip(-1, 1))
+    return episode if environment.success else episode._replace(success=UNKNOWN)
+
+
+def _read_returns(episodes: Iterable[Episode], advance: Callable[[], None]) -> np.ndarray:
+    """The episodes' returns, float64."""
     returns = []
-    for file in files:
-        returns.append(read_episode(file, config.min_length).rewards.sum(dtype=np.float64))
-        bar.advance(line)
-    return set(np.argsort(-np.array(returns), kind="stable")[: config.prompt_episodes].tolist())
+    for episode in episodes:
+        returns.append(episode.rewards.sum(dtype=np.float64))
+        advance()
+    return np.array(returns)
 
 
 def _write_task(
-    config: ImportConfig,
-    files: list[Path],
-    prompts: set[int],
-    writer: TaskWriter,
-    bar: Progress,
-    line: TaskID,
+    writer: TaskWriter, episodes: Iterable[Episode], prompts: set[int], advance: Callable[[], None]
 ) -> None:
-    for number, file in enumerate(files):
-        episode = read_episode(file, config.min_length)
-        if config.clip_actions:
-            episode = episode._replace(actions=episode.actions.clip(-1, 1))
+    """Write episodes; `prompts` are the numbers of those to hold apart."""
+    for number, episode in enumerate(episodes):
         add = writer.add_prompt if number in prompts else writer.add
         add(episode)
-        bar.advance(line)
+        advance()
 
 
 def describe(store: DataStore) -> Table:
     """A table of what a store holds, one row per task and one for the whole."""
-    table = Table(title=str(store.path), title_justify="left", box=box.SIMPLE_HEAD)
+    title = f"{store.path}: {_describe_environment(store.environment)}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("task", no_wrap=True)
     for heading in ("episodes", "steps", "return min", "mean", "max", "success", "prompts", "size"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -145,6 +173,12 @@ def describe(store: DataStore) -> Table:
     total = f"{len(store.tasks)} tasks"
     table.add_row(total, f"{episodes:,}", f"{store.steps:,}", "", "", "", "", f"{prompts:,}", size)
     return table
+
+
+def _describe_environment(environment: EnvironmentSpec) -> str:
+    sizes = f"{environment.observation_size} observations, {environment.action_size} actions"
+    rewards = environment.reward_version or "unknown"
+    return f"{environment.family} ({sizes}, reward version {rewards})"
 
 
 def _describe_task(task: TaskData) -> list[str]:
@@ -201,7 +235,7 @@ def main() -> None:
         description="Bring data into a store, show what a store holds, and check it.",
     )
     if isinstance(command, ImportConfig):
-        _print(describe(import_npz(command)))
+        _print(describe(import_data(command)))
     elif isinstance(command, InfoConfig):
         _print(describe(DataStore.open(command.store)))
     else:

@@ -4,56 +4,44 @@
     DIR/<task>/<array>.npy         the training episodes of a task, one after the other
     DIR/<task>/prompts/<array>.npy the prompt episodes, held apart
 
-The manifest is written last and atomically, so a directory without one is no store yet. While
-a store is being written the finished tasks are listed in `unfinished.json`, from which an
-interrupted writer goes on.
+The manifest is written last and atomically (`writer.py`), so a directory without one is no store.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..environments.metaworld_names import ACTION_SIZE, OBSERVATION_SIZE
+from ..environments import EnvironmentSpec
 from ..errors import UserError
-from ..files import replace_directory, sync_directory, write_json
 
 FORMAT = "harmodt-store"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"
 PROMPTS = "prompts"
 UNKNOWN = -1
 """The success of an episode whose source does not tell."""
 
-_ARRAYS: dict[str, tuple[str, tuple[int, ...]]] = {
-    "observations": ("<f4", (OBSERVATION_SIZE,)),
-    "actions": ("<f4", (ACTION_SIZE,)),
-    "rewards": ("<f4", ()),
-    "returns_to_go": ("<f4", ()),
-    "episode_starts": ("<i8", ()),
-    "successes": ("|i1", ()),
-}
-"""Name of every array, its dtype and the shape of one entry."""
-
 _HEADER_SIZE = 128
 """Bytes before the data of every array's file."""
 
 
 class Episode(NamedTuple):
-    """One episode of T steps: observations [T, 39], actions [T, 4], rewards [T], all float32.
+    """One episode of T steps, all float32.
 
-    The success is 1 or 0 (at any step), or -1 where the source does not say.
+    Attributes:
+        observations: [T, observation_size].
+        actions: [T, action_size].
+        rewards: [T].
+        success: 1 or 0 (at any step), or UNKNOWN.
     """
 
     observations: np.ndarray
@@ -66,21 +54,24 @@ class Episode(NamedTuple):
 class Episodes:
     """Episodes of one task, one after the other; E episodes with S steps in all.
 
+    This is the one list of a store's arrays: every field is a file, and its metadata are the dtype
+    and, where an entry is a vector, the attribute of the EnvironmentSpec that is its size.
+
     Attributes:
-        observations: float32 [S, 39], unnormalised.
-        actions: float32 [S, 4].
+        observations: float32 [S, observation_size], unnormalised.
+        actions: float32 [S, action_size].
         rewards: float32 [S].
         returns_to_go: float32 [S], undiscounted sum of this and all later rewards of the episode.
         episode_starts: int64 [E + 1], first step of each episode, then S.
         successes: int8 [E], 1 solved, 0 not solved, -1 unknown.
     """
 
-    observations: np.ndarray
-    actions: np.ndarray
-    rewards: np.ndarray
-    returns_to_go: np.ndarray
-    episode_starts: np.ndarray
-    successes: np.ndarray
+    observations: np.ndarray = field(metadata={"dtype": "<f4", "size": "observation_size"})
+    actions: np.ndarray = field(metadata={"dtype": "<f4", "size": "action_size"})
+    rewards: np.ndarray = field(metadata={"dtype": "<f4"})
+    returns_to_go: np.ndarray = field(metadata={"dtype": "<f4"})
+    episode_starts: np.ndarray = field(metadata={"dtype": "<i8"})
+    successes: np.ndarray = field(metadata={"dtype": "|i1"})
 
     def __len__(self) -> int:
         return len(self.successes)
@@ -96,15 +87,28 @@ class Episodes:
         return self.returns_to_go[self.episode_starts[:-1]]
 
 
+EPISODE_ARRAYS: tuple[str, ...] = tuple(array.name for array in fields(Episodes))
+"""Names of the arrays of `Episodes`, in order."""
+
+
+def array_types(environment: EnvironmentSpec) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name of every array of `Episodes`, its dtype and the shape of one entry."""
+    types: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for array in fields(Episodes):
+        size = array.metadata.get("size")
+        shape = (getattr(environment, size),) if size else ()
+        types[array.name] = (array.metadata["dtype"], shape)
+    return types
+
+
 @dataclass(frozen=True)
 class TaskData:
     """What a store holds of one task.
 
     Attributes:
-        name: the v3 task name.
+        name: the task's name in its family.
         train, prompts: the training episodes and the prompt episodes.
-        observation_mean, observation_std: float32 [39], over the steps of the training episodes;
-            the population deviation, without a floor.
+    XX
         best_return, mean_return: over the training episodes.
     """
 
@@ -135,15 +139,25 @@ class DataStore:
         path = Path(path)
         if not (path / MANIFEST).is_file():
             raise UserError(_why_no_store(path))
-        store = cls(path, _read_manifest(path / MANIFEST))
+        store = cls(path, read_manifest(path / MANIFEST))
         for name, entry in store.files.items():
             _check_size(path / name, entry)
         return store
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The v3 names of the tasks, in the order in which they were written."""
+        """The names of the tasks, in the order in which they were written."""
         return tuple(self.manifest["tasks"])
+
+    @property
+    def environment(self) -> EnvironmentSpec:
+        """What the data were recorded in."""
+        return EnvironmentSpec.from_json(self.manifest["environment"])
+
+    @property
+    def checksum(self) -> str:
+        """Of the manifest, which holds those of all arrays: equal for equal stores alone."""
+        return manifest_checksum(self.manifest)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -212,244 +226,18 @@ class DataStore:
         )
 
 
-class StoreWriter:
-    """Writes a store task by task, an episode at a time in memory.
-
-    Finished tasks survive a kill: a writer opened again with the same provenance goes on after
-    them.
-
-        with writer.task("reach-v3") as task:
-            task.add(episode)
-            task.add_prompt(episode)
-        writer.finish()
-
-    Args:
-        path: the store's directory, made where it is missing.
-        provenance: settings that determine the content, as JSON.
-
-    Raises:
-        UserError: the directory holds a store, or the beginning of one with another provenance.
-    """
-
-    def __init__(self, path: Path, provenance: dict[str, Any]) -> None:
-        self.path = Path(path)
-        self._manifest: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
-            "provenance": json.loads(json.dumps(provenance)),
-            "tasks": {},
-        }
-        check_output(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        if (self.path / UNFINISHED).exists():
-            unfinished = _read_manifest(self.path / UNFINISHED)
-            if unfinished["provenance"] != self._manifest["provenance"]:
-                raise UserError(
-                    f"{self.path} holds the beginning of a store made with other settings: repeat "
-                    "the command with those, choose another directory or delete it"
-                )
-            self._manifest = unfinished
-        for leftover in self.path.glob(f".{UNFINISHED}.*.tmp"):
-            leftover.unlink()
-        self._save()
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """The tasks that are written whole."""
-        return tuple(self._manifest["tasks"])
-
-    @contextmanager
-    def task(self, name: str) -> Iterator[TaskWriter]:
-        """Write the episodes of one task; they become part of the store when the block ends."""
-        temporary = self.path / f".{name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            with TaskWriter(temporary) as writer:
-                yield writer
-                content = writer.finish()
-            replace_directory(temporary, self.path / name)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        self._manifest["tasks"][name] = content
-        self._save()
-
-    def finish(self, tasks: Sequence[str]) -> DataStore:
-        """Publish the store with its tasks in the given order, and open it."""
-        written = self._manifest["tasks"]
-        self._manifest["tasks"] = {name: written[name] for name in tasks}
-        self._save()
-        os.replace(self.path / UNFINISHED, self.path / MANIFEST)
-        sync_directory(self.path)
-        return DataStore.open(self.path)
-
-    def _save(self) -> None:
-        checksum = _manifest_checksum(self._manifest)
-        write_json(self.path / UNFINISHED, {**self._manifest, "crc32": checksum})
-
-
-class TaskWriter:
-    """Writes the arrays of one task; made by `StoreWriter.task`."""
-
-    def __init__(self, path: Path) -> None:
-        (path / PROMPTS).mkdir(parents=True)
-        self._train = _EpisodesWriter(path)
-        self._prompts = _EpisodesWriter(path / PROMPTS)
-        self._moments = _Moments()
-
-    def add(self, episode: Episode) -> None:
-        """Append a training episode."""
-        self._train.add(episode)
-        self._moments.add(episode.observations)
-
-    def add_prompt(self, episode: Episode) -> None:
-        """Append a prompt episode."""
-        self._prompts.add(episode)
-
-    def finish(self) -> dict[str, Any]:
-        """Complete the arrays; returns the entry of the task in the manifest."""
-        train, prompts = self._train.finish(), self._prompts.finish()
-        returns = self._train.returns
-        return {
-            "episodes": len(returns),
-            "steps": self._train.steps,
-            "prompt_episodes": len(self._prompts.returns),
-            "successful_episodes": self._train.successes.count(1),
-            "best_return": max(returns),
-            "mean_return": float(np.mean(returns)),
-            "observation_mean": self._moments.mean.tolist(),
-            "observation_std": self._moments.deviation.tolist(),
-            "files": train | {f"{PROMPTS}/{name}": entry for name, entry in prompts.items()},
-        }
-
-    def __enter__(self) -> TaskWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._train.close()
-        self._prompts.close()
-
-
-class _EpisodesWriter:
-    """Appends episodes to the six arrays of one `Episodes`."""
-
-    def __init__(self, path: Path) -> None:
-        self._arrays = {
-            name: _ArrayWriter(path / f"{name}.npy", dtype, shape)
-            for name, (dtype, shape) in _ARRAYS.items()
-        }
-        self._arrays["episode_starts"].append(np.zeros(1))
-        self.steps = 0
-        self.returns: list[float] = []
-        self.successes: list[int] = []
-
-    def add(self, episode: Episode) -> None:
-        rewards = np.asarray(episode.rewards, np.float64)
-        returns_to_go = rewards[::-1].cumsum()[::-1].astype(np.float32)
-        self.steps += len(rewards)
-        self.returns.append(float(returns_to_go[0]))
-        self.successes.append(episode.success)
-        self._arrays["observations"].append(episode.observations)
-        self._arrays["actions"].append(episode.actions)
-        self._arrays["rewards"].append(rewards)
-        self._arrays["returns_to_go"].append(returns_to_go)
-        self._arrays["episode_starts"].append(np.array([self.steps]))
-        self._arrays["successes"].append(np.array([episode.success]))
-
-    def finish(self) -> dict[str, Any]:
-        return {name: array.finish() for name, array in self._arrays.items()}
-
-    def close(self) -> None:
-        for array in self._arrays.values():
-            array.close()
-
-
-class _ArrayWriter:
-    """Appends to an .npy file whose length is known only at the end."""
-
-    def __init__(self, path: Path, dtype: str, shape: tuple[int, ...]) -> None:
-        self._dtype = np.dtype(dtype)
-        self._shape = shape
-        self._length = 0
-        self._crc32 = 0
-        self._file = open(path, "wb")  # noqa: SIM115
-        self._write_header()
-
-    def append(self, values: np.ndarray) -> None:
-        block = np.ascontiguousarray(values, self._dtype)
-        if block.shape[1:] != self._shape:
-            raise ValueError(f"entries of shape {block.shape[1:]} in an array of {self._shape}")
-        self._file.write(block.data)
-        self._length += len(block)
-        self._crc32 = zlib.crc32(block.data, self._crc32)
-
-    def finish(self) -> dict[str, Any]:
-        self._file.seek(0)
-        self._write_header()
-        self._file.flush()
-        return {
-            "dtype": self._dtype.str,
-            "shape": [self._length, *self._shape],
-            "crc32": f"{self._crc32:08x}",
-        }
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _write_header(self) -> None:
-        # NumPy pads the header so that a longer first dimension fits in the same room.
-        header = np.lib.format.header_data_from_array_1_0(np.empty((0, *self._shape), self._dtype))
-        header["shape"] = (self._length, *self._shape)
-        np.lib.format.write_array_header_1_0(self._file, header)
-
-
-class _Moments:
-    """Mean and population deviation of rows that arrive in blocks (Chan, Golub, LeVeque 1983)."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._squares = np.zeros(OBSERVATION_SIZE)
-        self.mean = np.zeros(OBSERVATION_SIZE)
-
-    def add(self, rows: np.ndarray) -> None:
-        rows = np.asarray(rows, np.float32).astype(np.float64)
-        mean = rows.mean(axis=0)
-        shift = mean - self.mean
-        count = self._count + len(rows)
-        self._squares += ((rows - mean) ** 2).sum(axis=0)
-        self._squares += shift**2 * (self._count * len(rows) / count)
-        self.mean = self.mean + shift * (len(rows) / count)
-        self._count = count
-
-    @property
-    def deviation(self) -> np.ndarray:
-        return np.sqrt(self._squares / self._count)
-
-
-def check_output(path: Path) -> None:
-    """Check that a store can be begun, or gone on with, in a directory.
-
-    Raises:
-        UserError: the path is a file, or holds a store or anything else already.
-    """
-    if not path.exists() or (path / UNFINISHED).exists():
-        return
-    if not path.is_dir():
-        raise UserError(f"{path} is a file: choose a directory that is new or empty")
-    if (path / MANIFEST).exists():
-        raise UserError(f"{path} already holds a store: choose another directory or delete it")
-    # A kill at the very beginning leaves only the temporary file of the list of tasks.
-    if any(not file.name.startswith(f".{UNFINISHED}.") for file in path.iterdir()):
-        raise UserError(f"{path} holds other files: choose a directory that is new or empty")
-
-
 def _why_no_store(path: Path) -> str:
     if (path / UNFINISHED).exists():
         return f"the store {path} is unfinished: run the command that began it again to go on"
     return f"there is no store in {path}: make one with python -m harmodt.collect --output {path}"
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The content of a manifest, finished or not.
+
+    Raises:
+        UserError: it is damaged, of another program or of another version.
+    """
     damaged = f"{path} is damaged: restore it from a copy or make the store again"
     try:
         manifest = json.loads(path.read_bytes())
@@ -458,16 +246,20 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path} is not the manifest of a HarmoDT store: give a store's directory")
     if manifest.get("version") != VERSION:
+        imported = "import" in manifest.get("provenance", {})
+        command = "harmodt.data import" if imported else "harmodt.collect"
         raise UserError(
             f"{path} has version {manifest.get('version')} and this program reads version "
-            f"{VERSION}: make the store again, or use the program that wrote it"
+            f"{VERSION}: make the store again with `python -m {command}` and the settings that "
+            f"the file lists under provenance, after moving {path.parent} away"
         )
-    if manifest.pop("crc32", None) != _manifest_checksum(manifest):
+    if manifest.pop("crc32", None) != manifest_checksum(manifest):
         raise UserError(damaged)
     return manifest
 
 
-def _manifest_checksum(manifest: dict[str, Any]) -> str:
+def manifest_checksum(manifest: dict[str, Any]) -> str:
+    """CRC-32 of a manifest's content, without the entry that holds it."""
     return f"{zlib.crc32(json.dumps(manifest, sort_keys=True).encode()):08x}"
 
 
@@ -486,9 +278,9 @@ def _check_size(path: Path, entry: dict[str, Any]) -> None:
 
 
 def _open_episodes(path: Path, files: dict[str, Any], prefix: str) -> Episodes:
-    names = {name: f"{prefix}{name}" for name in _ARRAYS}
+    entries = {name: files[f"{prefix}{name}"] for name in EPISODE_ARRAYS}
     return Episodes(
-        **{name: _open_array(path / f"{file}.npy", files[file]) for name, file in names.items()}
+        **{name: _open_array(path / f"{prefix}{name}.npy", e) for name, e in entries.items()}
     )
 
 

@@ -93,7 +93,9 @@ class Environment(ABC):
 
 
 class EnvironmentFamily(ABC):
-    """Tasks, sizes, and how to make an environment; an instance can be pickled.
+    """Tasks, sizes, and how to make an environment.
+
+    A family is a value: a frozen dataclass, which can be compared, hashed and pickled.
 
     Attributes:
         spec: sizes and the like, of the environments that `make` returns.

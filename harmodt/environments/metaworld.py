@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ REWARD_VERSION = "v2"
 """Of the two reward functions that every v3 environment has, the one that it uses by default."""
 
 
+@dataclass(frozen=True)
 class MetaWorld(EnvironmentFamily):
     """The environments of the package `metaworld`."""
 

@@ -7,10 +7,6 @@ from collections.abc import Sequence
 
 from ..errors import UserError
 
-OBSERVATION_SIZE = 39
-ACTION_SIZE = 4
-EPISODE_LENGTH = 500
-
 ALL_TASKS: tuple[str, ...] = (
     "assembly-v3",
     "basketball-v3",

@@ -1,8 +1,9 @@
-"""The public Meta-World data sets as npz files, one episode each.
+"""npz files, one episode each, as the public Meta-World data sets have them.
 
-Two layouts are known: `<root>/<task>-v2/<i>.npz` and MTDiff's `<root>/<task>/<run>/dataset/*.npz`
-(the task's name with or without its version). Keys read: observations (T, 39), actions (T, 4),
-rewards (T,) or (T, 1), and success (T,) or (T, 1) where there is one.
+Two layouts are known: `<root>/<task>-v2/<i>.npz` and MTDiff's `<root>/<task>/<run>/dataset/*.npz`;
+a folder may have any name that the family's `resolve_tasks` knows. Keys read: observations
+(T, observation_size), actions (T, action_size), rewards (T,) or (T, 1), and success (T,) or (T, 1)
+where there is one.
 """
 
 from __future__ import annotations
@@ -14,116 +15,94 @@ from pathlib import Path
 
 import numpy as np
 
-from ...environments.metaworld_names import ACTION_SIZE, OBSERVATION_SIZE, TASK_SETS, resolve_tasks
 from ...errors import UserError
 from ..store import UNKNOWN, Episode
-
-_SHAPES: dict[str, tuple[int, ...]] = {
-    "observations": (OBSERVATION_SIZE,),
-    "actions": (ACTION_SIZE,),
-    "rewards": (),
-}
+from . import Importer
 
 
-def find_tasks(root: Path) -> tuple[str, ...]:
-    """The v3 names of the tasks that have a folder of their own in `root`, sorted.
+class NpzImporter(Importer):
+    """Reads a folder per task; an episode is a file."""
 
-    Raises:
-        UserError: no folder, or none of its folders is named after a task.
-    """
-    if not root.is_dir():
-        raise UserError(f"{root} is not a folder: give the one that holds a folder per task")
-    tasks = {_task_of(folder) for folder in root.iterdir() if folder.is_dir()} - {None}
-    if not tasks:
-        raise UserError(
-            f"{root} holds no folder named after a task: give the folder that holds "
-            "reach-v2, push-v2 and so on"
-        )
-    return tuple(sorted(task for task in tasks if task))
-
-
-def find_episodes(root: Path, task: str) -> list[Path]:
-    """The npz files of a task in the order of their numbers.
-
-    Raises:
-        UserError: the task has no folder, or no npz file in it.
-    """
-    folders = [folder for folder in root.iterdir() if folder.is_dir() and _task_of(folder) == task]
-    if not folders:
-        raise UserError(
-            f"{root} has no folder for {task}: add it, or leave the task out of --tasks"
-        )
-    if len(folders) > 1:
-        names = " and ".join(sorted(folder.name for folder in folders))
-        raise UserError(f"{root} has several folders for {task}, {names}: leave one of them")
-    files = list(folders[0].glob("*.npz")) or list(folders[0].glob("*/dataset/*.npz"))
-    if not files:
-        raise UserError(f"{folders[0]} holds no .npz file: download the task's episodes again")
-    return sorted(files, key=_natural_order)
-
-
-def read_episode(path: Path, min_length: int) -> Episode:
-    """Read one episode.
-
-    Raises:
-        UserError: the file is missing or damaged, a key is missing, has the wrong shape, or holds
-            a value that is not finite, or the episode is shorter than `min_length` steps.
-    """
-    arrays = _read_arrays(path)
-    length = len(arrays["observations"])
-    if length < max(1, min_length):
-        raise UserError(
-            f"{path}: the episode has {length} steps and training needs {min_length}: remove the "
-            "file, or lower --min-length if you train with a shorter context"
-        )
-    for key in _SHAPES:
-        if len(arrays[key]) != length:
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that have a folder of their own, sorted."""
+        if not self.source.is_dir():
             raise UserError(
-                f"{path}: {key} has {len(arrays[key])} steps and observations has {length}: "
-                "download or write the file again"
+                f"{self.source} is not a folder: give the one that holds a folder per task"
             )
-        if not np.isfinite(arrays[key]).all():
+        tasks = {task for folder in self._folders() if (task := self._task_of(folder))}
+        if not tasks:
             raise UserError(
-                f"{path}: {key} holds NaN or infinity: remove the file or repair its values"
+                f"{self.source} holds no folder named after a task: give the folder that holds "
+                "reach-v2, push-v2 and so on"
             )
-    success = int(arrays["success"].any()) if "success" in arrays else UNKNOWN
-    return Episode(arrays["observations"], arrays["actions"], arrays["rewards"], success)
+        return tuple(sorted(tasks))
+
+    def episodes(self, task: str) -> list[Path]:
+        """The files of a task in the order of their numbers."""
+        folders = [folder for folder in self._folders() if self._task_of(folder) == task]
+        if not folders:
+            raise UserError(
+                f"{self.source} has no folder for {task}: add it, or leave the task out of --tasks"
+            )
+        if len(folders) > 1:
+            names = " and ".join(sorted(folder.name for folder in folders))
+            raise UserError(
+                f"{self.source} has several folders for {task}, {names}: leave one of them"
+            )
+        files = list(folders[0].glob("*.npz")) or list(folders[0].glob("*/dataset/*.npz"))
+        if not files:
+            raise UserError(f"{folders[0]} holds no .npz file: download the task's episodes again")
+        return sorted(files, key=_natural_order)
+
+    def read(self, episode: Path) -> Episode:
+        """Read one file."""
+        try:
+            file = np.load(episode, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise UserError(
+                    f"{episode} is a single array: an episode is an .npz with named arrays"
+                )
+            with file:
+                return _read_keys(episode, file)
+        except FileNotFoundError as error:
+            raise UserError(f"{episode} is missing: download it again") from error
+        except OSError as error:
+            raise UserError(f"{episode} cannot be read ({error.strerror}): check it") from error
+        except (zipfile.BadZipFile, EOFError, ValueError) as error:
+            raise UserError(
+                f"{episode} is truncated or no npz file: download it again or remove it"
+            ) from error
+
+    def _folders(self) -> list[Path]:
+        return [folder for folder in self.source.iterdir() if folder.is_dir()]
+
+    def _task_of(self, folder: Path) -> str | None:
+        """The task after which a folder is named, if there is one."""
+        if folder.name in self.family.task_sets:
+            return None
+        try:
+            return self.family.resolve_tasks([folder.name])[0]
+        except UserError:
+            return None
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    try:
-        file = np.load(path, allow_pickle=False)
-        if isinstance(file, np.ndarray):
-            raise UserError(f"{path} is a single array: an episode is an .npz with named arrays")
-        with file:
-            return _read_keys(path, file)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: download it again") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check it") from error
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
-        raise UserError(
-            f"{path} is truncated or no npz file: download it again or remove it"
-        ) from error
-
-
-def _read_keys(path: Path, file: np.lib.npyio.NpzFile) -> dict[str, np.ndarray]:
-    for key in _SHAPES:
+def _read_keys(path: Path, file: np.lib.npyio.NpzFile) -> Episode:
+    for key in ("observations", "actions", "rewards"):
         if key not in file:
             raise UserError(
                 f"{path} has no key {key!r} (it has {', '.join(file.files) or 'none'}): rename or "
                 "add it"
             )
-    arrays = {key: _read_array(path, file, key, shape) for key, shape in _SHAPES.items()}
-    if "success" in file:
-        arrays["success"] = _read_array(path, file, "success", ())
-    return arrays
+    return Episode(
+        observations=_read_array(path, file, "observations"),
+        actions=_read_array(path, file, "actions"),
+        rewards=_one_per_step(_read_array(path, file, "rewards")),
+        success=int(_read_array(path, file, "success").any()) if "success" in file else UNKNOWN,
+    )
 
 
-def _read_array(
-    path: Path, file: np.lib.npyio.NpzFile, key: str, shape: tuple[int, ...]
-) -> np.ndarray:
-    """One array as float32 [T, *shape]; a trailing axis of size 1 is dropped."""
+def _read_array(path: Path, file: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
+    """One array as float32."""
     try:
         array = np.asarray(file[key])
         if array.dtype.kind not in "fiub":
@@ -132,24 +111,13 @@ def _read_array(
         raise UserError(
             f"{path}: {key} is damaged or holds no plain numbers: download or write the file again"
         ) from error
-    if shape == () and array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    if array.ndim == 0 or array.shape[1:] != shape:
-        expected = ", ".join(["T", *map(str, shape)])
-        raise UserError(
-            f"{path}: {key} has the shape {array.shape} and ({expected}) is needed: is this "
-            "Meta-World data?"
-        )
     with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused as such
         return array.astype(np.float32)
 
 
-def _task_of(folder: Path) -> str | None:
-    """The task after which a folder is named, if there is one."""
-    try:
-        return None if folder.name in TASK_SETS else resolve_tasks([folder.name])[0]
-    except UserError:
-        return None
+def _one_per_step(array: np.ndarray) -> np.ndarray:
+    """(T, 1) as (T,)."""
+    return array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
 
 
 def _natural_order(path: Path) -> list[tuple[int, str]]:

@@ -1,0 +1,293 @@
+"""Writing a store: task by task, an episode at a time in memory, safe against a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..environments import EnvironmentSpec
+from ..errors import UserError
+from ..files import replace_directory, sync_directory, write_json
+from .store import (
+    FORMAT,
+    MANIFEST,
+    PROMPTS,
+    UNFINISHED,
+    UNKNOWN,
+    VERSION,
+    DataStore,
+    Episode,
+    Episodes,
+    array_types,
+    manifest_checksum,
+    read_manifest,
+)
+
+
+class StoreWriter:
+    """Writes a store task by task, an episode at a time in memory.
+
+    Finished tasks survive a kill: they are listed in `unfinished.json`, and a writer opened again
+    with the same arguments goes on after them.
+
+        with writer.task("reach-v3") as task:
+            task.add(episode)
+            task.add_prompt(episode)
+        writer.finish(["reach-v3"])
+
+    Args:
+        path: the store's directory, made where it is missing.
+        provenance: settings that determine the content, as JSON.
+        environment: what the data were recorded in.
+
+    Raises:
+        UserError: the directory holds a store, or the beginning of another one.
+    """
+
+    def __init__(
+        self, path: Path, provenance: dict[str, Any], environment: EnvironmentSpec
+    ) -> None:
+        self.environment = environment
+        self.path = Path(path)
+        self._manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "provenance": json.loads(json.dumps(provenance)),
+            "environment": environment.to_json(),
+            "tasks": {},
+        }
+        check_output(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        if (self.path / UNFINISHED).exists():
+            unfinished = read_manifest(self.path / UNFINISHED)
+            if unfinished | {"tasks": {}} != self._manifest:
+                raise UserError(
+                    f"{self.path} holds the beginning of a store made with other settings: repeat "
+                    "the command with those, choose another directory or delete it"
+                )
+            self._manifest = unfinished
+        for leftover in self.path.glob(f".{UNFINISHED}.*.tmp"):
+            leftover.unlink()
+        self._save()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that are written whole."""
+        return tuple(self._manifest["tasks"])
+
+    @contextmanager
+    def task(self, name: str) -> Iterator[TaskWriter]:
+        """Write the episodes of one task; they become part of the store when the block ends."""
+        temporary = self.path / f".{name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            with TaskWriter(temporary, self.environment) as writer:
+                yield writer
+                content = writer.finish()
+            replace_directory(temporary, self.path / name)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        self._manifest["tasks"][name] = content
+        self._save()
+
+    def finish(self, tasks: Sequence[str]) -> DataStore:
+        """Publish the store with its tasks in the given order, and open it."""
+        written = self._manifest["tasks"]
+        self._manifest["tasks"] = {name: written[name] for name in tasks}
+        self._save()
+        os.replace(self.path / UNFINISHED, self.path / MANIFEST)
+        sync_directory(self.path)
+        return DataStore.open(self.path)
+
+    def _save(self) -> None:
+        checksum = manifest_checksum(self._manifest)
+        write_json(self.path / UNFINISHED, {**self._manifest, "crc32": checksum})
+
+
+class TaskWriter:
+    """Writes the arrays of one task; made by `StoreWriter.task`.
+
+    `add` and `add_prompt` raise ValueError for an episode that does not fit the environment.
+    """
+
+    def __init__(self, path: Path, environment: EnvironmentSpec) -> None:
+        (path / PROMPTS).mkdir(parents=True)
+        self._environment = environment
+        self._train = _EpisodesWriter(path, environment)
+        self._prompts = _EpisodesWriter(path / PROMPTS, environment)
+        self._moments = _Moments(environment.observation_size)
+
+    def add(self, episode: Episode) -> None:
+        """Append a training episode."""
+        _check_episode(episode, self._environment)
+        self._train.add(episode)
+        self._moments.add(episode.observations)
+
+    def add_prompt(self, episode: Episode) -> None:
+        """Append a prompt episode."""
+        _check_episode(episode, self._environment)
+        self._prompts.add(episode)
+
+    def finish(self) -> dict[str, Any]:
+        """Complete the arrays; returns the entry of the task in the manifest."""
+        train, prompts = self._train.finish(), self._prompts.finish()
+        returns = self._train.returns
+        return {
+            "episodes": len(returns),
+            "steps": self._train.steps,
+            "prompt_episodes": len(self._prompts.returns),
+            "successful_episodes": self._train.successes.count(1),
+            "best_return": max(returns),
+            "mean_return": float(np.mean(returns)),
+            "observation_mean": self._moments.mean.tolist(),
+            "observation_std": self._moments.deviation.tolist(),
+            "files": train | {f"{PROMPTS}/{name}": entry for name, entry in prompts.items()},
+        }
+
+    def __enter__(self) -> TaskWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._train.close()
+        self._prompts.close()
+
+
+class _EpisodesWriter:
+    """Appends episodes to the arrays of one `Episodes`."""
+
+    def __init__(self, path: Path, environment: EnvironmentSpec) -> None:
+        self._arrays = {
+            name: _ArrayWriter(path / f"{name}.npy", dtype, shape)
+            for name, (dtype, shape) in array_types(environment).items()
+        }
+        self._arrays["episode_starts"].append(np.zeros(1))
+        self.steps = 0
+        self.returns: list[float] = []
+        self.successes: list[int] = []
+
+    def add(self, episode: Episode) -> None:
+        rewards = np.asarray(episode.rewards, np.float64)
+        returns_to_go = rewards[::-1].cumsum()[::-1].astype(np.float32)
+        self.steps += len(rewards)
+        self.returns.append(float(returns_to_go[0]))
+        self.successes.append(episode.success)
+        added = Episodes(
+            observations=episode.observations,
+            actions=episode.actions,
+            rewards=rewards,
+            returns_to_go=returns_to_go,
+            episode_starts=np.array([self.steps]),
+            successes=np.array([episode.success]),
+        )
+        for name, array in self._arrays.items():
+            array.append(getattr(added, name))
+
+    def finish(self) -> dict[str, Any]:
+        return {name: array.finish() for name, array in self._arrays.items()}
+
+    def close(self) -> None:
+        for array in self._arrays.values():
+            array.close()
+
+
+class _ArrayWriter:
+    """Appends to an .npy file whose length is known only at the end."""
+
+    def __init__(self, path: Path, dtype: str, shape: tuple[int, ...]) -> None:
+        self._dtype = np.dtype(dtype)
+        self._shape = shape
+        self._length = 0
+        self._crc32 = 0
+        self._file = open(path, "wb")  # noqa: SIM115
+        self._write_header()
+
+    def append(self, values: np.ndarray) -> None:
+        block = np.ascontiguousarray(values, self._dtype)
+        self._file.write(block.data)
+        self._length += len(block)
+        self._crc32 = zlib.crc32(block.data, self._crc32)
+
+    def finish(self) -> dict[str, Any]:
+        self._file.seek(0)
+        self._write_header()
+        self._file.flush()
+        return {
+            "dtype": self._dtype.str,
+            "shape": [self._length, *self._shape],
+            "crc32": f"{self._crc32:08x}",
+        }
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write_header(self) -> None:
+        # NumPy pads the header so that a longer first dimension fits in the same room.
+        header = np.lib.format.header_data_from_array_1_0(np.empty((0, *self._shape), self._dtype))
+        header["shape"] = (self._length, *self._shape)
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+
+class _Moments:
+    """Mean and population deviation of rows that arrive in blocks (Chan, Golub, LeVeque 1983)."""
+
+    def __init__(self, size: int) -> None:
+        self._count = 0
+        self._squares = np.zeros(size)
+        self.mean = np.zeros(size)
+
+    def add(self, rows: np.ndarray) -> None:
+        rows = np.asarray(rows, np.float32).astype(np.float64)
+        mean = rows.mean(axis=0)
+        shift = mean - self.mean
+        count = self._count + len(rows)
+        self._squares += ((rows - mean) ** 2).sum(axis=0)
+        self._squares += shift**2 * (self._count * len(rows) / count)
+        self.mean = self.mean + shift * (len(rows) / count)
+        self._count = count
+
+    @property
+    def deviation(self) -> np.ndarray:
+        return np.sqrt(self._squares / self._count)
+
+
+def check_output(path: Path) -> None:
+    """Check that a store can be begun, or gone on with, in a directory.
+
+    Raises:
+        UserError: the path is a file, or holds a store or anything else already.
+    """
+    if not path.exists() or (path / UNFINISHED).exists():
+        return
+    if not path.is_dir():
+        raise UserError(f"{path} is a file: choose a directory that is new or empty")
+    if (path / MANIFEST).exists():
+        raise UserError(f"{path} already holds a store: choose another directory or delete it")
+    # A kill at the very beginning leaves only the temporary file of the list of tasks.
+    if any(not file.name.startswith(f".{UNFINISHED}.") for file in path.iterdir()):
+        raise UserError(f"{path} holds other files: choose a directory that is new or empty")
+
+
+def _check_episode(episode: Episode, environment: EnvironmentSpec) -> None:
+    steps = len(episode.rewards)
+    shapes = {
+        "observations": (steps, environment.observation_size),
+        "actions": (steps, environment.action_size),
+        "rewards": (steps,),
+    }
+    for name, shape in shapes.items():
+        found = np.shape(getattr(episode, name))
+        if found != shape:
+            raise ValueError(f"{name} has the shape {found} and {shape} is needed")
+    if not steps:
+        raise ValueError("the episode has no steps")
+    if episode.success != UNKNOWN and not environment.success:
+        raise ValueError(f"{environment.family} has no success, and the episode has one")
