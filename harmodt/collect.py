@@ -25,14 +25,14 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
 
 from .data.store import MANIFEST, UNKNOWN, DataStore, Episode
 from .data.writer import StoreWriter
-from .environments import METAWORLD, Environment, EnvironmentFamily
+from .environments import FAMILIES, METAWORLD, Environment, EnvironmentFamily
 from .environments import family as family_named
 from .environments.simulation import available_cores
 from .errors import UserError, run_command
@@ -61,8 +61,7 @@ class CollectConfig:
     composition: Literal["near-optimal", "sub-optimal"] = "near-optimal"
     """Exploration falling to none, as in a replay buffer, or the first half of such a buffer."""
     prompt_source: Literal["expert", "composition"] | None = None
-    """Prompts by the expert without exploration, or explored like the training episodes; by
-    default expert for near-optimal data and composition for sub-optimal."""
+    """Prompts by the expert alone, or explored as the data are: the default where sub-optimal."""
     seed: int = 0
     """Determines the data to the bit, whatever the number of workers."""
     episode_length: int | None = None
@@ -75,8 +74,9 @@ class CollectConfig:
     """Share of the episodes over which the share of random actions falls linearly to 0."""
     workers: int | None = None
     """Processes; as many as there are cores by default."""
-    family: str = METAWORLD
-    """The environments' family (metaworld)."""
+    family: Annotated[str, tyro.conf.arg(help=f"The environments: {', '.join(FAMILIES)}.")] = (
+        METAWORLD
+    )
 
 
 def collect(config: CollectConfig, progress: bool = True) -> DataStore:

@@ -3,9 +3,11 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import metaworld
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from metaworld.policies import ENV_POLICY_MAP
 
+import harmodt
 from harmodt.environments import METAWORLD, Environment, EnvironmentSpec, family
 from harmodt.environments.metaworld import MetaWorld, MetaWorldEnvironment
 from harmodt.errors import UserError
@@ -151,3 +154,15 @@ def test_no_simulator_is_imported_before_one_is_needed(modules: str, absent: str
     command = [sys.executable, "-c", script]
     printed = subprocess.run(command, env=variables, capture_output=True, check=True).stdout
     assert printed.split() == []
+
+
+def test_only_environments_import_a_simulator() -> None:
+    package = Path(harmodt.__file__).parent
+    importing = {
+        file.relative_to(package).as_posix()
+        for file in package.rglob("*.py")
+        if re.search(r"^\s*(import|from) (metaworld|mujoco)\b", file.read_text(), re.MULTILINE)
+    }
+    allowed = {"policies/metaworld_agent.py"}  # for Meta-World's own evaluation
+    assert {file for file in importing - allowed if not file.startswith("environments/")} == set()
+    assert "environments/metaworld.py" in importing

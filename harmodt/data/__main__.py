@@ -19,10 +19,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..environments import METAWORLD, EnvironmentSpec, family
+from ..environments import FAMILIES, METAWORLD, EnvironmentSpec, family
 from ..errors import UserError, run_command
 from ..progress import progress_bar
-from .importers import Importer, check_episode, importer
+from .importers import IMPORTERS, Importer, check_episode, importer
 from .store import UNKNOWN, DataStore, Episode, TaskData
 from .writer import StoreWriter, TaskWriter, check_output
 
@@ -51,10 +51,10 @@ class ImportConfig:
     """Clip actions to [-1, 1], which is what the environments execute."""
     reward_version: str | None = None
     """Of the reward function that the data were made with, such as v2 in Meta-World, if known."""
-    format: str = "npz"
-    """Of the source (npz)."""
-    family: str = METAWORLD
-    """The environments' family (metaworld)."""
+    format: Annotated[str, tyro.conf.arg(help=f"Of the source: {', '.join(IMPORTERS)}.")] = "npz"
+    family: Annotated[str, tyro.conf.arg(help=f"The environments: {', '.join(FAMILIES)}.")] = (
+        METAWORLD
+    )
 
 
 @dataclass(frozen=True)

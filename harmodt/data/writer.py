@@ -145,7 +145,6 @@ class TaskWriter:
             "episodes": len(returns),
             "steps": self._train.steps,
             "prompt_episodes": len(self._prompts.returns),
-            "successful_episodes": self._train.successes.count(1),
             "best_return": max(returns),
             "mean_return": float(np.mean(returns)),
             "observation_mean": self._moments.mean.tolist(),
@@ -172,14 +171,12 @@ class _EpisodesWriter:
         self._arrays["episode_starts"].append(np.zeros(1))
         self.steps = 0
         self.returns: list[float] = []
-        self.successes: list[int] = []
 
     def add(self, episode: Episode) -> None:
         rewards = np.asarray(episode.rewards, np.float64)
         returns_to_go = rewards[::-1].cumsum()[::-1].astype(np.float32)
         self.steps += len(rewards)
         self.returns.append(float(returns_to_go[0]))
-        self.successes.append(episode.success)
         added = Episodes(
             observations=episode.observations,
             actions=episode.actions,

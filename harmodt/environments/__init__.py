@@ -65,7 +65,11 @@ class Scene(NamedTuple):
 
 
 class Environment(ABC):
-    """One task. An episode depends on its start and the actions alone, bit for bit."""
+    """One task. An episode depends on its start and the actions alone, bit for bit.
+
+    Environments advance in lock-step, so every episode has the family's `episode_length` steps:
+    where a simulation ends before that, the environment stands still and gives no reward.
+    """
 
     @abstractmethod
     def reset(self, goal_index: int) -> np.ndarray:

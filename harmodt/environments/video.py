@@ -15,7 +15,7 @@ from . import Environment
 
 BACKENDS = ("egl", "osmesa")  # hardware first
 SIZE = 480  # pixels, both ways
-FRAMES_PER_SECOND = 20
+FRAMES_PER_SECOND = 20  # about, at most
 
 _PROBE = """
 import mujoco
@@ -46,9 +46,11 @@ class RecordedEnvironment(Environment):
         self._steps = 0
         scene = environment.scene
         scene.model.vis.quality.shadowsize = 0  # shadows cost several times the rest without a GPU
-        self._steps_per_frame = scene.steps_per_second // FRAMES_PER_SECOND
+        self._steps_per_frame = max(1, scene.steps_per_second // FRAMES_PER_SECOND)
         self._renderer = mujoco.Renderer(scene.model, SIZE, SIZE)
-        self._writer = imageio.get_writer(self._partial, fps=FRAMES_PER_SECOND)
+        self._writer = imageio.get_writer(
+            self._partial, fps=scene.steps_per_second / self._steps_per_frame
+        )
 
     def reset(self, goal_index: int) -> np.ndarray:
         """As `Environment.reset`."""
