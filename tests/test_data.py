@@ -288,12 +288,15 @@ def test_the_commands_import_show_and_verify(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write_source(tmp_path / "raw", tasks=("button-press-topdown-wall-v2",))
-    run("import", source, "--output", tmp_path / "store", "--prompt-episodes", 2)
+    options = ["--prompt-episodes", 2, "--reward-version", "v1"]
+    run("import", source, "--output", tmp_path / "store", *options)
     run("info", tmp_path / "store")
     row = "button-press-topdown-wall-v3 10 250 25 138 250 unknown 2"
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     # Printed after the import and by the second command.
     assert sum(line.startswith(row) for line in lines) == 2
+    environment = "metaworld (39 observations, 4 actions, reward version v1)"
+    assert " ".join(lines).count(environment) == 2
     run("verify", tmp_path / "store")
     assert "every checksum is right" in capsys.readouterr().out
 

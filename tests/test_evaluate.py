@@ -74,7 +74,7 @@ def test_experts_solve_their_tasks_whatever_the_rounds_and_workers():
 class FakeSimulation:
     """Solved in step 3 alone where the goal is even, always where it is 1; rewards are goals."""
 
-    def __init__(self, tasks, goal_seed, workers, videos, variables):
+    def __init__(self, family, tasks, goal_seed, workers, videos, variables):
         self.made.append((tasks, goal_seed, workers))
 
     def __enter__(self):

@@ -177,8 +177,9 @@ def describe(store: DataStore) -> Table:
 
 def _describe_environment(environment: EnvironmentSpec) -> str:
     sizes = f"{environment.observation_size} observations, {environment.action_size} actions"
-    rewards = environment.reward_version or "unknown"
-    return f"{environment.family} ({sizes}, reward version {rewards})"
+    version = environment.reward_version
+    rewards = f", reward version {version}" if version else ""
+    return f"{environment.family} ({sizes}{rewards})"
 
 
 def _describe_task(task: TaskData) -> list[str]:
