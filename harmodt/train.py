@@ -16,9 +16,10 @@ from .config import PRESETS, TrainConfig
 from .data.inputs import TaskConditioning, save_conditioning
 from .data.store import DataStore
 from .devices import check_device, choose_backend, prepare_cpu
+from .environments import METAWORLD, family
 from .environments.metaworld_names import resolve_tasks
 from .errors import UserError, run_command
-from .evaluate import versions
+from .results import versions
 from .training.checkpoint import read_run, write_run
 from .training.run import Run
 from .training.trainer import Trainer
@@ -126,7 +127,7 @@ def begin(preset: str, config: TrainConfig) -> Run:
         "backend": trainer.backend.name,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "maskable": trainer.vector.maskable_count(),
-        "versions": versions(),
+        "versions": versions(family(METAWORLD).packages),
         "config": dataclasses.replace(config, output=path).to_json(),
     }
     write_run(path, description)

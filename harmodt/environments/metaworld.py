@@ -103,6 +103,13 @@ class MetaWorldEnvironment(Environment):
         return Scene(model, data, camera="corner4", upside_down=True, steps_per_second=80)
 
 
+def task_of_class(name: str) -> str:
+    """The v3 name of the task whose environment is of Meta-World's class `name`."""
+    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+
+    return {kind.__name__: task for task, kind in ALL_V3_ENVIRONMENTS.items()}[name]
+
+
 @functools.lru_cache(maxsize=64)
 def _make_goals(task: str, goal_seed: int) -> list[Any]:
     """The goals of Meta-World's MT1 benchmark; drawing them takes more than half a second."""

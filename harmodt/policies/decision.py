@@ -14,7 +14,8 @@ from ..batch import Steps
 from ..config import TrainConfig
 from ..data.inputs import TaskConditioning, load_conditioning
 from ..data.windows import WindowArrays, WindowSampler
-from ..devices import check_device, choose_backend
+from ..devices import check_device, choose_backend, set_precision
+from ..environments import METAWORLD, family
 from ..errors import UserError
 from ..masks.bank import TaskMasks, vote
 from ..networks.decision_transformer import DecisionTransformer, PromptCache
@@ -51,6 +52,7 @@ class Policy:
         config: TrainConfig,
         step: int = 0,
         backend: Backend = PYTORCH,
+        precision: str = "fp32",
     ):
         self.model = model.eval()
         self.mask_bits = mask_bits
@@ -58,15 +60,24 @@ class Policy:
         self.conditioning = list(conditioning)
         self.config = config
         self.step = step
-        self.backend = backend
-        self.device = model.vector.weights.device
+        self._backend = backend
+        self._device = model.vector.weights.device
+        self.environment = family(METAWORLD).spec
+        self.backend = backend.name
+        self.precision = precision
+        self.device = str(self._device)
         self.tasks = tuple(task.name for task in conditioning)
         self.target_returns = np.array([task.target_return for task in conditioning])
-        self._sampler = WindowSampler((), conditioning, config, self.device)
+        self._sampler = WindowSampler((), conditioning, config, self._device)
 
     @classmethod
     def load(
-        cls, run: Path, checkpoint: int | None = None, device: str = "cpu", fused: bool = False
+        cls,
+        run: Path,
+        checkpoint: int | None = None,
+        device: str = "cpu",
+        fused: bool = False,
+        precision: str = "fp32",
     ) -> Policy:
         """Load a run's checkpoint, the last one by default.
 
@@ -83,7 +94,9 @@ class Policy:
         model = DecisionTransformer(config.model(), len(conditioning), torch_device)
         load_parameters(state, dict(model.named_parameters()))
         mask_bits = state.tensors["masks"].to(torch_device) if config.masked else None
-        return cls(model, mask_bits, conditioning, config, state.values["step"], backend)
+        set_precision(precision, torch_device, backend)
+        step = state.values["step"]
+        return cls(model, mask_bits, conditioning, config, step, backend, precision)
 
     def use_voted_mask(self) -> None:
         """Put the mask for unseen tasks (Eq. 13) in the place of every task's own.
@@ -182,9 +195,9 @@ class Policy:
         self._place = np.zeros(len(self._task_ids), np.int64)
         for rows in members:
             self._place[rows] = np.arange(len(rows))
-        self._group_ids = torch.from_numpy(present).to(self.device)
+        self._group_ids = torch.from_numpy(present).to(self._device)
         self._masks = (
-            TaskMasks(self.mask_bits, self._group_ids, self.backend)
+            TaskMasks(self.mask_bits, self._group_ids, self._backend)
             if self.mask_bits is not None
             else None
         )
@@ -194,7 +207,7 @@ class Policy:
     def _grouped(self, windows: WindowArrays) -> Steps:
         return Steps(
             **{
-                name: torch.from_numpy(getattr(windows, name)[self._rows]).to(self.device)
+                name: torch.from_numpy(getattr(windows, name)[self._rows]).to(self._device)
                 for name in _HISTORY
             }
         )

@@ -1,6 +1,6 @@
 """A trained policy as an agent for Meta-World's own `metaworld.evaluation.evaluation`.
 
-    policy = Policy.load(Path("runs/mine"))
+    policy = harmodt.load_policy(Path("runs/mine"))
     envs = gym.make_vec("Meta-World/MT50", vector_strategy="async", seed=1)
     agent = MetaWorldAgent(policy, envs)
     success, mean_return, success_per_task, returns = evaluation(agent, envs, num_episodes=50)
@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
-from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
-from ..environments.metaworld import MetaWorld
+from ..environments.metaworld import task_of_class
 from ..errors import UserError
-from .decision import Policy
+from . import Policy
 
 
 class MetaWorldAgent:
@@ -53,7 +52,7 @@ class MetaWorldAgent:
 
     def eval_action(self, observations: np.ndarray) -> np.ndarray:
         """Actions, float32 [rows, 4], after observations [rows, 39 or more]."""
-        return self._policy.act(observations[:, : MetaWorld.spec.observation_size])
+        return self._policy.act(observations[:, : self._policy.environment.observation_size])
 
     def reset(self, env_mask: np.ndarray) -> None:
         """Take in the last step's rewards; begin new episodes where `env_mask`, bool [rows].
@@ -68,8 +67,7 @@ class MetaWorldAgent:
 
 
 def _task_ids(policy: Policy, envs: SyncVectorEnv | AsyncVectorEnv) -> np.ndarray:
-    names = {env.__name__: task for task, env in ALL_V3_ENVIRONMENTS.items()}
-    tasks = [names[name] for name in envs.get_attr("task_name")]
+    tasks = [task_of_class(name) for name in envs.get_attr("task_name")]
     unknown = sorted(set(tasks) - set(policy.tasks))
     if unknown:
         raise UserError(

@@ -19,9 +19,10 @@ from ..data.inputs import TaskConditioning, load_conditioning
 from ..data.store import DataStore
 from ..devices import check_device
 from ..errors import UserError
-from ..evaluate import EvaluationResult, evaluate
 from ..policies.decision import Policy
 from ..progress import progress_bar
+from ..results import EvaluationResult
+from ..rollout import Request, play
 from .checkpoint import (
     checkpoint_steps,
     load_checkpoint,
@@ -184,12 +185,14 @@ class Run:
         trainer = self.trainer
         bits = trainer.masks.bits if trainer.masks else None
         policy = Policy(
-            trainer.model, bits, self.conditioning, self.config, trainer.step, trainer.backend
-        )
-        result = evaluate(policy, episodes=self.config.evaluation_episodes, console=console)
+            trainer.model, bits, self.conditioning, self.config, trainer.step, trainer.backend,
+            self.config.precision,
+        )  # fmt: skip
+        result = play(policy, Request(episodes=self.config.evaluation_episodes), console=console)
         trainer.model.train()
         result.save(self.path / "evaluation")
-        metrics.write(trainer.step, {"success": result.success, "mean_return": result.mean_return})
+        values = {"success": result.average.mean, "mean_return": result.mean_return}
+        metrics.write(trainer.step, values)
         return result
 
     @contextlib.contextmanager

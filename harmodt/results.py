@@ -1,0 +1,397 @@
+"""What an evaluation measured and how: written as JSON and CSV, read back, averaged over seeds.
+
+Every interval is of 95 %. A task's success rate has Wilson's interval. The average over the tasks,
+and any mean return, has the percentile interval of a bootstrap (`bootstrap_means`).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import platform
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.table import Table
+
+from .environments import EnvironmentSpec
+from .errors import UserError
+from .files import write_bytes, write_json
+
+FORMAT = "harmodt-evaluation"
+VERSION = 2
+RESAMPLES = 10_000
+
+SuccessRule = Literal["any", "last"]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Everything that a result depends on besides the weights.
+
+    Attributes:
+        tasks: their names, in the order of the results' rows.
+        episodes: per task.
+        success_rule: solved at any step of the episode, or at its last; None where the environments
+            do not say whether a task is solved.
+        goal_seed: of the tasks' goals.
+        seed: of the prompts that are drawn.
+        target_returns: what is asked of the policy at the start of an episode, by task, unscaled.
+        checkpoint: the training step of the weights.
+        rounds: that the episodes are divided into; each draws its prompts anew.
+        mask: each task's own, the one voted for unseen tasks (Eq. 13), or none.
+        environment: family, sizes, episode length and version of the rewards; an episode goes on
+            after a success.
+        precision: of the policy's matrix products.
+        backend: name of the kernels that computed the actions.
+        device: PyTorch's name of where they ran.
+    """
+
+    tasks: tuple[str, ...]
+    episodes: int
+    success_rule: SuccessRule | None
+    goal_seed: int
+    seed: int
+    target_returns: tuple[float, ...]
+    checkpoint: int
+    rounds: int
+    mask: str
+    environment: EnvironmentSpec
+    precision: str
+    backend: str
+    device: str
+
+    @property
+    def name(self) -> str:
+        """For file names: equal for equal protocols alone."""
+        digest = zlib.crc32(json.dumps(self.to_json(), sort_keys=True).encode())
+        size = f"{len(self.tasks)}x{self.episodes}"
+        return f"step-{self.checkpoint}-{self.success_rule or 'return'}-{size}-{digest:08x}"
+
+    @property
+    def episodes_per_round(self) -> int:
+        """Episodes of each task that are played at once."""
+        return math.ceil(self.episodes / self.rounds)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self) | {"environment": self.environment.to_json()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Protocol:
+        """The inverse of `to_json`."""
+        converted = {
+            "tasks": tuple(values["tasks"]),
+            "target_returns": tuple(values["target_returns"]),
+            "environment": EnvironmentSpec.from_json(values["environment"]),
+        }
+        return cls(**{**values, **converted})
+
+
+@dataclass(frozen=True)
+class Average:
+    """A mean over tasks and the bounds of its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What every episode of an evaluation came to.
+
+    Attributes:
+        protocol: how it was measured.
+        successes: bool [tasks, episodes], or None where the environments know no success.
+        returns: float64 [tasks, episodes], undiscounted sums of rewards.
+        seconds: wall-clock time, starting the environments included.
+        versions: of Python and the packages that the result depends on.
+    """
+
+    protocol: Protocol
+    successes: np.ndarray | None
+    returns: np.ndarray
+    seconds: float
+    versions: Mapping[str, str]
+
+    @property
+    def success_rate(self) -> float | None:
+        """Average over the tasks, in [0, 1]; None where the environments know no success."""
+        return None if self.successes is None else float(self.successes.mean())
+
+    @property
+    def mean_return(self) -> float:
+        """Average return over the tasks."""
+        return float(self.returns.mean())
+
+    @cached_property
+    def average(self) -> Average:
+        """Success rate over the tasks, or mean return where the environments know no success.
+
+        The interval resamples tasks and each one's episodes (`bootstrap_means`).
+        """
+        return average_over_seeds([self])
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One row per task, then their average; `interval` says which kind the row's is."""
+        rows = [self._task_row(i) for i in range(len(self.protocol.tasks))]
+        return [*rows, self._average_row()]
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole result, episodes included, for `json.dump`."""
+        *tasks, average = self.summary()
+        for i, task in enumerate(tasks):
+            if self.successes is not None:
+                task["episode_successes"] = self.successes[i].tolist()
+            task["episode_returns"] = self.returns[i].tolist()
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "protocol": self.protocol.to_json(),
+            "versions": dict(self.versions),
+            "seconds": self.seconds,
+            "average": average,
+            "tasks": tasks,
+        }
+
+    @classmethod
+    def load(cls, path: Path) -> EvaluationResult:
+        """Read a result that `save` wrote.
+
+        Raises:
+            UserError: there is no such file, or it is no evaluation of this version.
+        """
+        content = _read(path)
+        tasks = content["tasks"]
+        protocol = Protocol.from_json(content["protocol"])
+        solves = protocol.success_rule is not None
+        return cls(
+            protocol=protocol,
+            successes=np.array([t["episode_successes"] for t in tasks], bool) if solves else None,
+            returns=np.array([task["episode_returns"] for task in tasks], np.float64),
+            seconds=content["seconds"],
+            versions=content["versions"],
+        )
+
+    def to_csv(self) -> str:
+        """The summary, with what it was measured by repeated in every row."""
+        protocol = self.protocol
+        columns = ("success_rule", "checkpoint", "goal_seed", "seed", "mask")
+        machine = ("precision", "backend", "device")
+        measured = {name: getattr(protocol, name) for name in (*columns, *machine)} | {
+            "family": protocol.environment.family,
+            "reward_version": protocol.environment.reward_version,
+        }
+        if self.successes is None:
+            del measured["success_rule"]
+        rows = [row | measured for row in self.summary()]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+    def table(self) -> Table:
+        """The summary for the terminal."""
+        rule = {
+            "any": "Success at any step",
+            "last": "Success at the last step",
+            None: "Return",
+        }[self.protocol.success_rule]
+        *tasks, average = (_cells(row) for row in self.summary())
+        table = Table(
+            title=f"{rule}, checkpoint {self.protocol.checkpoint}",
+            caption=f"intervals: {self._intervals()}",
+            show_footer=True,
+        )
+        for heading, footer in average.items():
+            table.add_column(heading, footer, justify="left" if heading == "task" else "right")
+        for cells in tasks:
+            table.add_row(*cells.values())
+        return table
+
+    def save(self, directory: Path) -> Path:
+        """Write NAME.json and NAME.csv, each whole or not at all; returns the JSON's path.
+
+        The name tells the protocol, so repeating an evaluation replaces its files and no others.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / f"{self.protocol.name}.json"
+        content = self.to_json()
+        write_bytes(path.with_suffix(".csv"), self.to_csv().encode())
+        write_json(path, content)
+        return path
+
+    def _task_row(self, index: int) -> dict[str, Any]:
+        returns = self.returns[index]
+        row = {"task": self.protocol.tasks[index], "episodes": len(returns)}
+        mean = {"mean_return": float(returns.mean())}
+        if self.successes is None:
+            low, high = _bootstrap_interval(returns[None, None])
+            bounds = {"return_low": low, "return_high": high}
+            return row | mean | bounds | {"interval": "bootstrap over episodes"}
+        solved = int(self.successes[index].sum())
+        low, high = wilson_interval(solved, len(returns))
+        rate = {"successes": solved, "success_rate": solved / len(returns)}
+        bounds = {"success_low": low, "success_high": high}
+        return row | rate | bounds | mean | {"interval": "Wilson"}
+
+    def _average_row(self) -> dict[str, Any]:
+        average = self.average
+        row = {"task": "average", "episodes": self.returns.size}
+        mean = {"mean_return": self.mean_return}
+        kind = {"interval": "bootstrap over tasks and episodes"}
+        if self.successes is None:
+            return row | mean | {"return_low": average.low, "return_high": average.high} | kind
+        rate = {"successes": int(self.successes.sum()), "success_rate": average.mean}
+        return row | rate | {"success_low": average.low, "success_high": average.high} | mean | kind
+
+    def _intervals(self) -> str:
+        task = "Wilson for a task" if self.successes is not None else "bootstrap over episodes"
+        return f"{task}, bootstrap over tasks and episodes for the average"
+
+
+def average_over_seeds(results: Sequence[EvaluationResult]) -> Average:
+    """The average of runs that differ in their training seed, and its 95 % interval.
+
+    Success rate over seeds and tasks, or mean return where the environments know no success. The
+    interval resamples seeds, tasks and episodes (`bootstrap_means`). Where no two episodes differ,
+    resampling them can show nothing: the interval of a success rate of 0 or 1 is then Wilson's of
+    all episodes together.
+
+    Args:
+        results: one per seed, measured by the same protocol but for checkpoint, target returns,
+            backend and device.
+
+    Raises:
+        UserError: there is no result, or two were measured by different protocols.
+    """
+    if not results:
+        raise UserError("there is no result to average: name at least one evaluation")
+    first = results[0].protocol
+    for result in results[1:]:
+        _check_comparable(first, result.protocol)
+    solves = first.success_rule is not None
+    values = np.stack([np.asarray(r.successes if solves else r.returns) for r in results])
+    if solves and values.min() == values.max():
+        low, high = wilson_interval(int(values.sum()), values.size)
+    else:
+        low, high = _bootstrap_interval(values)
+    return Average(float(values.mean()), low, high)
+
+
+def bootstrap_means(values: np.ndarray, resamples: int = RESAMPLES) -> np.ndarray:
+    """Means of resampled evaluations, float64 [resamples]; their spread is the mean's uncertainty.
+
+    A resample draws the seeds and the tasks with replacement, every drawn seed with every drawn
+    task, and for each such pair its episodes with replacement (a nested bootstrap; A. C. Davison
+    and D. V. Hinkley, Bootstrap Methods and their Application, 1997, section 3.8). So the interval
+    holds for other tasks of the same kind and other seeds, not for these alone. The episodes'
+    chance also moves the rates that tasks are drawn by: it counts twice, which errs towards wide;
+    that there are few tasks or seeds to draw from errs towards narrow.
+
+    Args:
+        values: bool or float [seeds, tasks, episodes].
+        resamples: how many; always the same ones.
+    """
+    rng = np.random.default_rng(0)
+    seeds, tasks, episodes = values.shape
+    means = np.empty(resamples)
+    at_once = max(1, 2**20 // values.size)  # bounds the memory
+    for first in range(0, resamples, at_once):
+        count = min(at_once, resamples - first)
+        seed = rng.integers(seeds, size=(count, seeds, 1, 1))
+        task = rng.integers(tasks, size=(count, 1, tasks, 1))
+        episode = rng.integers(episodes, size=(count, seeds, tasks, episodes))
+        means[first : first + count] = values[seed, task, episode].mean((1, 2, 3))
+    return means
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a proportion (E. B. Wilson, 1927).
+
+    Args:
+        successes: 0 to `trials`.
+        trials: at least 1.
+    """
+    z = 1.959963984540054  # 97.5 % quantile of the normal distribution
+    rate = successes / trials
+    centre = rate + z**2 / (2 * trials)
+    half_width = z * math.sqrt(rate * (1 - rate) / trials + z**2 / (4 * trials**2))
+    scale = 1 + z**2 / trials
+    low = (centre - half_width) / scale if successes else 0.0  # exactly, without rounding
+    high = (centre + half_width) / scale if successes < trials else 1.0
+    return low, high
+
+
+def versions(packages: Sequence[str] = ()) -> dict[str, str]:
+    """Versions of Python, HarmoDT, PyTorch, NumPy and of `packages`, those of a simulator."""
+    found = {"python": platform.python_version()}
+    for package in ("harmodt", "torch", "numpy", *packages):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # harmodt, run from a source tree
+            continue
+    return found
+
+
+def _bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(bootstrap_means(values), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _check_comparable(first: Protocol, other: Protocol) -> None:
+    free = {
+        name: getattr(first, name) for name in ("checkpoint", "target_returns", "backend", "device")
+    }
+    a, b = first.to_json(), replace(other, **free).to_json()
+    different = [name for name in a if a[name] != b[name]]
+    if different:
+        raise UserError(
+            f"the results differ in {', '.join(different)}: only those of one protocol can be "
+            "averaged, so evaluate the runs in the same way"
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"there is no evaluation {path}: name a JSON file that `python -m harmodt.evaluate` "
+            "wrote"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): evaluate the run again") from None
+    found = (content.get("format"), content.get("version")) if isinstance(content, dict) else None
+    if found != (FORMAT, VERSION):
+        what = "no evaluation" if found is None else f"of format {found[0]} version {found[1]}"
+        raise UserError(
+            f"{path} is {what}, but this HarmoDT reads {FORMAT} version {VERSION}: evaluate the "
+            "run again with `python -m harmodt.evaluate`"
+        )
+    return content
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    """A row of the table: what stands under each heading."""
+    if "success_rate" not in row:
+        interval = f"{row['return_low']:.0f} – {row['return_high']:.0f}"
+        mean = f"{row['mean_return']:.0f}"
+        return {"task": row["task"], "mean return": mean, "95 % interval": interval}
+    return {
+        "task": row["task"],
+        "solved": f"{row['successes']}/{row['episodes']}",
+        "success": f"{row['success_rate']:.2f}",
+        "95 % interval": f"{row['success_low']:.2f} – {row['success_high']:.2f}",
+        "mean return": f"{row['mean_return']:.0f}",
+    }

@@ -1,0 +1,203 @@
+"""Any policy in the environments that it was trained for: episodes in lock-step.
+
+Episode e of a task is played on goal e mod the family's number of goals. The seed of the goals is
+fixed unless it is given, so that every run that is compared meets the same ones.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+
+from .bounds import Bounds, check_bounds
+from .environments import family
+from .environments.simulation import Simulation
+from .environments.video import find_backend
+from .errors import UserError
+from .policies import Policy
+from .progress import progress_bar
+from .results import EvaluationResult, Protocol, versions
+
+GOAL_SEED = 240518080
+_SEEDS = Bounds(0, 2**32 - 1)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to play.
+
+    Raises:
+        UserError: a number is outside its bounds.
+    """
+
+    episodes: Annotated[int, Bounds(1)] = 50
+    """Episodes per task."""
+    tasks: tuple[str, ...] = ()
+    """Tasks or sets such as mt5; all of the run's by default."""
+    success_rule: Annotated[Literal["any", "last"], tyro.conf.arg(name="success")] = "any"
+    """Count an episode as solved at any of its steps, or at its last."""
+    seed: Annotated[int, _SEEDS] = 0
+    """Of the prompts."""
+    goal_seed: Annotated[int, _SEEDS] = GOAL_SEED
+    """Of the goals; only results with the same one can be compared."""
+    target_return: float | None = None
+    """Return to ask of the policy; by default the best of each task's data."""
+    environments: Annotated[int, Bounds(1)] = 128
+    """Environments in memory at once, about 25 MB each; more episodes are played in rounds."""
+    workers: Annotated[int | None, Bounds(1)] = None
+    """Processes that simulate; by default one per core."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+def play(
+    policy: Policy,
+    request: Request | None = None,
+    *,
+    video_directory: Path | None = None,
+    console: Console | None = None,
+) -> EvaluationResult:
+    """Play every task's episodes, one policy call per time step for all that are played at once.
+
+    Args:
+        policy: its histories are cleared.
+        request: the default is that of `python -m harmodt.evaluate`.
+        video_directory: where films of each task's first episode go, as NAME/TASK.mp4 with the
+            protocol's name.
+        console: where to draw a progress bar; none by default.
+
+    Raises:
+        UserError: a task is not among the policy's; no video can be made here.
+        SimulationError: a simulation process failed.
+    """
+    began = time.perf_counter()
+    request = request or Request()
+    protocol = make_protocol(policy, request)
+    with progress_bar("steps", "so_far", enabled=console is not None, console=console) as progress:
+        bar = _Bar(progress, protocol)
+        with _simulate(protocol, request.workers, video_directory) as simulation:
+            played = [
+                _play_round(policy, simulation, protocol, number, bar.show)
+                for number in range(protocol.rounds)
+            ]
+    # The rounds are of one size, so the last may hold more episodes than are asked for.
+    successes, returns = (
+        np.concatenate(parts, axis=1)[:, : protocol.episodes] for parts in zip(*played, strict=True)
+    )
+    return EvaluationResult(
+        protocol=protocol,
+        successes=successes if protocol.environment.success else None,
+        returns=returns,
+        seconds=time.perf_counter() - began,
+        versions=versions(family(protocol.environment.family).packages),
+    )
+
+
+def make_protocol(policy: Policy, request: Request) -> Protocol:
+    """What `play` will do: the request, as this policy can meet it.
+
+    Raises:
+        UserError: a task is not among the policy's.
+    """
+    environment = policy.environment
+    tasks = policy.tasks
+    if request.tasks:
+        tasks = family(environment.family).resolve_tasks(request.tasks)
+    unknown = [task for task in tasks if task not in policy.tasks]
+    if unknown:
+        raise UserError(
+            f"the run was not trained on {', '.join(unknown)}: choose among "
+            f"{', '.join(policy.tasks)}"
+        )
+    targets = policy.target_returns[[policy.tasks.index(task) for task in tasks]]
+    if request.target_return is not None:
+        targets = np.full(len(tasks), request.target_return)
+    return Protocol(
+        tasks=tasks,
+        episodes=request.episodes,
+        success_rule=request.success_rule if environment.success else None,
+        goal_seed=request.goal_seed,
+        seed=request.seed,
+        target_returns=tuple(map(float, targets)),
+        checkpoint=policy.step,
+        rounds=math.ceil(request.episodes / max(1, request.environments // len(tasks))),
+        mask=policy.mask,
+        environment=environment,
+        precision=policy.precision,
+        backend=policy.backend,
+        device=policy.device,
+    )
+
+
+def _simulate(protocol: Protocol, workers: int | None, video_directory: Path | None) -> Simulation:
+    """The environments of one round: those of a task are adjacent rows."""
+    size = protocol.episodes_per_round
+    rows = [task for task in protocol.tasks for _ in range(size)]
+    videos: dict[int, Path] = {}
+    variables: dict[str, str] = {}
+    if video_directory is not None:
+        variables["MUJOCO_GL"] = find_backend()
+        folder = video_directory / protocol.name
+        folder.mkdir(parents=True, exist_ok=True)
+        videos = {i * size: folder / f"{task}.mp4" for i, task in enumerate(protocol.tasks)}
+    return Simulation(protocol.environment, rows, protocol.goal_seed, workers, videos, variables)
+
+
+def _play_round(
+    policy: Policy,
+    simulation: Simulation,
+    protocol: Protocol,
+    number: int,
+    show: Callable[[np.ndarray, np.ndarray], None],
+) -> tuple[np.ndarray, np.ndarray]:
+    """One episode in every row: successes bool and returns float64, [tasks, episodes_per_round].
+
+    `show` is told both after each step.
+    """
+    tasks, size = len(protocol.tasks), protocol.episodes_per_round
+    first = number * size
+    task_ids = np.array([policy.tasks.index(task) for task in protocol.tasks])
+    targets = np.array(protocol.target_returns)
+    policy.start(task_ids.repeat(size), protocol.seed + first, targets.repeat(size))
+    goals = (first + np.arange(size)) % family(protocol.environment.family).goals
+    observations = simulation.reset(np.tile(goals, tasks))
+    successes, returns = np.zeros(tasks * size, bool), np.zeros(tasks * size)
+    for _ in range(protocol.environment.episode_length):
+        observations, rewards, solved = simulation.step(policy.act(observations))
+        policy.record_rewards(rewards)
+        returns += rewards
+        successes = successes | solved if protocol.success_rule == "any" else solved
+        show(successes, returns)
+    return successes.reshape(tasks, size), returns.reshape(tasks, size)
+
+
+class _Bar:
+    """The progress of an evaluation: its steps, and how many episodes are solved."""
+
+    def __init__(self, progress: Progress, protocol: Protocol) -> None:
+        self._progress = progress
+        self._length = protocol.environment.episode_length
+        self._rule = protocol.success_rule
+        self._steps = self._solved_before = 0
+        self._episodes = protocol.rounds * len(protocol.tasks) * protocol.episodes_per_round
+        total = protocol.rounds * self._length
+        self._bar = progress.add_task("starting environments", total=total)
+
+    def show(self, successes: np.ndarray, returns: np.ndarray) -> None:
+        """Take in a step of every row: whether each is solved, and its return so far."""
+        self._steps += 1
+        solved = self._solved_before + int(successes.sum())
+        if self._steps % self._length == 0:
+            self._solved_before = solved
+        text = f"{solved}/{self._episodes} solved" if self._rule else f"return {returns.mean():.0f}"
+        self._progress.update(self._bar, description="evaluating", advance=1, so_far=text)
