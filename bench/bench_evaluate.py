@@ -1,4 +1,4 @@
-"""Evaluating MT5: 10 episodes of 500 steps per task, simulation included, after start-up.
+"""Evaluating MT5: 10 whole episodes per task, simulation included, after start-up.
 
     pytest bench/bench_evaluate.py --benchmark-only
 
@@ -12,10 +12,9 @@ import pytest
 from bench_train_step import STEP, make_trainer
 
 from harmodt.data.store import DataStore
-from harmodt.environments.metaworld import MetaWorld
 from harmodt.environments.simulation import Simulation
-from harmodt.evaluate import GOAL_SEED
 from harmodt.policies.decision import Policy
+from harmodt.rollout import GOAL_SEED
 
 EPISODES = 10
 
@@ -34,7 +33,8 @@ def bench_act(benchmark, store: DataStore, path: str) -> None:
     """One policy call for the 50 episodes."""
     policy = make_policy(store, path)
     policy.start(np.repeat(np.arange(5), EPISODES))
-    observations = np.random.default_rng(0).normal(size=(5 * EPISODES, 39))
+    size = policy.environment.observation_size
+    observations = np.random.default_rng(0).normal(size=(5 * EPISODES, size))
     actions = benchmark.pedantic(
         policy.act, args=(observations,), rounds=30, warmup_rounds=STEP.context_length
     )
@@ -44,9 +44,9 @@ def bench_act(benchmark, store: DataStore, path: str) -> None:
 @pytest.mark.benchmark(group="evaluation, MT5 x 10 episodes")
 @pytest.mark.parametrize("path", ["reference", "fused"])
 def bench_episodes(benchmark, store: DataStore, path: str) -> None:
-    """All 500 steps: policy calls and simulation."""
+    """Every step of an episode: policy calls and simulation."""
     policy = make_policy(store, path)
-    steps = 5 if benchmark.disabled else MetaWorld.spec.episode_length
+    steps = 5 if benchmark.disabled else policy.environment.episode_length
     rows = [name for name in store.tasks for _ in range(EPISODES)]
 
     def play() -> None:
@@ -56,5 +56,5 @@ def bench_episodes(benchmark, store: DataStore, path: str) -> None:
             observations, rewards, _ = simulation.step(policy.act(observations))
             policy.record_rewards(rewards)
 
-    with Simulation(store.environment, rows, GOAL_SEED) as simulation:
+    with Simulation(policy.environment, rows, GOAL_SEED) as simulation:
         benchmark.pedantic(play, rounds=1)

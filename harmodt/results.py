@@ -184,15 +184,14 @@ class EvaluationResult:
 
     def to_csv(self) -> str:
         """The summary, with what it was measured by repeated in every row."""
-        protocol = self.protocol
-        columns = ("success_rule", "checkpoint", "goal_seed", "seed", "mask")
-        machine = ("precision", "backend", "device")
-        measured = {name: getattr(protocol, name) for name in (*columns, *machine)} | {
-            "family": protocol.environment.family,
-            "reward_version": protocol.environment.reward_version,
+        columns = ["checkpoint", "goal_seed", "seed", "mask", "precision", "backend", "device"]
+        if self.successes is not None:
+            columns.insert(0, "success_rule")
+        environment = self.protocol.environment
+        measured = {name: getattr(self.protocol, name) for name in columns} | {
+            "family": environment.family,
+            "reward_version": environment.reward_version,
         }
-        if self.successes is None:
-            del measured["success_rule"]
         rows = [row | measured for row in self.summary()]
         text = io.StringIO()
         writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
@@ -207,16 +206,17 @@ class EvaluationResult:
             "last": "Success at the last step",
             None: "Return",
         }[self.protocol.success_rule]
-        *tasks, average = (_cells(row) for row in self.summary())
+        *tasks, average = self.summary()
         table = Table(
             title=f"{rule}, checkpoint {self.protocol.checkpoint}",
-            caption=f"intervals: {self._intervals()}",
+            caption=f"interval of a task: {tasks[0]['interval']}\n"
+            f"of the average: {average['interval']}",
             show_footer=True,
         )
-        for heading, footer in average.items():
+        for heading, footer in _cells(average).items():
             table.add_column(heading, footer, justify="left" if heading == "task" else "right")
-        for cells in tasks:
-            table.add_row(*cells.values())
+        for row in tasks:
+            table.add_row(*_cells(row).values())
         return table
 
     def save(self, directory: Path) -> Path:
@@ -254,10 +254,6 @@ class EvaluationResult:
             return row | mean | {"return_low": average.low, "return_high": average.high} | kind
         rate = {"successes": int(self.successes.sum()), "success_rate": average.mean}
         return row | rate | {"success_low": average.low, "success_high": average.high} | mean | kind
-
-    def _intervals(self) -> str:
-        task = "Wilson for a task" if self.successes is not None else "bootstrap over episodes"
-        return f"{task}, bootstrap over tasks and episodes for the average"
 
 
 def average_over_seeds(results: Sequence[EvaluationResult]) -> Average:

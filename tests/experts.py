@@ -1,8 +1,6 @@
-"""A stand-in for a trained policy that acts with Meta-World's scripted experts."""
+"""A stand-in for a trained policy that acts with a family's scripted experts."""
 
 from __future__ import annotations
-
-import warnings
 
 import numpy as np
 
@@ -18,10 +16,10 @@ class ExpertPolicy:
     precision = "fp32"
     device = "cpu"
 
-    def __init__(self, *tasks: str) -> None:
+    def __init__(self, *tasks: str, environment: str = METAWORLD) -> None:
         self.tasks = tasks
         self.target_returns = np.arange(1.0, len(tasks) + 1) * 1000
-        self.environment = family(METAWORLD).spec
+        self.environment = family(environment).spec
         self.calls = 0
         self.starts: list[tuple[list[int], int, list[float]]] = []
         self.restarts: list[np.ndarray] = []
@@ -32,18 +30,17 @@ class ExpertPolicy:
     ) -> None:
         targets = self.target_returns[task_ids] if target_returns is None else target_returns
         self.starts.append((task_ids.tolist(), seed, targets.tolist()))
-        self._experts = [family(METAWORLD).expert(self.tasks[i]) for i in task_ids]
+        expert = family(self.environment.family).expert
+        self._experts = [expert(self.tasks[i]) for i in task_ids]
 
     def restart(self, rows: np.ndarray) -> None:
         self.restarts.append(rows.copy())
 
     def act(self, observations: np.ndarray) -> np.ndarray:
         self.calls += 1
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            pairs = zip(self._experts, observations, strict=True)
-            actions = [expert(observation) for expert, observation in pairs]
-        return np.stack(actions).clip(-1, 1).astype(np.float32)
+        pairs = zip(self._experts, observations, strict=True)
+        actions = np.stack([expert(observation) for expert, observation in pairs])
+        return actions.clip(-1, 1).astype(np.float32)
 
     def record_rewards(self, rewards: np.ndarray) -> None:
         self.rewards.append(rewards.copy())

@@ -110,7 +110,7 @@ def test_a_run_records_its_kernels(store: DataStore, device, tmp_path: Path, cap
     name = json.loads((tmp_path / "run" / "run.json").read_text())["backend"]
     assert name == fused_backend(device).name
     assert f"{name} kernels" in capsys.readouterr().out
-    assert Policy.load(tmp_path / "run", device=str(device), fused=True).backend.name == name
+    assert Policy.load(tmp_path / "run", device=str(device), fused=True).backend == name
 
 
 def test_a_device_without_kernels_is_refused(store: DataStore, monkeypatch, tmp_path) -> None:

@@ -1,6 +1,6 @@
 """A trained policy as an agent for Meta-World's own `metaworld.evaluation.evaluation`.
 
-    policy = harmodt.load_policy(Path("runs/mine"))
+    policy = load_policy(Path("runs/mine"))
     envs = gym.make_vec("Meta-World/MT50", vector_strategy="async", seed=1)
     agent = MetaWorldAgent(policy, envs)
     success, mean_return, success_per_task, returns = evaluation(agent, envs, num_episodes=50)

@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from harmodt.environments import EnvironmentSpec
+from harmodt.errors import UserError
+from harmodt.results import (
+    EvaluationResult,
+    Protocol,
+    average_over_seeds,
+    bootstrap_means,
+    versions,
+    wilson_interval,
+)
+
+TASKS = ("reach-v3", "button-press-topdown-v3")
+PROTOCOL = Protocol(
+    tasks=TASKS, episodes=4, success_rule="any", goal_seed=9, seed=5,
+    target_returns=(4000.0, 3.5), checkpoint=70, rounds=1, mask="task",
+    environment=EnvironmentSpec("metaworld", 39, 4, 500, True, "v2"),
+    precision="fp32", backend="reference", device="cpu",
+)  # fmt: skip
+SUCCESSES = np.array([[1, 1, 0, 1], [0, 0, 0, 0]], bool)
+RETURNS = np.array([[10.5, 20, 30, 40], [1, 2, 3, 4]])
+
+
+def make_result(**changes) -> EvaluationResult:
+    protocol = replace(PROTOCOL, **changes)
+    return EvaluationResult(protocol, SUCCESSES, RETURNS, 12.3, {"python": "3"})
+
+
+def returns_alone() -> EvaluationResult:
+    spec = EnvironmentSpec("walk", 2, 1, 7, success=False)
+    protocol = replace(PROTOCOL, success_rule=None, environment=spec)
+    return EvaluationResult(protocol, None, RETURNS, 1.0, {})
+
+
+# Table I of R. G. Newcombe, "Two-sided confidence intervals for the single proportion",
+# Statistics in Medicine 17 (1998), method 3.
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_interval_matches_the_published_values(successes, trials, low, high):
+    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=5e-5)
+
+
+@given(trials=st.integers(1, 500), share=st.floats(0, 1))
+def test_wilson_bounds_are_where_the_score_test_turns(trials, share):
+    successes = round(share * trials)
+    rate = successes / trials
+    low, high = wilson_interval(successes, trials)
+    assert 0 <= low <= rate <= high <= 1
+    for bound in (low, high):
+        if bound not in (0, 1):
+            score = abs(rate - bound) / math.sqrt(bound * (1 - bound) / trials)
+            assert score == pytest.approx(1.959964, abs=1e-4)
+    mirrored = wilson_interval(trials - successes, trials)
+    assert mirrored == pytest.approx((1 - high, 1 - low), abs=1e-12)
+
+
+def bootstrap_variance(values: np.ndarray) -> float:
+    """Of the mean of a resample: analysis of variance of [seeds, tasks, episodes].
+
+    Drawing seeds, tasks and episodes each with replacement, the effect of the seeds is averaged
+    over as many draws as there are seeds, and so on.
+    """
+    seeds, tasks, episodes = values.shape
+    cells = values.mean(2)
+    seed = cells.mean(1, keepdims=True) - cells.mean()
+    task = cells.mean(0, keepdims=True) - cells.mean()
+    both = cells - cells.mean() - seed - task
+    within = values.var(2).mean() / (seeds * tasks * episodes)
+    return (
+        (seed**2).mean() / seeds + (task**2).mean() / tasks
+        + (both**2).mean() / (seeds * tasks) + within
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 20), (1, 9, 10), (1, 9, 1), (3, 1, 10), (3, 5, 4)])
+@pytest.mark.parametrize("binary", [True, False])
+def test_resampled_means_vary_as_the_analysis_of_variance_says(shape, binary):
+    rng = np.random.default_rng(1)
+    seeds, tasks, _ = shape
+    values = (
+        rng.normal(size=(seeds, 1, 1)) + rng.normal(size=(1, tasks, 1)) + rng.normal(size=shape)
+    )
+    if binary:
+        values = values > 0
+    means = bootstrap_means(values, 40_000)
+    expected = bootstrap_variance(values.astype(float))
+    # 40,000 draws give a variance to within 0.7 % (one deviation of a normal's) and a mean to
+    # within 0.5 % of its deviation.
+    assert means.var() == pytest.approx(expected, rel=0.04)
+    assert abs(means.mean() - values.mean()) < 0.025 * math.sqrt(expected)
+
+
+def test_resampled_means_are_distributed_as_if_all_resamples_were_listed():
+    values = np.array([[[0, 1], [2, 7]]], float)  # one seed, two tasks, two episodes
+    listed = []
+    for tasks in itertools.product(range(2), repeat=2):
+        for draws in itertools.product(range(2), repeat=4):
+            pairs = (draws[:2], draws[2:])
+            listed.append(
+                np.mean([values[0, t, list(e)] for t, e in zip(tasks, pairs, strict=True)])
+            )
+    found, counts = np.unique(bootstrap_means(values, 50_000), return_counts=True)
+    expected, weights = np.unique(listed, return_counts=True)
+    np.testing.assert_allclose(found, expected)
+    np.testing.assert_allclose(counts / 50_000, weights / len(listed), atol=0.01)
+
+
+def test_the_averages_interval_covers_the_mean_of_all_tasks_that_could_have_been():
+    """Tasks drawn from a population whose mean is 0.6: about 95 % of the intervals hold it.
+
+    Wilson's interval of the pooled episodes, which takes the tasks for the only ones, holds it in
+    two thirds of the cases at most.
+    """
+    rng = np.random.default_rng(2)
+    covered = pooled = 0
+    for _ in range(200):
+        rates = rng.beta(1.2, 0.8, size=(1, 30, 1))
+        solved = rng.random((1, 30, 10)) < rates
+        low, high = np.quantile(bootstrap_means(solved, 1000), (0.025, 0.975))
+        covered += low <= 0.6 <= high
+        low, high = wilson_interval(int(solved.sum()), solved.size)
+        pooled += low <= 0.6 <= high
+    assert 0.9 <= covered / 200 <= 0.99
+    assert pooled / 200 < 0.8
+
+
+def test_intervals_of_a_result_and_of_several_seeds():
+    one = make_result()
+    assert one.average.mean == one.success_rate == 0.375
+    assert (one.average.low, one.average.high) == tuple(
+        np.quantile(bootstrap_means(SUCCESSES[None]), (0.025, 0.975))
+    )
+    other = replace(one, successes=~SUCCESSES, protocol=replace(one.protocol, checkpoint=90))
+    both = average_over_seeds([one, other])
+    assert both.mean == 0.5
+    values = np.stack([SUCCESSES, ~SUCCESSES])
+    assert (both.low, both.high) == tuple(np.quantile(bootstrap_means(values), (0.025, 0.975)))
+
+
+@pytest.mark.parametrize("solved", [True, False])
+def test_episodes_that_are_all_alike_do_not_make_certain(solved):
+    result = replace(make_result(), successes=np.full((2, 4), solved))
+    average = result.average
+    assert average.mean == solved
+    assert (average.low, average.high) == wilson_interval(8 * solved, 8)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"success_rule": "last"}, {"goal_seed": 1}, {"precision": "bf16"}, {"tasks": TASKS[::-1]}],
+)
+def test_only_results_of_one_protocol_are_averaged(change):
+    with pytest.raises(UserError, match=f"differ in {next(iter(change))}:"):
+        average_over_seeds([make_result(), make_result(backend="triton"), make_result(**change)])
+
+
+def test_no_result_has_no_average():
+    with pytest.raises(UserError, match="no result to average"):
+        average_over_seeds([])
+
+
+@pytest.mark.parametrize("result", [make_result(), returns_alone()], ids=["success", "return"])
+def test_a_result_is_read_back_as_it_was_written(result, tmp_path):
+    result = replace(result, returns=result.returns / 3)  # not round numbers
+    path = result.save(tmp_path / "evaluation")
+    again = EvaluationResult.load(path)
+    assert again.protocol == result.protocol and again.protocol.name == path.stem
+    np.testing.assert_array_equal(again.returns, result.returns)
+    assert again.returns.dtype == np.float64
+    if result.successes is None:
+        assert again.successes is None
+    else:
+        assert again.successes.dtype == bool
+        np.testing.assert_array_equal(again.successes, result.successes)
+    assert (again.seconds, again.versions) == (result.seconds, result.versions)
+    assert again.summary() == result.summary()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"format": "harmodt-evaluation", "version": 1}', "version 1.*reads.*version 2: evaluate"),
+        ('{"format": "harmodt-run", "version": 2}', "harmodt-run.*: evaluate the run again"),
+        ("[]", "no evaluation.*: evaluate the run again"),
+        ("{", "not valid JSON.*: evaluate the run again"),
+        (None, "there is no evaluation"),
+    ],
+)
+def test_files_that_are_no_evaluation_of_this_version(tmp_path, content, says):
+    path = tmp_path / "step-1.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=says) as error:
+        EvaluationResult.load(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_json_holds_protocol_versions_and_every_episode(tmp_path):
+    content = json.loads(make_result().save(tmp_path).read_text())
+    assert content["protocol"]["goal_seed"] == 9 and content["protocol"]["episodes"] == 4
+    assert content["protocol"]["success_rule"] == "any" and content["protocol"]["checkpoint"] == 70
+    assert content["protocol"]["environment"]["reward_version"] == "v2"
+    assert (content["protocol"]["backend"], content["protocol"]["device"]) == ("reference", "cpu")
+    first = content["tasks"][0]
+    assert (first["task"], first["successes"], first["success_rate"]) == ("reach-v3", 3, 0.75)
+    assert first["mean_return"] == 25.125 and first["episode_returns"] == [10.5, 20, 30, 40]
+    assert first["episode_successes"] == [True, True, False, True]
+    assert content["average"]["success_rate"] == 0.375 and content["average"]["episodes"] == 8
+
+
+def test_versions_are_of_the_packages_that_matter():
+    assert {"python", "torch", "numpy"} <= versions().keys()
+    assert "mujoco" in versions(["mujoco", "no-such-package"])
+    assert "no-such-package" not in versions(["no-such-package"])
+
+
+def read_csv(result: EvaluationResult) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(result.to_csv())))
+
+
+def test_csv_holds_a_row_per_task_and_the_average():
+    rows = read_csv(make_result())
+    assert [row["task"] for row in rows] == [*TASKS, "average"]
+    assert [float(row["success_rate"]) for row in rows] == [0.75, 0, 0.375]
+    assert [float(row["mean_return"]) for row in rows] == [25.125, 2.5, 13.8125]
+    assert {(row["success_rule"], row["goal_seed"]) for row in rows} == {("any", "9")}
+    assert {(row["family"], row["reward_version"]) for row in rows} == {("metaworld", "v2")}
+    low, high = wilson_interval(3, 4)
+    assert (float(rows[0]["success_low"]), float(rows[0]["success_high"])) == (low, high)
+    kinds = ["Wilson", "Wilson", "bootstrap over tasks and episodes"]
+    assert [row["interval"] for row in rows] == kinds
+
+
+def test_csv_of_returns_alone_knows_no_success():
+    result = returns_alone()
+    rows = read_csv(result)
+    assert not [column for column in rows[0] if "success" in column]
+    first, _, average = rows
+    assert (float(average["return_low"]), float(average["return_high"])) == tuple(
+        np.quantile(bootstrap_means(RETURNS[None]), (0.025, 0.975))
+    )
+    # Of one task's four episodes, 10.5 to 40: only its own returns count.
+    assert 10.5 <= float(first["return_low"]) < 25.125 < float(first["return_high"]) <= 40
+
+
+def test_an_evaluation_replaces_only_its_own_files(tmp_path):
+    variants = [
+        make_result(), make_result(), make_result(seed=6), make_result(success_rule="last"),
+        make_result(checkpoint=80), make_result(target_returns=(4000.0, 3.0)),
+        make_result(precision="bf16"), make_result(backend="triton"), make_result(device="cuda:0"),
+        make_result(environment=replace(PROTOCOL.environment, reward_version="v1")),
+    ]  # fmt: skip
+    assert len({result.save(tmp_path) for result in variants}) == 9
+    assert len(list(tmp_path.iterdir())) == 18
+
+
+def test_a_failing_write_leaves_the_old_files(tmp_path, monkeypatch):
+    make_result().save(tmp_path)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    other = replace(make_result(), returns=RETURNS + 1)
+    monkeypatch.setattr(EvaluationResult, "to_json", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        other.save(tmp_path)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def show(result: EvaluationResult) -> str:
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(result.table())
+    return console.export_text()
+
+
+def test_table_shows_every_task_and_the_average():
+    text = show(make_result())
+    lines = [line for line in text.splitlines() if "│" in line]
+    assert [line.split("│")[1].strip() for line in lines] == [*TASKS, "average"]
+    assert "3/4" in lines[0] and "0.75" in lines[0] and "0.30 – 0.95" in lines[0]
+    assert "3/8" in lines[2] and "0.38" in lines[2]
+    average = make_result().average
+    assert f"{average.low:.2f} – {average.high:.2f}" in lines[2]
+    assert "Success at any step, checkpoint 70" in text
+    assert "bootstrap over tasks and episodes" in text
+
+
+def test_table_of_returns_alone_knows_no_success():
+    text = show(returns_alone())
+    assert "Return, checkpoint 70" in text and "mean return" in text
+    assert "solved" not in text.lower() and "success" not in text.lower()
+    assert "25" in text and "bootstrap over tasks and episodes" in text
