@@ -48,8 +48,8 @@ class Protocol:
         checkpoint: the training step of the weights.
         rounds: that the episodes are divided into; each draws its prompts anew.
         mask: each task's own, the one voted for unseen tasks (Eq. 13), or none.
-        environment: family, sizes, episode length and version of the rewards; an episode goes on
-            after a success.
+        environment: what was played: family, sizes, episode length and version of the rewards; an
+            episode goes on after a success.
         precision: of the policy's matrix products.
         backend: name of the kernels that computed the actions.
         device: PyTorch's name of where they ran.

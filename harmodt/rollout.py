@@ -109,10 +109,8 @@ def make_protocol(policy: Policy, request: Request) -> Protocol:
     Raises:
         UserError: a task is not among the policy's.
     """
-    environment = policy.environment
-    tasks = policy.tasks
-    if request.tasks:
-        tasks = family(environment.family).resolve_tasks(request.tasks)
+    played = family(policy.environment.family)
+    tasks = played.resolve_tasks(request.tasks) if request.tasks else policy.tasks
     unknown = [task for task in tasks if task not in policy.tasks]
     if unknown:
         raise UserError(
@@ -125,14 +123,14 @@ def make_protocol(policy: Policy, request: Request) -> Protocol:
     return Protocol(
         tasks=tasks,
         episodes=request.episodes,
-        success_rule=request.success_rule if environment.success else None,
+        success_rule=request.success_rule if played.spec.success else None,
         goal_seed=request.goal_seed,
         seed=request.seed,
         target_returns=tuple(map(float, targets)),
         checkpoint=policy.step,
         rounds=math.ceil(request.episodes / max(1, request.environments // len(tasks))),
         mask=policy.mask,
-        environment=environment,
+        environment=played.spec,  # not the data's, whose rewards may be of another version
         precision=policy.precision,
         backend=policy.backend,
         device=policy.device,

@@ -41,7 +41,7 @@ def make_result(**changes) -> EvaluationResult:
 
 
 def returns_alone() -> EvaluationResult:
-    spec = EnvironmentSpec("walk", 2, 1, 7, success=False)
+    spec = EnvironmentSpec("toy", 3, 2, 7, success=False)
     protocol = replace(PROTOCOL, success_rule=None, environment=spec)
     return EvaluationResult(protocol, None, RETURNS, 1.0, {})
 
