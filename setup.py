@@ -73,6 +73,8 @@ setup(
         "gymnasium>=1.1,<2",
         # Command lines straight from typed dataclasses: a setting is declared once.
         "tyro>=1.0,<2",
+        # Settings in JSON, checked against their types and bounds.
+        "msgspec>=0.19",
         # Progress bars and result tables on a terminal, plain lines in a log file.
         "rich>=13",
         # Curves that people compare in the viewer they already have.

@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from bench_train_step import STEP, make_trainer
+from bench_train_step import make_trainer
 
 from harmodt.data.store import DataStore
 from harmodt.environments.simulation import Simulation
-from harmodt.policies.decision import Policy
+from harmodt.policies import Policy
 from harmodt.rollout import GOAL_SEED
 
 EPISODES = 10
 
 
 def make_policy(store: DataStore, path: str) -> Policy:
-    trainer = make_trainer(store, path)
-    trainer.model.eval()
-    assert trainer.masks is not None
-    conditioning = trainer.sampler.conditioning
-    return Policy(trainer.model, trainer.masks.bits, conditioning, STEP, backend=trainer.backend)
+    return make_trainer(store, path).learner.policy(0)
 
 
 @pytest.mark.benchmark(group="policy call, MT5 x 10 episodes")
@@ -35,9 +31,8 @@ def bench_act(benchmark, store: DataStore, path: str) -> None:
     policy.start(np.repeat(np.arange(5), EPISODES))
     size = policy.environment.observation_size
     observations = np.random.default_rng(0).normal(size=(5 * EPISODES, size))
-    actions = benchmark.pedantic(
-        policy.act, args=(observations,), rounds=30, warmup_rounds=STEP.context_length
-    )
+    # Warmed up until the histories are full.
+    actions = benchmark.pedantic(policy.act, args=(observations,), rounds=30, warmup_rounds=20)
     assert np.abs(actions).max() <= 1.0
 
 

@@ -9,20 +9,19 @@ sampling beside it can be read as a share of the step.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from measuring import DEVICE, ON_GPU, fused
+from measuring import DEVICE, ON_GPU, fused, tiny
 
-from harmodt.config import PRESETS
-from harmodt.data.inputs import TaskConditioning
+from harmodt.algorithms import StepResult, preset
 from harmodt.data.store import DataStore
-from harmodt.training.trainer import StepResult, Trainer
+from harmodt.settings import change
+from harmodt.training.trainer import Trainer
 
-STEP = dataclasses.replace(PRESETS["paper"], tasks_per_step=5, batch_per_task=8)
+STEP = {"tasks_per_step": 5, "batch_per_task": 8}
 
 
 def make_trainer(store: DataStore, path: str, **settings: Any) -> Trainer:
@@ -30,10 +29,9 @@ def make_trainer(store: DataStore, path: str, **settings: Any) -> Trainer:
     if path == "fused":
         fused()
     algorithm = "prompt-dt" if path == "dense" else "harmodt-f"
-    config = dataclasses.replace(STEP, algorithm=algorithm, fused=path == "fused", **settings)
-    data = [store.task(name) for name in store.tasks]
-    conditioning = [TaskConditioning.from_data(task, config) for task in data]
-    return Trainer(config, data, conditioning, DEVICE)
+    config = preset("paper", algorithm)
+    config = change(config, {**STEP, "fused": path == "fused", **settings})
+    return tiny.make_trainer(store, config, DEVICE)
 
 
 @pytest.mark.benchmark(group="training step, d = 128, 5 tasks x 8 windows")
@@ -56,7 +54,8 @@ def bench_train_step(benchmark, store: DataStore, path: str, dropout: float) -> 
 def bench_sampling(benchmark, store: DataStore) -> None:
     trainer = make_trainer(store, "reference")
     rng = np.random.default_rng(0)
-    benchmark.pedantic(trainer.sampler.sample, args=(range(5), rng), rounds=100, warmup_rounds=5)
+    sample = trainer.learner.sampler.sample
+    benchmark.pedantic(sample, args=(range(5), rng), rounds=100, warmup_rounds=5)
 
 
 @pytest.mark.benchmark(group="mask update, 5 tasks")
@@ -67,7 +66,7 @@ def bench_mask_update(benchmark, store: DataStore, path: str, size: str, gradien
     trainer = make_trainer(
         store, path, size=size, mask_update_gb=4.0 if gradients == "kept" else 0.0
     )
-    trainer.step = STEP.steps // 2  # where the most weights move
+    trainer.step = trainer.setup.config.optimisation.steps // 2  # where the most weights move
     # It ends with a number on the CPU, so that a GPU has ended as well.
-    update = benchmark.pedantic(trainer.update_masks, rounds=5, warmup_rounds=1)
-    assert update.moved.tolist() == [STEP.eta_max] * 5
+    update = benchmark.pedantic(trainer.before_step, rounds=5, warmup_rounds=1)
+    assert update["moved_weights"] == 100

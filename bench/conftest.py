@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from measuring import ON_GPU
+from measuring import ON_GPU, tiny
 
 from harmodt.data.store import DataStore
 from harmodt.devices import prepare_cpu
 from harmodt.environments import METAWORLD, family
-
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from tiny import make_store
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,7 +28,7 @@ def random_store(path: Path, episodes: int) -> DataStore:
     """A store of MT5 whose episodes hold random numbers."""
     metaworld = family(METAWORLD)
     length = metaworld.spec.episode_length
-    return make_store(path, metaworld.task_sets["mt5"], [length] * episodes, [length])
+    return tiny.make_store(path, metaworld.task_sets["mt5"], [length] * episodes, [length])
 
 
 def pytest_benchmark_update_json(

@@ -9,8 +9,7 @@ are the timer of pytest-benchmark, whose statistics then hold for both kinds of 
 from __future__ import annotations
 
 import functools
-import json
-import tempfile
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +18,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from harmodt_kernels import Backend, BackendUnavailable, fused_backend
+
+# Benchmarks share the tests' random data, models and measure of memory.
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+import tiny
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -63,18 +65,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    with tempfile.TemporaryDirectory() as directory:
-        trace = Path(directory) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
-    held = peak = 0
-    for _, change in changes:
-        held += change
-        peak = max(peak, held)
-    return peak
+    return tiny.peak_memory(call)
 
 
 def note_floor(benchmark: Any, floor_bytes: int) -> None:

@@ -1,6 +1,7 @@
 """HarmoDT: one decision transformer for many tasks, with a learned weight mask for each.
 
 Command lines: `python -m harmodt.collect`, `harmodt.data`, `harmodt.train`, `harmodt.evaluate`.
+From Python, `harmodt.load_policy(run)` is what a run has learned.
 """
 
 from __future__ import annotations
@@ -9,35 +10,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .policies.decision import Policy
+    from .config import Precision
+    from .policies import Policy
 
 __version__ = "0.1.0"
 
 
 def load_policy(
-    run: Path,
+    run: Path | str,
     checkpoint: int | None = None,
     *,
     device: str | None = None,
     fused: bool | None = None,
-    precision: str | None = None,
+    precision: Precision | None = None,
 ) -> Policy:
-    """Load a trained policy; what is None is as the run was trained.
+    """What a run has learned, as a policy that acts in many episodes at once.
 
     Args:
         run: the run's directory.
-        checkpoint: training step of the weights; the last by default.
-        device: PyTorch device.
-        fused: whether to act with the fused kernels or with plain PyTorch.
-        precision: of the matrix products: "fp32", "tf32" or "bf16".
+        checkpoint: training step, the last by default.
+        device, fused, precision: as the run was trained where they are None.
 
     Raises:
-        UserError: no such run, checkpoint or device, or it cannot compute as asked.
+        UserError: no such run, checkpoint or device, a checkpoint of another model size, or no
+            fused kernels for the device although they are asked for.
     """
-    from .policies.decision import Policy
-    from .training.checkpoint import read_run
+    from .training.run import load_policy  # imports PyTorch
 
-    config = read_run(run)["config"]
-    device = config["device"] if device is None else device
-    fused = config["fused"] if fused is None else fused
-    return Policy.load(run, checkpoint, device, fused, precision or config["precision"])
+    return load_policy(Path(run), checkpoint, device=device, fused=fused, precision=precision)

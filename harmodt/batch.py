@@ -1,25 +1,27 @@
 """What a sequence model reads: windows of time steps, a group of windows for each task.
 
-Shapes: G groups, B windows per group, L time steps.
+Shapes: G groups, B windows per group, L time steps, O observation and A action components.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Steps:
+class Steps(NamedTuple):
     """Consecutive time steps of one trajectory for each window.
 
     Padding stands on the left and has `valid` False.
 
     Attributes:
         returns_to_go: float32 [G, B, L], divided by the return scale.
-        observations: float32 [G, B, L, 39], normalised by the task's mean and deviation.
-        actions: float32 [G, B, L, 4], in [-1, 1].
+        observations: float32 [G, B, L, O], normalised by the task's mean and deviation.
+        actions: float32 [G, B, L, A], in [-1, 1].
         timesteps: int64 [G, B, L], counted from the beginning of the episode.
         valid: bool [G, B, L].
     """
@@ -31,10 +33,26 @@ class Steps:
     valid: Tensor
 
 
-@dataclass(frozen=True)
-class Batch:
+class StepArrays(NamedTuple):
+    """The same of one task in NumPy, [B, L, ...] or of any other leading shape."""
+
+    returns_to_go: np.ndarray
+    observations: np.ndarray
+    actions: np.ndarray
+    timesteps: np.ndarray
+    valid: np.ndarray
+
+
+class Batch(NamedTuple):
     """Windows of several tasks: `task_ids` int64 [G], and each window's prompt and history."""
 
     task_ids: Tensor
     prompt: Steps | None
     history: Steps
+
+
+def join(groups: Sequence[StepArrays], device: torch.device) -> Steps:
+    """The windows of several groups, each [B, L, ...], as tensors [G, B, L, ...] on a device."""
+    return Steps(
+        *(torch.from_numpy(np.stack(part)).to(device) for part in zip(*groups, strict=True))
+    )

@@ -10,7 +10,6 @@ to the byte whatever the number of processes and however often the collection wa
 from __future__ import annotations
 
 import functools
-import math
 import multiprocessing
 import os
 import shutil
@@ -29,6 +28,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
+from msgspec import Meta
 
 from .data.store import MANIFEST, UNKNOWN, DataStore, Episode
 from .data.writer import StoreWriter
@@ -38,6 +38,7 @@ from .environments.simulation import available_cores
 from .errors import UserError, run_command
 from .files import write_atomic
 from .progress import progress_bar
+from .settings import Count, NotNegative, Share, Whole, check
 
 _PARTS = "parts"
 _EPISODES_PER_PART = 10
@@ -54,25 +55,25 @@ class CollectConfig:
     """Directory of the store."""
     tasks: tuple[str, ...] = ("mt5",)
     """Tasks by name (reach-v3, reach) or by set (mt5, mt10, mt30, mt50)."""
-    episodes: int = 100
+    episodes: Count = 100
     """Training episodes per task."""
-    prompt_episodes: int = 10
+    prompt_episodes: Whole = 10
     """Episodes per task that are held apart as prompts."""
     composition: Literal["near-optimal", "sub-optimal"] = "near-optimal"
     """Exploration falling to none, as in a replay buffer, or the first half of such a buffer."""
     prompt_source: Literal["expert", "composition"] | None = None
     """Prompts by the expert alone, or explored as the data are: the default where sub-optimal."""
-    seed: int = 0
+    seed: Whole = 0
     """Determines the data to the bit, whatever the number of workers."""
-    episode_length: int | None = None
+    episode_length: Count | None = None
     """Steps per episode; by default as many as the environments have."""
-    noise_start: float = 0.25
+    noise_start: NotNegative = 0.25
     """Deviation of the Gaussian action noise in the first episode; it falls linearly to 0."""
-    random_start: float = 0.8
+    random_start: Share = 0.8
     """Share of uniformly random actions in the first episode."""
-    random_end: float = 0.5
+    random_end: Annotated[float, Meta(gt=0, le=1)] = 0.5
     """Share of the episodes over which the share of random actions falls linearly to 0."""
-    workers: int | None = None
+    workers: Count | None = None
     """Processes; as many as there are cores by default."""
     family: Annotated[str, tyro.conf.arg(help=f"The environments: {', '.join(FAMILIES)}.")] = (
         METAWORLD
@@ -91,7 +92,10 @@ def collect(config: CollectConfig, progress: bool = True) -> DataStore:
     """
     found = family_named(config.family)
     config = _resolve(config, found)
-    _check(config, found)
+    check(config)
+    longest = found.spec.episode_length
+    if config.episode_length and config.episode_length > longest:
+        raise UserError(f"episode_length is {config.episode_length}: give 1 to {longest}")
     settings = _settings(config)
     if (config.output / MANIFEST).exists():
         store = _open_finished(config.output, settings)
@@ -305,24 +309,6 @@ def _open_finished(path: Path, settings: dict[str, Any]) -> DataStore:
                 "choose another --output or delete it"
             )
     return store
-
-
-def _check(config: CollectConfig, family: EnvironmentFamily) -> None:
-    bounds: list[tuple[str, float, float]] = [
-        ("episodes", 1, math.inf),
-        ("prompt_episodes", 0, math.inf),
-        ("seed", 0, math.inf),
-        ("episode_length", 1, family.spec.episode_length),
-        ("noise_start", 0, math.inf),
-        ("random_start", 0, 1),
-        ("random_end", 1e-9, 1),
-    ]
-    for name, low, high in bounds:
-        value = getattr(config, name)
-        if not low <= value <= high:
-            raise UserError(f"{name} is {value}: it must lie between {low} and {high}")
-    if config.workers is not None and config.workers < 1:
-        raise UserError(f"workers is {config.workers}: at least one process is needed")
 
 
 def _episodes(parts: list[_Part]) -> int:

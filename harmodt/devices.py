@@ -1,24 +1,65 @@
-"""PyTorch devices that a person names, and how this process computes on them."""
+"""Where and how a model computes: device, kernels, precision; and this process on a CPU."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from harmodt_kernels import PYTORCH, Backend, BackendUnavailable, fused_backend
 
+from .config import Precision
 from .errors import UserError
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of mallopt(3)
 
 
-def check_device(name: str) -> torch.device:
-    """The device of that name.
+@dataclass(frozen=True)
+class Execution:
+    """Where and how a model computes.
+
+    Attributes:
+        device: of its parameters.
+        backend: the operations that it is built of.
+        precision: of matrix products.
+    """
+
+    device: torch.device
+    backend: Backend
+    precision: Precision = "fp32"
+
+    @classmethod
+    def choose(cls, device: str, fused: bool, precision: Precision) -> Execution:
+        """What a person asked for.
+
+        Args:
+            device: a PyTorch device, or "auto" for a GPU where there is one.
+            fused: the fused kernels of the device, or plain PyTorch.
+
+        Raises:
+            UserError: there is no such device, it has no fused kernels, or not this precision.
+        """
+        found = find_device(device)
+        if precision == "tf32" and found.type != "cuda":
+            raise UserError("precision tf32 is a mode of GPUs: use fp32 or bf16 on a CPU")
+        return cls(found, _choose_backend(fused, found), precision)
+
+    def computing(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which everything is computed in this precision."""
+        return self.backend.precision(self.precision, self.device)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; "auto" is a GPU where there is one.
 
     Raises:
         UserError: it is no device's name, or this machine has no such device.
     """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -30,36 +71,13 @@ def check_device(name: str) -> torch.device:
     return device
 
 
-def choose_backend(fused: bool, device: torch.device) -> Backend:
-    """The fused kernels for the device, or plain PyTorch.
-
-    Raises:
-        UserError: the device has no fused kernels.
-    """
+def _choose_backend(fused: bool, device: torch.device) -> Backend:
     if not fused:
         return PYTORCH
     try:
         return fused_backend(device)
     except BackendUnavailable as error:
-        raise UserError(f"--fused: {error}; --no-fused computes in plain PyTorch") from None
-
-
-def set_precision(precision: str, device: torch.device, backend: Backend) -> None:
-    """Set PyTorch's switch for how this process multiplies float32 matrices.
-
-    TF32 is a mode of GPUs. The CPU kernels round to bf16 inside, so that no tensor is converted;
-    everything else computes in bf16 under autocast, without this switch.
-
-    Raises:
-        UserError: TF32 on a device that is not a GPU.
-    """
-    if precision == "tf32":
-        if device.type != "cuda":
-            raise UserError("precision tf32 is a mode of GPUs: use fp32 or bf16 on a CPU")
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-    if backend.rounds_inside:
-        products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-        products.fp32_precision = "bf16" if precision == "bf16" else "ieee"
+        raise UserError(f"--fused: {error}; --no-fused is the reference path") from None
 
 
 def prepare_cpu() -> None:

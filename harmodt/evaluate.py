@@ -10,11 +10,12 @@ import tyro
 from rich.console import Console
 
 from . import load_policy
-from .bounds import Bounds, check_bounds
 from .devices import prepare_cpu
 from .environments.video import find_backend
 from .errors import run_command
 from .rollout import Request, play
+from .rundir import RunDirectory
+from .settings import Whole, check
 
 _KERNELS = tyro.conf.create_mutex_group(required=False, title="kernels, by default the run's")
 
@@ -27,7 +28,7 @@ class PolicyOptions:
         UserError: a number is outside its bounds.
     """
 
-    checkpoint: Annotated[int | None, Bounds(0)] = None
+    checkpoint: Whole | None = None
     """Training step of the checkpoint; the last by default."""
     mask: Literal["task", "voted"] = "task"
     """Each task's own mask, or for all the one that an unseen task would get (Eq. 13)."""
@@ -41,7 +42,7 @@ class PolicyOptions:
     """Act with plain PyTorch, whatever the run was trained with."""
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check(self)
 
     @property
     def fused_or_not(self) -> bool | None:
@@ -79,7 +80,7 @@ def main() -> None:
     )
     if options.mask == "voted":
         policy.use_voted_mask()
-    directory = config.run / "evaluation"
+    directory = RunDirectory(config.run).evaluation
     result = play(
         policy,
         config.episodes,

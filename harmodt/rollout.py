@@ -15,10 +15,10 @@ from typing import Annotated, Literal
 
 import numpy as np
 import tyro
+from msgspec import Meta
 from rich.console import Console
 from rich.progress import Progress
 
-from .bounds import Bounds, check_bounds
 from .environments import family
 from .environments.simulation import Simulation
 from .environments.video import find_backend
@@ -26,9 +26,10 @@ from .errors import UserError
 from .policies import Policy
 from .progress import progress_bar
 from .results import EvaluationResult, Protocol, versions
+from .settings import Count, check
 
 GOAL_SEED = 240518080
-_SEEDS = Bounds(0, 2**32 - 1)
+Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 
 
 @dataclass(frozen=True)
@@ -39,25 +40,25 @@ class Request:
         UserError: a number is outside its bounds.
     """
 
-    episodes: Annotated[int, Bounds(1)] = 50
+    episodes: Count = 50
     """Episodes per task."""
     tasks: tuple[str, ...] = ()
     """Tasks or sets such as mt5; all of the run's by default."""
     success_rule: Annotated[Literal["any", "last"], tyro.conf.arg(name="success")] = "any"
     """Count an episode as solved at any of its steps, or at its last."""
-    seed: Annotated[int, _SEEDS] = 0
+    seed: Seed = 0
     """Of the prompts."""
-    goal_seed: Annotated[int, _SEEDS] = GOAL_SEED
+    goal_seed: Seed = GOAL_SEED
     """Of the goals; only results with the same one can be compared."""
     target_return: float | None = None
     """Return to ask of the policy; by default the best of each task's data."""
-    environments: Annotated[int, Bounds(1)] = 128
+    environments: Count = 128
     """Environments in memory at once, about 25 MB each; more episodes are played in rounds."""
-    workers: Annotated[int | None, Bounds(1)] = None
+    workers: Count | None = None
     """Processes that simulate; by default one per core."""
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check(self)
 
 
 def play(

@@ -1,8 +1,7 @@
-"""Train a policy: `python -m harmodt.train [--preset NAME] [settings]`."""
+"""Train a policy: `python -m harmodt.train [--preset NAME] [--algorithm NAME] [settings]`."""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import sys
 from collections.abc import Sequence
@@ -11,18 +10,15 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from .algorithms import ALGORITHMS, preset
 from .collect import CollectConfig, collect
 from .config import PRESETS, TrainConfig
-from .data.inputs import TaskConditioning, save_conditioning
 from .data.store import DataStore
-from .devices import check_device, choose_backend, prepare_cpu
-from .environments import METAWORLD, family
-from .environments.metaworld_names import resolve_tasks
+from .devices import Execution, prepare_cpu
+from .environments import family
 from .errors import UserError, run_command
-from .results import versions
-from .training.checkpoint import read_run, write_run
-from .training.run import Run
-from .training.trainer import Trainer
+from .settings import change, check, settings
+from .training.run import Run, SavedRun
 
 QUICKSTART_DATA = Path("data/quickstart-mt5")
 """Where the quickstart collects its demonstrations."""
@@ -44,11 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _begun(arguments: list[str]) -> tuple[str, TrainConfig]:
     """The preset's name and the settings of a new run."""
-    preset, rest = _take(arguments, "--preset")
-    preset = preset or "quickstart"
-    if preset not in PRESETS:
-        raise UserError(f"there is no preset {preset!r}: choose from {', '.join(PRESETS)}")
-    return preset, _parse(rest, PRESETS[preset])
+    name, rest = _take(arguments, "--preset")
+    algorithm, rest = _take(rest, "--algorithm")
+    name = name or "quickstart"
+    return name, _parse(rest, preset(name, algorithm or TrainConfig().algorithm))
 
 
 def resume(path: Path, arguments: Sequence[str]) -> Run:
@@ -57,16 +52,19 @@ def resume(path: Path, arguments: Sequence[str]) -> Run:
     Raises:
         UserError: there is no such run, or another setting is changed.
     """
-    saved = TrainConfig.from_json(read_run(path)["config"])
-    config = _parse(arguments, saved)
-    for field in dataclasses.fields(TrainConfig):
-        old, new = getattr(saved, field.name), getattr(config, field.name)
-        if old != new and field.name not in _CHANGEABLE:
+    saved = SavedRun.open(path)
+    algorithm, rest = _take(list(arguments), "--algorithm")
+    config = _parse(rest, saved.config)
+    check(config)
+    before = {**dict(settings(saved.config)), "algorithm": saved.config.algorithm}
+    after = {**dict(settings(config)), "algorithm": algorithm or saved.config.algorithm}
+    for name, new in after.items():
+        if new != before[name] and name not in _CHANGEABLE:
             raise UserError(
-                f"{field.name} cannot change from {old} to {new} in a run that goes on: "
+                f"{name} cannot change from {before[name]} to {new} in a run that goes on: "
                 "leave it out, or begin a new run"
             )
-    return Run.resume(path, config)
+    return Run.resume(saved, config)
 
 
 def _take(arguments: list[str], flag: str) -> tuple[str | None, list[str]]:
@@ -84,9 +82,15 @@ def _take(arguments: list[str], flag: str) -> tuple[str | None, list[str]]:
 
 
 def _parse(arguments: Sequence[str], default: TrainConfig) -> TrainConfig:
+    if "--help" not in arguments and "-h" not in arguments:
+        _refuse_settings_of_others(arguments, default)
     description = (
-        f"{inspect.cleandoc(TrainConfig.__doc__ or '')}\n\n"
-        f"--preset {{{','.join(PRESETS)}}}: where the defaults come from.\n\n"
+        "Train HarmoDT, or a baseline, on a store of offline data.\n\n"
+        f"--preset {{{','.join(PRESETS)}}}: where the defaults come from; paper has the paper's "
+        "(Table 6). Without --data the quickstart first collects its own demonstrations of MT5 by "
+        "simulation.\n\n"
+        f"--algorithm {{{','.join(ALGORITHMS)}}}: what is trained; {default.algorithm}'s own "
+        f"settings are among those below. {inspect.cleandoc(default.own.__doc__ or '')}\n\n"
         "--resume RUN: go on with a run; its settings stay as they were."
     )
     return tyro.cli(
@@ -95,77 +99,58 @@ def _parse(arguments: Sequence[str], default: TrainConfig) -> TrainConfig:
         args=arguments,
         default=default,
         description=description,
+        config=(tyro.conf.OmitArgPrefixes,),
     )
 
 
-def begin(preset: str, config: TrainConfig) -> Run:
+def _refuse_settings_of_others(arguments: Sequence[str], config: TrainConfig) -> None:
+    """Say whose a setting is that another algorithm has and this one has not."""
+    known = dict(settings(config))
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+        if not argument.startswith("--") or name in known:
+            continue
+        having = [a for a, row in ALGORITHMS.items() if name in dict(settings(row.settings()))]
+        if having:
+            raise UserError(
+                f"--{name.replace('_', '-')} is no setting of {config.algorithm}, but of "
+                f"{', '.join(having)}: leave it out, or name one of them with --algorithm"
+            )
+
+
+def begin(preset_name: str, config: TrainConfig) -> Run:
     """Begin a new run: check everything, then make its directory.
 
     Raises:
         UserError: settings, data or device that cannot work; nothing is written then.
     """
-    config.check()
-    device = check_device(config.device)
-    choose_backend(config.fused, device)
-    if config.data is None:
-        config = dataclasses.replace(config, data=_quickstart_data(preset))
-    assert config.data is not None
-    store = DataStore.open(config.data)
+    check(config)
+    path = config.data.data
+    if path is None:
+        path = _quickstart_data(preset_name, config)
+        config = change(config, {"data": path})
+    store = DataStore.open(path)
     store.verify()
-    names = resolve_tasks(config.tasks) if config.tasks else store.tasks
-    data = [store.task(name) for name in names]
-    _check_lengths(store, names, config)
-    conditioning = [TaskConditioning.from_data(task, config) for task in data]
-    trainer = Trainer(config, data, conditioning, device)
-    path = config.output or _free_directory(f"{preset}-{config.algorithm}-seed{config.seed}")
-    _check_empty(path)
-    path.mkdir(parents=True, exist_ok=True)
-    save_conditioning(path / "conditioning.safetensors", conditioning)
-    description = {
-        "preset": preset,
-        "tasks": list(names),
-        "backend": trainer.backend.name,
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "maskable": trainer.vector.maskable_count(),
-        "versions": versions(family(METAWORLD).packages),
-        "config": dataclasses.replace(config, output=path).to_json(),
-    }
-    write_run(path, description)
-    return Run(path, config, trainer, conditioning)
+    names = config.data.tasks
+    tasks = family(store.environment.family).resolve_tasks(names) if names else store.tasks
+    output = config.run.output or _free_directory(
+        f"{preset_name}-{config.algorithm}-seed{config.run.seed}"
+    )
+    return Run.begin(output, preset_name, config, store, tasks)
 
 
-def _check_empty(path: Path) -> None:
-    # A run that was killed before its run.json was written leaves no more than this.
-    leftovers = {"conditioning.safetensors"}
-    if path.exists() and any(
-        file.name not in leftovers and not file.name.startswith(".") for file in path.iterdir()
-    ):
+def _quickstart_data(preset_name: str, config: TrainConfig) -> Path:
+    if preset_name != "quickstart":
         raise UserError(
-            f"{path} is not empty: go on with --resume {path}, or name another --output"
+            f"the {preset_name} preset has no data of its own: name a store with --data (make one "
+            "with `python -m harmodt.collect` or `python -m harmodt.data import`)"
         )
-
-
-def _quickstart_data(preset: str) -> Path:
-    if preset != "quickstart":
-        raise UserError(
-            f"the {preset} preset has no data of its own: name a store with --data (make one with "
-            "`python -m harmodt.collect` or `python -m harmodt.data import`)"
-        )
+    # Before minutes of simulation: what would be refused after them.
+    Execution.choose(config.run.device, config.run.fused, config.run.precision)
     if not (QUICKSTART_DATA / "manifest.json").exists():
         console.print(f"collecting demonstrations of MT5 into {QUICKSTART_DATA}")
     collect(CollectConfig(output=QUICKSTART_DATA, tasks=("mt5",)))
     return QUICKSTART_DATA
-
-
-def _check_lengths(store: DataStore, names: Sequence[str], config: TrainConfig) -> None:
-    for name in names:
-        lengths = store.task(name).train.lengths
-        if lengths.min() < config.context_length:
-            raise UserError(
-                f"task {name} of {store.path}: episode {lengths.argmin()} has {lengths.min()} "
-                f"steps, fewer than context_length {config.context_length}: lower it, or make the "
-                "store again without that episode"
-            )
 
 
 def _free_directory(name: str) -> Path:

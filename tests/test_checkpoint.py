@@ -7,22 +7,21 @@ import shutil
 import pytest
 import torch
 
-from harmodt.errors import UserError
-from harmodt.training.checkpoint import (
+from harmodt.checkpoint import (
     checkpoint_steps,
     load_checkpoint,
-    load_parameters,
     prune_checkpoints,
-    read_run,
     save_checkpoint,
-    write_run,
 )
+from harmodt.errors import UserError
+from harmodt.rundir import RunDirectory
 
 
 @pytest.fixture
 def run(tmp_path):
-    write_run(tmp_path, {"config": {}})
-    return tmp_path
+    directory = RunDirectory(tmp_path)
+    directory.write({"tasks": ["reach-v3"]})
+    return directory
 
 
 def save(run, step, size=4):
@@ -33,14 +32,14 @@ def test_round_trip(run):
     save(run, 3)
     checkpoint = load_checkpoint(run)
     assert torch.equal(checkpoint.tensors["w"], torch.arange(4.0))
-    assert checkpoint.values == {"version": 1, "step": 3}
+    assert checkpoint.step == 3
 
 
 def test_the_last_checkpoint_is_the_default_and_others_can_be_named(run):
     for step in (5, 40, 300):
         save(run, step)
-    assert load_checkpoint(run).values["step"] == 300
-    assert load_checkpoint(run, 40).values["step"] == 40
+    assert load_checkpoint(run).step == 300
+    assert load_checkpoint(run, 40).step == 40
     with pytest.raises(UserError, match="step 41: it has those of 5, 40, 300"):
         load_checkpoint(run, 41)
 
@@ -68,7 +67,7 @@ def test_a_kill_while_pruning_leaves_no_damaged_checkpoint(run, monkeypatch):
     for step in checkpoint_steps(run):
         load_checkpoint(run, step)
     prune_checkpoints(run, keep=1)
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["00000002"]
+    assert [path.name for path in run.checkpoints.iterdir()] == ["00000002"]
 
 
 def test_a_failed_write_leaves_the_old_checkpoints_alone(run, monkeypatch):
@@ -81,13 +80,13 @@ def test_a_failed_write_leaves_the_old_checkpoints_alone(run, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         save(run, 2)
     assert checkpoint_steps(run) == [1]
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["00000001"]
+    assert [path.name for path in run.checkpoints.iterdir()] == ["00000001"]
 
 
 def test_what_a_kill_left_behind_is_no_checkpoint(run):
     save(run, 1)
-    (run / "checkpoints" / ".00000002.tmp").mkdir()
-    (run / "checkpoints" / ".00000002.tmp" / "state.json").write_text("{")
+    (run.checkpoints / ".00000002.tmp").mkdir()
+    (run.checkpoints / ".00000002.tmp" / "state.json").write_text("{")
     assert checkpoint_steps(run) == [1]
     save(run, 2)
     assert checkpoint_steps(run) == [1, 2]
@@ -96,7 +95,7 @@ def test_what_a_kill_left_behind_is_no_checkpoint(run):
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
 def test_a_truncated_checkpoint_is_named(run, name):
     save(run, 7)
-    path = run / "checkpoints" / "00000007" / name
+    path = run.checkpoint(7) / name
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(UserError, match="00000007 is damaged"):
         load_checkpoint(run)
@@ -105,18 +104,34 @@ def test_a_truncated_checkpoint_is_named(run, name):
 def test_a_checkpoint_of_another_model_size_is_refused(run):
     save(run, 1, size=4)
     with pytest.raises(UserError, match=r"another model size: w should be \[5\].* \[4\]"):
-        load_parameters(load_checkpoint(run), {"w": torch.zeros(5)}, prefix="")
+        load_checkpoint(run).copy_to({"w": torch.zeros(5)})
     with pytest.raises(UserError, match="does not have it"):
-        load_parameters(load_checkpoint(run), {"v": torch.zeros(4)}, prefix="")
+        load_checkpoint(run).copy_to({"v": torch.zeros(4)})
 
 
 def test_a_directory_without_a_run_is_named(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
-        read_run(tmp_path)
+        RunDirectory(tmp_path).read()
 
 
-def test_a_run_of_another_version_is_refused(run):
-    description = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps({**description, "version": 99}))
-    with pytest.raises(UserError, match="version 99"):
-        read_run(run)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 1}, "is of version 1, and this HarmoDT reads version 2: train the run again"),
+        ({"format": "harmodt-store"}, "is not the description of a HarmoDT run"),
+        ({"tasks": None}, "names no tasks: restore it"),
+        ({"tasks": [1]}, "names no tasks: restore it"),
+    ],
+)
+def test_a_run_of_another_kind_or_version_is_refused(run, change, message):
+    description = json.loads(run.description.read_text())
+    run.description.write_text(json.dumps({**description, **change}))
+    with pytest.raises(UserError, match=message):
+        run.read()
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", "{", ""])
+def test_a_damaged_description_is_named(run, content):
+    run.description.write_text(content)
+    with pytest.raises(UserError, match=r"run\.json is not"):
+        run.read()

@@ -1,88 +1,141 @@
 from __future__ import annotations
 
-import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from harmodt.config import PRESETS, SIZES, TrainConfig
+from harmodt.algorithms import ALGORITHMS, config_from_json, preset
+from harmodt.algorithms.sequence import SequenceSettings
+from harmodt.config import PRESETS, SIZES, TransformerSettings
 from harmodt.errors import UserError
+from harmodt.settings import change, check, settings, to_json
 
 
-def test_settings_survive_json() -> None:
-    config = TrainConfig(
-        data=Path("some/store"),
-        tasks=("reach-v3", "mt5"),
-        output=Path("runs/a"),
-        algorithm="harmodt-m",
-        target_return=12.5,
-        layers=2,
-    )
-    for each in (config, *PRESETS.values()):
-        assert TrainConfig.from_json(json.loads(json.dumps(each.to_json()))) == each
+def values(name: str, algorithm: str = "harmodt-f") -> dict[str, object]:
+    """Every setting of a preset by its name."""
+    return dict(settings(preset(name, algorithm)))
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_can_work(name: str) -> None:
-    PRESETS[name].check()
+def test_settings_survive_json(algorithm: str, name: str) -> None:
+    config = preset(name, algorithm)
+    changes = {
+        "data": Path("some/store"), "tasks": ("reach-v3", "mt5"), "output": Path("runs/a"),
+        "target_return": 12.5, "layers": 2,
+    }  # fmt: skip
+    for each in (config, change(config, changes)):
+        check(each)
+        assert config_from_json(json.loads(json.dumps(to_json(each))), "run.json") == each
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("run", "seed"), "0", r"run\.json is damaged \(Expected `int`, got `str`.*seed"),
+        (("run", "seed"), -1, "damaged .*>= 0"),
+        (("own", "masks", "sparsity"), 1.5, "damaged .*sparsity"),
+        (("own", "masks", "harmony_rule"), "mine", "damaged .*harmony_rule"),
+        (("own", "masks", "sparsty"), 0.2, r"beyond what it should, masks\.sparsty"),
+        (("data",), [], "damaged .*data"),
+        (("algorithm",), "harmodt-x", "no algorithm 'harmodt-x': did you mean harmodt"),
+    ],
+)
+def test_damaged_settings_are_named(path: tuple[str, ...], value: object, message: str) -> None:
+    content = json.loads(json.dumps(to_json(preset("quickstart", "harmodt-f"))))
+    group = content
+    for key in path[:-1]:
+        group = group[key]
+    group[path[-1]] = value
+    with pytest.raises(UserError, match=message):
+        config_from_json(content, "run.json")
+
+
+def test_a_missing_setting_is_named() -> None:
+    content = to_json(preset("quickstart", "mtdt"))
+    del content["optimisation"]["steps"]
+    with pytest.raises(UserError, match=r"lacks.*optimisation\.steps"):
+        config_from_json(content, "run.json")
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_names_of_settings_are_unique(algorithm: str) -> None:
+    """On a command line each is a flag."""
+    names = Counter(name for name, _ in settings(preset("quickstart", algorithm)))
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_presets_change_settings_that_there_are() -> None:
+    known = {name for algorithm in ALGORITHMS for name in values("quickstart", algorithm)}
+    for changes in PRESETS.values():
+        assert changes.keys() <= known
 
 
 def test_the_paper_preset_is_table_6() -> None:
-    paper = PRESETS["paper"]
-    assert (paper.context_length, paper.prompt_length, paper.dropout) == (20, 5, 0.1)
-    assert (paper.steps, paper.mask_update_every, paper.learning_rate) == (10**6, 5000, 1e-4)
-    assert (paper.sparsity, paper.balance, paper.eta_min, paper.eta_max) == (0.2, 10.0, 0, 100)
-    assert (paper.unseen_threshold, paper.harmony_rule) == (0.5, "paper")
-    assert (paper.weight_decay, paper.gradient_clip, paper.warmup_steps) == (1e-4, 0.25, 10_000)
-    assert (paper.action_dropout, paper.window_start_bias) == (0.0, 1.0)
-    assert (paper.return_scale, paper.evaluation_episodes, paper.batch_per_task) == (1000.0, 50, 8)
-    assert paper.model().embed_dim == 128
-    assert PRESETS["paper-256"].model().embed_dim == 256
-    assert dataclasses.replace(PRESETS["paper-256"], size="1.47M") == paper
+    expected = {
+        "context_length": 20, "prompt_length": 5, "dropout": 0.1, "steps": 10**6,
+        "mask_update_every": 5000, "learning_rate": 1e-4, "sparsity": 0.2, "balance": 10.0,
+        "eta_min": 0, "eta_max": 100, "unseen_threshold": 0.5, "harmony_rule": "paper",
+        "weight_decay": 1e-4, "gradient_clip": 0.25, "warmup_steps": 10_000, "betas": (0.9, 0.999),
+        "adam_epsilon": 1e-8, "action_dropout": 0.0, "window_start_bias": 1.0,
+        "return_scale": 1000.0, "evaluation_episodes": 50, "batch_per_task": 8,
+        # what the paper is silent about is as in the authors' code
+        "initialisation": "pytorch", "embedding_dropout": 0.1, "prompt_position": "end",
+    }  # fmt: skip
+    paper = values("paper")
+    assert {name: paper[name] for name in expected} == expected
+    assert SIZES[paper["size"]][0] == 128
+    assert SIZES[values("paper-256")["size"]][0] == 256
+    assert values("paper-256") | {"size": "1.47M"} == paper
 
 
 def test_the_quickstart_alone_is_fused_by_default() -> None:
-    assert [name for name, preset in PRESETS.items() if preset.fused] == ["quickstart"]
+    assert [name for name in PRESETS if values(name)["fused"]] == ["quickstart"]
 
 
 def test_the_quickstart_updates_its_masks_at_least_five_times() -> None:
-    quickstart = PRESETS["quickstart"]
-    assert (quickstart.steps - 1) // quickstart.mask_update_every >= 5
+    quickstart = values("quickstart")
+    assert (quickstart["steps"] - 1) // quickstart["mask_update_every"] >= 5
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes_give_the_models_shape(size: str) -> None:
-    model = TrainConfig(size=size).model()
-    assert (model.embed_dim, model.layers, model.heads) == SIZES[size]
-    assert model.embed_dim % model.heads == 0
+    model = TransformerSettings(size=size)
+    assert model.shape == SIZES[size]
+    check(model)
 
 
 def test_parts_of_a_size_can_be_replaced() -> None:
-    model = TrainConfig(size="1.47M", embed_dim=64, layers=2, heads=4, dropout=0.3).model()
-    assert (model.embed_dim, model.layers, model.heads, model.dropout) == (64, 2, 4, 0.3)
-    assert (model.prompt_length, model.task_embedding_dim) == (5, 0)
+    assert TransformerSettings(embed_dim=64, layers=2, heads=4).shape == (64, 2, 4)
+    assert TransformerSettings(layers=2).shape == (128, 2, 8)
 
 
 def test_mtdt_has_a_task_embedding_in_place_of_the_prompt() -> None:
-    model = TrainConfig(algorithm="mtdt").model()
-    assert (model.prompt_length, model.task_embedding_dim) == (0, 16)
-    TrainConfig(algorithm="mtdt", prompt_length=0).check()
+    own = preset("quickstart", "mtdt").own
+    assert isinstance(own, SequenceSettings)
+    assert (own.prompts(), own.task_embedding()) == (None, 16)
+    own = preset("quickstart", "prompt-dt").own
+    assert (own.prompts().prompt_length, own.task_embedding()) == (5, 0)
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "masked", "updates"),
+    ("algorithm", "masked", "updates", "prompted"),
     [
-        ("harmodt-f", True, True),
-        ("harmodt-m", True, True),
-        ("harmodt-r", True, False),
-        ("prompt-dt", False, False),
-        ("mtdt", False, False),
+        ("harmodt-f", True, True, True),
+        ("harmodt-m", True, True, True),
+        ("harmodt-r", True, False, True),
+        ("prompt-dt", False, False, True),
+        ("mtdt", False, False, False),
     ],
 )
-def test_algorithms(algorithm: str, masked: bool, updates: bool) -> None:
-    config = TrainConfig(algorithm=algorithm)
-    assert (config.masked, config.updates_masks) == (masked, updates)
+def test_an_algorithm_has_its_own_settings(
+    algorithm: str, masked: bool, updates: bool, prompted: bool
+) -> None:
+    names = values("quickstart", algorithm).keys()
+    found = ("sparsity" in names, "eta_max" in names, "prompt_length" in names)
+    assert found == (masked, updates, prompted)
 
 
 @pytest.mark.parametrize(
@@ -98,11 +151,13 @@ def test_algorithms(algorithm: str, masked: bool, updates: bool) -> None:
         ({"embed_dim": 30, "heads": 4}, "embed_dim 30 is not a multiple of heads 4"),
         ({"eta_min": 5, "eta_max": 4}, "eta_min 5 is above eta_max 4"),
         ({"eta_min": -1}, "eta_min is -1: give 0 or more"),
-        ({"prompt_length": 0}, "prompt_length is 0, but harmodt-f reads a prompt"),
+        ({"prompt_length": 0}, "prompt_length is 0: give 1 or more"),
         ({"prompt_length": -1}, "prompt_length is -1"),
-        ({"algorithm": "mtdt", "task_embedding_dim": 0}, "task_embedding_dim is 0"),
-        ({"algorithm": "mtdt", "task_embedding_dim": -2}, "task_embedding_dim is -2"),
-        ({"steps": 0}, "steps is 0: give a number above 0"),
+        ({"task_embedding_dim": 0}, "task_embedding_dim is 0"),
+        ({"task_embedding_dim": -2}, "task_embedding_dim is -2"),
+        ({"steps": 0}, "steps is 0: give 1 or more"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0: give a number above 0"),
+        ({"betas": (0.9, 1.0)}, r"betas is 1.0: give a share in \[0, 1\)"),
         ({"tasks_per_step": 0}, "tasks_per_step is 0"),
         ({"batch_per_task": 0}, "batch_per_task is 0"),
         ({"context_length": 0}, "context_length is 0"),
@@ -129,5 +184,8 @@ def test_algorithms(algorithm: str, masked: bool, updates: bool) -> None:
     ],
 )
 def test_settings_that_cannot_work_are_named(changes: dict[str, object], message: str) -> None:
+    algorithm = "mtdt" if "task_embedding_dim" in changes else "harmodt-f"
+    config = preset("quickstart", algorithm)
+    assert changes.keys() <= dict(settings(config)).keys()
     with pytest.raises(UserError, match=message):
-        TrainConfig(**changes).check()
+        check(change(config, changes))

@@ -8,16 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import configure, make_store
 
 from harmodt import evaluate as module
-from harmodt.config import TrainConfig
-from harmodt.data.inputs import TaskConditioning, save_conditioning
-from harmodt.data.store import Episodes
+from harmodt.checkpoint import save_checkpoint
 from harmodt.errors import run_command
-from harmodt.masks.bank import MaskBank
-from harmodt.networks.decision_transformer import DecisionTransformer
 from harmodt.results import EvaluationResult
-from harmodt.training.checkpoint import save_checkpoint, write_run
+from harmodt.training.run import Run
 from harmodt_kernels.native import library
 
 TASKS = ("reach-v3", "button-press-topdown-v3")
@@ -35,24 +32,14 @@ def one_thread():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of an untrained, tiny model, in plain PyTorch and bf16."""
-    run = tmp_path_factory.mktemp("run")
-    config = TrainConfig(embed_dim=8, layers=1, heads=1, fused=False, precision="bf16")
-    model = DecisionTransformer(config.model(), len(TASKS), torch.device("cpu"))
-    bank = MaskBank.initialise(model.vector, len(TASKS), 0.2, 0)
-    tensors = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
-    prompts = Episodes(
-        np.zeros((9, 39), np.float32), np.zeros((9, 4), np.float32), np.ones(9, np.float32),
-        np.arange(9, 0, -1, dtype=np.float32), np.array([0, 9]), np.ones(1, np.int8),
-    )  # fmt: skip
-    scale = np.ones(39, np.float32)
-    write_run(run, {"config": config.to_json(), "tasks": list(TASKS)})
-    save_conditioning(
-        run / "conditioning.safetensors",
-        [TaskConditioning(task, 0 * scale, scale, prompts, 100.0) for task in TASKS],
-    )
+    folder = tmp_path_factory.mktemp("run")
+    store = make_store(folder / "store", TASKS)
+    sizes = {"embed_dim": 8, "layers": 1, "heads": 1, "target_return": 100.0}
+    config = configure(precision="bf16", **sizes)
+    run = Run.begin(folder / "run", "quickstart", config, store, TASKS)
     for step in (20, 40):
-        save_checkpoint(run, step, tensors | {"masks": bank.bits})
-    return run
+        save_checkpoint(run.directory, step, run.trainer.tensors())
+    return run.directory.path
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -122,7 +109,7 @@ def test_a_run_is_evaluated_as_it_was_trained(run, monkeypatch, played):
     with pytest.raises(Stop):
         command(monkeypatch, run)
     policy, request, _ = played[0]
-    assert (policy.backend, policy.precision, policy.device) == ("reference", "bf16", "cpu")
+    assert (policy.backend, policy.precision, policy.device) == ("pytorch", "bf16", "cpu")
     assert (policy.step, policy.mask, request.tasks) == (40, "task", ())
 
 
@@ -162,11 +149,11 @@ def test_help_groups_the_settings(monkeypatch, capsys):
         (["--device", "cuda:77"], "cuda:77.*cpu"),
         (["--device", "abacus"], "abacus.*cpu"),
         (["--precision", "tf32"], "tf32.*GPU"),
-        (["--episodes", "0"], "--episodes is 0"),
-        (["--workers", "0"], "--workers is 0"),
-        (["--environments", "0"], "--environments is 0"),
-        (["--seed", str(2**32)], "--seed is 4294967296: give 0 to 4294967295"),
-        (["--goal-seed", "-1"], "--goal-seed is -1"),
+        (["--episodes", "0"], "episodes is 0: give 1 or more"),
+        (["--workers", "0"], "workers is 0"),
+        (["--environments", "0"], "environments is 0"),
+        (["--seed", str(2**32)], "seed is 4294967296: give 0 to 4294967295"),
+        (["--goal-seed", "-1"], "goal_seed is -1"),
         (["--fused"], "--fused: the CPU kernels were not built.*--no-fused"),
     ],
 )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +15,11 @@ import torch
 from tiny import configure, make_store, make_trainer
 from torch import Tensor
 
-from harmodt import train
+from harmodt import load_policy, train
 from harmodt.data.store import DataStore
 from harmodt.errors import UserError
-from harmodt.policies.decision import Policy
 from harmodt.training.trainer import Trainer
-from harmodt_kernels import REFERENCE, count_bits, fused_backend
+from harmodt_kernels import PYTORCH, REFERENCE, Backend, count_bits, fused_backend
 from harmodt_kernels.native import library
 
 
@@ -29,8 +32,7 @@ def losses(trainer: Trainer, steps: int) -> Tensor:
     """Of some steps with the mask updates that are due."""
     rows = []
     for _ in range(steps):
-        if trainer.mask_update_due():
-            trainer.update_masks()
+        trainer.before_step()
         rows.append(trainer.train_step().losses)
     return torch.stack(rows)
 
@@ -45,20 +47,20 @@ def test_training_follows_the_reference(store: DataStore, device, algorithm: str
     reference, fused = (
         make_trainer(store, configure(fused=fused, **settings), device) for fused in (False, True)
     )
-    assert reference.backend.name == "pytorch"
-    assert fused.backend.name == fused_backend(device).name != "reference"
+    assert reference.setup.execution.backend.name == "pytorch"
+    assert fused.setup.execution.backend.name == fused_backend(device).name != "pytorch"
     # Biases of zero would tie, and rounding alone would decide which of them leave.
-    noise = torch.randn(reference.vector.weights.shape, device=device) * 0.05
+    noise = torch.randn(reference.learner.vector.weights.shape, device=device) * 0.05
     for trainer in (reference, fused):
-        trainer.vector.weights += noise
-    before = reference.masks.bits.clone()
+        trainer.learner.vector.weights += noise
+    before = reference.learner.bank.bits.clone()
     torch.testing.assert_close(losses(fused, 2), losses(reference, 2), rtol=1e-4, atol=0.0)
-    weights, expected = fused.vector.weights, reference.vector.weights
+    weights, expected = fused.learner.vector.weights, reference.learner.vector.weights
     assert ((weights - expected).norm() / expected.norm()).item() < 1e-4
-    moved = count_bits(reference.masks.bits ^ before)
+    moved = count_bits(reference.learner.bank.bits ^ before)
     assert (moved == 40).all()  # 20 out and 20 in
     # Rounding may decide between two weights of nearly the same harmony.
-    assert (count_bits(fused.masks.bits ^ reference.masks.bits) <= moved // 20).all()
+    assert (count_bits(fused.learner.bank.bits ^ reference.learner.bank.bits) <= moved // 20).all()
 
 
 @pytest.mark.parametrize("implementation", ["cpu"], indirect=True)
@@ -72,22 +74,46 @@ def test_a_hundred_steps_on_a_cpu_follow_the_reference(store: DataStore, device)
     torch.testing.assert_close(fused, reference, rtol=0.0, atol=1e-4)
 
 
-def test_a_variant_without_masks_trains(store: DataStore, device) -> None:
-    reference, fused = (
-        make_trainer(store, configure(algorithm="prompt-dt", fused=fused, **SIZES), device)
-        for fused in (False, True)
+@pytest.mark.parametrize("algorithm", ["prompt-dt", "mtdt"])
+def test_an_algorithm_without_masks_goes_through_the_kernels(
+    store: DataStore, device, algorithm: str
+) -> None:
+    sizes = {name: value for name, value in SIZES.items() if name != "prompt_length"}
+    config = configure(algorithm, fused=True, **sizes)
+    counted, calls = counting(fused_backend(device))
+    fused, definition = (
+        make_trainer(store, config, device, backend) for backend in (counted, REFERENCE)
     )
-    torch.testing.assert_close(losses(fused, 2), losses(reference, 2), rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(losses(fused, 2), losses(definition, 2), rtol=1e-4, atol=0.0)
+    # A block has two LayerNorms and four linear layers, and there is a LayerNorm after the last.
+    assert calls == {
+        "masked_linear": 2 * 4, "masked_layer_norm": 2 * 3, "attention": 2, "dropout_add": 2 * 2,
+        "masked_adamw": 2,
+    }  # fmt: skip
+
+
+def counting(backend: Backend) -> tuple[Backend, Counter[str]]:
+    """A backend that counts the calls of its operations."""
+    calls: Counter[str] = Counter()
+
+    def count(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **settings: Any) -> Any:
+            calls[name] += 1
+            return operation(*arguments, **settings)
+
+        return counted
+
+    operations = {name: count(name, getattr(backend, name)) for name in backend.implementations}
+    return dataclasses.replace(backend, **operations), calls
 
 
 def test_acting_equals_the_reference(store: DataStore, device) -> None:
-    trainer = make_trainer(store, configure(fused=True, **SIZES), device)
+    config = configure(fused=True, **SIZES)
     policies = [
-        Policy(
-            trainer.model, trainer.masks.bits, trainer.sampler.conditioning, trainer.config, 0, b
-        )
-        for b in (trainer.backend, REFERENCE)
+        make_trainer(store, config, device, backend).learner.policy(0)
+        for backend in (None, PYTORCH)
     ]
+    assert [policy.backend for policy in policies] == [fused_backend(device).name, "pytorch"]
     rng = np.random.default_rng(0)
     for policy in policies:
         policy.start(np.array([0, 2, 1, 2]))
@@ -107,10 +133,15 @@ def test_a_run_records_its_kernels(store: DataStore, device, tmp_path: Path, cap
             *flags.split(),
         ]
     )
-    name = json.loads((tmp_path / "run" / "run.json").read_text())["backend"]
-    assert name == fused_backend(device).name
-    assert f"{name} kernels" in capsys.readouterr().out
-    assert Policy.load(tmp_path / "run", device=str(device), fused=True).backend == name
+    description = json.loads((tmp_path / "run" / "run.json").read_text())
+    backend = fused_backend(device)
+    assert description["backend"] == backend.name
+    assert description["operations"] == dict(backend.implementations)
+    assert f"{backend.name} kernels" in capsys.readouterr().out
+    # A policy acts as it was trained unless it is told otherwise.
+    assert load_policy(tmp_path / "run").backend == backend.name
+    assert load_policy(tmp_path / "run", fused=False).backend == "pytorch"
+    assert load_policy(tmp_path / "run", precision="bf16").precision == "bf16"
 
 
 def test_a_device_without_kernels_is_refused(store: DataStore, monkeypatch, tmp_path) -> None:

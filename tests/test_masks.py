@@ -5,13 +5,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import unpack_masks
+from tiny import make_model, no_masks, unpack_masks
 
-from harmodt.config import PRESETS, ModelConfig
 from harmodt.errors import UserError
-from harmodt.masks.bank import MaskBank, erk_densities, vote
-from harmodt.networks.decision_transformer import DecisionTransformer
-from harmodt_kernels import REFERENCE, pack_bits
+from harmodt.masks.bank import MaskBank, TaskMasks, erk_densities, vote
+from harmodt.masks.vector import ParameterVector
+from harmodt.networks.decision_transformer import DecisionTransformer, TransformerConfig
+from harmodt_kernels import REFERENCE, MaskedLinear, pack_bits
 
 SHAPES = st.lists(
     st.tuples(st.integers(2, 300), st.integers(1, 300))
@@ -21,12 +21,15 @@ SHAPES = st.lists(
 )
 
 
-def make_model(dimension: int = 32, heads: int = 2) -> DecisionTransformer:
-    return DecisionTransformer(ModelConfig(dimension, layers=2, heads=heads), tasks=1)
+def make_transformer(dimension: int = 32, heads: int = 2, layers: int = 2) -> DecisionTransformer:
+    config = TransformerConfig(
+        39, 4, embed_dim=dimension, layers=layers, heads=heads, max_timesteps=20, prompt_length=2
+    )
+    return make_model(config, tasks=1)
 
 
 def make_bank(tasks: int, sparsity: float = 0.2, seed: int = 0, dimension: int = 32) -> MaskBank:
-    return MaskBank.initialise(make_model(dimension).vector, tasks, sparsity, seed)
+    return MaskBank.initialise(make_transformer(dimension).vector, tasks, sparsity, seed)
 
 
 def unpack(bits: torch.Tensor) -> np.ndarray:
@@ -34,7 +37,10 @@ def unpack(bits: torch.Tensor) -> np.ndarray:
 
 
 def bank_of(masks: np.ndarray) -> MaskBank:
-    return MaskBank(pack_bits(torch.from_numpy(masks)), pack_bits(torch.ones(masks.shape[1]) > 0))
+    """Masks of a single layer of as many weights."""
+    layer = MaskedLinear(masks.shape[1], 1, bias=False)
+    vector = ParameterVector(layer, torch.device("cpu"))
+    return MaskBank(vector, pack_bits(torch.from_numpy(masks)))
 
 
 @settings(deadline=None)
@@ -70,10 +76,10 @@ def test_a_sparsity_outside_its_range_is_refused(sparsity: float) -> None:
 @pytest.mark.parametrize("sparsity", [0.0, 0.2, 0.5, 0.9])
 @pytest.mark.parametrize(("dimension", "heads"), [(32, 2), (24, 3)])
 def test_every_mask_has_the_erk_count_in_every_tensor(sparsity, dimension, heads) -> None:
-    model = make_model(dimension, heads)
+    model = make_transformer(dimension, heads)
     bank = MaskBank.initialise(model.vector, 3, sparsity, seed=5)
     parameters = dict(model.named_parameters())
-    names = model.vector.maskable_names
+    names = [name for name in parameters if name.startswith(("blocks.", "final_norm."))]
     shapes = [tuple(parameters[name].shape) for name in names]
     densities = erk_densities([s if len(s) == 2 else (1, *s) for s in shapes], sparsity)
     for bits in bank.bits:
@@ -91,7 +97,7 @@ def test_every_mask_has_the_erk_count_in_every_tensor(sparsity, dimension, heads
 
 
 def test_tasks_are_drawn_independently_and_evenly() -> None:
-    tasks, model = 200, make_model()
+    tasks, model = 200, make_transformer()
     bank = MaskBank.initialise(model.vector, tasks, 0.5, seed=0)
     slot = model.vector.slots["blocks.1.mlp_up.weight"]
     masks = np.stack(
@@ -146,7 +152,9 @@ def test_half_of_the_tasks_do_not_pass_the_default_vote() -> None:
 def test_active_bits_are_those_of_any_of_the_tasks(seed: int, tasks: list[int]) -> None:
     masks = np.random.default_rng(seed).random((5, 96)) < 0.4
     bank = bank_of(masks)
-    np.testing.assert_array_equal(unpack(bank.active_bits(tasks)), masks[tasks].any(0))
+    np.testing.assert_array_equal(
+        unpack(bank.active_bits(torch.tensor(tasks))), masks[tasks].any(0)
+    )
     np.testing.assert_array_equal(unpack(bank.bits), masks)
 
 
@@ -159,7 +167,7 @@ def test_active_bits_are_those_of_any_of_the_tasks(seed: int, tasks: list[int]) 
     importance=st.sampled_from(["fisher", "magnitude"]),
 )
 def test_updates_keep_counts_and_padding(seed, sparsity, dimension, counts, importance) -> None:
-    model = make_model(dimension)
+    model = make_transformer(dimension)
     bank = MaskBank.initialise(model.vector, 3, sparsity, seed)
     before = bank.active_counts()
     generator = torch.Generator().manual_seed(seed)
@@ -185,7 +193,38 @@ def test_updates_keep_counts_and_padding(seed, sparsity, dimension, counts, impo
 
 
 def test_masks_are_stored_as_bits_alone() -> None:
-    model = DecisionTransformer(PRESETS["paper"].model(), tasks=1)
+    model = make_transformer(128, 8, layers=6)  # the paper's
     per_task = MaskBank.initialise(model.vector, 1, 0.2, 0).bits.nbytes
     assert model.vector.maskable_count() > 1.18e6
     assert 1000 * per_task <= 160e6
+
+
+def test_without_bits_every_layer_is_dense() -> None:
+    model = make_transformer()
+    layer = model.blocks[0].qkv
+    assert no_masks(model, 3).of(layer) is None
+    gradients = torch.zeros(3, model.vector.maskable_size)
+    masks = TaskMasks(model.vector, None, torch.tensor([0, 2, 1]), gradients).of(layer)
+    assert masks.weight_bits is masks.bias_bits is None
+    weight, bias = masks.group_gradients
+    assert (weight.shape, bias.shape) == ((3, 96, 32), (3, 96))
+    for part in (weight, bias):
+        part.fill_(1.0)  # they are views, each of its own elements
+    assert int(gradients.sum()) == 3 * (96 * 32 + 96)
+
+
+def test_each_layer_gets_its_part_of_the_masks() -> None:
+    model = make_transformer(24, 3)
+    bank = MaskBank.initialise(model.vector, 2, 0.5, seed=1)
+    masks = bank.for_tasks(torch.tensor([1, 1, 0]))
+    unpacked = [unpack_masks(model, bits) for bits in bank.bits]
+    names = {module: name for name, module in model.named_modules()}
+    assert len(model.vector.layers) == 2 * 6 + 1
+    for layer in model.vector.layers:
+        part = masks.of(layer)
+        assert part.task_ids.tolist() == [1, 1, 0]
+        assert part.group_gradients is None
+        for kind, bits in (("weight", part.weight_bits), ("bias", part.bias_bits)):
+            expected = torch.stack([task[f"{names[layer]}.{kind}"] for task in unpacked])
+            found = unpack(bits.contiguous())[..., : expected.shape[-1]]
+            np.testing.assert_array_equal(found, expected.numpy())

@@ -4,32 +4,35 @@ import dataclasses
 import math
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
-from tiny import masked_copy, unpack_masks
+from tiny import masked_copy, no_masks, unpack_masks
 from torch import Tensor
 
 from harmodt.batch import Batch, Steps
-from harmodt.config import SIZES, ModelConfig, TrainConfig
+from harmodt.config import TransformerSettings
 from harmodt.masks.bank import MaskBank
-from harmodt.networks.decision_transformer import DecisionTransformer
-from harmodt_kernels import pack_bits
+from harmodt.networks.decision_transformer import DecisionTransformer, TransformerConfig
+from harmodt_kernels import PYTORCH, REFERENCE, Backend, pack_bits
 from harmodt_kernels.attention.pytorch import attend
 from harmodt_kernels.dropout_add.pytorch import dropout
 
-TASKS = 3
-CONFIG = ModelConfig(
-    embed_dim=32, layers=2, heads=2, dropout=0.0, context_length=4, prompt_length=2,
-    max_timesteps=20,
+TASKS, CONTEXT = 3, 4
+CONFIG = TransformerConfig(
+    observation_size=39, action_size=4, embed_dim=32, layers=2, heads=2, max_timesteps=20,
+    prompt_length=2,
 )  # fmt: skip
 ODD = dataclasses.replace(CONFIG, embed_dim=24, heads=3)
 MTDT = dataclasses.replace(CONFIG, prompt_length=0, task_embedding_dim=5)
 
 
-def make_model(config: ModelConfig = CONFIG, seed: int = 0) -> DecisionTransformer:
+def make_model(
+    config: TransformerConfig = CONFIG, seed: int = 0, backend: Backend = REFERENCE
+) -> DecisionTransformer:
     """A model whose weights are large enough for every input to matter."""
     torch.manual_seed(seed)
-    model = DecisionTransformer(config, TASKS)
+    model = tiny.make_model(config, TASKS, backend)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm.weight" in name else 0.0, 0.3)
@@ -42,7 +45,12 @@ def make_bank(model: DecisionTransformer) -> MaskBank:
     draws = torch.rand(
         TASKS, model.vector.maskable_size, generator=torch.Generator().manual_seed(0)
     )
-    return MaskBank(pack_bits(draws < 0.6) & maskable, maskable)
+    return MaskBank(model.vector, pack_bits(draws < 0.6) & maskable)
+
+
+def dense(model: DecisionTransformer, batch: Batch) -> Tensor:
+    """What the model predicts with all weights."""
+    return model(batch, no_masks(model, len(batch.task_ids)))
 
 
 def make_steps(groups: int, windows: int, length: int, padding: int = 0, seed: int = 0) -> Steps:
@@ -80,12 +88,12 @@ def change(steps: Steps, where: Tensor, *names: str) -> Steps:
         values = getattr(steps, name)
         at = where if values.ndim == 3 else where[..., None]
         changed[name] = torch.where(at, getattr(other, name), values)
-    return dataclasses.replace(steps, **changed)
+    return steps._replace(**changed)
 
 
 def groups_of(batch: Batch, groups: slice) -> Batch:
     def cut(steps: Steps) -> Steps:
-        return Steps(*(getattr(steps, f.name)[groups] for f in dataclasses.fields(Steps)))
+        return Steps(*(part[groups] for part in steps))
 
     prompt = cut(batch.prompt) if batch.prompt is not None else None
     return Batch(batch.task_ids[groups], prompt, cut(batch.history))
@@ -141,7 +149,7 @@ def reference(model: DecisionTransformer, batch: Batch) -> Tensor:
             x = x + linear(attended, f"{name}.attention_out")
             hidden = linear(norm(x, f"{name}.mlp_norm"), f"{name}.mlp_up").clamp(min=0)
             x = x + linear(hidden, f"{name}.mlp_down")
-        observations = x[-3 * config.context_length + 1 :: 3]
+        observations = x[-3 * CONTEXT + 1 :: 3]
         return torch.tanh(linear(norm(observations, "final_norm"), "action_head"))
 
     groups, windows = batch.history.valid.shape[:2]
@@ -153,48 +161,50 @@ def reference(model: DecisionTransformer, batch: Batch) -> Tensor:
     [("0.48M", 0.48), ("0.87M", 0.87), ("1.47M", 1.47), ("2.06M", 2.06), ("5.29M", 5.29)],
 )
 def test_parameter_counts_are_the_papers(size: str, published: float) -> None:
-    model = DecisionTransformer(TrainConfig(size=size).model(), tasks=50)
+    d, layers, heads = TransformerSettings(size=size).shape
+    config = TransformerConfig(39, 4, d, layers, heads, max_timesteps=1000, prompt_length=5)
+    model = tiny.make_model(config, tasks=50)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert abs(parameters / 1e6 - published) < 0.02
-    d, layers, _ = SIZES[size]
     # four matrices d x d for attention, two d x 4d for the MLP, biases, two LayerNorms
     assert model.vector.maskable_count() == layers * (12 * d * d + 13 * d) + 2 * d
 
 
+@pytest.mark.parametrize("backend", [REFERENCE, PYTORCH], ids=lambda backend: backend.name)
 @pytest.mark.parametrize("config", [CONFIG, ODD, MTDT], ids=["prompt", "odd", "mtdt"])
-def test_forward_equals_a_loop(config: ModelConfig) -> None:
-    model = make_model(config)
+def test_forward_equals_a_loop(config: TransformerConfig, backend: Backend) -> None:
+    model = make_model(config, backend=backend)
     batch = make_batch([2, 0], prompt=config.prompt_length > 0)
-    predicted = model(batch, None)
+    predicted = dense(model, batch)
     assert predicted.shape == (2, 3, 4, 4)
     torch.testing.assert_close(predicted.double(), reference(model, batch), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [CONFIG, ODD, MTDT], ids=["prompt", "odd", "mtdt"])
-def test_masks_act_as_zeros_in_the_weights(config: ModelConfig) -> None:
+def test_masks_act_as_zeros_in_the_weights(config: TransformerConfig) -> None:
     model = make_model(config)
     bank = make_bank(model)
     batch = make_batch([2, 0, 2], prompt=config.prompt_length > 0)
     predicted = model(batch, bank.for_tasks(batch.task_ids))
-    dense = model(batch, None)
+    all_weights = dense(model, batch)
     for group, task in enumerate(batch.task_ids.tolist()):
         masked = masked_copy(model, bank.bits[task])
         alone = groups_of(batch, slice(group, group + 1))
         expected = reference(masked, alone)[0]
         torch.testing.assert_close(predicted[group].double(), expected, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(predicted[group], dense[group], atol=1e-2)
+        assert not torch.allclose(predicted[group], all_weights[group], atol=1e-2)
 
 
 @pytest.mark.filterwarnings("ignore:grad and param do not obey")
 @pytest.mark.parametrize("config", [CONFIG, ODD], ids=["prompt", "odd"])
-def test_masked_gradients_are_those_of_a_masked_copy(config: ModelConfig) -> None:
+def test_masked_gradients_are_those_of_a_masked_copy(config: TransformerConfig) -> None:
     model = make_model(config)
     bank = make_bank(model)
     batch = make_batch([1])
     model.vector.gradient.zero_()
     model(batch, bank.for_tasks(batch.task_ids)).square().sum().backward()
     copy = masked_copy(model, bank.bits[1])
-    copy(batch, None).square().sum().backward()
+    dense(copy, batch).square().sum().backward()
     masks = unpack_masks(model, bank.bits[1])
     for (name, ours), theirs in zip(model.named_parameters(), copy.parameters(), strict=True):
         mask = masks.get(name, torch.tensor(True))
@@ -204,10 +214,9 @@ def test_masked_gradients_are_those_of_a_masked_copy(config: ModelConfig) -> Non
 
 def test_masks_of_ones_are_no_masks() -> None:
     model = make_model()
-    maskable = make_bank(model).maskable_bits
-    bank = MaskBank(maskable.repeat(TASKS, 1), maskable)
+    bank = MaskBank(model.vector, make_bank(model).maskable_bits.repeat(TASKS, 1))
     batch = make_batch([0, 1])
-    torch.testing.assert_close(model(batch, bank.for_tasks(batch.task_ids)), model(batch, None))
+    torch.testing.assert_close(model(batch, bank.for_tasks(batch.task_ids)), dense(model, batch))
 
 
 def test_a_later_token_never_changes_an_earlier_prediction() -> None:
@@ -219,7 +228,7 @@ def test_a_later_token_never_changes_an_earlier_prediction() -> None:
         later = torch.arange(4).expand(2, 3, 4) > step
         history = change(batch.history, later)
         history = change(history, torch.arange(4).expand(2, 3, 4) == step, "actions")
-        after = model(dataclasses.replace(batch, history=history), masks)
+        after = model(batch._replace(history=history), masks)
         torch.testing.assert_close(after[:, :, : step + 1], before[:, :, : step + 1])
         if step < 3:
             assert ((after - before)[:, :, step + 1].abs() > 1e-3).any(-1).all()
@@ -229,13 +238,13 @@ def test_a_later_token_never_changes_an_earlier_prediction() -> None:
 def test_every_earlier_input_counts(name: str) -> None:
     model = make_model()
     batch = make_batch([0, 1], padding=0)
-    before = model(batch, None)
+    before = dense(model, batch)
     first = torch.arange(4).expand(2, 3, 4) == 0
     history = change(batch.history, first, name)
-    after = model(dataclasses.replace(batch, history=history), None)
+    after = dense(model, batch._replace(history=history))
     assert ((after - before)[:, :, 1:].abs() > 1e-4).any(-1).all()
     prompt = change(batch.prompt, torch.ones(2, 3, 2, dtype=torch.bool), name)
-    after = model(dataclasses.replace(batch, prompt=prompt), None)
+    after = dense(model, batch._replace(prompt=prompt))
     assert ((after - before).abs() > 1e-4).any(-1).all()
 
 
@@ -245,8 +254,8 @@ def test_padding_is_not_seen() -> None:
     valid = batch.history.valid
     assert not valid.all()
     history = change(batch.history, ~valid)
-    before = model(batch, None)
-    after = model(dataclasses.replace(batch, history=history), None)
+    before = dense(model, batch)
+    after = dense(model, batch._replace(history=history))
     torch.testing.assert_close(after[valid], before[valid])
 
 
@@ -254,12 +263,10 @@ def test_padding_does_not_move_the_steps_after_it() -> None:
     """The first steps of a whole window and the last of a padded one are the same to the model."""
     model = make_model()
     batch = make_batch([0], windows=1, padding=0)
-    shifted = {
-        f.name: getattr(batch.history, f.name).roll(2, dims=2) for f in dataclasses.fields(Steps)
-    }
-    shifted["valid"] = torch.tensor([[[False, False, True, True]]])
-    padded = model(dataclasses.replace(batch, history=Steps(**shifted)), None)
-    torch.testing.assert_close(padded[:, :, 2:], model(batch, None)[:, :, :2])
+    shifted = Steps(*(part.roll(2, dims=2) for part in batch.history))
+    shifted = shifted._replace(valid=torch.tensor([[[False, False, True, True]]]))
+    padded = dense(model, batch._replace(history=shifted))
+    torch.testing.assert_close(padded[:, :, 2:], dense(model, batch)[:, :, :2])
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -269,7 +276,7 @@ def test_groups_do_not_depend_on_each_other(masked: bool) -> None:
     bank = make_bank(model)
 
     def predict(batch: Batch) -> Tensor:
-        return model(batch, bank.for_tasks(batch.task_ids) if masked else None)
+        return model(batch, bank.for_tasks(batch.task_ids)) if masked else dense(model, batch)
 
     together = predict(batch)
     for group in range(3):
@@ -278,11 +285,11 @@ def test_groups_do_not_depend_on_each_other(masked: bool) -> None:
 
 
 @pytest.mark.parametrize("config", [CONFIG, MTDT], ids=["prompt", "mtdt"])
-def test_only_the_mtdt_variant_is_told_the_task(config: ModelConfig) -> None:
+def test_only_the_mtdt_variant_is_told_the_task(config: TransformerConfig) -> None:
     model = make_model(config)
     batch = make_batch([0, 0], prompt=config.prompt_length > 0)
-    other = dataclasses.replace(batch, task_ids=torch.tensor([0, 2]))
-    difference = (model(other, None) - model(batch, None)).abs().amax((1, 2, 3))
+    other = batch._replace(task_ids=torch.tensor([0, 2]))
+    difference = (dense(model, other) - dense(model, batch)).abs().amax((1, 2, 3))
     assert difference[0] == 0
     assert (difference[1] > 1e-3) == (config is MTDT)
 
@@ -290,15 +297,17 @@ def test_only_the_mtdt_variant_is_told_the_task(config: ModelConfig) -> None:
 @pytest.mark.parametrize("config", [CONFIG, ODD, MTDT], ids=["prompt", "odd", "mtdt"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("padding", [0, 3])
-def test_act_is_the_last_step_of_forward(config: ModelConfig, masked: bool, padding: int) -> None:
+def test_act_is_the_last_step_of_forward(
+    config: TransformerConfig, masked: bool, padding: int
+) -> None:
     model = make_model(config)
     batch = make_batch([2, 0], padding=padding, prompt=config.prompt_length > 0)
-    masks = make_bank(model).for_tasks(batch.task_ids) if masked else None
-    cache, valid = None, None
+    bank = make_bank(model)
+    masks = bank.for_tasks(batch.task_ids) if masked else no_masks(model, 2)
+    cache = None
     if batch.prompt is not None:
         cache = model.encode_prompt(batch.prompt, batch.task_ids, masks)
-        valid = batch.prompt.valid
-    action = model.act(batch.history, batch.task_ids, masks, cache, valid)
+    action = model.act(batch.history, batch.task_ids, masks, cache)
     assert action.shape == (2, 3, 4)
     torch.testing.assert_close(action, model(batch, masks)[:, :, -1])
 
@@ -360,32 +369,64 @@ def test_dropout_acts_in_training_alone() -> None:
     config = dataclasses.replace(CONFIG, dropout=0.2)
     model = make_model(config)
     batch = make_batch([0, 1])
-    without = make_model()(batch, None)
-    torch.testing.assert_close(model.eval()(batch, None), without)
+    without = dense(make_model(), batch)
+    torch.testing.assert_close(dense(model.eval(), batch), without)
     model.train()
-    assert not torch.allclose(model(batch, None), model(batch, None), atol=1e-3)
+    assert not torch.allclose(dense(model, batch), dense(model, batch), atol=1e-3)
 
 
-@pytest.mark.parametrize("where", ["attention", "residual"])
-def test_dropout_reaches_attention_and_residual_branches(
-    where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shapes = []
+def test_dropout_reaches_attention_and_residual_branches() -> None:
+    calls = []
 
-    def record(x: Tensor, drop: float) -> Tensor:
-        shapes.append((tuple(x.shape), drop))
-        return x
+    def attention(qkv: Tensor, valid: Tensor, queries: slice, drop: float, past: None) -> Tensor:
+        out = REFERENCE.attention(qkv, valid, queries, 0.0, past)
+        calls.append(("attention", out.shape[1], drop))
+        return out
 
-    for module in ("dropout_add.pytorch", "attention.pytorch"):
-        monkeypatch.setattr(f"harmodt_kernels.{module}.dropout", record)
-    make_model(dataclasses.replace(CONFIG, dropout=0.2))(make_batch([0, 1]), None)
-    # The last block computes the outputs of the 4 observation tokens alone.
-    whole, last, times = {
-        "attention": ((6, 2, 18, 18), (6, 2, 4, 18), 1),
-        "residual": ((2, 3 * 18, 32), (2, 3 * 4, 32), 2),
-    }[where]
-    assert shapes.count((whole, 0.2)) == (CONFIG.layers - 1) * times
-    assert shapes.count((last, 0.2)) == times
+    def dropout_add(x: Tensor, branch: Tensor, drop: float) -> Tensor:
+        calls.append(("residual", x.shape[1], drop))
+        return x + branch
+
+    backend = dataclasses.replace(REFERENCE, attention=attention, dropout_add=dropout_add)
+    model = make_model(dataclasses.replace(CONFIG, dropout=0.2), backend=backend)
+    dense(model, make_batch([0, 1]))
+    # The last block computes the outputs of the 4 observation tokens of 3 windows alone.
+    assert calls == [
+        ("attention", 18, 0.2), ("residual", 3 * 18, 0.2), ("residual", 3 * 18, 0.2),
+        ("attention", 4, 0.2), ("residual", 3 * 4, 0.2), ("residual", 3 * 4, 0.2),
+    ]  # fmt: skip
+    dense(model.eval(), make_batch([0, 1]))
+    assert {drop for _, _, drop in calls[6:]} == {0.0}
+
+
+def test_embedding_dropout_drops_entries_of_prompt_and_history_tokens_in_training() -> None:
+    model = make_model(dataclasses.replace(CONFIG, embedding_dropout=0.25))
+    parts, seen = {}, []
+
+    def keep(module: torch.nn.Module, inputs: object, output: Tensor) -> None:
+        parts[module] = output.detach()
+
+    def see(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0].detach())
+
+    both = model.prompt_embedding, model.history_norm
+    for module in both:
+        module.register_forward_hook(keep)
+    model.blocks[0].register_forward_pre_hook(see)
+    batch = make_batch([0, 1], windows=40)
+    torch.manual_seed(0)
+    dense(model.train(), batch)
+    whole = torch.cat([parts[module] for module in both], dim=2)  # [G, B, 6 + 12, d]
+    kept = seen[0] != 0
+    torch.testing.assert_close(seen[0][kept], whole[kept] / 0.75)
+    for tokens in (kept[:, :, :6], kept[:, :, 6:]):
+        error = 5 * math.sqrt(0.25 * 0.75 / tokens.numel())
+        assert abs(tokens.double().mean().item() - 0.75) < error
+    assert not kept.all(-1).any(-1).any(-1).any()  # entries, not whole tokens
+    dense(model.eval(), batch)
+    assert torch.equal(seen[1], whole)
+    model.encode_prompt(batch.prompt, batch.task_ids, no_masks(model, 2))
+    assert torch.equal(seen[2], whole[:, :, :6])
 
 
 @pytest.mark.filterwarnings("error")
@@ -402,18 +443,46 @@ def test_the_same_seed_gives_the_same_weights() -> None:
     vectors = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        vectors.append(DecisionTransformer(CONFIG, TASKS).vector.weights)
+        vectors.append(tiny.make_model(CONFIG, TASKS).vector.weights)
     assert torch.equal(vectors[0], vectors[1])
     assert not torch.equal(vectors[0], vectors[2])
 
 
-def test_weights_begin_as_in_gpt_2() -> None:
-    torch.manual_seed(0)
-    model = DecisionTransformer(dataclasses.replace(CONFIG, embed_dim=64), TASKS)
-    for name, parameter in model.named_parameters():
+def check_as_gpt_2(parameters: dict[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
         if name.endswith("bias"):
             assert (parameter == 0).all(), name
         elif "norm" in name:
             assert (parameter == 1).all(), name
         else:
             assert parameter.std().item() == pytest.approx(0.02, rel=0.3), name
+
+
+def test_weights_begin_as_in_gpt_2() -> None:
+    torch.manual_seed(0)
+    config = dataclasses.replace(MTDT, prompt_length=2, embed_dim=64, task_embedding_dim=16)
+    check_as_gpt_2(dict(tiny.make_model(config, 20).named_parameters()))
+
+
+def test_embeddings_and_head_begin_as_in_pytorch_where_that_is_asked_for() -> None:
+    torch.manual_seed(0)
+    config = dataclasses.replace(MTDT, prompt_length=2, embed_dim=64, initialisation="pytorch")
+    model = tiny.make_model(config, 20)
+    parameters = dict(model.named_parameters())
+    blocks = {name for name in parameters if name.startswith("blocks.")}
+    check_as_gpt_2({name: parameters.pop(name) for name in blocks})
+    for name in [name for name in parameters if "norm" in name]:
+        assert (parameters.pop(name) == (1 if name.endswith("weight") else 0)).all(), name
+    embeddings = {
+        "task_embedding.weight", "prompt_embedding.timesteps.weight",
+        "history_embedding.timesteps.weight",
+    }  # fmt: skip
+    for name in embeddings:  # N(0, 1)
+        assert parameters.pop(name).std().item() == pytest.approx(1.0, rel=0.15), name
+    inputs = {"returns_to_go": 1, "observations": 39 + 5, "actions": 4, "action_head": 64}
+    assert len(parameters) == 2 * (2 * 3 + 1)
+    for name, parameter in parameters.items():  # uniform up to 1 / sqrt(number of inputs)
+        bound = inputs[name.split(".")[-2]] ** -0.5
+        assert 0.6 * bound < parameter.abs().max().item() <= bound, name
+        if parameter.numel() > 10:
+            assert parameter.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.25), name

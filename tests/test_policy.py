@@ -1,23 +1,25 @@
 from __future__ import annotations
 
-import dataclasses
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import SPEC, TASKS, configure, make_store, make_trainer
+from tiny import TASKS, configure, make_store, make_trainer
 
-from harmodt.batch import Batch, Steps
-from harmodt.data.inputs import save_conditioning
+from harmodt import load_policy
+from harmodt.batch import Batch, Steps, join
+from harmodt.checkpoint import save_checkpoint
 from harmodt.data.store import DataStore, Episode
 from harmodt.data.windows import WindowSampler
 from harmodt.data.writer import StoreWriter
 from harmodt.errors import UserError
 from harmodt.masks.bank import TaskMasks, vote
-from harmodt.policies.decision import Policy
-from harmodt.training.checkpoint import save_checkpoint, write_run
+from harmodt.policies.decision import DecisionPolicy
+from harmodt.settings import change
+from harmodt.training.run import Run
 
 LENGTH = 15  # steps of an episode, more than the context of 6
 
@@ -28,14 +30,19 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> DataStore:
     return make_store(tmp_path_factory.mktemp("data") / "store", prompt_lengths=(3,))
 
 
-def make_policy(store: DataStore, **changes: object) -> Policy:
-    config = configure(**{"action_dropout": 0.0, **changes})
-    trainer = make_trainer(store, config)
+def make_policy(store: DataStore, **changes: object) -> DecisionPolicy:
+    trainer = make_trainer(store, configure(**{"action_dropout": 0.0, **changes}))
     with torch.no_grad():
-        for parameter in trainer.model.parameters():
+        for parameter in trainer.learner.model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.2)
-    bits = trainer.masks.bits if trainer.masks else None
-    return Policy(trainer.model.eval(), bits, trainer.sampler.conditioning, config)
+    return trainer.learner.policy(0)
+
+
+def with_masks(policy: DecisionPolicy, bits: torch.Tensor) -> DecisionPolicy:
+    """The same policy under other masks."""
+    other = copy.copy(policy)
+    other.mask_bits = bits
+    return other
 
 
 def observations(rows: int, seed: int = 0) -> np.ndarray:
@@ -47,7 +54,7 @@ def rewards(rows: int) -> np.ndarray:
     return np.random.default_rng(9).uniform(0, 10, (LENGTH, rows))
 
 
-def play(policy: Policy, observations: np.ndarray, rewards: np.ndarray) -> np.ndarray:
+def play(policy: DecisionPolicy, observations: np.ndarray, rewards: np.ndarray) -> np.ndarray:
     """The actions [steps, rows, 4] of some steps."""
     actions = []
     for observation, reward in zip(observations, rewards, strict=True):
@@ -56,13 +63,13 @@ def play(policy: Policy, observations: np.ndarray, rewards: np.ndarray) -> np.nd
     return np.stack(actions)
 
 
-def record_calls(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> list[Steps]:
+def record_calls(policy: DecisionPolicy, monkeypatch: pytest.MonkeyPatch) -> list[Steps]:
     """The histories that the model is given from now on."""
     calls: list[Steps] = []
     original = policy.model.act
 
     def act(history: Steps, *arguments: Any) -> torch.Tensor:
-        calls.append(Steps(*(getattr(history, f.name).clone() for f in dataclasses.fields(Steps))))
+        calls.append(Steps(*(part.clone() for part in history)))
         return original(history, *arguments)
 
     monkeypatch.setattr(policy.model, "act", act)
@@ -88,13 +95,14 @@ def test_the_history_is_a_window_of_the_same_trajectory(
     played, paid = observations(2).astype(np.float32), rewards(2).astype(np.float32)
     policy.start(np.array([0, 1]), target_returns=paid.astype(np.float64).sum(0))
     actions = play(policy, played, paid)
-    writer = StoreWriter(tmp_path / "played", {}, SPEC)
+    writer = StoreWriter(tmp_path / "played", {}, store.environment)
     for row, name in enumerate(TASKS[:2]):
         with writer.task(name) as task:
             task.add(Episode(played[:, row], actions[:, row], paid[:, row], 1))
     data = [writer.finish(TASKS[:2]).task(name) for name in TASKS[:2]]
-    config = dataclasses.replace(policy.config, batch_per_task=300)
-    sampler = WindowSampler(data, policy.conditioning, config)
+    inputs = policy._inputs
+    inputs.settings = change(inputs.settings, {"batch_per_task": 300})
+    sampler = WindowSampler(data, inputs, 6)
     batch, _ = sampler.sample((0, 1), np.random.default_rng(0))
     for row in range(2):
         found = set()
@@ -112,8 +120,11 @@ def test_the_history_is_a_window_of_the_same_trajectory(
         assert valid[..., 5 - time :].all()
 
 
-def _step_of(observation: torch.Tensor, policy: Policy, row: int, played: np.ndarray) -> int:
-    normal = policy.conditioning[row].normalise(played[:, row])
+def _step_of(
+    observation: torch.Tensor, policy: DecisionPolicy, row: int, played: np.ndarray
+) -> int:
+    conditioning = policy._inputs.conditioning[row]
+    normal = (played[:, row] - conditioning.mean) / conditioning.deviation
     return int(np.abs(normal - observation.numpy()).max(1).argmin())
 
 
@@ -132,19 +143,15 @@ def test_actions_are_those_of_forward_on_the_same_history(
     calls = record_calls(policy, monkeypatch)
     policy.start(np.array([1, 0, 1]))
     actions = play(policy, observations(3), rewards(3))
-    sampler = WindowSampler((), policy.conditioning, policy.config)
-    prompts = [sampler.prompt_windows(task, np.random.default_rng(0), 1) for task in range(3)]
     for time in (0, 3, 10):
         for row, task in enumerate((1, 0, 1)):
             # groups are in the order of their tasks
             history = Steps(
-                *(
-                    getattr(calls[time], f.name)[task : task + 1, row // 2 : row // 2 + 1]
-                    for f in dataclasses.fields(Steps)
-                )
+                *(part[task : task + 1, row // 2 : row // 2 + 1] for part in calls[time])
             )
-            batch = Batch(torch.tensor([task]), sampler.to_steps([prompts[task]]), history)
-            masks = TaskMasks(policy.mask_bits, batch.task_ids)
+            prompt = policy._inputs.prompts(task, np.random.default_rng(0), 1)
+            batch = Batch(torch.tensor([task]), join([prompt], torch.device("cpu")), history)
+            masks = TaskMasks(policy.model.vector, policy.mask_bits, batch.task_ids)
             with torch.no_grad():
                 expected = policy.model(batch, masks)[0, 0, -1]
             np.testing.assert_allclose(actions[time, row], expected, rtol=1e-4, atol=1e-5)
@@ -178,7 +185,7 @@ def test_each_task_has_its_own_mask_and_normalisation(store: DataStore) -> None:
     assert np.abs(actions[:, 0] - actions[:, 1]).max() > 1e-2
     assert np.abs(actions[:, 1] - actions[:, 2]).max() > 1e-2
     whole = torch.full_like(policy.mask_bits, -1)
-    dense = Policy(policy.model, whole, policy.conditioning, policy.config)
+    dense = with_masks(policy, whole)
     dense.start(np.array([0, 1, 2]), target_returns=np.full(3, 100.0))
     assert np.abs(play(dense, same, np.zeros((LENGTH, 3))) - actions).max() > 1e-2
 
@@ -257,7 +264,7 @@ def test_actions_are_hidden_as_in_training(
 def test_the_voted_mask_takes_the_place_of_every_tasks_own(store: DataStore) -> None:
     policy = make_policy(store, sparsity=0.5, unseen_threshold=0.4)
     bits = vote(policy.mask_bits, 0.4)
-    expected = Policy(policy.model, bits.repeat(3, 1), policy.conditioning, policy.config)
+    expected = with_masks(policy, bits.repeat(3, 1))
     assert policy.mask == "task"
     policy.use_voted_mask()
     assert policy.mask == "voted"
@@ -268,7 +275,7 @@ def test_the_voted_mask_takes_the_place_of_every_tasks_own(store: DataStore) -> 
     np.testing.assert_array_equal(*actions)
     dense = make_policy(store, algorithm="prompt-dt")
     assert dense.mask == "none"
-    with pytest.raises(UserError, match="a run of prompt-dt has no masks to vote"):
+    with pytest.raises(UserError, match="has no masks to vote"):
         dense.use_voted_mask()
 
 
@@ -277,23 +284,40 @@ def test_a_loaded_policy_acts_as_the_one_that_was_saved(
     store: DataStore, tmp_path: Path, algorithm: str
 ) -> None:
     config = configure(algorithm=algorithm, dropout=0.5, action_dropout=0.0)
-    trainer = make_trainer(store, config)
+    run = Run.begin(tmp_path / "run", "quickstart", config, store, TASKS)
+    trainer = run.trainer
     for step in (1, 2):
         trainer.train_step()
-        save_checkpoint(tmp_path, step, trainer.tensors())
-    save_conditioning(tmp_path / "conditioning.safetensors", trainer.sampler.conditioning)
-    write_run(tmp_path, {"tasks": list(TASKS), "config": config.to_json()})
-    bits = trainer.masks.bits if trainer.masks else None
-    saved = Policy(trainer.model.eval(), bits, trainer.sampler.conditioning, config)
-    loaded = Policy.load(tmp_path)
-    assert (loaded.tasks, loaded.step, loaded.config) == (TASKS, 2, config)
-    assert Policy.load(tmp_path, checkpoint=1).step == 1
+        save_checkpoint(run.directory, step, trainer.tensors())
+    path = run.directory.path
+    loaded = load_policy(path)
+    assert (loaded.tasks, loaded.step) == (TASKS, 2)
+    assert loaded.environment == store.environment
+    assert (loaded.backend, loaded.precision, loaded.device) == ("pytorch", "fp32", "cpu")
     actions = []
-    for policy in (saved, loaded, Policy.load(tmp_path, checkpoint=1)):
+    for policy in (trainer.learner.policy(2), loaded, load_policy(path, checkpoint=1)):
         policy.start(np.array([1, 0, 2]), seed=3)
         actions.append(play(policy, observations(3), rewards(3)))
     np.testing.assert_array_equal(actions[0], actions[1])
     assert (actions[0] != actions[2]).any()
+
+
+def test_only_the_prompts_of_restarted_rows_are_encoded(
+    store: DataStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy(store)
+    encoded = []
+    original = policy.model.encode_prompt
+
+    def encode(prompt: Steps, *arguments: Any) -> Any:
+        encoded.append(prompt.valid.shape[:2].numel())
+        return original(prompt, *arguments)
+
+    monkeypatch.setattr(policy.model, "encode_prompt", encode)
+    policy.start(np.array([2, 0, 2, 1]))
+    policy.restart(np.array([False, False, True, False]))
+    policy.restart(np.array([True, True, False, False]))
+    assert encoded == [6, 1, 2]  # at first all; the groups of one row are filled up to two
 
 
 @pytest.mark.parametrize("changes", [{}, {"algorithm": "mtdt"}, {"context_length": 1}])

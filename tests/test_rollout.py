@@ -138,5 +138,5 @@ def test_a_family_without_success_has_returns_alone(monkeypatch):
 
 @pytest.mark.parametrize("name", ["episodes", "environments", "workers"])
 def test_numbers_that_cannot_be_played(name):
-    with pytest.raises(UserError, match=f"--{name} is 0: give at least 1$"):
+    with pytest.raises(UserError, match=f"{name} is 0: give 1 or more$"):
         Request(**{name: 0})

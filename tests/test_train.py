@@ -17,9 +17,14 @@ import torch
 from tiny import TASKS, make_store
 
 from harmodt import train
+from harmodt.algorithms import preset
+from harmodt.algorithms.sequence import SequenceLearner
+from harmodt.checkpoint import checkpoint_steps, load_checkpoint
 from harmodt.data.store import DataStore
 from harmodt.errors import UserError
-from harmodt.training.checkpoint import checkpoint_steps, load_checkpoint
+from harmodt.rundir import RunDirectory
+from harmodt.settings import settings
+from harmodt.training.trainer import Trainer
 from harmodt_kernels.native import library
 
 SMALL = {
@@ -27,8 +32,13 @@ SMALL = {
     "context-length": 4, "prompt-length": 2, "mask-update-every": 4, "dropout": 0.1, "log-every": 3,
     "checkpoint-every": 4, "evaluation-episodes": 0,
 }  # fmt: skip
-SMALL_FLAGS = ["--no-fused"]
-SMALL_FLAGS += [text for name, value in SMALL.items() for text in (f"--{name}", str(value))]
+
+
+def small_flags(algorithm: str = "harmodt-f") -> list[str]:
+    """The settings of a small run, as far as an algorithm has them."""
+    known = {name.replace("_", "-") for name, _ in settings(preset("quickstart", algorithm))}
+    flags = [text for n, v in SMALL.items() if n in known for text in (f"--{n}", str(v))]
+    return ["--algorithm", algorithm, "--no-fused", "--device", "cpu", *flags]
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +46,13 @@ def store(tmp_path_factory) -> DataStore:
     return make_store(tmp_path_factory.mktemp("store") / "store", TASKS[:2])
 
 
-def begin(store: DataStore, output: Path, *more: str) -> None:
-    train.main(["--data", str(store.path), "--output", str(output), *SMALL_FLAGS, *more])
+def begin(store: DataStore, output: Path, *more: str, algorithm: str = "harmodt-f") -> None:
+    flags = small_flags(algorithm)
+    train.main(["--data", str(store.path), "--output", str(output), *flags, *more])
 
 
 def final(run: Path) -> dict[str, torch.Tensor]:
-    return load_checkpoint(run).tensors
+    return load_checkpoint(RunDirectory(run)).tensors
 
 
 def assert_same(a: Path, b: Path) -> None:
@@ -53,9 +64,12 @@ def assert_same(a: Path, b: Path) -> None:
 
 def test_a_run_leaves_what_it_promises(store, tmp_path, capsys):
     begin(store, tmp_path / "run")
-    assert checkpoint_steps(tmp_path / "run") == [4, 8, 12]
+    assert checkpoint_steps(RunDirectory(tmp_path / "run")) == [4, 8, 12]
     description = json.loads((tmp_path / "run" / "run.json").read_text())
     assert description["backend"] == "pytorch"
+    assert set(description["operations"].values()) == {"pytorch"}
+    assert description["environment"] == store.environment.to_json()
+    assert description["store"] == store.checksum
     assert description["tasks"] == list(store.tasks)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert [line["step"] for line in lines if "loss" in line] == [3, 4, 6, 8, 9, 12]
@@ -66,13 +80,15 @@ def test_a_run_leaves_what_it_promises(store, tmp_path, capsys):
 
 def test_masks_move_during_a_run(store, tmp_path):
     begin(store, tmp_path / "run", "--keep-checkpoints", "9", "--checkpoint-every", "1")
-    first, last = (load_checkpoint(tmp_path / "run", s).tensors["masks"] for s in (4, 12))
+    first, last = (
+        load_checkpoint(RunDirectory(tmp_path / "run"), s).tensors["masks"] for s in (4, 12)
+    )
     assert not torch.equal(first, last)
 
 
 @pytest.mark.parametrize("algorithm", ["harmodt-m", "harmodt-r", "prompt-dt", "mtdt"])
 def test_every_variant_trains(store, tmp_path, algorithm):
-    begin(store, tmp_path / "run", "--algorithm", algorithm)
+    begin(store, tmp_path / "run", algorithm=algorithm)
     assert ("masks" in final(tmp_path / "run")) == algorithm.startswith("harmodt")
 
 
@@ -91,7 +107,7 @@ def test_resuming_gives_the_same_run(store, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_checkpoints_and_the_run_goes_on(store, tmp_path, monkeypatch, capsys, number):
     begin(store, tmp_path / "whole")
-    step = train.Trainer.train_step
+    step = Trainer.train_step
 
     def interrupted(trainer):
         result = step(trainer)
@@ -99,11 +115,11 @@ def test_a_signal_checkpoints_and_the_run_goes_on(store, tmp_path, monkeypatch, 
             os.kill(os.getpid(), number)
         return result
 
-    monkeypatch.setattr(train.Trainer, "train_step", interrupted)
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
     with pytest.raises(SystemExit) as exit:
         begin(store, tmp_path / "cut")
     assert exit.value.code == 128 + number
-    assert checkpoint_steps(tmp_path / "cut")[-1] == 6
+    assert checkpoint_steps(RunDirectory(tmp_path / "cut"))[-1] == 6
     assert "--resume" in capsys.readouterr().out
     monkeypatch.undo()
     train.main(["--resume", str(tmp_path / "cut")])
@@ -117,7 +133,7 @@ def test_killed_runs_go_on(store, tmp_path, kills):
     begin(store, tmp_path / "whole", *more)
     command = [sys.executable, "-m", "harmodt.train"]
     run = tmp_path / "cut"
-    arguments = ["--data", str(store.path), "--output", str(run), *SMALL_FLAGS, *more]
+    arguments = ["--data", str(store.path), "--output", str(run), *small_flags(), *more]
     moments = random.Random(0)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     for _ in range(kills):
@@ -132,16 +148,16 @@ def test_killed_runs_go_on(store, tmp_path, kills):
             time.sleep(moments.uniform(0, 3))
         process.kill()
         process.communicate()
-        for step in checkpoint_steps(run):
-            load_checkpoint(run, step)
+        for step in checkpoint_steps(RunDirectory(run)):
+            load_checkpoint(RunDirectory(run), step)
     subprocess.run([*command, "--resume", str(run)], check=True, **quiet)
     assert_same(tmp_path / "whole", run)
 
 
 def wait_for_progress(run: Path, process: subprocess.Popen) -> None:
     """Until the program, whose start takes seconds, has written a checkpoint, or has ended."""
-    before = checkpoint_steps(run)
-    while process.poll() is None and checkpoint_steps(run) == before:
+    before = checkpoint_steps(RunDirectory(run))
+    while process.poll() is None and checkpoint_steps(RunDirectory(run)) == before:
         time.sleep(0.01)
 
 
@@ -218,32 +234,58 @@ def test_settings_stay_as_they_were_when_a_run_goes_on(store, tmp_path):
         train.main(["--resume", str(tmp_path / "run"), "--learning-rate", "0.5"])
 
 
+def test_bad_settings_are_named_when_a_run_goes_on(store, tmp_path):
+    begin(store, tmp_path / "run")
+    for flag, value in (("keep-checkpoints", "-1"), ("log-every", "0"), ("checkpoint-every", "0")):
+        with pytest.raises(UserError, match=f"{flag.replace('-', '_')} is {value}: give 1 or more"):
+            train.main(["--resume", str(tmp_path / "run"), f"--{flag}", value])
+    assert checkpoint_steps(RunDirectory(tmp_path / "run")) == [4, 8, 12]
+
+
+def test_a_setting_of_another_algorithm_is_refused(store, tmp_path):
+    with pytest.raises(UserError, match=r"--sparsity is no setting of prompt-dt, but of harmodt-f"):
+        begin(store, tmp_path / "run", "--sparsity", "0.5", algorithm="prompt-dt")
+    with pytest.raises(UserError, match="did you mean harmodt-f"):
+        train.main(["--algorithm", "harmodtf"])
+
+
+def test_training_does_not_import_the_simulator(store, tmp_path):
+    """It takes seconds, and a machine that only trains may not have it."""
+    program = (
+        "import sys; from harmodt import train\n"
+        "train.main(sys.argv[1:])\n"
+        "sys.exit(' '.join({'mujoco', 'metaworld'} & sys.modules.keys()))"
+    )
+    arguments = ["--data", str(store.path), "--output", str(tmp_path / "run"), *small_flags()]
+    subprocess.run([sys.executable, "-c", program, *arguments], check=True, capture_output=True)
+
+
 def test_a_checkpoint_of_another_size_is_refused(store, tmp_path):
     begin(store, tmp_path / "run")
     path = tmp_path / "run" / "run.json"
     description = json.loads(path.read_text())
-    description["config"]["embed_dim"] = 64
+    description["config"]["own"]["model"]["embed_dim"] = 64
     path.write_text(json.dumps(description))
     with pytest.raises(UserError, match="of another model size"):
         train.main(["--resume", str(tmp_path / "run")])
 
 
 def test_a_loss_that_becomes_nan_stops_the_run(store, tmp_path, monkeypatch):
-    losses = train.Trainer.losses
+    train_step = SequenceLearner.train_step
 
-    def broken(trainer, batch, targets, masks):
-        values = losses(trainer, batch, targets, masks)
-        if trainer.step == 6 and masks is not None:
-            values = values * torch.tensor([1.0, np.nan])[: len(values)]
-        return values
+    def broken(learner, step, tasks, rng):
+        result = train_step(learner, step, tasks, rng)
+        if step == 7:
+            result.losses[1] = np.nan
+        return result
 
-    monkeypatch.setattr(train.Trainer, "losses", broken)
+    monkeypatch.setattr(SequenceLearner, "train_step", broken)
     with pytest.raises(UserError) as error:
         begin(store, tmp_path / "run")
     message = str(error.value)
     assert "loss of step 7" in message and store.tasks[1] in message
     assert "checkpoints/00000004" in message
-    assert checkpoint_steps(tmp_path / "run") == [4]
+    assert checkpoint_steps(RunDirectory(tmp_path / "run")) == [4]
 
 
 def test_the_command_line_prints_one_line_and_exits_with_2(tmp_path):

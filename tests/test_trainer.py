@@ -6,14 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import configure, make_store, make_trainer, masked_copy, unpack_masks
+from tiny import configure, make_store, make_trainer, masked_copy, no_masks, unpack_masks
 from torch import Tensor
 
-from harmodt.batch import Batch
+from harmodt.algorithms.optimiser import learning_rate
+from harmodt.batch import Batch, Steps
+from harmodt.checkpoint import Checkpoint
 from harmodt.data.store import DataStore
 from harmodt.errors import UserError
-from harmodt.training.checkpoint import Checkpoint
-from harmodt.training.trainer import Trainer, learning_rate
+from harmodt.training.trainer import Trainer
 
 ALGORITHMS = ["harmodt-f", "harmodt-m", "harmodt-r", "prompt-dt", "mtdt"]
 
@@ -27,15 +28,14 @@ def train(trainer: Trainer, steps: int) -> list[Tensor]:
     """Some steps with the mask updates that are due; the losses of each step."""
     losses = []
     for _ in range(steps):
-        if trainer.mask_update_due():
-            trainer.update_masks()
+        trainer.before_step()
         losses.append(trainer.train_step().losses)
     return losses
 
 
 def saved(trainer: Trainer) -> Checkpoint:
     tensors = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
-    return Checkpoint(Path("checkpoint"), tensors, {"step": trainer.step})
+    return Checkpoint(Path("checkpoint"), trainer.step, tensors)
 
 
 def equal(a: Trainer, b: Trainer) -> bool:
@@ -45,15 +45,15 @@ def equal(a: Trainer, b: Trainer) -> bool:
 
 
 def windows(trainer: Trainer, tasks: list[int], seed: int = 0) -> tuple[Batch, Tensor]:
-    return trainer.sampler.sample(tasks, np.random.default_rng(seed))
+    return trainer.learner.sampler.sample(tasks, np.random.default_rng(seed))
 
 
 def test_the_loss_is_the_mean_over_valid_steps_and_components(store: DataStore) -> None:
     trainer = make_trainer(store, configure(batch_per_task=12))
     batch, targets = windows(trainer, [2, 0])
-    masks = trainer.masks.for_tasks(batch.task_ids)
-    losses = trainer.losses(batch, targets, masks)
-    predicted = trainer.model(batch, masks)
+    masks = trainer.learner.bank.for_tasks(batch.task_ids)
+    losses = trainer.learner.losses(batch, targets, masks)
+    predicted = trainer.learner.model(batch, masks)
     assert losses.shape == (2,)
     assert not batch.history.valid.all()
     for group in range(2):
@@ -70,24 +70,21 @@ def test_the_gradient_is_the_mean_of_the_masked_gradients(
 ) -> None:
     trainer = make_trainer(store, configure(tasks_per_step=3, gradient_clip=1e9, sparsity=0.5))
     draw = batch, targets = windows(trainer, [0, 1, 2])
-    monkeypatch.setattr(trainer.sampler, "sample", lambda tasks, rng: draw)
-    expected = {name: torch.zeros_like(p) for name, p in trainer.model.named_parameters()}
+    monkeypatch.setattr(trainer.learner.sampler, "sample", lambda tasks, rng: draw)
+    expected = {name: torch.zeros_like(p) for name, p in trainer.learner.model.named_parameters()}
     for task in range(3):
-        copy = masked_copy(trainer.model, trainer.masks.bits[task])
-        masks = unpack_masks(trainer.model, trainer.masks.bits[task])
+        copy = masked_copy(trainer.learner.model, trainer.learner.bank.bits[task])
+        masks = unpack_masks(trainer.learner.model, trainer.learner.bank.bits[task])
         group = slice(task, task + 1)
-        steps = [
-            type(part)(*(value[group] for value in vars(part).values()))
-            for part in (batch.prompt, batch.history)
-        ]
-        predicted = copy(Batch(batch.task_ids[group], *steps), None)
+        steps = [Steps(*(value[group] for value in part)) for part in (batch.prompt, batch.history)]
+        predicted = copy(Batch(batch.task_ids[group], *steps), no_masks(copy, 1))
         valid = batch.history.valid[group]
         (predicted - targets[group])[valid].square().mean().backward()
         for name, parameter in copy.named_parameters():
             expected[name] += parameter.grad * masks.get(name, 1.0) / 3
     result = trainer.train_step()
-    assert list(result.tasks) == [0, 1, 2]
-    for name, parameter in trainer.model.named_parameters():
+    assert list(result.task_ids) == [0, 1, 2]
+    for name, parameter in trainer.learner.model.named_parameters():
         torch.testing.assert_close(
             parameter.grad, expected[name], rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
@@ -103,10 +100,12 @@ def test_weights_that_no_task_of_the_step_uses_stay_as_they_were(
     train(trainer, 3)  # moments that would move something
     for _ in range(3):
         before = saved(trainer).tensors
-        tasks = trainer.train_step().tasks
+        tasks = trainer.train_step().task_ids
         assert len(tasks) == 2
-        used = [unpack_masks(trainer.model, trainer.masks.bits[task]) for task in tasks]
-        for name, weights in trainer.model.named_parameters():
+        used = [
+            unpack_masks(trainer.learner.model, trainer.learner.bank.bits[task]) for task in tasks
+        ]
+        for name, weights in trainer.learner.model.named_parameters():
             moved = (weights != before[f"model.{name}"]).flatten()
             if name in used[0]:
                 active = (used[0][name] | used[1][name]).flatten()
@@ -115,10 +114,10 @@ def test_weights_that_no_task_of_the_step_uses_stay_as_they_were(
             # LayerNorm gains and the like have some weights whose step is below a rounding
             if "timesteps" not in name:
                 assert moved.double().mean() > 0.7, name
-    idle = ~_as_bools(trainer, torch.bitwise_or(*trainer.masks.bits[:2]))
-    idle &= ~_as_bools(trainer, trainer.masks.bits[2])
-    size = trainer.vector.maskable_size
-    for moment in (trainer.first_moment, trainer.second_moment):
+    idle = ~_as_bools(trainer, torch.bitwise_or(*trainer.learner.bank.bits[:2]))
+    idle &= ~_as_bools(trainer, trainer.learner.bank.bits[2])
+    size = trainer.learner.vector.maskable_size
+    for moment in (trainer.learner.optimiser.first_moment, trainer.learner.optimiser.second_moment):
         assert (moment[:size][idle] == 0).all()
         assert (moment[:size][~idle] != 0).double().mean() > 0.7
 
@@ -135,19 +134,24 @@ def test_without_masks_a_step_is_pytorchs_adamw(
 ) -> None:
     config = configure(algorithm=algorithm, gradient_clip=clip, weight_decay=0.1)
     trainer, other = make_trainer(store, config), make_trainer(store, config)
-    parameters = list(other.model.parameters())
+    parameters = list(other.learner.model.parameters())
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.1)
     draws = [windows(trainer, [0, 2], seed) for seed in range(6)]
-    monkeypatch.setattr(trainer.sampler, "sample", lambda tasks, rng: draws[trainer.step])
+    monkeypatch.setattr(
+        trainer.learner.sampler, "sample", lambda tasks, rng: draws[trainer.step - 1]
+    )
     for step, (batch, targets) in enumerate(draws, 1):
-        other.vector.gradient.zero_()
-        other.losses(batch, targets, None).mean().backward()
+        other.learner.vector.gradient.zero_()
+        masks = other.learner.masks_of(batch.task_ids)
+        other.learner.losses(batch, targets, masks).mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.param_groups[0]["lr"] = 1e-3 * min(step / 4, 1.0)
         optimizer.step()
         result = trainer.train_step()
         torch.testing.assert_close(result.gradient_norm, norm, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(trainer.vector.weights, other.vector.weights, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        trainer.learner.vector.weights, other.learner.vector.weights, rtol=1e-3, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -202,14 +206,19 @@ def test_a_checkpoint_of_another_size_is_refused(store: DataStore) -> None:
 
 def test_round_robin_takes_each_task_in_turn(store: DataStore) -> None:
     trainer = make_trainer(store, configure(task_sampling="round-robin"))
-    assert [list(trainer.train_step().tasks) for _ in range(4)] == [[0, 1], [2, 0], [1, 2], [0, 1]]
+    assert [list(trainer.train_step().task_ids) for _ in range(4)] == [
+        [0, 1],
+        [2, 0],
+        [1, 2],
+        [0, 1],
+    ]
 
 
 def test_random_tasks_are_even_and_without_replacement(store: DataStore) -> None:
     trainer = make_trainer(store)
     counts = np.zeros(3)
     for trainer.step in range(600):
-        tasks = trainer._choose_tasks(trainer._begin(0))
+        tasks = trainer._choose_tasks(np.random.default_rng(trainer.step))
         assert len(set(tasks)) == 2
         counts[tasks] += 1
     assert np.abs(counts - 400).max() < 5 * (600 * 2 / 9) ** 0.5
@@ -224,30 +233,55 @@ def test_masks_are_updated_at_the_start_and_then_at_every_interval(
     trainer = make_trainer(store, configure(algorithm=algorithm))
     steps = []
     for trainer.step in range(10):
-        if trainer.mask_update_due():
+        before = trainer.learner.bank.bits.clone()
+        logged = trainer.before_step()
+        if logged:
             steps.append(trainer.step)
+        moved = not torch.equal(before, trainer.learner.bank.bits)
+        assert moved == (logged.get("moved_weights", 0) > 0)
     assert steps == due
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "logged"),
+    [("harmodt-f", [0, 3, 4, 6, 8, 9]), ("harmodt-r", [0, 3, 6, 9]), ("prompt-dt", [0, 3, 6, 9])],
+)
+def test_harmony_is_logged_when_asked_for(
+    store: DataStore, algorithm: str, logged: list[int]
+) -> None:
+    """Figure 2(a) compares it between models with and without masks."""
+    trainer = make_trainer(store, configure(algorithm=algorithm, harmony_every=3))
+    scores = {}
+    before = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
+    for trainer.step in range(10):
+        values = trainer.before_step()
+        if values:
+            scores[trainer.step] = values["harmony"]
+    assert list(scores) == logged
+    assert all(0 < abs(score) < 1 for score in scores.values())
+    for name, tensor in trainer.tensors().items():  # it measures and changes nothing
+        assert torch.equal(tensor, before[name]) or name == "masks"
 
 
 def test_masks_move_in_training(store: DataStore) -> None:
     trainer = make_trainer(store)
-    before, counts = trainer.masks.bits.clone(), trainer.masks.active_counts()
+    before, counts = trainer.learner.bank.bits.clone(), trainer.learner.bank.active_counts()
     train(trainer, 10)
-    assert (trainer.masks.bits != before).any(1).all()
-    assert torch.equal(trainer.masks.active_counts(), counts)
-    padding = ~_as_bools(trainer, trainer.valid_bits)
-    assert (trainer.vector.weights[padding] == 0).all()
+    assert (trainer.learner.bank.bits != before).any(1).all()
+    assert torch.equal(trainer.learner.bank.active_counts(), counts)
+    padding = ~_as_bools(trainer, trainer.learner.valid_bits)
+    assert (trainer.learner.vector.weights[padding] == 0).all()
 
 
 def test_the_learning_rate_warms_up_and_falls() -> None:
     config = configure(steps=100, learning_rate=2.0, warmup_steps=10, final_learning_rate=0.1)
-    assert learning_rate(5, config) == pytest.approx(
+    assert learning_rate(5, config.optimisation) == pytest.approx(
         2.0 * 0.5 * (0.1 + 0.9 * (1 + math.cos(math.pi / 20)) / 2)
     )
-    assert learning_rate(50, config) == pytest.approx(2.0 * (0.1 + 0.9 / 2))
-    assert learning_rate(100, config) == pytest.approx(0.2)
+    assert learning_rate(50, config.optimisation) == pytest.approx(2.0 * (0.1 + 0.9 / 2))
+    assert learning_rate(100, config.optimisation) == pytest.approx(0.2)
     constant = configure(steps=100, learning_rate=2.0, warmup_steps=0, final_learning_rate=1.0)
-    assert [learning_rate(step, constant) for step in (1, 50, 100)] == [2.0, 2.0, 2.0]
+    assert [learning_rate(step, constant.optimisation) for step in (1, 50, 100)] == [2.0, 2.0, 2.0]
 
 
 def test_bf16_keeps_weights_in_fp32_and_the_loss_close(store: DataStore) -> None:
@@ -255,7 +289,7 @@ def test_bf16_keeps_weights_in_fp32_and_the_loss_close(store: DataStore) -> None
     losses = torch.stack(train(full, 6)), torch.stack(train(half, 6))
     torch.testing.assert_close(*losses, rtol=0.02, atol=0.0)
     assert not torch.equal(*losses)
-    assert half.vector.weights.dtype == half.vector.gradient.dtype == torch.float32
+    assert half.learner.vector.weights.dtype == half.learner.vector.gradient.dtype == torch.float32
 
 
 def test_a_dense_sparsity_of_zero_is_training_without_masks(store: DataStore) -> None:
@@ -263,11 +297,13 @@ def test_a_dense_sparsity_of_zero_is_training_without_masks(store: DataStore) ->
     dense = make_trainer(store, configure(algorithm="prompt-dt"))
     train(masked, 5)
     train(dense, 5)
-    torch.testing.assert_close(masked.vector.weights, dense.vector.weights, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        masked.learner.vector.weights, dense.learner.vector.weights, rtol=1e-3, atol=1e-5
+    )
 
 
 def test_settings_that_do_not_fit_the_data_are_refused(store: DataStore) -> None:
-    maskable = make_trainer(store).vector.maskable_count()
+    maskable = make_trainer(store).learner.vector.maskable_count()
     make_trainer(store, configure(eta_max=maskable))
     with pytest.raises(UserError, match=f"eta_max is {maskable + 1}, .* only {maskable} maskable"):
         make_trainer(store, configure(eta_max=maskable + 1))

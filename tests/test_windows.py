@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,23 @@ from torch import Tensor
 
 from harmodt.batch import Batch, Steps
 from harmodt.config import TrainConfig
-from harmodt.data.inputs import TaskConditioning
+from harmodt.data.inputs import Inputs, TaskConditioning
 from harmodt.data.store import DataStore, Episodes
 from harmodt.data.windows import WindowSampler
+from harmodt.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> DataStore:
-    # Longer than `max_timesteps` below; one episode is shorter than a window.
-    return make_store(tmp_path_factory.mktemp("data") / "store", lengths=(30, 4, 22))
+    # One episode is longer than `max_timesteps` below, one hardly longer than a window.
+    return make_store(tmp_path_factory.mktemp("data") / "store", lengths=(30, 8, 22))
 
 
 def make_sampler(store: DataStore, config: TrainConfig) -> WindowSampler:
-    data = [store.task(name) for name in store.tasks]
-    return WindowSampler(data, [TaskConditioning.from_data(task, config) for task in data], config)
+    data, own = [store.task(name) for name in store.tasks], config.own
+    conditioning = [TaskConditioning.from_data(task, config) for task in data]
+    inputs = Inputs(conditioning, config.data, own.model.max_timesteps, own.prompts())
+    return WindowSampler(data, inputs, own.model.context_length)
 
 
 def sample(
@@ -50,15 +52,15 @@ def step_by_hand(
     end = episodes.episode_starts[episode + 1]
     observation = []
     for i in range(39):
-        scale = max(float(data.observation_std[i]), config.deviation_floor)
+        scale = max(float(data.observation_std[i]), config.data.deviation_floor)
         observation.append(
             (float(episodes.observations[at, i]) - float(data.observation_mean[i])) / scale
         )
     return {
-        "returns_to_go": sum(map(float, episodes.rewards[at:end])) / config.return_scale,
+        "returns_to_go": sum(map(float, episodes.rewards[at:end])) / config.data.return_scale,
         "observations": observation,
         "actions": [min(max(float(a), -1.0), 1.0) for a in episodes.actions[at]],
-        "timesteps": min(time, config.max_timesteps - 1),
+        "timesteps": min(time, config.own.model.max_timesteps - 1),
     }
 
 
@@ -142,8 +144,8 @@ def test_episodes_are_drawn_in_proportion_to_their_length(store: DataStore) -> N
     first = batch.history.valid[0].int().argmax(1)
     returns_to_go = batch.history.returns_to_go[0, torch.arange(count), first]
     drawn = np.bincount([locate(episodes, value)[0] for value in returns_to_go], minlength=3)
-    for number, length in zip(drawn, (30, 4, 22), strict=True):
-        share = length / 56
+    for number, length in zip(drawn, (30, 8, 22), strict=True):
+        share = length / 60
         assert abs(number - count * share) < 5 * (count * share * (1 - share)) ** 0.5
 
 
@@ -182,6 +184,22 @@ def test_prompts_come_from_the_prompt_episodes(store: DataStore) -> None:
         assert {start for episode, start in seen if episode == 2} == {0, 1, 2, 3, 4}
 
 
+def test_prompts_at_the_end_of_all_episodes_of_the_pool(store: DataStore) -> None:
+    batch, _ = sample(
+        store, (0,), batch_per_task=60, return_scale=1.0, prompt_position="end", prompt_pool=2
+    )
+    episodes = store.task(TASKS[0]).prompts
+    best = np.argsort(-episodes.returns)[:2]
+    found = {locate(episodes, value) for value in batch.prompt.returns_to_go[0, :, 0]}
+    assert found == {(episode, episodes.lengths[episode] - 3) for episode in best}
+
+
+def test_an_episode_shorter_than_a_window_is_named(store: DataStore) -> None:
+    make_sampler(store, configure(context_length=8))
+    with pytest.raises(UserError, match=r"task reach-v3: episode 1 has 8 steps.* 9.*lower it"):
+        make_sampler(store, configure(context_length=9))
+
+
 def test_the_mtdt_variant_has_no_prompt(store: DataStore) -> None:
     assert sample(store, algorithm="mtdt")[0].prompt is None
 
@@ -196,8 +214,5 @@ def test_a_draw_depends_on_the_generator_alone(store: DataStore) -> None:
 
 
 def _equal(a: tuple[Batch, Tensor], b: tuple[Batch, Tensor]) -> bool:
-    pairs = [(a[1], b[1])]
-    for ours, theirs in ((a[0].history, b[0].history), (a[0].prompt, b[0].prompt)):
-        names = [field.name for field in dataclasses.fields(Steps)]
-        pairs += [(getattr(ours, name), getattr(theirs, name)) for name in names]
-    return all(torch.equal(x, y) for x, y in pairs)
+    ours, theirs = ((*pair[0].history, *pair[0].prompt, pair[1]) for pair in (a, b))
+    return all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))

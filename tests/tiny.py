@@ -11,42 +11,51 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from harmodt.algorithms import Setup, preset
 from harmodt.config import TrainConfig
 from harmodt.data.inputs import TaskConditioning
 from harmodt.data.store import DataStore, Episode
 from harmodt.data.writer import StoreWriter
+from harmodt.devices import Execution
 from harmodt.environments import METAWORLD, family
-from harmodt.networks.decision_transformer import DecisionTransformer
+from harmodt.masks.bank import TaskMasks
+from harmodt.networks.decision_transformer import DecisionTransformer, TransformerConfig
+from harmodt.settings import change, settings
 from harmodt.training.trainer import Trainer
+from harmodt_kernels import REFERENCE, Backend
 
 SPEC = family(METAWORLD).spec
 TASKS = ("reach-v3", "push-v3", "drawer-open-v3")
 
-CONFIG = TrainConfig(
-    fused=False,
-    embed_dim=32,
-    layers=2,
-    heads=2,
-    context_length=6,
-    prompt_length=3,
-    max_timesteps=50,
-    steps=20,
-    tasks_per_step=2,
-    batch_per_task=4,
-    warmup_steps=4,
-    final_learning_rate=1.0,
-    mask_update_every=4,
-    eta_max=40,
-    action_dropout=0.5,
-    log_every=2,
-    checkpoint_every=4,
-    evaluation_episodes=0,
-)
+CONFIG = {
+    "device": "cpu",
+    "fused": False,
+    "embed_dim": 32,
+    "layers": 2,
+    "heads": 2,
+    "context_length": 6,
+    "prompt_length": 3,
+    "max_timesteps": 50,
+    "steps": 20,
+    "tasks_per_step": 2,
+    "batch_per_task": 4,
+    "warmup_steps": 4,
+    "final_learning_rate": 1.0,
+    "mask_update_every": 4,
+    "eta_max": 40,
+    "action_dropout": 0.5,
+    "log_every": 2,
+    "checkpoint_every": 4,
+    "evaluation_episodes": 0,
+}
 
 
-def configure(**changes: object) -> TrainConfig:
+def configure(algorithm: str = "harmodt-f", **changes: object) -> TrainConfig:
     """The tiny run's settings with some changes."""
-    return dataclasses.replace(CONFIG, **changes)
+    config = change(preset("quickstart", algorithm), {**CONFIG, **changes})
+    unknown = changes.keys() - dict(settings(config)).keys()
+    assert not unknown, f"{algorithm} has no {unknown}"
+    return config
 
 
 def make_episode(rng: np.random.Generator, length: int, center: float = 0.0) -> Episode:
@@ -77,13 +86,42 @@ def make_store(
     return writer.finish(tasks)
 
 
+def make_setup(
+    store: DataStore,
+    config: TrainConfig | None = None,
+    device: torch.device | str = "cpu",
+    backend: Backend | None = None,
+) -> Setup:
+    """The setup of a run over all tasks of a store, on the config's kernels or a backend's."""
+    config = config or configure()
+    execution = Execution.choose(str(device), config.run.fused, config.run.precision)
+    if backend is not None:
+        execution = dataclasses.replace(execution, backend=backend)
+    conditioning = tuple(TaskConditioning.from_data(store.task(n), config) for n in store.tasks)
+    return Setup(config, store.environment, conditioning, execution)
+
+
 def make_trainer(
-    store: DataStore, config: TrainConfig = CONFIG, device: torch.device | str = "cpu"
+    store: DataStore,
+    config: TrainConfig | None = None,
+    device: torch.device | str = "cpu",
+    backend: Backend | None = None,
 ) -> Trainer:
     """A trainer over all tasks of a store."""
-    data = [store.task(name) for name in store.tasks]
-    conditioning = [TaskConditioning.from_data(task, config) for task in data]
-    return Trainer(config, data, conditioning, torch.device(device))
+    setup = make_setup(store, config, device, backend)
+    return Trainer(setup, [store.task(name) for name in store.tasks])
+
+
+def make_model(
+    config: TransformerConfig, tasks: int = 3, backend: Backend = REFERENCE
+) -> DecisionTransformer:
+    """A model of the definitions."""
+    return DecisionTransformer(config, tasks, backend)
+
+
+def no_masks(model: DecisionTransformer, groups: int) -> TaskMasks:
+    """Of a batch that is computed with all weights."""
+    return TaskMasks(model.vector, None, torch.zeros(groups, dtype=torch.int64))
 
 
 def peak_memory(function: Callable[[], object]) -> int:
@@ -117,7 +155,7 @@ def unpack_masks(model: DecisionTransformer, bits: Tensor) -> dict[str, Tensor]:
 def masked_copy(model: DecisionTransformer, bits: Tensor) -> DecisionTransformer:
     """Another model whose weights are those of `model` times one task's mask."""
     tasks = model.task_embedding.num_embeddings if model.config.task_embedding_dim else 1
-    copy = DecisionTransformer(model.config, tasks)
+    copy = make_model(model.config, tasks)
     masks = unpack_masks(model, bits)
     with torch.no_grad():
         for (name, theirs), ours in zip(copy.named_parameters(), model.parameters(), strict=True):

@@ -22,6 +22,7 @@ from rich.table import Table
 from ..environments import FAMILIES, METAWORLD, EnvironmentSpec, family
 from ..errors import UserError, run_command
 from ..progress import progress_bar
+from ..settings import Count, Whole, check
 from .importers import IMPORTERS, Importer, check_episode, importer
 from .store import UNKNOWN, DataStore, Episode, TaskData
 from .writer import StoreWriter, TaskWriter, check_output
@@ -41,11 +42,11 @@ class ImportConfig:
     """Directory of the store."""
     tasks: tuple[str, ...] = ()
     """Tasks by name (reach-v2, reach) or by set (mt5, mt50); every task found if none is named."""
-    episodes: int | None = None
+    episodes: Count | None = None
     """Read only the first so many episodes of each task by number; all by default."""
-    prompt_episodes: int = 10
+    prompt_episodes: Whole = 10
     """The episodes with the highest return, so many per task, are held apart as prompts."""
-    min_length: int = 20
+    min_length: Count = 20
     """Steps that an episode must have at least: the context length in training."""
     clip_actions: bool = True
     """Clip actions to [-1, 1], which is what the environments execute."""
@@ -80,7 +81,8 @@ def import_data(config: ImportConfig, progress: bool = True) -> DataStore:
         UserError: a setting out of range, a task that is not there, an episode that cannot be
             used, or an output directory that is taken.
     """
-    _check(config)
+    check(config)
+    check_output(config.output)
     found = family(config.family)
     environment = replace(found.spec, reward_version=config.reward_version)
     source = importer(config.format, config.source, found)
@@ -194,14 +196,6 @@ def _describe_task(task: TaskData) -> list[str]:
         f"{known.mean():.0%}" if len(known) else "unknown",
         f"{len(task.prompts):,}",
     ]
-
-
-def _check(config: ImportConfig) -> None:
-    for name, low in (("episodes", 1), ("prompt_episodes", 0), ("min_length", 1)):
-        value = getattr(config, name)
-        if value is not None and value < low:
-            raise UserError(f"{name} is {value}: it must be at least {low}")
-    check_output(config.output)
 
 
 def _settings(config: ImportConfig, tasks: Sequence[str]) -> dict[str, Any]:

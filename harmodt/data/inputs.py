@@ -1,6 +1,7 @@
-"""What a policy must know of each task besides its weights: scales, prompts, target return.
+"""From a time step, stored or observed, to what a model reads; prompts; target returns.
 
-It is taken from the data once and saved with the run, so that a trained policy needs no store.
+What must be known of each task for that is its conditioning. It is taken from the data once and
+saved with the run, so that a trained policy needs no store.
 """
 
 from __future__ import annotations
@@ -13,15 +14,11 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from ..config import TrainConfig
+from ..batch import StepArrays
+from ..config import DataSettings, PromptSettings, TrainConfig
 from ..errors import UserError
 from ..files import write_bytes
-from .store import Episodes, TaskData
-
-PROMPT_EPISODES = 5
-"""How many of a task's held-apart episodes, the best by return, prompts are drawn from."""
-
-_ARRAYS = ("observations", "actions", "rewards", "returns_to_go", "episode_starts", "successes")
+from .store import EPISODE_ARRAYS, Episodes, TaskData
 
 
 @dataclass(frozen=True)
@@ -30,10 +27,11 @@ class TaskConditioning:
 
     Attributes:
         name: task name.
-        mean, deviation: float32 [39]; the deviation is floored by the run's `deviation_floor`,
+        mean, deviation: float32 [O]; the deviation is floored by the run's `deviation_floor`,
             because many of Meta-World's dimensions are constant within a task's data and a tiny
             shift at evaluation would otherwise become an enormous input.
-        prompts: the held-apart episodes of highest return; none for a model without prompt.
+        prompts: the held-apart episodes of highest return, the best first; none for a model
+            without prompt.
         target_return: the return asked for at evaluation, the best of the task's data (the
             paper's G*_i) unless the run gives one.
     """
@@ -51,34 +49,103 @@ class TaskConditioning:
         Raises:
             UserError: no held-apart episode is as long as a prompt.
         """
-        length = config.model().prompt_length
-        best = np.argsort(-data.prompts.returns, kind="stable")
-        usable = [e for e in best if length and data.prompts.lengths[e] >= length]
-        if length and not usable:
-            raise UserError(
-                f"task {data.name} has no prompt episode of at least {length} steps: "
-                "make the store again with prompt episodes, or lower prompt_length"
-            )
+        target = config.evaluation.target_return
         return cls(
             name=data.name,
             mean=data.observation_mean,
-            deviation=np.maximum(data.observation_std, np.float32(config.deviation_floor)),
-            prompts=_select(data.prompts, np.array(usable[:PROMPT_EPISODES], np.int64)),
-            target_return=(
-                data.best_return if config.target_return is None else config.target_return
-            ),
+            deviation=np.maximum(data.observation_std, np.float32(config.data.deviation_floor)),
+            prompts=_select(data.prompts, _choose_prompts(data, config.own.prompts())),
+            target_return=data.best_return if target is None else target,
         )
 
-    def normalise(self, observations: np.ndarray) -> np.ndarray:
-        """Observations [..., 39] in units of the task's deviation from its mean, float32."""
-        return ((observations - self.mean) / self.deviation).astype(np.float32)
 
-    def draw_prompts(self, rng: np.random.Generator, count: int, length: int) -> np.ndarray:
-        """Step indices into the prompt episodes, int64 [count, length], at random places."""
-        episodes = rng.integers(len(self.prompts), size=count)
-        room = self.prompts.lengths[episodes] - length
-        starts = self.prompts.episode_starts[episodes] + rng.integers(room + 1)
-        return starts[:, None] + np.arange(length)
+class Inputs:
+    """Turns time steps of some tasks into what a model reads.
+
+    Args:
+        conditioning: one entry per task; index = task id.
+        settings: scale of returns, share of hidden actions.
+        max_timesteps: later time steps count as the last of so many.
+        prompt: of what prompts are drawn; None for a model without.
+    """
+
+    def __init__(
+        self,
+        conditioning: Sequence[TaskConditioning],
+        settings: DataSettings,
+        max_timesteps: int,
+        prompt: PromptSettings | None = None,
+    ):
+        self.conditioning = tuple(conditioning)
+        self.settings = settings
+        self.max_timesteps = max_timesteps
+        self.prompt = prompt
+
+    def steps(
+        self,
+        task: int,
+        returns_to_go: np.ndarray,
+        observations: np.ndarray,
+        actions: np.ndarray,
+        timesteps: np.ndarray,
+        valid: np.ndarray,
+    ) -> StepArrays:
+        """Time steps of a task as they are stored or observed, all of some leading shape [...].
+
+        Args:
+            returns_to_go: [...], unscaled.
+            observations: [..., O], unnormalised.
+            actions: [..., A]; data may hold unclipped ones, which environments execute clipped.
+            timesteps: int [...], from 0.
+            valid: bool [...], False for padding.
+        """
+        task_conditioning = self.conditioning[task]
+        centred = np.asarray(observations, np.float32) - task_conditioning.mean
+        return StepArrays(
+            returns_to_go=np.asarray(returns_to_go, np.float32)
+            / np.float32(self.settings.return_scale),
+            observations=centred / task_conditioning.deviation,
+            actions=np.clip(actions, np.float32(-1), np.float32(1)),
+            timesteps=np.minimum(timesteps, self.max_timesteps - 1),
+            valid=valid,
+        )
+
+    def of_episodes(
+        self, task: int, episodes: Episodes, indices: np.ndarray, valid: np.ndarray
+    ) -> StepArrays:
+        """The steps of these indices into a task's episodes, both [...]."""
+        starts = episodes.episode_starts
+        first_steps = starts[np.searchsorted(starts, indices, "right") - 1]
+        return self.steps(
+            task,
+            episodes.returns_to_go[indices],
+            episodes.observations[indices],
+            episodes.actions[indices],
+            indices - first_steps,
+            valid,
+        )
+
+    def hide_actions(self, actions: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Previous actions [..., A] as the model sees them: some are hidden, which is 0."""
+        hidden = rng.random(actions.shape[:-1]) < self.settings.action_dropout
+        return np.where(hidden[..., None], np.float32(0), actions)
+
+    def prompts(
+        self, task: int, rng: np.random.Generator, count: int, acting: bool = False
+    ) -> StepArrays:
+        """Draw prompts [count, K*] of a task from its held-apart episodes.
+
+        Args:
+            acting: at evaluation, where a prompt at an episode's end is the best episode's.
+        """
+        assert self.prompt is not None
+        episodes, length = self.conditioning[task].prompts, self.prompt.prompt_length
+        at_end = self.prompt.prompt_position == "end"
+        chosen = rng.integers(1 if at_end and acting else len(episodes), size=count)
+        room = episodes.lengths[chosen] - length
+        starts = episodes.episode_starts[chosen] + (room if at_end else rng.integers(room + 1))
+        indices = starts[:, None] + np.arange(length)
+        return self.of_episodes(task, episodes, indices, np.ones(indices.shape, bool))
 
 
 def save_conditioning(path: Path, tasks: Sequence[TaskConditioning]) -> None:
@@ -88,7 +155,7 @@ def save_conditioning(path: Path, tasks: Sequence[TaskConditioning]) -> None:
         arrays[f"{task.name}/mean"] = task.mean
         arrays[f"{task.name}/deviation"] = task.deviation
         arrays[f"{task.name}/target_return"] = np.array([task.target_return])
-        for name in _ARRAYS:
+        for name in EPISODE_ARRAYS:
             arrays[f"{task.name}/prompts/{name}"] = getattr(task.prompts, name)
     content = save({key: np.ascontiguousarray(value) for key, value in arrays.items()})
     write_bytes(path, content)
@@ -103,7 +170,7 @@ def load_conditioning(path: Path, tasks: Sequence[str]) -> list[TaskConditioning
                 mean=file.get_tensor(f"{task}/mean"),
                 deviation=file.get_tensor(f"{task}/deviation"),
                 prompts=Episodes(
-                    **{name: file.get_tensor(f"{task}/prompts/{name}") for name in _ARRAYS}
+                    **{name: file.get_tensor(f"{task}/prompts/{name}") for name in EPISODE_ARRAYS}
                 ),
                 target_return=float(file.get_tensor(f"{task}/target_return")[0]),
             )
@@ -111,15 +178,33 @@ def load_conditioning(path: Path, tasks: Sequence[str]) -> list[TaskConditioning
         ]
 
 
+def _choose_prompts(data: TaskData, prompt: PromptSettings | None) -> np.ndarray:
+    """The episodes that prompts are drawn from, int64 [n], the best first."""
+    if prompt is None:
+        return np.zeros(0, np.int64)
+    best = np.argsort(-data.prompts.returns, kind="stable")
+    usable = best[data.prompts.lengths[best] >= prompt.prompt_length]
+    if not len(usable):
+        raise UserError(
+            f"task {data.name} has no prompt episode of at least {prompt.prompt_length} steps: "
+            "make the store again with prompt episodes, or lower prompt_length"
+        )
+    return usable[: prompt.prompt_pool]
+
+
 def _select(episodes: Episodes, chosen: np.ndarray) -> Episodes:
     """A copy of some episodes, int64 [n], in memory."""
     starts = episodes.episode_starts
-    spans = [slice(0), *(slice(starts[e], starts[e + 1]) for e in chosen)]
+    steps = np.concatenate(
+        [np.zeros(0, np.int64), *(np.arange(starts[e], starts[e + 1]) for e in chosen)]
+    )
+    of_steps = {
+        name: getattr(episodes, name)[steps]
+        for name in EPISODE_ARRAYS
+        if name not in ("episode_starts", "successes")
+    }
     return Episodes(
-        observations=np.concatenate([episodes.observations[s] for s in spans]),
-        actions=np.concatenate([episodes.actions[s] for s in spans]),
-        rewards=np.concatenate([episodes.rewards[s] for s in spans]),
-        returns_to_go=np.concatenate([episodes.returns_to_go[s] for s in spans]),
+        **of_steps,
         episode_starts=np.append(0, np.cumsum(episodes.lengths[chosen])),
         successes=episodes.successes[chosen],
     )

@@ -1,29 +1,17 @@
-"""Random windows of offline episodes as batches of the model."""
+"""Random windows of offline episodes as batches of a sequence model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..batch import Batch, Steps
-from ..config import TrainConfig
-from .inputs import TaskConditioning
-from .store import Episodes, TaskData
-
-
-@dataclass
-class WindowArrays:
-    """The steps of some windows as arrays [B, L, ...], before they are joined to a batch."""
-
-    returns_to_go: np.ndarray
-    observations: np.ndarray
-    actions: np.ndarray
-    timesteps: np.ndarray
-    valid: np.ndarray
+from ..batch import Batch, join
+from ..errors import UserError
+from .inputs import Inputs
+from .store import TaskData
 
 
 class WindowSampler:
@@ -33,58 +21,56 @@ class WindowSampler:
     draws, so the position in the data is the generator's seed.
 
     Args:
-        data, conditioning: one entry per task; index = task id.
-        config: the run's settings.
+        data: one entry per task; index = task id.
+        inputs: of the same tasks.
+        context_length: K, steps of a window.
         device: where the batches go.
+
+    Raises:
+        UserError: an episode is shorter than a window.
     """
 
     def __init__(
         self,
         data: Sequence[TaskData],
-        conditioning: Sequence[TaskConditioning],
-        config: TrainConfig,
+        inputs: Inputs,
+        context_length: int,
         device: torch.device | str = "cpu",
     ):
         self.data = data
-        self.conditioning = conditioning
-        self.config = config
-        self.device = device
+        self.inputs = inputs
+        self.context_length = context_length
+        self.device = torch.device(device)
+        for task in data:
+            lengths = task.train.lengths
+            if lengths.min() < context_length:
+                raise UserError(
+                    f"task {task.name}: episode {lengths.argmin()} has {lengths.min()} steps, "
+                    f"fewer than context_length {context_length}: lower it, or make the store "
+                    "again without that episode"
+                )
 
     def sample(self, task_ids: Sequence[int], rng: np.random.Generator) -> tuple[Batch, Tensor]:
         """Draw `batch_per_task` windows of each task.
 
         Returns:
             The batch of G = len(task_ids) groups, and the actions to predict, float32
-            [G, B, K, 4] in [-1, 1]; a prediction counts where the history is valid.
+            [G, B, K, A] in [-1, 1]; a prediction counts where the history is valid.
         """
-        count, config = self.config.batch_per_task, self.config
-        histories, prompts = [], []
+        histories, prompts, count = [], [], self.inputs.settings.batch_per_task
         for task in task_ids:
             windows = self._windows(task, rng, count)
-            histories.append(self._gather(task, self.data[task].train, *windows))
-            if config.model().prompt_length:
-                prompts.append(self.prompt_windows(task, rng, count))
-        history = self.to_steps(histories)
-        hidden = rng.random(history.valid.shape) < config.action_dropout
-        shown = history.actions * torch.from_numpy(~hidden[..., None]).to(self.device)
-        visible = Steps(
-            history.returns_to_go, history.observations, shown, history.timesteps, history.valid
+            histories.append(self.inputs.of_episodes(task, self.data[task].train, *windows))
+            if self.inputs.prompt is not None:
+                prompts.append(self.inputs.prompts(task, rng, count))
+        targets = torch.from_numpy(np.stack([history.actions for history in histories]))
+        visible = [h._replace(actions=self.inputs.hide_actions(h.actions, rng)) for h in histories]
+        batch = Batch(
+            task_ids=torch.tensor(list(task_ids), device=self.device),
+            prompt=join(prompts, self.device) if prompts else None,
+            history=join(visible, self.device),
         )
-        ids = torch.tensor(list(task_ids), device=self.device)
-        prompt = self.to_steps(prompts) if prompts else None
-        return Batch(ids, prompt, visible), history.actions
-
-    def prompt_windows(self, task: int, rng: np.random.Generator, count: int) -> WindowArrays:
-        """Draw prompts [count, K*, ...] of a task from its held-apart episodes."""
-        conditioning = self.conditioning[task]
-        indices = conditioning.draw_prompts(rng, count, self.config.prompt_length)
-        return self._gather(task, conditioning.prompts, indices, np.ones(indices.shape, bool))
-
-    def to_steps(self, groups: Sequence[WindowArrays]) -> Steps:
-        """Join the windows of several groups to tensors [G, B, L, ...] on the device."""
-        names = ("returns_to_go", "observations", "actions", "timesteps", "valid")
-        tensors = {n: torch.from_numpy(np.stack([getattr(g, n) for g in groups])) for n in names}
-        return Steps(**{name: tensor.to(self.device) for name, tensor in tensors.items()})
+        return batch, targets.to(self.device)
 
     def _windows(
         self, task: int, rng: np.random.Generator, count: int
@@ -94,35 +80,13 @@ class WindowSampler:
         An episode is drawn in proportion to its length; a window that begins less than K steps
         before the episode's end is padded on the left.
         """
-        episodes, length = self.data[task].train, self.config.context_length
-        chosen = (
-            np.searchsorted(
-                episodes.episode_starts,
-                rng.integers(episodes.episode_starts[-1], size=count),
-                "right",
-            )
-            - 1
-        )
+        episodes, length = self.data[task].train, self.context_length
+        steps = rng.integers(episodes.episode_starts[-1], size=count)
+        chosen = np.searchsorted(episodes.episode_starts, steps, "right") - 1
         lengths = episodes.lengths[chosen]
-        starts = (rng.random(count) ** self.config.window_start_bias * lengths).astype(np.int64)
+        bias = self.inputs.settings.window_start_bias
+        starts = (rng.random(count) ** bias * lengths).astype(np.int64)
         missing = np.maximum(starts + length - lengths, 0)
         offsets = np.arange(length)[None] - missing[:, None]
         indices = (episodes.episode_starts[chosen] + starts)[:, None] + np.maximum(offsets, 0)
         return indices, offsets >= 0
-
-    def _gather(
-        self, task: int, episodes: Episodes, indices: np.ndarray, valid: np.ndarray
-    ) -> WindowArrays:
-        first_steps = episodes.episode_starts[
-            np.searchsorted(episodes.episode_starts, indices, "right") - 1
-        ]
-        timesteps = np.minimum(indices - first_steps, self.config.max_timesteps - 1)
-        returns_to_go = episodes.returns_to_go[indices] / np.float32(self.config.return_scale)
-        return WindowArrays(
-            returns_to_go=returns_to_go,
-            observations=self.conditioning[task].normalise(episodes.observations[indices]),
-            # Data may hold unclipped actions; the environments execute them clipped.
-            actions=np.clip(episodes.actions[indices], -1.0, 1.0),
-            timesteps=timesteps,
-            valid=valid,
-        )

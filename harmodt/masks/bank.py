@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from harmodt_kernels import PYTORCH, Backend, count_bits, pack_bits, unpack_bits
+from harmodt_kernels import LayerMasks, count_bits, pack_bits, unpack_bits
 
 from ..errors import UserError
 from .vector import ParameterVector
@@ -16,44 +16,57 @@ from .vector import ParameterVector
 
 @dataclass(frozen=True)
 class TaskMasks:
-    """The masks of all tasks, which of them each group of a batch uses, and how they are applied.
+    """The masks that a batch is computed under; without bits, all weights are active.
 
     Attributes:
-        bits: int32 [T, P_m / 32].
-        task_ids: int64 [G].
-        backend: the kernels that apply them.
+        vector: of the model whose layers are masked.
+        bits: int32 [T, P_m / 32], the masks of all tasks, or None for the dense model.
+        task_ids: int64 [G], the task of each group.
         group_gradients: [G, P_m] or None. A backward pass writes each group's gradient of the
-            maskable weights to it by itself; those weights' own gradients are then undefined.
+            maskable weights to it by itself; those weights' own gradients then get nothing.
     """
 
-    bits: Tensor
+    vector: ParameterVector
+    bits: Tensor | None
     task_ids: Tensor
-    backend: Backend = PYTORCH
     group_gradients: Tensor | None = None
+
+    def of(self, layer: nn.Module) -> LayerMasks | None:
+        """A masked layer's part of them."""
+        if self.bits is None and self.group_gradients is None:
+            return None
+        weight, bias = self.vector.layers[layer]
+        gradients = self.group_gradients
+        return LayerMasks(
+            weight_bits=None if self.bits is None else weight.bits(self.bits),
+            bias_bits=None if self.bits is None or bias is None else bias.bits(self.bits),
+            task_ids=self.task_ids,
+            group_gradients=None
+            if gradients is None
+            else (
+                weight.of_groups(gradients),
+                None if bias is None else bias.of_groups(gradients),
+            ),
+        )
 
 
 class MaskBank:
     """The masks of all tasks: P_m / 8 bytes each.
 
     Attributes:
+        vector: of the model whose layers are masked.
         bits: int32 [T, P_m / 32], one row per task; bit j is element j of the parameter vector.
         maskable_bits: int32 [P_m / 32], 1 where an element is a weight and 0 where it is padding.
-        backend: the kernels that apply them.
     """
 
-    def __init__(self, bits: Tensor, maskable_bits: Tensor, backend: Backend = PYTORCH):
+    def __init__(self, vector: ParameterVector, bits: Tensor):
+        self.vector = vector
         self.bits = bits
-        self.maskable_bits = maskable_bits
-        self.backend = backend
+        self.maskable_bits = vector.valid_bits()[: vector.maskable_size // 32]
 
     @classmethod
     def initialise(
-        cls,
-        vector: ParameterVector,
-        tasks: int,
-        sparsity: float,
-        seed: int,
-        backend: Backend = PYTORCH,
+        cls, vector: ParameterVector, tasks: int, sparsity: float, seed: int
     ) -> MaskBank:
         """Draw every task's mask independently at the ERK densities (Appendix C of the paper).
 
@@ -62,16 +75,13 @@ class MaskBank:
             tasks: number of tasks.
             sparsity: S, the share of inactive weights, in [0, 1).
             seed: with the task's index, the seed of its mask.
-            backend: the kernels that apply the masks.
 
         Raises:
             UserError: the sparsity is outside [0, 1).
         """
-        slots = [vector.slots[name] for name in vector.maskable_names]
-        shapes = [(slot.rows, slot.columns) for slot in slots]
-        densities = erk_densities(shapes, sparsity)
-        words = vector.maskable_size // 32
-        bits = torch.empty(tasks, words, dtype=torch.int32)
+        slots = vector.maskable_slots
+        densities = erk_densities([(slot.rows, slot.columns) for slot in slots], sparsity)
+        bits = torch.empty(tasks, vector.maskable_size // 32, dtype=torch.int32)
         for task in range(tasks):
             mask = torch.zeros(vector.maskable_size, dtype=torch.bool)
             for slot, density in zip(slots, densities, strict=True):
@@ -79,26 +89,19 @@ class MaskBank:
                 generator = torch.Generator().manual_seed(_mix(seed, task, slot.offset))
                 chosen = torch.zeros(size, dtype=torch.bool)
                 chosen[torch.randperm(size, generator=generator)[: round(density * size)]] = True
-                slot.view(mask, torch.Size((slot.rows, slot.columns))).copy_(
-                    chosen.view(slot.rows, slot.columns)
-                )
+                slot.view(mask).copy_(chosen.view(slot.shape))
             bits[task] = pack_bits(mask)
-        return cls(bits.to(vector.weights.device), vector.valid_bits()[:words], backend)
+        return cls(vector, bits.to(vector.weights.device))
 
     def for_tasks(self, task_ids: Tensor, group_gradients: Tensor | None = None) -> TaskMasks:
         """The masks of a batch whose groups belong to these tasks, int64 [G]."""
-        return TaskMasks(self.bits, task_ids, self.backend, group_gradients)
+        return TaskMasks(self.vector, self.bits, task_ids, group_gradients)
 
-    def dense(self, groups: int, group_gradients: Tensor | None = None) -> TaskMasks:
-        """A mask with all weights for every group: the dense model."""
-        task_ids = torch.zeros(groups, dtype=torch.int64, device=self.bits.device)
-        return TaskMasks(self.maskable_bits[None], task_ids, self.backend, group_gradients)
-
-    def active_bits(self, task_ids: Sequence[int]) -> Tensor:
-        """int32 [P_m / 32]: the weights that are active in at least one of these tasks."""
-        union = self.bits[task_ids[0]].clone()
-        for task in task_ids[1:]:
-            union |= self.bits[task]
+    def active_bits(self, task_ids: Tensor) -> Tensor:
+        """int32 [P_m / 32]: the weights that are active in at least one of these tasks, [G]."""
+        union, *others = self.bits[task_ids]
+        for bits in others:
+            union = union | bits
         return union
 
     def active_counts(self) -> Tensor:

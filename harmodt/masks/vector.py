@@ -1,20 +1,23 @@
 """All parameters of a model as one flat vector.
 
 Mask selection, gradient clipping, the optimiser and checkpoints work on the whole vector; the
-model's parameters are views into it. Maskable tensors come first, each row padded to whole 32-bit
-mask words, so that element j of the vector is bit j of the packed mask.
+model's parameters are views into it. The parameters of masked layers come first, each row padded to
+whole 32-bit mask words, so that element j of the vector is bit j of the packed mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from harmodt_kernels import pack_bits, words_for
+from harmodt_kernels import MaskedLayerNorm, MaskedLinear, pack_bits, words_for
 from harmodt_kernels.bits import BITS_PER_WORD
+
+MASKED_LAYERS = (MaskedLinear, MaskedLayerNorm)
+"""The layers whose parameters masks cover: all of a masked layer's, and no others."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Slot:
     """Where one tensor lives in the vector: `rows` rows of `columns` elements, `stride` apart."""
 
     offset: int
+    shape: torch.Size
     rows: int
     columns: int
     stride: int
@@ -30,20 +34,21 @@ class Slot:
     def end(self) -> int:
         return self.offset + self.rows * self.stride
 
-    def view(self, vector: Tensor, shape: torch.Size) -> Tensor:
-        """The tensor of `shape` as a view of the vector."""
-        rows = vector[self.offset : self.end].view(self.rows, self.stride)[:, : self.columns]
-        return rows[0].view(shape) if self.rows == 1 else rows
+    def view(self, vector: Tensor) -> Tensor:
+        """The tensor as a view of the vector [P]."""
+        return self.of_groups(vector[None])[0]
 
     def of_groups(self, vectors: Tensor) -> Tensor:
-        """This tensor's part of one vector per group [G, P]: a view [G, rows, columns]."""
-        rows = vectors[:, self.offset : self.end].unflatten(1, (self.rows, self.stride))
-        return rows[..., : self.columns]
+        """This tensor's part of one vector per group [G, P]: a view [G, *shape]."""
+        part = vectors[:, self.offset : self.end]
+        if self.rows == 1:
+            return part[:, : self.columns].view(len(vectors), *self.shape)
+        return part.unflatten(1, (self.rows, self.stride))[..., : self.columns]
 
     def bits(self, mask_bits: Tensor) -> Tensor:
-        """This tensor's part of packed masks [T, words]: [T, rows, words per row]."""
+        """A masked layer's part of packed masks [T, words]: [T, *shape[:-1], words of a row]."""
         words = mask_bits[:, self.offset // BITS_PER_WORD : self.end // BITS_PER_WORD]
-        return words.unflatten(1, (self.rows, self.stride // BITS_PER_WORD))
+        return words.unflatten(1, (*self.shape[:-1], -1))
 
 
 class ParameterVector:
@@ -52,42 +57,58 @@ class ParameterVector:
     Attributes:
         weights: float32 [P], padding included.
         gradient: float32 [P], filled by backward passes; zero it before one.
-        maskable_size: P_m, the number of leading elements that masks cover, padding included.
+        maskable_size: P_m, the number of leading elements that masks cover, padding included; 0
+            for a model without masked layers.
         slots: name of each parameter to its place.
+        layers: each masked layer to the places of its weight and bias (None without).
     """
 
-    def __init__(self, model: nn.Module, is_maskable: Callable[[str], bool], device: torch.device):
+    def __init__(self, model: nn.Module, device: torch.device):
+        layers = [m for m in model.modules() if isinstance(m, MASKED_LAYERS)]
+        masked = {id(parameter) for layer in layers for parameter in layer.parameters()}
         parameters = dict(model.named_parameters())
-        names = sorted(parameters, key=lambda name: not is_maskable(name))  # stable
+        first = sorted(parameters, key=lambda name: id(parameters[name]) not in masked)  # stable
         self.slots: dict[str, Slot] = {}
-        offset = 0
-        for name in names:
-            self.slots[name] = _place(parameters[name].shape, offset, is_maskable(name))
+        self.maskable_size = offset = 0
+        for name in first:
+            maskable = id(parameters[name]) in masked
+            self.slots[name] = _place(parameters[name].shape, offset, maskable)
             offset = self.slots[name].end
-        self.maskable_names = [name for name in names if is_maskable(name)]
-        self.maskable_size = self.slots[self.maskable_names[-1]].end
+            self.maskable_size = offset if maskable else self.maskable_size
         self.weights = torch.zeros(offset, device=device)
         self.gradient = torch.zeros(offset, device=device)
+        of_parameter = {id(parameters[name]): slot for name, slot in self.slots.items()}
+        self.layers: dict[nn.Module, tuple[Slot, Slot | None]] = {
+            layer: (
+                of_parameter[id(layer.weight)],
+                None if layer.bias is None else of_parameter[id(layer.bias)],
+            )
+            for layer in layers
+        }
         for name, parameter in parameters.items():
-            view = self.slots[name].view(self.weights, parameter.shape)
+            view = self.slots[name].view(self.weights)
             view.copy_(parameter.detach())
             parameter.data = view
-            parameter.grad = self.slots[name].view(self.gradient, parameter.shape)
+            parameter.grad = self.slots[name].view(self.gradient)
+
+    @property
+    def maskable_slots(self) -> list[Slot]:
+        """The places of the parameters of masked layers, in order."""
+        return [slot for slot in self.slots.values() if slot.end <= self.maskable_size]
 
     def valid_bits(self) -> Tensor:
         """int32 [P / 32]: 1 where the vector holds a parameter, 0 where it holds padding."""
         valid = torch.zeros(len(self.weights), dtype=torch.bool)
         for slot in self.slots.values():
-            valid[slot.offset : slot.end].view(slot.rows, slot.stride)[:, : slot.columns] = True
+            slot.view(valid).fill_(True)
         return pack_bits(valid).to(self.weights.device)
 
     def maskable_count(self) -> int:
         """Number of maskable weights, padding excluded."""
-        slots = (self.slots[name] for name in self.maskable_names)
-        return sum(slot.rows * slot.columns for slot in slots)
+        return sum(slot.rows * slot.columns for slot in self.maskable_slots)
 
 
 def _place(shape: torch.Size, offset: int, maskable: bool) -> Slot:
     by_rows = maskable and len(shape) == 2
-    rows, columns = shape if by_rows else (1, shape.numel())
-    return Slot(offset, rows, columns, words_for(columns) * BITS_PER_WORD)
+    rows, columns = shape if by_rows else (1, math.prod(shape))
+    return Slot(offset, shape, rows, columns, words_for(columns) * BITS_PER_WORD)

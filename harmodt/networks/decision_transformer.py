@@ -1,4 +1,4 @@
-"""The policy: a decision transformer conditioned on a prompt, with per-task masked blocks.
+"""The decision transformer: conditioned on a prompt, with blocks that can be masked per task.
 
 A batch is a list of groups, one task each. Shapes in comments: G groups, B windows per group,
 L time steps (K* of the prompt, K of the history), T = 3 L tokens, d embedding dimension.
@@ -6,93 +6,73 @@ L time steps (K* of the prompt, K of the history), T = 3 L tokens, d embedding d
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harmodt_kernels import PYTORCH
+from harmodt_kernels import Backend, MaskedLayerNorm, MaskedLinear
 
 from ..batch import Batch, Steps
-from ..config import ModelConfig
 from ..masks.bank import TaskMasks
-from ..masks.vector import ParameterVector, Slot
+from ..masks.vector import ParameterVector
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """What a decision transformer is made of.
+
+    Attributes:
+        observation_size, action_size: components of an observation and of an action.
+        embed_dim, layers, heads: d, number of blocks, attention heads of each.
+        max_timesteps: size of the time-step embedding.
+        prompt_length: K*, 0 for a model without prompt.
+        task_embedding_dim: size of a learned task embedding that is concatenated to each
+            observation (MTDT), 0 for a model without.
+        dropout: of attention and residual branches.
+        embedding_dropout: of the embedded tokens.
+        initialisation: of embeddings and head, as `TransformerSettings` has it.
+    """
+
+    observation_size: int
+    action_size: int
+    embed_dim: int
+    layers: int
+    heads: int
+    max_timesteps: int
+    prompt_length: int = 0
+    task_embedding_dim: int = 0
+    dropout: float = 0.0
+    embedding_dropout: float = 0.0
+    initialisation: Literal["gpt2", "pytorch"] = "gpt2"
+
 
 PromptCache = list[tuple[Tensor, Tensor]]  # keys and values [G B, H, 3 K*, d / H] of every block
-
-
-class MaskableLinear(nn.Linear):
-    """A linear layer over [G, R, K] whose weights and biases are masked per group."""
-
-    weight_slot: Slot
-    bias_slot: Slot
-
-    def forward(  # type: ignore[override]
-        self, x: Tensor, masks: TaskMasks | None, relu: bool = False
-    ) -> Tensor:
-        if masks is None:
-            y = F.linear(x, self.weight, self.bias)
-            return F.relu_(y) if relu else y
-        return masks.backend.masked_linear(
-            x,
-            self.weight,
-            self.bias,
-            self.weight_slot.bits(masks.bits),
-            self.bias_slot.bits(masks.bits)[:, 0],
-            masks.task_ids,
-            relu=relu,
-            group_gradients=self._of_groups(masks.group_gradients),
-        )
-
-    def _of_groups(self, gradients: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        if gradients is None:
-            return None
-        return self.weight_slot.of_groups(gradients), self.bias_slot.of_groups(gradients)[:, 0]
-
-
-class MaskableLayerNorm(nn.LayerNorm):
-    """A LayerNorm over [G, R, d] whose gains and biases are masked per group."""
-
-    weight_slot: Slot
-    bias_slot: Slot
-
-    def forward(self, x: Tensor, masks: TaskMasks | None) -> Tensor:  # type: ignore[override]
-        if masks is None:
-            return super().forward(x)
-        slots = (self.weight_slot, self.bias_slot)
-        of_groups = masks.group_gradients
-        return masks.backend.masked_layer_norm(
-            x,
-            self.weight,
-            self.bias,
-            *(slot.bits(masks.bits)[:, 0] for slot in slots),
-            masks.task_ids,
-            epsilon=self.eps,
-            group_gradients=of_groups
-            if of_groups is None
-            else tuple(slot.of_groups(of_groups)[:, 0] for slot in slots),
-        )
 
 
 class Block(nn.Module):
     """A pre-LayerNorm transformer block with a ReLU MLP, as in GPT-2."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: TransformerConfig, backend: Backend):
         super().__init__()
+        self.backend = backend
         self.heads = config.heads
         self.dropout = config.dropout
         d = config.embed_dim
-        self.attention_norm = MaskableLayerNorm(d)
-        self.qkv = MaskableLinear(d, 3 * d)
-        self.attention_out = MaskableLinear(d, d)
-        self.mlp_norm = MaskableLayerNorm(d)
-        self.mlp_up = MaskableLinear(d, 4 * d)
-        self.mlp_down = MaskableLinear(4 * d, d)
+        self.attention_norm = MaskedLayerNorm(d, backend=backend)
+        self.qkv = MaskedLinear(d, 3 * d, backend=backend)
+        self.attention_out = MaskedLinear(d, d, backend=backend)
+        self.mlp_norm = MaskedLayerNorm(d, backend=backend)
+        self.mlp_up = MaskedLinear(d, 4 * d, backend=backend)
+        self.mlp_down = MaskedLinear(4 * d, d, backend=backend)
 
     def forward(
         self,
         x: Tensor,
         valid: Tensor,
-        masks: TaskMasks | None,
+        masks: TaskMasks,
         past: tuple[Tensor, Tensor] | None = None,
         wanted: slice = slice(None),
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -104,15 +84,18 @@ class Block(nn.Module):
             wanted: tokens whose outputs are returned; the others' are not computed.
         """
         groups, windows, length, d = x.shape
-        qkv = self.qkv(self.attention_norm(x.flatten(1, 2), masks), masks)
+        of, backend = masks.of, self.backend
+        normalised = self.attention_norm(x.flatten(1, 2), of(self.attention_norm))
+        qkv = self.qkv(normalised, of(self.qkv))
         qkv = qkv.view(groups * windows, length, 3, self.heads, d // self.heads)
         rows = x[:, :, wanted].flatten(1, 2)  # [G, B T, d]
         drop = self.dropout if self.training else 0.0
-        backend = PYTORCH if masks is None else masks.backend
         attended = backend.attention(qkv, valid, wanted, drop, past).reshape(rows.shape)
-        rows = backend.dropout_add(rows, self.attention_out(attended, masks), drop)
-        hidden = self.mlp_up(self.mlp_norm(rows, masks), masks, relu=True)
-        rows = backend.dropout_add(rows, self.mlp_down(hidden, masks), drop)
+        attended = self.attention_out(attended, of(self.attention_out))
+        rows = backend.dropout_add(rows, attended, drop)
+        normalised = self.mlp_norm(rows, of(self.mlp_norm))
+        hidden = self.mlp_up(normalised, of(self.mlp_up), relu=True)
+        rows = backend.dropout_add(rows, self.mlp_down(hidden, of(self.mlp_down)), drop)
         _, keys, values = qkv.permute(2, 0, 3, 1, 4)  # each [G B, H, T, d / H]
         return rows.view(groups, windows, -1, d), (keys, values)
 
@@ -120,12 +103,12 @@ class Block(nn.Module):
 class TokenEmbedding(nn.Module):
     """Return-to-go, observation and action of each time step, in that order, as tokens."""
 
-    def __init__(self, config: ModelConfig, observation_size: int, action_size: int):
+    def __init__(self, config: TransformerConfig):
         super().__init__()
         d = config.embed_dim
         self.returns_to_go = nn.Linear(1, d)
-        self.observations = nn.Linear(observation_size, d)
-        self.actions = nn.Linear(action_size, d)
+        self.observations = nn.Linear(config.observation_size + config.task_embedding_dim, d)
+        self.actions = nn.Linear(config.action_size, d)
         self.timesteps = nn.Embedding(config.max_timesteps, d)
 
     def forward(self, steps: Steps) -> Tensor:
@@ -142,55 +125,59 @@ class TokenEmbedding(nn.Module):
 
 
 class DecisionTransformer(nn.Module):
-    """Prompt-DT with one binary mask per task over the blocks and the final LayerNorm.
+    """Prompt-DT whose blocks and final LayerNorm can be masked for each task.
 
-    Follows Section 3 of the HarmoDT paper (arXiv 2405.18080). Embeddings and the action head are
-    shared by all tasks and never masked.
+    Follows Sections 2.2 and 3 of the HarmoDT paper (arXiv 2405.18080). Embeddings and the action
+    head are shared by all tasks and never masked.
 
     Args:
-        config: sizes; `task_embedding_dim` > 0 gives the MTDT variant, in which a learned task
-            embedding is concatenated to the observation.
+        config: what it is made of.
         tasks: number of tasks N.
+        backend: the operations of the blocks.
         device: where the parameters live; they are initialised on the CPU from torch's default
             generator, so that every device starts from the same values.
     """
 
-    def __init__(self, config: ModelConfig, tasks: int, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        tasks: int,
+        backend: Backend,
+        device: torch.device | str = "cpu",
+    ):
         super().__init__()
         self.config = config
         d = config.embed_dim
-        observation_size = config.observation_size + config.task_embedding_dim
         if config.task_embedding_dim:
             self.task_embedding = nn.Embedding(tasks, config.task_embedding_dim)
         if config.prompt_length:
-            self.prompt_embedding = TokenEmbedding(config, observation_size, config.action_size)
-        self.history_embedding = TokenEmbedding(config, observation_size, config.action_size)
+            self.prompt_embedding = TokenEmbedding(config)
+        self.history_embedding = TokenEmbedding(config)
         self.history_norm = nn.LayerNorm(d)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.final_norm = MaskableLayerNorm(d)
+        self.blocks = nn.ModuleList(Block(config, backend) for _ in range(config.layers))
+        self.final_norm = MaskedLayerNorm(d, backend=backend)
         self.action_head = nn.Linear(d, config.action_size)
-        self.apply(_initialise)
-        self.vector = ParameterVector(self, is_maskable, torch.device(device))
-        for name, module in self.named_modules():
-            if isinstance(module, MaskableLinear | MaskableLayerNorm):
-                module.weight_slot = self.vector.slots[f"{name}.weight"]
-                module.bias_slot = self.vector.slots[f"{name}.bias"]
+        for module in (self if config.initialisation == "gpt2" else self.blocks).modules():
+            _initialise_as_gpt2(module)
+        self.vector = ParameterVector(self, torch.device(device))
 
-    def forward(self, batch: Batch, masks: TaskMasks | None) -> Tensor:
+    def forward(self, batch: Batch, masks: TaskMasks) -> Tensor:
         """Predict the action of every history step from the tokens up to its observation.
 
         Args:
             batch: G groups of B windows.
-            masks: the masks of the groups' tasks, or None for all weights (the dense model).
+            masks: those of the groups' tasks.
 
         Returns:
-            float32 [G, B, K, 4], in (-1, 1).
+            float32 [G, B, K, A], in (-1, 1).
         """
         x = self._embed_history(batch.history, batch.task_ids)
         valid = batch.history.valid
         if batch.prompt is not None:
             x = torch.cat((self._embed_prompt(batch.prompt, batch.task_ids), x), dim=2)
             valid = torch.cat((batch.prompt.valid, valid), dim=2)
+        if self.training and self.config.embedding_dropout:
+            x = F.dropout(x, self.config.embedding_dropout)
         valid = _of_tokens(valid)
         observation_tokens = slice(3 * self.config.prompt_length + 1, None, 3)
         for block in self.blocks[:-1]:
@@ -198,9 +185,7 @@ class DecisionTransformer(nn.Module):
         x, _ = self.blocks[-1](x, valid, masks, wanted=observation_tokens)
         return self._actions(x, masks)
 
-    def encode_prompt(
-        self, prompt: Steps, task_ids: Tensor, masks: TaskMasks | None
-    ) -> PromptCache:
+    def encode_prompt(self, prompt: Steps, task_ids: Tensor, masks: TaskMasks) -> PromptCache:
         """Keys and values of the prompt's tokens, which no later token can change."""
         x = self._embed_prompt(prompt, task_ids)
         valid = _of_tokens(prompt.valid)
@@ -214,16 +199,15 @@ class DecisionTransformer(nn.Module):
         self,
         history: Steps,
         task_ids: Tensor,
-        masks: TaskMasks | None,
+        masks: TaskMasks,
         prompt_cache: PromptCache | None = None,
-        prompt_valid: Tensor | None = None,
     ) -> Tensor:
-        """The action of the last history step, [G, B, 4]; the same as the last of `forward`."""
+        """The action of the last history step, [G, B, A]; the same as the last of `forward`."""
         # The last token is the last step's action, which is what is asked for.
         x = self._embed_history(history, task_ids)[:, :, :-1]
         valid = _of_tokens(history.valid)[:, :-1]
-        if prompt_valid is not None:
-            valid = torch.cat((_of_tokens(prompt_valid), valid), dim=1)
+        if prompt_cache is not None:  # all of a prompt is valid
+            valid = F.pad(valid, (3 * self.config.prompt_length, 0), value=True)
         for index, block in enumerate(self.blocks):
             past = prompt_cache[index] if prompt_cache is not None else None
             last = index == len(self.blocks) - 1
@@ -241,17 +225,11 @@ class DecisionTransformer(nn.Module):
             return steps
         task = self.task_embedding(task_ids)[:, None, None]  # [G, 1, 1, e]
         task = task.expand(*steps.observations.shape[:3], -1)
-        observations = torch.cat((steps.observations, task), dim=-1)
-        return Steps(steps.returns_to_go, observations, steps.actions, steps.timesteps, steps.valid)
+        return steps._replace(observations=torch.cat((steps.observations, task), dim=-1))
 
-    def _actions(self, x: Tensor, masks: TaskMasks | None) -> Tensor:
-        normalised = self.final_norm(x.flatten(1, 2), masks).view(x.shape)
-        return torch.tanh(self.action_head(normalised))
-
-
-def is_maskable(parameter_name: str) -> bool:
-    """Whether masks cover a parameter: those of the blocks and of the final LayerNorm."""
-    return parameter_name.startswith(("blocks.", "final_norm."))
+    def _actions(self, x: Tensor, masks: TaskMasks) -> Tensor:
+        normalised = self.final_norm(x.flatten(1, 2), masks.of(self.final_norm)).view(x.shape)
+        return torch.tanh(self.action_head(normalised)).float()
 
 
 def _of_tokens(valid: Tensor) -> Tensor:
@@ -259,8 +237,8 @@ def _of_tokens(valid: Tensor) -> Tensor:
     return valid.flatten(0, 1).repeat_interleave(3, dim=1)
 
 
-def _initialise(module: nn.Module) -> None:
-    # GPT-2's initialisation; LayerNorms keep their ones and zeros
+def _initialise_as_gpt2(module: nn.Module) -> None:
+    """Draw weights with a deviation of 0.02; LayerNorms keep their ones and zeros."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):

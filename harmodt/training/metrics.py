@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from ..config import TrainConfig
+from ..algorithms import StepResult
 from ..files import write_bytes
-from .trainer import StepResult, learning_rate
+from ..rundir import RunDirectory
 
 
 class Metrics:
     """Writes RUN/metrics.jsonl and RUN/tensorboard.
 
     Attributes:
-        successes: step of every evaluation so far to its average success.
+        scores: step of every evaluation so far to what the best is chosen by: average success, or
+            mean return where environments know no success.
 
     Args:
         run: the run's directory.
@@ -27,25 +27,24 @@ class Metrics:
             run does those steps again.
     """
 
-    def __init__(self, run: Path, step: int):
-        self._path = run / "metrics.jsonl"
-        self.successes: dict[int, float] = {}
+    def __init__(self, run: RunDirectory, step: int):
+        self._path = run.metrics
+        self.scores: dict[int, float] = {}
         if self._path.exists():
             self._drop_after(step)
         self._file = open(self._path, "a")  # noqa: SIM115 (open while the run goes on)
-        self._board = SummaryWriter(run / "tensorboard", purge_step=step + 1)
+        self._board = SummaryWriter(run.tensorboard, purge_step=step + 1)
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """The step of the best evaluation so far, the last of equals, and its success."""
-        if not self.successes:
+        """The step of the best evaluation so far, the last of equals, and its score."""
+        if not self.scores:
             return None
-        return max(self.successes.items(), key=lambda item: (item[1], item[0]))
+        return max(self.scores.items(), key=lambda item: (item[1], item[0]))
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write some numbers of one step."""
-        if "success" in values:
-            self.successes[step] = values["success"]
+        self._remember(step, values)
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -54,7 +53,7 @@ class Metrics:
     def write_steps(
         self,
         step: int,
-        config: TrainConfig,
+        learning_rate: float,
         tasks: Sequence[str],
         results: Sequence[StepResult],
         losses: Tensor,
@@ -63,15 +62,16 @@ class Metrics:
 
         Args:
             step: the last of the steps.
+            learning_rate: of that step.
             tasks: all task names.
             results: the steps.
             losses: [steps, G], the results' losses.
         """
-        ids = torch.tensor([list(result.tasks) for result in results])
+        ids = torch.tensor([list(result.task_ids) for result in results])
         values = {
             "loss": float(losses.mean()),
             "gradient_norm": float(torch.stack([r.gradient_norm for r in results]).mean()),
-            "learning_rate": learning_rate(step, config),
+            "learning_rate": learning_rate,
         }
         for task in ids.unique().tolist():
             values[f"loss/{tasks[task]}"] = float(losses[ids == task].mean())
@@ -82,6 +82,10 @@ class Metrics:
         self._file.close()
         self._board.close()
 
+    def _remember(self, step: int, values: Mapping[str, float]) -> None:
+        if "mean_return" in values:
+            self.scores[step] = values.get("success", values["mean_return"])
+
     def _drop_after(self, step: int) -> None:
         kept = []
         for line in self._path.read_text().splitlines(keepends=True):
@@ -89,10 +93,9 @@ class Metrics:
                 record = json.loads(line)
             except ValueError:  # the line that a kill cut short
                 continue
-            # A mask update belongs to the step that comes after it.
+            # What is done before a step, a mask update, belongs to that step.
             if record["step"] + ("harmony" in record) > step:
                 continue
-            if "success" in record:
-                self.successes[record["step"]] = record["success"]
+            self._remember(record["step"], record)
             kept.append(line)
         write_bytes(self._path, "".join(kept).encode())

@@ -1,12 +1,14 @@
-"""A training run and its directory: steps, metrics, checkpoints, evaluations."""
+"""A run: opened in one place; its steps, metrics, checkpoints and evaluations."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,69 +16,162 @@ import torch
 from rich.console import Console
 from rich.filesize import decimal
 
-from ..config import TrainConfig
-from ..data.inputs import TaskConditioning, load_conditioning
+from ..algorithms import Setup, StepResult, config_from_json, find
+from ..algorithms.optimiser import learning_rate
+from ..checkpoint import checkpoint_steps, load_checkpoint, prune_checkpoints, save_checkpoint
+from ..config import Precision, TrainConfig
+from ..data.inputs import TaskConditioning, load_conditioning, save_conditioning
 from ..data.store import DataStore
-from ..devices import check_device
+from ..devices import Execution
+from ..environments import EnvironmentSpec, family
 from ..errors import UserError
-from ..policies.decision import Policy
+from ..policies import Policy
 from ..progress import progress_bar
-from ..results import EvaluationResult
+from ..results import EvaluationResult, versions
 from ..rollout import Request, play
-from .checkpoint import (
-    checkpoint_steps,
-    load_checkpoint,
-    prune_checkpoints,
-    read_run,
-    save_checkpoint,
-)
+from ..rundir import RunDirectory
+from ..settings import from_json, to_json
 from .metrics import Metrics
-from .trainer import StepResult, Trainer
+from .trainer import Trainer
 
 console = Console()
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """What a run's directory says of the run.
+
+    Attributes:
+        directory: where it is.
+        config: its settings.
+        environment: what its tasks are tasks of.
+        conditioning: one entry per task; index = task id.
+    """
+
+    directory: RunDirectory
+    config: TrainConfig
+    environment: EnvironmentSpec
+    conditioning: tuple[TaskConditioning, ...]
+
+    @classmethod
+    def open(cls, path: Path) -> SavedRun:
+        """Read a run's directory.
+
+        Raises:
+            UserError: there is no run, or it is damaged or of another version.
+        """
+        directory = RunDirectory(path)
+        description, where = directory.read(), directory.description
+        environment = description.get("environment")
+        return cls(
+            directory,
+            config_from_json(description.get("config"), f"config in {where}"),
+            from_json(EnvironmentSpec, environment, f"environment in {where}"),
+            tuple(load_conditioning(directory.conditioning, description["tasks"])),
+        )
+
+    def setup(self, execution: Execution) -> Setup:
+        """What its learner or policy is built from."""
+        return Setup(self.config, self.environment, self.conditioning, execution)
+
+
+def load_policy(
+    path: Path,
+    checkpoint: int | None = None,
+    *,
+    device: str | None = None,
+    fused: bool | None = None,
+    precision: Precision | None = None,
+) -> Policy:
+    """What a run has learned; the same as `harmodt.load_policy`, which describes it."""
+    saved = SavedRun.open(path)
+    trained = saved.config.run
+    execution = Execution.choose(
+        trained.device if device is None else device,
+        trained.fused if fused is None else fused,
+        trained.precision if precision is None else precision,
+    )
+    state = load_checkpoint(saved.directory, checkpoint)
+    return find(saved.config.algorithm).policy(saved.setup(execution), state)
 
 
 class Run:
     """Drives a trainer to its last step and keeps the run's directory.
 
     Args:
-        path: the run's directory.
-        config: the run's settings.
+        directory: the run's directory.
         trainer: at the step where the run stands.
-        conditioning: one entry per task; index = task id.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        config: TrainConfig,
-        trainer: Trainer,
-        conditioning: Sequence[TaskConditioning],
-    ):
-        self.path = path
-        self.config = config
+    def __init__(self, directory: RunDirectory, trainer: Trainer):
+        self.directory = directory
         self.trainer = trainer
-        self.conditioning = conditioning
+        self.config = trainer.setup.config
+        self.tasks = tuple(task.name for task in trainer.setup.conditioning)
         self._unlogged: list[StepResult] = []
         self._stop: signal.Signals | None = None
 
     @classmethod
-    def resume(cls, path: Path, config: TrainConfig) -> Run:
+    def begin(
+        cls,
+        path: Path,
+        preset: str,
+        config: TrainConfig,
+        store: DataStore,
+        tasks: Sequence[str],
+    ) -> Run:
+        """Begin a run: build everything, then make its directory.
+
+        Raises:
+            UserError: settings, data or device that cannot work; nothing is written then.
+        """
+        settings = config.run
+        execution = Execution.choose(settings.device, settings.fused, settings.precision)
+        data = [store.task(name) for name in tasks]
+        conditioning = tuple(TaskConditioning.from_data(task, config) for task in data)
+        setup = Setup(config, store.environment, conditioning, execution)
+        trainer = Trainer(setup, data)
+        directory = RunDirectory(path)
+        directory.check_empty()
+        path.mkdir(parents=True, exist_ok=True)
+        save_conditioning(directory.conditioning, conditioning)
+        in_place = dataclasses.replace(config, run=dataclasses.replace(settings, output=path))
+        directory.write(
+            {
+                "preset": preset,
+                "tasks": list(tasks),
+                "environment": store.environment.to_json(),
+                "store": store.checksum,
+                "device": str(execution.device),
+                "backend": execution.backend.name,
+                "operations": dict(execution.backend.implementations),
+                **trainer.learner.describe(),
+                "versions": versions(family(store.environment.family).packages),
+                "config": to_json(in_place),
+            }
+        )
+        return cls(directory, trainer)
+
+    @classmethod
+    def resume(cls, saved: SavedRun, config: TrainConfig) -> Run:
         """Take up a run at its last checkpoint, or at the start if it has none.
+
+        Args:
+            config: its settings, which may differ in those that its result does not depend on.
 
         Raises:
             UserError: data or device are not there, or the checkpoint is of another model size.
         """
-        assert config.data is not None
-        device = check_device(config.device)
-        names = read_run(path)["tasks"]
-        store = DataStore.open(config.data)
+        assert config.data.data is not None
+        settings = config.run
+        execution = Execution.choose(settings.device, settings.fused, settings.precision)
+        store = DataStore.open(config.data.data)
         store.verify()
-        conditioning = load_conditioning(path / "conditioning.safetensors", names)
-        trainer = Trainer(config, [store.task(name) for name in names], conditioning, device)
-        if checkpoint_steps(path):
-            trainer.load(load_checkpoint(path))
-        return cls(path, config, trainer, conditioning)
+        setup = dataclasses.replace(saved.setup(execution), config=config)
+        trainer = Trainer(setup, [store.task(task.name) for task in saved.conditioning])
+        if checkpoint_steps(saved.directory):
+            trainer.load(load_checkpoint(saved.directory))
+        return cls(saved.directory, trainer)
 
     def train(self) -> None:
         """Train to the last step, evaluate, and print the result and where everything is.
@@ -88,27 +183,32 @@ class Run:
         """
         self._announce()
         result: EvaluationResult | None = None
-        with contextlib.closing(Metrics(self.path, self.trainer.step)) as metrics:
+        with contextlib.closing(Metrics(self.directory, self.trainer.step)) as metrics:
             while True:
                 self._train_to(self._next_evaluation(), metrics)
-                if self._evaluation_due() and self.trainer.step not in metrics.successes:
+                if self._evaluation_due() and self.trainer.step not in metrics.scores:
                     result = self._evaluate(metrics)
-                if self.trainer.step == self.config.steps:
+                if self.trainer.step == self.steps:
                     break
             self._report(result, metrics.best)
 
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self.config.optimisation.steps
+
     def _next_evaluation(self) -> int:
-        every, steps = self.config.evaluate_every, self.config.steps
-        return min((self.trainer.step // every + 1) * every, steps) if every else steps
+        every = self.config.evaluation.evaluate_every
+        return min((self.trainer.step // every + 1) * every, self.steps) if every else self.steps
 
     def _evaluation_due(self) -> bool:
-        step, every = self.trainer.step, self.config.evaluate_every
-        scheduled = step == self.config.steps or (every and step and step % every == 0)
-        return bool(scheduled and self.config.evaluation_episodes)
+        step, every = self.trainer.step, self.config.evaluation.evaluate_every
+        scheduled = step == self.steps or (every and step and step % every == 0)
+        return bool(scheduled and self.config.evaluation.evaluation_episodes)
 
     def _train_to(self, step: int, metrics: Metrics) -> None:
         """Take the steps up to `step`, and save a checkpoint there."""
-        with self._stoppable(), _Line(self.config.steps, self.trainer.step) as line:
+        with self._stoppable(), _Line(self.steps, self.trainer.step) as line:
             while self.trainer.step < step and self._stop is None:
                 self._advance(metrics, line)
             if self._unlogged:
@@ -117,32 +217,32 @@ class Run:
         if self._stop is not None:
             console.print(
                 f"stopped by {self._stop.name} after step {self.trainer.step}; go on with: "
-                f"python -m harmodt.train --resume {self.path}",
+                f"python -m harmodt.train --resume {self.directory.path}",
                 soft_wrap=True,
             )
             sys.exit(128 + self._stop)
 
     def _advance(self, metrics: Metrics, line: _Line) -> None:
         """One step, with the mask update, metrics and checkpoint that are due."""
-        trainer, config = self.trainer, self.config
-        if trainer.mask_update_due():
-            self._update_masks(metrics)
+        trainer, settings = self.trainer, self.config.run
+        self._before_step(metrics)
         self._unlogged.append(trainer.train_step())
-        if trainer.step % config.log_every == 0:
+        if trainer.step % settings.log_every == 0:
             line.show(trainer.step, self._flush(metrics))
-        if trainer.step % config.checkpoint_every == 0:
+        if trainer.step % settings.checkpoint_every == 0:
             self._flush(metrics)
             self._save(metrics)
 
-    def _update_masks(self, metrics: Metrics) -> None:
-        self._flush(metrics)
+    def _before_step(self, metrics: Metrics) -> None:
         try:
-            update = self.trainer.update_masks()
+            values = self.trainer.before_step()
         except ValueError as error:
+            self._flush(metrics)  # names the task if its loss was the first to break
             what = f"a gradient or loss of the mask update after step {self.trainer.step}"
             raise UserError(self._broken(what)) from error
-        values = {"harmony": update.harmony, "moved_weights": int(update.moved.max())}
-        metrics.write(self.trainer.step, values)
+        if values:
+            self._flush(metrics)
+            metrics.write(self.trainer.step, values)
 
     def _flush(self, metrics: Metrics) -> float:
         """Write the steps since the last call to the metrics; returns their mean loss, or NaN.
@@ -157,17 +257,18 @@ class Run:
         if bad:
             row, group = bad[0]
             step = self.trainer.step - len(losses) + 1 + row
-            task = self.conditioning[self._unlogged[row].tasks[group]].name
+            task = self.tasks[self._unlogged[row].task_ids[group]]
             raise UserError(self._broken(f"the loss of step {step}, task {task},"))
-        names = [task.name for task in self.conditioning]
-        metrics.write_steps(self.trainer.step, self.config, names, self._unlogged, losses)
+        step = self.trainer.step
+        rate = learning_rate(step, self.config.optimisation)
+        metrics.write_steps(step, rate, self.tasks, self._unlogged, losses)
         self._unlogged = []
         return float(losses.mean())
 
     def _broken(self, what: str) -> str:
-        steps = checkpoint_steps(self.path)
+        steps = checkpoint_steps(self.directory)
         last = (
-            f"the last good checkpoint is {self.path / 'checkpoints' / f'{steps[-1]:08d}'}"
+            f"the last good checkpoint is {self.directory.checkpoint(steps[-1])}"
             if steps
             else "there is no checkpoint yet"
         )
@@ -175,23 +276,21 @@ class Run:
 
     def _save(self, metrics: Metrics) -> None:
         trainer = self.trainer
-        if trainer.step not in checkpoint_steps(self.path):
-            save_checkpoint(self.path, trainer.step, trainer.tensors())
+        if trainer.step not in checkpoint_steps(self.directory):
+            save_checkpoint(self.directory, trainer.step, trainer.tensors())
         best = metrics.best[0] if metrics.best else None
-        prune_checkpoints(self.path, self.config.keep_checkpoints, best)
+        prune_checkpoints(self.directory, self.config.run.keep_checkpoints, best)
 
     def _evaluate(self, metrics: Metrics) -> EvaluationResult:
         """Evaluate the present weights and save the result."""
         trainer = self.trainer
-        bits = trainer.masks.bits if trainer.masks else None
-        policy = Policy(
-            trainer.model, bits, self.conditioning, self.config, trainer.step, trainer.backend,
-            self.config.precision,
-        )  # fmt: skip
-        result = play(policy, Request(episodes=self.config.evaluation_episodes), console=console)
-        trainer.model.train()
-        result.save(self.path / "evaluation")
-        values = {"success": result.average.mean, "mean_return": result.mean_return}
+        request = Request(episodes=self.config.evaluation.evaluation_episodes)
+        result = play(trainer.learner.policy(trainer.step), request, console=console)
+        trainer.learner.resume_training()
+        result.save(self.directory.evaluation)
+        values = {"mean_return": result.mean_return}
+        if result.success_rate is not None:
+            values["success"] = result.success_rate
         metrics.write(trainer.step, values)
         return result
 
@@ -209,14 +308,15 @@ class Run:
         self._stop = signal.Signals(number)
 
     def _announce(self) -> None:
-        trainer = self.trainer
-        parameters = sum(p.numel() for p in trainer.model.parameters())
-        masks = f"{decimal(trainer.masks.bits.nbytes)} of masks, " if trainer.masks else ""
+        trainer, execution = self.trainer, self.trainer.setup.execution
+        numbers = trainer.learner.describe()
+        masks = f"{decimal(numbers['mask_bytes'])} of masks, " if "mask_bytes" in numbers else ""
         goes_on = f" (goes on after step {trainer.step})" if trainer.step else ""
         console.print(
-            f"{self.config.algorithm} on {trainer.tasks} tasks: {parameters / 1e6:.2f} M "
-            f"parameters, {masks}{self.config.device}, {trainer.backend.name} kernels\n"
-            f"run: {self.path}{goes_on}",
+            f"{self.config.algorithm} on {trainer.task_count} tasks: "
+            f"{numbers['parameters'] / 1e6:.2f} M parameters, {masks}{execution.device}, "
+            f"{execution.backend.name} kernels\n"
+            f"run: {self.directory.path}{goes_on}",
             soft_wrap=True,
         )
 
@@ -224,8 +324,10 @@ class Run:
         if result is not None:
             console.print(result.table())
         if best is not None and best[0] != self.trainer.step:
-            console.print(f"best success {best[1]:.2f} at step {best[0]}; the table is the last")
-        console.print(f"run: {self.path}", soft_wrap=True)
+            success = self.trainer.setup.environment.success
+            name = "success" if success else "mean return"
+            console.print(f"best {name} {best[1]:.2f} at step {best[0]}; the table is the last")
+        console.print(f"run: {self.directory.path}", soft_wrap=True)
 
 
 class _Line:

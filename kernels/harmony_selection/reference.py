@@ -46,8 +46,8 @@ def select_harmony(
 ) -> Selection:
     """Choose `count` weights of every task's mask to give up and as many to take.
 
-    A task gives up the active weights of smallest harmony (Eq. 8-10) and takes the inactive
-    weights of largest agreement with the mean gradient (Eq. 12). Both are chosen on the mask as it
+    A task gives up the active weights of smallest harmony (Eq. 8 and 9) and takes the inactive
+    weights of largest agreement with the mean gradient (Eq. 10). Both are chosen on the mask as it
     is, and ties go to the lowest index. Nothing is changed: `move_weights` applies the selection.
     Tensors and settings are an argument each, as PyTorch's dispatcher takes them.
 
@@ -148,7 +148,7 @@ def harmony_scores(
     importance: Importance,
     rule: HarmonyRule,
 ) -> Tensor:
-    """H of one task (Eq. 8-10) over the maskable vector [P]; it holds for the active entries."""
+    """H of one task (Eq. 8) over the maskable vector [P]; it holds for the active entries."""
     agreement = masked_gradient * mean_gradient
     if importance == "magnitude":
         score = weights.abs()

@@ -1,0 +1,83 @@
+"""The algorithms. A new one is a file here and a row of the table."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from functools import partial
+from typing import Any
+
+from .. import settings
+from ..config import PRESETS, TrainConfig
+from ..errors import UserError
+from . import harmodt, sequence
+from .learner import Algorithm, Learner, Setup, StepResult
+
+__all__ = [
+    "ALGORITHMS", "Algorithm", "Learner", "Setup", "StepResult", "config_from_json", "find",
+    "preset",
+]  # fmt: skip
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "harmodt-f": Algorithm(
+        harmodt.HarmoDTSettings,
+        partial(harmodt.HarmoDTLearner, importance="fisher"),
+        harmodt.load_policy,
+    ),
+    "harmodt-m": Algorithm(
+        harmodt.HarmoDTSettings,
+        partial(harmodt.HarmoDTLearner, importance="magnitude"),
+        harmodt.load_policy,
+    ),
+    "harmodt-r": Algorithm(
+        harmodt.RandomMaskSettings, harmodt.RandomMaskLearner, harmodt.load_policy
+    ),
+    "prompt-dt": Algorithm(
+        sequence.PromptDTSettings, sequence.SequenceLearner, sequence.load_policy
+    ),
+    "mtdt": Algorithm(sequence.MTDTSettings, sequence.SequenceLearner, sequence.load_policy),
+}
+"""Every algorithm by its name."""
+
+
+def find(name: str) -> Algorithm:
+    """The algorithm of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in ALGORITHMS:
+        nearest = difflib.get_close_matches(name, ALGORITHMS, n=1, cutoff=0)[0]
+        raise UserError(
+            f"there is no algorithm {name!r}: did you mean {nearest}? There are "
+            f"{', '.join(ALGORITHMS)}"
+        )
+    return ALGORITHMS[name]
+
+
+def preset(name: str, algorithm: str) -> TrainConfig:
+    """The settings of a preset for an algorithm.
+
+    Raises:
+        UserError: there is no such preset or algorithm.
+    """
+    if name not in PRESETS:
+        raise UserError(f"there is no preset {name!r}: choose from {', '.join(PRESETS)}")
+    defaults = TrainConfig(algorithm=algorithm, own=find(algorithm).settings())
+    return settings.change(defaults, PRESETS[name])
+
+
+def config_from_json(values: Any, where: str) -> TrainConfig:
+    """The settings that `settings.to_json` made, of whatever algorithm.
+
+    Args:
+        where: they were read from, for the error.
+
+    Raises:
+        UserError: a setting is missing, unknown, of another type or out of its bounds.
+    """
+    values = values if isinstance(values, dict) else {}
+    name = values.get("algorithm")
+    own = settings.from_json(find(str(name)).settings, values.get("own"), where)
+    rest = settings.from_json(TrainConfig, {**values, "own": {}}, where)
+    return dataclasses.replace(rest, own=own)

@@ -1,0 +1,137 @@
+"""HarmoDT: a decision transformer with a mask for each task, learned (F, M) or random (R)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from harmodt_kernels.harmony_selection import Importance
+
+from ..checkpoint import Checkpoint
+from ..config import LearnedMaskSettings, MaskSettings, PromptSettings
+from ..data.store import TaskData
+from ..errors import UserError
+from ..masks.bank import MaskBank, TaskMasks
+from ..masks.update import MaskUpdater
+from ..networks.decision_transformer import DecisionTransformer
+from ..policies.decision import DecisionPolicy
+from ..seeds import Seeds
+from .learner import Setup
+from .sequence import SequenceLearner, SequenceSettings, decision_policy, load_model
+
+
+@dataclass(frozen=True)
+class RandomMaskSettings(SequenceSettings):
+    """HarmoDT-R: masks that stay as they were drawn."""
+
+    prompt: PromptSettings = PromptSettings()
+    masks: MaskSettings = MaskSettings()
+
+    def prompts(self) -> PromptSettings:
+        return self.prompt
+
+
+@dataclass(frozen=True)
+class HarmoDTSettings(RandomMaskSettings):
+    """HarmoDT-F and -M: masks that are learned."""
+
+    masks: LearnedMaskSettings = LearnedMaskSettings()
+
+
+class RandomMaskLearner(SequenceLearner):
+    """Trains under masks that stay as they were drawn."""
+
+    def __init__(self, setup: Setup, data: Sequence[TaskData]):
+        super().__init__(setup, data)
+        settings, seed = _mask_settings(setup), setup.config.run.seed
+        self.bank = MaskBank.initialise(self.vector, self.task_count, settings.sparsity, seed)
+
+    def masks_of(self, task_ids: Tensor, group_gradients: Tensor | None = None) -> TaskMasks:
+        """Each task's mask."""
+        return self.bank.for_tasks(task_ids, group_gradients)
+
+    def active_bits(self, task_ids: Tensor) -> Tensor:
+        """The weights that no mask covers, and those that are in a mask of these tasks."""
+        active = self.valid_bits.clone()
+        active[: self.bank.bits.shape[1]] = self.bank.active_bits(task_ids)
+        return active
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint holds, by name."""
+        return super().tensors() | {"masks": self.bank.bits}
+
+    def policy(self, step: int) -> DecisionPolicy:
+        """The model and its masks as they are now, as a policy."""
+        return _policy(self.setup, self.model, self.bank.bits, step)
+
+    def describe(self) -> dict[str, int]:
+        """The numbers of parameters and of those that masks cover, and the size of all masks."""
+        return super().describe() | {
+            "maskable": self.vector.maskable_count(),
+            "mask_bytes": self.bank.bits.nbytes,
+        }
+
+
+class HarmoDTLearner(RandomMaskLearner):
+    """Trains under masks that it updates every t_m steps (Algorithm 2).
+
+    Args:
+        importance: "fisher" (HarmoDT-F) or "magnitude" (HarmoDT-M).
+
+    Raises:
+        UserError: eta_max is above the number of maskable weights.
+    """
+
+    def __init__(self, setup: Setup, data: Sequence[TaskData], importance: Importance):
+        super().__init__(setup, data)
+        masks = _mask_settings(setup)
+        assert isinstance(masks, LearnedMaskSettings)
+        maskable = self.vector.maskable_count()
+        if masks.eta_max > maskable:
+            raise UserError(
+                f"eta_max is {masks.eta_max}, but the model has only {maskable} maskable "
+                "weights: lower it"
+            )
+        self.update_every = masks.mask_update_every
+        self.updater = MaskUpdater(
+            self.bank,
+            setup.execution.backend,
+            masks,
+            importance,
+            setup.config.optimisation.steps,
+            setup.config.data.tasks_per_step,
+        )
+
+    def before_step(self, step: int, seeds: Seeds) -> dict[str, float]:
+        """Update all masks at the start and then every t_m steps."""
+        if step % self.update_every:
+            return super().before_step(step, seeds)
+        with self.execution.computing():
+            update = self.updater.update(step, self.losses_of_draws(step, seeds))
+        return {"harmony": update.harmony, "moved_weights": int(update.moved.max())}
+
+
+def load_policy(setup: Setup, checkpoint: Checkpoint) -> DecisionPolicy:
+    """The policy of a checkpoint.
+
+    Raises:
+        UserError: the checkpoint is of another model size.
+    """
+    model = load_model(setup, checkpoint)
+    words = model.vector.maskable_size // 32
+    bits = model.vector.valid_bits()[:words].repeat(len(setup.conditioning), 1)
+    checkpoint.copy_to({"masks": bits})
+    return _policy(setup, model, bits, checkpoint.step)
+
+
+def _policy(setup: Setup, model: DecisionTransformer, bits: Tensor, step: int) -> DecisionPolicy:
+    threshold = _mask_settings(setup).unseen_threshold
+    return decision_policy(setup, model, bits, step, unseen_threshold=threshold)
+
+
+def _mask_settings(setup: Setup) -> MaskSettings:
+    own = setup.config.own
+    assert isinstance(own, RandomMaskSettings)
+    return own.masks

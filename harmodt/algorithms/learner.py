@@ -1,0 +1,92 @@
+"""What an algorithm is to the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from ..checkpoint import Checkpoint
+from ..config import AlgorithmSettings, TrainConfig
+from ..data.inputs import TaskConditioning
+from ..data.store import TaskData
+from ..devices import Execution
+from ..environments import EnvironmentSpec
+from ..policies import Policy
+from ..seeds import Seeds
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a learner or a policy is built from.
+
+    Attributes:
+        config: the run's settings.
+        environment: what its tasks are tasks of.
+        conditioning: one entry per task; index = task id.
+        execution: where and how to compute.
+    """
+
+    config: TrainConfig
+    environment: EnvironmentSpec
+    conditioning: tuple[TaskConditioning, ...]
+    execution: Execution
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One training step: its tasks' ids, losses [G] and the norm of the unclipped gradient."""
+
+    task_ids: Sequence[int]
+    losses: Tensor
+    gradient_norm: Tensor
+
+
+class Learner(Protocol):
+    """All that training changes, and the step that changes it.
+
+    Networks, masks and optimisers are the learner's own. It counts no steps and seeds nothing: a
+    step is told its number, its tasks and its random generator.
+    """
+
+    def train_step(
+        self, step: int, task_ids: Sequence[int], rng: np.random.Generator
+    ) -> StepResult:
+        """Learn from a batch of some tasks; steps are numbered from 1."""
+
+    def before_step(self, step: int, seeds: Seeds) -> dict[str, float]:
+        """Do what is due after `step` steps and before the next; returns what is to be logged.
+
+        Raises:
+            ValueError: a gradient or a loss is NaN or infinite.
+        """
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint holds, by name; what is copied into them is taken up."""
+
+    def policy(self, step: int) -> Policy:
+        """What was learned in `step` steps, as a policy; it shares the learner's tensors."""
+
+    def describe(self) -> dict[str, int]:
+        """Numbers for the run's description: `parameters`, and what there is to say of masks."""
+
+    def resume_training(self) -> None:
+        """Take up training after the policy was used."""
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A row of the table of algorithms.
+
+    Attributes:
+        settings: its own settings.
+        learner: builds one from a setup and the data of its tasks.
+        policy: builds one from a setup and a checkpoint.
+    """
+
+    settings: type[AlgorithmSettings]
+    learner: Callable[[Setup, Sequence[TaskData]], Learner]
+    policy: Callable[[Setup, Checkpoint], Policy]

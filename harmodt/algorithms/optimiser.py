@@ -1,0 +1,67 @@
+"""AdamW over a parameter vector: clipping, schedule, and only the weights that a step uses."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from harmodt_kernels import Backend
+
+from ..config import OptimisationSettings
+from ..masks.vector import ParameterVector
+
+
+class Optimiser:
+    """AdamW that clips the gradient's norm and leaves inactive weights as they are.
+
+    Args:
+        vector: its weights are moved along its gradient.
+        settings: learning rate and its schedule, clipping, decay.
+        backend: its masked AdamW is used.
+    """
+
+    def __init__(self, vector: ParameterVector, settings: OptimisationSettings, backend: Backend):
+        self.settings = settings
+        self._vector = vector
+        self._backend = backend
+        self.first_moment = torch.zeros_like(vector.weights)
+        self.second_moment = torch.zeros_like(vector.weights)
+
+    def step(self, step: int, active_bits: Tensor) -> Tensor:
+        """Move the active weights.
+
+        Args:
+            step: number of this step, from 1.
+            active_bits: int32 [P / 32], 1 where a weight is active in at least one task of the
+                step.
+
+        Returns:
+            The norm of the unclipped gradient, a tensor of one element.
+        """
+        return self._backend.masked_adamw(
+            self._vector.weights,
+            self._vector.gradient,
+            self.first_moment,
+            self.second_moment,
+            active_bits,
+            step=step,
+            learning_rate=learning_rate(step, self.settings),
+            betas=self.settings.betas,
+            epsilon=self.settings.adam_epsilon,
+            weight_decay=self.settings.weight_decay,
+            max_norm=self.settings.gradient_clip,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it, by name."""
+        return {"first_moment": self.first_moment, "second_moment": self.second_moment}
+
+
+def learning_rate(step: int, settings: OptimisationSettings) -> float:
+    """Linear warm-up, then constant or a cosine to `final_learning_rate` of the peak."""
+    warm = min(step / settings.warmup_steps, 1.0) if settings.warmup_steps else 1.0
+    wave = 0.5 * (1.0 + math.cos(math.pi * min(step / settings.steps, 1.0)))
+    floor = settings.final_learning_rate
+    return settings.learning_rate * warm * (floor + (1.0 - floor) * wave)

@@ -1,0 +1,231 @@
+"""Prompt-DT and MTDT: a decision transformer without masks.
+
+The learner here is also what HarmoDT adds its masks to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from ..batch import Batch
+from ..checkpoint import Checkpoint
+from ..config import AlgorithmSettings, PromptSettings, TransformerSettings
+from ..data.inputs import Inputs
+from ..data.store import TaskData
+from ..data.windows import WindowSampler
+from ..masks.bank import TaskMasks
+from ..masks.gradients import TaskGradients, TaskLosses, averaged_harmony
+from ..networks.decision_transformer import DecisionTransformer, TransformerConfig
+from ..policies.decision import DecisionPolicy
+from ..seeds import MASKS, Seeds
+from ..settings import Count, Whole
+from .learner import Setup, StepResult
+from .optimiser import Optimiser
+
+
+@dataclass(frozen=True)
+class SequenceSettings(AlgorithmSettings):
+    """What every algorithm has that trains a decision transformer."""
+
+    model: TransformerSettings = TransformerSettings()
+    harmony_every: Whole = 0
+    """Steps between logs of the averaged harmony score; 0: at mask updates alone."""
+
+    def task_embedding(self) -> int:
+        """Size of the learned task embedding, 0 for an algorithm without."""
+        return 0
+
+
+@dataclass(frozen=True)
+class PromptDTSettings(SequenceSettings):
+    """Prompt-DT: told the task by a prompt."""
+
+    prompt: PromptSettings = PromptSettings()
+
+    def prompts(self) -> PromptSettings:
+        return self.prompt
+
+
+@dataclass(frozen=True)
+class MTDTSettings(SequenceSettings):
+    """MTDT: told the task by a learned embedding."""
+
+    task_embedding_dim: Count = 16
+    """Size of the learned task embedding."""
+
+    def task_embedding(self) -> int:
+        return self.task_embedding_dim
+
+
+def sequence_settings(setup: Setup) -> SequenceSettings:
+    """The run's own settings, which are a sequence model's."""
+    own = setup.config.own
+    assert isinstance(own, SequenceSettings)
+    return own
+
+
+def build_model(setup: Setup) -> DecisionTransformer:
+    """A decision transformer of the run's sizes, drawn from torch's generator."""
+    own, environment = sequence_settings(setup), setup.environment
+    prompt = own.prompts()
+    embed_dim, layers, heads = own.model.shape
+    config = TransformerConfig(
+        observation_size=environment.observation_size,
+        action_size=environment.action_size,
+        embed_dim=embed_dim,
+        layers=layers,
+        heads=heads,
+        max_timesteps=own.model.max_timesteps,
+        prompt_length=0 if prompt is None else prompt.prompt_length,
+        task_embedding_dim=own.task_embedding(),
+        dropout=own.model.dropout,
+        embedding_dropout=own.model.embedding_dropout,
+        initialisation=own.model.initialisation,
+    )
+    execution = setup.execution
+    return DecisionTransformer(config, len(setup.conditioning), execution.backend, execution.device)
+
+
+def inputs_of(setup: Setup) -> Inputs:
+    """The rule by which the run's data and observations become what its model reads."""
+    own = sequence_settings(setup)
+    return Inputs(
+        setup.conditioning, setup.config.data, own.model.max_timesteps, prompt=own.prompts()
+    )
+
+
+def decision_policy(
+    setup: Setup, model: DecisionTransformer, mask_bits: Tensor | None, step: int, **more: float
+) -> DecisionPolicy:
+    """A model and its masks as a policy."""
+    return DecisionPolicy(
+        model,
+        mask_bits,
+        inputs_of(setup),
+        sequence_settings(setup).model.context_length,
+        setup.environment,
+        setup.execution,
+        step,
+        **more,
+    )
+
+
+def load_model(setup: Setup, checkpoint: Checkpoint) -> DecisionTransformer:
+    """The model of a checkpoint.
+
+    Raises:
+        UserError: the checkpoint is of another model size.
+    """
+    model = build_model(setup)
+    checkpoint.copy_to({f"model.{name}": p for name, p in model.named_parameters()})
+    return model
+
+
+def load_policy(setup: Setup, checkpoint: Checkpoint) -> DecisionPolicy:
+    """The policy of a checkpoint.
+
+    Raises:
+        UserError: the checkpoint is of another model size.
+    """
+    return decision_policy(setup, load_model(setup, checkpoint), None, checkpoint.step)
+
+
+class SequenceLearner:
+    """Trains a decision transformer on several tasks at a time; a `Learner`.
+
+    Args:
+        setup: the run's settings, tasks and device.
+        data: one entry per task; index = task id.
+    """
+
+    def __init__(self, setup: Setup, data: Sequence[TaskData]):
+        self.setup = setup
+        self.execution = setup.execution
+        self.settings = sequence_settings(setup)
+        self.model = build_model(setup)
+        self.vector = self.model.vector
+        self.valid_bits = self.vector.valid_bits()
+        self.optimiser = Optimiser(self.vector, setup.config.optimisation, setup.execution.backend)
+        self.sampler = WindowSampler(
+            data, inputs_of(setup), self.settings.model.context_length, setup.execution.device
+        )
+
+    def train_step(
+        self, step: int, task_ids: Sequence[int], rng: np.random.Generator
+    ) -> StepResult:
+        """One optimiser step (Eq. 11) over some tasks."""
+        batch, targets = self.sampler.sample(task_ids, rng)
+        self.vector.gradient.zero_()
+        with self.execution.computing():
+            losses = self.losses(batch, targets, self.masks_of(batch.task_ids))
+            losses.mean().backward()
+            norm = self.optimiser.step(step, self.active_bits(batch.task_ids))
+        return StepResult(task_ids, losses.detach(), norm)
+
+    def losses(self, batch: Batch, targets: Tensor, masks: TaskMasks) -> Tensor:
+        """Mean squared error on the actions of each group's valid history steps (Eq. 2), [G]."""
+        valid = batch.history.valid
+        errors = (self.model(batch, masks) - targets).square().mean(-1) * valid
+        return errors.sum((1, 2)) / valid.sum((1, 2))
+
+    def masks_of(self, task_ids: Tensor, group_gradients: Tensor | None = None) -> TaskMasks:
+        """What a batch of these tasks, int64 [G], is computed under: all weights."""
+        return TaskMasks(self.vector, None, task_ids, group_gradients)
+
+    def active_bits(self, task_ids: Tensor) -> Tensor:
+        """Packed bits over the whole vector: the weights that a step of these tasks may change.
+
+        Args:
+            task_ids: int64 [G].
+        """
+        return self.valid_bits
+
+    def before_step(self, step: int, seeds: Seeds) -> dict[str, float]:
+        """Measure how far the tasks' gradients agree, where that is due."""
+        if not self.settings.harmony_every or step % self.settings.harmony_every:
+            return {}
+        return {"harmony": self.averaged_harmony(step, seeds)}
+
+    def averaged_harmony(self, step: int, seeds: Seeds) -> float:
+        """Definition 3.2 on a fresh batch of every task, in [-1, 1]."""
+        task_ids, at_once = range(self.task_count), self.setup.config.data.tasks_per_step
+        parts = [task_ids[i : i + at_once] for i in task_ids[::at_once]]
+        losses = self.losses_of_draws(step, seeds)
+        with self.execution.computing():
+            return averaged_harmony(TaskGradients(self.vector, losses, self.masks_of, parts))
+
+    def losses_of_draws(self, step: int, seeds: Seeds) -> TaskLosses:
+        """The losses [G] of some tasks on a batch that depends on the step and the tasks alone."""
+
+        def losses(task_ids: Sequence[int], masks: TaskMasks) -> Tensor:
+            rng = seeds.begin(MASKS, step, *task_ids)
+            batch, targets = self.sampler.sample(task_ids, rng)
+            return self.losses(batch, targets, masks)
+
+        return losses
+
+    @property
+    def task_count(self) -> int:
+        """Number of tasks."""
+        return len(self.setup.conditioning)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint holds, by name."""
+        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        return tensors | {f"optimizer.{n}": t for n, t in self.optimiser.tensors().items()}
+
+    def policy(self, step: int) -> DecisionPolicy:
+        """The model as it is now, as a policy; it is put into evaluation mode."""
+        return decision_policy(self.setup, self.model, None, step)
+
+    def resume_training(self) -> None:
+        """Put the model into training mode again."""
+        self.model.train()
+
+    def describe(self) -> dict[str, int]:
+        """The number of parameters."""
+        return {"parameters": sum(p.numel() for p in self.model.parameters())}

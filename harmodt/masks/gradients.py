@@ -1,0 +1,109 @@
+"""Each task's gradient of its loss over the maskable weights, and how far the tasks' agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .bank import TaskMasks
+from .vector import ParameterVector
+
+TaskLosses = Callable[[Sequence[int], TaskMasks], Tensor]
+"""The losses [G] of some tasks, by id, on a batch of theirs: the same whenever it is asked for."""
+
+MasksFor = Callable[[Tensor, Tensor], TaskMasks]
+"""The masks of some tasks, int64 [G], that write each one's gradient to [G, P_m]."""
+
+
+class TaskGradients:
+    """The gradients of all tasks of one family: under some masks, or of the dense model.
+
+    They are computed for a few tasks at a time. If those of all tasks fit into `bytes_to_keep` they
+    are computed once; if not, whenever they are asked for, and memory does not grow with the number
+    of tasks. They come out the same.
+
+    Args:
+        vector: of the model.
+        losses: computes the tasks' losses.
+        masks_for: the family.
+        parts: the ids of all tasks, a few at a time.
+        bytes_to_keep: for all tasks' gradients.
+    """
+
+    def __init__(
+        self,
+        vector: ParameterVector,
+        losses: TaskLosses,
+        masks_for: MasksFor,
+        parts: Sequence[Sequence[int]],
+        bytes_to_keep: float = 0,
+    ):
+        self.vector = vector
+        self.parts = parts
+        self._losses = losses
+        self._masks_for = masks_for
+        needed = 4 * vector.maskable_size * sum(map(len, parts))
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._keep = needed <= bytes_to_keep
+
+    def of(self, part: int) -> tuple[Tensor, Tensor]:
+        """Gradients [G, P_m] and losses [G] of the tasks of one part."""
+        if part in self._kept:
+            return self._kept[part]
+        task_ids, device = self.parts[part], self.vector.weights.device
+        # zeros, because nothing is written to the padding
+        gradients = torch.zeros(len(task_ids), self.vector.maskable_size, device=device)
+        masks = self._masks_for(torch.tensor(list(task_ids), device=device), gradients)
+        losses = self._losses(task_ids, masks)
+        losses.sum().backward()
+        if self._keep:
+            self._kept[part] = gradients, losses.detach()
+        return gradients, losses.detach()
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Gradients and losses of each part in turn."""
+        return map(self.of, range(len(self.parts)))
+
+    def mean(self) -> Tensor:
+        """The mean of all tasks' gradients, [P_m]."""
+        total = self.vector.weights.new_zeros(self.vector.maskable_size)
+        for gradients, _ in self:
+            total += gradients.sum(0)
+        return total / sum(map(len, self.parts))
+
+
+class HarmonyScore:
+    """Sums up the averaged harmony score (Definition 3.2): how far the tasks' gradients agree.
+
+    It is the mean of (g_ij ĝ_j) / (|g_ij| |ĝ_j|) over tasks and weights; weights with a zero
+    factor are left out. The g_i and their mean ĝ are of one family.
+
+    Args:
+        mean_gradient: ĝ, [P_m].
+    """
+
+    def __init__(self, mean_gradient: Tensor):
+        self._mean_signs = mean_gradient.sign()
+        self._sum = mean_gradient.new_zeros((), dtype=torch.float64)
+        self._counted = mean_gradient.new_zeros((), dtype=torch.int64)
+
+    def add(self, gradients: Tensor) -> None:
+        """Count in some tasks' g_i, [G, P_m]."""
+        for gradient in gradients:
+            signs = gradient.sign().mul_(self._mean_signs)
+            self._sum += signs.sum(dtype=torch.float64)
+            self._counted += signs.count_nonzero()
+
+    def value(self) -> float:
+        """The score, in [-1, 1]; 0 when every weight was left out."""
+        return float(self._sum / self._counted.clamp(min=1))
+
+
+def averaged_harmony(gradients: TaskGradients) -> float:
+    """The averaged harmony score of a family of gradients (Definition 3.2), in [-1, 1]."""
+    score = HarmonyScore(gradients.mean())
+    for part, _ in gradients:
+        score.add(part)
+    return score.value()
