@@ -10,12 +10,16 @@ in turn hold where their times do not. What the kernels stand beside:
                         chooses oneDNN
     oneDNN masked copy  the same, after unpacking the mask and materialising W ⊙ M
 
+On a processor with matrix units that setting rounds operands to bf16: oneDNN then stands beside
+products in bf16 alone.
+
 To hold both sides to AVX2, set ONEDNN_MAX_CPU_ISA=AVX2 and HARMODT_ISA=avx2.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -72,6 +76,17 @@ def onednn() -> Iterator[None]:
         torch.set_float32_matmul_precision("highest")
 
 
+@functools.cache
+def onednn_is_exact() -> bool:
+    """Whether PyTorch's setting for oneDNN leaves the operands of products in float32 here."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(64, 256, generator=generator) for _ in range(2))
+    exact = x.double() @ weight.double().T
+    with onednn():
+        error = (F.linear(x, weight) - exact).abs().max() / exact.abs().max()
+    return error.item() < 1e-5  # about 1e-3 when rounded to bf16
+
+
 def inside(context: Callable[[], Any], call: Callable[[], Any]) -> Callable[[], Any]:
     def run() -> Any:
         with context():
@@ -100,12 +115,10 @@ def bench_linear(benchmark: Any, passes: str, products: str, rows: int, layer: s
     actual = (actual,) if passes == "forward" else actual
     for one, other in zip(actual, problem.expected(True), strict=False):
         assert_agree(one, other, tolerance)
-    assert_agree(inside(onednn, lambda: problem.forward(dense))(), problem.forward(dense), 1e-5)
-    others = {
-        "PyTorch dense": lambda: run(dense),
-        "oneDNN dense": inside(onednn, lambda: run(dense)),
-        "oneDNN masked copy": inside(onednn, lambda: run(masked_copy)),
-    }
+    others: dict[str, Callable[[], object]] = {"PyTorch dense": lambda: run(dense)}
+    if products == "bf16" or onednn_is_exact():
+        others["oneDNN dense"] = inside(onednn, lambda: run(dense))
+        others["oneDNN masked copy"] = inside(onednn, lambda: run(masked_copy))
     benchmark.group = f"linear, {passes}, {products} products"
     measure_beside(benchmark, call, others, rounds=60 if rows <= 600 else 15)
 
