@@ -254,7 +254,7 @@ def test_training_does_not_import_the_simulator(store, tmp_path):
     program = (
         "import sys; from harmodt import train\n"
         "train.main(sys.argv[1:])\n"
-        "sys.exit(' '.join({'mujoco', 'metaworld'} & sys.modules.keys()))"
+        "sys.exit(' '.join({'mujoco', 'metaworld'} & sys.modules.keys()) or 0)"
     )
     arguments = ["--data", str(store.path), "--output", str(tmp_path / "run"), *small_flags()]
     subprocess.run([sys.executable, "-c", program, *arguments], check=True, capture_output=True)
