@@ -1,13 +1,20 @@
-"""Files that are either written whole or not at all."""
+"""Files that are either written whole or not at all, and directories with one owner at a time."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from .errors import UserError
+
+LOCK = ".lock"
+"""Names the owner of a directory while a command writes to it."""
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -66,3 +73,52 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def owned(directory: Path) -> Iterator[None]:
+    """Own a directory, made where it is missing, for as long as the block runs.
+
+    The lock dies with its process. A directory that was made for it and stayed empty goes again.
+
+    Raises:
+        UserError: another process owns it.
+    """
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / LOCK
+    try:
+        descriptor = _lock(path)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, str(os.getpid()).encode())
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            for made in missing:
+                made.rmdir()
+
+
+def _lock(path: Path) -> int:
+    """Open and lock a file; the lock ends when the descriptor is closed, if only by a kill."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return descriptor
+        except BlockingIOError:
+            owner = os.read(descriptor, 20).decode("ascii", "replace") or "that has just begun"
+            os.close(descriptor)
+            raise UserError(
+                f"{path.parent} is in use by another command, process {owner}: wait until it has "
+                "ended, or end it"
+            ) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its owner deleted it between the two calls

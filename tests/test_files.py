@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
-from harmodt.files import replace_directory, write_atomic, write_bytes, write_json
+from harmodt.errors import UserError
+from harmodt.files import owned, replace_directory, write_atomic, write_bytes, write_json
 
 
 def test_json_is_written_whole(tmp_path):
@@ -44,3 +47,29 @@ def test_a_directory_takes_the_place_of_another(tmp_path):
     replace_directory(tmp_path / "new", tmp_path / "old")
     assert (tmp_path / "old" / "file").read_text() == "2"
     assert not (tmp_path / "new").exists()
+
+
+def test_a_directory_has_one_owner_at_a_time(tmp_path):
+    program = (
+        "import sys; from pathlib import Path; from harmodt.files import owned\n"
+        "with owned(Path(sys.argv[1])): print('mine', flush=True); sys.stdin.read()"
+    )
+    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "a")], **pipe) as other:
+        assert other.stdout.readline() == b"mine\n"
+        with pytest.raises(UserError, match=f"a is in use .* process {other.pid}:"):
+            owned(tmp_path / "a").__enter__()
+        other.kill()
+    assert (tmp_path / "a" / ".lock").exists()
+    with owned(tmp_path / "a"):
+        assert (tmp_path / "a" / ".lock").read_text() == str(os.getpid())
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_a_directory_that_was_made_in_vain_goes_again(tmp_path):
+    with pytest.raises(ValueError, match="refused"), owned(tmp_path / "a" / "b"):
+        raise ValueError("refused")
+    assert list(tmp_path.iterdir()) == []
+    with owned(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "b" / "file").touch()
+    assert (tmp_path / "a" / "b" / "file").exists()
