@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import io
+import os
 import sys
 import tracemalloc
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -131,6 +134,42 @@ def _without(key: str) -> Callable[[Path], None]:
     return lambda file: np.savez(file, **{k: v for k, v in make_arrays(1).items() if k != key})
 
 
+def _with(key: str, value: np.ndarray) -> Callable[[Path], None]:
+    return lambda file: np.savez(file, **make_arrays(1), **{key: value})
+
+
+def _encrypt(file: Path) -> None:
+    """Set the flag of encryption wherever the archive has its flags."""
+    content = bytearray(file.read_bytes())
+    for mark, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        at = -1
+        while (at := content.find(mark, at + 1)) >= 0:
+            content[at + offset] |= 1
+    file.write_bytes(content)
+
+
+def _claim(file: Path, shape: tuple[int, ...]) -> None:
+    """Observations whose header claims a shape that nobody has the memory for."""
+    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    with zipfile.ZipFile(file, "w") as archive:
+        for key, array in make_arrays(1).items():
+            content = io.BytesIO()
+            if key == "observations":
+                np.lib.format.write_array_header_1_0(content, header)
+            else:
+                np.save(content, array)
+            archive.writestr(f"{key}.npy", content.getvalue())
+
+
+def _bomb(file: Path) -> None:
+    """A small archive that says in its directory that an array unpacks to gigabytes."""
+    np.savez_compressed(file, **make_arrays(1))
+    content = bytearray(file.read_bytes())
+    entry = content.index(b"PK\x01\x02")
+    content[entry + 24 : entry + 28] = (2**31).to_bytes(4, "little")
+    file.write_bytes(content)
+
+
 def _with_nan(array: np.ndarray) -> np.ndarray:
     array[7] = np.nan
     return array
@@ -165,6 +204,19 @@ def _flip_a_byte(file: Path) -> None:
         (lambda file: np.savez(file, **make_arrays(1, 0)), "the episode has 0 steps"),
         (lambda file: np.savez(file, **make_arrays(1, 19)), "the episode has 19 steps and .* 20"),
         (lambda file: (file.unlink(), file.symlink_to("gone")), "is missing"),
+        (lambda file: (file.unlink(), os.mkfifo(file)), "is no regular file"),
+        (lambda file: (file.unlink(), file.mkdir()), "is no regular file"),
+        (lambda file: (file.unlink(), file.symlink_to("/dev/zero")), "is no regular file"),
+        (_with("success", np.full((25, 1), np.nan)), "success holds NaN or infinity"),
+        (_with("success", np.ones(24)), "success has 24 steps and observations has 25"),
+        (_with("success", np.ones((25, 2))), r"success has the shape \(25, 2\)"),
+        (_with("success", np.array(1)), r"success has the shape \(\)"),
+        (_replace("rewards", lambda a: a + 1e30), "rewards holds 1e[+]30, beyond 1e[+]06"),
+        (_replace("observations", lambda a: a * 0 - 3e38), r"observations holds -3e[+]38, beyond"),
+        (_encrypt, "is encrypted"),
+        (lambda file: _claim(file, (10**12, 39)), "observations is damaged or holds no plain"),
+        (lambda file: _claim(file, (2**40, 2**40)), "observations is damaged or holds no plain"),
+        (_bomb, "observations would take 2.1 GB of memory"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named_and_nothing_is_written(

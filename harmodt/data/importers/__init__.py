@@ -22,6 +22,9 @@ IMPORTERS: dict[str, str] = {
 }
 """Name of every format, and the module and class that read it."""
 
+LIMIT = 1e6
+"""Of a number in an episode: the float32 sums and squares of training stay far from infinity."""
+
 
 class Importer(ABC):
     """Reads the data set in `source`, whose tasks are those of a family of environments.
@@ -77,8 +80,8 @@ def check_episode(
     """Check that an episode can be stored and trained on; `where` tells a person where it is.
 
     Raises:
-        UserError: an array has the wrong shape, or holds a value that is not finite, or the
-            episode is shorter than `min_length` steps.
+        UserError: an array has the wrong shape, or holds a value that is not finite or beyond
+            LIMIT, or the episode is shorter than `min_length` steps.
     """
     entries: dict[str, tuple[int, ...]] = {
         "observations": (environment.observation_size,),
@@ -86,25 +89,48 @@ def check_episode(
         "rewards": (),
     }
     for key, shape in entries.items():
-        found = getattr(episode, key).shape
-        if not found or found[1:] != shape:
-            expected = ", ".join(["T", *map(str, shape)])
-            raise UserError(
-                f"{where}: {key} has the shape {found} and ({expected}) is needed: is this data "
-                f"of {environment.family}?"
-            )
+        _check_shape(where, key, getattr(episode, key), shape, environment.family)
     length = len(episode.observations)
     if length < max(1, min_length):
         raise UserError(
             f"{where}: the episode has {length} steps and training needs {min_length}: remove it, "
             "or lower --min-length if you train with a shorter context"
         )
-    for key in entries:
-        array = getattr(episode, key)
-        if len(array) != length:
-            raise UserError(
-                f"{where}: {key} has {len(array)} steps and observations has {length}: download "
-                "or write it again"
-            )
-        if not np.isfinite(array).all():
-            raise UserError(f"{where}: {key} holds NaN or infinity: remove it or repair its values")
+    for key, shape in entries.items():
+        check_array(where, key, getattr(episode, key), shape, length)
+
+
+def check_array(
+    where: str, key: str, array: np.ndarray, shape: tuple[int, ...], length: int
+) -> None:
+    """Check an array of an episode of `length` steps; `shape` is that of one step.
+
+    Raises:
+        UserError: it has another shape, or holds a value that is not finite or beyond LIMIT.
+    """
+    _check_shape(where, key, array, shape)
+    if len(array) != length:
+        raise UserError(
+            f"{where}: {key} has {len(array)} steps and observations has {length}: download "
+            "or write it again"
+        )
+    if not np.isfinite(array).all():
+        raise UserError(f"{where}: {key} holds NaN or infinity: remove it or repair its values")
+    largest = max(array.min(), array.max(), key=abs)
+    if abs(largest) > LIMIT:
+        raise UserError(
+            f"{where}: {key} holds {largest:.3g}, beyond {LIMIT:g}, which training cannot use: "
+            "remove it or repair its values"
+        )
+
+
+def _check_shape(
+    where: str, key: str, array: np.ndarray, shape: tuple[int, ...], family: str = ""
+) -> None:
+    if array.ndim and array.shape[1:] == shape:
+        return
+    expected = ", ".join(["T", *map(str, shape)])
+    advice = f"is this data of {family}?" if family else "download or write it again"
+    raise UserError(
+        f"{where}: {key} has the shape {array.shape} and ({expected}) is needed: {advice}"
+    )

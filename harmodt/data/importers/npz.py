@@ -8,7 +8,9 @@ where there is one.
 
 from __future__ import annotations
 
+import lzma
 import re
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -17,7 +19,23 @@ import numpy as np
 
 from ...errors import UserError
 from ..store import UNKNOWN, Episode
-from . import Importer
+from . import Importer, check_array
+
+_LARGEST = 2**30  # bytes of one array; an episode of 500 steps has 78,000
+_ENCRYPTED = 1  # a bit of a zip entry's flags
+_DAMAGE = (
+    ArithmeticError,
+    EOFError,
+    LookupError,
+    MemoryError,  # a header that claims more than there is
+    RuntimeError,  # how zip files are compressed in ways unknown, or nested too deep
+    ValueError,
+    lzma.LZMAError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What NumPy and zipfile raise at the content of a file."""
 
 
 class NpzImporter(Importer):
@@ -56,6 +74,10 @@ class NpzImporter(Importer):
 
     def read(self, episode: Path) -> Episode:
         """Read one file."""
+        if episode.exists() and not episode.is_file():
+            raise UserError(
+                f"{episode} is no regular file, but a folder, a pipe or a device: remove it"
+            )
         try:
             file = np.load(episode, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
@@ -68,7 +90,7 @@ class NpzImporter(Importer):
             raise UserError(f"{episode} is missing: download it again") from error
         except OSError as error:
             raise UserError(f"{episode} cannot be read ({error.strerror}): check it") from error
-        except (zipfile.BadZipFile, EOFError, ValueError) as error:
+        except _DAMAGE as error:
             raise UserError(
                 f"{episode} is truncated or no npz file: download it again or remove it"
             ) from error
@@ -93,21 +115,37 @@ def _read_keys(path: Path, file: np.lib.npyio.NpzFile) -> Episode:
                 f"{path} has no key {key!r} (it has {', '.join(file.files) or 'none'}): rename or "
                 "add it"
             )
+    observations = _read_array(path, file, "observations")
     return Episode(
-        observations=_read_array(path, file, "observations"),
+        observations=observations,
         actions=_read_array(path, file, "actions"),
         rewards=_one_per_step(_read_array(path, file, "rewards")),
-        success=int(_read_array(path, file, "success").any()) if "success" in file else UNKNOWN,
+        success=_read_success(path, file, len(observations)) if "success" in file else UNKNOWN,
     )
+
+
+def _read_success(path: Path, file: np.lib.npyio.NpzFile, length: int) -> int:
+    """Whether an episode of `length` steps is solved at any of them."""
+    success = _one_per_step(_read_array(path, file, "success"))
+    check_array(str(path), "success", success, (), length)
+    return int(success.any())
 
 
 def _read_array(path: Path, file: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
     """One array as float32."""
     try:
+        entry = file.zip.getinfo(f"{key}.npy")
+        if entry.flag_bits & _ENCRYPTED:
+            raise UserError(f"{path} is encrypted: write it again without a password")
+        if entry.file_size > _LARGEST:
+            raise UserError(
+                f"{path}: {key} would take {entry.file_size / 1e9:.1f} GB of memory, more than an "
+                "episode has: download or write the file again"
+            )
         array = np.asarray(file[key])
         if array.dtype.kind not in "fiub":
             raise ValueError(array.dtype)
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+    except _DAMAGE as error:
         raise UserError(
             f"{path}: {key} is damaged or holds no plain numbers: download or write the file again"
         ) from error
