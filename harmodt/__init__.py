@@ -6,6 +6,9 @@ From Python, `harmodt.load_policy(run)` is what a run has learned.
 
 from __future__ import annotations
 
+import signal
+import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +17,13 @@ if TYPE_CHECKING:
     from .policies import Policy
 
 __version__ = "0.1.0"
+
+# A command imports PyTorch for seconds: until it begins, Ctrl-C just ends it, without a traceback.
+if (
+    any(flag == "-m" and module.startswith("harmodt.") for flag, module in pairwise(sys.orig_argv))
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def load_policy(

@@ -1,11 +1,54 @@
-"""Errors that are addressed to the person at the keyboard."""
+"""Errors that are addressed to the person at the keyboard: the one place that words them."""
 
 from __future__ import annotations
 
 import errno
 import os
+import shlex
+import signal
 import sys
-from collections.abc import Callable
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_AGAIN = "give the same command again"
+
+_CHOOSE = "choose another path"
+
+_SYSTEM = {
+    errno.ENOSPC: ("the disk is full", "free some space"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space"),
+    errno.EFBIG: ("the file is larger than is allowed", "raise the limit (ulimit -f)"),
+    errno.EROFS: ("the file system is read-only", _CHOOSE),
+    errno.EACCES: ("permission is denied", f"change its permissions or {_CHOOSE}"),
+    errno.EPERM: ("the operation is not permitted", f"change its permissions or {_CHOOSE}"),
+    errno.ENAMETOOLONG: ("the name is too long", _CHOOSE),
+    errno.ENOTDIR: ("a file is where a folder should be", f"move it away or {_CHOOSE}"),
+    errno.EEXIST: ("there is a file of that name already", f"move it away or {_CHOOSE}"),
+    errno.EISDIR: ("a folder is where a file should be", f"move it away or {_CHOOSE}"),
+    errno.ENOTEMPTY: ("the folder is not empty", f"move it away or {_CHOOSE}"),
+    errno.ELOOP: ("symbolic links lead in a circle", f"remove them or {_CHOOSE}"),
+    errno.ENOENT: ("it is not there, or was taken away meanwhile", "put it back"),
+    errno.EIO: ("the disk reports an error", "check the disk"),
+    errno.ESTALE: ("the network file system lost it", "check that it is mounted"),
+    errno.EMFILE: ("too many files are open", "raise the limit (ulimit -n)"),
+    errno.ENFILE: ("too many files are open on this machine", "end other programs"),
+    errno.EAGAIN: ("no more processes are allowed", "end others or raise the limit (ulimit -u)"),
+    errno.ENOMEM: ("there is not enough memory", "end other programs"),
+}
+"""What the system refuses, and what to do about it."""
+
+_OUT_OF_MEMORY = (
+    "not enough memory",
+    "can't allocate memory",
+    "out of memory",
+    "Storage size calculation overflowed",
+    "Overflow when unpacking long",
+    "array is too big",
+    "Maximum allowed dimension exceeded",
+)
+"""What PyTorch and NumPy say where a size cannot be allocated."""
 
 
 class UserError(Exception):
@@ -15,25 +58,107 @@ class UserError(Exception):
     """
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Run a command line's `main`; turn the user's mistakes into one line and exit status 2."""
+def printable(text: object) -> str:
+    """A name, path or message as text that a terminal shows as it is.
+
+    Control characters, bidirectional and other invisible ones, and bytes that are not UTF-8 are
+    written as escapes: what a person reads is what is there, and no terminal obeys it.
+    """
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in str(text)
+    )
+
+
+@contextmanager
+def going_on(how: str) -> Iterator[None]:
+    """Say how to go on after an error inside, in place of giving the same command again.
+
+    Args:
+        how: an order to the person, such as "go on with: COMMAND".
+    """
     try:
+        yield
+    except Exception as error:
+        if not hasattr(error, "how_to_go_on"):
+            error.how_to_go_on = how  # type: ignore[attr-defined]
+        raise
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command line's `main`; turn what goes wrong into one line.
+
+    The exit status is 2 for what a person or the machine can do something about, 1 for an error
+    of the program, whose traceback goes into a file, and 130 for Ctrl-C.
+    """
+    _print_anything()
+    try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by harmodt/__init__.py
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
-    except UserError as error:
-        sys.exit(_report(str(error)))
     except BrokenPipeError:  # whoever read the output has gone, as in `... --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        sys.exit(_report(f"the disk is full{where}: free some space and run the command again"))
+    except Exception as error:
+        sentence = describe(error)
+        _report(sentence or _describe_unexpected(error))
+        sys.exit(2 if sentence else 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-def _report(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+def describe(error: Exception) -> str | None:
+    """One sentence for what a person or the machine can do something about; None for the rest."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _SYSTEM:
+        what, remedy = _SYSTEM[error.errno]
+        names = (error.filename, error.filename2)
+        paths = [os.fsdecode(name) for name in names if isinstance(name, str | bytes)]
+        where = f"{' and '.join(paths)}: " if paths else ""
+        return f"{where}{what}: {remedy}, then {_how_to_go_on(error)}"
+    if isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
+        return (
+            f"there is not enough memory{_first_line(error)}: choose smaller sizes or end other "
+            f"programs, then {_how_to_go_on(error)}"
+        )
+    return None
+
+
+def _how_to_go_on(error: Exception) -> str:
+    return getattr(error, "how_to_go_on", _AGAIN)
+
+
+def _describe_unexpected(error: Exception) -> str:
+    """A sentence for an error of the program, whose traceback is put into a file."""
+    command = shlex.join(sys.orig_argv)
+    text = f"{command}\n{''.join(traceback.format_exception(error))}"
+    try:
+        descriptor, where = tempfile.mkstemp(prefix="harmodt-error-", suffix=".txt")
+        with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+    except OSError:  # then there is no better place
+        print(text, file=sys.stderr)
+        where = "the lines above"
+    return (
+        f"unexpected {type(error).__name__}{_first_line(error)} in `{command}`: please report it "
+        f"with the traceback in {where}; what was written is kept: to try on, "
+        f"{_how_to_go_on(error)}"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    first = str(error).partition("\n")[0]
+    return f" ({first})" if first else ""
+
+
+def _print_anything() -> None:
+    """Let a terminal whose encoding lacks a character show its escape, not end the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _report(message: str) -> None:
+    print(f"error: {printable(message)}", file=sys.stderr)

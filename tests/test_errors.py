@@ -1,12 +1,18 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from harmodt.errors import UserError, run_command
+from harmodt.errors import UserError, going_on, printable, run_command
 
 
 def ending(error: BaseException, capsys) -> tuple[object, str]:
@@ -24,23 +30,117 @@ def test_a_mistake_is_one_line_and_status_2(capsys):
     assert ending(UserError("no such task"), capsys) == (2, "error: no such task\n")
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_one_line_and_status_2(number, capsys):
-    status, text = ending(OSError(number, "full", "data/a.npy"), capsys)
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (errno.ENOSPC, "the disk is full: free some space, then"),
+        (errno.EDQUOT, "the disk quota is used up: free some space, then"),
+        (errno.EFBIG, "the file is larger than is allowed: raise the limit (ulimit -f), then"),
+        (errno.EROFS, "the file system is read-only: choose another path, then"),
+        (errno.EACCES, "permission is denied: change its permissions or choose another path"),
+        (errno.ENAMETOOLONG, "the name is too long: choose another path"),
+        (errno.ENOTDIR, "a file is where a folder should be: move it away or"),
+        (errno.EEXIST, "there is a file of that name already: move it away or"),
+        (errno.ENOENT, "it is not there, or was taken away meanwhile: put it back"),
+        (errno.EMFILE, "too many files are open: raise the limit (ulimit -n)"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_and_status_2(number, reason, capsys):
+    status, text = ending(OSError(number, "", "data/a.npy"), capsys)
     assert status == 2 and text.count("\n") == 1
-    assert "the disk is full while writing data/a.npy" in text
+    assert text.startswith(f"error: data/a.npy: {reason}")
+    assert text.endswith("then give the same command again\n")
+    two = OSError(number, "", "a", None, "b")
+    assert ending(two, capsys)[1].startswith(f"error: a and b: {reason}")
+
+
+def test_how_to_go_on_is_said_by_whoever_knows_it_first(capsys):
+    def fail():
+        with going_on("give up"), going_on("go on with: python -m x"):
+            raise OSError(errno.ENOSPC, "")
+
+    with pytest.raises(SystemExit):
+        run_command(fail)
+    printed = capsys.readouterr().err
+    assert printed == "error: the disk is full: free some space, then go on with: python -m x\n"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: np.empty(2**62, np.int8),
+        lambda: np.empty((2**40, 2**40)),
+        lambda: torch.empty(2**60),
+        lambda: torch.empty(2**40, 2**40),
+        lambda: torch.empty(2**80),
+        lambda: bytearray(2**62),
+    ],
+)
+def test_a_size_that_cannot_be_allocated_is_one_line_and_status_2(make, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run_command(make)
+    printed = capsys.readouterr().err
+    assert exit.value.code == 2 and printed.count("\n") == 1
+    assert printed.startswith("error: there is not enough memory")
+    assert "choose smaller sizes" in printed
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a[/b]c λ é 😀 \\", "a[/b]c λ é 😀 \\"),
+        ("\x1b]0;title\x07\x1b[31m", r"\x1b]0;title\x07\x1b[31m"),
+        ("\x9b1m\r\n\t\x00\x7f", r"\x9b1m\r\n\t\x00\x7f"),
+        ("a\u202etxt.exe\u2066\u200b\u2028", r"a\u202etxt.exe\u2066\u200b\u2028"),
+        (os.fsdecode(b"\xff"), r"\udcff"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_shown_as_an_escape(text, shown, capsys):
+    assert printable(Path(text) if "\0" not in text else text) == shown
+    assert ending(UserError(text), capsys) == (2, f"error: {shown}\n")
 
 
 def test_an_interruption_is_status_130(capsys):
     assert ending(KeyboardInterrupt(), capsys) == (130, "interrupted\n")
 
 
-def test_other_errors_are_bugs_and_keep_their_traceback():
-    def main() -> None:
-        raise PermissionError(errno.EACCES, "denied")
+def test_other_errors_are_bugs_whose_traceback_is_in_a_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    status, text = ending(ZeroDivisionError("by\nzero"), capsys)
+    (file,) = tmp_path.iterdir()
+    assert status == 1 and text.count("\n") == 1
+    assert text.startswith("error: unexpected ZeroDivisionError (by) in `")
+    assert f"report it with the traceback in {file}; " in text
+    assert text.endswith("to try on, give the same command again\n")
+    written = file.read_text()
+    assert "Traceback (most recent call last)" in written and "in main\n" in written
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    status, text = ending(ZeroDivisionError(), capsys)
+    assert status == 1 and "Traceback (most recent call last)" in text
 
-    with pytest.raises(PermissionError):
-        run_command(main)
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_help_is_shown_whatever_the_encoding(encoding):
+    command = [sys.executable, "-m", "harmodt.train", "--help"]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    result = subprocess.run(command, env=environment, capture_output=True)
+    assert result.returncode == 0 and result.stderr == b""
+    assert b"\\u03bb" in result.stdout
+
+
+@pytest.mark.parametrize("module", ["collect", "data", "train", "evaluate"])
+def test_an_early_interruption_leaves_no_traceback(module):
+    environment = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}
+    command = [sys.executable, "-m", f"harmodt.{module}", "--help"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
+        printed = b""
+        for line in process.stderr:  # one for each import that is done
+            if b"numpy" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        printed = process.stderr.read()
+    assert process.returncode == -signal.SIGINT
+    assert b"Traceback" not in printed and b"KeyboardInterrupt" not in printed
 
 
 def test_a_reader_that_goes_away_is_no_error():

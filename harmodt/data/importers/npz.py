@@ -134,6 +134,7 @@ def _read_success(path: Path, file: np.lib.npyio.NpzFile, length: int) -> int:
 def _read_array(path: Path, file: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
     """One array as float32."""
     try:
+        assert file.zip is not None  # of a file that is open
         entry = file.zip.getinfo(f"{key}.npy")
         if entry.flag_bits & _ENCRYPTED:
             raise UserError(f"{path} is encrypted: write it again without a password")
