@@ -35,7 +35,7 @@ from .data.writer import StoreWriter
 from .environments import FAMILIES, METAWORLD, Environment, EnvironmentFamily
 from .environments import family as family_named
 from .environments.simulation import available_cores
-from .errors import UserError, run_command
+from .errors import UserError, printable, run_command
 from .files import write_atomic
 from .progress import progress_bar
 from .settings import Count, NotNegative, Share, Whole, check
@@ -318,7 +318,7 @@ def _episodes(parts: list[_Part]) -> int:
 def main() -> None:
     config = tyro.cli(CollectConfig, prog="python -m harmodt.collect")
     store = collect(config)
-    print(f"{config.output}: {len(store.tasks)} tasks, {store.steps} steps")
+    print(f"{printable(config.output)}: {len(store.tasks)} tasks, {store.steps} steps")
 
 
 if __name__ == "__main__":

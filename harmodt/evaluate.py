@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
 
 from . import load_policy
 from .devices import prepare_cpu
 from .environments.video import find_backend
-from .errors import run_command
+from .errors import printable, run_command
+from .progress import PlainConsole
 from .rollout import Request, play
 from .rundir import RunDirectory
 from .settings import Whole, check
@@ -68,7 +68,7 @@ def main() -> None:
     """The command line: print the table, write it as JSON and CSV into RUN/evaluation."""
     prepare_cpu()
     config = tyro.cli(EvaluateConfig, prog="python -m harmodt.evaluate")
-    options, console = config.policy, Console()
+    options, console = config.policy, PlainConsole()
     if config.video:
         find_backend()
     policy = load_policy(
@@ -89,9 +89,9 @@ def main() -> None:
     )
     path = result.save(directory)
     console.print(result.table())
-    console.print(f"written to {path} and .csv", soft_wrap=True)
+    console.print(f"written to {printable(path)} and .csv", soft_wrap=True)
     if config.video:
-        console.print(f"videos in {path.with_suffix('')}", soft_wrap=True)
+        console.print(f"videos in {printable(path.with_suffix(''))}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
-"""The progress bar of every command."""
+"""What every command prints on: a console, and the progress bar."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -13,6 +17,23 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from .errors import printable
+
+
+class PlainConsole(Console):
+    """A console that shows strings as they are, line by line.
+
+    A name in them is neither taken for rich's markup nor for an order to the terminal.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, *arguments: Any, **options: Any) -> Text:
+        """A string as text, in a table as well."""
+        lines = map(printable, text.split("\n"))
+        return super().render_str("\n".join(lines), *arguments, **options)
 
 
 def progress_bar(
@@ -27,24 +48,28 @@ def progress_bar(
         console: where to draw; standard output by default.
     """
     return Progress(
-        TextColumn("{task.description}"),
+        _Words(lambda task: task.description),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),
-        *(_Field(name) for name in fields),
+        *(_Words(partial(_field, name)) for name in fields),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         disable=not enabled,
-        console=console,
+        console=console or PlainConsole(),
     )
 
 
-class _Field(TextColumn):
-    """A text that is empty until it is set."""
+def _field(name: str, task: Task) -> object:
+    return task.fields.get(name, "")
 
-    def __init__(self, name: str):
+
+class _Words(TextColumn):
+    """What `words` says of a task, shown as it is."""
+
+    def __init__(self, words: Callable[[Task], object]):
         super().__init__("")
-        self._name = name
+        self._words = words
 
     def render(self, task: Task) -> Text:
-        return Text(str(task.fields.get(self._name, "")))
+        return Text(printable(self._words(task)))

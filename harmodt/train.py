@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
-from rich.console import Console
 
 from .algorithms import ALGORITHMS, preset
 from .collect import CollectConfig, collect
@@ -17,6 +16,7 @@ from .data.store import DataStore
 from .devices import Execution, prepare_cpu
 from .environments import family
 from .errors import UserError, run_command
+from .progress import PlainConsole
 from .settings import change, check, settings
 from .training.run import Run, SavedRun
 
@@ -26,7 +26,7 @@ QUICKSTART_DATA = Path("data/quickstart-mt5")
 # What may change when a run goes on: nothing that its result depends on.
 _CHANGEABLE = ("log_every", "checkpoint_every", "keep_checkpoints")
 
-console = Console()
+console = PlainConsole()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

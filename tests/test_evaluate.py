@@ -62,7 +62,7 @@ def test_command_line_end_to_end(run, monkeypatch, capsys):
     np.testing.assert_array_equal(again.returns, first.returns)
 
 
-class Stop(Exception):
+class Stop(BaseException):
     """Raised in the place of the episodes."""
 
 

@@ -16,12 +16,11 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ..environments import FAMILIES, METAWORLD, EnvironmentSpec, family
-from ..errors import UserError, run_command
-from ..progress import progress_bar
+from ..errors import UserError, printable, run_command
+from ..progress import PlainConsole, progress_bar
 from ..settings import Count, Whole, check
 from .importers import IMPORTERS, Importer, check_episode, importer
 from .store import UNKNOWN, DataStore, Episode, TaskData
@@ -161,7 +160,7 @@ def _write_task(
 
 def describe(store: DataStore) -> Table:
     """A table of what a store holds, one row per task and one for the whole."""
-    title = f"{store.path}: {_describe_environment(store.environment)}"
+    title = f"{printable(store.path)}: {_describe_environment(store.environment)}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("task", no_wrap=True)
     for heading in ("episodes", "steps", "return min", "mean", "max", "success", "prompts", "size"):
@@ -213,12 +212,12 @@ def _verify(path: Path) -> None:
     with progress_bar("files") as bar:
         line = bar.add_task("verifying", total=len(store.files))
         store.verify(lambda _: bar.advance(line))
-    print(f"{path}: every checksum is right")
+    print(f"{printable(path)}: every checksum is right")
 
 
 def _print(table: Table) -> None:
     """Print a table with its names in full, even where the output is narrower."""
-    Console(width=max(110, Console().width)).print(table)
+    PlainConsole(width=max(110, PlainConsole().width)).print(table)
 
 
 def main() -> None:

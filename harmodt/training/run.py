@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.filesize import decimal
 
 from ..algorithms import Setup, StepResult, config_from_json, find
@@ -26,7 +25,7 @@ from ..devices import Execution
 from ..environments import EnvironmentSpec, family
 from ..errors import UserError
 from ..policies import Policy
-from ..progress import progress_bar
+from ..progress import PlainConsole, progress_bar
 from ..results import EvaluationResult, versions
 from ..rollout import Request, play
 from ..rundir import RunDirectory
@@ -34,7 +33,7 @@ from ..settings import from_json, to_json
 from .metrics import Metrics
 from .trainer import Trainer
 
-console = Console()
+console = PlainConsole()
 
 
 @dataclass(frozen=True)
