@@ -120,6 +120,9 @@ def test_opening_five_million_steps_takes_a_second_and_200_megabytes_at_most(
     store = write_store(tmp_path / "store")
     tasks = store.manifest["tasks"]
     for task in tasks:
+        tasks[task]["steps"] = 2_500_000
+        starts = np.array([0, 30, 50, 2_500_000])
+        np.save(tmp_path / "store" / task / "episode_starts.npy", starts)
         for name in ("observations", "actions", "rewards", "returns_to_go"):
             entry = tasks[task]["files"][name]
             entry["shape"][0] = 2_500_000

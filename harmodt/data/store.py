@@ -15,12 +15,15 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import msgspec
 import numpy as np
+from msgspec import Meta
 
 from ..environments import EnvironmentSpec
 from ..errors import UserError
+from ..settings import Count, Whole, from_json
 
 FORMAT = "harmodt-store"
 VERSION = 2
@@ -238,24 +241,107 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is damaged, of another program or of another version.
     """
-    damaged = f"{path} is damaged: restore it from a copy or make the store again"
+    if not path.is_file():
+        raise UserError(f"{path} is no regular file: restore it from a copy")
     try:
-        manifest = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(damaged) from error
+        manifest = json.loads(path.read_bytes(), parse_float=_finite, parse_constant=_finite)
+    except (ValueError, RecursionError) as error:
+        raise UserError(_damaged(path, "no JSON")) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path} is not the manifest of a HarmoDT store: give a store's directory")
     if manifest.get("version") != VERSION:
-        imported = "import" in manifest.get("provenance", {})
+        provenance = manifest.get("provenance")
+        imported = isinstance(provenance, dict) and "import" in provenance
         command = "harmodt.data import" if imported else "harmodt.collect"
         raise UserError(
-            f"{path} has version {manifest.get('version')} and this program reads version "
+            f"{path} has version {manifest.get('version')!r:.20} and this program reads version "
             f"{VERSION}: make the store again with `python -m {command}` and the settings that "
             f"the file lists under provenance, after moving {path.parent} away"
         )
     if manifest.pop("crc32", None) != manifest_checksum(manifest):
-        raise UserError(damaged)
+        raise UserError(_damaged(path, "its checksum fails"))
+    _check_manifest(path, manifest)
     return manifest
+
+
+def _damaged(path: Path, how: str) -> str:
+    return f"{path} is damaged ({how}): restore it from a copy or make the store again"
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text} is not finite")
+    return float(text)
+
+
+class _Array(msgspec.Struct, forbid_unknown_fields=True):
+    """The manifest's entry of an array's file."""
+
+    dtype: str
+    shape: list[Whole]
+    crc32: str
+
+
+class _Task(msgspec.Struct, forbid_unknown_fields=True):
+    """The manifest's entry of a task."""
+
+    episodes: Count
+    steps: Count
+    prompt_episodes: Whole
+    best_return: float
+    mean_return: float
+    observation_mean: list[float]
+    observation_std: list[float]
+    files: dict[str, _Array]
+
+
+class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
+    """A manifest without its checksum. A task is a folder's name, so that it stays in the store."""
+
+    format: str
+    version: int
+    provenance: dict[str, Any]
+    environment: dict[str, Any]
+    tasks: dict[Annotated[str, Meta(pattern=r"\A[^./\0][^/\0]*\Z")], _Task]
+
+
+def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Raise UserError where a manifest is not of its form, or its entries do not fit together."""
+    try:
+        found = msgspec.convert(manifest, _Manifest)
+    except msgspec.ValidationError as error:
+        raise UserError(_damaged(path, str(error))) from None
+    environment = from_json(EnvironmentSpec, found.environment, f"environment in {path}")
+    for name, task in found.tasks.items():
+        arrays = {
+            **_shapes(environment, "", task.files, task.episodes, task.steps),
+            **_shapes(environment, f"{PROMPTS}/", task.files, task.prompt_episodes),
+        }
+        entries = {key: (entry.dtype, entry.shape) for key, entry in task.files.items()}
+        sizes = {len(task.observation_mean), len(task.observation_std)}
+        if entries != arrays or sizes != {environment.observation_size}:
+            raise UserError(_damaged(path, f"the entries of {name} do not fit together"))
+
+
+def _shapes(
+    environment: EnvironmentSpec,
+    prefix: str,
+    files: dict[str, _Array],
+    episodes: int,
+    steps: int | None = None,
+) -> dict[str, tuple[str, list[int]]]:
+    """Name, dtype and shape of the arrays of so many episodes.
+
+    Where the steps are not given, they are those of the rewards.
+    """
+    rewards = files.get(f"{prefix}rewards")
+    if steps is None:
+        steps = rewards.shape[0] if rewards and rewards.shape else 0
+    lengths = {"episode_starts": episodes + 1, "successes": episodes}
+    return {
+        f"{prefix}{name}": (dtype, [lengths.get(name, steps), *shape])
+        for name, (dtype, shape) in array_types(environment).items()
+    }
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:
@@ -268,7 +354,7 @@ def _check_size(path: Path, entry: dict[str, Any]) -> None:
     expected = np.dtype(entry["dtype"]).itemsize * math.prod(entry["shape"])
     try:
         header = path.stat().st_size - expected
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path} is missing: restore it or make the store again") from error
     if header != _HEADER_SIZE:
         raise UserError(
@@ -279,9 +365,13 @@ def _check_size(path: Path, entry: dict[str, Any]) -> None:
 
 def _open_episodes(path: Path, files: dict[str, Any], prefix: str) -> Episodes:
     entries = {name: files[f"{prefix}{name}"] for name in EPISODE_ARRAYS}
-    return Episodes(
+    episodes = Episodes(
         **{name: _open_array(path / f"{prefix}{name}.npy", e) for name, e in entries.items()}
     )
+    starts = episodes.episode_starts
+    if starts[0] != 0 or starts[-1] != len(episodes.rewards) or (episodes.lengths < 1).any():
+        raise UserError(_damaged(path / f"{prefix}episode_starts.npy", "it has no such episodes"))
+    return episodes
 
 
 def _open_array(path: Path, entry: dict[str, Any]) -> np.ndarray:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import UserError
+from ..settings import Count
 
 METAWORLD = "metaworld"
 
@@ -38,9 +39,9 @@ class EnvironmentSpec:
     """
 
     family: str
-    observation_size: int
-    action_size: int
-    episode_length: int
+    observation_size: Count
+    action_size: Count
+    episode_length: Count
     success: bool
     reward_version: str | None = None
 

@@ -1,0 +1,167 @@
+"""What was done to a store or its sources by other hands: refused, in a sentence, every time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import make_store
+
+from harmodt.data.store import MANIFEST, UNFINISHED, DataStore, manifest_checksum
+from harmodt.data.writer import StoreWriter
+from harmodt.environments.metaworld import MetaWorld
+from harmodt.errors import UserError
+
+Json = dict[str, Any]
+
+
+def forge(path: Path, change: Callable[[Json], object]) -> None:
+    """Change a manifest and compute its checksum anew, as who does so on purpose would."""
+    manifest = json.loads(path.read_text())
+    del manifest["crc32"]
+    change(manifest)
+    path.write_text(json.dumps({**manifest, "crc32": manifest_checksum(manifest)}))
+
+
+def in_task(key: str, value: object) -> Callable[[Json], object]:
+    return lambda manifest: manifest["tasks"]["reach-v3"].update({key: value})
+
+
+def in_array(array: str, **values: object) -> Callable[[Json], object]:
+    return lambda manifest: manifest["tasks"]["reach-v3"]["files"][array].update(values)
+
+
+def rename_task(name: str) -> Callable[[Json], object]:
+    return lambda m: m["tasks"].update({name: m["tasks"].pop("reach-v3")})
+
+
+def rename_array(name: str) -> Callable[[Json], object]:
+    def change(manifest: Json) -> None:
+        files = manifest["tasks"]["reach-v3"]["files"]
+        files[name] = files.pop("actions")
+
+    return change
+
+
+FORGED = {
+    "a task outside": rename_task("../outside"),
+    "a task at the root": rename_task("/outside"),
+    "a task that is the parent": rename_task(".."),
+    "a task that is the store": rename_task("."),
+    "a task without a name": rename_task(""),
+    "a task below": rename_task("a/b"),
+    "a task with a zero byte": rename_task("a\0b"),
+    "a hidden task": rename_task(".reach-v3.tmp"),
+    "an array outside": rename_array("../../outside/actions"),
+    "an unknown array": rename_array("more"),
+    "an array too few": lambda m: m["tasks"]["reach-v3"]["files"].pop("actions"),
+    "an array of no entry": lambda m: m["tasks"]["reach-v3"]["files"].update(actions=None),
+    "another type": in_array("actions", dtype="<f8"),
+    "pickles": in_array("actions", dtype="|O"),
+    "no type": in_array("actions", dtype="λ"),
+    "another width": in_array("actions", shape=[81, 5]),
+    "a negative length": in_array("actions", shape=[-81, 4]),
+    "a huge length": in_array("actions", shape=[10**30, 4]),
+    "no shape": in_array("actions", shape=7),
+    "fewer steps": in_array("rewards", shape=[80]),
+    "other episodes": in_array("successes", shape=[2]),
+    "other prompts": in_array("prompts/episode_starts", shape=[9]),
+    "no checksum": in_array("actions", crc32=5),
+    "a count that differs": in_task("episodes", 4),
+    "steps that differ": in_task("steps", 4),
+    "prompts that differ": in_task("prompt_episodes", 4),
+    "a return that is not finite": in_task("best_return", float("inf")),
+    "a mean of NaN": in_task("mean_return", float("nan")),
+    "a return of words": in_task("best_return", "high"),
+    "a deviation of NaN": in_task("observation_std", [float("nan")] * 39),
+    "a mean that is too short": in_task("observation_mean", [0.0] * 38),
+    "a task of no entry": lambda m: m["tasks"].update({"reach-v3": []}),
+    "tasks in a list": lambda m: m.update(tasks=["reach-v3"]),
+    "no tasks": lambda m: m.pop("tasks"),
+    "something more": lambda m: m.update(more=1),
+    "no environment": lambda m: m.pop("environment"),
+    "an environment of nothing": lambda m: m["environment"].update(observation_size=0),
+    "an environment of words": lambda m: m["environment"].update(action_size="four"),
+    "an environment with more": lambda m: m["environment"].update(more=1),
+    "a source that is a list": lambda m: m.update(provenance=[]),
+}
+
+
+@pytest.mark.parametrize("change", FORGED.values(), ids=FORGED)
+def test_a_forged_manifest_is_refused(tmp_path: Path, change: Callable[[Json], object]) -> None:
+    store = make_store(tmp_path / "store")
+    (tmp_path / "outside").symlink_to(store.path / "reach-v3")
+    (store.path / "a").mkdir()
+    (store.path / "a" / "b").symlink_to(store.path / "reach-v3")
+    forge(store.path / MANIFEST, change)
+    with pytest.raises(UserError, match=r"manifest\.json.* is damaged|bytes too few|lacks, or has"):
+        DataStore.open(store.path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"null",
+        b"7",
+        b"[" * 100_000,
+        b'{"format":' * 100_000,
+        b"\xff\xfe",
+        b'{"format": "harmodt-store", "version": 2, "provenance": null}',
+        b'{"format": "harmodt-store", "version": 1, "provenance": 7}',
+        b'{"format": "harmodt-store", "version": NaN}',
+        b'{"format": "harmodt-store", "version": 1e999}',
+        b'{"format": "harmodt-store", "version": ' + b"9" * 10_000 + b"}",
+    ],
+)
+def test_what_is_no_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
+    store = make_store(tmp_path / "store")
+    (store.path / MANIFEST).write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"is damaged|is not the manifest|has version 1 "
+    ) as refused:
+        DataStore.open(store.path)
+    assert len(str(refused.value)) < 1000
+    (store.path / MANIFEST).rename(store.path / UNFINISHED)
+    with pytest.raises(UserError, match=r"is damaged|is not the manifest|has version 1 "):
+        StoreWriter(store.path, {}, MetaWorld.spec)
+
+
+@pytest.mark.parametrize(
+    "starts", [[0, 30, 54, 82], [1, 30, 54, 81], [0, 54, 30, 81], [0, 0, 54, 81], [0, -5, 54, 81]]
+)
+def test_episodes_that_begin_elsewhere_are_refused(tmp_path: Path, starts: list[int]) -> None:
+    store = make_store(tmp_path / "store")
+    np.save(store.path / "reach-v3" / "episode_starts.npy", np.array(starts))
+    with pytest.raises(UserError, match=r"episode_starts\.npy is damaged"):
+        DataStore.open(store.path).task("reach-v3")
+
+
+@pytest.mark.parametrize("name", [MANIFEST, UNFINISHED, "reach-v3/actions.npy"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        Path.mkdir,
+        os.mkfifo,
+        lambda path: path.symlink_to("gone"),
+        lambda path: path.symlink_to("/dev/zero"),
+    ],
+    ids=["folder", "pipe", "dangling", "device"],
+)
+def test_what_is_no_file_is_refused(
+    tmp_path: Path, name: str, make: Callable[[Path], object]
+) -> None:
+    store = make_store(tmp_path / "store")
+    if name == UNFINISHED:
+        (store.path / MANIFEST).unlink()
+    (store.path / name).unlink(missing_ok=True)
+    make(store.path / name)
+    with pytest.raises((UserError, IsADirectoryError)):
+        DataStore.open(store.path).task("reach-v3")
+    with pytest.raises((UserError, IsADirectoryError)):
+        StoreWriter(store.path, {"source": "random"}, MetaWorld.spec)
