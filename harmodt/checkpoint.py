@@ -6,21 +6,38 @@ run is seeded by (seed, purpose, step), so the step is all of its random state a
 
 from __future__ import annotations
 
-import json
+import contextlib
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+import msgspec
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
-from .errors import UserError
-from .files import remove_directory, replace_directory, write_bytes, write_json
-from .rundir import RunDirectory
+from harmodt_kernels import count_bits
 
-VERSION = 2
+from .errors import UserError
+from .files import (
+    checksum,
+    read_bytes,
+    remove_directory,
+    replace_directory,
+    write_bytes,
+    write_json,
+)
+from .rundir import Description, RunDirectory
+
+VERSION = 3
+
+_TENSORS, _STATE = "state.safetensors", "state.json"
+_NAME = re.compile(r"[0-9]{8}")
+_TEMPORARY = re.compile(r"\.[0-9]{8}\.(tmp|deleted)")
 
 
 @dataclass(frozen=True)
@@ -35,7 +52,7 @@ class Checkpoint:
         """Copy the tensors of these names into those that are given.
 
         Raises:
-            UserError: one is missing or of another shape.
+            UserError: one is missing, of another shape or of another dtype.
         """
         for name, tensor in tensors.items():
             saved = self.tensors.get(name)
@@ -45,27 +62,47 @@ class Checkpoint:
                     f"the checkpoint {self.path} is of another model size: {name} should be "
                     f"{list(tensor.shape)}, and it {has}"
                 )
-            tensor.data.copy_(saved)
+            if saved.dtype != tensor.dtype:
+                raise _damaged(self.path, f"{name} is {saved.dtype}, not {tensor.dtype}")
+        for name, tensor in tensors.items():
+            tensor.data.copy_(self.tensors[name])
+
+
+@dataclass(frozen=True)
+class _State:
+    """What state.json holds: of which run and step the tensors are, and their checksum."""
+
+    version: int
+    run: str
+    step: int
+    crc32: str
 
 
 def checkpoint_steps(run: RunDirectory) -> list[int]:
-    """Steps of the complete checkpoints of a run, ascending."""
+    """Steps of the checkpoints of a run, ascending."""
     if not run.checkpoints.is_dir():
         return []
-    return sorted(int(path.name) for path in run.checkpoints.iterdir() if path.name.isdigit())
+    return sorted(int(path.name) for path in run.checkpoints.iterdir() if _holds_checkpoint(path))
 
 
 def save_checkpoint(run: RunDirectory, step: int, tensors: Mapping[str, Tensor]) -> None:
-    """Write a checkpoint whole or not at all."""
+    """Write a checkpoint whole or not at all.
+
+    Raises:
+        UserError: something else is in its place.
+    """
     run.checkpoints.mkdir(exist_ok=True)
     final = run.checkpoint(step)
+    if final.is_symlink() or (final.exists() and not _is_ours(final)):
+        raise UserError(f"{final} is in the way of a checkpoint: move it away, then go on")
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        on_cpu = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        write_bytes(temporary / "state.safetensors", save(on_cpu))
-        write_json(temporary / "state.json", {"version": VERSION, "step": step})
+        content = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+        state = _State(VERSION, run.read().id, step, checksum(content))
+        write_bytes(temporary / _TENSORS, content)
+        write_json(temporary / _STATE, msgspec.to_builtins(state))
         replace_directory(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -73,19 +110,25 @@ def save_checkpoint(run: RunDirectory, step: int, tensors: Mapping[str, Tensor])
 
 
 def prune_checkpoints(run: RunDirectory, keep: int, best: int | None = None) -> None:
-    """Delete all checkpoints but the last `keep` and the one of step `best`."""
+    """Delete all checkpoints but the last `keep` and the one of step `best`.
+
+    Nothing else is touched: no other name, no link, no folder that holds anything else.
+    """
     for step in checkpoint_steps(run)[:-keep]:
-        if step != best:
-            remove_directory(run.checkpoint(step))
-    for leftover in run.checkpoints.glob(".*"):  # of a kill
-        shutil.rmtree(leftover)
+        if step != best and _is_ours(run.checkpoint(step)):
+            with contextlib.suppress(OSError):  # what cannot be deleted is tried again next time
+                remove_directory(run.checkpoint(step))
+    for path in run.checkpoints.iterdir():
+        if _TEMPORARY.fullmatch(path.name) and not path.is_symlink():  # of a kill
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def load_checkpoint(run: RunDirectory, step: int | None = None) -> Checkpoint:
     """Read a checkpoint of a run, the last one by default.
 
     Raises:
-        UserError: there is no such checkpoint, or it is damaged.
+        UserError: there is no such checkpoint, or it is damaged, of another version or of another
+            run.
     """
     steps = checkpoint_steps(run)
     if not steps:
@@ -95,14 +138,74 @@ def load_checkpoint(run: RunDirectory, step: int | None = None) -> Checkpoint:
     if step not in steps:
         there = ", ".join(map(str, steps))
         raise UserError(f"{run.path} has no checkpoint of step {step}: it has those of {there}")
-    path = run.checkpoint(step)
+    path, description = run.checkpoint(step), run.read()
     try:
-        values = json.loads((path / "state.json").read_text())
-        with safe_open(path / "state.safetensors", framework="pt") as file:
-            names = file.keys()  # a safe_open is no dict: it cannot be iterated
-            tensors = {name: file.get_tensor(name) for name in names}
-        return Checkpoint(path, values["step"], tensors)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        state = _read_state(path, description.id)
+        content = read_bytes(path / _TENSORS)
+        if checksum(content) != state.crc32:
+            raise _damaged(path, f"the checksum of {_TENSORS} fails")
+        tensors = load(content)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(path, error) from None
+    if state.step != step:
+        raise _damaged(path, f"{_STATE} is of step {state.step}")
+    _check(path, tensors, description)
+    return Checkpoint(path, step, tensors)
+
+
+def _holds_checkpoint(path: Path) -> bool:
+    """Whether a checkpoint, be it damaged, is here."""
+    named = _NAME.fullmatch(path.name) is not None
+    return named and any((path / name).exists() for name in (_STATE, _TENSORS))
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether there is a folder with nothing in it but a checkpoint."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    return all(file.name in (_STATE, _TENSORS) for file in path.iterdir())
+
+
+def _read_state(path: Path, run: str) -> _State:
+    values = msgspec.json.decode(read_bytes(path / _STATE))
+    version = values.get("version") if isinstance(values, dict) else None
+    if version != VERSION:
         raise UserError(
-            f"the checkpoint {path} is damaged ({error}): delete it and go on from another one"
-        ) from None
+            f"the checkpoint {path} is of version {version}, and this HarmoDT reads version "
+            f"{VERSION}: go on from another one, or use the HarmoDT that wrote it"
+        )
+    state = msgspec.convert(values, _State)
+    if state.run != run:
+        raise UserError(
+            f"the checkpoint {path} is of another run: move it back to the run that wrote it"
+        )
+    return state
+
+
+def _check(path: Path, tensors: Mapping[str, Tensor], description: Description) -> None:
+    """Check what every checkpoint of a run has in common.
+
+    Raises:
+        UserError: a number is not finite, or a task's mask is of another density than at first.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise _damaged(path, f"{name} has numbers that are NaN or infinite")
+    masks = tensors.get("masks")
+    if masks is None or description.active_weights is None:
+        return
+    if masks.dtype != torch.int32 or masks.shape[:1] != (len(description.tasks),):
+        raise _damaged(path, f"masks is {masks.dtype} {list(masks.shape)}")
+    for task, active in zip(description.tasks, count_bits(masks).tolist(), strict=True):
+        if active != description.active_weights:
+            raise _damaged(
+                path,
+                f"the mask of {task} has {active} active weights, and those of the run "
+                f"{description.active_weights}",
+            )
+
+
+def _damaged(path: Path, why: Any) -> UserError:
+    return UserError(
+        f"the checkpoint {path} is damaged ({why}): delete it and go on from another one"
+    )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from msgspec import Meta
 
 from .errors import UserError
 from .settings import Count, NotNegative, Positive, Share, ShareBelowOne, Whole
@@ -153,7 +154,7 @@ class LearnedMaskSettings(MaskSettings):
 class OptimisationSettings:
     """The optimiser, AdamW, and its schedule."""
 
-    steps: Count = 800
+    steps: Annotated[int, Meta(ge=1, le=99_999_999)] = 800
     """E, optimiser steps."""
     learning_rate: Positive = 1e-3
     """Peak learning rate of AdamW."""

@@ -7,6 +7,8 @@ import fcntl
 import json
 import os
 import shutil
+import stat
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,6 +45,27 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON, atomically."""
     write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a regular file; of a pipe, a device or a directory nothing is read.
+
+    Raises:
+        UserError: it is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # to open a pipe would wait
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise UserError(f"{path} is no regular file: move it away and restore what was there")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
+def checksum(content: bytes) -> str:
+    """CRC-32, eight hexadecimal digits."""
+    return f"{zlib.crc32(content):08x}"
 
 
 def replace_directory(temporary: Path, final: Path) -> None:

@@ -12,13 +12,40 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from .errors import UserError
-from .files import write_json
+from .files import checksum, read_bytes, write_json
 
 FORMAT = "harmodt-run"
-VERSION = 2
+VERSION = 3
+
+
+@dataclass(frozen=True)
+class Description:
+    """What run.json says that a run cannot go on, or a policy act, without.
+
+    Attributes:
+        id: drawn when the run began; its checkpoints and conditioning carry it.
+        tasks: their names; index = task id.
+        environment: the EnvironmentSpec as JSON.
+        store: the checksum of the store that it trains on.
+        conditioning: the checksum of that file.
+        config: all settings as JSON.
+        active_weights: of each task's mask, at every step; None without masks.
+        changes: settings that were changed when it went on, with the step, before and after.
+    """
+
+    id: str
+    tasks: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+    environment: dict[str, Any]
+    store: str
+    conditioning: str
+    config: dict[str, Any]
+    active_weights: int | None = None
+    changes: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,38 +90,56 @@ class RunDirectory:
 
     def write(self, description: dict[str, Any]) -> None:
         """Write run.json."""
-        write_json(self.description, {"format": FORMAT, "version": VERSION, **description})
+        content = {"format": FORMAT, "version": VERSION, **description}
+        write_json(self.description, {**content, "crc32": _checksum(content)})
 
-    def read(self) -> dict[str, Any]:
+    def update(self, values: dict[str, Any]) -> None:
+        """Write other values of some keys into run.json."""
+        self.write({**self._content(), **values})
+
+    def read(self) -> Description:
         """Read run.json.
 
         Raises:
-            UserError: there is no run, or it is damaged or of another version.
+            UserError: there is no run, or it is damaged, changed or of another version.
         """
+        try:
+            return msgspec.convert(self._content(), Description)
+        except msgspec.ValidationError as error:
+            raise UserError(
+                f"{self.description} is damaged ({error}): restore it from a copy"
+            ) from None
+
+    def _content(self) -> dict[str, Any]:
+        """What run.json says, format, version and checksum checked and taken out."""
         path = self.description
         try:
-            description = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+            content = json.loads(read_bytes(path))
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{self.path} holds no run (run.json is missing): give the directory that "
                 "`python -m harmodt.train` wrote"
             ) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not valid JSON ({error}): restore it from a copy") from None
-        found = description if isinstance(description, dict) else {}
-        if found.get("format") != FORMAT:
+        found = content if isinstance(content, dict) else {}
+        if found.pop("format", None) != FORMAT:
             raise UserError(
                 f"{path} is not the description of a HarmoDT run: give the directory that "
                 "`python -m harmodt.train` wrote"
             )
-        if found.get("version") != VERSION:
+        version = found.pop("version", None)
+        if version != VERSION:
             raise UserError(
-                f"{path} is of version {found.get('version')}, and this HarmoDT reads version "
+                f"{path} is of version {version}, and this HarmoDT reads version "
                 f"{VERSION}: train the run again, or use the HarmoDT that wrote it"
             )
-        tasks = found.get("tasks")
-        if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
-            raise UserError(f"{path} names no tasks: restore it from a copy")
+        recorded = found.pop("crc32", None)
+        if recorded != _checksum({"format": FORMAT, "version": VERSION, **found}):
+            raise UserError(
+                f"{path} has changed since it was written (its checksum fails): restore it from a "
+                "copy, or begin a new run with other settings"
+            )
         return found
 
     def check_empty(self) -> None:
@@ -113,3 +158,7 @@ class RunDirectory:
                 f"{self.path} is not empty: go on with --resume {self.path}, or name another "
                 "--output"
             )
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return checksum(json.dumps(content, sort_keys=True).encode())

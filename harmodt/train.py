@@ -16,7 +16,9 @@ from .data.store import DataStore
 from .devices import Execution, prepare_cpu
 from .environments import family
 from .errors import UserError, run_command
+from .files import owned
 from .progress import PlainConsole
+from .rundir import RunDirectory
 from .settings import change, check, settings
 from .training.run import Run, SavedRun
 
@@ -25,6 +27,8 @@ QUICKSTART_DATA = Path("data/quickstart-mt5")
 
 # What may change when a run goes on: nothing that its result depends on.
 _CHANGEABLE = ("log_every", "checkpoint_every", "keep_checkpoints")
+# And what must be able to change: where the data are, and a rate at which training broke.
+_RECORDED = ("data", "learning_rate")
 
 console = PlainConsole()
 
@@ -34,8 +38,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prepare_cpu()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     resumed, rest = _take(arguments, "--resume")
-    run = resume(Path(resumed), rest) if resumed is not None else begin(*_begun(arguments))
-    run.train()
+    if resumed is not None:
+        RunDirectory(Path(resumed)).read()  # a directory that holds no run is not touched
+        with owned(Path(resumed)):
+            resume(Path(resumed), rest).train()
+        return
+    preset_name, config = _begun(arguments)
+    output = config.run.output or _free_directory(
+        f"{preset_name}-{config.algorithm}-seed{config.run.seed}"
+    )
+    with owned(output):
+        begin(preset_name, config, output).train()
 
 
 def _begun(arguments: list[str]) -> tuple[str, TrainConfig]:
@@ -59,7 +72,7 @@ def resume(path: Path, arguments: Sequence[str]) -> Run:
     before = {**dict(settings(saved.config)), "algorithm": saved.config.algorithm}
     after = {**dict(settings(config)), "algorithm": algorithm or saved.config.algorithm}
     for name, new in after.items():
-        if new != before[name] and name not in _CHANGEABLE:
+        if new != before[name] and name not in _CHANGEABLE + _RECORDED:
             raise UserError(
                 f"{name} cannot change from {before[name]} to {new} in a run that goes on: "
                 "leave it out, or begin a new run"
@@ -118,7 +131,7 @@ def _refuse_settings_of_others(arguments: Sequence[str], config: TrainConfig) ->
             )
 
 
-def begin(preset_name: str, config: TrainConfig) -> Run:
+def begin(preset_name: str, config: TrainConfig, output: Path) -> Run:
     """Begin a new run: check everything, then make its directory.
 
     Raises:
@@ -133,9 +146,6 @@ def begin(preset_name: str, config: TrainConfig) -> Run:
     store.verify()
     names = config.data.tasks
     tasks = family(store.environment.family).resolve_tasks(names) if names else store.tasks
-    output = config.run.output or _free_directory(
-        f"{preset_name}-{config.algorithm}-seed{config.run.seed}"
-    )
     return Run.begin(output, preset_name, config, store, tasks)
 
 

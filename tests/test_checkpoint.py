@@ -17,10 +17,16 @@ from harmodt.errors import UserError
 from harmodt.rundir import RunDirectory
 
 
+def description(**values):
+    """What run.json needs."""
+    known = {"id": "a", "tasks": ["reach-v3"], "environment": {}, "config": {}}
+    return {**known, "store": "0", "conditioning": "0", **values}
+
+
 @pytest.fixture
 def run(tmp_path):
     directory = RunDirectory(tmp_path)
-    directory.write({"tasks": ["reach-v3"]})
+    directory.write(description())
     return directory
 
 
@@ -117,16 +123,23 @@ def test_a_directory_without_a_run_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 1}, "is of version 1, and this HarmoDT reads version 2: train the run again"),
+        ({"version": 2}, "is of version 2, and this HarmoDT reads version 3: train the run again"),
         ({"format": "harmodt-store"}, "is not the description of a HarmoDT run"),
-        ({"tasks": None}, "names no tasks: restore it"),
-        ({"tasks": [1]}, "names no tasks: restore it"),
+        ({"id": "b"}, "has changed since it was written"),
+        ({"crc32": None}, "has changed since it was written"),
     ],
 )
 def test_a_run_of_another_kind_or_version_is_refused(run, change, message):
-    description = json.loads(run.description.read_text())
-    run.description.write_text(json.dumps({**description, **change}))
+    before = json.loads(run.description.read_text())
+    run.description.write_text(json.dumps({**before, **change}))
     with pytest.raises(UserError, match=message):
+        run.read()
+
+
+@pytest.mark.parametrize("change", [{"tasks": None}, {"tasks": [1]}, {"tasks": []}, {"id": 3}])
+def test_a_description_that_says_nothing_is_refused(run, change):
+    run.write(description(**change))
+    with pytest.raises(UserError, match=r"run\.json is damaged"):
         run.read()
 
 

@@ -155,7 +155,7 @@ def test_an_algorithm_has_its_own_settings(
         ({"prompt_length": -1}, "prompt_length is -1"),
         ({"task_embedding_dim": 0}, "task_embedding_dim is 0"),
         ({"task_embedding_dim": -2}, "task_embedding_dim is -2"),
-        ({"steps": 0}, "steps is 0: give 1 or more"),
+        ({"steps": 0}, "steps is 0: give 1 to 99999999"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0: give a number above 0"),
         ({"betas": (0.9, 1.0)}, r"betas is 1.0: give a share in \[0, 1\)"),
         ({"tasks_per_step": 0}, "tasks_per_step is 0"),

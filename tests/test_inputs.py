@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import TASKS, configure, make_episode, make_store, make_trainer
+from tiny import SPEC, TASKS, configure, make_episode, make_store, make_trainer
 
 from harmodt.algorithms.sequence import inputs_of
 from harmodt.batch import StepArrays, Steps
@@ -225,8 +225,8 @@ def test_without_a_prompt_in_the_model_none_is_needed(
     data = task_data(tmp_path / "store", prompt_lengths)
     conditioning = TaskConditioning.from_data(data, configure(algorithm="mtdt"))
     path = tmp_path / "conditioning.safetensors"
-    save_conditioning(path, [conditioning])
-    (loaded,) = load_conditioning(path, [TASKS[1]])
+    checksum = save_conditioning(path, [conditioning], "a")
+    (loaded,) = load_conditioning(path, [TASKS[1]], SPEC, checksum)
     assert len(conditioning.prompts) == len(loaded.prompts) == 0
 
 
@@ -314,8 +314,8 @@ def test_actions_are_hidden_whole(drop: float) -> None:
 def test_it_is_saved_and_loaded_whatever_the_order(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store")
     tasks = [TaskConditioning.from_data(store.task(name), configure()) for name in TASKS]
-    save_conditioning(tmp_path / "conditioning.safetensors", tasks)
-    loaded = load_conditioning(tmp_path / "conditioning.safetensors", TASKS[::-1])
+    checksum = save_conditioning(tmp_path / "conditioning", tasks, "a")
+    loaded = load_conditioning(tmp_path / "conditioning", TASKS[::-1], SPEC, checksum)
     for ours, theirs in zip(tasks[::-1], loaded, strict=True):
         assert ours.name == theirs.name
         assert ours.target_return == theirs.target_return

@@ -14,52 +14,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import assert_same, begin, final, small_flags
 from tiny import TASKS, make_store
 
 from harmodt import train
-from harmodt.algorithms import preset
 from harmodt.algorithms.sequence import SequenceLearner
 from harmodt.checkpoint import checkpoint_steps, load_checkpoint
 from harmodt.data.store import DataStore
 from harmodt.errors import UserError
 from harmodt.rundir import RunDirectory
-from harmodt.settings import settings
 from harmodt.training.trainer import Trainer
 from harmodt_kernels.native import library
-
-SMALL = {
-    "embed-dim": 32, "layers": 1, "heads": 2, "steps": 12, "tasks-per-step": 2, "batch-per-task": 2,
-    "context-length": 4, "prompt-length": 2, "mask-update-every": 4, "dropout": 0.1, "log-every": 3,
-    "checkpoint-every": 4, "evaluation-episodes": 0,
-}  # fmt: skip
-
-
-def small_flags(algorithm: str = "harmodt-f") -> list[str]:
-    """The settings of a small run, as far as an algorithm has them."""
-    known = {name.replace("_", "-") for name, _ in settings(preset("quickstart", algorithm))}
-    flags = [text for n, v in SMALL.items() if n in known for text in (f"--{n}", str(v))]
-    return ["--algorithm", algorithm, "--no-fused", "--device", "cpu", *flags]
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> DataStore:
     return make_store(tmp_path_factory.mktemp("store") / "store", TASKS[:2])
-
-
-def begin(store: DataStore, output: Path, *more: str, algorithm: str = "harmodt-f") -> None:
-    flags = small_flags(algorithm)
-    train.main(["--data", str(store.path), "--output", str(output), *flags, *more])
-
-
-def final(run: Path) -> dict[str, torch.Tensor]:
-    return load_checkpoint(RunDirectory(run)).tensors
-
-
-def assert_same(a: Path, b: Path) -> None:
-    """Two runs ended in the same weights, masks and moments, bit for bit, and the same metrics."""
-    for name, tensor in final(a).items():
-        assert torch.equal(tensor, final(b)[name]), name
-    assert (a / "metrics.jsonl").read_text() == (b / "metrics.jsonl").read_text()
 
 
 def test_a_run_leaves_what_it_promises(store, tmp_path, capsys):
@@ -230,8 +200,8 @@ def test_presets_without_data_say_how_to_get_some():
 
 def test_settings_stay_as_they_were_when_a_run_goes_on(store, tmp_path):
     begin(store, tmp_path / "run")
-    with pytest.raises(UserError, match=r"learning_rate cannot change from 0.001 to 0.5"):
-        train.main(["--resume", str(tmp_path / "run"), "--learning-rate", "0.5"])
+    with pytest.raises(UserError, match=r"weight_decay cannot change from 0.0001 to 0.5"):
+        train.main(["--resume", str(tmp_path / "run"), "--weight-decay", "0.5"])
 
 
 def test_bad_settings_are_named_when_a_run_goes_on(store, tmp_path):
@@ -262,10 +232,10 @@ def test_training_does_not_import_the_simulator(store, tmp_path):
 
 def test_a_checkpoint_of_another_size_is_refused(store, tmp_path):
     begin(store, tmp_path / "run")
-    path = tmp_path / "run" / "run.json"
-    description = json.loads(path.read_text())
-    description["config"]["own"]["model"]["embed_dim"] = 64
-    path.write_text(json.dumps(description))
+    run = RunDirectory(tmp_path / "run")
+    config = run.read().config
+    config["own"]["model"]["embed_dim"] = 64
+    run.update({"config": config})
     with pytest.raises(UserError, match="of another model size"):
         train.main(["--resume", str(tmp_path / "run")])
 

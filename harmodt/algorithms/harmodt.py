@@ -67,9 +67,10 @@ class RandomMaskLearner(SequenceLearner):
         return _policy(self.setup, self.model, self.bank.bits, step)
 
     def describe(self) -> dict[str, int]:
-        """The numbers of parameters and of those that masks cover, and the size of all masks."""
+        """The numbers of parameters, of those that masks cover and of each mask's active ones."""
         return super().describe() | {
             "maskable": self.vector.maskable_count(),
+            "active_weights": int(self.bank.active_counts()[0]),
             "mask_bytes": self.bank.bits.nbytes,
         }
 

@@ -6,19 +6,20 @@ saved with the run, so that a trained policy needs no store.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from ..batch import StepArrays
 from ..config import DataSettings, PromptSettings, TrainConfig
+from ..environments import EnvironmentSpec
 from ..errors import UserError
-from ..files import write_bytes
-from .store import EPISODE_ARRAYS, Episodes, TaskData
+from ..files import checksum, read_bytes, write_bytes
+from .store import EPISODE_ARRAYS, Episodes, TaskData, array_types
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,15 @@ class Inputs:
         return self.of_episodes(task, episodes, indices, np.ones(indices.shape, bool))
 
 
-def save_conditioning(path: Path, tasks: Sequence[TaskConditioning]) -> None:
-    """Write the conditioning of a run's tasks to a safetensors file, atomically."""
+def save_conditioning(path: Path, tasks: Sequence[TaskConditioning], run: str) -> str:
+    """Write the conditioning of a run's tasks to a safetensors file, atomically.
+
+    Args:
+        run: the run's id.
+
+    Returns:
+        The file's checksum.
+    """
     arrays = {}
     for task in tasks:
         arrays[f"{task.name}/mean"] = task.mean
@@ -157,25 +165,72 @@ def save_conditioning(path: Path, tasks: Sequence[TaskConditioning]) -> None:
         arrays[f"{task.name}/target_return"] = np.array([task.target_return])
         for name in EPISODE_ARRAYS:
             arrays[f"{task.name}/prompts/{name}"] = getattr(task.prompts, name)
-    content = save({key: np.ascontiguousarray(value) for key, value in arrays.items()})
+    contiguous = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
+    content = save(contiguous, {"run": run})
     write_bytes(path, content)
+    return checksum(content)
 
 
-def load_conditioning(path: Path, tasks: Sequence[str]) -> list[TaskConditioning]:
-    """Read what `save_conditioning` wrote, in the order of `tasks`."""
-    with safe_open(path, framework="numpy") as file:
-        return [
-            TaskConditioning(
-                name=task,
-                mean=file.get_tensor(f"{task}/mean"),
-                deviation=file.get_tensor(f"{task}/deviation"),
-                prompts=Episodes(
-                    **{name: file.get_tensor(f"{task}/prompts/{name}") for name in EPISODE_ARRAYS}
-                ),
-                target_return=float(file.get_tensor(f"{task}/target_return")[0]),
-            )
-            for task in tasks
-        ]
+def load_conditioning(
+    path: Path, tasks: Sequence[str], environment: EnvironmentSpec, recorded: str
+) -> list[TaskConditioning]:
+    """Read what `save_conditioning` wrote, in the order of `tasks`.
+
+    Args:
+        environment: gives the sizes that the arrays must have.
+        recorded: the file's checksum.
+
+    Raises:
+        UserError: it is missing, damaged or of another run.
+    """
+    remedy = "restore it from a copy, or train the run again"
+    try:
+        content = read_bytes(path)
+        if checksum(content) != recorded:
+            raise UserError(f"{path} is damaged or of another run (its checksum fails): {remedy}")
+        arrays = load(content)
+        conditioning = [_of_task(task, arrays, environment) for task in tasks]
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {remedy}") from None
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from None
+    return conditioning
+
+
+def _of_task(
+    task: str, arrays: Mapping[str, np.ndarray], environment: EnvironmentSpec
+) -> TaskConditioning:
+    """One task's conditioning; raises ValueError or KeyError where an array is not as it should."""
+    types = array_types(environment)
+    sizes = (environment.observation_size,)
+
+    def take(name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        array = arrays[f"{task}/{name}"]
+        if array.dtype != np.dtype(dtype) or array.shape != shape:
+            raise ValueError(f"{task}/{name} is {array.dtype} {list(array.shape)}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{task}/{name} has numbers that are NaN or infinite")
+        return array
+
+    starts = arrays[f"{task}/prompts/episode_starts"]
+    if starts.ndim != 1 or starts[:1].tolist() != [0] or (np.diff(starts) <= 0).any():
+        raise ValueError(f"{task}/prompts/episode_starts do not rise from 0")
+    counts = dict.fromkeys(EPISODE_ARRAYS, int(starts[-1]))
+    counts |= {"episode_starts": len(starts), "successes": len(starts) - 1}
+    prompts = {
+        name: take(f"prompts/{name}", dtype, (counts[name], *shape))
+        for name, (dtype, shape) in types.items()
+    }
+    deviation = take("deviation", "<f4", sizes)
+    if (deviation <= 0).any():
+        raise ValueError(f"{task}/deviation is not positive")
+    return TaskConditioning(
+        name=task,
+        mean=take("mean", "<f4", sizes),
+        deviation=deviation,
+        prompts=Episodes(**prompts),
+        target_return=float(take("target_return", "<f8", (1,))[0]),
+    )
 
 
 def _choose_prompts(data: TaskData, prompt: PromptSettings | None) -> np.ndarray:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 
+import msgspec
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ..algorithms import StepResult
-from ..files import write_bytes
+from ..errors import UserError
+from ..files import read_bytes, write_bytes
 from ..rundir import RunDirectory
 
 
@@ -25,6 +28,9 @@ class Metrics:
         run: the run's directory.
         step: the step that the run stands at; what was written after it is dropped, because the
             run does those steps again.
+
+    Raises:
+        UserError: a line is damaged.
     """
 
     def __init__(self, run: RunDirectory, step: int):
@@ -77,6 +83,10 @@ class Metrics:
             values[f"loss/{tasks[task]}"] = float(losses[ids == task].mean())
         self.write(step, values)
 
+    def sync(self) -> None:
+        """See to it that what was written outlives a crash of the machine."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Finish both files."""
         self._file.close()
@@ -88,14 +98,27 @@ class Metrics:
 
     def _drop_after(self, step: int) -> None:
         kept = []
-        for line in self._path.read_text().splitlines(keepends=True):
-            try:
-                record = json.loads(line)
-            except ValueError:  # the line that a kill cut short
+        for number, line in enumerate(read_bytes(self._path).splitlines(keepends=True), 1):
+            record = _parse(line)
+            if record is None and not line.endswith(b"\n"):  # a kill cut it short
                 continue
+            if record is None:
+                raise UserError(
+                    f"line {number} of {self._path} is damaged: delete that line, or restore the "
+                    "file from a copy"
+                )
             # What is done before a step, a mask update, belongs to that step.
             if record["step"] + ("harmony" in record) > step:
                 continue
-            self._remember(record["step"], record)
+            self._remember(int(record["step"]), record)
             kept.append(line)
-        write_bytes(self._path, "".join(kept).encode())
+        write_bytes(self._path, b"".join(kept))
+
+
+def _parse(line: bytes) -> dict[str, float] | None:
+    """The numbers of a line with the step that they are of; None where it is damaged."""
+    try:
+        record = msgspec.json.decode(line, type=dict[str, float])
+    except (ValueError, RecursionError):
+        return None
+    return record if record.get("step", -1.0) >= 0 else None

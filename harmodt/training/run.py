@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.filesize import decimal
@@ -23,17 +25,19 @@ from ..data.inputs import TaskConditioning, load_conditioning, save_conditioning
 from ..data.store import DataStore
 from ..devices import Execution
 from ..environments import EnvironmentSpec, family
-from ..errors import UserError
+from ..errors import UserError, going_on
 from ..policies import Policy
 from ..progress import PlainConsole, progress_bar
 from ..results import EvaluationResult, versions
 from ..rollout import Request, play
 from ..rundir import RunDirectory
-from ..settings import from_json, to_json
+from ..settings import change, from_json, settings, to_json
 from .metrics import Metrics
+from .stop import Output, Stop, Stopped
 from .trainer import Trainer
 
-console = PlainConsole()
+output = Output()
+console = PlainConsole(file=output)
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,14 @@ class SavedRun:
         config: its settings.
         environment: what its tasks are tasks of.
         conditioning: one entry per task; index = task id.
+        store: the checksum of the store that it trains on.
     """
 
     directory: RunDirectory
     config: TrainConfig
     environment: EnvironmentSpec
     conditioning: tuple[TaskConditioning, ...]
+    store: str
 
     @classmethod
     def open(cls, path: Path) -> SavedRun:
@@ -61,13 +67,12 @@ class SavedRun:
         """
         directory = RunDirectory(path)
         description, where = directory.read(), directory.description
-        environment = description.get("environment")
-        return cls(
-            directory,
-            config_from_json(description.get("config"), f"config in {where}"),
-            from_json(EnvironmentSpec, environment, f"environment in {where}"),
-            tuple(load_conditioning(directory.conditioning, description["tasks"])),
+        config = config_from_json(description.config, f"config in {where}")
+        environment = from_json(EnvironmentSpec, description.environment, f"environment in {where}")
+        conditioning = load_conditioning(
+            directory.conditioning, description.tasks, environment, description.conditioning
         )
+        return cls(directory, config, environment, tuple(conditioning), description.store)
 
     def setup(self, execution: Execution) -> Setup:
         """What its learner or policy is built from."""
@@ -108,7 +113,7 @@ class Run:
         self.config = trainer.setup.config
         self.tasks = tuple(task.name for task in trainer.setup.conditioning)
         self._unlogged: list[StepResult] = []
-        self._stop: signal.Signals | None = None
+        self._stop = Stop()
 
     @classmethod
     def begin(
@@ -124,8 +129,7 @@ class Run:
         Raises:
             UserError: settings, data or device that cannot work; nothing is written then.
         """
-        settings = config.run
-        execution = Execution.choose(settings.device, settings.fused, settings.precision)
+        execution = _execution(config)
         data = [store.task(name) for name in tasks]
         conditioning = tuple(TaskConditioning.from_data(task, config) for task in data)
         setup = Setup(config, store.environment, conditioning, execution)
@@ -133,20 +137,22 @@ class Run:
         directory = RunDirectory(path)
         directory.check_empty()
         path.mkdir(parents=True, exist_ok=True)
-        save_conditioning(directory.conditioning, conditioning)
-        in_place = dataclasses.replace(config, run=dataclasses.replace(settings, output=path))
+        run = uuid.uuid4().hex
+        places = {"output": path.absolute(), "data": store.path.absolute()}
         directory.write(
             {
+                "id": run,
                 "preset": preset,
                 "tasks": list(tasks),
                 "environment": store.environment.to_json(),
                 "store": store.checksum,
+                "conditioning": save_conditioning(directory.conditioning, conditioning, run),
                 "device": str(execution.device),
                 "backend": execution.backend.name,
                 "operations": dict(execution.backend.implementations),
                 **trainer.learner.describe(),
                 "versions": versions(family(store.environment.family).packages),
-                "config": to_json(in_place),
+                "config": to_json(change(config, places)),
             }
         )
         return cls(directory, trainer)
@@ -156,40 +162,55 @@ class Run:
         """Take up a run at its last checkpoint, or at the start if it has none.
 
         Args:
-            config: its settings, which may differ in those that its result does not depend on.
+            config: its settings; those that differ from the saved ones are recorded in run.json.
 
         Raises:
-            UserError: data or device are not there, or the checkpoint is of another model size.
+            UserError: data or device are not there, the data are others, or the checkpoint is
+                damaged, of another model size or beyond the last step.
         """
-        assert config.data.data is not None
-        settings = config.run
-        execution = Execution.choose(settings.device, settings.fused, settings.precision)
-        store = DataStore.open(config.data.data)
-        store.verify()
+        execution = _execution(config)
+        store = _open_store(saved, config)
         setup = dataclasses.replace(saved.setup(execution), config=config)
         trainer = Trainer(setup, [store.task(task.name) for task in saved.conditioning])
         if checkpoint_steps(saved.directory):
             trainer.load(load_checkpoint(saved.directory))
+        if trainer.step > config.optimisation.steps:
+            raise UserError(
+                f"the last checkpoint of {saved.directory.path} is of step {trainer.step}, and its "
+                f"run.json asks for {config.optimisation.steps} steps: restore run.json from a copy"
+            )
+        _record_changes(saved, config, trainer.step)
         return cls(saved.directory, trainer)
 
     def train(self) -> None:
         """Train to the last step, evaluate, and print the result and where everything is.
 
-        Ctrl-C and SIGTERM write a checkpoint and end the program.
+        Ctrl-C, SIGTERM, SIGHUP and an output that is closed write a checkpoint and end the
+        program.
 
         Raises:
-            UserError: a loss became NaN or infinite.
+            UserError: a loss or a weight became NaN or infinite.
         """
-        self._announce()
+        output.stop = self._stop
+        try:
+            with self._stop.handled(), going_on(f"go on with: {self._command()}"):
+                self._announce()
+                with contextlib.closing(Metrics(self.directory, self.trainer.step)) as metrics:
+                    result = self._train(metrics)
+                self._report(result, metrics.best)
+        finally:
+            output.stop = None
+
+    def _train(self, metrics: Metrics) -> EvaluationResult | None:
+        """Train to the last step; returns the last evaluation, if there was one."""
         result: EvaluationResult | None = None
-        with contextlib.closing(Metrics(self.directory, self.trainer.step)) as metrics:
-            while True:
-                self._train_to(self._next_evaluation(), metrics)
-                if self._evaluation_due() and self.trainer.step not in metrics.scores:
-                    result = self._evaluate(metrics)
-                if self.trainer.step == self.steps:
-                    break
-            self._report(result, metrics.best)
+        while True:
+            # First, because a run that goes on may have ended just before an evaluation.
+            if self._evaluation_due() and self.trainer.step not in metrics.scores:
+                result = self._evaluate(metrics)
+            if self.trainer.step >= self.steps:
+                return result
+            self._train_to(self._next_evaluation(), metrics)
 
     @property
     def steps(self) -> int:
@@ -207,19 +228,29 @@ class Run:
 
     def _train_to(self, step: int, metrics: Metrics) -> None:
         """Take the steps up to `step`, and save a checkpoint there."""
-        with self._stoppable(), _Line(self.steps, self.trainer.step) as line:
-            while self.trainer.step < step and self._stop is None:
+        with _Line(self.steps, self.trainer.step) as line:
+            while self.trainer.step < step and self._stop.signal is None:
                 self._advance(metrics, line)
             if self._unlogged:
                 line.show(self.trainer.step, self._flush(metrics))
         self._save(metrics)
-        if self._stop is not None:
-            console.print(
-                f"stopped by {self._stop.name} after step {self.trainer.step}; go on with: "
-                f"python -m harmodt.train --resume {self.directory.path}",
+        if self._stop.signal is not None:
+            self._end()
+
+    def _end(self) -> NoReturn:
+        """Say why the run ends before its last step, and how to go on."""
+        assert self._stop.signal is not None
+        closed = self._stop.signal is signal.SIGPIPE
+        with contextlib.suppress(OSError):
+            (PlainConsole(stderr=True) if closed else console).print(
+                f"stopped by {self._stop.signal.name} after step {self.trainer.step}; go on with: "
+                f"{self._command()}",
                 soft_wrap=True,
             )
-            sys.exit(128 + self._stop)
+        sys.exit(128 + self._stop.signal)
+
+    def _command(self) -> str:
+        return f"python -m harmodt.train --resume {shlex.quote(str(self.directory.path))}"
 
     def _advance(self, metrics: Metrics, line: _Line) -> None:
         """One step, with the mask update, metrics and checkpoint that are due."""
@@ -238,7 +269,7 @@ class Run:
         except ValueError as error:
             self._flush(metrics)  # names the task if its loss was the first to break
             what = f"a gradient or loss of the mask update after step {self.trainer.step}"
-            raise UserError(self._broken(what)) from error
+            raise UserError(self._broken(what, self.trainer.step > 0)) from error
         if values:
             self._flush(metrics)
             metrics.write(self.trainer.step, values)
@@ -257,26 +288,41 @@ class Run:
             row, group = bad[0]
             step = self.trainer.step - len(losses) + 1 + row
             task = self.tasks[self._unlogged[row].task_ids[group]]
-            raise UserError(self._broken(f"the loss of step {step}, task {task},"))
+            raise UserError(self._broken(f"the loss of step {step}, task {task},", step > 1))
         step = self.trainer.step
         rate = learning_rate(step, self.config.optimisation)
         metrics.write_steps(step, rate, self.tasks, self._unlogged, losses)
         self._unlogged = []
         return float(losses.mean())
 
-    def _broken(self, what: str) -> str:
+    def _broken(self, what: str, changed: bool) -> str:
+        """What to do about a number that is not finite; `changed`: a step was taken before it."""
+        if not changed:
+            return (
+                f"{what} is NaN or infinite before any weight was changed: look at the data with "
+                f"python -m harmodt.data info {shlex.quote(str(self.config.data.data))}"
+            )
         steps = checkpoint_steps(self.directory)
         last = (
-            f"the last good checkpoint is {self.directory.checkpoint(steps[-1])}"
+            f"from the last good checkpoint, {self.directory.checkpoint(steps[-1])},"
             if steps
-            else "there is no checkpoint yet"
+            else "from the start"
         )
-        return f"{what} is NaN or infinite; {last}; try a lower learning_rate"
+        rate = self.config.optimisation.learning_rate / 3
+        return (
+            f"{what} is NaN or infinite: go on {last} at a lower rate with {self._command()} "
+            f"--learning-rate {rate:.2g}"
+        )
 
     def _save(self, metrics: Metrics) -> None:
         trainer = self.trainer
+        metrics.sync()
         if trainer.step not in checkpoint_steps(self.directory):
-            save_checkpoint(self.directory, trainer.step, trainer.tensors())
+            tensors = trainer.tensors()
+            for name, tensor in tensors.items():
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    raise UserError(self._broken(f"{name} after step {trainer.step}", True))
+            save_checkpoint(self.directory, trainer.step, tensors)
         best = metrics.best[0] if metrics.best else None
         prune_checkpoints(self.directory, self.config.run.keep_checkpoints, best)
 
@@ -284,7 +330,11 @@ class Run:
         """Evaluate the present weights and save the result."""
         trainer = self.trainer
         request = Request(episodes=self.config.evaluation.evaluation_episodes)
-        result = play(trainer.learner.policy(trainer.step), request, console=console)
+        try:
+            with self._stop.at_once():
+                result = play(trainer.learner.policy(trainer.step), request, console=console)
+        except Stopped:  # the checkpoint is there; the evaluation is repeated
+            self._end()
         trainer.learner.resume_training()
         result.save(self.directory.evaluation)
         values = {"mean_return": result.mean_return}
@@ -292,19 +342,6 @@ class Run:
             values["success"] = result.success_rate
         metrics.write(trainer.step, values)
         return result
-
-    @contextlib.contextmanager
-    def _stoppable(self) -> Iterator[None]:
-        """Let Ctrl-C and SIGTERM end the run after the present step."""
-        handlers = {s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-
-    def _remember(self, number: int, frame: Any) -> None:
-        self._stop = signal.Signals(number)
 
     def _announce(self) -> None:
         trainer, execution = self.trainer, self.trainer.setup.execution
@@ -327,6 +364,52 @@ class Run:
             name = "success" if success else "mean return"
             console.print(f"best {name} {best[1]:.2f} at step {best[0]}; the table is the last")
         console.print(f"run: {self.directory.path}", soft_wrap=True)
+
+
+def _execution(config: TrainConfig) -> Execution:
+    return Execution.choose(config.run.device, config.run.fused, config.run.precision)
+
+
+def _open_store(saved: SavedRun, config: TrainConfig) -> DataStore:
+    """The store that a run trains on, wherever it is now.
+
+    Raises:
+        UserError: it is not there, or another one is.
+    """
+    path = config.data.data
+    assert path is not None
+    if not path.exists():
+        raise UserError(
+            f"the store {path} of the run {saved.directory.path} is not there: name where it is "
+            "now with --data"
+        )
+    store = DataStore.open(path)
+    if store.checksum != saved.store:
+        raise UserError(
+            f"the store {path} is not the one that the run {saved.directory.path} was trained on: "
+            "name that one, wherever it is now, with --data"
+        )
+    store.verify()
+    return store
+
+
+def _record_changes(saved: SavedRun, config: TrainConfig, step: int) -> None:
+    """Write settings that differ from the saved ones into run.json."""
+    assert config.data.data is not None
+    config = change(config, {"data": config.data.data.absolute()})
+    before, after = dict(settings(saved.config)), dict(settings(config))
+    changes = [
+        {"step": step, "setting": name, "from": _plain(before[name]), "to": _plain(after[name])}
+        for name in after
+        if after[name] != before[name]
+    ]
+    if changes:
+        earlier = saved.directory.read().changes
+        saved.directory.update({"config": to_json(config), "changes": [*earlier, *changes]})
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
 
 
 class _Line:
