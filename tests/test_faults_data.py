@@ -103,6 +103,9 @@ def test_a_forged_manifest_is_refused(tmp_path: Path, change: Callable[[Json], o
         DataStore.open(store.path)
 
 
+NO_MANIFEST = r"is damaged|is not the manifest|has version 1 "
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -122,13 +125,11 @@ def test_a_forged_manifest_is_refused(tmp_path: Path, change: Callable[[Json], o
 def test_what_is_no_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
     store = make_store(tmp_path / "store")
     (store.path / MANIFEST).write_bytes(content)
-    with pytest.raises(
-        UserError, match=r"is damaged|is not the manifest|has version 1 "
-    ) as refused:
+    with pytest.raises(UserError, match=NO_MANIFEST) as refused:
         DataStore.open(store.path)
     assert len(str(refused.value)) < 1000
     (store.path / MANIFEST).rename(store.path / UNFINISHED)
-    with pytest.raises(UserError, match=r"is damaged|is not the manifest|has version 1 "):
+    with pytest.raises(UserError, match=NO_MANIFEST):
         StoreWriter(store.path, {}, MetaWorld.spec)
 
 

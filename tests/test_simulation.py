@@ -14,6 +14,7 @@ from harmodt import environments
 from harmodt.environments import METAWORLD
 from harmodt.environments.metaworld import MetaWorldEnvironment
 from harmodt.environments.simulation import Simulation, SimulationError
+from harmodt.errors import describe
 
 TASKS = ["reach-v3", "reach-v3", "drawer-close-v3", "reach-v3"]
 GOALS = np.array([4, 0, 9, 4])
@@ -73,6 +74,41 @@ def test_a_failure_to_build_an_environment_is_reported():
         Simulation(METAWORLD, ["no-such-task-v3"], GOAL_SEED)
 
 
+def test_what_a_worker_is_refused_is_refused_here(monkeypatch):
+    monkeypatch.setitem(environments.FAMILIES, "full", "toy_family:Full")
+    with pytest.raises(OSError, match=r"No space left on device: 'film\.mp4'") as refused:
+        Simulation("full", ["slow"], 0)
+    assert describe(refused.value).startswith("film.mp4: the disk is full")
+
+
+@pytest.mark.parametrize("options", [[], ["-P"]])
+def test_workers_look_for_modules_where_their_parent_does(tmp_path, options):
+    """A folder's name has a colon; and under -P, nothing comes from the current directory."""
+    if options and sys.version_info < (3, 11):
+        pytest.skip("Python 3.10 has no -P")
+    here = tmp_path / "a:b"
+    here.mkdir()
+    trap = "open('trapped', 'w')"
+    for name in ("sys", "harmodt", "numpy", "multiprocessing"):
+        (here / f"{name}.py").write_text(trap if options else "")
+    program = (
+        "import sys\n"
+        "sys.path = [path for path in sys.path if path]\n"
+        f"sys.path += {[*sys.path, str(here)]!r}\n"
+        "from harmodt import environments, errors\n"
+        "from harmodt.environments.simulation import Simulation\n"
+        "environments.FAMILIES['lost'] = 'toy_family:Lost'\n"
+        "try: Simulation('lost', ['slow'], 0)\n"
+        "except errors.UserError as error: print(sys.path, error, sep='\\n')\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, *options, "-c", program]
+    result = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
+    ours, theirs = result.stdout.splitlines()
+    assert ours == theirs and "a:b" in theirs
+    assert not (here / "trapped").exists()
+
+
 @pytest.mark.parametrize("wait", [False, True])
 def test_a_killed_worker_is_reported_at_once(wait):
     with Simulation(METAWORLD, TASKS, GOAL_SEED, 2) as simulation:
@@ -81,9 +117,11 @@ def test_a_killed_worker_is_reported_at_once(wait):
         if wait:
             simulation._workers[1].process.wait()
         began = time.monotonic()
-        with pytest.raises(SimulationError, match=r"killed by signal 9 \(drawer-close-v3"):
+        match = r"killed by signal 9 \(drawer-close-v3"
+        with pytest.raises(SimulationError, match=match) as death:
             for _ in range(2):
                 simulation.step(np.zeros((4, 4)))
+    assert describe(death.value) == str(death.value)  # a sentence, not an error of the program
     assert time.monotonic() - began < 5
 
 

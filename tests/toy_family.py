@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +43,20 @@ class Mute(Toy):
 
     def expert(self, task):
         raise UserError(f"there is no expert for {task}: import data")
+
+
+class Full(Toy):
+    """The same on a disk that is full."""
+
+    def make(self, task, goal_seed=0):
+        raise OSError(errno.ENOSPC, "No space left on device", "film.mp4")
+
+
+class Lost(Toy):
+    """The same, but it only says where modules are looked for."""
+
+    def make(self, task, goal_seed=0):
+        raise UserError(repr(sys.path))
 
 
 class Point(Environment):

@@ -20,15 +20,29 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import UserError
 from . import Environment, EnvironmentFamily, EnvironmentSpec
 from . import family as family_named
 from .video import RecordedEnvironment
 
 EXIT_SECONDS = 30  # a worker that is told to end may first have to finish a step and a video
 
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+
+_PROGRAM = """
+import sys
+sys.path[:] = sys.argv[2:]
+from harmodt.environments.simulation import work
+work(int(sys.argv[1]))
+"""
+
 
 class SimulationError(RuntimeError):
     """A worker process failed or died; the message holds its tasks and what it reported."""
+
+
+class WorkerDied(SimulationError, UserError):
+    """A worker process was killed or ended, which is the machine's doing."""
 
 
 class Simulation:
@@ -46,7 +60,8 @@ class Simulation:
         variables: environment variables to set for the workers, such as MUJOCO_GL.
 
     Raises:
-        SimulationError: a worker failed; every method may raise it.
+        SimulationError: a worker failed; every method may raise it, and every UserError or
+            OSError that a worker meets.
     """
 
     def __init__(
@@ -128,10 +143,10 @@ class _Worker:
         self.rows = rows
         self.tasks = tasks
         self.connection, child = Pipe()
-        program = f"from harmodt.environments.simulation import work; work({child.fileno()})"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", program],
-            env={**os.environ, **_worker_variables(), **variables},
+            # -I: the worker looks for modules where its parent does, and nowhere else.
+            [sys.executable, "-I", "-c", _PROGRAM, str(child.fileno()), *map(str, sys.path)],
+            env={**os.environ, **_ONE_THREAD, **variables},
             stdin=subprocess.DEVNULL,
             pass_fds=[child.fileno()],
             start_new_session=True,  # Ctrl-C is the parent's to handle
@@ -151,6 +166,8 @@ class _Worker:
             raise self._death() from None
         if report == "error":
             raise SimulationError(f"a simulation worker failed ({self._tasks()}):\n{values}")
+        if report == "refused":
+            raise values
         return values
 
     def wait(self) -> None:
@@ -160,13 +177,13 @@ class _Worker:
             self.process.kill()
             self.process.wait()
 
-    def _death(self) -> SimulationError:
+    def _death(self) -> WorkerDied:
         self.wait()
         code = self.process.returncode
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
-        return SimulationError(
-            f"a simulation worker {how} ({self._tasks()}); if the machine ran out of memory, "
-            "simulate fewer environments at once"
+        return WorkerDied(
+            f"a simulation worker {how} ({self._tasks()}): if the machine ran out of memory, "
+            "simulate fewer environments at once; else give the same command again"
         )
 
     def _tasks(self) -> str:
@@ -190,6 +207,8 @@ def work(descriptor: int) -> None:
             connection.send(("done", reply))
     except (EOFError, ConnectionError):
         pass  # the parent has closed the simulation, or died
+    except (UserError, OSError) as error:
+        connection.send(("refused", error))
     except BaseException:
         connection.send(("error", traceback.format_exc()))
     finally:
@@ -203,12 +222,6 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _worker_variables() -> dict[str, str]:
-    paths = [path or os.getcwd() for path in sys.path]
-    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    return {"PYTHONPATH": os.pathsep.join(paths)} | one_thread
 
 
 def _build(
