@@ -16,10 +16,10 @@ import shutil
 import signal
 import threading
 import zlib
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from multiprocessing.connection import Connection
@@ -30,8 +30,8 @@ import numpy as np
 import tyro
 from msgspec import Meta
 
-from .data.store import MANIFEST, UNKNOWN, DataStore, Episode
-from .data.writer import StoreWriter
+from .data.store import UNKNOWN, DataStore, Episode
+from .data.writer import StoreWriter, make_or_open
 from .environments import FAMILIES, METAWORLD, Environment, EnvironmentFamily
 from .environments import family as family_named
 from .environments.simulation import available_cores
@@ -87,7 +87,7 @@ def collect(config: CollectConfig, progress: bool = True) -> DataStore:
 
     Raises:
         UserError: a setting out of range, an unknown task, one without an expert, or a directory
-            that holds something else.
+            that holds something else or is another process's at present.
         OSError: the disk is full; what was collected so far is kept.
     """
     found = family_named(config.family)
@@ -97,18 +97,17 @@ def collect(config: CollectConfig, progress: bool = True) -> DataStore:
     if config.episode_length and config.episode_length > longest:
         raise UserError(f"episode_length is {config.episode_length}: give 1 to {longest}")
     settings = _settings(config)
-    if (config.output / MANIFEST).exists():
-        store = _open_finished(config.output, settings)
-    else:
-        for task in config.tasks:
-            found.expert(task)
+
+    def make() -> None:
         versions = {name: version(name) for name in (*found.packages, "numpy")}
         provenance = {"collect": settings, "versions": versions}
         writer = StoreWriter(config.output, provenance, found.spec)
         _write_tasks(config, found, writer, progress)
-        store = writer.finish(config.tasks)
-    shutil.rmtree(config.output / _PARTS, ignore_errors=True)
-    return store
+        writer.finish(config.tasks)
+
+    for task in config.tasks:
+        found.expert(task)
+    return make_or_open(config.output, "collect", settings, make, leftovers=(_PARTS,))
 
 
 def exploration(config: CollectConfig, episode: int, episodes: int) -> tuple[float, float]:
@@ -217,7 +216,8 @@ def _collect_parts(
         initargs=(watched,),
     )
     try:
-        futures = {executor.submit(_collect_part, config, family, part): part for part in parts}
+        with _interruptions_held():
+            futures = {executor.submit(_collect_part, config, family, part): part for part in parts}
         for future in as_completed(futures):
             future.result()
             yield futures[future]
@@ -231,9 +231,27 @@ def _collect_parts(
         executor.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _interruptions_held() -> Iterator[None]:
+    """Hold Ctrl-C back; the processes that are started meanwhile leave it to their parent."""
+    held: list[int] = []
+    on_main = threading.current_thread() is threading.main_thread()
+    # The mask is for the new processes: in this one, another thread may still take the signal.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    if on_main:
+        handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if on_main:
+            signal.signal(signal.SIGINT, handler)
+        if held:
+            signal.raise_signal(signal.SIGINT)
+
+
 def _start_worker(watched: Connection) -> None:
-    """Leave Ctrl-C to the parent; end at once when it lets go of the lifeline, or is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """End at once when the parent lets go of the lifeline, or is killed."""
 
     def follow_parent() -> None:
         watched.poll(None)
@@ -296,19 +314,6 @@ def _settings(config: CollectConfig) -> dict[str, Any]:
     """The settings that determine the data, as JSON."""
     settings = {**asdict(config), "tasks": list(config.tasks)}
     return {name: value for name, value in settings.items() if name not in ("output", "workers")}
-
-
-def _open_finished(path: Path, settings: dict[str, Any]) -> DataStore:
-    """Open a store that is complete, provided that it was collected with these settings."""
-    store = DataStore.open(path)
-    found = store.provenance.get("collect", {})
-    for name, value in settings.items():
-        if found.get(name) != value:
-            raise UserError(
-                f"{path} already holds a store with {name} = {found.get(name)} instead of {value}: "
-                "choose another --output or delete it"
-            )
-    return store
 
 
 def _episodes(parts: list[_Part]) -> int:

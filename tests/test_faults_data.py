@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +16,13 @@ import numpy as np
 import pytest
 from tiny import make_store
 
+from harmodt.collect import CollectConfig, collect
+from harmodt.data.__main__ import ImportConfig, import_data
 from harmodt.data.store import MANIFEST, UNFINISHED, DataStore, manifest_checksum
 from harmodt.data.writer import StoreWriter
 from harmodt.environments.metaworld import MetaWorld
 from harmodt.errors import UserError
+from harmodt.files import owned
 
 Json = dict[str, Any]
 
@@ -166,3 +173,101 @@ def test_what_is_no_file_is_refused(
         DataStore.open(store.path).task("reach-v3")
     with pytest.raises((UserError, IsADirectoryError)):
         StoreWriter(store.path, {"source": "random"}, MetaWorld.spec)
+
+
+def write_npz(root: Path) -> Path:
+    """A source of two episodes."""
+    (root / "reach-v2").mkdir(parents=True)
+    arrays = {
+        "observations": np.ones((25, 39)),
+        "actions": np.ones((25, 4)),
+        "rewards": np.ones(25),
+    }
+    for number in range(2):
+        np.savez(root / "reach-v2" / f"{number}.npz", **arrays)
+    return root
+
+
+def import_some(tmp_path: Path) -> DataStore:
+    source = tmp_path / "raw"
+    if not source.exists():
+        write_npz(source)
+    return import_data(ImportConfig(source, tmp_path / "store", prompt_episodes=1), progress=False)
+
+
+def collect_some(tmp_path: Path) -> DataStore:
+    config = CollectConfig(tmp_path / "store", ("reach",), 2, 1, episode_length=2, workers=1)
+    return collect(config, progress=False)
+
+
+COMMANDS = pytest.mark.parametrize("command", [import_some, collect_some])
+
+
+def contents(path: Path) -> dict[Path, tuple[bytes, int]]:
+    files = (file for file in path.rglob("*") if file.is_file())
+    return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+
+
+@COMMANDS
+def test_a_command_that_is_repeated_changes_nothing(
+    tmp_path: Path, command: Callable[[Path], DataStore]
+) -> None:
+    command(tmp_path)
+    before = contents(tmp_path)
+    assert command(tmp_path).checksum == DataStore.open(tmp_path / "store").checksum
+    assert contents(tmp_path) == before
+
+
+def test_an_import_with_other_settings_is_refused(tmp_path: Path) -> None:
+    import_some(tmp_path)
+    config = ImportConfig(tmp_path / "raw", tmp_path / "store", prompt_episodes=0)
+    with pytest.raises(UserError, match="a store with prompt_episodes = 1 instead of 0"):
+        import_data(config, progress=False)
+
+
+@COMMANDS
+def test_a_directory_that_another_command_writes_to_is_left_alone(
+    tmp_path: Path, command: Callable[[Path], DataStore]
+) -> None:
+    with owned(tmp_path / "store"):
+        with pytest.raises(UserError, match=f"store is in use .* process {os.getpid()}:"):
+            command(tmp_path)
+        assert [file.name for file in (tmp_path / "store").iterdir()] == [".lock"]
+    command(tmp_path).verify()
+
+
+@COMMANDS
+@pytest.mark.parametrize("when", ["at the start", "at the end"])
+def test_what_a_kill_leaves_besides_the_store_goes_with_the_next_command(
+    tmp_path: Path, command: Callable[[Path], DataStore], when: str
+) -> None:
+    if when == "at the end":
+        command(tmp_path)
+        if command is collect_some:
+            (tmp_path / "store" / "parts" / "reach-v3").mkdir(parents=True)
+    else:
+        (tmp_path / "store").mkdir()
+    (tmp_path / "store" / ".lock").write_text("1234567")
+    command(tmp_path).verify()
+    assert {file.name for file in (tmp_path / "store").iterdir()} == {MANIFEST, "reach-v3"}
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the workers in /proc")
+@pytest.mark.parametrize("delay", [0.0, 0.1, 0.3, 1.0])
+def test_ctrl_c_while_workers_start_is_quiet(tmp_path: Path, delay: float) -> None:
+    command = [sys.executable, "-m", "harmodt.collect", "--output", str(tmp_path / "store")]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while process.poll() is None and len(children.read_text().split()) < 2:
+            time.sleep(0.01)
+        time.sleep(delay)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.stderr is not None
+        printed = process.stderr.read()
+    assert (process.returncode, printed) == (130, "interrupted\n")

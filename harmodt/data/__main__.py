@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 from rich import box
+from rich.progress import Progress
 from rich.table import Table
 
 from ..environments import FAMILIES, METAWORLD, EnvironmentSpec, family
@@ -24,7 +25,7 @@ from ..progress import PlainConsole, progress_bar
 from ..settings import Count, Whole, check
 from .importers import IMPORTERS, Importer, check_episode, importer
 from .store import UNKNOWN, DataStore, Episode, TaskData
-from .writer import StoreWriter, TaskWriter, check_output
+from .writer import StoreWriter, TaskWriter, make_or_open
 
 
 @dataclass(frozen=True)
@@ -74,42 +75,59 @@ class VerifyConfig:
 
 
 def import_data(config: ImportConfig, progress: bool = True) -> DataStore:
-    """Import a data set; returns the store opened.
+    """Import a data set, or go on with an import that was begun; returns the store opened.
+
+    A store that is there already and was made with the same settings is opened as it is.
 
     Raises:
         UserError: a setting out of range, a task that is not there, an episode that cannot be
-            used, or an output directory that is taken.
+            used, or a directory that holds something else or is another process's at present.
     """
     check(config)
-    check_output(config.output)
     found = family(config.family)
-    environment = replace(found.spec, reward_version=config.reward_version)
     source = importer(config.format, config.source, found)
     tasks = found.resolve_tasks(config.tasks) if config.tasks else source.tasks()
-    episodes = {task: _find_episodes(config, source, task) for task in tasks}
+    settings = _settings(config, tasks)
+    environment = replace(found.spec, reward_version=config.reward_version)
+
+    def make() -> None:
+        episodes = {task: _find_episodes(config, source, task) for task in tasks}
+        with progress_bar("episodes", enabled=progress) as bar:
+            _import(config, source, environment, episodes, settings, bar)
+
+    return make_or_open(config.output, "import", settings, make)
+
+
+def _import(
+    config: ImportConfig,
+    source: Importer,
+    environment: EnvironmentSpec,
+    episodes: dict[str, Sequence[Any]],
+    settings: dict[str, Any],
+    bar: Progress,
+) -> None:
+    """Read all episodes once to check them and to choose the prompts, and again to write them."""
 
     def read(episode: Any) -> Episode:
         return _read_episode(config, source, environment, episode)
 
-    with progress_bar("episodes", enabled=progress) as bar:
-        total = sum(map(len, episodes.values()))
-        line = bar.add_task("checking", total=total)
-        advance = partial(bar.advance, line)
-        prompts = {}
-        for task in tasks:
-            returns = _read_returns(map(read, episodes[task]), advance)
-            best = np.argsort(-returns, kind="stable")[: config.prompt_episodes]
-            prompts[task] = set(best.tolist())
-        writer = StoreWriter(config.output, {"import": _settings(config, tasks)}, environment)
-        line = bar.add_task("importing", total=total)
-        advance = partial(bar.advance, line)
-        for task in tasks:
-            if task in writer.tasks:
-                bar.advance(line, len(episodes[task]))
-            else:
-                with writer.task(task) as task_writer:
-                    _write_task(task_writer, map(read, episodes[task]), prompts[task], advance)
-    return writer.finish(tasks)
+    total = sum(map(len, episodes.values()))
+    advance = partial(bar.advance, bar.add_task("checking", total=total))
+    prompts = {}
+    for task, which in episodes.items():
+        returns = _read_returns(map(read, which), advance)
+        best = np.argsort(-returns, kind="stable")[: config.prompt_episodes]
+        prompts[task] = set(best.tolist())
+    writer = StoreWriter(config.output, {"import": settings}, environment)
+    line = bar.add_task("importing", total=total)
+    advance = partial(bar.advance, line)
+    for task, which in episodes.items():
+        if task in writer.tasks:
+            bar.advance(line, len(which))
+        else:
+            with writer.task(task) as task_writer:
+                _write_task(task_writer, map(read, which), prompts[task], advance)
+    writer.finish(tuple(episodes))
 
 
 def _find_episodes(config: ImportConfig, source: Importer, task: str) -> Sequence[Any]:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 
 from ..environments import EnvironmentSpec
 from ..errors import UserError
-from ..files import replace_directory, sync_directory, write_json
+from ..files import LOCK, owned, replace_directory, sync_directory, write_json
 from .store import (
     FORMAT,
     MANIFEST,
@@ -64,7 +64,7 @@ class StoreWriter:
             "environment": environment.to_json(),
             "tasks": {},
         }
-        check_output(self.path)
+        _check_output(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         if (self.path / UNFINISHED).exists():
             unfinished = read_manifest(self.path / UNFINISHED)
@@ -256,20 +256,64 @@ class _Moments:
         return np.sqrt(self._squares / self._count)
 
 
-def check_output(path: Path) -> None:
-    """Check that a store can be begun, or gone on with, in a directory.
+def make_or_open(
+    path: Path,
+    command: str,
+    settings: dict[str, Any],
+    make: Callable[[], object],
+    leftovers: Sequence[str] = (),
+) -> DataStore:
+    """Make a store, or open it as it is where the same command with the same settings has made it.
+
+    Args:
+        path: its directory, which this process owns meanwhile.
+        command: under which its provenance has the settings.
+        settings: those that determine the data, as JSON.
+        make: writes the store, or goes on with one that was begun.
+        leftovers: folders in it that are of no use once the store is complete.
 
     Raises:
-        UserError: the path is a file, or holds a store or anything else already.
+        UserError: the directory holds something else, or another process owns it.
     """
+    done = (path / MANIFEST).exists()
+    if done and not any((path / name).exists() for name in (LOCK, *leftovers)):
+        return _open_finished(path, command, settings)
+    if not done:
+        _check_output(path)
+    with owned(path):
+        if not (path / MANIFEST).exists():
+            make()
+        store = _open_finished(path, command, settings)
+        for name in leftovers:
+            shutil.rmtree(path / name, ignore_errors=True)
+    return store
+
+
+def _open_finished(path: Path, command: str, settings: dict[str, Any]) -> DataStore:
+    """Open a store that is complete, provided that it was made with these settings."""
+    store = DataStore.open(path)
+    found = store.provenance.get(command, {})
+    for name, value in settings.items():
+        if found.get(name) != value:
+            raise UserError(
+                f"{path} already holds a store with {name} = {found.get(name)} instead of {value}: "
+                "choose another --output or delete it"
+            )
+    return store
+
+
+def _check_output(path: Path) -> None:
+    """Raise UserError where a directory holds no beginning of a store, but something else."""
     if not path.exists() or (path / UNFINISHED).exists():
         return
     if not path.is_dir():
         raise UserError(f"{path} is a file: choose a directory that is new or empty")
     if (path / MANIFEST).exists():
         raise UserError(f"{path} already holds a store: choose another directory or delete it")
-    # A kill at the very beginning leaves only the temporary file of the list of tasks.
-    if any(not file.name.startswith(f".{UNFINISHED}.") for file in path.iterdir()):
+    # A kill at the very beginning leaves the lock and the temporary file of the list of tasks.
+    if any(
+        file.name != LOCK and not file.name.startswith(f".{UNFINISHED}.") for file in path.iterdir()
+    ):
         raise UserError(f"{path} holds other files: choose a directory that is new or empty")
 
 
