@@ -10,6 +10,8 @@ RUN/evaluation/                    results as JSON and CSV, videos
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -142,6 +144,15 @@ class RunDirectory:
             )
         return found
 
+    def clear_leftovers(self) -> None:
+        """Delete the temporary files of a kill; for the directory's owner."""
+        names = "|".join(
+            re.escape(p.name) for p in (self.description, self.conditioning, self.metrics)
+        )
+        for path in self.path.iterdir():
+            if re.fullmatch(rf"\.({names})\.[0-9]+\.tmp", path.name) and path.is_file():
+                path.unlink()
+
     def check_empty(self) -> None:
         """Check that a run can begin here.
 
@@ -155,8 +166,8 @@ class RunDirectory:
             for file in self.path.iterdir()
         ):
             raise UserError(
-                f"{self.path} is not empty: go on with --resume {self.path}, or name another "
-                "--output"
+                f"{self.path} is not empty: go on with --resume {shlex.quote(str(self.path))}, or "
+                "name another --output"
             )
 
 

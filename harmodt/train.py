@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if resumed is not None:
         RunDirectory(Path(resumed)).read()  # a directory that holds no run is not touched
         with owned(Path(resumed)):
+            RunDirectory(Path(resumed)).clear_leftovers()
             resume(Path(resumed), rest).train()
         return
     preset_name, config = _begun(arguments)
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{preset_name}-{config.algorithm}-seed{config.run.seed}"
     )
     with owned(output):
+        RunDirectory(output).clear_leftovers()
         begin(preset_name, config, output).train()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from harmodt import load_policy, train
 from harmodt.algorithms.sequence import SequenceLearner
 from harmodt.checkpoint import checkpoint_steps, load_checkpoint, save_checkpoint
 from harmodt.data.store import DataStore
-from harmodt.errors import UserError
+from harmodt.errors import UserError, describe
 from harmodt.files import checksum, owned
 from harmodt.results import EvaluationResult
 from harmodt.rollout import make_protocol
@@ -180,6 +181,37 @@ def test_a_closed_output_saves_and_ends(store, tmp_path):
     (step,) = checkpoint_steps(RunDirectory(tmp_path / "run"))
     assert 0 < step < 4000
     assert message.startswith(f"stopped by SIGPIPE after step {step}; go on with: python -m")
+
+
+def test_after_a_full_disk_the_sentence_works_as_typed(store, tmp_path, monkeypatch):
+    begin(store, tmp_path / "whole")
+
+    def full(run, step, tensors):
+        if step == 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run.checkpoint(step)))
+        save_checkpoint(run, step, tensors)
+
+    with monkeypatch.context() as context:
+        context.setattr(module, "save_checkpoint", full)
+        with pytest.raises(OSError, match="No space") as error:
+            begin(store, tmp_path / "cut")
+    sentence = describe(error.value)
+    run = tmp_path / "cut"
+    assert sentence == (
+        f"{run}/checkpoints/00000008: the disk is full: free some space, then go on with: "
+        f"python -m harmodt.train --resume {run}"
+    )
+    resume(run)
+    assert_same(tmp_path / "whole", run)
+
+
+def test_a_kill_at_any_write_loses_nothing(store, tmp_path, kills):
+    program = Path(__file__).with_name("kill_at_writes.py")
+    every = max(1, 26 // kills)
+    command = [sys.executable, str(program), str(store.path), str(tmp_path), str(every)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) >= 100 // every
 
 
 # One command at a time

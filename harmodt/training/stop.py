@@ -43,6 +43,8 @@ class Stop:
         """Raise Stopped at a signal: for what is long, and can be done again from its start."""
         self._at_once = True
         try:
+            if self.signal:
+                raise Stopped
             yield
         finally:
             self._at_once = False
