@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -17,11 +18,13 @@ import pytest
 from tiny import make_store
 
 from harmodt.collect import CollectConfig, collect
+from harmodt.collect import main as collect_main
 from harmodt.data.__main__ import ImportConfig, import_data
+from harmodt.data.__main__ import main as data_main
 from harmodt.data.store import MANIFEST, UNFINISHED, DataStore, manifest_checksum
 from harmodt.data.writer import StoreWriter
 from harmodt.environments.metaworld import MetaWorld
-from harmodt.errors import UserError
+from harmodt.errors import UserError, run_command
 from harmodt.files import owned
 
 Json = dict[str, Any]
@@ -169,9 +172,9 @@ def test_what_is_no_file_is_refused(
         (store.path / MANIFEST).unlink()
     (store.path / name).unlink(missing_ok=True)
     make(store.path / name)
-    with pytest.raises((UserError, IsADirectoryError)):
+    with pytest.raises(UserError):
         DataStore.open(store.path).task("reach-v3")
-    with pytest.raises((UserError, IsADirectoryError)):
+    with pytest.raises(UserError):
         StoreWriter(store.path, {"source": "random"}, MetaWorld.spec)
 
 
@@ -271,3 +274,72 @@ def test_ctrl_c_while_workers_start_is_quiet(tmp_path: Path, delay: float) -> No
         assert process.stderr is not None
         printed = process.stderr.read()
     assert (process.returncode, printed) == (130, "interrupted\n")
+
+
+COLLECT = "collect --tasks reach --episodes 2 --prompt-episodes 1 --episode-length 100 --workers 1"
+IMPORT = "data import raw --prompt-episodes 1"
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        (f"{COLLECT} --output raw/reach-v2/0.npz", "0.npz is a file: choose a directory"),
+        (f"{IMPORT} --output raw/reach-v2/0.npz", "0.npz is a file: choose a directory"),
+        (f"{COLLECT} --output raw/reach-v2/0.npz/x", "a file is where a folder should be"),
+        (f"{IMPORT} --output raw/reach-v2/0.npz/x", "a file is where a folder should be"),
+        (f"{COLLECT} --output {LONG}", f"{LONG}/manifest.json: the name is too long"),
+        (f"{IMPORT} --output {LONG}", f"{LONG}/manifest.json: the name is too long"),
+        (f"data info {LONG}", "the name is too long"),
+        (f"data verify {LONG}", "the name is too long"),
+        (f"data import {LONG} --output x", "the name is too long"),
+        ("data info loop", "there is no store in loop"),
+        ("data info raw/reach-v2/0.npz", "there is no store in raw/reach-v2/0.npz"),
+        ("data info nothing\033[31m", r"there is no store in nothing\x1b[31m"),
+        ("data info a[/b]c", "there is no store in a[/b]c"),
+    ],
+)
+def test_a_path_that_cannot_be_is_a_sentence(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    reason: str,
+) -> None:
+    write_npz(tmp_path / "raw")
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", command.split(" "))
+    before = contents(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run_command(data_main if command.startswith("data") else collect_main)
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and printed.count("\n") == 1
+    assert reason in printed
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", [COLLECT, IMPORT])
+def test_a_file_that_may_not_grow_is_a_sentence_whose_advice_works(
+    tmp_path: Path, command: str
+) -> None:
+    write_npz(tmp_path / "raw")
+
+    def run(limit: int) -> tuple[int, str]:
+        result = subprocess.run(
+            [sys.executable, "-m", *f"harmodt.{command} --output store".split()],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+            capture_output=True,
+            text=True,
+        )
+        return result.returncode, result.stderr
+
+    status, printed = run(2500)
+    assert status == 2 and printed.count("\n") == 1
+    assert (
+        "the file is larger than is allowed: raise the limit (ulimit -f), then give the" in printed
+    )
+    assert run(resource.RLIM_INFINITY) == (0, "")
+    DataStore.open(tmp_path / "store").verify()

@@ -23,6 +23,7 @@ from msgspec import Meta
 
 from ..environments import EnvironmentSpec
 from ..errors import UserError
+from ..files import checksum, read_bytes
 from ..settings import Count, Whole, from_json
 
 FORMAT = "harmodt-store"
@@ -241,10 +242,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is damaged, of another program or of another version.
     """
-    if not path.is_file():
-        raise UserError(f"{path} is no regular file: restore it from a copy")
     try:
-        manifest = json.loads(path.read_bytes(), parse_float=_finite, parse_constant=_finite)
+        manifest = json.loads(read_bytes(path), parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
         raise UserError(_damaged(path, "no JSON")) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -346,7 +345,7 @@ def _shapes(
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:
     """CRC-32 of a manifest's content, without the entry that holds it."""
-    return f"{zlib.crc32(json.dumps(manifest, sort_keys=True).encode()):08x}"
+    return checksum(json.dumps(manifest, sort_keys=True).encode())
 
 
 def _check_size(path: Path, entry: dict[str, Any]) -> None:
