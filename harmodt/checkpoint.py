@@ -118,8 +118,15 @@ def prune_checkpoints(run: RunDirectory, keep: int, best: int | None = None) -> 
         if step != best and _is_ours(run.checkpoint(step)):
             with contextlib.suppress(OSError):  # what cannot be deleted is tried again next time
                 remove_directory(run.checkpoint(step))
+    clear_temporaries(run)
+
+
+def clear_temporaries(run: RunDirectory) -> None:
+    """Delete the unfinished and the half deleted checkpoints that a kill left."""
+    if not run.checkpoints.is_dir():
+        return
     for path in run.checkpoints.iterdir():
-        if _TEMPORARY.fullmatch(path.name) and not path.is_symlink():  # of a kill
+        if _TEMPORARY.fullmatch(path.name) and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
 
 

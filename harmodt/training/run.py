@@ -19,7 +19,13 @@ from rich.filesize import decimal
 
 from ..algorithms import Setup, StepResult, config_from_json, find
 from ..algorithms.optimiser import learning_rate
-from ..checkpoint import checkpoint_steps, load_checkpoint, prune_checkpoints, save_checkpoint
+from ..checkpoint import (
+    checkpoint_steps,
+    clear_temporaries,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
 from ..config import Precision, TrainConfig
 from ..data.inputs import TaskConditioning, load_conditioning, save_conditioning
 from ..data.store import DataStore
@@ -203,6 +209,7 @@ class Run:
 
     def _train(self, metrics: Metrics) -> EvaluationResult | None:
         """Train to the last step; returns the last evaluation, if there was one."""
+        clear_temporaries(self.directory)
         result: EvaluationResult | None = None
         while True:
             # First, because a run that goes on may have ended just before an evaluation.
