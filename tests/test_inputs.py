@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from tiny import SPEC, TASKS, configure, make_episode, make_store, make_trainer
 
 from harmodt.algorithms.sequence import inputs_of
@@ -18,6 +19,7 @@ from harmodt.data.inputs import Inputs, TaskConditioning, load_conditioning, sav
 from harmodt.data.store import DataStore, Episode, Episodes, TaskData
 from harmodt.data.windows import WindowSampler
 from harmodt.errors import UserError
+from harmodt.files import checksum
 from harmodt.policies.decision import DecisionPolicy
 
 
@@ -323,6 +325,36 @@ def test_it_is_saved_and_loaded_whatever_the_order(tmp_path: Path) -> None:
             _check_equal(getattr(ours, name), getattr(theirs, name))
         for field in dataclasses.fields(Episodes):
             _check_equal(getattr(ours.prompts, field.name), getattr(theirs.prompts, field.name))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("target_return", np.array([np.nan]), "target_return has numbers that are NaN"),
+        ("mean", np.zeros(38, np.float32), "mean is float32 \\[38\\]"),
+        ("mean", np.zeros(39), "mean is float64"),
+        ("deviation", np.zeros(39, np.float32), "deviation is not positive"),
+        ("prompts/rewards", np.zeros(3, np.float32), "rewards is float32 \\[3\\]"),
+        ("prompts/episode_starts", np.array([0, 5, 4]), "do not rise from 0"),
+        ("prompts/episode_starts", np.array([], np.int64), "do not rise from 0"),
+        ("prompts/actions", None, "prompts/actions"),
+    ],
+)
+def test_conditioning_that_cannot_be_is_refused(
+    tmp_path: Path, name: str, value: np.ndarray | None, message: str
+) -> None:
+    """Even where the checksum is that of the file."""
+    store = make_store(tmp_path / "store")
+    path = tmp_path / "conditioning.safetensors"
+    save_conditioning(path, [TaskConditioning.from_data(store.task(TASKS[0]), configure())], "a")
+    arrays = load_file(path)
+    if value is None:
+        del arrays[f"{TASKS[0]}/{name}"]
+    else:
+        arrays[f"{TASKS[0]}/{name}"] = value
+    save_file(arrays, path)
+    with pytest.raises(UserError, match=rf"safetensors is damaged \(.*{message}"):
+        load_conditioning(path, [TASKS[0]], SPEC, checksum(path.read_bytes()))
 
 
 def _check_equal(a: np.ndarray, b: np.ndarray) -> None:
