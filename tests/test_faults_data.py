@@ -343,3 +343,20 @@ def test_a_file_that_may_not_grow_is_a_sentence_whose_advice_works(
     )
     assert run(resource.RLIM_INFINITY) == (0, "")
     DataStore.open(tmp_path / "store").verify()
+
+
+def test_a_path_that_is_not_utf8_works_in_an_ascii_locale(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff \xce\xbb")
+    write_npz(folder / "raw")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for command in (IMPORT, IMPORT, "data info store", "data verify store", "data info raw"):
+        output = ["--output", folder / "store"] if command == IMPORT else []
+        words = [folder / word if word in ("raw", "store") else word for word in command.split()]
+        result = subprocess.run(
+            [sys.executable, "-m", f"harmodt.{words[0]}", *words[1:], *output],
+            env=os.environ | ascii_only,
+            capture_output=True,
+        )
+        printed = result.stdout + result.stderr
+        assert result.returncode == (2 if command == "data info raw" else 0), printed
+        assert rb"/\udcff " in printed and b"Traceback" not in printed
