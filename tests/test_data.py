@@ -148,17 +148,15 @@ def _encrypt(file: Path) -> None:
     file.write_bytes(content)
 
 
-def _claim(file: Path, shape: tuple[int, ...]) -> None:
-    """Observations whose header claims a shape that nobody has the memory for."""
-    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+def _claim(file: Path, shape: object) -> None:
+    """Observations whose header claims a shape that nobody has the memory for, or none at all."""
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}".encode()
+    start = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
     with zipfile.ZipFile(file, "w") as archive:
         for key, array in make_arrays(1).items():
             content = io.BytesIO()
-            if key == "observations":
-                np.lib.format.write_array_header_1_0(content, header)
-            else:
-                np.save(content, array)
-            archive.writestr(f"{key}.npy", content.getvalue())
+            np.save(content, array)
+            archive.writestr(f"{key}.npy", start if key == "observations" else content.getvalue())
 
 
 def _bomb(file: Path) -> None:
@@ -216,6 +214,8 @@ def _flip_a_byte(file: Path) -> None:
         (_encrypt, "is encrypted"),
         (lambda file: _claim(file, (10**12, 39)), "observations is damaged or holds no plain"),
         (lambda file: _claim(file, (2**40, 2**40)), "observations is damaged or holds no plain"),
+        (lambda file: _claim(file, "(25,\n"), "observations is damaged or holds no plain"),
+        (lambda file: _claim(file, "[" * 5000), "observations is damaged or holds no plain"),
         (_bomb, "observations would take 2.1 GB of memory"),
     ],
 )

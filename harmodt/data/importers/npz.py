@@ -8,11 +8,7 @@ where there is one.
 
 from __future__ import annotations
 
-import lzma
 import re
-import struct
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +19,6 @@ from . import Importer, check_array
 
 _LARGEST = 2**30  # bytes of one array; an episode of 500 steps has 78,000
 _ENCRYPTED = 1  # a bit of a zip entry's flags
-_DAMAGE = (
-    ArithmeticError,
-    EOFError,
-    LookupError,
-    MemoryError,  # a header that claims more than there is
-    RuntimeError,  # how zip files are compressed in ways unknown, or nested too deep
-    ValueError,
-    lzma.LZMAError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-"""What NumPy and zipfile raise at the content of a file."""
 
 
 class NpzImporter(Importer):
@@ -86,11 +69,13 @@ class NpzImporter(Importer):
                 )
             with file:
                 return _read_keys(episode, file)
+        except UserError:
+            raise
         except FileNotFoundError as error:
             raise UserError(f"{episode} is missing: download it again") from error
         except OSError as error:
             raise UserError(f"{episode} cannot be read ({error.strerror}): check it") from error
-        except _DAMAGE as error:
+        except Exception as error:  # as below
             raise UserError(
                 f"{episode} is truncated or no npz file: download it again or remove it"
             ) from error
@@ -146,7 +131,9 @@ def _read_array(path: Path, file: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
         array = np.asarray(file[key])
         if array.dtype.kind not in "fiub":
             raise ValueError(array.dtype)
-    except _DAMAGE as error:
+    except UserError:
+        raise
+    except Exception as error:  # NumPy and zipfile meet damage with dozens of kinds
         raise UserError(
             f"{path}: {key} is damaged or holds no plain numbers: download or write the file again"
         ) from error
