@@ -117,7 +117,7 @@ def from_json(kind: type[Settings], values: Any, where: str) -> Settings:
     """
     try:
         group = msgspec.convert(values, kind, dec_hook=_from_text)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeError) as error:
         raise UserError(f"{where} is damaged ({error}): restore it from a copy") from None
     odd = _keys(values) ^ _keys(to_json(group))
     if odd:

@@ -301,14 +301,14 @@ class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
     version: int
     provenance: dict[str, Any]
     environment: dict[str, Any]
-    tasks: dict[Annotated[str, Meta(pattern=r"\A[^./\0][^/\0]*\Z")], _Task]
+    tasks: dict[Annotated[str, Meta(pattern=r"\A(?!\.)[^/\0\ud800-\udfff]+\Z")], _Task]
 
 
 def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Raise UserError where a manifest is not of its form, or its entries do not fit together."""
     try:
         found = msgspec.convert(manifest, _Manifest)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeError) as error:
         raise UserError(_damaged(path, str(error))) from None
     environment = from_json(EnvironmentSpec, found.environment, f"environment in {path}")
     for name, task in found.tasks.items():
