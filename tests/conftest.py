@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,10 @@ if DEVICE == "cpu":
 
 from harmodt_kernels import PYTORCH, REFERENCE, Backend, fused_backend  # noqa: E402
 from harmodt_kernels.native import library  # noqa: E402
+
+# A runner in the background may ignore these, and programs that tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 IN_PYTORCH = {"reference": REFERENCE, "pytorch": PYTORCH}
 IMPLEMENTATIONS = [*IN_PYTORCH, "triton", "cpu"]
