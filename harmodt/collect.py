@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from multiprocessing.connection import Connection
@@ -255,9 +255,21 @@ def _start_worker(watched: Connection) -> None:
 
     def follow_parent() -> None:
         watched.poll(None)
+        _kill_children()
         os._exit(1)
 
     threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def _kill_children() -> None:
+    """Take along what a simulator has started.
+
+    MuJoCo's glfw runs a program when it is imported, which would complain of a broken pipe.
+    """
+    for children in Path("/proc/self/task").glob("*/children"):  # on Linux
+        with suppress(OSError):
+            for child in children.read_text().split():
+                os.kill(int(child), signal.SIGKILL)
 
 
 def _collect_part(config: CollectConfig, family: EnvironmentFamily, part: _Part) -> None:
