@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
@@ -19,6 +20,10 @@ if DEVICE == "cpu":
 
 from harmodt_kernels import PYTORCH, REFERENCE, Backend, fused_backend  # noqa: E402
 from harmodt_kernels.native import library  # noqa: E402
+
+# A busy machine may take any time for an example.
+hypothesis.settings.register_profile("any machine", hypothesis.settings(), deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 # A runner in the background may ignore these, and programs that tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
