@@ -21,6 +21,10 @@ if DEVICE == "cpu":
 from harmodt_kernels import PYTORCH, REFERENCE, Backend, fused_backend  # noqa: E402
 from harmodt_kernels.native import library  # noqa: E402
 
+# OpenMP's threads begin as the thread that starts them computes: here, before a command that a
+# test runs has denormals flushed to zero, for good in threads that begin then.
+torch.ones(1 << 22).sum()
+
 # A busy machine may take any time for an example.
 hypothesis.settings.register_profile("any machine", hypothesis.settings(), deadline=None)
 hypothesis.settings.load_profile("any machine")
