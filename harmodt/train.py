@@ -62,7 +62,10 @@ def _begun(arguments: list[str]) -> tuple[str, TrainConfig]:
 
 
 def resume(path: Path, arguments: Sequence[str]) -> Run:
-    """Take up a run; of its settings only those may change that its result does not depend on.
+    """Take up a run.
+
+    Of its settings those may change that its result does not depend on, the place of its data, and
+    the learning rate, which is recorded.
 
     Raises:
         UserError: there is no such run, or another setting is changed.
@@ -106,7 +109,8 @@ def _parse(arguments: Sequence[str], default: TrainConfig) -> TrainConfig:
         "simulation.\n\n"
         f"--algorithm {{{','.join(ALGORITHMS)}}}: what is trained; {default.algorithm}'s own "
         f"settings are among those below. {inspect.cleandoc(default.own.__doc__ or '')}\n\n"
-        "--resume RUN: go on with a run; its settings stay as they were."
+        "--resume RUN: go on with a run, with its settings; a store that was moved is named with "
+        "--data, and --learning-rate may change, which is recorded."
     )
     return tyro.cli(
         TrainConfig,
