@@ -503,8 +503,8 @@ def launch_weight_gradient(
     """Write the sums of each `groups_of_program` groups.
 
     Args:
-        weight_out, bias_out: [parts, N, K] and [parts, N]. The others are those of the operations,
-            hence nine in all.
+        weight_out, bias_out: [parts, N, K] and [parts, N]. The other arguments are those of the
+            operations, hence nine in all.
     """
     dy, x = dy.contiguous(), x.contiguous()
     groups, rows, inputs = x.shape
