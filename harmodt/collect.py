@@ -10,6 +10,7 @@ to the byte whatever the number of processes and however often the collection wa
 from __future__ import annotations
 
 import functools
+import io
 import multiprocessing
 import os
 import shutil
@@ -36,7 +37,7 @@ from .environments import FAMILIES, METAWORLD, Environment, EnvironmentFamily
 from .environments import family as family_named
 from .environments.simulation import available_cores
 from .errors import UserError, printable, run_command
-from .files import write_atomic
+from .files import checksum, read_bytes, write_bytes
 from .progress import progress_bar
 from .settings import Count, NotNegative, Share, Whole, check
 
@@ -146,7 +147,7 @@ class _Part(NamedTuple):
     stop: int
 
     def path(self, output: Path) -> Path:
-        return output / _PARTS / self.task / f"{self.kind}-{self.start:07d}.npz"
+        return output / _PARTS / self.task / f"{self.kind}-{self.start:07d}.part"
 
 
 def _parts(config: CollectConfig, task: str) -> list[_Part]:
@@ -168,8 +169,7 @@ def _write_tasks(
     tasks = [task for task in config.tasks if task not in writer.tasks]
     parts = {task: _parts(config, task) for task in tasks}
     missing = {
-        task: {part for part in parts[task] if not part.path(config.output).exists()}
-        for task in tasks
+        task: {part for part in parts[task] if _read_part(config, part) is None} for task in tasks
     }
     work = [part for task in tasks for part in parts[task] if part in missing[task]]
     # Closed whatever happens, for the workers would go on with all that is queued.
@@ -193,11 +193,30 @@ def _write_task(config: CollectConfig, writer: StoreWriter, task: str) -> None:
     with writer.task(task) as task_writer:
         for part in _parts(config, task):
             add = task_writer.add if part.kind == "train" else task_writer.add_prompt
-            with np.load(part.path(config.output), allow_pickle=False) as arrays:
-                fields = [arrays[name] for name in Episode._fields]
+            fields = _read_part(config, part)
+            if fields is None:
+                path = part.path(config.output)
+                raise UserError(f"{path} was changed meanwhile: give the same command again")
             for values in zip(*fields, strict=True):
                 add(Episode(*values))
     shutil.rmtree(config.output / _PARTS / task)
+
+
+def _read_part(config: CollectConfig, part: _Part) -> list[np.ndarray] | None:
+    """The fields of a part's episodes; None where it is missing or damaged, and to be collected."""
+    try:
+        content = read_bytes(part.path(config.output))
+    except (OSError, UserError):
+        return None
+    if content[:8] != _seal(part, content[8:]):
+        return None
+    with np.load(io.BytesIO(content[8:]), allow_pickle=False) as arrays:
+        return [arrays[name] for name in Episode._fields]
+
+
+def _seal(part: _Part, content: bytes) -> bytes:
+    """What a part's file begins with: the checksum of the part's name and content."""
+    return checksum(repr(part).encode() + content).encode()
 
 
 def _collect_parts(
@@ -276,7 +295,9 @@ def _collect_part(config: CollectConfig, family: EnvironmentFamily, part: _Part)
     numbers = range(part.start, part.stop)
     episodes = [_run_episode(config, family, part, number) for number in numbers]
     arrays = dict(zip(Episode._fields, map(np.stack, zip(*episodes, strict=True)), strict=True))
-    write_atomic(part.path(config.output), lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+    content = io.BytesIO()
+    np.savez(content, **arrays)  # type: ignore[arg-type]
+    write_bytes(part.path(config.output), _seal(part, content.getvalue()) + content.getvalue())
 
 
 @functools.lru_cache(maxsize=1)

@@ -196,6 +196,7 @@ class DataStore:
         for name, entry in self.files.items():
             if progress:
                 progress(name)
+            _check_size(self.path / name, entry)
             array = _open_array(self.path / name, entry)
             if f"{zlib.crc32(array.data):08x}" != entry["crc32"]:
                 raise UserError(
@@ -264,7 +265,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _damaged(path: Path, how: str) -> str:
-    return f"{path} is damaged ({how}): restore it from a copy or make the store again"
+    again = "make the store again"
+    if path.name == UNFINISHED:
+        again = f"delete {path.parent} and give the same command again"
+    return f"{path} is damaged ({how}): restore it from a copy or {again}"
 
 
 def _finite(text: str) -> float:

@@ -73,6 +73,7 @@ class StoreWriter:
                     f"{self.path} holds the beginning of a store made with other settings: repeat "
                     "the command with those, choose another directory or delete it"
                 )
+            DataStore(self.path, unfinished).verify()
             self._manifest = unfinished
         for leftover in self.path.glob(f".{UNFINISHED}.*.tmp"):
             leftover.unlink()
