@@ -13,12 +13,17 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..algorithms import StepResult
 from ..errors import UserError
-from ..files import read_bytes, write_bytes
+from ..files import checksum, read_bytes, write_bytes
 from ..rundir import RunDirectory
+
+_CRC = ', "crc32": "'
 
 
 class Metrics:
     """Writes RUN/metrics.jsonl and RUN/tensorboard.
+
+    A line of metrics.jsonl is a JSON object: the step, what was measured there, and at the end
+    `crc32` of the object without it, eight hexadecimal digits.
 
     Attributes:
         scores: step of every evaluation so far to what the best is chosen by: average success, or
@@ -51,7 +56,7 @@ class Metrics:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write some numbers of one step."""
         self._remember(step, values)
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(_line({"step": step, **values}))
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
@@ -98,27 +103,36 @@ class Metrics:
 
     def _drop_after(self, step: int) -> None:
         kept = []
-        for number, line in enumerate(read_bytes(self._path).splitlines(keepends=True), 1):
+        *lines, _cut_short = read_bytes(self._path).split(b"\n")
+        for number, line in enumerate(lines, 1):
             record = _parse(line)
-            if record is None and not line.endswith(b"\n"):  # a kill cut it short
-                continue
             if record is None:
                 raise UserError(
-                    f"line {number} of {self._path} is damaged: delete that line, or restore the "
-                    "file from a copy"
+                    f"line {number} of {self._path} is damaged (its checksum fails): delete that "
+                    "line, or restore the file from a copy"
                 )
             # What is done before a step, a mask update, belongs to that step.
             if record["step"] + ("harmony" in record) > step:
                 continue
             self._remember(int(record["step"]), record)
-            kept.append(line)
+            kept.append(line + b"\n")
         write_bytes(self._path, b"".join(kept))
+
+
+def _line(record: Mapping[str, float]) -> str:
+    """A record with its checksum, which stands last so that the rest can be had as text."""
+    text = json.dumps(record)
+    return f'{text[:-1]}{_CRC}{checksum(text.encode())}"}}\n'
 
 
 def _parse(line: bytes) -> dict[str, float] | None:
     """The numbers of a line with the step that they are of; None where it is damaged."""
+    text, _, found = line.partition(_CRC.encode())
+    content = text + b"}"
+    if found != f'{checksum(content)}"}}'.encode():
+        return None
     try:
-        record = msgspec.json.decode(line, type=dict[str, float])
+        record = msgspec.json.decode(content, type=dict[str, float])
     except (ValueError, RecursionError):
         return None
     return record if record.get("step", -1.0) >= 0 else None
