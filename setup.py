@@ -83,8 +83,8 @@ setup(
         "safetensors>=0.5",
     ],
     extras_require={
-        # One MP4 per task; the second package brings its own encoder, so none is installed by hand.
-        "video": ["imageio>=2.34", "imageio-ffmpeg>=0.5"],
+        # One MP4 per task; the package brings its own encoder, so none is installed by hand.
+        "video": ["imageio-ffmpeg>=0.5"],
         "dev": [
             "pytest>=8",
             "pytest-benchmark>=5",
@@ -96,7 +96,7 @@ setup(
             "mypy>=1.15",
             # Runs the same checks before each commit; its hooks use this environment's tools.
             "pre-commit>=4",
-            # The tests write videos as well.
+            # The tests write videos, and read them.
             "imageio>=2.34",
             "imageio-ffmpeg>=0.5",
         ],

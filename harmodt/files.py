@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
+import re
 import shutil
 import stat
 import zlib
@@ -24,17 +26,45 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
     After a crash or a full disk the old content of `path` is still there, whole.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         with open(temporary, "wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        publish(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def temporary_path(path: Path) -> Path:
+    """Where this process writes what is to become `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a finished file its name, in place of another, once it is on the disk."""
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
     sync_directory(path.parent)
+
+
+def clear_temporaries(path: Path) -> None:
+    """Delete what killed processes left on the way to `path`; those that live write on."""
+    for file in path.parent.glob(f"{glob.escape(f'.{path.name}.')}*.tmp"):
+        process = file.name[len(path.name) + 2 : -len(".tmp")]
+        if re.fullmatch("[0-9]{1,9}", process) and not _lives(int(process)):
+            file.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from .environments import EnvironmentSpec
 from .errors import UserError
-from .files import write_bytes, write_json
+from .files import clear_temporaries, write_bytes, write_json
 
 FORMAT = "harmodt-evaluation"
 VERSION = 2
@@ -226,8 +226,11 @@ class EvaluationResult:
         """
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"{self.protocol.name}.json"
+        table = path.with_suffix(".csv")
         content = self.to_json()
-        write_bytes(path.with_suffix(".csv"), self.to_csv().encode())
+        for file in (table, path):
+            clear_temporaries(file)
+        write_bytes(table, self.to_csv().encode())
         write_json(path, content)
         return path
 

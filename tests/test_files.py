@@ -6,9 +6,17 @@ import subprocess
 import sys
 
 import pytest
+from runs import ended_process
 
 from harmodt.errors import UserError
-from harmodt.files import owned, replace_directory, write_atomic, write_bytes, write_json
+from harmodt.files import (
+    clear_temporaries,
+    owned,
+    replace_directory,
+    write_atomic,
+    write_bytes,
+    write_json,
+)
 
 
 def test_json_is_written_whole(tmp_path):
@@ -29,6 +37,16 @@ def test_a_write_that_fails_keeps_the_old_file_and_leaves_no_other(tmp_path):
         write_atomic(path, fail)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_killed_processes_left_goes_and_what_living_ones_write_stays(tmp_path):
+    ended = ended_process()
+    names = [f".a.json.{n}.tmp" for n in (ended, os.getpid(), 1, 0, 10**12, "old")]
+    others = [f".b.json.{ended}.tmp", f".a.json.csv.{ended}.tmp", f".a.json.{ended}", "a.json"]
+    for name in names + others:
+        (tmp_path / name).touch()
+    clear_temporaries(tmp_path / "a.json")
+    assert {path.name for path in tmp_path.iterdir()} == {*names[1:], *others}
 
 
 def test_content_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from runs import ended_process
 
 from harmodt.environments import EnvironmentSpec
 from harmodt.errors import UserError
@@ -273,6 +274,14 @@ def test_an_evaluation_replaces_only_its_own_files(tmp_path):
     ]  # fmt: skip
     assert len({result.save(tmp_path) for result in variants}) == 9
     assert len(list(tmp_path.iterdir())) == 18
+
+
+def test_what_a_killed_evaluation_left_goes_when_it_is_repeated(tmp_path):
+    path = make_result().save(tmp_path)
+    for name in (path.name, f"{path.stem}.csv"):
+        (tmp_path / f".{name}.{ended_process()}.tmp").touch()
+    make_result().save(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, f"{path.stem}.csv"}
 
 
 def test_a_failing_write_leaves_the_old_files(tmp_path, monkeypatch):

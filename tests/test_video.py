@@ -4,8 +4,10 @@ import os
 import subprocess
 import sys
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
+from runs import ended_process
 
 from harmodt.environments import METAWORLD
 from harmodt.environments.simulation import Simulation
@@ -31,6 +33,7 @@ def play(steps: int, **options) -> np.ndarray:
 def test_a_film_shows_the_episode_and_does_not_change_it(backend, tmp_path):
     imageio = pytest.importorskip("imageio.v2")
     path = tmp_path / "reach-v3.mp4"
+    path.with_name(f".reach-v3.mp4.{ended_process()}.tmp").write_bytes(b"of a kill")
     filmed = play(500, videos={1: path}, variables={"MUJOCO_GL": backend})
     np.testing.assert_array_equal(filmed, play(500))
     assert [file.name for file in tmp_path.iterdir()] == ["reach-v3.mp4"]
@@ -48,6 +51,19 @@ def test_a_film_shows_the_episode_and_does_not_change_it(backend, tmp_path):
 def test_an_unfinished_film_is_thrown_away(backend, tmp_path):
     play(8, videos={0: tmp_path / "reach-v3.mp4"}, variables={"MUJOCO_GL": backend})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kilobytes", [0, 40])
+def test_a_film_that_the_disk_does_not_hold_is_an_error(backend, tmp_path, kilobytes):
+    """In the encoder, which says nothing of it."""
+    encoder = tmp_path / "encoder"
+    limit = f"trap '' XFSZ; ulimit -f {2 * kilobytes}"  # blocks of 512 bytes
+    encoder.write_text(f'#!/bin/sh\n{limit}\nexec {imageio_ffmpeg.get_ffmpeg_exe()} "$@"\n')
+    encoder.chmod(0o755)
+    variables = {"MUJOCO_GL": backend, "IMAGEIO_FFMPEG_EXE": str(encoder)}
+    with pytest.raises(UserError, match=r"film .*reach-v3.mp4 could not be written: free some"):
+        play(500, videos={0: tmp_path / "reach-v3.mp4"}, variables=variables)
+    assert list(tmp_path.iterdir()) == [encoder]
 
 
 def test_upright_turns_by_180_degrees():

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
+from ..files import clear_temporaries, publish, temporary_path
 from . import Environment
 
 BACKENDS = ("egl", "osmesa")  # hardware first
@@ -27,7 +28,7 @@ renderer.render()
 class RecordedEnvironment(Environment):
     """An environment whose first episode is filmed into an MP4 file, in real time.
 
-    The file appears under its name when the episode is over.
+    The file appears under its name when the episode is over, whole.
 
     Args:
         environment: the environment to film; to be used through this object from now on.
@@ -36,21 +37,28 @@ class RecordedEnvironment(Environment):
     """
 
     def __init__(self, environment: Environment, episode_length: int, path: Path) -> None:
-        import imageio.v2 as imageio  # an optional dependency
+        import imageio_ffmpeg  # an optional dependency
         import mujoco
 
         self._environment = environment
         self._episode_length = episode_length
         self._path = path
-        self._partial = path.with_name(f".{path.stem}.partial.mp4")
-        self._steps = 0
+        self._partial = temporary_path(path)
+        self._steps = self._frames = 0
+        self._filming = True
         scene = environment.scene
         scene.model.vis.quality.shadowsize = 0  # shadows cost several times the rest without a GPU
         self._steps_per_frame = max(1, scene.steps_per_second // FRAMES_PER_SECOND)
         self._renderer = mujoco.Renderer(scene.model, SIZE, SIZE)
-        self._writer = imageio.get_writer(
-            self._partial, fps=scene.steps_per_second / self._steps_per_frame
+        clear_temporaries(path)
+        self._encoder = imageio_ffmpeg.write_frames(
+            self._partial,
+            (SIZE, SIZE),
+            fps=scene.steps_per_second / self._steps_per_frame,
+            ffmpeg_log_level="quiet",
+            output_params=["-f", "mp4"],  # which the temporary name does not say
         )
+        self._encoder.send(None)
 
     def reset(self, goal_index: int) -> np.ndarray:
         """As `Environment.reset`."""
@@ -71,8 +79,7 @@ class RecordedEnvironment(Environment):
         if self._steps % self._steps_per_frame == 0:
             self._film()
         if self._steps == self._episode_length:
-            self._stop()
-            os.replace(self._partial, self._path)
+            self._publish()
         return result
 
     def close(self) -> None:
@@ -81,20 +88,51 @@ class RecordedEnvironment(Environment):
         self._partial.unlink(missing_ok=True)
 
     def _film(self) -> None:
-        if not self._writer.closed:
-            scene = self._environment.scene
-            self._renderer.update_scene(scene.data, camera=scene.camera)
-            image = self._renderer.render()
-            self._writer.append_data(upright(image) if scene.upside_down else image)
+        if not self._filming:
+            return
+        scene = self._environment.scene
+        self._renderer.update_scene(scene.data, camera=scene.camera)
+        image = self._renderer.render()
+        try:
+            self._encoder.send(upright(image) if scene.upside_down else image)
+        except OSError:
+            raise self._failure() from None
+        self._frames += 1
+
+    def _publish(self) -> None:
+        self._stop()
+        if count_frames(self._partial) != self._frames:
+            raise self._failure()
+        publish(self._partial, self._path)
+
+    def _failure(self) -> UserError:
+        return UserError(
+            f"the film {self._path} could not be written: free some space there, or leave out "
+            "--video"
+        )
 
     def _stop(self) -> None:
-        self._writer.close()
+        self._filming = False
+        self._encoder.close()
         self._renderer.close()
 
 
 def upright(image: np.ndarray) -> np.ndarray:
     """Turn an image [height, width, 3] by 180 degrees, for a camera that hangs upside down."""
     return np.ascontiguousarray(image[::-1, ::-1])
+
+
+def count_frames(path: Path) -> int:
+    """Frames of an MP4 file; 0 where it is none.
+
+    Its encoder ends without a word when the disk is full.
+    """
+    import imageio_ffmpeg  # an optional dependency
+
+    try:
+        return imageio_ffmpeg.count_frames_and_secs(path)[0]
+    except RuntimeError:
+        return 0
 
 
 def find_backend() -> str:
@@ -106,10 +144,8 @@ def find_backend() -> str:
     Raises:
         UserError: no backend works, or the packages that write MP4 files are not installed.
     """
-    if find_spec("imageio") is None or find_spec("imageio_ffmpeg") is None:
-        raise UserError(
-            "videos need the packages imageio and imageio-ffmpeg: pip install 'harmodt[video]'"
-        )
+    if find_spec("imageio_ffmpeg") is None:
+        raise UserError("videos need the package imageio-ffmpeg: pip install 'harmodt[video]'")
     chosen = os.environ.get("MUJOCO_GL")
     candidates = (chosen,) if chosen else BACKENDS
     for backend in candidates:
