@@ -39,13 +39,8 @@ IMPLEMENTATIONS = [*IN_PYTORCH, "triton", "cpu"]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--kills", type=int, default=2, help="how often the tests that kill a program do so"
+        "--faults", default="quick", choices=("quick", "full"), help="how many test_faults.py tries"
     )
-
-
-@pytest.fixture
-def kills(request: pytest.FixtureRequest) -> int:
-    return request.config.getoption("--kills")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -2,11 +2,8 @@ from __future__ import annotations
 
 import errno
 import multiprocessing
-import os
-import random
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,17 +37,11 @@ def _config(output: Path) -> CollectConfig:
 
 
 @pytest.fixture(scope="module")
-def whole_and_seconds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """A collection by one worker that nothing disturbed, and how long it took."""
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A collection by one worker that nothing disturbed."""
     path = tmp_path_factory.mktemp("collect") / "whole"
-    start = time.monotonic()
     subprocess.run(_command(path, "--workers", "1"), check=True, capture_output=True)
-    return path, time.monotonic() - start
-
-
-@pytest.fixture
-def whole(whole_and_seconds: tuple[Path, float]) -> Path:
-    return whole_and_seconds[0]
+    return path
 
 
 def test_the_store_holds_what_was_asked_for(whole: Path) -> None:
@@ -242,38 +233,3 @@ def test_a_part_that_is_not_whole_or_is_another_is_no_part(tmp_path: Path) -> No
         assert collect_module._read_part(config, part) is None
     part.path(tmp_path).write_bytes(other.path(tmp_path).read_bytes())
     assert collect_module._read_part(config, part) is None
-
-
-def test_a_killed_collection_goes_on_and_leaves_the_same_bytes(
-    whole_and_seconds: tuple[Path, float], tmp_path: Path, kills: int
-) -> None:
-    whole, seconds = whole_and_seconds
-    seed = random.randrange(2**32)
-    print(f"the moments are drawn from the seed {seed}")
-    moments = random.Random(seed)
-    output = tmp_path / "0"
-    for kill in range(kills):
-        process = subprocess.Popen(_command(output, "--workers", "2"), start_new_session=True)
-        time.sleep(moments.uniform(0, seconds))
-        process.kill()
-        process.wait()
-        _wait_until_gone(process.pid)
-        if (output / "manifest.json").exists():
-            # What remains may be the removal of the parts; the next kill meets a new collection.
-            collect(_config(output), progress=False)
-            assert _contents(output) == _contents(whole)
-            output = tmp_path / str(kill + 1)
-    subprocess.run(_command(output, "--workers", "2"), check=True)
-    assert _contents(output) == _contents(whole)
-
-
-def _wait_until_gone(group: int) -> None:
-    """The workers end by themselves after their parent."""
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.01)
-    raise AssertionError("workers are left over after the kill")

@@ -192,17 +192,6 @@ def test_after_a_full_disk_the_sentence_works_as_typed(store, tmp_path, monkeypa
     assert_same(tmp_path / "whole", run)
 
 
-def test_a_kill_at_any_write_loses_nothing(store, tmp_path, kills):
-    program = Path(__file__).with_name("kill_at_writes.py")
-    every = max(1, 40 // kills)
-    command = [sys.executable, str(program), str(store.path), str(tmp_path), str(every)]
-    # A fork of a program whose OpenMP has started threads would wait for them for ever.
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=one_thread, timeout=900)
-    assert result.returncode == 0, result.stderr
-    assert int(result.stdout) >= 100 // every
-
-
 # One command at a time
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -95,40 +93,6 @@ def test_a_signal_checkpoints_and_the_run_goes_on(store, tmp_path, monkeypatch, 
     train.main(["--resume", str(tmp_path / "cut")])
     for name, tensor in final(tmp_path / "whole").items():
         assert torch.equal(tensor, final(tmp_path / "cut")[name]), name
-
-
-def test_killed_runs_go_on(store, tmp_path, kills):
-    """SIGKILL at random moments; the run ends as one that was left alone."""
-    more = ["--steps", str(30 * kills), "--checkpoint-every", "1"]
-    begin(store, tmp_path / "whole", *more)
-    command = [sys.executable, "-m", "harmodt.train"]
-    run = tmp_path / "cut"
-    arguments = ["--data", str(store.path), "--output", str(run), *small_flags(), *more]
-    moments = random.Random(0)
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    for _ in range(kills):
-        begun = (run / "run.json").exists()
-        process = subprocess.Popen(
-            command + (["--resume", str(run)] if begun else arguments), **quiet
-        )
-        if moments.random() < 0.7:
-            wait_for_progress(run, process)
-            time.sleep(moments.uniform(0, 0.15))
-        else:  # somewhere in its start
-            time.sleep(moments.uniform(0, 3))
-        process.kill()
-        process.communicate()
-        for step in checkpoint_steps(RunDirectory(run)):
-            load_checkpoint(RunDirectory(run), step)
-    subprocess.run([*command, "--resume", str(run)], check=True, **quiet)
-    assert_same(tmp_path / "whole", run)
-
-
-def wait_for_progress(run: Path, process: subprocess.Popen) -> None:
-    """Until the program, whose start takes seconds, has written a checkpoint, or has ended."""
-    before = checkpoint_steps(RunDirectory(run))
-    while process.poll() is None and checkpoint_steps(RunDirectory(run)) == before:
-        time.sleep(0.01)
 
 
 def refused(store: DataStore, tmp_path: Path, *more: str) -> str:

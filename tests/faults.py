@@ -1,0 +1,675 @@
+"""What may happen to a command, and what must hold then: `python tests/faults.py FOLDER --full`.
+
+The table is COMMANDS × FAULTS; a new command is a row, a new fault a function. Commands run as
+forks of this program, so that modules are imported once, in folders of their own with all that they
+read. After a fault the command is given again, as its own message says where there is one, and must
+end with what it would have written without the fault, bit for bit; a message is one sentence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import os
+import random
+import re
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# A fork of a program whose OpenMP has started threads would wait for them for ever.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np
+from runs import assert_same, small_flags
+
+from harmodt import collect, evaluate, train
+from harmodt.data import __main__ as data
+from harmodt.data import writer
+from harmodt.environments import FAMILIES
+from harmodt.errors import run_command
+from harmodt.files import LOCK
+
+MAINS = {"collect": collect, "data": data, "evaluate": evaluate, "train": train}
+TASKS = {"toy": ("slow", "quick"), "metaworld": ("reach-v3", "drawer-open-v3")}
+EVALUATED = "--steps 8 --checkpoint-every 3 --keep-checkpoints 1 --evaluate-every 4"
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command as it is typed in a folder that holds the inputs.
+
+    Attributes:
+        words: without `python -m harmodt.`.
+        output: the directory that it writes.
+        same: asserts that two outputs are equal.
+        again: what goes on with a run that exists; by default the same words.
+    """
+
+    words: str
+    output: str
+    same: Callable[[Path, Path], None]
+    again: str | None = None
+
+    def next(self, folder: Path) -> str:
+        """What to give after a kill."""
+        begun = self.again and (folder / self.output / "run.json").exists()
+        return self.again if begun and self.again else self.words
+
+
+def same_bytes(a: Path, b: Path) -> None:
+    """Two directories hold the same files."""
+    assert contents(a) == contents(b)
+
+
+def same_results(a: Path, b: Path) -> None:
+    """Two evaluations of copies of a run came to the same, and left the run as it was."""
+    of_a, of_b = contents(a), contents(b)
+    for content in (of_a, of_b):
+        for name in content:
+            if name.startswith("evaluation/") and name.endswith(".json"):
+                content[name] = re.sub(rb'"(seconds|crc32)": [^,}\n]*', b"", content[name])
+    assert of_a == of_b
+
+
+def commands(family: str) -> dict[str, Command]:
+    """The rows of the table."""
+    tasks = " ".join(TASKS[family])
+    collected = f"collect --family {family} --tasks {tasks} --episodes 12 --prompt-episodes 2"
+    imported = f"data import raw --family {family} --prompt-episodes 2 --min-length 1"
+    if family == "metaworld":
+        collected += " --episode-length 100"
+    trained = f"train --data store {shlex.join(small_flags())} {EVALUATED} --evaluation-episodes 2"
+    return {
+        "collect": Command(f"{collected} --workers 1 --output made", "made", same_bytes),
+        "import": Command(f"{imported} --output made", "made", same_bytes),
+        "train": Command(f"{trained} --output made", "made", assert_same, "train --resume made"),
+        "evaluate": Command("evaluate run --episodes 3 --workers 1", "run", same_results),
+    }
+
+
+# Running
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a command ended: its exit status, or minus the signal, and what it printed."""
+
+    status: int
+    printed: str
+    folder: Path
+
+    def check(self, *statuses: int) -> Outcome:
+        """Assert how it ended, and that there is no traceback."""
+        assert self.status in statuses, (self.status, self.printed, self.folder)
+        assert "Traceback" not in self.printed, (self.printed, self.folder)
+        return self
+
+    @property
+    def sentence(self) -> str:
+        """The message of a command that could not do what it was asked to: one line."""
+        errors = [line for line in self.printed.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and self.printed.rstrip().endswith(errors[0]), self
+        return errors[0]
+
+
+def start(words: str, folder: Path, before: Callable[[], object] = lambda: None) -> int:
+    """Fork; the child runs the command in the folder, in a session of its own, and exits."""
+    printed = _printed(folder)
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        os.setsid()
+        os.chdir(folder)
+        out = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        name, *rest = shlex.split(words)
+        main = MAINS[name]
+        sys.argv = [str(main.__file__), *rest]
+        sys.modules["__main__"] = main  # which workers import
+        before()
+        run_command(main.main)
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException as error:
+        print(f"Traceback: {error!r}", flush=True)
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(status)
+
+
+def end(child: int, folder: Path) -> Outcome:
+    """Wait for a child to end."""
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    path = _printed(folder)
+    printed = path.read_text(errors="replace") if path.exists() else ""  # killed before it
+    path.unlink(missing_ok=True)
+    return Outcome(status, printed, folder)
+
+
+def _printed(folder: Path) -> Path:
+    """Where a command's output goes: not into its folder, whose disk may be full."""
+    return folder.with_name(f"{folder.name}.printed")
+
+
+def run(words: str, folder: Path, before: Callable[[], object] = lambda: None) -> Outcome:
+    """Run a command to its end."""
+    return end(start(words, folder, before), folder)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Every file below a directory, but the lock that a kill leaves."""
+    files = (p for p in path.rglob("*") if p.is_file() and not p.is_symlink() and p.name != LOCK)
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+def wait_until_alone(session: int) -> None:
+    """What a killed command had started ends by itself."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if not any(_session(stat) == session for stat in Path("/proc").glob("[0-9]*/stat")):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"processes of session {session} are left over")
+
+
+def _session(stat: Path) -> int | None:
+    try:
+        return int(stat.read_text().rpartition(")")[2].split()[3])
+    except OSError:  # it has ended
+        return None
+
+
+class Bench:
+    """Inputs for all commands, and what each writes when it is left alone.
+
+    Args:
+        folder: where everything goes; it must not exist.
+        family: of the environments.
+    """
+
+    def __init__(self, folder: Path, family: str = "toy"):
+        FAMILIES["toy"] = "toy_family:Toy"
+        self.folder = folder
+        self.family = family
+        self.commands = commands(family)
+        self.inputs = folder / "inputs"
+        self.inputs.mkdir(parents=True)
+        self._make_inputs(family)
+        self.seconds: dict[str, float] = {}
+        for name, command in self.commands.items():
+            whole = self.fresh(f"whole-{name}")
+            began = time.monotonic()
+            run(command.words, whole).check(0)
+            self.seconds[name] = time.monotonic() - began
+
+    def _make_inputs(self, family: str) -> None:
+        for task, episode in itertools.product(TASKS[family], range(6)):
+            path = self.inputs / "raw" / task / f"{episode}.npz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(path, **_episode(family, seed=episode))
+        made = (("collect", "store"), ("train", "run"))
+        for name, output in made:
+            run(self.commands[name].words, self.inputs).check(0)
+            (self.inputs / self.commands[name].output).rename(self.inputs / output)
+        run(self.commands["import"].words, self.inputs, _end_before_publishing).check(9)
+        (self.inputs / "made").rename(self.inputs / "begun-import")
+        run(self.commands["collect"].words, self.inputs, _end_before_last_task).check(9)
+        (self.inputs / "made").rename(self.inputs / "begun")
+
+    def fresh(self, name: str) -> Path:
+        """A folder with a copy of all inputs."""
+        return Path(shutil.copytree(self.inputs, self.folder / name, symlinks=True))
+
+    def same(self, name: str, folder: Path) -> None:
+        """Assert that a command's output is what it would have been."""
+        command = self.commands[name]
+        command.same(self.folder / f"whole-{name}" / command.output, folder / command.output)
+        temporary = list((folder / command.output).rglob(".*"))
+        assert not temporary, temporary
+
+
+def _end_before_publishing() -> None:
+    """Have a store end as by a kill once all its tasks are written."""
+    writer.StoreWriter.finish = lambda *_: os._exit(9)
+
+
+def _end_before_last_task() -> None:
+    """Have a collection end as by a kill once all parts and the first task are written."""
+    write_task = collect._write_task
+
+    def write_first(config, store, task):
+        if store.tasks:
+            os._exit(9)
+        write_task(config, store, task)
+
+    collect._write_task = write_first
+
+
+def _episode(family: str, seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    observations, actions, steps = (3, 2, 7) if family == "toy" else (39, 4, 40)
+    return {
+        "observations": rng.normal(size=(steps, observations)),
+        "actions": rng.uniform(-1, 1, (steps, actions)),
+        "rewards": rng.uniform(0, 10, steps),
+    }
+
+
+# Kills
+
+
+def kill_at_any_moment(bench: Bench, name: str, times: int, seed: int = 0) -> int:
+    """SIGKILL at random moments, every other one a second time while the command goes on."""
+    moments, command = random.Random(f"{name}{seed}"), bench.commands[name]
+    kills = 0
+    while kills < times:
+        folder = bench.fresh(f"{name}-killed")
+        for _ in range(1 + kills % 2):
+            child = start(command.next(folder), folder)
+            time.sleep(moments.uniform(0, bench.seconds[name]))
+            os.kill(child, signal.SIGKILL)
+            killed = end(child, folder).status == -signal.SIGKILL
+            wait_until_alone(child)
+            kills += killed
+        run(command.next(folder), folder).check(0)
+        bench.same(name, folder)
+        shutil.rmtree(folder)
+    return kills
+
+
+WRITES = ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir", "write", "ftruncate", "open")
+
+
+def kill_at_writes(bench: Bench, name: str, times: int, seed: int = 0) -> int:
+    """The end on the spot before or after the n-th write, for n spread over all there are."""
+    command, folder = bench.commands[name], bench.fresh(f"{name}-counted")
+    count = run(command.words, folder, lambda: _die_at(None, folder / "count")).check(0)
+    writes = int((folder / "count").read_text())
+    assert count.status == 0 and writes
+    shutil.rmtree(folder)
+    chosen = sorted(random.Random(seed).sample(range(2 * writes), min(times, 2 * writes)))
+    for number in chosen:
+        folder = bench.fresh(f"{name}-at-{number}")
+        run(command.words, folder, lambda n=number: _die_at(n)).check(9)
+        run(command.next(folder), folder, lambda: _die_at(7)).check(0, 9)
+        run(command.next(folder), folder).check(0)
+        bench.same(name, folder)
+        shutil.rmtree(folder)
+    return len(chosen)
+
+
+def _die_at(number: int | None, count_to: Path | None = None) -> None:
+    """Die at the write of that number: even ones before, odd ones after it is done."""
+    count, me = 0, os.getpid()
+
+    def wrap(function: Callable) -> Callable:
+        def write(*arguments, **options):
+            nonlocal count
+            if os.getpid() != me or (function is system["open"] and not arguments[1] & os.O_CREAT):
+                return function(*arguments, **options)
+            before, after = number == 2 * count, number == 2 * count + 1
+            count += 1
+            if before:
+                os._exit(9)
+            try:
+                return function(*arguments, **options)
+            finally:
+                if after:
+                    os._exit(9)
+                if count_to:
+                    count_to.write_text(str(count))
+
+        return write
+
+    system = {each: getattr(os, each) for each in WRITES}
+    for each in WRITES:
+        setattr(os, each, wrap(system[each]))
+
+
+# What the file system refuses
+
+PAGE = resource.getpagesize()
+
+
+def full_disk(bench: Bench, name: str, times: int) -> int:
+    """A disk that is full after so many bytes, for sizes up to what the command needs."""
+    limited = small_disk if can_mount() else limited_files
+    for number in range(times):
+        limited(bench, name, (number + 0.5) / times)
+    return times
+
+
+def small_disk(bench: Bench, name: str, share: float) -> None:
+    """A tmpfs with room for a share of what the command writes."""
+    command = bench.commands[name]
+    needed = _pages(bench.folder / f"whole-{name}") - _pages(bench.inputs)
+    folder = bench.folder / f"{name}-disk"
+    with disk(folder, bench.inputs):
+        room = _used(folder) + int(share * needed)
+        subprocess.run(["mount", "-o", f"remount,nr_blocks={room}", folder], check=True)
+        sentence = run(command.words, folder).check(2).sentence
+        assert "the disk is full: free some space, then " in sentence, sentence
+        subprocess.run(["mount", "-o", "remount,nr_blocks=100000", folder], check=True)
+        run(advised(sentence, command), folder).check(0)
+        bench.same(name, folder)
+
+
+def limited_files(bench: Bench, name: str, share: float) -> None:
+    """Files that may not grow beyond a share of the largest that the command writes."""
+    command, folder = bench.commands[name], bench.fresh(f"{name}-limited")
+    before = contents(bench.inputs)
+    written = contents(bench.folder / f"whole-{name}")
+    largest = max(len(c) for path, c in written.items() if before.get(path) != c)
+    limit = max(1, round(share * largest))
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+    sentence = run(command.words, folder, limited).check(2).sentence
+    assert "raise the limit (ulimit -f), then " in sentence, sentence
+    run(advised(sentence, command), folder).check(0)
+    bench.same(name, folder)
+    shutil.rmtree(folder)
+
+
+def read_only(bench: Bench, name: str, times: int) -> int:
+    """A file system on which nothing may be written."""
+    if not can_mount() or not times:
+        return 0
+    command, folder = bench.commands[name], bench.folder / f"{name}-read-only"
+    with disk(folder, bench.inputs):
+        before = contents(folder)
+        subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+        sentence = run(command.words, folder).check(2).sentence
+        assert "the file system is read-only: choose another path" in sentence, sentence
+        assert contents(folder) == before
+    return 1
+
+
+def advised(sentence: str, command: Command) -> str:
+    """The words that a message tells to give."""
+    _, told, words = sentence.partition("go on with: python -m harmodt.")
+    assert told or sentence.endswith("give the same command again"), sentence
+    return words if told else command.words
+
+
+@contextlib.contextmanager
+def disk(folder: Path, inputs: Path) -> Iterator[None]:
+    """A file system in memory with a copy of the inputs, as long as the block runs."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_blocks=100000", "tmpfs", folder], check=True)
+    try:
+        shutil.copytree(inputs, folder, dirs_exist_ok=True)
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+        folder.rmdir()
+
+
+def can_mount() -> bool:
+    """Whether this process may mount a file system."""
+    check = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    return os.geteuid() == 0 and subprocess.run(check, capture_output=True).returncode == 0
+
+
+def _used(folder: Path) -> int:
+    """Pages in use on a file system."""
+    found = os.statvfs(folder)
+    return (found.f_blocks - found.f_bfree) * found.f_frsize // PAGE
+
+
+def _pages(path: Path) -> int:
+    return sum(-(-len(content) // PAGE) for content in contents(path).values())
+
+
+# Damaged inputs
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) * 2 // 3] ^= 1
+    path.write_bytes(content)
+
+
+def swapped(path: Path) -> None:
+    """With another file of the kind, or of another kind where there is no other."""
+    others = [p for p in sorted(path.parent.iterdir()) if p.is_file() and p != path]
+    same = [p for p in others if p.suffix == path.suffix and p.read_bytes() != path.read_bytes()]
+    other = (same or others or [Path(__file__)])[0]
+    path.write_bytes(other.read_bytes())
+
+
+def of_another_type(path: Path) -> None:
+    path.write_bytes(b"[null, 1]\n" if path.suffix.startswith(".json") else b"PK\3\4" * 100)
+
+
+def of_another_version(path: Path) -> None:
+    content = path.read_bytes()
+    if path.suffix == ".json":
+        content = re.sub(rb'"version": [0-9]+', b'"version": 999', content, count=1)
+    elif path.suffix == ".npz":
+        content = content.replace(b"NUMPY\1", b"NUMPY\x09")
+    else:
+        content = content[:6] + bytes([content[6] ^ 9]) + content[7:]
+    path.write_bytes(content)
+
+
+def huge(path: Path) -> None:
+    """A number or a length beyond all bounds."""
+    content = path.read_bytes()
+    if path.suffix.startswith(".json"):
+        content = re.sub(rb": [0-9][^,\n}]*", b": 1" + b"0" * 400, content, count=1)
+    elif path.suffix == ".safetensors":
+        content = b"\xff" * 7 + b"\x7f" + content[8:]
+    else:
+        content = re.sub(rb"\(([0-9]+),", rb"(9\g<1>0000000000000,", content)
+    path.write_bytes(content)
+
+
+def nested(path: Path) -> None:
+    path.write_bytes(b"[" * 100_000 + b"\n")
+
+
+def binary(path: Path) -> None:
+    path.write_bytes(bytes(range(256)) * 9)
+
+
+def gone(path: Path) -> None:
+    path.unlink()
+
+
+def folder_instead(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def link_to_nothing(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nothing")
+
+
+def link_to_itself(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def link_to_zeros(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGES = (
+    *(empty, cut, flipped, swapped, of_another_type, of_another_version, huge, nested, binary),
+    *(gone, folder_instead, link_to_nothing, link_to_itself, link_to_zeros, pipe),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """A command that reads files which may be damaged.
+
+    Attributes:
+        words: as typed; without damage it succeeds.
+        files: patterns of what it reads.
+        accepts: pairs of a pattern and the damage that is no error there.
+        mends: a pattern of files that may also be made again: the output is the same then.
+    """
+
+    words: str
+    files: tuple[str, ...]
+    accepts: tuple[tuple[str, Callable[[Path], None]], ...] = ()
+    mends: str = "nothing"
+
+
+ARRAYS = ("*/*.npy", "*/prompts/*.npy")
+
+
+def readers(family: str) -> dict[str, Reader]:
+    """Every command that reads, and what."""
+    store = ("store/manifest.json", *(f"store/{pattern}" for pattern in ARRAYS))
+    policy = ("run/run.json", "run/conditioning.safetensors", "run/checkpoints/00000008/*")
+    made = {name: command.words for name, command in commands(family).items()}
+    # What a kill leaves of the metrics, which are a record and no more, and of a list of parts.
+    cuts = tuple(("run/metrics.jsonl", d) for d in (cut, empty, gone, link_to_nothing))
+    return {
+        "info": Reader("data info store", ("store/manifest.json",)),
+        "verify": Reader("data verify store", store),
+        # An episode more or less, or another one, is for the person to say.
+        "import": Reader(
+            made["import"], ("raw/*/3.npz",), (("raw/*/3.npz", gone), ("raw/*/3.npz", swapped))
+        ),
+        "collect, continued": Reader(
+            made["collect"].replace("--output made", "--output begun"),
+            ("begun/unfinished.json", *(f"begun/{p}" for p in ARRAYS), "begun/parts/*/*"),
+            mends="begun/parts/*/*",
+        ),
+        "import, continued": Reader(
+            made["import"].replace("--output made", "--output begun-import"),
+            ("begun-import/unfinished.json", *(f"begun-import/{p}" for p in ARRAYS)),
+        ),
+        "train": Reader(made["train"], store),
+        "train, continued": Reader("train --resume run", (*policy, "run/metrics.jsonl"), cuts),
+        "train, continued on moved data": Reader("train --resume run --data store", store),
+        "evaluate": Reader("evaluate run --episodes 1 --workers 1", policy),
+    }
+
+
+REMEDY = re.compile(
+    r"\b(restore|make|give|delete|move|remove|train|evaluate|go on|choose|mend|put"
+    r"|download|check)\b"
+)
+
+
+def damaged(bench: Bench, name: str, times: int, seed: int = 0) -> int:
+    """Each of a reader's files in turn with each damage: refused by name, all left as it was."""
+    reader = readers(bench.family)[name]
+    where = bench.fresh(f"{name.replace(', ', '-')}-damaged")
+    before = contents(where)
+    cases = [
+        (path.relative_to(where), damage)
+        for pattern in reader.files
+        for path in sorted(where.glob(pattern))
+        for damage in DAMAGES
+        if not any(path.match(accepted) and damage is d for accepted, d in reader.accepts)
+    ]
+    chosen = random.Random(seed).sample(cases, min(times, len(cases)))
+    for path, damage in chosen:
+        damage(where / path)
+        if (where / path).is_file() and (where / path).read_bytes() == before[str(path)]:
+            continue  # there is nothing of the kind in it
+        check_damaged(bench, reader, where, path, damage)
+        shutil.rmtree(where)
+        bench.fresh(where.name)
+    return len(chosen)
+
+
+def check_damaged(bench: Bench, reader: Reader, where: Path, path: Path, damage: Callable) -> None:
+    """Refused with the file's name and what to do, and everything is as it was; or made again."""
+    before = contents(where)
+    outcome = run(reader.words, where)
+    case = path, damage.__name__, outcome
+    if outcome.status == 0 and path.match(reader.mends):
+        assert contents(where / "begun") == contents(bench.folder / "whole-collect" / "made"), case
+        return
+    sentence = outcome.check(2).sentence
+    assert path.name in sentence or path.parent.name in sentence, case
+    assert REMEDY.search(sentence), case
+    assert contents(where) == before, case
+
+
+# The table
+
+
+def whole_table(bench: Bench, numbers: dict[str, int]) -> dict[str, dict[str, int]]:
+    """Every fault on every command; returns how many of each there were.
+
+    Args:
+        numbers: of each kind of fault, for each command.
+
+    Raises:
+        AssertionError: something was lost, silently accepted, or not told in one sentence.
+    """
+    kills = {"killed at any moment": kill_at_any_moment, "killed at a write": kill_at_writes}
+    refusals = {"full disk": full_disk, "read-only disk": read_only}
+    done: dict[str, dict[str, int]] = {}
+    for kind, attack in {**kills, **refusals}.items():
+        done[kind] = {name: attack(bench, name, numbers[kind]) for name in bench.commands}
+        print(f"{kind}: {done[kind]}", flush=True)
+    of_readers = readers(bench.family)
+    done["damaged input"] = {
+        name: damaged(bench, name, numbers["damaged input"]) for name in of_readers
+    }
+    print(f"damaged input: {done['damaged input']}", flush=True)
+    return done
+
+
+QUICK = {
+    "killed at any moment": 1,
+    "killed at a write": 1,
+    "full disk": 1,
+    "read-only disk": 1,
+    "damaged input": 4,
+}
+FULL = {
+    "killed at any moment": 100,
+    "killed at a write": 100,
+    "full disk": 10,
+    "read-only disk": 1,
+    "damaged input": 100,
+}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="for what is written; it must not exist")
+    parser.add_argument("--family", default="toy", choices=TASKS)
+    parser.add_argument("--full", action="store_true", help="as docs/reliability.md has it")
+    arguments = parser.parse_args()
+    numbers = FULL if arguments.full else QUICK
+    whole_table(Bench(arguments.folder.absolute(), arguments.family), numbers)
