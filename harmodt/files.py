@@ -98,6 +98,11 @@ def checksum(content: bytes) -> str:
     return f"{zlib.crc32(content):08x}"
 
 
+def json_checksum(content: Any) -> str:
+    """The checksum of a JSON value, however it is laid out."""
+    return checksum(json.dumps(content, sort_keys=True).encode())
+
+
 def replace_directory(temporary: Path, final: Path) -> None:
     """Publish a finished directory under its final name, replacing one that is there."""
     for file in temporary.rglob("*"):

@@ -11,24 +11,28 @@ import io
 import json
 import math
 import platform
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
+from msgspec import Meta
 from rich.table import Table
 
 from .environments import EnvironmentSpec
 from .errors import UserError
-from .files import clear_temporaries, write_bytes, write_json
+from .files import clear_temporaries, json_checksum, read_bytes, write_bytes, write_json
+from .settings import Count, Whole, from_json
 
 FORMAT = "harmodt-evaluation"
-VERSION = 2
+VERSION = 3
 RESAMPLES = 10_000
+
+_AGAIN = "evaluate the run again with `python -m harmodt.evaluate`"
 
 SuccessRule = Literal["any", "last"]
 
@@ -55,14 +59,14 @@ class Protocol:
         device: PyTorch's name of where they ran.
     """
 
-    tasks: tuple[str, ...]
-    episodes: int
+    tasks: Annotated[tuple[str, ...], Meta(min_length=1)]
+    episodes: Count
     success_rule: SuccessRule | None
-    goal_seed: int
-    seed: int
+    goal_seed: Whole
+    seed: Whole
     target_returns: tuple[float, ...]
-    checkpoint: int
-    rounds: int
+    checkpoint: Whole
+    rounds: Count
     mask: str
     environment: EnvironmentSpec
     precision: str
@@ -72,9 +76,9 @@ class Protocol:
     @property
     def name(self) -> str:
         """For file names: equal for equal protocols alone."""
-        digest = zlib.crc32(json.dumps(self.to_json(), sort_keys=True).encode())
+        digest = json_checksum(self.to_json())
         size = f"{len(self.tasks)}x{self.episodes}"
-        return f"step-{self.checkpoint}-{self.success_rule or 'return'}-{size}-{digest:08x}"
+        return f"step-{self.checkpoint}-{self.success_rule or 'return'}-{size}-{digest}"
 
     @property
     def episodes_per_round(self) -> int:
@@ -84,16 +88,6 @@ class Protocol:
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
         return asdict(self) | {"environment": self.environment.to_json()}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Protocol:
-        """The inverse of `to_json`."""
-        converted = {
-            "tasks": tuple(values["tasks"]),
-            "target_returns": tuple(values["target_returns"]),
-            "environment": EnvironmentSpec.from_json(values["environment"]),
-        }
-        return cls(**{**values, **converted})
 
 
 @dataclass(frozen=True)
@@ -168,18 +162,20 @@ class EvaluationResult:
         """Read a result that `save` wrote.
 
         Raises:
-            UserError: there is no such file, or it is no evaluation of this version.
+            UserError: there is no such file, it is no evaluation of this version, or it is damaged.
         """
         content = _read(path)
-        tasks = content["tasks"]
-        protocol = Protocol.from_json(content["protocol"])
-        solves = protocol.success_rule is not None
+        protocol = from_json(Protocol, content.protocol, f"protocol in {path}")
+        odd = _odd(content, protocol)
+        if odd:
+            raise UserError(f"{path} is damaged ({odd}): {_AGAIN}")
+        successes = [task.episode_successes for task in content.tasks]
         return cls(
             protocol=protocol,
-            successes=np.array([t["episode_successes"] for t in tasks], bool) if solves else None,
-            returns=np.array([task["episode_returns"] for task in tasks], np.float64),
-            seconds=content["seconds"],
-            versions=content["versions"],
+            successes=None if protocol.success_rule is None else np.array(successes, bool),
+            returns=np.array([task.episode_returns for task in content.tasks], np.float64),
+            seconds=content.seconds,
+            versions=content.versions,
         )
 
     def to_csv(self) -> str:
@@ -231,7 +227,7 @@ class EvaluationResult:
         for file in (table, path):
             clear_temporaries(file)
         write_bytes(table, self.to_csv().encode())
-        write_json(path, content)
+        write_json(path, {**content, "crc32": json_checksum(content)})
         return path
 
     def _task_row(self, index: int) -> dict[str, Any]:
@@ -361,24 +357,78 @@ def _check_comparable(first: Protocol, other: Protocol) -> None:
         )
 
 
-def _read(path: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Task:
+    """What a file says of a task's episodes; the rest follows from it."""
+
+    task: str
+    episode_returns: tuple[float, ...]
+    episode_successes: tuple[bool, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a file says that a result is made from."""
+
+    protocol: dict[str, Any]
+    versions: dict[str, str]
+    seconds: float
+    tasks: tuple[_Task, ...]
+
+
+def _read(path: Path) -> _Content:
+    """Read a file, its format, version and checksum checked, and the form of what it says."""
     try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
+        content = json.loads(read_bytes(path))
+        found = content if isinstance(content, dict) else {}
+        recorded = found.pop("crc32", None)
+        intact = recorded == json_checksum(found)
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"there is no evaluation {path}: name a JSON file that `python -m harmodt.evaluate` "
             "wrote"
         ) from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): evaluate the run again") from None
-    found = (content.get("format"), content.get("version")) if isinstance(content, dict) else None
-    if found != (FORMAT, VERSION):
-        what = "no evaluation" if found is None else f"of format {found[0]} version {found[1]}"
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}): {_AGAIN}") from None
+    if found.get("format") != FORMAT:
         raise UserError(
-            f"{path} is {what}, but this HarmoDT reads {FORMAT} version {VERSION}: evaluate the "
-            "run again with `python -m harmodt.evaluate`"
+            f"{path} is no evaluation: name a JSON file that `python -m harmodt.evaluate` wrote"
         )
-    return content
+    if found.get("version") != VERSION:
+        raise UserError(
+            f"{path} is of version {found.get('version')}, and this HarmoDT reads version "
+            f"{VERSION}: {_AGAIN}"
+        )
+    if not intact:
+        raise UserError(
+            f"{path} has changed since it was written (its checksum fails): restore it from a "
+            f"copy, or {_AGAIN}"
+        )
+    try:
+        return msgspec.convert(found, _Content)
+    except (msgspec.ValidationError, UnicodeError) as error:
+        raise UserError(f"{path} is damaged ({error}): {_AGAIN}") from None
+
+
+def _odd(content: _Content, protocol: Protocol) -> str | None:
+    """What does not fit the protocol, if anything."""
+    if tuple(task.task for task in content.tasks) != protocol.tasks:
+        return "its results are not of the protocol's tasks"
+    for task in content.tasks:
+        if len(task.episode_returns) != protocol.episodes:
+            return f"{task.task} has returns of {len(task.episode_returns)} episodes"
+        solves = task.episode_successes
+        if (solves is None) != (protocol.success_rule is None):
+            return f"{task.task} has successes where there are none, or none where there are some"
+        if solves is not None and len(solves) != protocol.episodes:
+            return f"{task.task} has successes of {len(solves)} episodes"
+        if not all(map(math.isfinite, task.episode_returns)):
+            return f"{task.task} has a return that is NaN or infinite"
+    if len(protocol.target_returns) != len(protocol.tasks):
+        return f"it has {len(protocol.target_returns)} target returns"
+    if not all(map(math.isfinite, (content.seconds, *protocol.target_returns))):
+        return "its seconds or target returns are NaN or infinite"
+    return None
 
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import msgspec
 
 from .errors import UserError
-from .files import checksum, read_bytes, write_json
+from .files import json_checksum, read_bytes, write_json
 
 FORMAT = "harmodt-run"
 VERSION = 3
@@ -93,7 +93,7 @@ class RunDirectory:
     def write(self, description: dict[str, Any]) -> None:
         """Write run.json."""
         content = {"format": FORMAT, "version": VERSION, **description}
-        write_json(self.description, {**content, "crc32": _checksum(content)})
+        write_json(self.description, {**content, "crc32": json_checksum(content)})
 
     def update(self, values: dict[str, Any]) -> None:
         """Write other values of some keys into run.json."""
@@ -137,7 +137,7 @@ class RunDirectory:
                 f"{VERSION}: train the run again, or use the HarmoDT that wrote it"
             )
         recorded = found.pop("crc32", None)
-        if recorded != _checksum({"format": FORMAT, "version": VERSION, **found}):
+        if recorded != json_checksum({"format": FORMAT, "version": VERSION, **found}):
             raise UserError(
                 f"{path} has changed since it was written (its checksum fails): restore it from a "
                 "copy, or begin a new run with other settings"
@@ -169,7 +169,3 @@ class RunDirectory:
                 f"{self.path} is not empty: go on with --resume {shlex.quote(str(self.path))}, or "
                 "name another --output"
             )
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    return checksum(json.dumps(content, sort_keys=True).encode())

@@ -5,7 +5,11 @@ import io
 import itertools
 import json
 import math
+import os
+import re
+import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -198,23 +202,106 @@ def test_a_result_is_read_back_as_it_was_written(result, tmp_path):
     assert again.summary() == result.summary()
 
 
+def refused(path: Path) -> str:
+    """The one sentence, naming the file, with which it is not read."""
+    with pytest.raises(UserError) as error:
+        EvaluationResult.load(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    return str(error.value)
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ('{"format": "harmodt-evaluation", "version": 1}', "version 1.*reads.*version 2: evaluate"),
-        ('{"format": "harmodt-run", "version": 2}', "harmodt-run.*: evaluate the run again"),
-        ("[]", "no evaluation.*: evaluate the run again"),
-        ("{", "not valid JSON.*: evaluate the run again"),
+        (b'{"format": "harmodt-evaluation", "version": 2}', "of version 2, and .* reads version 3"),
+        (b'{"format": "harmodt-evaluation", "version": [3]}', r"of version \[3\], and"),
+        (b'{"format": "harmodt-run", "version": 3}', "is no evaluation: name a JSON file"),
+        (b'{"format": "harmodt-evaluation", "version": 3}', "has changed .*: restore it"),
+        (b"[]", "is no evaluation"),
+        (b"null", "is no evaluation"),
+        (b"7", "is no evaluation"),
+        (b"{", "not valid JSON.*: evaluate the run again"),
+        (b"", "not valid JSON"),
+        (bytes(range(256)), "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"a":' * 100_000, "not valid JSON"),
+        (b"1" * 100_000, "not valid JSON"),
         (None, "there is no evaluation"),
     ],
 )
 def test_files_that_are_no_evaluation_of_this_version(tmp_path, content, says):
     path = tmp_path / "step-1.json"
     if content is not None:
-        path.write_text(content)
-    with pytest.raises(UserError, match=says) as error:
-        EvaluationResult.load(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+        path.write_bytes(content)
+    assert re.search(says, refused(path))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_regular_file_is_not_read(tmp_path, make):
+    make(tmp_path / "step-1.json")
+    assert "is no regular file" in refused(tmp_path / "step-1.json")
+    assert "there is no evaluation" in refused(Path(__file__) / "step-1.json")
+
+
+def test_one_digit_that_is_another_is_noticed(tmp_path):
+    path = make_result().save(tmp_path)
+    for old, new in ((b"10.5", b"11.5"), (b"true", b"false"), (b'"cpu"', b'"gpu"')):
+        content = path.read_bytes()
+        path.write_bytes(content.replace(old, new, 1))
+        assert "its checksum fails" in refused(path)
+        path.write_bytes(content)
+    EvaluationResult.load(path)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [
+        (["tasks"], None, "`array`, got `null`"),
+        (["tasks"], [], "not of the protocol's tasks"),
+        (["tasks", 0], 7, "`object`, got `int`"),
+        (["tasks", 0, "task"], "push-v3", "not of the protocol's tasks"),
+        (
+            ["tasks", 1, "episode_returns"],
+            [1.0, 2, 3],
+            "press-topdown-v3 has returns of 3 episodes",
+        ),
+        (["tasks", 1, "episode_returns"], [1, 2, 3, "4"], "`float`, got `str`"),
+        (["tasks", 1, "episode_returns"], [1, 2, 3, math.nan], "a return that is NaN"),
+        (["tasks", 1, "episode_returns"], [1, 2, 3, math.inf], "a return that is NaN"),
+        (["tasks", 1, "episode_returns"], [1, 2, 3, 10**400], "out of range"),
+        (["tasks", 0, "episode_successes"], [True], "has successes of 1 episodes"),
+        (["tasks", 0, "episode_successes"], [1, 1, 1, 1], "`bool`, got `int`"),
+        (["tasks", 0, "episode_successes"], None, "reach-v3 has successes where there are none"),
+        (["protocol"], [], "`object`, got `array`"),
+        (["protocol", "episodes"], 5, "has returns of 4 episodes"),
+        (["protocol", "episodes"], 0, ">= 1"),
+        (["protocol", "episodes"], 10**30, "episodes"),
+        (["protocol", "tasks"], [], "tasks"),
+        (["protocol", "success_rule"], None, "has successes where there are none"),
+        (["protocol", "success_rule"], "never", "success_rule"),
+        (["protocol", "target_returns"], [1.0], "has 1 target returns"),
+        (["protocol", "target_returns"], [1.0, math.nan], "target returns are NaN"),
+        (["protocol", "weather"], "fine", "beyond what it should, weather"),
+        (["\ud800"], 7, "surrogates not allowed"),
+        (["protocol", "environment"], {}, "environment"),
+        (["protocol", "environment", "episode_length"], -1, ">= 1"),
+        (["seconds"], "12", "`float`, got `str`"),
+        (["seconds"], math.inf, "seconds or target returns are NaN or infinite"),
+        (["versions"], {"python": 3}, "`str`, got `int`"),
+    ],
+)
+def test_what_cannot_be_is_refused_even_with_its_checksum(tmp_path, place, value, says):
+    path = make_result().save(tmp_path)
+    content = json.loads(path.read_text())
+    del content["crc32"]
+    *above, last = place
+    part = content
+    for key in above:
+        part = part[key]
+    part[last] = value
+    text = json.dumps(content, sort_keys=True)
+    path.write_text(json.dumps({**content, "crc32": f"{zlib.crc32(text.encode()):08x}"}))
+    assert re.search(says, refused(path))
 
 
 def test_json_holds_protocol_versions_and_every_episode(tmp_path):
