@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import itertools
 import os
@@ -291,53 +292,49 @@ def kill_at_any_moment(bench: Bench, name: str, times: int, seed: int = 0) -> in
     return kills
 
 
-WRITES = ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir", "write", "ftruncate", "open")
-
-
 def kill_at_writes(bench: Bench, name: str, times: int, seed: int = 0) -> int:
-    """The end on the spot before or after the n-th write, for n spread over all there are."""
+    """The end on the spot at a change of a file: before, half-way through or after it."""
     command, folder = bench.commands[name], bench.fresh(f"{name}-counted")
-    count = run(command.words, folder, lambda: _die_at(None, folder / "count")).check(0)
-    writes = int((folder / "count").read_text())
-    assert count.status == 0 and writes
+    count = folder / "count"
+    run(command.words, folder, lambda: _count_changes(count)).check(0)
+    moments = range(3 * int(count.read_text()))
     shutil.rmtree(folder)
-    chosen = sorted(random.Random(seed).sample(range(2 * writes), min(times, 2 * writes)))
-    for number in chosen:
-        folder = bench.fresh(f"{name}-at-{number}")
-        run(command.words, folder, lambda n=number: _die_at(n)).check(9)
-        run(command.next(folder), folder, lambda: _die_at(7)).check(0, 9)
+    chosen = random.Random(seed).sample(moments, min(times, len(moments)))
+    for moment in chosen:
+        folder = bench.fresh(f"{name}-at-{moment}")
+        run(command.words, folder, lambda m=moment: PRELOADED.die_at(m)).check(9)
+        run(command.next(folder), folder, lambda: PRELOADED.die_at(20)).check(0, 9)
         run(command.next(folder), folder).check(0)
         bench.same(name, folder)
         shutil.rmtree(folder)
     return len(chosen)
 
 
-def _die_at(number: int | None, count_to: Path | None = None) -> None:
-    """Die at the write of that number: even ones before, odd ones after it is done."""
-    count, me = 0, os.getpid()
+PRELOADED = ctypes.CDLL(None)
+"""With the functions of die_at_write.cpp, which `preload` has put before the system's."""
 
-    def wrap(function: Callable) -> Callable:
-        def write(*arguments, **options):
-            nonlocal count
-            if os.getpid() != me or (function is system["open"] and not arguments[1] & os.O_CREAT):
-                return function(*arguments, **options)
-            before, after = number == 2 * count, number == 2 * count + 1
-            count += 1
-            if before:
-                os._exit(9)
-            try:
-                return function(*arguments, **options)
-            finally:
-                if after:
-                    os._exit(9)
-                if count_to:
-                    count_to.write_text(str(count))
 
-        return write
+def preload(folder: Path) -> None:
+    """Start this program again with die_at_write.cpp compiled and preloaded, unless it is."""
+    if hasattr(PRELOADED, "die_at"):
+        return
+    folder.mkdir(parents=True)
+    source, library = Path(__file__).with_name("die_at_write.cpp"), folder / "die_at_write.so"
+    compiled = ["g++", "-O1", "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"]
+    subprocess.run(compiled, check=True)
+    os.environ["LD_PRELOAD"] = str(library)
+    os.execv(sys.executable, [sys.executable, *sys.argv])
 
-    system = {each: getattr(os, each) for each in WRITES}
-    for each in WRITES:
-        setattr(os, each, wrap(system[each]))
+
+def _count_changes(file: Path) -> None:
+    PRELOADED.die_at(-1)
+    leave_at_once = os._exit
+
+    def leave(status: int) -> None:
+        file.write_text(str(PRELOADED.changes()))
+        leave_at_once(status)
+
+    os._exit = leave
 
 
 # What the file system refuses
@@ -627,29 +624,28 @@ def check_damaged(bench: Bench, reader: Reader, where: Path, path: Path, damage:
 # The table
 
 
-def whole_table(bench: Bench, numbers: dict[str, int]) -> dict[str, dict[str, int]]:
-    """Every fault on every command; returns how many of each there were.
+def whole_table(bench: Bench, numbers: dict[str, int]) -> None:
+    """Every fault on every command; prints how many of each there were.
 
     Args:
-        numbers: of each kind of fault, for each command.
+        numbers: of each kind of fault, for each command or reader.
 
     Raises:
         AssertionError: something was lost, silently accepted, or not told in one sentence.
     """
-    kills = {"killed at any moment": kill_at_any_moment, "killed at a write": kill_at_writes}
-    refusals = {"full disk": full_disk, "read-only disk": read_only}
-    done: dict[str, dict[str, int]] = {}
-    for kind, attack in {**kills, **refusals}.items():
-        done[kind] = {name: attack(bench, name, numbers[kind]) for name in bench.commands}
-        print(f"{kind}: {done[kind]}", flush=True)
-    of_readers = readers(bench.family)
-    done["damaged input"] = {
-        name: damaged(bench, name, numbers["damaged input"]) for name in of_readers
-    }
-    print(f"damaged input: {done['damaged input']}", flush=True)
-    return done
+    for kind, number in numbers.items():
+        attack = FAULTS[kind]
+        rows = readers(bench.family) if attack is damaged else bench.commands
+        print(f"{kind}: { ({name: attack(bench, name, number) for name in rows}) }", flush=True)
 
 
+FAULTS: dict[str, Callable[[Bench, str, int], int]] = {
+    "killed at any moment": kill_at_any_moment,
+    "killed at a write": kill_at_writes,
+    "full disk": full_disk,
+    "read-only disk": read_only,
+    "damaged input": damaged,
+}
 QUICK = {
     "killed at any moment": 1,
     "killed at a write": 1,
@@ -670,6 +666,10 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path, help="for what is written; it must not exist")
     parser.add_argument("--family", default="toy", choices=TASKS)
     parser.add_argument("--full", action="store_true", help="as docs/reliability.md has it")
+    parser.add_argument("--only", choices=FAULTS, help="one kind of fault")
     arguments = parser.parse_args()
+    preload(arguments.folder.absolute() / "preload")
     numbers = FULL if arguments.full else QUICK
+    if arguments.only:
+        numbers = {arguments.only: numbers[arguments.only]}
     whole_table(Bench(arguments.folder.absolute(), arguments.family), numbers)

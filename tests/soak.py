@@ -12,6 +12,10 @@ from pathlib import Path
 
 import faults
 
+SIZES = (
+    "--embed-dim 16 --layers 1 --heads 1 --context-length 3 --prompt-length 2 --batch-per-task 2 "
+    "--tasks-per-step 2 --mask-update-every 100 --log-every 100"
+)
 COLUMNS = ("step", "MB", "open files", "threads")
 
 
@@ -23,9 +27,11 @@ def main() -> None:
     arguments = parser.parse_args()
     bench = faults.Bench(arguments.folder.absolute())
     where = bench.fresh("soak")
-    words = bench.commands["train"].words.replace(faults.EVALUATED, "")
     tenth = arguments.steps // 10
-    words += f" --steps {arguments.steps} --evaluate-every {tenth} --checkpoint-every {tenth // 10}"
+    words = (
+        f"train --data store --output made --device cpu {SIZES} --steps {arguments.steps} "
+        f"--evaluate-every {tenth} --checkpoint-every {tenth // 10} --evaluation-episodes 2"
+    )
     child = faults.start(words, where)
     print(*(f"{name:>10}" for name in COLUMNS), flush=True)
     checkpoints = where / "made" / "checkpoints"
