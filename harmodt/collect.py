@@ -39,7 +39,7 @@ from .environments.simulation import available_cores
 from .errors import UserError, printable, run_command
 from .files import checksum, read_bytes, write_bytes
 from .progress import progress_bar
-from .settings import Count, NotNegative, Share, Whole, check
+from .settings import Count, NotNegative, Share, Whole, check, parse_arguments
 
 _PARTS = "parts"
 _EPISODES_PER_PART = 10
@@ -354,7 +354,7 @@ def _episodes(parts: list[_Part]) -> int:
 
 
 def main() -> None:
-    config = tyro.cli(CollectConfig, prog="python -m harmodt.collect")
+    config: CollectConfig = parse_arguments(CollectConfig, prog="python -m harmodt.collect")
     store = collect(config)
     print(f"{printable(config.output)}: {len(store.tasks)} tasks, {store.steps} steps")
 

@@ -15,7 +15,7 @@ from .errors import printable, run_command
 from .progress import PlainConsole
 from .rollout import Request, play
 from .rundir import RunDirectory
-from .settings import Whole, check
+from .settings import Whole, check, parse_arguments
 
 _KERNELS = tyro.conf.create_mutex_group(required=False, title="kernels, by default the run's")
 
@@ -67,7 +67,7 @@ class EvaluateConfig:
 def main() -> None:
     """The command line: print the table, write it as JSON and CSV into RUN/evaluation."""
     prepare_cpu()
-    config = tyro.cli(EvaluateConfig, prog="python -m harmodt.evaluate")
+    config: EvaluateConfig = parse_arguments(EvaluateConfig, prog="python -m harmodt.evaluate")
     options, console = config.policy, PlainConsole()
     if config.video:
         find_backend()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
-from .errors import UserError
+from .errors import UserError, printable
 
 Count = Annotated[int, Meta(ge=1)]
 Whole = Annotated[int, Meta(ge=0)]
@@ -43,6 +44,34 @@ def change(group: Settings, values: Mapping[str, Any]) -> Settings:
         elif field.name in values:
             changes[field.name] = values[field.name]
     return dataclasses.replace(group, **changes)  # type: ignore[type-var]
+
+
+def parse_arguments(kind: Any, arguments: Sequence[str] | None = None, **options: Any) -> Any:
+    """`tyro.cli`, whose help and errors show arguments and defaults as a terminal can take them.
+
+    Args:
+        kind: the dataclass to make of the arguments, or several.
+        arguments: those of the command line by default.
+        options: others of tyro's; `default` is an instance of `kind`.
+    """
+    import tyro  # here, because only commands need it
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return tyro.cli(kind, args=arguments, console_outputs=False, **options)
+    except SystemExit:
+        if "default" in options:
+            shown = {name: _shown(value) for name, value in settings(options["default"])}
+            options["default"] = change(options["default"], shown)
+        tyro.cli(kind, args=[printable(argument) for argument in arguments], **options)
+        raise
+
+
+def _shown(value: Any) -> Any:
+    """A setting as it is printed."""
+    if isinstance(value, tuple):
+        return tuple(map(_shown, value))
+    return type(value)(printable(value)) if isinstance(value, str | Path) else value
 
 
 def check(group: Any) -> None:

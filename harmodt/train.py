@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from .errors import UserError, run_command
 from .files import owned
 from .progress import PlainConsole
 from .rundir import RunDirectory
-from .settings import change, check, settings
+from .settings import change, check, parse_arguments, settings
 from .training.run import Run, SavedRun
 
 QUICKSTART_DATA = Path("data/quickstart-mt5")
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     resumed, rest = _take(arguments, "--resume")
     if resumed is not None:
+        _check_name(Path(resumed), "rename it")
         RunDirectory(Path(resumed)).read()  # a directory that holds no run is not touched
         with owned(Path(resumed)):
             RunDirectory(Path(resumed)).clear_leftovers()
@@ -48,9 +50,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output = config.run.output or _free_directory(
         f"{preset_name}-{config.algorithm}-seed{config.run.seed}"
     )
+    _check_name(output, "name another --output")
     with owned(output):
         RunDirectory(output).clear_leftovers()
         begin(preset_name, config, output).train()
+
+
+def _check_name(path: Path, remedy: str) -> None:
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{path} is not UTF-8, and TensorBoard cannot write to such a path: {remedy}"
+        ) from None
 
 
 def _begun(arguments: list[str]) -> tuple[str, TrainConfig]:
@@ -112,10 +124,10 @@ def _parse(arguments: Sequence[str], default: TrainConfig) -> TrainConfig:
         "--resume RUN: go on with a run, with its settings; a store that was moved is named with "
         "--data, and --learning-rate may change, which is recorded."
     )
-    return tyro.cli(
+    return parse_arguments(
         TrainConfig,
+        arguments,
         prog="python -m harmodt.train",
-        args=arguments,
         default=default,
         description=description,
         config=(tyro.conf.OmitArgPrefixes,),

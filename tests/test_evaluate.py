@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -175,6 +176,14 @@ def test_fused_and_not_fused_exclude_one_another(run, monkeypatch, capsys):
         command(monkeypatch, run, "--fused", "--no-fused")
     assert exit.value.code == 2
     assert "not allowed together" in "".join(capsys.readouterr())
+
+
+def test_arguments_that_are_refused_are_shown_as_they_are(run, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as exit:
+        command(monkeypatch, run, "--mask", os.fsdecode(b"\xff\x1b[31m"))
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.replace("\n", "").isprintable()
+    assert r"\x1b[31m" in error
 
 
 def test_a_run_that_is_not_there(tmp_path: Path):

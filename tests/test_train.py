@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 from runs import assert_same, begin, final, small_flags
 from tiny import TASKS, make_store
 
-from harmodt import train
+from harmodt import load_policy, train
 from harmodt.algorithms.sequence import SequenceLearner
 from harmodt.checkpoint import checkpoint_steps, load_checkpoint
 from harmodt.data.store import DataStore
@@ -231,3 +232,38 @@ def test_the_command_line_prints_one_line_and_exits_with_2(tmp_path):
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert str(tmp_path / "nothing") in result.stderr
+
+
+ODD = os.fsdecode(b"a\xff\x1b[31m\xe2\x80\xae")
+"""A name that is not UTF-8, colours what follows and turns its direction."""
+SHOWN = r"a\udcff\x1b[31m\u202e"
+
+
+@pytest.mark.parametrize("argument", [f"--{ODD}", ODD, f"--steps={ODD}", f"--precision={ODD}"])
+def test_arguments_that_are_refused_are_shown_as_they_are(argument, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as exit:
+        train.main([argument])
+    out, error = capsys.readouterr()
+    assert exit.value.code == 2 and out == ""
+    assert SHOWN in error.replace(r"\\", "\\")
+    assert error.replace("\n", "").isprintable()
+
+
+def test_paths_that_are_not_utf_8(store, tmp_path, capsys):
+    """Data may be there; TensorBoard, and so a run, may not."""
+    data = Path(shutil.copytree(store.path, tmp_path / ODD / "store"))
+    with pytest.raises(UserError, match=r"is not UTF-8.*: name another --output"):
+        begin(store, tmp_path / ODD / "run")
+    assert list((tmp_path / ODD).iterdir()) == [data]
+    run = tmp_path / "run"
+    begin(DataStore.open(data), run)
+    train.main(["--resume", str(run)])
+    assert json.loads((run / "run.json").read_text())["config"]["data"]["data"] == str(data)
+    with pytest.raises(SystemExit):
+        train.main(["--resume", str(run), "--help"])
+    printed = capsys.readouterr().out
+    assert printed.replace("\n", "").isprintable() and "udcff" in printed
+    with pytest.raises(UserError, match=r"is not UTF-8.*: rename it"):
+        train.main(["--resume", str(run.rename(tmp_path / ODD / "run"))])
+    assert load_policy(tmp_path / ODD / "run").step == 12

@@ -22,7 +22,7 @@ from rich.table import Table
 from ..environments import FAMILIES, METAWORLD, EnvironmentSpec, family
 from ..errors import UserError, printable, run_command
 from ..progress import PlainConsole, progress_bar
-from ..settings import Count, Whole, check
+from ..settings import Count, Whole, check, parse_arguments
 from .importers import IMPORTERS, Importer, check_episode, importer
 from .store import UNKNOWN, DataStore, Episode, TaskData
 from .writer import StoreWriter, TaskWriter, make_or_open
@@ -239,7 +239,7 @@ def _print(table: Table) -> None:
 
 
 def main() -> None:
-    command = tyro.cli(
+    command = parse_arguments(
         Annotated[ImportConfig, tyro.conf.subcommand("import")]
         | Annotated[InfoConfig, tyro.conf.subcommand("info")]
         | Annotated[VerifyConfig, tyro.conf.subcommand("verify")],
