@@ -96,6 +96,8 @@ setup(
             "mypy>=1.15",
             # Runs the same checks before each commit; its hooks use this environment's tools.
             "pre-commit>=4",
+            # Says which of the pinned versions have known vulnerabilities.
+            "pip-audit>=2.10",
             # The tests write videos, and read them.
             "imageio>=2.34",
             "imageio-ffmpeg>=0.5",
