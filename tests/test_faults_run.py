@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -26,6 +27,7 @@ from harmodt.errors import UserError, describe
 from harmodt.files import checksum, owned
 from harmodt.rundir import RunDirectory
 from harmodt.training import run as module
+from harmodt.training.metrics import Metrics
 from harmodt.training.trainer import Trainer
 
 EVALUATED = ("--evaluate-every", "4", "--evaluation-episodes", "1")
@@ -384,6 +386,15 @@ def test_a_line_of_metrics_that_is_another_is_named(run, old, new):
         "a copy"
     )
     assert path.read_bytes() == content.replace(old, new, 1)
+
+
+def test_a_gradient_whose_norm_overflows_is_no_damage(run):
+    path = RunDirectory(run).metrics
+    with contextlib.closing(Metrics(RunDirectory(run), 12)) as metrics:
+        metrics.write(12, {"gradient_norm": float("inf")})
+    content = path.read_bytes()
+    resume(run)
+    assert b"Infinity" in content and path.read_bytes() == content
 
 
 def test_what_a_kill_cut_short_is_no_damage(run):

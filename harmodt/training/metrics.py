@@ -132,7 +132,7 @@ def _parse(line: bytes) -> dict[str, float] | None:
     if found != f'{checksum(content)}"}}'.encode():
         return None
     try:
-        record = msgspec.json.decode(content, type=dict[str, float])
+        record = msgspec.convert(json.loads(content), dict[str, float])
     except (ValueError, RecursionError):
         return None
     return record if record.get("step", -1.0) >= 0 else None
