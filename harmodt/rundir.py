@@ -107,7 +107,7 @@ class RunDirectory:
         """
         try:
             return msgspec.convert(self._content(), Description)
-        except msgspec.ValidationError as error:
+        except (msgspec.ValidationError, UnicodeError) as error:
             raise UserError(
                 f"{self.description} is damaged ({error}): restore it from a copy"
             ) from None
@@ -117,14 +117,15 @@ class RunDirectory:
         path = self.description
         try:
             content = json.loads(read_bytes(path))
+            found = content if isinstance(content, dict) else {}
+            recorded, actual = found.pop("crc32", None), json_checksum(found)
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{self.path} holds no run (run.json is missing): give the directory that "
                 "`python -m harmodt.train` wrote"
             ) from None
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # nested too deep, for reading or for writing
             raise UserError(f"{path} is not valid JSON ({error}): restore it from a copy") from None
-        found = content if isinstance(content, dict) else {}
         if found.pop("format", None) != FORMAT:
             raise UserError(
                 f"{path} is not the description of a HarmoDT run: give the directory that "
@@ -133,11 +134,10 @@ class RunDirectory:
         version = found.pop("version", None)
         if version != VERSION:
             raise UserError(
-                f"{path} is of version {version}, and this HarmoDT reads version "
+                f"{path} is of version {version!r:.20}, and this HarmoDT reads version "
                 f"{VERSION}: train the run again, or use the HarmoDT that wrote it"
             )
-        recorded = found.pop("crc32", None)
-        if recorded != json_checksum({"format": FORMAT, "version": VERSION, **found}):
+        if recorded != actual:
             raise UserError(
                 f"{path} has changed since it was written (its checksum fails): restore it from a "
                 "copy, or begin a new run with other settings"

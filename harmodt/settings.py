@@ -148,7 +148,7 @@ def from_json(kind: type[Settings], values: Any, where: str) -> Settings:
         group = msgspec.convert(values, kind, dec_hook=_from_text)
     except (msgspec.ValidationError, UnicodeError) as error:
         raise UserError(f"{where} is damaged ({error}): restore it from a copy") from None
-    odd = _keys(values) ^ _keys(to_json(group))
+    odd = _odd_keys(values, to_json(group))
     if odd:
         raise UserError(
             f"{where} lacks, or has beyond what it should, {', '.join(sorted(odd))}: it was "
@@ -163,8 +163,11 @@ def _from_text(kind: type, value: Any) -> Any:
     raise NotImplementedError(kind)
 
 
-def _keys(values: Any, prefix: str = "") -> set[str]:
-    if not isinstance(values, dict):
+def _odd_keys(values: Any, expected: Any, prefix: str = "") -> set[str]:
+    """The keys that are missing, or that should not be there, as deep as keys are expected."""
+    if not isinstance(values, dict) or not isinstance(expected, dict):
         return set()
-    below = (_keys(value, f"{prefix}{key}.") for key, value in values.items())
-    return {f"{prefix}{key}" for key in values}.union(*below)
+    odd = {f"{prefix}{key}" for key in values.keys() ^ expected.keys()}
+    both = values.keys() & expected.keys()
+    below = (_odd_keys(values[key], expected[key], f"{prefix}{key}.") for key in both)
+    return odd.union(*below)

@@ -245,7 +245,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads(read_bytes(path), parse_float=_finite, parse_constant=_finite)
-    except (ValueError, RecursionError) as error:
+        recorded = manifest.pop("crc32", None) if isinstance(manifest, dict) else None
+        actual = manifest_checksum(manifest)
+    except (ValueError, RecursionError) as error:  # nested too deep, for reading or for writing
         raise UserError(_damaged(path, "no JSON")) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path} is not the manifest of a HarmoDT store: give a store's directory")
@@ -258,7 +260,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{VERSION}: make the store again with `python -m {command}` and the settings that "
             f"the file lists under provenance, after moving {path.parent} away"
         )
-    if manifest.pop("crc32", None) != manifest_checksum(manifest):
+    if recorded != actual:
         raise UserError(_damaged(path, "its checksum fails"))
     _check_manifest(path, manifest)
     return manifest

@@ -293,7 +293,8 @@ def make_or_open(
 def _open_finished(path: Path, command: str, settings: dict[str, Any]) -> DataStore:
     """Open a store that is complete, provided that it was made with these settings."""
     store = DataStore.open(path)
-    found = store.provenance.get(command, {})
+    found = store.provenance.get(command)
+    found = found if isinstance(found, dict) else {}
     for name, value in settings.items():
         if found.get(name) != value:
             raise UserError(
