@@ -35,6 +35,9 @@ from .rundir import Description, RunDirectory
 
 VERSION = 3
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Those that PyTorch can tell from NaN and infinity."""
+
 _TENSORS, _STATE = "state.safetensors", "state.json"
 _NAME = re.compile(r"[0-9]{8}")
 _TEMPORARY = re.compile(r"\.[0-9]{8}\.(tmp|deleted)")
@@ -178,7 +181,7 @@ def _read_state(path: Path, run: str) -> _State:
     version = values.get("version") if isinstance(values, dict) else None
     if version != VERSION:
         raise UserError(
-            f"the checkpoint {path} is of version {version}, and this HarmoDT reads version "
+            f"the checkpoint {path} is of version {version!r:.20}, and this HarmoDT reads version "
             f"{VERSION}: go on from another one, or use the HarmoDT that wrote it"
         )
     state = msgspec.convert(values, _State)
@@ -196,8 +199,11 @@ def _check(path: Path, tensors: Mapping[str, Tensor], description: Description) 
         UserError: a number is not finite, or a task's mask is of another density than at first.
     """
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise _damaged(path, f"{name} has numbers that are NaN or infinite")
+        if tensor.is_floating_point():
+            if tensor.dtype not in _FLOATS:
+                raise _damaged(path, f"{name} is {tensor.dtype}")
+            if not bool(torch.isfinite(tensor).all()):
+                raise _damaged(path, f"{name} has numbers that are NaN or infinite")
     masks = tensors.get("masks")
     if masks is None or description.active_weights is None:
         return

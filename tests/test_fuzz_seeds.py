@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
+import torch
 from runs import begin
-from tiny import TASKS, make_store
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_tensors
+from tiny import SPEC, TASKS, make_store
 
+from harmodt.checkpoint import load_checkpoint
 from harmodt.data import store
+from harmodt.data.inputs import load_conditioning
 from harmodt.data.store import MANIFEST, DataStore, manifest_checksum
 from harmodt.data.writer import make_or_open
 from harmodt.errors import UserError
+from harmodt.files import checksum
 from harmodt.rundir import FORMAT, VERSION, RunDirectory
 from harmodt.training.run import SavedRun
 
@@ -84,3 +92,48 @@ def test_a_description_with_odd_keys_is_refused(folder: Path, where: str, more: 
     directory.update({where: {**getattr(directory.read(), where), **more}} if where else more)
     with pytest.raises(UserError, match=r"run\.json (is damaged|lacks, or has)"):
         SavedRun.open(folder / "run")
+
+
+def infinite(starts: np.ndarray) -> np.ndarray:
+    return np.where(starts == 0, 0.0, np.inf)
+
+
+def around(starts: np.ndarray) -> np.ndarray:
+    return np.array([0, 2**63 - 1, -2, starts[-1]])
+
+
+def complex_numbers(starts: np.ndarray) -> np.ndarray:
+    return starts.astype(np.complex64)
+
+
+@pytest.mark.parametrize("change", [infinite, around, complex_numbers])
+def test_prompts_that_end_nowhere_are_refused(
+    folder: Path, change: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    path = folder / "run" / "conditioning.safetensors"
+    arrays = load_file(path)
+    name = f"{TASKS[0]}/prompts/episode_starts"
+    arrays[name] = change(arrays[name])
+    successes = f"{TASKS[0]}/prompts/successes"
+    arrays[successes] = np.resize(arrays[successes], len(arrays[name]) - 1)
+    save_file(arrays, path)
+    with pytest.raises(UserError, match=r"safetensors is damaged \(.*/episode_starts"):
+        load_conditioning(path, TASKS[:2], SPEC, checksum(path.read_bytes()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.float64])
+def test_a_checkpoint_of_other_numbers_is_refused(folder: Path, dtype: torch.dtype) -> None:
+    path = RunDirectory(folder / "run").checkpoint(12)
+    save_tensors({"model.w": torch.ones(4).to(dtype)}, path / "state.safetensors")
+    state = json.loads((path / "state.json").read_text())
+    state["crc32"] = checksum((path / "state.safetensors").read_bytes())
+    (path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match="00000012"):
+        load_checkpoint(RunDirectory(folder / "run")).copy_to({"model.w": torch.ones(4)})
+
+
+def test_episodes_that_go_around_are_refused(folder: Path) -> None:
+    path = folder / "store" / TASKS[0] / "episode_starts.npy"
+    np.save(path, around(np.load(path)))
+    with pytest.raises(UserError, match=r"episode_starts\.npy is damaged"):
+        DataStore.open(folder / "store").task(TASKS[0])

@@ -212,11 +212,12 @@ def _of_task(
             raise ValueError(f"{task}/{name} has numbers that are NaN or infinite")
         return array
 
-    starts = arrays[f"{task}/prompts/episode_starts"]
-    if starts.ndim != 1 or starts[:1].tolist() != [0] or (np.diff(starts) <= 0).any():
+    count = arrays[f"{task}/prompts/episode_starts"].size
+    starts = take("prompts/episode_starts", "<i8", (count,))
+    if starts[:1].tolist() != [0] or (starts[1:] <= starts[:-1]).any():
         raise ValueError(f"{task}/prompts/episode_starts do not rise from 0")
     counts = dict.fromkeys(EPISODE_ARRAYS, int(starts[-1]))
-    counts |= {"episode_starts": len(starts), "successes": len(starts) - 1}
+    counts |= {"episode_starts": count, "successes": count - 1}
     prompts = {
         name: take(f"prompts/{name}", dtype, (counts[name], *shape))
         for name, (dtype, shape) in types.items()

@@ -374,7 +374,8 @@ def _open_episodes(path: Path, files: dict[str, Any], prefix: str) -> Episodes:
         **{name: _open_array(path / f"{prefix}{name}.npy", e) for name, e in entries.items()}
     )
     starts = episodes.episode_starts
-    if starts[0] != 0 or starts[-1] != len(episodes.rewards) or (episodes.lengths < 1).any():
+    rise = (starts[:-1] < starts[1:]).all()  # differences could wrap around
+    if starts[0] != 0 or starts[-1] != len(episodes.rewards) or not rise:
         raise UserError(_damaged(path / f"{prefix}episode_starts.npy", "it has no such episodes"))
     return episodes
 
