@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import tracemalloc
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from unittest.mock import Mock
 
 import numpy as np
@@ -19,9 +21,11 @@ from tiny import SPEC, TASKS, make_store
 
 from harmodt.checkpoint import load_checkpoint
 from harmodt.data import store
+from harmodt.data.importers.npz import NpzImporter
 from harmodt.data.inputs import load_conditioning
 from harmodt.data.store import MANIFEST, DataStore, manifest_checksum
 from harmodt.data.writer import make_or_open
+from harmodt.environments.metaworld import MetaWorld
 from harmodt.errors import UserError
 from harmodt.files import checksum
 from harmodt.rundir import FORMAT, VERSION, RunDirectory
@@ -137,3 +141,43 @@ def test_episodes_that_go_around_are_refused(folder: Path) -> None:
     np.save(path, around(np.load(path)))
     with pytest.raises(UserError, match=r"episode_starts\.npy is damaged"):
         DataStore.open(folder / "store").task(TASKS[0])
+
+
+@pytest.fixture
+def used() -> Iterator[Callable[[], int]]:
+    """The most memory that NumPy had since the test began, in bytes."""
+    tracemalloc.start()
+    yield lambda: tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+
+def zeros(file: BinaryIO, size: int) -> None:
+    """An npy file of so many bytes that are 0; what a file system or a zip makes small."""
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": "|u1", "fortran_order": False, "shape": (size,)}
+    )
+
+
+def test_zeros_that_unpack_to_gigabytes_are_not_unpacked(
+    tmp_path: Path, used: Callable[[], int]
+) -> None:
+    path = tmp_path / "0.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("observations", "actions", "rewards"):
+            with archive.open(f"{name}.npy", "w") as file:
+                zeros(file, 2**27)
+                for _ in range(2**7):
+                    file.write(bytes(2**20))
+    with pytest.raises(UserError, match=r"observations would take 0\.1 GB of memory"):
+        NpzImporter(tmp_path, MetaWorld()).read(path)
+    assert used() < 2**24
+
+
+def test_a_large_array_that_is_no_npz_is_not_read(tmp_path: Path, used: Callable[[], int]) -> None:
+    path = tmp_path / "0.npz"
+    with open(path, "wb") as file:
+        zeros(file, 2**28)
+        file.truncate(file.tell() + 2**28)
+    with pytest.raises(UserError, match="is a single array"):
+        NpzImporter(tmp_path, MetaWorld()).read(path)
+    assert used() < 2**24

@@ -17,7 +17,7 @@ from ...errors import UserError
 from ..store import UNKNOWN, Episode
 from . import Importer, check_array
 
-_LARGEST = 2**30  # bytes of one array; an episode of 500 steps has 78,000
+_LARGEST = 2**26  # bytes of one array; an episode of 500 steps has 78,000
 _ENCRYPTED = 1  # a bit of a zip entry's flags
 
 
@@ -62,7 +62,8 @@ class NpzImporter(Importer):
                 f"{episode} is no regular file, but a folder, a pipe or a device: remove it"
             )
         try:
-            file = np.load(episode, allow_pickle=False)
+            # What is mapped, a single array, is not read.
+            file = np.load(episode, mmap_mode="r", allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise UserError(
                     f"{episode} is a single array: an episode is an .npz with named arrays"
