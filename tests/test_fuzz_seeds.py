@@ -1,4 +1,4 @@
-"""What fuzzing (`fuzz.py`) found that readers could not bear, as small as it goes."""
+"""What readers could not bear: found by fuzzing (`fuzz.py`) or while writing its mutations."""
 
 from __future__ import annotations
 
