@@ -36,7 +36,6 @@ from torch import Tensor
 from harmodt.data.store import DataStore
 from harmodt_kernels import PYTORCH
 from harmodt_kernels.attention import pytorch as attention_pytorch
-from harmodt_kernels.attention.reference import causal_mask
 
 LAYERS = [("qkv", 128), ("out", 128), ("up", 128), ("down", 128)]
 LAYERS += [("qkv", 256), ("out", 256), ("up", 256), ("down", 256)]
@@ -129,8 +128,6 @@ def bench_attention(benchmark: Any, passes: str, head_size: int) -> None:
     torch.manual_seed(0)
     qkv = torch.randn(40, 75, 3, 8, head_size, requires_grad=passes != "forward")
     d_out = torch.randn(40, 75, 8, head_size)
-    valid = torch.rand(40, 75) < 0.9
-    allowed = causal_mask(valid)
     kernel = fused().attention
 
     def run(attention: Callable[[], Tensor]) -> Tensor:
@@ -140,15 +137,14 @@ def bench_attention(benchmark: Any, passes: str, head_size: int) -> None:
         return torch.autograd.grad(attention(), qkv, d_out)[0]
 
     def by_kernel() -> Tensor:
-        return run(lambda: kernel(qkv, valid, slice(None), 0.0))
+        return run(lambda: kernel(qkv, slice(None), 0.0))
 
     def by_products() -> Tensor:
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        return attention_pytorch.attend(query, key, value, allowed, 0.0).transpose(1, 2)
+        return attention_pytorch.attention(qkv, slice(None), 0.0)
 
     def by_pytorch() -> Tensor:
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(query, key, value, allowed).transpose(1, 2)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
 
     for other in (by_products, by_pytorch):
         assert_agree(by_kernel(), run(other), 1e-5)

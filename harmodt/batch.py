@@ -16,14 +16,14 @@ from torch import Tensor
 class Steps(NamedTuple):
     """Consecutive time steps of one trajectory for each window.
 
-    Padding stands on the left and has `valid` False.
+    Padding comes after a window's last step, where no valid step can see it.
 
     Attributes:
         returns_to_go: float32 [G, B, L], divided by the return scale.
         observations: float32 [G, B, L, O], normalised by the task's mean and deviation.
         actions: float32 [G, B, L, A], in [-1, 1].
         timesteps: int64 [G, B, L], counted from the beginning of the episode.
-        valid: bool [G, B, L].
+        valid: bool [G, B, L], False for padding.
     """
 
     returns_to_go: Tensor
@@ -44,7 +44,10 @@ class StepArrays(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Windows of several tasks: `task_ids` int64 [G], and each window's prompt and history."""
+    """Windows of several tasks: `task_ids` int64 [G], and each window's prompt and history.
+
+    A prompt comes before the history, so there is no padding in it.
+    """
 
     task_ids: Tensor
     prompt: Steps | None

@@ -246,22 +246,18 @@ class LayerNormProblem:
             )
 
 
-def attention_operands(sequences: int, tokens: int, heads: int, size: int) -> tuple[Tensor, Tensor]:
+def attention_operands(sequences: int, tokens: int, heads: int, size: int) -> Tensor:
     generator = torch.Generator().manual_seed(tokens)
-    qkv = torch.randn(sequences, tokens, 3, heads, size, generator=generator) * 2
-    valid = torch.rand(sequences, tokens, generator=generator) < 0.7
-    valid[-1, : tokens // 2] = False
-    return qkv, valid
+    return torch.randn(sequences, tokens, 3, heads, size, generator=generator) * 2
 
 
-def attention_by_loops(qkv: Tensor, valid: Tensor, queries: slice) -> Tensor:
-    """In float64, a softmax for each query over the keys that it may see."""
+def attention_by_loops(qkv: Tensor, queries: slice) -> Tensor:
+    """In float64, a softmax for each query over the keys up to its own."""
     sequences, tokens, _, heads, size = qkv.shape
     rows = []
     for b in range(sequences):
         for i in range(tokens)[queries]:
-            seen = [j for j in range(i + 1) if valid[b, j] or j == i]
             for h in range(heads):
-                q, k, v = qkv[b, i, 0, h], qkv[b, seen, 1, h], qkv[b, seen, 2, h]
+                q, k, v = qkv[b, i, 0, h], qkv[b, : i + 1, 1, h], qkv[b, : i + 1, 2, h]
                 rows.append(torch.softmax(k @ q / math.sqrt(size), 0) @ v)
     return torch.stack(rows).view(sequences, -1, heads, size)

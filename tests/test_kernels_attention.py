@@ -22,11 +22,11 @@ SIZES = [
 @pytest.mark.parametrize("queries", [slice(None), slice(1, None, 3), slice(-1, None)], ids=str)
 @pytest.mark.parametrize("sizes", SIZES[1:3])
 def test_output_and_gradient_equal_loops(backend, device, queries, sizes) -> None:
-    qkv, valid = (t.to(device) for t in attention_operands(*sizes))
+    qkv = attention_operands(*sizes).to(device)
     exact, leaf = qkv.double().requires_grad_(), qkv.requires_grad_()
     expected, computed = (
-        attention_by_loops(exact, valid, queries),
-        backend.attention(leaf, valid, queries, 0.0),
+        attention_by_loops(exact, queries),
+        backend.attention(leaf, queries, 0.0),
     )
     d_out = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0)).to(device)
     expected.backward(d_out.double())
@@ -49,11 +49,11 @@ def test_output_and_gradient_equal_loops(backend, device, queries, sizes) -> Non
 )
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:], indirect=True)
 def test_equals_the_definition(backend, device, tokens, heads, size, first, step) -> None:
-    qkv, valid = (t.to(device) for t in attention_operands(2, tokens, heads, size))
+    qkv = attention_operands(2, tokens, heads, size).to(device)
     queries = slice(min(first, tokens - 1), None, step)
     leaf, exact = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
-    out = backend.attention(leaf, valid, queries, 0.0)
-    expected = reference.attention(exact, valid, queries, 0.0)
+    out = backend.attention(leaf, queries, 0.0)
+    expected = reference.attention(exact, queries, 0.0)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
     out.square().sum().backward()
     expected.square().sum().backward()
@@ -62,48 +62,46 @@ def test_equals_the_definition(backend, device, tokens, heads, size, first, step
     assert error <= 2e-5 * exact.grad.abs().max()
 
 
-@pytest.mark.parametrize("queries", [slice(None), slice(-1, None)], ids=str)
+@pytest.mark.parametrize("queries", [slice(None), slice(1, None, 3), slice(-1, None)], ids=str)
 @pytest.mark.parametrize("sizes", [(3, 75, 2, 16), (2, 9, 3, 5)])
 def test_past_tokens_are_seen_as_if_they_were_present(backend, device, queries, sizes) -> None:
-    qkv, valid = (t.to(device) for t in attention_operands(*sizes))
+    qkv = attention_operands(*sizes).to(device)
     before = sizes[1] // 3
-    expected = attention_by_loops(qkv.double(), valid, slice(None))[:, before:][:, queries]
+    expected = attention_by_loops(qkv.double(), slice(None))[:, before:][:, queries]
     past = tuple(qkv[:, :before, part].transpose(1, 2) for part in (1, 2))
-    computed = backend.attention(qkv[:, before:], valid, queries, 0.0, past)
+    computed = backend.attention(qkv[:, before:], queries, 0.0, past)
     torch.testing.assert_close(computed.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:], indirect=True)
 def test_weights_far_apart_do_not_overflow(backend, device) -> None:
-    qkv, valid = (t.to(device) for t in attention_operands(2, 20, 1, 16))
+    qkv = attention_operands(2, 20, 1, 16).to(device)
     qkv *= 1000
-    computed = backend.attention(qkv, valid, slice(None), 0.0)
-    torch.testing.assert_close(computed, reference.attention(qkv, valid, slice(None), 0.0))
+    computed = backend.attention(qkv, slice(None), 0.0)
+    torch.testing.assert_close(computed, reference.attention(qkv, slice(None), 0.0))
 
 
 def test_dropout_drops_its_share_and_rescales_the_rest(backend, device) -> None:
     tokens = 64
     qkv = torch.zeros(200, tokens, 3, 1, tokens)  # equal weights, which the values make visible
     qkv[:, :, 2, 0] = torch.eye(tokens)
-    qkv, valid = qkv.to(device), torch.ones(200, tokens, dtype=torch.bool, device=device)
+    qkv = qkv.to(device)
     torch.manual_seed(0)
-    weights = backend.attention(qkv, valid, slice(-1, None), 0.25)[:, 0, 0] * tokens  # [200, keys]
+    weights = backend.attention(qkv, slice(-1, None), 0.25)[:, 0, 0] * tokens  # [200, keys]
     dropped = weights == 0
     assert dropped.double().mean().item() == pytest.approx(0.25, abs=0.02)
     torch.testing.assert_close(weights[~dropped], torch.full_like(weights[~dropped], 1 / 0.75))
     assert len({tuple(row.tolist()) for row in dropped}) == 200
-    assert not torch.equal(
-        backend.attention(qkv, valid, slice(-1, None), 0.25)[:, 0, 0] == 0, dropped
-    )
+    assert not torch.equal(backend.attention(qkv, slice(-1, None), 0.25)[:, 0, 0] == 0, dropped)
 
 
 def test_the_gradient_is_that_of_the_dropped_weights(backend, device) -> None:
-    qkv, valid = (t.to(device) for t in attention_operands(2, 12, 2, 16))
+    qkv = attention_operands(2, 12, 2, 16).to(device)
     direction = torch.randn(qkv.shape, generator=torch.Generator().manual_seed(1)).to(device)
 
     def loss(x: Tensor) -> Tensor:
         torch.manual_seed(5)
-        return backend.attention(x, valid, slice(None), 0.4).double().sin().sum()
+        return backend.attention(x, slice(None), 0.4).double().sin().sum()
 
     leaf = qkv.clone().requires_grad_()
     loss(leaf).backward()
@@ -114,12 +112,12 @@ def test_the_gradient_is_that_of_the_dropped_weights(backend, device) -> None:
 
 @pytest.mark.usefixtures("native")
 def test_threads_do_not_change_the_result() -> None:
-    qkv, valid = attention_operands(*SIZES[0])
+    qkv = attention_operands(*SIZES[0])
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         leaf = qkv.clone().requires_grad_()
-        out = attention(leaf, valid, slice(None), 0.0)
+        out = attention(leaf, slice(None), 0.0)
         out.sum().backward()
         results.append((out, leaf.grad))
     torch.set_num_threads(before)
@@ -129,40 +127,28 @@ def test_threads_do_not_change_the_result() -> None:
 
 @pytest.mark.usefixtures("native")
 def test_the_registered_operations_keep_pytorchs_rules() -> None:
-    qkv, valid = attention_operands(2, 7, 2, 16)
+    qkv = attention_operands(2, 7, 2, 16)
     settings = (3, 0, 3, 0.0, 0)
-    torch.library.opcheck(torch.ops.harmodt.attention, (qkv, valid, None, None, *settings))
+    torch.library.opcheck(torch.ops.harmodt.attention, (qkv, None, None, *settings))
     past = qkv[:, :3, 1].transpose(1, 2).contiguous()
+    torch.library.opcheck(torch.ops.harmodt.attention, (qkv[:, 3:], past, past, 1, 0, 3, 0.0, 0))
+    out, log_sums = torch.ops.harmodt.attention(qkv, None, None, *settings)
     torch.library.opcheck(
-        torch.ops.harmodt.attention, (qkv[:, 3:], valid, past, past, 1, 0, 3, 0.0, 0)
-    )
-    out, log_sums = torch.ops.harmodt.attention(qkv, valid, None, None, *settings)
-    torch.library.opcheck(
-        torch.ops.harmodt.attention_gradient, (out, qkv, valid, out, log_sums, *settings)
+        torch.ops.harmodt.attention_gradient, (out, qkv, out, log_sums, *settings)
     )
 
 
 @pytest.mark.usefixtures("native")
 def test_operands_that_do_not_fit_are_named() -> None:
-    qkv, valid = attention_operands(2, 7, 2, 16)
+    qkv = attention_operands(2, 7, 2, 16)
     with pytest.raises(TypeError, match="float64"):
-        attention(qkv.double(), valid, slice(None), 0.0)
-    with pytest.raises(ValueError, match=r"valid \[2, 6\] must be \[2, 7\]"):
-        attention(qkv, valid[:, :6], slice(None), 0.0)
+        attention(qkv.double(), slice(None), 0.0)
+    with pytest.raises(ValueError, match=r"qkv \[2, 7, 2, 2, 16\] must be \[B, T, 3, heads"):
+        attention(qkv[:, :, :2], slice(None), 0.0)
     past = torch.zeros(2, 2, 3, 16)
     with pytest.raises(ValueError, match=r"past \[2, 2, 3, 16\], \[2, 2, 3, 8\]"):
-        attention(qkv, valid, slice(None), 0.0, (past, past[..., :8]))
-    with pytest.raises(ValueError, match=r"valid \[2, 7\] must be \[2, 10\]"):
-        attention(qkv, valid, slice(None), 0.0, (past, past))
+        attention(qkv, slice(None), 0.0, (past, past[..., :8]))
+    with pytest.raises(ValueError, match=r"past \[1, 2, 3, 16\], .* as qkv \[2, 7, 3, 2, 16\]"):
+        attention(qkv, slice(None), 0.0, (past[:1], past[:1]))
     with pytest.raises(ValueError, match="no gradient"):
-        attention(qkv.requires_grad_(), valid.new_ones(2, 10), slice(None), 0.0, (past, past))
-
-
-def test_causal_mask_shows_valid_tokens_before_and_oneself() -> None:
-    valid = torch.tensor([[False, True, False, True]])
-    assert reference.causal_mask(valid).int()[0, 0].tolist() == [
-        [1, 0, 0, 0],
-        [0, 1, 0, 0],
-        [0, 1, 1, 0],
-        [0, 1, 0, 1],
-    ]
+        attention(qkv.requires_grad_(), slice(None), 0.0, (past, past))

@@ -69,13 +69,12 @@ def test_an_operation_without_a_kernel_there_says_so(device) -> None:
     x = torch.zeros(2, 3, 32, device=device)
     bits = torch.zeros(2, 1, dtype=torch.int32, device=device)
     ids = torch.zeros(2, dtype=torch.int64, device=device)
-    valid = torch.ones(2, 3, dtype=torch.bool, device=device)
     with pytest.raises(
         BackendUnavailable, match=r"masked_layer_norm has no kernel for a GPU: take"
     ):
         masked_layer_norm(x, x[0, 0], x[0, 0], bits, bits, ids)
     with pytest.raises(BackendUnavailable, match=r"attention has no kernel for a GPU"):
-        attention(x[:, :, None, None].expand(2, 3, 3, 1, 32), valid, slice(None), 0.0)
+        attention(x[:, :, None, None].expand(2, 3, 3, 1, 32), slice(None), 0.0)
     with pytest.raises(BackendUnavailable, match=r"dropout_add has no kernel for a GPU"):
         dropout_add(x, x, 0.5)
 

@@ -6,7 +6,6 @@ import math
 import pytest
 import tiny
 import torch
-import torch.nn.functional as F
 from tiny import masked_copy, no_masks, unpack_masks
 from torch import Tensor
 
@@ -15,7 +14,6 @@ from harmodt.config import TransformerSettings
 from harmodt.masks.bank import MaskBank
 from harmodt.networks.decision_transformer import DecisionTransformer, TransformerConfig
 from harmodt_kernels import PYTORCH, REFERENCE, Backend, pack_bits
-from harmodt_kernels.attention.pytorch import attend
 from harmodt_kernels.dropout_add.pytorch import dropout
 
 TASKS, CONTEXT = 3, 4
@@ -54,11 +52,11 @@ def dense(model: DecisionTransformer, batch: Batch) -> Tensor:
 
 
 def make_steps(groups: int, windows: int, length: int, padding: int = 0, seed: int = 0) -> Steps:
-    """Random time steps, in every second window with some padding on the left."""
+    """Random time steps, in every second window with some padding."""
     generator = torch.Generator().manual_seed(seed)
     shape = (groups, windows, length)
     valid = torch.ones(shape, dtype=torch.bool)
-    valid[:, 1::2, :padding] = False
+    valid[:, 1::2, length - padding :] = False
     return Steps(
         returns_to_go=torch.rand(shape, generator=generator),
         observations=torch.randn(*shape, 39, generator=generator),
@@ -129,10 +127,8 @@ def reference(model: DecisionTransformer, batch: Batch) -> Tensor:
 
     def window(g: int, b: int) -> Tensor:
         x = [norm(t, "history_norm") for t in tokens(batch.history, g, b, "history_embedding")]
-        valid = batch.history.valid[g, b].tolist()
         if batch.prompt is not None:
             x = tokens(batch.prompt, g, b, "prompt_embedding") + x
-            valid = batch.prompt.valid[g, b].tolist() + valid
         x = torch.stack(x)
         for layer in range(config.layers):
             name = f"blocks.{layer}"
@@ -143,9 +139,8 @@ def reference(model: DecisionTransformer, batch: Batch) -> Tensor:
                 at = slice(head * size, (head + 1) * size)
                 q, k, v = (qkv[:, i * d : (i + 1) * d][:, at] for i in range(3))
                 for query in range(len(x)):
-                    keys = [j for j in range(query + 1) if valid[j // 3] or j == query]
-                    weights = torch.softmax(k[keys] @ q[query] / math.sqrt(size), 0)
-                    attended[query, at] = weights @ v[keys]
+                    weights = torch.softmax(k[: query + 1] @ q[query] / math.sqrt(size), 0)
+                    attended[query, at] = weights @ v[: query + 1]
             x = x + linear(attended, f"{name}.attention_out")
             hidden = linear(norm(x, f"{name}.mlp_norm"), f"{name}.mlp_up").clamp(min=0)
             x = x + linear(hidden, f"{name}.mlp_down")
@@ -259,16 +254,6 @@ def test_padding_is_not_seen() -> None:
     torch.testing.assert_close(after[valid], before[valid])
 
 
-def test_padding_does_not_move_the_steps_after_it() -> None:
-    """The first steps of a whole window and the last of a padded one are the same to the model."""
-    model = make_model()
-    batch = make_batch([0], windows=1, padding=0)
-    shifted = Steps(*(part.roll(2, dims=2) for part in batch.history))
-    shifted = shifted._replace(valid=torch.tensor([[[False, False, True, True]]]))
-    padded = dense(model, batch._replace(history=shifted))
-    torch.testing.assert_close(padded[:, :, 2:], dense(model, batch)[:, :, :2])
-
-
 @pytest.mark.parametrize("masked", [False, True])
 def test_groups_do_not_depend_on_each_other(masked: bool) -> None:
     model = make_model()
@@ -296,9 +281,9 @@ def test_only_the_mtdt_variant_is_told_the_task(config: TransformerConfig) -> No
 
 @pytest.mark.parametrize("config", [CONFIG, ODD, MTDT], ids=["prompt", "odd", "mtdt"])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("padding", [0, 3])
-def test_act_is_the_last_step_of_forward(
-    config: TransformerConfig, masked: bool, padding: int
+@pytest.mark.parametrize(("padding", "shortest"), [(0, 4), (3, 1), (1, 2), (1, 3)])
+def test_act_is_the_last_valid_step_of_forward(
+    config: TransformerConfig, masked: bool, padding: int, shortest: int
 ) -> None:
     model = make_model(config)
     batch = make_batch([2, 0], padding=padding, prompt=config.prompt_length > 0)
@@ -307,26 +292,11 @@ def test_act_is_the_last_step_of_forward(
     cache = None
     if batch.prompt is not None:
         cache = model.encode_prompt(batch.prompt, batch.task_ids, masks)
-    action = model.act(batch.history, batch.task_ids, masks, cache)
+    action = model.act(batch.history, batch.task_ids, masks, cache, shortest)
     assert action.shape == (2, 3, 4)
-    torch.testing.assert_close(action, model(batch, masks)[:, :, -1])
-
-
-def test_attention_equals_pytorchs() -> None:
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = torch.randn(3, 5, 2, 9, 8, generator=generator)
-    allowed = (torch.rand(5, 1, 9, 9, generator=generator) < 0.5) | torch.eye(9, dtype=torch.bool)
-    leaves = [leaf.requires_grad_() for leaf in (query, key, value)]
-    ours = attend(*leaves, allowed, 0.0)
-    theirs = F.scaled_dot_product_attention(*leaves, allowed)
-    torch.testing.assert_close(ours, theirs)
-    weights = torch.randn(ours.shape, generator=generator)
-    for our, their in zip(
-        torch.autograd.grad(ours, leaves, weights),
-        torch.autograd.grad(theirs, leaves, weights),
-        strict=True,
-    ):
-        torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-5)
+    predicted = model(batch, masks)
+    for window, last in enumerate((3, 3 - padding, 3)):
+        torch.testing.assert_close(action[:, window], predicted[:, window, last])
 
 
 @pytest.mark.parametrize("drop", [0.1, 0.5, 0.9])
@@ -378,8 +348,8 @@ def test_dropout_acts_in_training_alone() -> None:
 def test_dropout_reaches_attention_and_residual_branches() -> None:
     calls = []
 
-    def attention(qkv: Tensor, valid: Tensor, queries: slice, drop: float, past: None) -> Tensor:
-        out = REFERENCE.attention(qkv, valid, queries, 0.0, past)
+    def attention(qkv: Tensor, queries: slice, drop: float, past: None) -> Tensor:
+        out = REFERENCE.attention(qkv, queries, 0.0, past)
         calls.append(("attention", out.shape[1], drop))
         return out
 

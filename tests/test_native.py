@@ -79,11 +79,11 @@ def test_more_rows_than_are_packed_at_a_time(cpu: Backend, relu, products, reque
 
 @pytest.mark.parametrize("sizes", [(3, 40, 2, 16), (2, 9, 3, 21)])
 def test_attention(cpu: Backend, sizes) -> None:
-    qkv, valid = attention_operands(*sizes)
+    qkv = attention_operands(*sizes)
     queries = slice(1, None, 3)
     exact, leaf = qkv.double().requires_grad_(), qkv.requires_grad_()
-    expected = attention_by_loops(exact, valid, queries)
-    computed = cpu.attention(leaf, valid, queries, 0.0)
+    expected = attention_by_loops(exact, queries)
+    computed = cpu.attention(leaf, queries, 0.0)
     expected.square().sum().backward()
     computed.square().sum().backward()
     torch.testing.assert_close(computed.double(), expected, rtol=1e-5, atol=1e-5)
@@ -98,14 +98,14 @@ def test_masked_layer_norm(cpu: Backend, of_groups) -> None:
 
 def test_dropout_draws_the_same_with_every_instruction_set(cpu: Backend) -> None:
     operands = torch.zeros(2, 1, 37), torch.ones(2, 1, 37)
-    qkv, valid = attention_operands(2, 37, 2, 16)
+    qkv = attention_operands(2, 37, 2, 16)
     torch.manual_seed(3)
-    sums, attended = cpu.dropout_add(*operands, 0.5), cpu.attention(qkv, valid, slice(None), 0.5)
+    sums, attended = cpu.dropout_add(*operands, 0.5), cpu.attention(qkv, slice(None), 0.5)
     here = library.isa()
     assert library.library().harmodt_use_isa(b"portable")
     torch.manual_seed(3)
     assert torch.equal(cpu.dropout_add(*operands, 0.5), sums)
-    torch.testing.assert_close(cpu.attention(qkv, valid, slice(None), 0.5), attended)
+    torch.testing.assert_close(cpu.attention(qkv, slice(None), 0.5), attended)
     assert library.library().harmodt_use_isa(here.encode())
 
 

@@ -114,10 +114,9 @@ def test_the_history_is_a_window_of_the_same_trajectory(
             found.add(last)
             _check_window(calls[last], history, row, window)
         assert found == set(range(5, LENGTH))
-    for time in range(5):  # the beginning of an episode: a window that is padded on the left
-        valid = calls[time].valid
-        assert not valid[..., : 5 - time].any()
-        assert valid[..., 5 - time :].all()
+    for time in range(LENGTH):  # while episodes are short, so is what the model computes
+        assert calls[time].valid.shape == (2, 1, min(time + 1, 6))
+        assert calls[time].valid.all()
 
 
 def _step_of(
@@ -136,25 +135,36 @@ def _check_window(call: Steps, history: Steps, row: int, window: int) -> None:
     torch.testing.assert_close(call.actions[row, 0, :-1], history.actions[row, window, :-1])
 
 
+RESTARTS = {3: (1,), 5: (0, 1), 13: (2,)}
+"""The rows of three that begin anew before a step."""
+
+
 def test_actions_are_those_of_forward_on_the_same_history(
     store: DataStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = make_policy(store)
     calls = record_calls(policy, monkeypatch)
-    policy.start(np.array([1, 0, 1]))
-    actions = play(policy, observations(3), rewards(3))
-    for time in (0, 3, 10):
-        for row, task in enumerate((1, 0, 1)):
+    tasks, seen, paid = np.array([1, 0, 1]), observations(3), rewards(3)
+    policy.start(tasks)
+    begun = np.zeros(3, int)
+    for time in range(LENGTH):
+        restarted = np.isin(np.arange(3), RESTARTS.get(time, ()))
+        policy.restart(restarted)
+        begun[restarted] = time
+        (actions,) = play(policy, seen[time : time + 1], paid[time : time + 1])
+        lengths = np.minimum(time + 1 - begun, 6)
+        assert calls[time].valid.shape == (2, 2, lengths.max())
+        for row, task in enumerate(tasks):
             # groups are in the order of their tasks
-            history = Steps(
-                *(part[task : task + 1, row // 2 : row // 2 + 1] for part in calls[time])
-            )
+            history = Steps(*(part[task, row // 2][None, None] for part in calls[time]))
+            assert history.valid.sum() == lengths[row]
+            alone = Steps(*(part[:, :, : lengths[row]] for part in history))
             prompt = policy._inputs.prompts(task, np.random.default_rng(0), 1)
-            batch = Batch(torch.tensor([task]), join([prompt], torch.device("cpu")), history)
+            batch = Batch(torch.tensor([task]), join([prompt], torch.device("cpu")), alone)
             masks = TaskMasks(policy.model.vector, policy.mask_bits, batch.task_ids)
             with torch.no_grad():
                 expected = policy.model(batch, masks)[0, 0, -1]
-            np.testing.assert_allclose(actions[time, row], expected, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(actions[row], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("algorithm", ["harmodt-f", "prompt-dt", "mtdt"])
@@ -204,6 +214,20 @@ def test_restarted_rows_begin_anew_and_the_others_go_on(store: DataStore) -> Non
     np.testing.assert_allclose(after[:, 0], straight[8:, 0], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(after[:, 1:], straight[:7, 1:], rtol=1e-5, atol=1e-6)
     policy.restart(np.zeros(3, bool))  # nothing to do
+
+
+def test_a_restarted_row_keeps_nothing_of_a_broken_episode(store: DataStore) -> None:
+    policy = make_policy(store)
+    seen, paid, tasks = observations(2), rewards(2), np.array([0, 0])
+    policy.start(tasks)
+    expected = play(policy, seen, paid)
+    broken = seen.copy()
+    broken[:, 1] = np.nan
+    policy.start(tasks)
+    play(policy, broken, paid)
+    policy.restart(np.array([False, True]))
+    after = play(policy, seen, paid)
+    np.testing.assert_allclose(after[:, 1], expected[:, 1], rtol=1e-4, atol=1e-5)
 
 
 def test_a_restart_draws_a_new_prompt(tmp_path: Path) -> None:

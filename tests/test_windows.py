@@ -87,19 +87,18 @@ def test_windows_equal_a_loop_over_the_arrays(store: DataStore) -> None:
         episodes = store.task(TASKS[task]).train
         for window in range(60):
             valid = history.valid[group, window].tolist()
-            padding = valid.index(True)
-            assert valid == [False] * padding + [True] * (6 - padding)
-            episode, start = locate(episodes, history.returns_to_go[group, window, padding])
-            assert 6 - padding == min(6, episodes.lengths[episode] - start)
-            for step in range(padding, 6):
-                expected = step_by_hand(
-                    store, task, episodes, episode, start + step - padding, config
-                )
+            steps = sum(valid)
+            assert valid == [True] * steps + [False] * (6 - steps)
+            episode, start = locate(episodes, history.returns_to_go[group, window, 0])
+            assert steps == min(6, episodes.lengths[episode] - start)
+            for step in range(6):  # the last one is repeated
+                time = start + min(step, steps - 1)
+                expected = step_by_hand(store, task, episodes, episode, time, config)
                 check_step(history, (group, window, step), expected)
                 np.testing.assert_allclose(
                     targets[group, window, step], expected["actions"], rtol=1e-6
                 )
-            seen.add((episode, padding > 0))
+            seen.add((episode, steps < 6))
     assert {episode for episode, _ in seen} == {0, 1, 2}
     assert (0, True) in seen
     assert (0, False) in seen
@@ -126,9 +125,7 @@ def test_windows_start_at_a_power_of_a_uniform_number(tmp_path: Path, bias: floa
     length, count = 40, 20_000
     store = make_store(tmp_path / "store", tasks=TASKS[:1], lengths=(length,))
     batch, _ = sample(store, (0,), context_length=2, batch_per_task=count, window_start_bias=bias)
-    last = ~batch.history.valid[0, :, 0]
-    starts = torch.where(last, batch.history.timesteps[0, :, 1], batch.history.timesteps[0, :, 0])
-    counts = np.bincount(starts.numpy(), minlength=length)
+    counts = np.bincount(batch.history.timesteps[0, :, 0].numpy(), minlength=length)
     # u^bias < x  <=>  u < x^(1 / bias)
     edges = (np.arange(length + 1) / length) ** (1 / bias)
     expected = count * np.diff(edges)
@@ -141,8 +138,7 @@ def test_episodes_are_drawn_in_proportion_to_their_length(store: DataStore) -> N
     count = 3000
     batch, _ = sample(store, (1,), batch_per_task=count, return_scale=1.0, prompt_length=1)
     episodes = store.task(TASKS[1]).train
-    first = batch.history.valid[0].int().argmax(1)
-    returns_to_go = batch.history.returns_to_go[0, torch.arange(count), first]
+    returns_to_go = batch.history.returns_to_go[0, :, 0]
     drawn = np.bincount([locate(episodes, value)[0] for value in returns_to_go], minlength=3)
     for number, length in zip(drawn, (30, 8, 22), strict=True):
         share = length / 60

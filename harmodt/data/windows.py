@@ -78,7 +78,7 @@ class WindowSampler:
         """Step indices and validity of `count` random windows, both [count, K].
 
         An episode is drawn in proportion to its length; a window that begins less than K steps
-        before the episode's end is padded on the left.
+        before the episode's end is padded by repeating its last step.
         """
         episodes, length = self.data[task].train, self.context_length
         steps = rng.integers(episodes.episode_starts[-1], size=count)
@@ -86,7 +86,7 @@ class WindowSampler:
         lengths = episodes.lengths[chosen]
         bias = self.inputs.settings.window_start_bias
         starts = (rng.random(count) ** bias * lengths).astype(np.int64)
-        missing = np.maximum(starts + length - lengths, 0)
-        offsets = np.arange(length)[None] - missing[:, None]
-        indices = (episodes.episode_starts[chosen] + starts)[:, None] + np.maximum(offsets, 0)
-        return indices, offsets >= 0
+        present = np.minimum(lengths - starts, length)[:, None]
+        places = np.arange(length)
+        first = (episodes.episode_starts[chosen] + starts)[:, None]
+        return first + np.minimum(places, present - 1), places < present

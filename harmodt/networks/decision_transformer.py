@@ -71,7 +71,6 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        valid: Tensor,
         masks: TaskMasks,
         past: tuple[Tensor, Tensor] | None = None,
         wanted: slice = slice(None),
@@ -79,7 +78,6 @@ class Block(nn.Module):
         """Transform tokens [G, B, T, d]; also return the keys and values of all of them.
 
         Args:
-            valid: bool [G B, tokens of `past` and these], padding is not.
             past: keys and values of tokens before these.
             wanted: tokens whose outputs are returned; the others' are not computed.
         """
@@ -90,7 +88,7 @@ class Block(nn.Module):
         qkv = qkv.view(groups * windows, length, 3, self.heads, d // self.heads)
         rows = x[:, :, wanted].flatten(1, 2)  # [G, B T, d]
         drop = self.dropout if self.training else 0.0
-        attended = backend.attention(qkv, valid, wanted, drop, past).reshape(rows.shape)
+        attended = backend.attention(qkv, wanted, drop, past).reshape(rows.shape)
         attended = self.attention_out(attended, of(self.attention_out))
         rows = backend.dropout_add(rows, attended, drop)
         normalised = self.mlp_norm(rows, of(self.mlp_norm))
@@ -164,6 +162,8 @@ class DecisionTransformer(nn.Module):
     def forward(self, batch: Batch, masks: TaskMasks) -> Tensor:
         """Predict the action of every history step from the tokens up to its observation.
 
+        Padding comes last, so that causality keeps it out; what is predicted there means nothing.
+
         Args:
             batch: G groups of B windows.
             masks: those of the groups' tasks.
@@ -172,26 +172,22 @@ class DecisionTransformer(nn.Module):
             float32 [G, B, K, A], in (-1, 1).
         """
         x = self._embed_history(batch.history, batch.task_ids)
-        valid = batch.history.valid
         if batch.prompt is not None:
             x = torch.cat((self._embed_prompt(batch.prompt, batch.task_ids), x), dim=2)
-            valid = torch.cat((batch.prompt.valid, valid), dim=2)
         if self.training and self.config.embedding_dropout:
             x = F.dropout(x, self.config.embedding_dropout)
-        valid = _of_tokens(valid)
         observation_tokens = slice(3 * self.config.prompt_length + 1, None, 3)
         for block in self.blocks[:-1]:
-            x, _ = block(x, valid, masks)
-        x, _ = self.blocks[-1](x, valid, masks, wanted=observation_tokens)
+            x, _ = block(x, masks)
+        x, _ = self.blocks[-1](x, masks, wanted=observation_tokens)
         return self._actions(x, masks)
 
     def encode_prompt(self, prompt: Steps, task_ids: Tensor, masks: TaskMasks) -> PromptCache:
         """Keys and values of the prompt's tokens, which no later token can change."""
         x = self._embed_prompt(prompt, task_ids)
-        valid = _of_tokens(prompt.valid)
         cache = []
         for block in self.blocks:
-            x, (keys, values) = block(x, valid, masks)
+            x, (keys, values) = block(x, masks)
             cache.append((keys.contiguous(), values.contiguous()))
         return cache
 
@@ -201,18 +197,27 @@ class DecisionTransformer(nn.Module):
         task_ids: Tensor,
         masks: TaskMasks,
         prompt_cache: PromptCache | None = None,
+        shortest: int = 1,
     ) -> Tensor:
-        """The action of the last history step, [G, B, A]; the same as the last of `forward`."""
+        """The action of each history's last valid step, [G, B, A]: what `forward` says there.
+
+        Args:
+            history: of any number of steps, at least one of them valid.
+            task_ids: int64 [G].
+            masks: those of the groups' tasks.
+            prompt_cache: of the groups' prompts, if the model has any.
+            shortest: valid steps of the shortest history, or fewer. In the last block nothing is
+                computed of the steps before, which are no history's last.
+        """
         # The last token is the last step's action, which is what is asked for.
         x = self._embed_history(history, task_ids)[:, :, :-1]
-        valid = _of_tokens(history.valid)[:, :-1]
-        if prompt_cache is not None:  # all of a prompt is valid
-            valid = F.pad(valid, (3 * self.config.prompt_length, 0), value=True)
+        observation_tokens = slice(3 * (shortest - 1) + 1, None, 3)
         for index, block in enumerate(self.blocks):
             past = prompt_cache[index] if prompt_cache is not None else None
             last = index == len(self.blocks) - 1
-            x, _ = block(x, valid, masks, past, wanted=slice(-1, None) if last else slice(None))
-        return self._actions(x, masks)[:, :, 0]
+            x, _ = block(x, masks, past, wanted=observation_tokens if last else slice(None))
+        last_steps = history.valid.sum(2)[:, :, None, None] - shortest
+        return self._actions(x.take_along_dim(last_steps, dim=2), masks)[:, :, 0]
 
     def _embed_history(self, steps: Steps, task_ids: Tensor) -> Tensor:
         return self.history_norm(self.history_embedding(self._with_task(steps, task_ids)))
@@ -230,11 +235,6 @@ class DecisionTransformer(nn.Module):
     def _actions(self, x: Tensor, masks: TaskMasks) -> Tensor:
         normalised = self.final_norm(x.flatten(1, 2), masks.of(self.final_norm)).view(x.shape)
         return torch.tanh(self.action_head(normalised)).float()
-
-
-def _of_tokens(valid: Tensor) -> Tensor:
-    """The three tokens of each time step, valid bool [G, B, L]."""
-    return valid.flatten(0, 1).repeat_interleave(3, dim=1)
 
 
 def _initialise_as_gpt2(module: nn.Module) -> None:

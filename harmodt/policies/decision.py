@@ -104,18 +104,24 @@ class DecisionPolicy:
         """Begin new episodes in the rows where `rows`, bool [N], is True."""
         self._returns_to_go[rows] = self._targets[rows]
         self._time[rows] = 0
-        self._history.valid[rows] = False
+        for array in self._history:  # all of it: a weight of 0 does not keep a NaN out
+            array[rows] = 0
         if self._inputs.prompt is not None and rows.any():
             self._encode_prompts(np.flatnonzero(rows))
 
     def act(self, observations: np.ndarray) -> np.ndarray:
         """Choose actions, float32 [N, A] in [-1, 1], after observations float [N, O]."""
         self._append(observations)
-        history = self._groups.lay_out(self._history, self._execution.device)
+        lengths = np.minimum(self._time, self._context_length)
+        begun = StepArrays(*(array[:, : lengths.max()] for array in self._history))
+        history = self._groups.lay_out(begun, self._execution.device)
         with torch.inference_mode(), self._execution.computing():
-            actions = self.model.act(history, self._group_ids, self._masks, self._prompt_cache)
+            actions = self.model.act(
+                history, self._group_ids, self._masks, self._prompt_cache, int(lengths.min())
+            )
         chosen = actions.cpu().numpy()[self._groups.group, self._groups.place]
-        self._history.actions[:, -1] = self._inputs.hide_actions(chosen, self._rng)
+        present = np.arange(len(lengths)), lengths - 1
+        self._history.actions[present] = self._inputs.hide_actions(chosen, self._rng)
         return chosen
 
     def record_rewards(self, rewards: np.ndarray) -> None:
@@ -123,21 +129,23 @@ class DecisionPolicy:
         self._returns_to_go -= rewards
 
     def _append(self, observations: np.ndarray) -> None:
-        """Shift every history by one step and write the present one at its end."""
+        """Write the present step after each history's last one; a full one loses its first."""
+        full = self._time >= self._context_length
         for array in self._history:
-            array[:, :-1] = array[:, 1:]
+            array[full, :-1] = array[full, 1:]
+        places = np.minimum(self._time, self._context_length - 1)
         for task in np.unique(self._task_ids):
-            rows = self._task_ids == task
+            rows = np.flatnonzero(self._task_ids == task)
             present = self._inputs.steps(
                 task,
                 self._returns_to_go[rows],
                 observations[rows],
-                np.zeros_like(self._history.actions[rows, -1]),  # it is yet to be chosen
+                np.zeros((len(rows), self.environment.action_size), np.float32),  # yet to be chosen
                 self._time[rows],
-                np.ones(rows.sum(), bool),
+                np.ones(len(rows), bool),
             )
             for array, values in zip(self._history, present, strict=True):
-                array[rows, -1] = values
+                array[rows, places[rows]] = values
         self._time += 1
 
     def _encode_prompts(self, rows: np.ndarray) -> None:

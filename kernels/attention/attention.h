@@ -162,13 +162,11 @@ struct Head {
 // The queries `first` and later, kWidth of them; after the last one, it is repeated.
 struct Block {
   Head h;
-  const uint8_t* valid;
   int64_t first, queries;
   int64_t keys;  // that some query may see
   IntVec positions, places;  // among the keys; for dropout
 
   Block(const Head& head, int64_t first_query) : h(head), first(first_query) {
-    valid = h.s.valid + h.sequence * h.total;
     queries = smaller(kWidth, h.s.queries - first);
     for (int i = 0; i < kWidth; ++i) {
       positions[i] = static_cast<int32_t>(h.s.past + h.token(query(i)));
@@ -184,11 +182,7 @@ struct Block {
     transpose_rows(h.queries, h.size, h.queries_t);
   }
   // All ones where a query may see key j.
-  IntVec allowed(int64_t j) const {
-    int32_t key = static_cast<int32_t>(j);
-    int32_t before = valid[j] ? key : INT32_MAX;
-    return (splat(before) < positions) | (splat(key) == positions);
-  }
+  IntVec allowed(int64_t j) const { return splat(static_cast<int32_t>(j)) <= positions; }
   // The factor of key j's weight.
   Vec dropout(int64_t j) const {
     return kept(places + static_cast<int32_t>(j), h.s.dropout, h.s.seed);

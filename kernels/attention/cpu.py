@@ -12,7 +12,6 @@ from ..native.library import AttentionShape, library, pointer, threads
 
 def attention(
     qkv: Tensor,
-    valid: Tensor,
     past_keys: Tensor | None,
     past_values: Tensor | None,
     wanted: int,
@@ -25,8 +24,8 @@ def attention(
     sequences, _, _, heads, size = qkv.shape
     out = qkv.new_empty(sequences, wanted, heads, size)
     log_sums = qkv.new_empty(sequences, wanted, heads)
-    qkv, valid = qkv.contiguous(), valid.contiguous()
-    shape = shape_of(qkv, valid, wanted, first, step, drop, seed)
+    qkv = qkv.contiguous()
+    shape = shape_of(qkv, wanted, first, step, drop, seed)
     if past_keys is not None and past_values is not None:
         past_keys, past_values = past_keys.contiguous(), past_values.contiguous()
         shape.past = past_keys.shape[2]
@@ -40,7 +39,6 @@ def attention(
 def attention_gradient(
     d_out: Tensor,
     qkv: Tensor,
-    valid: Tensor,
     out: Tensor,
     log_sums: Tensor,
     wanted: int,
@@ -51,8 +49,8 @@ def attention_gradient(
 ) -> Tensor:
     """`harmodt::attention_gradient`, whose arguments, one by one, are those of its schema."""
     d_qkv = torch.empty_like(qkv)
-    d_out, valid = d_out.contiguous(), valid.contiguous()
-    shape = shape_of(qkv, valid, wanted, first, step, drop, seed)
+    d_out = d_out.contiguous()
+    shape = shape_of(qkv, wanted, first, step, drop, seed)
     library().harmodt_attention_gradient(
         byref(shape), *map(pointer, (d_out, qkv, out, log_sums, d_qkv)), threads()
     )
@@ -60,7 +58,7 @@ def attention_gradient(
 
 
 def shape_of(
-    qkv: Tensor, valid: Tensor, wanted: int, first: int, step: int, drop: float, seed: int
+    qkv: Tensor, wanted: int, first: int, step: int, drop: float, seed: int
 ) -> AttentionShape:
     sequences, tokens, _, heads, size = qkv.shape
     return AttentionShape(
@@ -71,7 +69,6 @@ def shape_of(
         queries=wanted,
         first_query=first,
         query_step=step,
-        valid=pointer(valid),
         dropout=drop,
         seed=seed,
     )

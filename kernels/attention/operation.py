@@ -11,20 +11,15 @@ from ..registration import register
 
 
 def attention(
-    qkv: Tensor,
-    valid: Tensor,
-    queries: slice,
-    drop: float,
-    past: tuple[Tensor, Tensor] | None = None,
+    qkv: Tensor, queries: slice, drop: float, past: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """Scaled dot-product attention of some tokens of each sequence to those before them.
+    """Scaled dot-product attention of some tokens of each sequence to themselves and those before.
 
     The fused form of `reference.attention` for a CPU, in float32: scores live in a core's cache and
     are computed again for the gradient. Which weights it drops is drawn from PyTorch's generator.
 
     Args:
         qkv: float32 [B, T, 3, H, D], query, key and value of every token and head.
-        valid: bool [B, P + T]. A token that is not is seen by itself alone.
         queries: those of the T tokens whose outputs are wanted, with a step above 0.
         drop: probability of dropping the weight of a key.
         past: keys and values [B, H, P, D] of the tokens before these; P = 0 without. It is for
@@ -42,56 +37,48 @@ def attention(
     for tensor in (qkv, keys, values):
         if tensor is not None and tensor.dtype != torch.float32:
             raise TypeError(f"qkv or past is {tensor.dtype}, and the fused attention takes float32")
-    _check_shapes(qkv, valid, keys, values)
+    _check_shapes(qkv, keys, values)
     wanted = range(*queries.indices(qkv.shape[1]))
     seed = int(torch.randint(2**31, ())) if drop else 0
     settings = len(wanted), wanted.start, wanted.step, drop, seed
     if past is not None:
         if torch.is_grad_enabled() and any(t.requires_grad for t in (qkv, *past)):
             raise ValueError("attention to past tokens has no gradient: call it in torch.no_grad()")
-        return torch.ops.harmodt.attention(qkv, valid, keys, values, *settings)[0]
-    return _Attention.apply(qkv.contiguous(), valid, *settings)
+        return torch.ops.harmodt.attention(qkv, keys, values, *settings)[0]
+    return _Attention.apply(qkv.contiguous(), *settings)
 
 
-def _check_shapes(qkv: Tensor, valid: Tensor, keys: Tensor | None, values: Tensor | None) -> None:
+def _check_shapes(qkv: Tensor, keys: Tensor | None, values: Tensor | None) -> None:
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv {list(qkv.shape)} must be [B, T, 3, heads, head size]")
-    sequences, tokens, _, heads, size = qkv.shape
-    before = 0
-    if keys is not None and values is not None:
-        before = keys.shape[2] if keys.dim() == 4 else -1
-        if not keys.shape == values.shape == (sequences, heads, before, size):
-            raise ValueError(
-                f"past {list(keys.shape)}, {list(values.shape)} must be [B, heads, P, head size] "
-                f"as qkv {list(qkv.shape)}"
-            )
-    if valid.shape != (sequences, before + tokens):
+    if keys is None or values is None:
+        return
+    sequences, _, _, heads, size = qkv.shape
+    before = keys.shape[2] if keys.dim() == 4 else -1
+    if not keys.shape == values.shape == (sequences, heads, before, size):
         raise ValueError(
-            f"valid {list(valid.shape)} must be {[sequences, before + tokens]}: a value for each "
-            f"token of qkv {list(qkv.shape)} and of the past"
+            f"past {list(keys.shape)}, {list(values.shape)} must be [B, heads, P, head size] "
+            f"as qkv {list(qkv.shape)}"
         )
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, valid: Tensor, *settings: Any) -> Tensor:
-        out, log_sums = torch.ops.harmodt.attention(qkv, valid, None, None, *settings)
-        ctx.save_for_backward(qkv, valid, out, log_sums)
+    def forward(ctx: Any, qkv: Tensor, *settings: Any) -> Tensor:
+        out, log_sums = torch.ops.harmodt.attention(qkv, None, None, *settings)
+        ctx.save_for_backward(qkv, out, log_sums)
         ctx.settings = settings
         return out
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, valid, out, log_sums = ctx.saved_tensors
-        d_qkv = torch.ops.harmodt.attention_gradient(
-            d_out, qkv, valid, out, log_sums, *ctx.settings
-        )
-        return d_qkv, *[None] * 6
+        qkv, out, log_sums = ctx.saved_tensors
+        d_qkv = torch.ops.harmodt.attention_gradient(d_out, qkv, out, log_sums, *ctx.settings)
+        return d_qkv, *[None] * 5
 
 
 def _attention_fake(
     qkv: Tensor,
-    valid: Tensor,
     past_keys: Tensor | None,
     past_values: Tensor | None,
     wanted: int,
@@ -108,7 +95,7 @@ def _attention_gradient_fake(d_out: Tensor, qkv: Tensor, *_: Any) -> Tensor:
 register(
     __package__,
     "attention",
-    "(Tensor qkv, Tensor valid, Tensor? past_keys, Tensor? past_values, int wanted, int first, "
+    "(Tensor qkv, Tensor? past_keys, Tensor? past_values, int wanted, int first, "
     "int step, float drop, int seed) -> (Tensor out, Tensor log_sums)",
     _attention_fake,
     kernels=("cpu",),
@@ -116,7 +103,7 @@ register(
 register(
     __package__,
     "attention_gradient",
-    "(Tensor d_out, Tensor qkv, Tensor valid, Tensor out, Tensor log_sums, int wanted, int first, "
+    "(Tensor d_out, Tensor qkv, Tensor out, Tensor log_sums, int wanted, int first, "
     "int step, float drop, int seed) -> Tensor",
     _attention_gradient_fake,
     kernels=("cpu",),

@@ -75,7 +75,6 @@ typedef struct {
   int64_t past;                   // tokens before these, whose keys and values are
   const float* past_keys;         // [sequences][heads][past][head_size], for no gradient
   const float* past_values;
-  const uint8_t* valid;           // [sequences][past + tokens]; else a key is seen by itself alone
   float dropout;                  // probability of dropping a key's weight
   uint32_t seed;                  // of the dropout
 } harmodt_attention_shape;

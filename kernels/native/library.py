@@ -103,7 +103,6 @@ class AttentionShape(Structure):
         *((name, c_int64) for name in ("queries", "first_query", "query_step", "past")),
         ("past_keys", c_void_p),
         ("past_values", c_void_p),
-        ("valid", c_void_p),
         ("dropout", c_float),
         ("seed", c_uint32),
     ]
