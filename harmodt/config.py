@@ -19,6 +19,9 @@ from .settings import Count, NotNegative, Positive, Share, ShareBelowOne, Whole
 
 Precision = Literal["fp32", "tf32", "bf16"]
 
+# Beyond any use, and soon refused: a model of more is built for hours before memory ends.
+ModelSize = Annotated[int, Meta(ge=1, le=2**16)]
+
 # (embedding dimension, layers, heads). The first four are Table 3 of the paper, whose parameter
 # counts are those of d = 128; the last is Table 6's d = 256.
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -61,11 +64,11 @@ class TransformerSettings:
 
     size: Size = "1.47M"
     """Model size of the paper's Table 3 (d = 128) or Table 6 (5.29M, d = 256)."""
-    embed_dim: Count | None = None
+    embed_dim: ModelSize | None = None
     """Embedding dimension d, in place of the size's."""
-    layers: Count | None = None
+    layers: Annotated[int, Meta(ge=1, le=1000)] | None = None
     """Number of transformer blocks, in place of the size's."""
-    heads: Count | None = None
+    heads: ModelSize | None = None
     """Number of attention heads, in place of the size's."""
     dropout: ShareBelowOne = 0.0
     """Dropout of attention and residual branches."""
@@ -73,7 +76,7 @@ class TransformerSettings:
     """Dropout of the embedded tokens."""
     initialisation: Literal["gpt2", "pytorch"] = "gpt2"
     """Embeddings and head as GPT-2 has them (deviation 0.02) or as PyTorch does by default."""
-    context_length: Count = 20
+    context_length: ModelSize = 20
     """K, steps of history."""
     max_timesteps: Count = 1000
     """Size of the time-step embedding; later steps use its last entry."""
@@ -105,7 +108,7 @@ class TransformerSettings:
 class PromptSettings:
     """The steps of a good episode that a model reads before its history."""
 
-    prompt_length: Count = 5
+    prompt_length: ModelSize = 5
     """K*, steps of the prompt."""
     prompt_pool: Count = 5
     """Prompts come from this many of a task's held-apart episodes, the best by return."""

@@ -596,15 +596,17 @@ def damaged(bench: Bench, name: str, times: int, seed: int = 0) -> int:
         for damage in DAMAGES
         if not any(path.match(accepted) and damage is d for accepted, d in reader.accepts)
     ]
-    chosen = random.Random(seed).sample(cases, min(times, len(cases)))
-    for path, damage in chosen:
+    tried = 0
+    for path, damage in random.Random(seed).sample(cases, min(times, len(cases))):
         damage(where / path)
         if (where / path).is_file() and (where / path).read_bytes() == before[str(path)]:
             continue  # there is nothing of the kind in it
         check_damaged(bench, reader, where, path, damage)
+        tried += 1
         shutil.rmtree(where)
         bench.fresh(where.name)
-    return len(chosen)
+    shutil.rmtree(where)
+    return tried
 
 
 def check_damaged(bench: Bench, reader: Reader, where: Path, path: Path, damage: Callable) -> None:
