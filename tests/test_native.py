@@ -23,7 +23,7 @@ from harmodt_kernels import REFERENCE, Backend, BackendUnavailable, fused_backen
 from harmodt_kernels.native import library
 
 CPU = torch.device("cpu")
-ISAS = ["avx512bf16", "avx512", "avx2", "portable"]
+ISAS = ["amx", "avx512bf16", "avx512", "avx2", "portable"]
 
 
 @pytest.fixture(params=ISAS)

@@ -2,12 +2,14 @@
 //
 // A panel is kPanel columns of the right operand, [depth][kPanel], packed once by the thread that
 // uses it. A block is kRows rows of the left operand. In bf16 both hold pairs of neighbours along the
-// depth, so that it is half as deep. Every output element is summed up by one thread in a fixed
-// order, whatever the number of threads.
+// depth, so that it is half as deep; where there are matrix units (AMX), they multiply blocks of
+// kTileRows. Every output element is summed up by one thread in a fixed order, whatever the number
+// of threads.
 #pragma once
 
 #include <type_traits>
 
+#include "masked_linear/tiles.h"
 #include "native/kernels.h"
 #include "native/simd.h"
 
@@ -22,19 +24,24 @@ constexpr int kRows = 6, kPanelVecs = 2;
 constexpr int kRows = 4, kPanelVecs = 2;
 #endif
 constexpr int64_t kPanel = kPanelVecs * kWidth;
-// Rows of the weight gradient whose left operand a thread packs at a time.
-constexpr int64_t kStrip = 8 * kRows;
+// Rows that are multiplied at a time.
+template <bool Pairs>
+constexpr int64_t kBlock = kTiles<Pairs> ? kTileRows : kRows;
+// Rows of the weight gradient whose left operand is packed together.
+template <bool Pairs>
+constexpr int64_t kStrip = kTiles<Pairs> ? kTileRows : 8 * kRows;
 // Most rows of a group at a time, so that what is packed of them stays in a core's cache.
 constexpr int64_t kMostRows = 1024;
-
-// Rows of a panel of x that are fetched ahead: they are far apart in memory.
-constexpr int kAhead = 8;
+// The same of the weight gradient, where they are the depth.
+constexpr int64_t kMostDepth = 320;
 
 template <bool Pairs>
 using Element = std::conditional_t<Pairs, int32_t, float>;
 
+// Of a panel; matrix units take whole tiles, the rest of which is 0.
 template <bool Pairs>
 int64_t depth_of(int64_t size) {
+  if (kTiles<Pairs>) return (size + 2 * kTileDepth - 1) / (2 * kTileDepth) * kTileDepth;
   return Pairs ? (size + 1) / 2 : size;
 }
 
@@ -48,37 +55,35 @@ struct InRows {
 template <class T>
 struct InStrip {
   const T* first;
-  T at(int64_t row, int64_t k) const { return first[k * kStrip + row]; }
+  T at(int64_t row, int64_t k) const { return first[k * kStrip<false> + row]; }
 };
 
-// total[i][j] = sum over k of left.at(i, k) * panel[k * panel_stride + j]
-template <int Rows, int Ahead = 0, class Left, class T>
-inline void multiply(Left left, const T* panel, int64_t panel_stride, int64_t depth,
-                     Vec (&total)[Rows][kPanelVecs]) {
+// total[i][j] = sum over k of left.at(i, k) * panel[k * kPanel + j], Steps of k at a time
+template <int Rows, int Steps = 1, class Left, class T>
+inline void multiply(Left left, const T* panel, int64_t depth, Vec (&total)[Rows][kPanelVecs]) {
   Vec sums[Rows][kPanelVecs] = {};
-  for (int64_t k = 0; k < depth; ++k) {
+  auto step = [&](int64_t k) __attribute__((always_inline)) {
     decltype(load(panel)) right[kPanelVecs];
-    for (int j = 0; j < kPanelVecs; ++j) {
-      right[j] = load(panel + k * panel_stride + j * kWidth);
-      if (Ahead) __builtin_prefetch(panel + (k + Ahead) * panel_stride + j * kWidth);
-    }
+    for (int j = 0; j < kPanelVecs; ++j) right[j] = load(panel + k * kPanel + j * kWidth);
     for (int i = 0; i < Rows; ++i) {
       auto value = splat(left.at(i, k));
       asm volatile("" : "+x"(value));  // one broadcast, not one in each product
       for (int j = 0; j < kPanelVecs; ++j) sums[i][j] = multiply_add(sums[i][j], value, right[j]);
     }
-  }
+  };
+  int64_t first = depth % Steps;
+  for (int64_t k = 0; k < first; ++k) step(k);
+  for (int64_t k = first; k < depth; k += Steps)
+    for (int i = 0; i < Steps; ++i) step(k + i);
   for (int i = 0; i < Rows; ++i)
     for (int j = 0; j < kPanelVecs; ++j) total[i][j] = sums[i][j];
 }
 
-// The same for a panel that may lie far apart in memory. Not inlined: what surrounds it would keep
-// registers that the sums need.
+// Not inlined: what surrounds it would keep registers that the sums need.
 template <int Rows, class T>
-__attribute__((noinline)) void multiply_strip(InStrip<T> strip, const T* panel,
-                                              int64_t panel_stride, int64_t depth,
+__attribute__((noinline)) void multiply_strip(InStrip<T> strip, const T* panel, int64_t depth,
                                               Vec (&total)[Rows][kPanelVecs]) {
-  multiply<Rows, kAhead>(strip, panel, panel_stride, depth, total);
+  multiply<Rows, 2>(strip, panel, depth, total);
 }
 
 // From row to row of a packed left operand.
@@ -141,8 +146,8 @@ void pack_straight(const MaskedWeight& w, int64_t first, int64_t inputs, int64_t
   for (int64_t d = 0; d < depth_of<Pairs>(outputs); ++d)
     for (int64_t j = 0; j < kPanel; j += kWidth) {
       if constexpr (Pairs) {
-        Vec second = 2 * d + 1 < outputs ? w.at(2 * d + 1, first + j, inputs) : Vec{};
-        store(panel + d * kPanel + j, pair_bf16(w.at(2 * d, first + j, inputs), second));
+        auto row = [&](int64_t n) { return n < outputs ? w.at(n, first + j, inputs) : Vec{}; };
+        store(panel + d * kPanel + j, pair_bf16(row(2 * d), row(2 * d + 1)));
       } else {
         store(panel + d * kPanel + j, w.at(d, first + j, inputs));
       }
@@ -177,25 +182,36 @@ void pack_rows(const float* left, const float* y, int64_t rows, int64_t columns,
   }
 }
 
+// out[i][j] = sums[i][j] (+ bias[j]), then ReLU
+inline void finish(const Vec* sums, const float* bias, bool relu, float* out, int64_t columns) {
+  for (int j = 0; j < kPanelVecs; ++j) {
+    Vec v = sums[j];
+    if (bias) v += load(bias + j * kWidth);
+    if (relu) v = v <= 0 ? Vec{} : v;  // NaN stays
+    uint32_t inside = lanes_left(columns - j * kWidth);
+    if (inside) store(out + j * kWidth, v, inside);
+  }
+}
+
 // out[i][j] = left[i] · panel column j (+ bias[j]) for a block of rows, then ReLU
 template <bool Pairs>
 void block_times_panel(const Element<Pairs>* left, int64_t left_stride, int64_t rows,
                        int64_t depth, const Element<Pairs>* panel, const float* bias, bool relu,
                        float* out, int64_t out_stride, int64_t columns) {
+  if constexpr (kTiles<Pairs>) {
+    Vec total[kTileRows][kPanelVecs];
+    multiply_tiles(left, left_stride, panel, depth, total);
+    for (int64_t i = 0; i < rows; ++i) finish(total[i], bias, relu, out + i * out_stride, columns);
+    return;
+  }
   with_rows(rows, [&](auto count) {
     Vec total[count.value][kPanelVecs];
     for (int i = 0; i < count.value; ++i)
       for (int j = 0; j < kPanelVecs; ++j)
         __builtin_prefetch(out + i * out_stride + j * kWidth, 1);
-    multiply<count.value>(InRows<Element<Pairs>>{left, left_stride}, panel, kPanel, depth, total);
+    multiply<count.value>(InRows<Element<Pairs>>{left, left_stride}, panel, depth, total);
     for (int i = 0; i < count.value; ++i)
-      for (int j = 0; j < kPanelVecs; ++j) {
-        Vec v = total[i][j];
-        if (bias) v += load(bias + j * kWidth);
-        if (relu) v = v <= 0 ? Vec{} : v;  // NaN stays
-        uint32_t inside = lanes_left(columns - j * kWidth);
-        if (inside) store(out + i * out_stride + j * kWidth, v, inside);
-      }
+      finish(total[i], bias, relu, out + i * out_stride, columns);
   });
 }
 
@@ -246,14 +262,15 @@ void rows_times_panel(const Item& item, const float* left, const float* y, int64
   bool packs = Pairs || y;
   if (packs) stride = packed_stride<Pairs>(size);
   auto* panel = static_cast<Element<Pairs>*>(
-      scratch(4 * (depth * kPanel + (packs ? rows * stride : 0))));
+      scratch(4 * (depth * kPanel + (packs ? (rows + kBlock<Pairs>) * stride : 0))));
   auto* packed = panel + depth * kPanel;
   pack(panel);
   if (packs && !item.same_rows) pack_rows<Pairs>(left, y, rows, size, packed);
   auto* from = packs ? packed : reinterpret_cast<const Element<Pairs>*>(left);
-  for (int64_t r = 0; r < rows; r += kRows)
-    block_times_panel<Pairs>(from + r * stride, stride, smaller(kRows, rows - r), depth, panel,
-                             bias, relu, out + r * out_stride, out_stride, columns);
+  TileConfiguration<Pairs> configuration;
+  for (int64_t r = 0; r < rows; r += kBlock<Pairs>)
+    block_times_panel<Pairs>(from + r * stride, stride, smaller(kBlock<Pairs>, rows - r), depth,
+                             panel, bias, relu, out + r * out_stride, out_stride, columns);
 }
 
 template <bool Pairs>
@@ -291,42 +308,46 @@ void masked_linear_input_gradient(const harmodt_linear_shape& s, const float* dy
   });
 }
 
-// packed[d][j] = left[d][first + j]: some columns of a matrix, along its rows as depth.
-template <bool Pairs>
+// Columns of a matrix, along its rows as depth, in strips of Width: packed[strip][d][j], or where
+// they are `Transposed` packed[j][d]. Rows are read once and in the order of memory. Where y is
+// given only elements with y > 0 count; sums, if given, are over the rows.
+template <bool Pairs, int64_t Width, bool Transposed>
 void pack_columns(const float* left, const float* y, int64_t stride, int64_t rows, int64_t columns,
-                  int64_t width, Element<Pairs>* packed) {
-  for (int64_t d = 0; d < depth_of<Pairs>(rows); ++d)
+                  Element<Pairs>* packed, float* sums) {
+  constexpr int64_t per_lane = Pairs ? 2 : 1, ahead = per_lane * kWidth;
+  int64_t depth = depth_of<Pairs>(rows), width = (columns + Width - 1) / Width * Width;
+  for (int64_t j = 0; sums && j < width; j += kWidth) store(sums + j, Vec{});
+  for (int64_t d = 0; d < depth; d += kWidth)
     for (int64_t j = 0; j < width; j += kWidth) {
       auto row = [&](int64_t r) {
-        __builtin_prefetch(left + (r + 2 * kAhead) * stride + j);
-        if (y) __builtin_prefetch(y + (r + 2 * kAhead) * stride + j);
+        __builtin_prefetch(left + (r + ahead) * stride + j);
+        if (y) __builtin_prefetch(y + (r + ahead) * stride + j);
         return r < rows ? of_gradient(left + r * stride, y ? y + r * stride : nullptr, j, columns)
                         : Vec{};
       };
-      if constexpr (Pairs) {
-        store(packed + d * width + j, pair_bf16(row(2 * d), row(2 * d + 1)));
+      IntVec block[kWidth];
+      Vec sum{};
+      for (int64_t i = 0; i < kWidth; ++i) {
+        Vec first = row(per_lane * (d + i));
+        if constexpr (Pairs) {
+          Vec second = row(2 * (d + i) + 1);
+          block[i] = pair_bf16(first, second);
+          sum += first + second;
+        } else {
+          block[i] = (IntVec)first;
+          sum += first;
+        }
+      }
+      if (sums) store(sums + j, load(sums + j) + sum);
+      auto* to = reinterpret_cast<int32_t*>(packed);
+      if constexpr (Transposed) {
+        transpose(block);
+        for (int64_t i = 0; i < kWidth; ++i) store(to + (j + i) * depth + d, block[i]);
       } else {
-        store(packed + d * width + j, row(d));
+        to += (j / Width * depth + d) * Width + j % Width;
+        for (int64_t i = 0; i < smaller(kWidth, depth - d); ++i) store(to + i * Width, block[i]);
       }
     }
-}
-
-// Sums over the rows of dy, masked, added to or put into out.
-void bias_gradient(const float* dy, const float* y, int64_t rows, int64_t stride, int64_t first,
-                   int64_t columns, const int32_t* bits, bool add, float* out) {
-  constexpr int kSums = 8;  // independent, for speed and smaller errors
-  for (int64_t j = 0; j < columns; j += kWidth) {
-    Vec sums[kSums] = {};
-    for (int64_t r = 0; r < rows; ++r)
-      sums[r % kSums] += of_gradient(dy + r * stride, y ? y + r * stride : nullptr, j, columns);
-    for (int half = kSums / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-    Vec total = sums[0];
-    for (int64_t i = j; i < smaller(columns, j + kWidth); ++i) {
-      bool kept = bits[(first + i) >> 5] >> ((first + i) & 31) & 1;
-      out[i] = (add ? out[i] : 0) + (kept ? total[i - j] : 0);
-    }
-  }
 }
 
 // Where the gradient of a group goes, and whether there is one already to which it is added.
@@ -338,27 +359,38 @@ struct GroupGradient {
   bool add;
 };
 
+// A row of the gradient within a panel, masked and put or added to its place.
+inline void finish_gradient(const harmodt_linear_shape& s, const Vec* sums, int64_t row, int64_t k,
+                            int64_t columns, const GroupGradient& out, int64_t row_stride) {
+  const int32_t* bits = out.weight_bits + row * s.weight_bits_row_stride;
+  float* to = out.weight + row * row_stride + k;
+  for (int j = 0; j < kPanelVecs; ++j) {
+    uint32_t inside = lanes_left(columns - j * kWidth);
+    if (!inside) continue;
+    Vec v = keep(sums[j], bits_at(bits, k + j * kWidth));
+    if (out.add) v += load(to + j * kWidth, inside);
+    store(to + j * kWidth, v, inside);
+  }
+}
+
 // A strip of dy, packed, times a panel of x: rows [n, n + height) and columns [k, k + columns).
-template <class T>
-void strip_times_panel(const harmodt_linear_shape& s, const T* strip, int64_t n, int64_t height,
-                       const T* panel, int64_t panel_stride, int64_t k, int64_t columns,
+template <bool Pairs>
+void strip_times_panel(const harmodt_linear_shape& s, const Element<Pairs>* strip, int64_t n,
+                       int64_t height, const Element<Pairs>* panel, int64_t k, int64_t columns,
                        int64_t depth, const GroupGradient& out, int64_t row_stride) {
+  if constexpr (kTiles<Pairs>) {
+    Vec total[kTileRows][kPanelVecs];
+    multiply_tiles(strip, depth, panel, depth, total);
+    for (int64_t i = 0; i < height; ++i)
+      finish_gradient(s, total[i], n + i, k, columns, out, row_stride);
+    return;
+  }
   for (int64_t i0 = 0; i0 < height; i0 += kRows)
     with_rows(smaller(kRows, height - i0), [&](auto count) {
       Vec total[count.value][kPanelVecs];
-      multiply_strip<count.value>(InStrip<T>{strip + i0}, panel, panel_stride, depth, total);
-      for (int i = 0; i < count.value; ++i) {
-        int64_t row = n + i0 + i;
-        const int32_t* bits = out.weight_bits + row * s.weight_bits_row_stride;
-        float* to = out.weight + row * row_stride + k;
-        for (int j = 0; j < kPanelVecs; ++j) {
-          uint32_t inside = lanes_left(columns - j * kWidth);
-          if (!inside) continue;
-          Vec v = keep(total[i][j], bits_at(bits, k + j * kWidth));
-          if (out.add) v += load(to + j * kWidth, inside);
-          store(to + j * kWidth, v, inside);
-        }
-      }
+      multiply_strip<count.value>(InStrip<Element<Pairs>>{strip + i0}, panel, depth, total);
+      for (int i = 0; i < count.value; ++i)
+        finish_gradient(s, total[i], n + i0 + i, k, columns, out, row_stride);
     });
 }
 
@@ -367,58 +399,43 @@ template <bool Pairs>
 void weight_gradient_of(const harmodt_linear_shape& s, const float* dy, const float* y,
                         const float* x, int64_t rows, int64_t from, int64_t to,
                         const GroupGradient& out, int64_t row_stride) {
-  // Panels as narrow as a cache line would share few of the cache's sets where they lie.
-  constexpr bool packs = Pairs || kWidth < 16;
-  int64_t depth = depth_of<Pairs>(rows), panels = (s.inputs + kPanel - 1) / kPanel;
-  auto* strip = static_cast<Element<Pairs>*>(
-      scratch(4 * depth * (kStrip + (packs ? panels : 1) * kPanel)));
-  auto* packed = strip + depth * kStrip;
-  if constexpr (packs)
-    for (int64_t k = 0; k < s.inputs; k += kPanel)
-      pack_columns<Pairs>(x + k, nullptr, s.inputs, rows, smaller(kPanel, s.inputs - k), kPanel,
-                          packed + depth * k);
-  for (int64_t n = from; n < to; n += kStrip) {
-    int64_t height = smaller(kStrip, to - n);
-    const float* y_strip = y ? y + n : nullptr;
-    pack_columns<Pairs>(dy + n, y_strip, s.outputs, rows, height, kStrip, strip);
-    if (out.bias) {
-      if constexpr (Pairs) {  // the strip is rounded
-        bias_gradient(dy + n, y_strip, rows, s.outputs, n, height, out.bias_bits, out.add,
-                      out.bias + n);
-      } else {
-        bias_gradient(strip, nullptr, rows, kStrip, n, height, out.bias_bits, out.add,
-                      out.bias + n);
-      }
-    }
-    for (int64_t k = 0; k < s.inputs; k += kPanel) {
-      int64_t columns = smaller(kPanel, s.inputs - k), panel_stride = kPanel;
-      const Element<Pairs>* panel = packed;
-      if constexpr (packs) {
-        panel += depth * k;
-      } else if (columns < kPanel) {
-        pack_columns<false>(x + k, nullptr, s.inputs, rows, columns, kPanel, packed);
-      } else {
-        panel = x + k;
-        panel_stride = s.inputs;
-      }
-      strip_times_panel(s, strip, n, height, panel, panel_stride, k, columns, depth, out,
-                        row_stride);
-    }
+  constexpr int64_t strip = kStrip<Pairs>;
+  int64_t depth = depth_of<Pairs>(rows), strips = (to - from + strip - 1) / strip;
+  int64_t panels = (s.inputs + kPanel - 1) / kPanel;
+  auto* panel = static_cast<Element<Pairs>*>(
+      scratch(4 * (depth * (panels * kPanel + strips * strip) + strips * strip)));
+  auto* packed = panel + depth * panels * kPanel;
+  auto* sums = reinterpret_cast<float*>(packed + depth * strips * strip);
+  pack_columns<Pairs, kPanel, false>(x, nullptr, s.inputs, rows, s.inputs, panel, nullptr);
+  pack_columns<Pairs, strip, kTiles<Pairs>>(dy + from, y ? y + from : nullptr, s.outputs, rows,
+                                            to - from, packed, out.bias ? sums : nullptr);
+  for (int64_t n = from; out.bias && n < to; ++n) {
+    bool kept = out.bias_bits[n >> 5] >> (n & 31) & 1;
+    out.bias[n] = (out.add ? out.bias[n] : 0) + (kept ? sums[n - from] : 0);
   }
+  TileConfiguration<Pairs> configuration;
+  for (int64_t n = from; n < to; n += strip)
+    for (int64_t k = 0; k < s.inputs; k += kPanel)
+      strip_times_panel<Pairs>(s, packed + (n - from) * depth, n, smaller(strip, to - n),
+                               panel + k * depth, k, smaller(kPanel, s.inputs - k), depth, out,
+                               row_stride);
 }
 
 template <bool Pairs>
 void masked_linear_weight_gradient(const harmodt_linear_shape& s, const float* dy, const float* y,
                                    const float* x, const harmodt_weight_gradient& out,
                                    int threads) {
-  int64_t blocks = (s.outputs + kRows - 1) / kRows;
+  constexpr int64_t block = kBlock<Pairs>;
+  int64_t blocks = (s.outputs + block - 1) / block;
+  int64_t chunks = (s.rows + kMostDepth - 1) / kMostDepth;
+  int64_t chunk = s.rows ? (s.rows + chunks - 1) / chunks : 1;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t thread = 0; thread < threads; ++thread) {
-    int64_t from = blocks * thread / threads * kRows;
-    int64_t to = smaller(s.outputs, blocks * (thread + 1) / threads * kRows);
+    int64_t from = blocks * thread / threads * block;
+    int64_t to = smaller(s.outputs, blocks * (thread + 1) / threads * block);
     for (int64_t group = 0; group < s.groups; ++group) {
       int64_t place = out.per_group ? group : 0, task = s.task_ids[group];
-      for (int64_t first = 0; first < s.rows || first == 0; first += kMostRows) {
+      for (int64_t first = 0; first < s.rows || first == 0; first += chunk) {
         int64_t row = group * s.rows + first;
         GroupGradient of_group{
             out.weight + place * out.weight_group_stride,
@@ -427,7 +444,7 @@ void masked_linear_weight_gradient(const harmodt_linear_shape& s, const float* d
             s.bias_bits ? s.bias_bits + task * s.bias_bits_task_stride : nullptr,
             first > 0 || (group > 0 && !out.per_group)};
         weight_gradient_of<Pairs>(s, dy + row * s.outputs, y ? y + row * s.outputs : nullptr,
-                                  x + row * s.inputs, smaller(kMostRows, s.rows - first), from, to,
+                                  x + row * s.inputs, smaller(chunk, s.rows - first), from, to,
                                   of_group, out.weight_row_stride);
       }
     }

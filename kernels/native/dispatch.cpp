@@ -5,14 +5,31 @@
 #include <memory>
 #include <vector>
 
+#ifdef HARMODT_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels.h"
 
 extern const Kernels kernels_portable;
 #ifdef HARMODT_X86
 extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16;
 #endif
+#ifdef HARMODT_AMX
+extern const Kernels kernels_amx;
+#endif
 
 namespace {
+
+#ifdef HARMODT_AMX
+// Whether there are matrix units for bf16 and Linux lets this process use them, which it must ask.
+bool has_amx() {
+  constexpr int request_permission = 0x1023, tile_data = 18;  // of arch_prctl(2), of XSAVE
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#endif
 
 // What this machine has, the best first.
 std::vector<const Kernels*> available() {
@@ -22,7 +39,11 @@ std::vector<const Kernels*> available() {
   bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&kernels_avx512bf16);
+  bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#ifdef HARMODT_AMX
+  if (bf16 && has_amx()) found.push_back(&kernels_amx);
+#endif
+  if (bf16) found.push_back(&kernels_avx512bf16);
   if (avx512) found.push_back(&kernels_avx512);
   if (avx2) found.push_back(&kernels_avx2);
 #endif

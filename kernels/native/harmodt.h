@@ -93,7 +93,7 @@ typedef struct {
 // The size in bytes of a structure above, by its name, for who mirrors it; 0 if there is none.
 HARMODT_API int64_t harmodt_size_of(const char* structure);
 
-// The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable".
+// The instruction set in use: "amx", "avx512bf16", "avx512", "avx2" or "portable".
 HARMODT_API const char* harmodt_isa(void);
 // Use another one; returns 0 if this machine does not have it, or the name is none.
 HARMODT_API int harmodt_use_isa(const char* name);

@@ -135,9 +135,11 @@ inline void transpose(IntVec* rows) {
 #if defined(__AVX512BF16__)
 // Two bf16 in each lane, `first` in the low half, rounded to nearest even.
 inline IntVec pair_bf16(Vec first, Vec second) {
-  __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)first));
-  __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)second));
-  return (IntVec)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  typedef int16_t Halves __attribute__((vector_size(64)));
+  constexpr Halves interleaved = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  auto both = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  return (IntVec)_mm512_permutexvar_epi16((__m512i)interleaved, (__m512i)both);
 }
 
 // Two registers of neighbours as pairs: lane i holds elements 2 i and 2 i + 1.
