@@ -29,7 +29,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench_masked_linear import TOLERANCE, Problem, dense, masked, of_backend
-from bench_train_step import make_trainer
+from bench_train_step import make_trainer, note_arithmetic
 from measuring import ON_GPU, assert_agree, fused, timer
 from torch import Tensor
 
@@ -199,3 +199,4 @@ def bench_step(benchmark: Any, store: DataStore, precision: str, dropout: float)
     steps = {path: trainer.train_step for path, trainer in trainers.items()}
     fused_step = steps.pop("fused")
     measure_beside(benchmark, fused_step, steps, rounds=15)
+    note_arithmetic(benchmark, trainers["fused"], precision)

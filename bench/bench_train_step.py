@@ -4,22 +4,27 @@
 
 The dense step, without masks, is the lower bound of what masking can cost; "reference" applies
 the masks in plain PyTorch, "fused" inside kernels. A batch is drawn for every step, so that the
-sampling beside it can be read as a share of the step.
+sampling beside it can be read as a share of the step. On a CPU `share_of_floor` compares a step
+with the arithmetic of its masked linear layers alone, at the processor's measured peak.
 """
 
 from __future__ import annotations
 
+import statistics
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from measuring import DEVICE, ON_GPU, fused, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from harmodt.algorithms import StepResult, preset
 from harmodt.data.store import DataStore
 from harmodt.settings import change
 from harmodt.training.trainer import Trainer
+from harmodt_kernels.native import library
 
 STEP = {"tasks_per_step": 5, "batch_per_task": 8}
 
@@ -32,6 +37,53 @@ def make_trainer(store: DataStore, path: str, **settings: Any) -> Trainer:
     config = preset("paper", algorithm)
     config = change(config, {**STEP, "fused": path == "fused", **settings})
     return tiny.make_trainer(store, config, DEVICE)
+
+
+class LinearArithmetic(TorchDispatchMode):
+    """Adds up the floating-point operations of the masked linear layers' three products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().partition(".")[0].removeprefix("harmodt::")
+        if name == "masked_linear":
+            x, weight = args[:2]
+            self.operations += 2 * x.numel() * len(weight)
+        elif name == "masked_linear_input_gradient":
+            dy, _, weight = args[:3]
+            self.operations += 2 * dy.numel() * weight.shape[1]
+        elif name == "masked_linear_weight_gradient":
+            dy, _, x = args[:3]
+            self.operations += 2 * dy.numel() * x.shape[-1]
+        return func(*args, **(kwargs or {}))
+
+
+def linear_operations(trainer: Trainer) -> int:
+    """Floating-point operations of the masked linear layers in a step, which it takes."""
+    with LinearArithmetic() as arithmetic:
+        trainer.train_step()
+    return arithmetic.operations
+
+
+def peak(precision: str) -> float:
+    """Operations per second that this machine does now in registers, as the kernels multiply."""
+    start = time.perf_counter()
+    operations = library.library().harmodt_multiply_adds(
+        100_000, precision == "bf16", library.threads()
+    )
+    return operations / (time.perf_counter() - start)
+
+
+def note_arithmetic(benchmark: Any, trainer: Trainer, precision: str = "fp32") -> None:
+    """Note the step's arithmetic at the machine's peak, as its floor; the benchmark has run."""
+    if ON_GPU or benchmark.disabled:
+        return
+    peaks = statistics.median(peak(precision) for _ in range(20))
+    floor = linear_operations(trainer) / peaks
+    benchmark.extra_info["peak_flops"], benchmark.extra_info["floor_seconds"] = peaks, floor
+    benchmark.extra_info["share_of_floor"] = floor / benchmark.stats.stats.median
 
 
 @pytest.mark.benchmark(group="training step, d = 128, 5 tasks x 8 windows")
@@ -48,6 +100,8 @@ def bench_train_step(benchmark, store: DataStore, path: str, dropout: float) -> 
 
     result = benchmark.pedantic(step, rounds=20, warmup_rounds=3)
     assert torch.isfinite(result.losses).all()
+    if path == "fused":
+        note_arithmetic(benchmark, trainer)
 
 
 @pytest.mark.benchmark(group="training step, d = 128, 5 tasks x 8 windows")

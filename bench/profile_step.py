@@ -1,11 +1,13 @@
 """Where the time of a training step goes: a Markdown table.
 
     python bench/profile_step.py [--path fused|reference|dense] [--dropout 0.1] [--precision bf16]
+                                 [--tasks 1] [--size 5.29M]
 
 The step is that of bench_train_step.py: the paper's model (d = 128), five tasks, 8 windows each.
-Every operation is timed as PyTorch dispatches it; the last line is what they leave of a step that
-is not observed. (Under PyTorch's profiler, whose memory lies between the tensors', these land on
-fresh pages again and again.)
+Every operation is timed as PyTorch dispatches it; the last line of the table is what they leave of
+a step that is not observed. (Under PyTorch's profiler, whose memory lies between the tensors',
+these land on fresh pages again and again.) Beneath it stands the arithmetic of the masked linear
+layers at the peak that this machine had between the steps.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_train_step import make_trainer
+from bench_train_step import linear_operations, make_trainer, peak
 from conftest import random_store
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -71,20 +73,32 @@ def main() -> None:
     parser.add_argument("--path", default="fused", choices=("fused", "reference", "dense"))
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--tasks", type=int, default=5)
+    parser.add_argument("--size", default="1.47M", help="of the model; 5.29M is d = 256")
     arguments = parser.parse_args()
     prepare_cpu()
     with tempfile.TemporaryDirectory() as directory:
         store = random_store(Path(directory) / "store", episodes=20)
         trainer = make_trainer(
-            store, arguments.path, dropout=arguments.dropout, precision=arguments.precision
+            store,
+            arguments.path,
+            dropout=arguments.dropout,
+            precision=arguments.precision,
+            tasks_per_step=arguments.tasks,
+            size=arguments.size,
         )
-        print(table(*measure(trainer)))
+        step, operations, fastest = measure(trainer, arguments.precision)
+        print(table(step, operations))
+        if arguments.path == "fused":
+            print(floor(linear_operations(trainer), fastest, step))
 
 
-def measure(trainer: Trainer) -> tuple[float, dict[str, float]]:
-    """Median seconds of a step that is not observed, and the mean of each operation in others."""
-    times, operations = [], OperationTimes()
+def measure(trainer: Trainer, precision: str) -> tuple[float, dict[str, float], float]:
+    """Median seconds of a step that is not observed, the mean of each operation in others, and the
+    median of the machine's peak between them, in operations per second."""
+    times, peaks, operations = [], [], OperationTimes()
     for step in range(-3, 2 * STEPS):
+        peaks.append(peak(precision))
         start = time.perf_counter()
         if step >= 0 and step % 2:  # in turn, so that both see the same machine
             with operations:
@@ -93,7 +107,7 @@ def measure(trainer: Trainer) -> tuple[float, dict[str, float]]:
             trainer.train_step()
             times.append(time.perf_counter() - start)
     seconds = {name: total / STEPS for name, total in operations.seconds.items()}
-    return statistics.median(times), seconds
+    return statistics.median(times), seconds, statistics.median(peaks)
 
 
 def table(step: float, operations: dict[str, float]) -> str:
@@ -104,6 +118,15 @@ def table(step: float, operations: dict[str, float]) -> str:
     rows = [f"| {part} | {1e3 * s:.1f} ms | {s / step:.0%} |" for part, s in parts.items()]
     head = ["| | time | share |", "| --- | ---: | ---: |"]
     return "\n".join([*head, *rows, f"| **a step** | **{1e3 * step:.0f} ms** | |"])
+
+
+def floor(operations: int, fastest: float, step: float) -> str:
+    """The arithmetic of the masked linear layers at the machine's peak, as a share of a step."""
+    seconds = operations / fastest
+    return (
+        f"\nThe masked linear layers are {operations / 1e9:.1f} GFLOP, at the measured peak of "
+        f"{fastest / 1e9:.0f} GFLOP/s {1e3 * seconds:.1f} ms: {seconds / step:.2f} of a step."
+    )
 
 
 if __name__ == "__main__":

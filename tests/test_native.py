@@ -165,6 +165,13 @@ def test_results_do_not_depend_on_the_number_of_threads(cpu: Backend) -> None:
             assert torch.equal(values, results[0][name]), name
 
 
+@pytest.mark.parametrize("bf16", [0, 1])
+def test_multiply_adds_are_counted_over_repeats_and_threads(cpu: Backend, bf16: int) -> None:
+    count = library.library().harmodt_multiply_adds
+    assert count(1, bf16, 1) % 64 == 0 < count(1, bf16, 1)
+    assert count(7, bf16, 3) == 21 * count(1, bf16, 1)
+
+
 def test_one_openmp_runtime_is_shared_with_pytorch() -> None:
     program = (
         "import torch\n"

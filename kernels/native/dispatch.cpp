@@ -149,4 +149,8 @@ void harmodt_dropout_add(int64_t size, const float* x, const float* branch, floa
   in_use->dropout_add(size, x, branch, out, drop, seed, threads);
 }
 
+int64_t harmodt_multiply_adds(int64_t repeats, int bf16, int threads) {
+  return in_use->multiply_adds(repeats, bf16, threads);
+}
+
 }  // extern "C"

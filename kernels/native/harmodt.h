@@ -150,6 +150,10 @@ HARMODT_API void harmodt_masked_layer_norm_gradient(const harmodt_layer_norm_sha
 HARMODT_API void harmodt_dropout_add(int64_t size, const float* x, const float* branch, float* out,
                                      float drop, uint32_t seed, int threads);
 
+// Multiply-adds of the kind that products use, on zeros in registers, to measure the peak of this
+// machine. Returns how many floating-point operations they were, over all threads.
+HARMODT_API int64_t harmodt_multiply_adds(int64_t repeats, int bf16, int threads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -9,6 +9,7 @@
 #include "masked_adamw/masked_adamw.h"
 #include "masked_layer_norm/masked_layer_norm.h"
 #include "masked_linear/masked_linear.h"
+#include "native/peak.h"
 
 #define NAME_(isa) kernels_##isa
 #define NAME(isa) NAME_(isa)
@@ -41,4 +42,7 @@ const Kernels NAME(HARMODT_ISA) = {
     dropout_add,
     select_harmony,
     masked_adamw,
+    [](int64_t repeats, bool bf16, int threads) {
+      return (bf16 ? multiply_adds<true> : multiply_adds<false>)(repeats, threads);
+    },
 };

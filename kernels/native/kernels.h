@@ -31,6 +31,7 @@ struct Kernels {
   void (*select_harmony)(const harmodt_selection_operands&, int64_t parts, int64_t capacity,
                          int64_t* keys, int64_t* held, uint8_t* refused, int threads);
   void (*masked_adamw)(const harmodt_adamw_operands&, int threads);
+  int64_t (*multiply_adds)(int64_t repeats, bool bf16, int threads);
 };
 
 // Those in use.

@@ -159,6 +159,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "harmodt_select_harmony": (c_int, [POINTER(SelectionOperands), _P, _P, _P, _P, _THREADS]),
     "harmodt_move_weights": (None, [_P, c_int64, _P, c_int64, c_int64]),
     "harmodt_masked_adamw": (None, [POINTER(AdamWOperands), _THREADS]),
+    "harmodt_multiply_adds": (c_int64, [c_int64, c_int, _THREADS]),
 }
 
 
