@@ -35,6 +35,9 @@ constexpr int64_t kMostRows = 1024;
 // The same of the weight gradient, where they are the depth.
 constexpr int64_t kMostDepth = 320;
 
+// Rows of a panel of x that are fetched ahead: they may be far apart in memory.
+constexpr int kAhead = 8;
+
 template <bool Pairs>
 using Element = std::conditional_t<Pairs, int32_t, float>;
 
@@ -58,32 +61,34 @@ struct InStrip {
   T at(int64_t row, int64_t k) const { return first[k * kStrip<false> + row]; }
 };
 
-// total[i][j] = sum over k of left.at(i, k) * panel[k * kPanel + j], Steps of k at a time
-template <int Rows, int Steps = 1, class Left, class T>
-inline void multiply(Left left, const T* panel, int64_t depth, Vec (&total)[Rows][kPanelVecs]) {
+// total[i][j] = sum over k of left.at(i, k) * panel[k * panel_stride + j]
+template <int Rows, int Ahead = 0, class Left, class T>
+inline void multiply(Left left, const T* panel, int64_t panel_stride, int64_t depth,
+                     Vec (&total)[Rows][kPanelVecs]) {
   Vec sums[Rows][kPanelVecs] = {};
-  auto step = [&](int64_t k) __attribute__((always_inline)) {
+  for (int64_t k = 0; k < depth; ++k) {
     decltype(load(panel)) right[kPanelVecs];
-    for (int j = 0; j < kPanelVecs; ++j) right[j] = load(panel + k * kPanel + j * kWidth);
+    for (int j = 0; j < kPanelVecs; ++j) {
+      right[j] = load(panel + k * panel_stride + j * kWidth);
+      if (Ahead) __builtin_prefetch(panel + (k + Ahead) * panel_stride + j * kWidth);
+    }
     for (int i = 0; i < Rows; ++i) {
       auto value = splat(left.at(i, k));
       asm volatile("" : "+x"(value));  // one broadcast, not one in each product
       for (int j = 0; j < kPanelVecs; ++j) sums[i][j] = multiply_add(sums[i][j], value, right[j]);
     }
-  };
-  int64_t first = depth % Steps;
-  for (int64_t k = 0; k < first; ++k) step(k);
-  for (int64_t k = first; k < depth; k += Steps)
-    for (int i = 0; i < Steps; ++i) step(k + i);
+  }
   for (int i = 0; i < Rows; ++i)
     for (int j = 0; j < kPanelVecs; ++j) total[i][j] = sums[i][j];
 }
 
-// Not inlined: what surrounds it would keep registers that the sums need.
+// The same for a panel that may lie far apart in memory. Not inlined: what surrounds it would keep
+// registers that the sums need.
 template <int Rows, class T>
-__attribute__((noinline)) void multiply_strip(InStrip<T> strip, const T* panel, int64_t depth,
+__attribute__((noinline)) void multiply_strip(InStrip<T> strip, const T* panel,
+                                              int64_t panel_stride, int64_t depth,
                                               Vec (&total)[Rows][kPanelVecs]) {
-  multiply<Rows, 2>(strip, panel, depth, total);
+  multiply<Rows, kAhead>(strip, panel, panel_stride, depth, total);
 }
 
 // From row to row of a packed left operand.
@@ -209,7 +214,7 @@ void block_times_panel(const Element<Pairs>* left, int64_t left_stride, int64_t 
     for (int i = 0; i < count.value; ++i)
       for (int j = 0; j < kPanelVecs; ++j)
         __builtin_prefetch(out + i * out_stride + j * kWidth, 1);
-    multiply<count.value>(InRows<Element<Pairs>>{left, left_stride}, panel, depth, total);
+    multiply<count.value>(InRows<Element<Pairs>>{left, left_stride}, panel, kPanel, depth, total);
     for (int i = 0; i < count.value; ++i)
       finish(total[i], bias, relu, out + i * out_stride, columns);
   });
@@ -376,8 +381,9 @@ inline void finish_gradient(const harmodt_linear_shape& s, const Vec* sums, int6
 // A strip of dy, packed, times a panel of x: rows [n, n + height) and columns [k, k + columns).
 template <bool Pairs>
 void strip_times_panel(const harmodt_linear_shape& s, const Element<Pairs>* strip, int64_t n,
-                       int64_t height, const Element<Pairs>* panel, int64_t k, int64_t columns,
-                       int64_t depth, const GroupGradient& out, int64_t row_stride) {
+                       int64_t height, const Element<Pairs>* panel, int64_t panel_stride,
+                       int64_t k, int64_t columns, int64_t depth, const GroupGradient& out,
+                       int64_t row_stride) {
   if constexpr (kTiles<Pairs>) {
     Vec total[kTileRows][kPanelVecs];
     multiply_tiles(strip, depth, panel, depth, total);
@@ -388,10 +394,18 @@ void strip_times_panel(const harmodt_linear_shape& s, const Element<Pairs>* stri
   for (int64_t i0 = 0; i0 < height; i0 += kRows)
     with_rows(smaller(kRows, height - i0), [&](auto count) {
       Vec total[count.value][kPanelVecs];
-      multiply_strip<count.value>(InStrip<Element<Pairs>>{strip + i0}, panel, depth, total);
+      multiply_strip<count.value>(InStrip<Element<Pairs>>{strip + i0}, panel, panel_stride, depth,
+                                  total);
       for (int i = 0; i < count.value; ++i)
         finish_gradient(s, total[i], n + i0 + i, k, columns, out, row_stride);
     });
+}
+
+// Whether panels of x are multiplied where they lie: if they are whole, and their rows not so far
+// apart, nor as narrow as a cache line, that they would share few of the cache's sets.
+template <bool Pairs>
+bool multiplies_in_place(int64_t inputs) {
+  return !Pairs && kWidth == 16 && inputs % kPanel == 0 && inputs <= 512;
 }
 
 // The gradient of weight rows [from, to) of one group, of some rows of its dy and x.
@@ -401,12 +415,19 @@ void weight_gradient_of(const harmodt_linear_shape& s, const float* dy, const fl
                         const GroupGradient& out, int64_t row_stride) {
   constexpr int64_t strip = kStrip<Pairs>;
   int64_t depth = depth_of<Pairs>(rows), strips = (to - from + strip - 1) / strip;
-  int64_t panels = (s.inputs + kPanel - 1) / kPanel;
-  auto* panel = static_cast<Element<Pairs>*>(
-      scratch(4 * (depth * (panels * kPanel + strips * strip) + strips * strip)));
-  auto* packed = panel + depth * panels * kPanel;
+  int64_t panels = (s.inputs + kPanel - 1) / kPanel, panel_stride = kPanel, panel_step = depth;
+  auto* packed = static_cast<Element<Pairs>*>(
+      scratch(4 * (depth * (strips * strip + panels * kPanel) + strips * strip)));
   auto* sums = reinterpret_cast<float*>(packed + depth * strips * strip);
-  pack_columns<Pairs, kPanel, false>(x, nullptr, s.inputs, rows, s.inputs, panel, nullptr);
+  auto* packed_x = reinterpret_cast<Element<Pairs>*>(sums + strips * strip);
+  const Element<Pairs>* panel = packed_x;
+  if (multiplies_in_place<Pairs>(s.inputs)) {
+    panel = reinterpret_cast<const Element<Pairs>*>(x);
+    panel_stride = s.inputs;
+    panel_step = 1;
+  } else {
+    pack_columns<Pairs, kPanel, false>(x, nullptr, s.inputs, rows, s.inputs, packed_x, nullptr);
+  }
   pack_columns<Pairs, strip, kTiles<Pairs>>(dy + from, y ? y + from : nullptr, s.outputs, rows,
                                             to - from, packed, out.bias ? sums : nullptr);
   for (int64_t n = from; out.bias && n < to; ++n) {
@@ -417,8 +438,8 @@ void weight_gradient_of(const harmodt_linear_shape& s, const float* dy, const fl
   for (int64_t n = from; n < to; n += strip)
     for (int64_t k = 0; k < s.inputs; k += kPanel)
       strip_times_panel<Pairs>(s, packed + (n - from) * depth, n, smaller(strip, to - n),
-                               panel + k * depth, k, smaller(kPanel, s.inputs - k), depth, out,
-                               row_stride);
+                               panel + k * panel_step, panel_stride, k,
+                               smaller(kPanel, s.inputs - k), depth, out, row_stride);
 }
 
 template <bool Pairs>
