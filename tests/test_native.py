@@ -206,6 +206,25 @@ def test_the_variable_holds_the_kernels_to_less(monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("native")
+def test_where_linux_refuses_matrix_units_others_are_used() -> None:
+    """It does so where a thread's stack for signals is too small to save them."""
+    if fused_backend(CPU).name != "cpu-amx":
+        pytest.skip("this machine has no amx")
+    program = (
+        "import ctypes, struct, sys\n"
+        "stack = ctypes.create_string_buffer(1 << 16)\n"
+        "size_and_place = struct.pack('PiP', ctypes.addressof(stack), 0, 6000)\n"
+        "assert ctypes.CDLL(None).sigaltstack(size_and_place, None) == 0\n"
+        "library = ctypes.CDLL(sys.argv[1])\n"
+        "library.harmodt_isa.restype = ctypes.c_char_p\n"
+        "print(library.harmodt_isa().decode(), library.harmodt_use_isa(b'amx'))\n"
+    )
+    python = [sys.executable, "-c", program, str(library.PATH)]
+    result = subprocess.run(python, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["avx512bf16", "0"]
+
+
+@pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("size", [0, 40, 5000, -1])
 def test_a_library_that_was_cut_short_is_refused(size: int, tmp_path, monkeypatch) -> None:
     path = tmp_path / "libharmodt.so"
