@@ -21,6 +21,9 @@ from .native import library
 
 Kernels = Literal["triton", "cpu"]
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+"""What the Triton kernels compute with."""
+
 
 class BackendUnavailable(RuntimeError):
     """There are no fused kernels for a device; the message says what is missing."""

@@ -34,6 +34,7 @@ from triton.backends.compiler import GPUTarget
 
 import harmodt_kernels
 from harmodt_kernels import masked_adamw, masked_linear, registration, words_for
+from harmodt_kernels.masked_layer_norm import masked_layer_norm
 
 OUTPUT = Path(__file__).parents[1] / "build" / "kernels.md"
 PROCESSES = 2
@@ -180,6 +181,27 @@ def masked_linear_case(
     return Case(", ".join([size, *(name for name, on in options if on)]), run, precision)
 
 
+def masked_layer_norm_cases() -> Iterator[Case]:
+    for size, precision in itertools.product((128, 256), ("fp32", "bf16, fp32 weights")):
+        yield masked_layer_norm_case(precision, 600, size)
+    yield masked_layer_norm_case("fp32", 75, 39)
+
+
+def masked_layer_norm_case(precision: str, rows: int, size: int) -> Case:
+    """Forward and backward pass of a layer whose tensors are views of flat vectors."""
+    dtype, _ = PRECISIONS[precision]
+
+    def run() -> None:
+        gain, bias = torch.empty(2, 32 * words_for(size))[:, :size]
+        bits = torch.zeros(3, 2 * words_for(size), dtype=torch.int32).chunk(2, 1)
+        x = torch.empty(5, rows, size, dtype=dtype, requires_grad=True)
+        ids = torch.zeros(5, dtype=torch.int64)
+        y = masked_layer_norm(x, gain, bias, *bits, ids)
+        y.backward(torch.empty_like(y))
+
+    return Case(f"5 × {rows} rows of {size}", run, precision)
+
+
 def harmony_selection_cases() -> Iterator[Case]:
     # the model's 1.2 million weights and the paper's largest count, then other chunks and sizes
     for importance, rule in itertools.product(("fisher", "magnitude"), ("paper", "upstream-score")):
@@ -233,6 +255,7 @@ def masked_adamw_case(size: int) -> Case:
 
 CASES = {
     "masked_linear": masked_linear_cases,
+    "masked_layer_norm": masked_layer_norm_cases,
     "harmony_selection": harmony_selection_cases,
     "masked_adamw": masked_adamw_cases,
 }

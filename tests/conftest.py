@@ -4,11 +4,12 @@ import contextlib
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
 import torch
+from torch import Tensor
 
 # Without a GPU, Triton's interpreter runs the kernels; this is read when Triton or a kernel is
 # imported, so Triton is imported before a test takes it out of the environment.
@@ -82,6 +83,21 @@ def backend(implementation: str, device: torch.device) -> Backend:
 def native(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU kernels for tensors on a CPU, in place of Triton's interpreter."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that PyTorch hands out holds NaN."""
+
+    def poisoned(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def poison(*args: object, **options: object) -> Tensor:
+            values = create(*args, **options)
+            return values.fill_(torch.nan) if values.is_floating_point() else values
+
+        return poison
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
 @pytest.fixture(autouse=True)

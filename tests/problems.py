@@ -206,15 +206,24 @@ class LayerNormProblem:
         self.masked = False
         return self
 
-    def computed(self, backend: Backend, of_groups: bool) -> dict[str, Tensor]:
+    def computed(
+        self,
+        backend: Backend,
+        device: torch.device,
+        of_groups: bool,
+        dtype: torch.dtype = torch.float32,
+    ) -> dict[str, Tensor]:
         """The output and the gradients; of weight and bias those of each group, or summed."""
-        leaves = [t.clone().requires_grad_() for t in (self.x, self.weight, self.bias)]
-        out = torch.full((2, *self.x.shape[::2]), torch.nan)
-        masks = self.masks if self.masked else (None, None, None)
+        x = self.x.to(device, dtype)
+        leaves = [
+            t.clone().requires_grad_() for t in (x, self.weight.to(device), self.bias.to(device))
+        ]
+        out = torch.full((2, *self.x.shape[::2]), torch.nan, device=device)
+        masks = [t.to(device) for t in self.masks] if self.masked else (None, None, None)
         y = backend.masked_layer_norm(
             *leaves, *masks, group_gradients=tuple(out) if of_groups else None
         )
-        y.backward(self.dy)
+        y.backward(self.dy.to(y))
         assert not of_groups or (leaves[1].grad is None and leaves[2].grad is None)
         d_weight, d_bias = out if of_groups else (leaves[1].grad, leaves[2].grad)
         return {"y": y.detach(), "x": leaves[0].grad, "weight": d_weight, "bias": d_bias}
@@ -238,7 +247,7 @@ class LayerNormProblem:
     def check(self, computed: dict[str, Tensor], of_groups: bool) -> None:
         for name, expected in self.expected(of_groups).items():
             torch.testing.assert_close(
-                computed[name].double(),
+                computed[name].double().cpu(),
                 expected,
                 rtol=2e-5,
                 atol=2e-4,

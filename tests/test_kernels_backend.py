@@ -19,10 +19,9 @@ from harmodt_kernels import (
 )
 from harmodt_kernels.attention import attention
 from harmodt_kernels.dropout_add import dropout_add
-from harmodt_kernels.masked_layer_norm import masked_layer_norm
 from harmodt_kernels.native import library
 
-ON_CPUS_ALONE = {"masked_layer_norm", "attention", "dropout_add"}
+ON_CPUS_ALONE = {"attention", "dropout_add"}
 
 
 def test_importing_touches_neither_triton_nor_a_gpu() -> None:
@@ -67,13 +66,7 @@ def test_a_backend_can_be_copied_with_the_model_that_holds_it(backend) -> None:
 @pytest.mark.parametrize("implementation", ["triton"], indirect=True)
 def test_an_operation_without_a_kernel_there_says_so(device) -> None:
     x = torch.zeros(2, 3, 32, device=device)
-    bits = torch.zeros(2, 1, dtype=torch.int32, device=device)
-    ids = torch.zeros(2, dtype=torch.int64, device=device)
-    with pytest.raises(
-        BackendUnavailable, match=r"masked_layer_norm has no kernel for a GPU: take"
-    ):
-        masked_layer_norm(x, x[0, 0], x[0, 0], bits, bits, ids)
-    with pytest.raises(BackendUnavailable, match=r"attention has no kernel for a GPU"):
+    with pytest.raises(BackendUnavailable, match=r"attention has no kernel for a GPU: take"):
         attention(x[:, :, None, None].expand(2, 3, 3, 1, 32), slice(None), 0.0)
     with pytest.raises(BackendUnavailable, match=r"dropout_add has no kernel for a GPU"):
         dropout_add(x, x, 0.5)

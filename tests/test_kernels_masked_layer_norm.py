@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -9,17 +11,15 @@ from problems import LayerNormProblem
 from harmodt_kernels import fused_backend
 from harmodt_kernels.masked_layer_norm import masked_layer_norm
 
-IMPLEMENTATIONS = ["reference", "pytorch", "cpu"]
-
 
 @pytest.mark.parametrize("of_groups", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("sizes", [(5, 75, 128), (3, 130, 39), (1, 1, 2), (2, 0, 40)], ids=str)
-def test_equals_the_formulas(backend, sizes, masked, of_groups) -> None:
+def test_equals_the_formulas(backend, device, sizes, masked, of_groups) -> None:
     problem = LayerNormProblem.random(*sizes)
     if not masked:
         problem.without_masks()
-    problem.check(problem.computed(backend, of_groups), of_groups)
+    problem.check(problem.computed(backend, device, of_groups), of_groups)
 
 
 @settings(
@@ -28,19 +28,19 @@ def test_equals_the_formulas(backend, sizes, masked, of_groups) -> None:
     suppress_health_check=[HealthCheck.function_scoped_fixture],  # it keeps no state
 )
 @given(groups=st.integers(1, 3), rows=st.integers(1, 140), size=st.integers(2, 70))
-def test_any_shape(backend, groups, rows, size) -> None:
+def test_any_shape(backend, device, groups, rows, size) -> None:
     problem = LayerNormProblem.random(groups, rows, size)
-    problem.check(problem.computed(backend, True), True)
+    problem.check(problem.computed(backend, device, True), True)
 
 
-def test_inactive_weights_may_be_nan(backend) -> None:
+def test_inactive_weights_may_be_nan(backend, device) -> None:
     problem = LayerNormProblem.random(2, 9, 40)
     expected = problem.expected(False)
     used = problem.weight_mask[problem.task_ids].any(0)
     problem.weight[~used] = torch.nan
     assert not used.all()
-    for name, values in problem.computed(backend, False).items():
-        torch.testing.assert_close(values.double(), expected[name], rtol=2e-5, atol=2e-4)
+    for name, values in problem.computed(backend, device, False).items():
+        torch.testing.assert_close(values.double().cpu(), expected[name], rtol=2e-5, atol=2e-4)
 
 
 @pytest.mark.usefixtures("native")
@@ -48,22 +48,70 @@ def test_threads_do_not_change_the_result() -> None:
     problem, before, results = LayerNormProblem.random(3, 200, 40), torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(problem.computed(fused_backend("cpu"), False))
+        results.append(problem.computed(fused_backend("cpu"), torch.device("cpu"), False))
     torch.set_num_threads(before)
     for result in results[1:]:
         assert all(torch.equal(result[name], results[0][name]) for name in result)
 
 
-@pytest.mark.usefixtures("native")
-def test_the_registered_operations_keep_pytorchs_rules() -> None:
+@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_halves_are_rounded_once(backend, device, dtype) -> None:
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("Triton's interpreter rounds to bf16 wrongly")
+    problem = LayerNormProblem.random(2, 37, 40)
+    problem.x, problem.dy = (t.to(dtype).float() for t in (problem.x, problem.dy))
+    expected, computed = problem.expected(True), problem.computed(backend, device, True, dtype)
+    for name, values in computed.items():
+        assert values.dtype == (dtype if name in ("y", "x") else torch.float32), name
+        rounded = expected[name].to(values.dtype).double()
+        bound = (rounded - expected[name]).abs().max() + 1e-4
+        assert (values.double().cpu() - expected[name]).abs().max() <= bound, name
+
+
+def test_results_repeat_bit_for_bit(backend, device) -> None:
+    problem = LayerNormProblem.random(2, 70, 40)
+    first, *others = (problem.computed(backend, device, False) for _ in range(5))
+    assert all(torch.equal(other[name], first[name]) for other in others for name in first)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_every_output_is_written(device) -> None:
+    problem = LayerNormProblem.random(2, 37, 39)
+    problem.check(problem.computed(fused_backend(device), device, False), False)
+
+
+@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
+@pytest.mark.parametrize("sizes", [(2, 3, 5000), (1, 530, 33)], ids=str)
+def test_more_than_a_programs_share(backend, device, sizes) -> None:
+    problem = LayerNormProblem.random(*sizes)
+    problem.check(problem.computed(backend, device, True), True)
+
+
+def test_the_registered_operations_keep_pytorchs_rules(device) -> None:
     problem = LayerNormProblem.random(2, 7, 40)
-    operands = (problem.x, problem.weight, problem.bias, *problem.masks)
-    torch.library.opcheck(torch.ops.harmodt.masked_layer_norm, (*operands, 1e-5))
-    _, statistics = torch.ops.harmodt.masked_layer_norm(*operands, 1e-5)
+    x, dy, *weights = (t.to(device) for t in (problem.x, problem.dy, problem.weight, problem.bias))
+    masks = [t.to(device) for t in problem.masks]
+    torch.library.opcheck(torch.ops.harmodt.masked_layer_norm, (x, *weights, *masks, 1e-5))
+    _, statistics = torch.ops.harmodt.masked_layer_norm(x, *weights, *masks, 1e-5)
     torch.library.opcheck(
-        torch.ops.harmodt.masked_layer_norm_gradient,
-        (problem.dy, problem.x, statistics, problem.weight, *problem.masks),
+        torch.ops.harmodt.masked_layer_norm_gradient, (dy, x, statistics, weights[0], *masks)
     )
+
+
+def test_compiles_to_one_graph(device) -> None:
+    problem = LayerNormProblem.random(2, 5, 40)
+    backend = fused_backend(device)
+    compiled = torch.compile(backend.masked_layer_norm, fullgraph=True, backend="aot_eager")
+    whole = replace(backend, masked_layer_norm=compiled)
+    problem.check(problem.computed(whole, device, False), False)
+
+
+@pytest.mark.usefixtures("native")
+def test_a_cpu_refuses_halves() -> None:
+    problem = LayerNormProblem.random(2, 7, 40)
+    with pytest.raises(TypeError, match=r"x is torch\.float16"):
+        masked_layer_norm(problem.x.half(), problem.weight, problem.bias, *problem.masks)
 
 
 @pytest.mark.usefixtures("native")

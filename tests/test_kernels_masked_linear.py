@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -249,18 +248,8 @@ def test_results_repeat_bit_for_bit(backend, device) -> None:
             assert torch.equal(values, first[name]), name
 
 
-def test_every_output_is_written(device, monkeypatch) -> None:
-    """Memory that PyTorch hands out holds NaN."""
-
-    def poisoned(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def poison(*args: object, **options: object) -> Tensor:
-            values = create(*args, **options)
-            return values.fill_(torch.nan) if values.is_floating_point() else values
-
-        return poison
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+@pytest.mark.usefixtures("poisoned_memory")
+def test_every_output_is_written(device) -> None:
     problem = LinearProblem.random(2, 63, 60, 37)
     computed = problem.computed(fused_backend(device), device, torch.float32)
     problem.check(computed, 2e-4)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..bits import words_for
 from ..masks import all_active, first_task
-from ..registration import register
+from ..registration import FLOATS, kernels_for, register
 
 
 def masked_layer_norm(
@@ -25,27 +25,30 @@ def masked_layer_norm(
 ) -> Tensor:
     """LayerNorm under the mask of each group's task: y[g] = normalised x[g] (w ⊙ M) + b ⊙ m.
 
-    The fused form of `reference.masked_layer_norm` for a CPU: one pass over x, in float32.
+    The fused form of `reference.masked_layer_norm`: one pass over x, in float32. Results repeat
+    bit for bit.
 
     Args:
-        x: float32 [G, R, d], one task per group; each row is normalised.
+        x: [G, R, d], one task per group; each row is normalised. float32, on a GPU float16 or
+            bfloat16 too.
         weight, bias: float32 [d].
         weight_bits, bias_bits: int32 [T, ceil(d / 32)], the masks of all tasks; or None where
             every weight and bias is active.
-        task_ids: int64 [G], the task of each group, below T; ids may repeat. Not read without
-            masks.
+        task_ids: int64 [G], the task of each group, below T; ids may repeat. A GPU does not check
+            them. Not read without masks.
         epsilon: added to the variance.
         group_gradients: two tensors [G, d] to which the backward pass writes the gradients of
             weight and bias of each group by itself; weight and bias then get none.
 
     Returns:
-        float32 [G, R, d].
+        [G, R, d], in the dtype of x.
 
     Raises:
-        TypeError: x, weight or bias is not float32, bits not int32 or task_ids not int64.
-        ValueError: shapes or strides do not fit together.
-        IndexError: there is no such task.
-        BackendUnavailable: there is no such kernel for the device.
+        TypeError: x is of another type, weight or bias not float32, bits not int32 or task_ids not
+            int64.
+        ValueError: shapes, strides or devices do not fit together.
+        IndexError: on a CPU, there is no such task.
+        BackendUnavailable: there are no fused kernels for the device.
     """
     if weight_bits is None:
         if bias_bits is not None:
@@ -93,8 +96,9 @@ def _check_operands(
 ) -> None:
     size, words = x.shape[-1], words_for(x.shape[-1])
     tasks = len(weight_bits)
+    taken = FLOATS if kernels_for(x.device) == "triton" else (torch.float32,)
     expected: list[tuple[str, Tensor, torch.dtype, tuple[int, ...] | None]] = [
-        ("x", x, torch.float32, None),
+        ("x", x, x.dtype if x.dtype in taken else torch.float32, None),
         ("weight", weight, torch.float32, (size,)),
         ("bias", bias, torch.float32, (size,)),
         ("weight_bits", weight_bits, torch.int32, (tasks, words)),
@@ -113,6 +117,8 @@ def _check_operands(
             )
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(f"{name} has strides {tensor.stride()}: the last must be 1")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}")
 
 
 class _MaskedLayerNorm(torch.autograd.Function):
@@ -151,12 +157,14 @@ class _MaskedLayerNorm(torch.autograd.Function):
 
 
 def _masked_layer_norm_fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(*x.shape[:2], 2)
+    return x.new_empty(x.shape), x.new_empty(*x.shape[:2], 2, dtype=torch.float32)
 
 
-def _gradient_fake(dy: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _gradient_fake(
+    dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     groups, size = dy.shape[0], dy.shape[2]
-    return torch.empty_like(dy), dy.new_empty(groups, size), dy.new_empty(groups, size)
+    return x.new_empty(x.shape), weight.new_empty(groups, size), weight.new_empty(groups, size)
 
 
 register(
@@ -165,7 +173,6 @@ register(
     "(Tensor x, Tensor weight, Tensor bias, Tensor weight_bits, Tensor bias_bits, "
     "Tensor task_ids, float epsilon) -> (Tensor y, Tensor statistics)",
     _masked_layer_norm_fake,
-    kernels=("cpu",),
 )
 register(
     __package__,
@@ -173,5 +180,4 @@ register(
     "(Tensor dy, Tensor x, Tensor statistics, Tensor weight, Tensor weight_bits, "
     "Tensor bias_bits, Tensor task_ids) -> (Tensor dx, Tensor of_weights, Tensor of_biases)",
     _gradient_fake,
-    kernels=("cpu",),
 )

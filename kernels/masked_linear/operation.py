@@ -9,9 +9,7 @@ from torch import Tensor
 
 from ..bits import words_for
 from ..masks import all_active, first_task
-from ..registration import register
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+from ..registration import FLOATS, register
 
 
 def masked_linear(
