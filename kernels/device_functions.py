@@ -1,4 +1,4 @@
-"""What several Triton kernels compute inside: expanding masks."""
+"""What several Triton kernels compute inside: expanding masks, drawing what dropout drops."""
 
 from __future__ import annotations
 
@@ -19,3 +19,23 @@ def masked_vector(values, bits, index, size):
     inside = index < size
     words = tl.load(bits + index // 32, mask=inside, other=0)
     return tl.where(((words >> (index % 32)) & 1) != 0, values, 0.0)
+
+
+@triton.jit
+def kept(place, seed, threshold, scale):
+    """`scale` where the element at a place is kept, else 0: as `dropout_add.h` draws on a CPU.
+
+    Args:
+        place: uint32; places count modulo 2³².
+        seed: of the draw.
+        threshold: probability of dropping, times 2³¹.
+        scale: 1 / (1 - probability of dropping).
+    """
+    draw = place * tl.cast(0x9E3779B1, tl.uint32) + tl.cast(seed, tl.uint32)
+    draw ^= draw >> 16
+    draw *= 0x7FEB352D
+    draw ^= draw >> 15
+    draw *= 0x846CA68B
+    draw ^= draw >> 16
+    dropped = (draw & 0x7FFFFFFF) < tl.cast(threshold, tl.uint32)
+    return tl.where(dropped, 0.0, tl.cast(scale, tl.float32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -31,3 +32,9 @@ def matmul_precision() -> str:
     `torch.set_float32_matmul_precision`.
     """
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def dropout_of(drop: float) -> tuple[int, float]:
+    """How kernels draw what is dropped: its probability times 2³¹, and the factor of the rest."""
+    rounded = float(np.float32(drop))  # as the CPU's kernels take it
+    return int(rounded * 2**31), 1 / (1 - rounded)

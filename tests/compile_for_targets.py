@@ -34,6 +34,7 @@ from triton.backends.compiler import GPUTarget
 
 import harmodt_kernels
 from harmodt_kernels import masked_adamw, masked_linear, registration, words_for
+from harmodt_kernels.dropout_add import dropout_add
 from harmodt_kernels.masked_layer_norm import masked_layer_norm
 
 OUTPUT = Path(__file__).parents[1] / "build" / "kernels.md"
@@ -202,6 +203,24 @@ def masked_layer_norm_case(precision: str, rows: int, size: int) -> Case:
     return Case(f"5 × {rows} rows of {size}", run, precision)
 
 
+def dropout_add_cases() -> Iterator[Case]:
+    for precision, size in itertools.product(("fp32", "bf16, fp32 weights"), (384_000, 39)):
+        yield dropout_add_case(precision, size)
+
+
+def dropout_add_case(precision: str, size: int) -> Case:
+    """A branch of 16 bits, where there is one, beside float32."""
+    dtype, _ = PRECISIONS[precision]
+
+    def run() -> None:
+        out = dropout_add(
+            torch.empty(size), torch.empty(size, dtype=dtype, requires_grad=True), 0.1
+        )
+        out.backward(torch.empty_like(out))
+
+    return Case(f"{size:,} elements", run, precision)
+
+
 def harmony_selection_cases() -> Iterator[Case]:
     # the model's 1.2 million weights and the paper's largest count, then other chunks and sizes
     for importance, rule in itertools.product(("fisher", "magnitude"), ("paper", "upstream-score")):
@@ -256,6 +275,7 @@ def masked_adamw_case(size: int) -> Case:
 CASES = {
     "masked_linear": masked_linear_cases,
     "masked_layer_norm": masked_layer_norm_cases,
+    "dropout_add": dropout_add_cases,
     "harmony_selection": harmony_selection_cases,
     "masked_adamw": masked_adamw_cases,
 }

@@ -18,10 +18,9 @@ from harmodt_kernels import (
     registration,
 )
 from harmodt_kernels.attention import attention
-from harmodt_kernels.dropout_add import dropout_add
 from harmodt_kernels.native import library
 
-ON_CPUS_ALONE = {"attention", "dropout_add"}
+ON_CPUS_ALONE = {"attention"}
 
 
 def test_importing_touches_neither_triton_nor_a_gpu() -> None:
@@ -68,8 +67,6 @@ def test_an_operation_without_a_kernel_there_says_so(device) -> None:
     x = torch.zeros(2, 3, 32, device=device)
     with pytest.raises(BackendUnavailable, match=r"attention has no kernel for a GPU: take"):
         attention(x[:, :, None, None].expand(2, 3, 3, 1, 32), slice(None), 0.0)
-    with pytest.raises(BackendUnavailable, match=r"dropout_add has no kernel for a GPU"):
-        dropout_add(x, x, 0.5)
 
 
 def products(device: torch.device) -> str:

@@ -1,18 +1,21 @@
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
+from conftest import DEVICE
 
+from harmodt_kernels import fused_backend
 from harmodt_kernels.dropout_add import dropout_add
-
-IMPLEMENTATIONS = ["reference", "pytorch", "cpu"]
+from harmodt_kernels.native import library
 
 
 @pytest.mark.parametrize("drop", [0.1, 0.75])
-def test_a_share_is_dropped_and_the_rest_rescaled(backend, drop) -> None:
+def test_a_share_is_dropped_and_the_rest_rescaled(backend, device, drop) -> None:
     torch.manual_seed(0)
-    x, branch = torch.randn(2, 3, 20_011, requires_grad=True), torch.ones(2, 3, 20_011)
-    branch.requires_grad_()
+    x = torch.randn(2, 3, 20_011, device=device, requires_grad=True)
+    branch = torch.ones(2, 3, 20_011, device=device, requires_grad=True)
     out = backend.dropout_add(x, branch, drop)
     added = out.detach() - x.detach()
     dropped = added.abs() < 0.5
@@ -28,8 +31,8 @@ def test_a_share_is_dropped_and_the_rest_rescaled(backend, drop) -> None:
     torch.testing.assert_close(branch.grad, torch.where(dropped, 0.0, d_out / (1 - drop)))
 
 
-def test_the_draw_follows_pytorchs_generator(backend) -> None:
-    operands = torch.zeros(1000), torch.ones(1000)
+def test_the_draw_follows_pytorchs_generator(backend, device) -> None:
+    operands = torch.zeros(1000, device=device), torch.ones(1000, device=device)
     torch.manual_seed(1)
     first, second = (backend.dropout_add(*operands, 0.5) for _ in range(2))
     torch.manual_seed(1)
@@ -37,30 +40,73 @@ def test_the_draw_follows_pytorchs_generator(backend) -> None:
     assert not torch.equal(first, second)
 
 
-def test_without_dropout_it_is_the_sum(backend) -> None:
-    x, branch = torch.randn(2, 1000)
+def test_without_dropout_it_is_the_sum(backend, device) -> None:
+    x, branch = torch.randn(2, 1000, device=device)
     assert torch.equal(backend.dropout_add(x, branch, 0.0), x + branch)
 
 
-@pytest.mark.usefixtures("native")
-def test_views_are_read_in_their_order() -> None:
-    x, branch = torch.randn(40, 30), torch.randn(30, 40)
+def test_views_are_read_in_their_order(device) -> None:
+    x, branch = torch.randn(40, 30, device=device), torch.randn(30, 40, device=device)
     torch.manual_seed(2)
     expected = dropout_add(x, branch.T.contiguous(), 0.5)
     torch.manual_seed(2)
     assert torch.equal(dropout_add(x, branch.T, 0.5), expected)
 
 
-@pytest.mark.usefixtures("native")
-def test_the_registered_operation_keeps_pytorchs_rules() -> None:
-    x, branch = torch.randn(2, 3, 70)
-    torch.library.opcheck(torch.ops.harmodt.dropout_add, (x, branch, 0.5, 7))
-    torch.library.opcheck(torch.ops.harmodt.dropout_add, (None, branch.T, 0.5, 7))
+@pytest.mark.parametrize("seed", [0, 1, 7, 2**31 - 1])
+def test_every_device_drops_the_same(seed) -> None:
+    pytest.importorskip("triton")
+    if library.why_missing() is not None:
+        pytest.skip("the CPU kernels were not built")
+    arguments = torch.randn(3, 1500), torch.randn(3, 1500), 0.3, seed, torch.float32
+    on_cpu, on_gpu = (
+        importlib.import_module(f"harmodt_kernels.dropout_add.{kind}").dropout_add
+        for kind in ("cpu", "triton")
+    )
+    tensors = [t.to(DEVICE) for t in arguments[:2]]
+    computed = on_gpu(*tensors, *arguments[2:])
+    assert computed.unique().numel() > 4000
+    torch.testing.assert_close(computed.cpu(), on_cpu(*arguments), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
+@pytest.mark.parametrize("of_branch", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("of_x", [None, torch.float32], ids=str)
+def test_halves_are_rounded_once(backend, device, of_x, of_branch) -> None:
+    if of_branch == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("Triton's interpreter rounds to bf16 wrongly")
+    x, branch, dy = torch.randn(3, 2, 700, device=device)
+    x, branch = x.to(of_x or of_branch).requires_grad_(), branch.to(of_branch).requires_grad_()
+    results = []
+    for exact in (True, False):
+        torch.manual_seed(3)
+        leaves = (
+            [t.detach().float().requires_grad_() for t in (x, branch)] if exact else (x, branch)
+        )
+        out = backend.dropout_add(*leaves, 0.25)
+        out.backward(dy.to(of_x or of_branch).to(out))
+        results.append((out, leaves[0].grad, leaves[1].grad))
+    for expected, computed, dtype in zip(*results, (x.dtype, x.dtype, of_branch), strict=True):
+        assert computed.dtype == dtype and torch.equal(computed, expected.to(dtype))
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_every_output_is_written(device) -> None:
+    x, branch = torch.randn(2, 1027, device=device)
+    assert fused_backend(device).dropout_add(x, branch, 0.5).isfinite().all()
+
+
+def test_the_registered_operation_keeps_pytorchs_rules(device) -> None:
+    x, branch = torch.randn(2, 3, 70, device=device)
+    settings = 0.5, 7, torch.float32
+    torch.library.opcheck(torch.ops.harmodt.dropout_add, (x, branch, *settings))
+    torch.library.opcheck(torch.ops.harmodt.dropout_add, (None, branch.T, *settings))
 
 
 @pytest.mark.usefixtures("native")
 def test_operands_that_do_not_fit_are_named() -> None:
-    with pytest.raises(TypeError, match=r"branch is torch\.float64"):
-        dropout_add(torch.zeros(3), torch.zeros(3, dtype=torch.float64), 0.5)
+    for dtype in (torch.float64, torch.float16):
+        with pytest.raises(TypeError, match=f"branch is {dtype}"):
+            dropout_add(torch.zeros(3), torch.zeros(3, dtype=dtype), 0.5)
     with pytest.raises(ValueError, match=r"x \[3\] and branch \[4\]"):
         dropout_add(torch.zeros(3), torch.zeros(4), 0.5)

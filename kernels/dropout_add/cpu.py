@@ -8,9 +8,11 @@ from torch import Tensor
 from ..native.library import library, pointer, threads
 
 
-def dropout_add(x: Tensor | None, branch: Tensor, drop: float, seed: int) -> Tensor:
+def dropout_add(
+    x: Tensor | None, branch: Tensor, drop: float, seed: int, dtype: torch.dtype
+) -> Tensor:
     x, branch = None if x is None else x.contiguous(), branch.contiguous()
-    out = torch.empty_like(branch)
+    out = torch.empty_like(branch, dtype=dtype)
     operands = map(pointer, (x, branch, out))
     library().harmodt_dropout_add(branch.numel(), *operands, drop, seed, threads())
     return out

@@ -1,0 +1,61 @@
+"""Triton kernel of the residual connection with dropout."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..device_functions import kept
+from ..launch import dropout_of, launch
+
+# Elements of one program: two loads of 16 bytes for each thread and operand in float32.
+BLOCK = 1024
+NUM_WARPS = 4
+
+
+@triton.jit(do_not_specialize=["seed", "threshold"])
+def dropout_add_kernel(
+    branch,  # [size]
+    x,  # [size], or None
+    out,  # [size]
+    size,
+    seed,
+    threshold,
+    scale,
+    HAS_X: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out of some elements. A launch takes no structures: what a kernel needs is an argument."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    result = tl.load(branch + place, mask=inside).to(tl.float32)
+    result *= kept(place.to(tl.uint32), seed, threshold, scale)
+    if HAS_X:
+        result += tl.load(x + place, mask=inside).to(tl.float32)
+    tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
+
+
+def dropout_add(
+    x: Tensor | None, branch: Tensor, drop: float, seed: int, dtype: torch.dtype
+) -> Tensor:
+    x, branch = None if x is None else x.contiguous(), branch.contiguous()
+    out = torch.empty(branch.shape, dtype=dtype, device=branch.device)
+    threshold, scale = dropout_of(drop)
+    launch(
+        dropout_add_kernel,
+        (triton.cdiv(branch.numel(), BLOCK),),
+        branch=branch,
+        x=x,
+        out=out,
+        size=branch.numel(),
+        seed=seed,
+        threshold=threshold,
+        scale=scale,
+        HAS_X=x is not None,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )
+    return out
