@@ -3,9 +3,8 @@
 Installed as the package `harmodt_kernels`. Each operation has a folder: `reference.py` is its
 definition in plain PyTorch, `pytorch.py` a quicker way in PyTorch where there is one,
 `operation.py` the fused operation as PyTorch sees it, `triton.py` its kernels for GPUs, `cpu.py`
-its way to the C++ loops beside it, and `module.py` the layer. Attention, LayerNorm and residual
-dropout are fused on CPUs alone. A `Backend` holds all operations of one implementation; the
-functions named here are the fused ones.
+its way to the C++ loops beside it, and `module.py` the layer. A `Backend` holds all operations of
+one implementation; the functions named here are the fused ones.
 """
 
 from .backend import PYTORCH, REFERENCE, Backend, fused_backend

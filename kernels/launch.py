@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
@@ -25,12 +26,14 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         kernel[grid](**arguments)
 
 
-def matmul_precision() -> str:
-    """How float32 products are computed: "tf32" where PyTorch is told so, else "ieee".
+def precision_of(x: Tensor) -> str:
+    """How products of x are computed: "half" of 16-bit numbers, "tf32" where PyTorch is told so.
 
-    The switch is PyTorch's own: `torch.backends.cuda.matmul.fp32_precision` or
+    Else it is "ieee". The switch is PyTorch's own: `torch.backends.cuda.matmul.fp32_precision` or
     `torch.set_float32_matmul_precision`.
     """
+    if x.dtype != torch.float32:
+        return "half"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 

@@ -34,6 +34,7 @@ from triton.backends.compiler import GPUTarget
 
 import harmodt_kernels
 from harmodt_kernels import masked_adamw, masked_linear, registration, words_for
+from harmodt_kernels.attention import attention
 from harmodt_kernels.dropout_add import dropout_add
 from harmodt_kernels.masked_layer_norm import masked_layer_norm
 
@@ -42,10 +43,16 @@ PROCESSES = 2
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+
+# Those for which Triton compiles as for another, but that have less shared memory.
+ALIKE = ("sm_86", "sm_89", "sm_120")
 
 # In PTX and in AMD's assembly; wide loads are of 16 bytes or more per thread.
 INSTRUCTIONS = {
@@ -75,11 +82,16 @@ TRAINING = ("fp32", "tf32", "bf16, fp32 weights")
 
 
 class Case(NamedTuple):
-    """A use of an operation, such as those of the model."""
+    """A use of an operation, such as those of the model.
+
+    Attributes:
+        largest: whether its tiles are the largest there are. `ALIKE` gets these cases alone.
+    """
 
     use: str
     run: Callable[[], object]
     precision: str = "fp32"
+    largest: bool = False
 
 
 @dataclass
@@ -121,10 +133,11 @@ def masked_linear_cases() -> Iterator[Case]:
     small, large = (5, 600, 128, 512), (5, 4800, 256, 1024)
     for precision in PRECISIONS:
         if precision in TRAINING:
-            for d, rows in itertools.product((128, 256), (600, 4800)):
+            for d, rows in ((128, 600), (256, 4800)):
                 yield masked_linear_case(precision, (5, rows, d, 3 * d))
                 yield masked_linear_case(precision, (5, rows, d, d))
-                yield masked_linear_case(precision, (5, rows, d, 4 * d), relu=True)
+                case = masked_linear_case(precision, (5, rows, d, 4 * d), relu=True)
+                yield case._replace(largest=d == 256)
                 yield masked_linear_case(precision, (5, rows, 4 * d, d))
             yield masked_linear_case(precision, small, relu=True, group_gradients=True)
             yield masked_linear_case(precision, small, no_bias=True)
@@ -184,7 +197,7 @@ def masked_linear_case(
 
 def masked_layer_norm_cases() -> Iterator[Case]:
     for size, precision in itertools.product((128, 256), ("fp32", "bf16, fp32 weights")):
-        yield masked_layer_norm_case(precision, 600, size)
+        yield masked_layer_norm_case(precision, 600, size)._replace(largest=size == 256)
     yield masked_layer_norm_case("fp32", 75, 39)
 
 
@@ -203,9 +216,31 @@ def masked_layer_norm_case(precision: str, rows: int, size: int) -> Case:
     return Case(f"5 × {rows} rows of {size}", run, precision)
 
 
+def attention_cases() -> Iterator[Case]:
+    for precision, size in itertools.product(TRAINING, (16, 64, 128)):
+        yield attention_case(precision, 75, size)._replace(largest=size > 16)
+    yield attention_case("bf16, fp32 weights", 300, 20)
+
+
+def attention_case(precision: str, tokens: int, size: int) -> Case:
+    """Forward and backward pass with dropout, and acting with tokens of the past."""
+    dtype, _ = PRECISIONS[precision]
+
+    def run() -> None:
+        qkv = torch.empty(8, tokens, 3, 2, size, dtype=dtype, requires_grad=True)
+        out = attention(qkv, slice(1, None, 3), 0.1)
+        out.backward(torch.empty_like(out))
+        past = torch.empty(2, 8, 2, 15, size, dtype=dtype)
+        with torch.no_grad():
+            attention(qkv, slice(-1, None), 0.0, tuple(past))
+
+    return Case(f"8 × {tokens} tokens, heads of {size}", run, precision)
+
+
 def dropout_add_cases() -> Iterator[Case]:
-    for precision, size in itertools.product(("fp32", "bf16, fp32 weights"), (384_000, 39)):
-        yield dropout_add_case(precision, size)
+    for precision in ("fp32", "bf16, fp32 weights"):
+        yield dropout_add_case(precision, 384_000)._replace(largest=True)
+    yield dropout_add_case("fp32", 39)
 
 
 def dropout_add_case(precision: str, size: int) -> Case:
@@ -224,7 +259,8 @@ def dropout_add_case(precision: str, size: int) -> Case:
 def harmony_selection_cases() -> Iterator[Case]:
     # the model's 1.2 million weights and the paper's largest count, then other chunks and sizes
     for importance, rule in itertools.product(("fisher", "magnitude"), ("paper", "upstream-score")):
-        yield harmony_selection_case(5, WEIGHTS, 100, importance, rule)
+        case = harmony_selection_case(5, WEIGHTS, 100, importance, rule)
+        yield case._replace(largest=(importance, rule) == ("fisher", "paper"))
     for tasks, size, count in ((50, WEIGHTS, 1), (5, WEIGHTS, 10_000), (1, 96, 1), (3, 96, 9)):
         yield harmony_selection_case(tasks, size, count, "fisher", "paper")
 
@@ -253,7 +289,7 @@ def harmony_selection_case(tasks: int, size: int, count: int, importance: str, r
 
 def masked_adamw_cases() -> Iterator[Case]:
     for size in (1_300_000, 39, 1):
-        yield masked_adamw_case(size)
+        yield masked_adamw_case(size)._replace(largest=size > 39)
 
 
 def masked_adamw_case(size: int) -> Case:
@@ -275,6 +311,7 @@ def masked_adamw_case(size: int) -> Case:
 CASES = {
     "masked_linear": masked_linear_cases,
     "masked_layer_norm": masked_layer_norm_cases,
+    "attention": attention_cases,
     "dropout_add": dropout_add_cases,
     "harmony_selection": harmony_selection_cases,
     "masked_adamw": masked_adamw_cases,
@@ -324,6 +361,8 @@ def compile_operation(operation: str, target: str) -> Compilation:
     switch = torch.backends.cuda.matmul
     usual = switch.fp32_precision
     for case in CASES[operation]():
+        if target in ALIKE and not case.largest:
+            continue
         switch.fp32_precision = "tf32" if case.precision == "tf32" else "ieee"
         try:
             case.run()

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from conftest import DEVICE, IMPLEMENTATIONS
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import attention_by_loops, attention_operands
 from torch import Tensor
 
+from harmodt_kernels import PYTORCH, REFERENCE, Backend, fused_backend
 from harmodt_kernels.attention import attention, reference
-
-IMPLEMENTATIONS = ["reference", "pytorch", "cpu"]
+from harmodt_kernels.native import library
 
 SIZES = [
     (3, 75, 8, 16),
@@ -35,22 +38,27 @@ def test_output_and_gradient_equal_loops(backend, device, queries, sizes) -> Non
     torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
 
 
-@settings(
-    max_examples=30,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],  # it keeps no state
-)
-@given(
-    tokens=st.integers(1, 70),
-    heads=st.integers(1, 3),
-    size=st.integers(1, 40),
-    first=st.integers(0, 5),
-    step=st.integers(1, 4),
-)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:], indirect=True)
-def test_equals_the_definition(backend, device, tokens, heads, size, first, step) -> None:
-    qkv = attention_operands(2, tokens, heads, size).to(device)
-    queries = slice(min(first, tokens - 1), None, step)
+def test_equals_the_definition(backend, device) -> None:
+    slow = backend.name == "triton-interpreter"
+
+    @settings(max_examples=6 if slow else 30, deadline=None)
+    @given(
+        tokens=st.integers(1, 70),
+        heads=st.integers(1, 3),
+        size=st.integers(1, 40),
+        first=st.integers(0, 5),
+        step=st.integers(1, 4),
+    )
+    def check(tokens: int, heads: int, size: int, first: int, step: int) -> None:
+        queries = slice(min(first, tokens - 1), None, step)
+        qkv = attention_operands(2, tokens, heads, size).to(device)
+        equals_the_definition(backend, qkv, queries)
+
+    check()
+
+
+def equals_the_definition(backend: Backend, qkv: Tensor, queries: slice) -> None:
     leaf, exact = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
     out = backend.attention(leaf, queries, 0.0)
     expected = reference.attention(exact, queries, 0.0)
@@ -81,17 +89,81 @@ def test_weights_far_apart_do_not_overflow(backend, device) -> None:
     torch.testing.assert_close(computed, reference.attention(qkv, slice(None), 0.0))
 
 
+@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_halves_err_at_most_twice_as_much_as_pytorch(backend, device, dtype) -> None:
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("Triton's interpreter multiplies bf16 wrongly")
+    qkv = attention_operands(2, 40, 2, 20).to(device, dtype)
+    d_out = torch.randn(2, 40, 2, 20, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    results = []
+    for of, kind in ((REFERENCE, torch.float64), (PYTORCH, dtype), (backend, dtype)):
+        leaf = qkv.to(kind, copy=True).requires_grad_()
+        out = of.attention(leaf, slice(None), 0.0)
+        out.backward(d_out.to(kind))
+        assert out.dtype == leaf.grad.dtype == kind
+        results.append((out.detach().double(), leaf.grad.double()))
+    for exact, dense, computed in zip(*results, strict=True):
+        assert (computed - exact).abs().max() <= 2 * (dense - exact).abs().max()
+
+
+@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
+@pytest.mark.parametrize("size", [100, 128])
+def test_long_heads(backend, device, size) -> None:
+    qkv = attention_operands(1, 40, 1, size).to(device)
+    equals_the_definition(backend, qkv, slice(1, None, 3))
+
+
+def test_every_device_drops_the_same() -> None:
+    pytest.importorskip("triton")
+    if library.why_missing() is not None:
+        pytest.skip("the CPU kernels were not built")
+    qkv, settings = attention_operands(2, 40, 3, 16), (13, 1, 3, 0.3, 1)
+    past = tuple(torch.randn(2, 2, 3, 5, 16, generator=torch.Generator().manual_seed(0)))
+    results = []
+    for kind, device in (("cpu", "cpu"), ("triton", DEVICE)):
+        kernels = importlib.import_module(f"harmodt_kernels.attention.{kind}")
+        x = qkv.to(device)
+        out, log_sums = kernels.attention(x, None, None, *settings)
+        gradient = kernels.attention_gradient(torch.ones_like(out), x, out, log_sums, *settings)
+        acting, _ = kernels.attention(x, *(t.to(device) for t in past), *settings)
+        results.append([t.cpu() for t in (out, log_sums, gradient, acting)])
+    for of_cpu, of_gpu in zip(*results, strict=True):
+        torch.testing.assert_close(of_gpu, of_cpu, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("queries", [slice(None), slice(1, None, 3)], ids=str)
+def test_every_output_is_written(device, queries) -> None:
+    leaf = attention_operands(2, 37, 2, 20).to(device).requires_grad_()
+    out = fused_backend(device).attention(leaf, queries, 0.1)
+    out.sum().backward()
+    assert out.isfinite().all() and leaf.grad.isfinite().all()
+
+
+def test_results_repeat_bit_for_bit(backend, device) -> None:
+    qkv, results = attention_operands(1, 40, 2, 16).to(device), []
+    for _ in range(5):
+        torch.manual_seed(3)
+        leaf = qkv.clone().requires_grad_()
+        out = backend.attention(leaf, slice(None), 0.1)
+        out.sum().backward()
+        results.append((out, leaf.grad))
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
 def test_dropout_drops_its_share_and_rescales_the_rest(backend, device) -> None:
     tokens = 64
-    qkv = torch.zeros(200, tokens, 3, 1, tokens)  # equal weights, which the values make visible
+    qkv = torch.zeros(60, tokens, 3, 1, tokens)  # equal weights, which the values make visible
     qkv[:, :, 2, 0] = torch.eye(tokens)
     qkv = qkv.to(device)
     torch.manual_seed(0)
-    weights = backend.attention(qkv, slice(-1, None), 0.25)[:, 0, 0] * tokens  # [200, keys]
+    weights = backend.attention(qkv, slice(-1, None), 0.25)[:, 0, 0] * tokens  # [60, keys]
     dropped = weights == 0
-    assert dropped.double().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert dropped.double().mean().item() == pytest.approx(0.25, abs=0.03)
     torch.testing.assert_close(weights[~dropped], torch.full_like(weights[~dropped], 1 / 0.75))
-    assert len({tuple(row.tolist()) for row in dropped}) == 200
+    assert len({tuple(row.tolist()) for row in dropped}) == 60
     assert not torch.equal(backend.attention(qkv, slice(-1, None), 0.25)[:, 0, 0] == 0, dropped)
 
 
@@ -125,9 +197,8 @@ def test_threads_do_not_change_the_result() -> None:
         assert torch.equal(out, results[0][0]) and torch.equal(gradient, results[0][1])
 
 
-@pytest.mark.usefixtures("native")
-def test_the_registered_operations_keep_pytorchs_rules() -> None:
-    qkv = attention_operands(2, 7, 2, 16)
+def test_the_registered_operations_keep_pytorchs_rules(device) -> None:
+    qkv = attention_operands(1, 7, 1, 16).to(device)
     settings = (3, 0, 3, 0.0, 0)
     torch.library.opcheck(torch.ops.harmodt.attention, (qkv, None, None, *settings))
     past = qkv[:, :3, 1].transpose(1, 2).contiguous()
@@ -141,11 +212,14 @@ def test_the_registered_operations_keep_pytorchs_rules() -> None:
 @pytest.mark.usefixtures("native")
 def test_operands_that_do_not_fit_are_named() -> None:
     qkv = attention_operands(2, 7, 2, 16)
-    with pytest.raises(TypeError, match="float64"):
-        attention(qkv.double(), slice(None), 0.0)
+    for dtype in (torch.float64, torch.float16):
+        with pytest.raises(TypeError, match=f"qkv is {dtype}"):
+            attention(qkv.to(dtype), slice(None), 0.0)
     with pytest.raises(ValueError, match=r"qkv \[2, 7, 2, 2, 16\] must be \[B, T, 3, heads"):
         attention(qkv[:, :, :2], slice(None), 0.0)
     past = torch.zeros(2, 2, 3, 16)
+    with pytest.raises(TypeError, match=r"past is torch.float16 and qkv torch.float32"):
+        attention(qkv, slice(None), 0.0, (past.half(), past.half()))
     with pytest.raises(ValueError, match=r"past \[2, 2, 3, 16\], \[2, 2, 3, 8\]"):
         attention(qkv, slice(None), 0.0, (past, past[..., :8]))
     with pytest.raises(ValueError, match=r"past \[1, 2, 3, 16\], .* as qkv \[2, 7, 3, 2, 16\]"):

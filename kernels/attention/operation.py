@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..registration import register
+from ..registration import FLOATS, kernels_for, register
 
 
 def attention(
@@ -15,28 +15,29 @@ def attention(
 ) -> Tensor:
     """Scaled dot-product attention of some tokens of each sequence to themselves and those before.
 
-    The fused form of `reference.attention` for a CPU, in float32: scores live in a core's cache and
-    are computed again for the gradient. Which weights it drops is drawn from PyTorch's generator.
+    The fused form of `reference.attention`: scores never leave the chip and are computed again for
+    the gradient, and results repeat bit for bit. Which weights it drops follows from their place
+    and a seed, which PyTorch's generator of the CPU draws; it is the same on every device.
 
     Args:
-        qkv: float32 [B, T, 3, H, D], query, key and value of every token and head.
+        qkv: [B, T, 3, H, D], query, key and value of every token and head; float32, on a GPU
+            float16 or bfloat16 too.
         queries: those of the T tokens whose outputs are wanted, with a step above 0.
         drop: probability of dropping the weight of a key.
-        past: keys and values [B, H, P, D] of the tokens before these; P = 0 without. It is for
-            acting: with it there is no gradient.
+        past: keys and values [B, H, P, D] of the tokens before these, as qkv; P = 0 without. It is
+            for acting: with it there is no gradient.
 
     Returns:
-        [B, tokens wanted, H, D].
+        [B, tokens wanted, H, D], in the dtype of qkv. Sums are in float32; products of float32 are
+        in TF32 where PyTorch's own switch says so.
 
     Raises:
-        TypeError: qkv, or past, is not float32.
-        ValueError: shapes do not fit together, or a gradient is wanted through `past`.
-        BackendUnavailable: there is no such kernel for the device.
+        TypeError: qkv is of another type, or past of another than qkv.
+        ValueError: shapes or devices do not fit together, or a gradient is wanted through `past`.
+        BackendUnavailable: there are no fused kernels for the device.
     """
     keys, values = past or (None, None)
-    for tensor in (qkv, keys, values):
-        if tensor is not None and tensor.dtype != torch.float32:
-            raise TypeError(f"qkv or past is {tensor.dtype}, and the fused attention takes float32")
+    _check_types(qkv, keys, values)
     _check_shapes(qkv, keys, values)
     wanted = range(*queries.indices(qkv.shape[1]))
     seed = int(torch.randint(2**31, ())) if drop else 0
@@ -46,6 +47,19 @@ def attention(
             raise ValueError("attention to past tokens has no gradient: call it in torch.no_grad()")
         return torch.ops.harmodt.attention(qkv, keys, values, *settings)[0]
     return _Attention.apply(qkv.contiguous(), *settings)
+
+
+def _check_types(qkv: Tensor, keys: Tensor | None, values: Tensor | None) -> None:
+    taken = FLOATS if kernels_for(qkv.device) == "triton" else (torch.float32,)
+    if qkv.dtype not in taken:
+        raise TypeError(
+            f"qkv is {qkv.dtype}, and the fused attention takes {' or '.join(map(str, taken))}"
+        )
+    for tensor in (keys, values):
+        if tensor is not None and tensor.dtype != qkv.dtype:
+            raise TypeError(f"past is {tensor.dtype} and qkv {qkv.dtype}: they must be the same")
+        if tensor is not None and tensor.device != qkv.device:
+            raise ValueError(f"past is on {tensor.device} and qkv on {qkv.device}")
 
 
 def _check_shapes(qkv: Tensor, keys: Tensor | None, values: Tensor | None) -> None:
@@ -85,7 +99,10 @@ def _attention_fake(
     *settings: Any,
 ) -> tuple[Tensor, Tensor]:
     sequences, _, _, heads, size = qkv.shape
-    return qkv.new_empty(sequences, wanted, heads, size), qkv.new_empty(sequences, wanted, heads)
+    return (
+        qkv.new_empty(sequences, wanted, heads, size),
+        qkv.new_empty(sequences, wanted, heads, dtype=torch.float32),
+    )
 
 
 def _attention_gradient_fake(d_out: Tensor, qkv: Tensor, *_: Any) -> Tensor:
@@ -98,7 +115,6 @@ register(
     "(Tensor qkv, Tensor? past_keys, Tensor? past_values, int wanted, int first, "
     "int step, float drop, int seed) -> (Tensor out, Tensor log_sums)",
     _attention_fake,
-    kernels=("cpu",),
 )
 register(
     __package__,
@@ -106,5 +122,4 @@ register(
     "(Tensor d_out, Tensor qkv, Tensor out, Tensor log_sums, int wanted, int first, "
     "int step, float drop, int seed) -> Tensor",
     _attention_gradient_fake,
-    kernels=("cpu",),
 )

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device_functions import bits_of, masked_vector
-from ..launch import launch, matmul_precision
+from ..launch import launch, precision_of
 
 
 @triton.jit
@@ -542,10 +542,6 @@ def weight_gradient_tile(x: Tensor, outputs: int) -> tuple[str, Tile]:
     precision = precision_of(x)
     tiles = WEIGHT_GRADIENT[precision]
     return precision, largest_tile(tiles, ENOUGH // 2, 1, outputs, x.shape[2])
-
-
-def precision_of(x: Tensor) -> str:
-    return matmul_precision() if x.dtype == torch.float32 else "half"
 
 
 def largest_tile(
