@@ -21,8 +21,8 @@ class LayerMasks:
         bias_bits: int32 [T, ceil(N / 32)], or None without a bias or without masks.
         task_ids: int64 [G], the task of each group; it is not read without masks.
         group_gradients: tensors [G, N, K] and [G, N] (of a LayerNorm both [G, d]; None without a
-            bias) to which a backward pass writes the gradient of each group by itself; weight and
-            bias then get none.
+            bias) to which a backward pass writes the gradient of each group by itself, or of one
+            row, [1, ...], to which it writes their sum; weight and bias then get none.
     """
 
     weight_bits: Tensor | None
@@ -45,8 +45,8 @@ def copies_of_groups(
         bits: int32 [T, ..., ceil(K / 32)], or None for no masks.
         task_ids: int64 [G], or None for no masks.
         groups: G.
-        gradient: [G, ..., K], to which a backward pass writes that of each copy, which then does
-            not reach `values`.
+        gradient: [G, ..., K], to which a backward pass writes that of each copy, or [1, ..., K],
+            to which it writes their sum; it does not reach `values` then.
 
     Returns:
         [G, ..., K].
@@ -56,7 +56,7 @@ def copies_of_groups(
         copies = copies.detach().requires_grad_()
 
         def write(of_copies: Tensor) -> None:
-            gradient.copy_(of_copies)
+            gradient.copy_(of_copies.sum_to_size(gradient.shape))
 
         copies.register_hook(write)
     if bits is None:

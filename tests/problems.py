@@ -113,10 +113,12 @@ class LinearProblem:
         relu: bool = False,
         autocast: bool = False,
         of_groups: bool = False,
+        in_place: bool = False,
     ) -> dict[str, Tensor]:
         """The same by a backend, on views such as the model's: all rows padded to whole words.
 
-        Each keyword is a choice that some test makes by itself.
+        Each keyword is a choice that some test makes by itself: the gradients of weight and bias of
+        each group (`of_groups`) or their sums (`in_place`) are written where the layer is told to.
         """
         weight_dtype = weight_dtype or dtype
         x = torch.from_numpy(self.x).to(device, dtype).requires_grad_()
@@ -127,9 +129,11 @@ class LinearProblem:
         task_ids = torch.from_numpy(self.task_ids).to(device)
         masks = (weight_bits, bias_bits if bias else None, task_ids)
         groups, outputs, inputs = len(self.x), *self.weight.shape
-        vectors = torch.full((groups, outputs, words_for(inputs) * 32 + 64), torch.nan)
+        rows = groups if of_groups else 1
+        vectors = torch.full((rows, outputs, words_for(inputs) * 32 + 64), torch.nan)
         weight_out = vectors.to(device, weight_dtype)[..., :inputs]
-        bias_out = torch.full((groups, outputs), torch.nan, device=device, dtype=weight_dtype)
+        bias_out = torch.full((rows, outputs), torch.nan, device=device, dtype=weight_dtype)
+        out = (weight_out, bias_out if bias else None) if of_groups or in_place else None
         casting = torch.autocast(device.type, torch.bfloat16)
         with casting if autocast else contextlib.nullcontext():
             y = backend.masked_linear(
@@ -138,7 +142,7 @@ class LinearProblem:
                 b if bias else None,
                 *(masks if self.masked else (None, None, None)),
                 relu=relu,
-                group_gradients=(weight_out, bias_out if bias else None) if of_groups else None,
+                group_gradients=out,
             )
         y.backward(torch.from_numpy(self.output_gradient).to(device, y.dtype))
         if of_groups:
@@ -149,6 +153,9 @@ class LinearProblem:
                 "weight_of_groups": weight_out,
                 "bias_of_groups": bias_out,
             }
+        if in_place:
+            assert flat.grad is None and b.grad is None
+            return {"y": y.detach(), "x": x.grad, "weight": weight_out[0], "bias": bias_out[0]}
         weight_gradient = flat.grad[:, :inputs]
         return {"y": y.detach(), "x": x.grad, "weight": weight_gradient, "bias": b.grad}
 
@@ -212,20 +219,27 @@ class LayerNormProblem:
         device: torch.device,
         of_groups: bool,
         dtype: torch.dtype = torch.float32,
+        in_place: bool = False,
     ) -> dict[str, Tensor]:
-        """The output and the gradients; of weight and bias those of each group, or summed."""
+        """The output and the gradients; of weight and bias those of each group, or summed.
+
+        Sums are written to where the layer is told to (`in_place`), or left to autograd.
+        """
         x = self.x.to(device, dtype)
         leaves = [
             t.clone().requires_grad_() for t in (x, self.weight.to(device), self.bias.to(device))
         ]
-        out = torch.full((2, *self.x.shape[::2]), torch.nan, device=device)
+        groups, _, size = self.x.shape
+        out = torch.full((2, groups if of_groups else 1, size), torch.nan, device=device)
         masks = [t.to(device) for t in self.masks] if self.masked else (None, None, None)
         y = backend.masked_layer_norm(
-            *leaves, *masks, group_gradients=tuple(out) if of_groups else None
+            *leaves, *masks, group_gradients=tuple(out) if of_groups or in_place else None
         )
         y.backward(self.dy.to(y))
-        assert not of_groups or (leaves[1].grad is None and leaves[2].grad is None)
-        d_weight, d_bias = out if of_groups else (leaves[1].grad, leaves[2].grad)
+        d_weight, d_bias = leaves[1].grad, leaves[2].grad
+        if of_groups or in_place:
+            assert d_weight is None and d_bias is None
+            d_weight, d_bias = out if of_groups else out[:, 0]
         return {"y": y.detach(), "x": leaves[0].grad, "weight": d_weight, "bias": d_bias}
 
     def expected(self, of_groups: bool) -> dict[str, Tensor]:

@@ -22,6 +22,15 @@ def test_equals_the_formulas(backend, device, sizes, masked, of_groups) -> None:
     problem.check(problem.computed(backend, device, of_groups), of_groups)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_sums_of_gradients_written_in_place(backend, device, groups, masked) -> None:
+    problem = LayerNormProblem.random(groups, 9, 39)
+    if not masked:
+        problem.without_masks()
+    problem.check(problem.computed(backend, device, False, in_place=True), False)
+
+
 @settings(
     max_examples=30,
     deadline=None,

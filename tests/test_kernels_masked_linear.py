@@ -77,6 +77,16 @@ def test_gradients_of_each_group_by_itself(backend, device, sizes, relu) -> None
     problem.check(computed, 2e-4, relu)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("groups", [1, 6])
+def test_sums_of_gradients_written_in_place(backend, device, groups, masked) -> None:
+    problem = LinearProblem.random(groups, 40, 39, 35)  # on a GPU, of six groups in parts
+    if not masked:
+        problem.without_masks()
+    computed = problem.computed(backend, device, torch.float32, relu=True, in_place=True)
+    problem.check(computed, 2e-4, relu=True)
+
+
 @pytest.mark.parametrize("implementation", ["cpu"], indirect=True)
 def test_the_cpu_kernels_refuse_float16(backend, device) -> None:
     with pytest.raises(TypeError, match="x is float16"):

@@ -160,8 +160,10 @@ class SequenceLearner:
         """One optimiser step (Eq. 11) over some tasks."""
         batch, targets = self.sampler.sample(task_ids, rng)
         self.vector.gradient.zero_()
+        # Where the layers are fused, they write their gradients here; autograd would add them.
+        sums = self.vector.gradient[None] if self.setup.config.run.fused else None
         with self.execution.computing():
-            losses = self.losses(batch, targets, self.masks_of(batch.task_ids))
+            losses = self.losses(batch, targets, self.masks_of(batch.task_ids, sums))
             losses.mean().backward()
             norm = self.optimiser.step(step, self.active_bits(batch.task_ids))
         return StepResult(task_ids, losses.detach(), norm)

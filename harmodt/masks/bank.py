@@ -23,7 +23,8 @@ class TaskMasks:
         bits: int32 [T, P_m / 32], the masks of all tasks, or None for the dense model.
         task_ids: int64 [G], the task of each group.
         group_gradients: [G, P_m] or None. A backward pass writes each group's gradient of the
-            maskable weights to it by itself; those weights' own gradients then get nothing.
+            maskable weights to it by itself, or to [1, P_m] their sum; those weights' own gradients
+            then get nothing.
     """
 
     vector: ParameterVector

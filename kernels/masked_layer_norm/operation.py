@@ -38,7 +38,8 @@ def masked_layer_norm(
             them. Not read without masks.
         epsilon: added to the variance.
         group_gradients: two tensors [G, d] to which the backward pass writes the gradients of
-            weight and bias of each group by itself; weight and bias then get none.
+            weight and bias of each group by itself, or [1, d], to which it writes their sums;
+            weight and bias then get none.
 
     Returns:
         [G, R, d], in the dtype of x.
@@ -71,7 +72,8 @@ def _without_masks(
     group_gradients: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """The layer under a mask of all weights: of the batch as one group, or of each group."""
-    operands = x if group_gradients else x.flatten(0, 1)[None]
+    by_group = group_gradients and len(group_gradients[0]) == len(x)
+    operands = x if by_group else x.flatten(0, 1)[None]
     everything = all_active(weight.shape, x.device)
     y = masked_layer_norm(
         operands,
@@ -150,8 +152,8 @@ class _MaskedLayerNorm(torch.autograd.Function):
         )
         weight_out, bias_out = ctx.group_gradients
         if weight_out is not None:
-            weight_out.copy_(of_weights)
-            bias_out.copy_(of_biases)
+            weight_out.copy_(of_weights.sum_to_size(weight_out.shape))
+            bias_out.copy_(of_biases.sum_to_size(bias_out.shape))
             return dx, *[None] * 8
         return dx, of_weights.sum(0), of_biases.sum(0), *[None] * 6
 

@@ -89,7 +89,7 @@ def masked_linear_group_gradients(
     if weight_out.dtype != torch.float32:
         raise TypeError(f"group_gradients are {weight_out.dtype}: on a CPU they must be float32")
     out = WeightGradient(
-        per_group=True,
+        per_group=len(weight_out) == len(x),
         weight=pointer(weight_out),
         weight_group_stride=weight_out.stride(0),
         weight_row_stride=weight_out.stride(1),

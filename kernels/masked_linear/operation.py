@@ -41,7 +41,8 @@ def masked_linear(
             them. Not read without masks.
         relu: apply max(0, y) to the output.
         group_gradients: tensors [G, N, K] and [G, N] (None without a bias) to which the backward
-            pass writes the gradient of each group by itself; weight and bias then get none.
+            pass writes the gradient of each group by itself, or [1, N, K] and [1, N], to which it
+            writes their sum; weight and bias then get none.
 
     Returns:
         [G, R, N], in the dtype of x (under autocast, in the autocast dtype). Sums are in float32;
@@ -76,7 +77,8 @@ def _without_masks(
     group_gradients: tuple[Tensor, Tensor | None] | None,
 ) -> Tensor:
     """The layer under a mask of all weights: of the batch as one group, or of each group."""
-    operands = x if group_gradients else x.flatten(0, 1)[None]
+    by_group = group_gradients and len(group_gradients[0]) == len(x)
+    operands = x if by_group else x.flatten(0, 1)[None]
     y = masked_linear(
         operands,
         weight,
@@ -134,6 +136,7 @@ def _check_layout(
     if groups == 0:
         raise ValueError("x has no groups: give at least one")
     outputs, tasks = len(weight), len(weight_bits)
+    sums = 1 if weight_out is not None and len(weight_out) == 1 else groups
     if weight_out is not None and (bias is None) != (bias_out is None):
         raise ValueError("group_gradients must hold a bias gradient exactly if there is a bias")
     device = x.device
@@ -143,8 +146,8 @@ def _check_layout(
         ("weight_bits", weight_bits, (tasks, outputs, words_for(inputs))),
         ("bias_bits", bias_bits, (tasks, words_for(outputs))),
         ("task_ids", task_ids, (groups,)),
-        ("group_gradients[0]", weight_out, (groups, outputs, inputs)),
-        ("group_gradients[1]", bias_out, (groups, outputs)),
+        ("group_gradients[0]", weight_out, (sums, outputs, inputs)),
+        ("group_gradients[1]", bias_out, (sums, outputs)),
     ):
         if tensor is None:
             continue

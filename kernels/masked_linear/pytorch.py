@@ -73,7 +73,7 @@ class _MaskedLinear(torch.autograd.Function):
         if ctx.group_gradients is not None:
             for out, gradient in zip(ctx.group_gradients, (of_weights, of_biases), strict=True):
                 if gradient is not None:
-                    out.copy_(gradient)
+                    out.copy_(gradient.sum_to_size(out.shape))
             return dx, *[None] * 6
         d_bias = None if of_biases is None else of_biases.sum(0)
         return dx, of_weights.sum(0, dtype=ctx.dtype), d_bias, *[None] * 4

@@ -445,21 +445,11 @@ def masked_linear_weight_gradient(
     task_ids: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    groups, _, inputs = x.shape
     outputs = dy.shape[2]
-    groups_of_program = groups_per_program(x, outputs)
-    parts = max(1, triton.cdiv(groups, groups_of_program))
-    part_dtype = dtype if parts == 1 else torch.float32
-    weight_parts = torch.empty(parts, outputs, inputs, dtype=part_dtype, device=x.device)
-    bias_parts = torch.empty(
-        parts, 0 if bias_bits is None else outputs, dtype=part_dtype, device=x.device
-    )
-    launch_weight_gradient(
-        dy, y, x, weight_bits, bias_bits, task_ids, weight_parts, bias_parts, groups_of_program
-    )
-    if parts == 1:
-        return weight_parts[0], bias_parts[0]
-    return weight_parts.sum(0).to(dtype), bias_parts.sum(0).to(dtype)
+    weight_out = torch.empty(1, outputs, x.shape[2], dtype=dtype, device=x.device)
+    bias_out = torch.empty(1, 0 if bias_bits is None else outputs, dtype=dtype, device=x.device)
+    masked_linear_group_gradients(dy, y, x, weight_bits, bias_bits, task_ids, weight_out, bias_out)
+    return weight_out[0], bias_out[0]
 
 
 def masked_linear_group_gradients(
@@ -472,7 +462,22 @@ def masked_linear_group_gradients(
     weight_out: Tensor,
     bias_out: Tensor | None,
 ) -> None:
-    launch_weight_gradient(dy, y, x, weight_bits, bias_bits, task_ids, weight_out, bias_out, 1)
+    operands = dy, y, x, weight_bits, bias_bits, task_ids
+    groups, outputs = len(x), dy.shape[2]
+    if len(weight_out) == groups:
+        launch_weight_gradient(*operands, weight_out, bias_out, 1)
+        return
+    groups_of_program = groups_per_program(x, outputs)
+    parts = triton.cdiv(groups, groups_of_program)
+    if parts == 1:
+        launch_weight_gradient(*operands, weight_out, bias_out, groups_of_program)
+        return
+    weight_parts = torch.empty(parts, outputs, x.shape[2], device=x.device)
+    bias_parts = torch.empty(parts, 0 if bias_bits is None else outputs, device=x.device)
+    launch_weight_gradient(*operands, weight_parts, bias_parts, groups_of_program)
+    weight_out.copy_(weight_parts.sum(0, keepdim=True))
+    if bias_out is not None:
+        bias_out.copy_(bias_parts.sum(0, keepdim=True))
 
 
 def launch_weight_gradient(
