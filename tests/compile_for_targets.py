@@ -145,6 +145,8 @@ def masked_linear_cases() -> Iterator[Case]:
         else:
             yield masked_linear_case(precision, large, relu=True)
         yield masked_linear_case(precision, (4, 75, 39, 96), relu=True)
+    wide = masked_linear_case("bf16, fp32 weights", (1, 600, 1024, 1024), relu=True)
+    yield wide._replace(largest=True)
 
 
 def masked_linear_case(
@@ -196,8 +198,8 @@ def masked_linear_case(
 
 
 def masked_layer_norm_cases() -> Iterator[Case]:
-    for size, precision in itertools.product((128, 256), ("fp32", "bf16, fp32 weights")):
-        yield masked_layer_norm_case(precision, 600, size)._replace(largest=size == 256)
+    for precision in ("fp32", "bf16, fp32 weights"):
+        yield masked_layer_norm_case(precision, 600, 256)._replace(largest=True)
     yield masked_layer_norm_case("fp32", 75, 39)
 
 
@@ -217,9 +219,10 @@ def masked_layer_norm_case(precision: str, rows: int, size: int) -> Case:
 
 
 def attention_cases() -> Iterator[Case]:
-    for precision, size in itertools.product(TRAINING, (16, 64, 128)):
-        yield attention_case(precision, 75, size)._replace(largest=size > 16)
-    yield attention_case("bf16, fp32 weights", 300, 20)
+    yield attention_case("bf16, fp32 weights", 75, 16)
+    yield attention_case("fp32", 75, 64)
+    for precision in TRAINING:
+        yield attention_case(precision, 300, 128)._replace(largest=True)
 
 
 def attention_case(precision: str, tokens: int, size: int) -> Case:

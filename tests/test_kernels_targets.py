@@ -13,8 +13,12 @@ import pytest
 
 pytest.importorskip("triton")
 
-# Bytes of shared memory that a block can have.
-SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+# Bytes of shared memory that a block can have on every NVIDIA GPU since compute capability 8.0
+# (CUDA's programming guide, technical specifications), and on AMD's: tiles are the same everywhere.
+SHARED_MEMORY = {
+    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"), 99 << 10),
+    "gfx942": 64 << 10,
+}
 NVIDIA = [target for target in SHARED_MEMORY if target.startswith("sm_")]
 
 Compiled = dict[str, Any]
