@@ -103,9 +103,12 @@ def test_the_registered_operations_keep_pytorchs_rules(device) -> None:
     masks = [t.to(device) for t in problem.masks]
     torch.library.opcheck(torch.ops.harmodt.masked_layer_norm, (x, *weights, *masks, 1e-5))
     _, statistics = torch.ops.harmodt.masked_layer_norm(x, *weights, *masks, 1e-5)
-    torch.library.opcheck(
-        torch.ops.harmodt.masked_layer_norm_gradient, (dy, x, statistics, weights[0], *masks)
-    )
+    for groups in (1, 2):
+        out = (torch.zeros(groups, 40, device=device) for _ in range(2))
+        torch.library.opcheck(
+            torch.ops.harmodt.masked_layer_norm_gradient,
+            (dy, x, statistics, weights[0], *masks, *out),
+        )
 
 
 def test_compiles_to_one_graph(device) -> None:

@@ -7,7 +7,14 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
-from ..native.library import LayerNormShape, library, pointer, pointer_to_ids, threads
+from ..native.library import (
+    LayerNormShape,
+    WeightGradient,
+    library,
+    pointer,
+    pointer_to_ids,
+    threads,
+)
 
 
 def masked_layer_norm(
@@ -36,17 +43,26 @@ def masked_layer_norm_gradient(
     weight_bits: Tensor,
     bias_bits: Tensor,
     task_ids: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+    weight_out: Tensor,
+    bias_out: Tensor,
+) -> Tensor:
     dy, x = dy.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
-    of_weights, of_biases = (x.new_empty(len(x), x.shape[-1]) for _ in range(2))
+    out = WeightGradient(
+        per_group=len(weight_out) == len(x),
+        weight=pointer(weight_out),
+        weight_group_stride=weight_out.stride(0),
+        bias=pointer(bias_out),
+        bias_group_stride=bias_out.stride(0),
+    )
     shape = shape_of(x, weight_bits, bias_bits, task_ids)
     library().harmodt_masked_layer_norm_gradient(
         byref(shape),
-        *map(pointer, (dy, x, statistics, weight, dx, of_weights, of_biases)),
+        *map(pointer, (dy, x, statistics, weight, dx)),
+        byref(out),
         threads(),
     )
-    return dx, of_weights, of_biases
+    return dx
 
 
 def shape_of(

@@ -96,7 +96,7 @@ void layer_norm_gradient_of(const harmodt_layer_norm_shape& s, int64_t group, in
 // `sums` holds [groups][parts][2][size], parts of kPartRows rows.
 void masked_layer_norm_gradient(const harmodt_layer_norm_shape& s, const float* dy, const float* x,
                                 const float* statistics, const float* weight, float* dx,
-                                float* of_weights, float* of_biases, int threads) {
+                                const harmodt_weight_gradient& out, int threads) {
   int64_t parts = (s.rows + kPartRows - 1) / kPartRows;
   auto* sums = static_cast<float*>(scratch(sizeof(float) * s.groups * parts * 2 * s.size));
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -105,9 +105,10 @@ void masked_layer_norm_gradient(const harmodt_layer_norm_shape& s, const float* 
     layer_norm_gradient_of(s, group, first, smaller(s.rows, first + kPartRows), dy, x, statistics,
                            weight, dx, sums + item * 2 * s.size);
   }
-  for (int64_t group = 0; group < s.groups; ++group)
-    for (int64_t j = 0; j < s.size; j += kWidth) {
-      uint32_t inside = lanes_left(s.size - j);
+  for (int64_t j = 0; j < s.size; j += kWidth) {
+    uint32_t inside = lanes_left(s.size - j);
+    Vec all_gains{}, all_shifts{};
+    for (int64_t group = 0; group < s.groups; ++group) {
       Vec gain{}, shift{};
       for (int64_t part = group * parts; part < (group + 1) * parts; ++part) {
         gain += load(sums + part * 2 * s.size + j, inside);
@@ -115,9 +116,17 @@ void masked_layer_norm_gradient(const harmodt_layer_norm_shape& s, const float* 
       }
       gain = keep(gain, bits_at(weight_bits_of(s, group), j));
       shift = keep(shift, bits_at(bias_bits_of(s, group), j));
-      store(of_weights + group * s.size + j, gain, inside);
-      store(of_biases + group * s.size + j, shift, inside);
+      if (out.per_group) {
+        store(out.weight + group * out.weight_group_stride + j, gain, inside);
+        store(out.bias + group * out.bias_group_stride + j, shift, inside);
+      }
+      all_gains += gain;
+      all_shifts += shift;
     }
+    if (out.per_group) continue;
+    store(out.weight + j, all_gains, inside);
+    store(out.bias + j, all_shifts, inside);
+  }
 }
 
 }  // namespace

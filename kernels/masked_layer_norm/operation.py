@@ -59,6 +59,7 @@ def masked_layer_norm(
         raise ValueError("weight_bits needs bias_bits and task_ids: give all of them or none")
     _check_operands(x, weight, bias, weight_bits, bias_bits, task_ids)
     weight_out, bias_out = group_gradients or (None, None)
+    _check_outputs(len(x), weight, weight_out, bias_out)
     return _MaskedLayerNorm.apply(
         x, weight, bias, weight_bits, bias_bits, task_ids, epsilon, weight_out, bias_out
     )
@@ -123,6 +124,20 @@ def _check_operands(
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}")
 
 
+def _check_outputs(
+    groups: int, weight: Tensor, weight_out: Tensor | None, bias_out: Tensor | None
+) -> None:
+    for tensor in (weight_out, bias_out):
+        if tensor is None:
+            continue
+        right = tensor.shape in ((groups, len(weight)), (1, len(weight)))
+        if not right or tensor.dtype != torch.float32 or tensor.stride(-1) != 1:
+            raise ValueError(
+                f"group_gradients has {tensor.dtype} {list(tensor.shape)}: it must be float32, "
+                f"{[groups, len(weight)]} or {[1, len(weight)]}, with 1 as its last stride"
+            )
+
+
 class _MaskedLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -147,26 +162,22 @@ class _MaskedLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, of_weights, of_biases = torch.ops.harmodt.masked_layer_norm_gradient(
-            dy, *ctx.saved_tensors
-        )
+        gradient = torch.ops.harmodt.masked_layer_norm_gradient
         weight_out, bias_out = ctx.group_gradients
         if weight_out is not None:
-            weight_out.copy_(of_weights.sum_to_size(weight_out.shape))
-            bias_out.copy_(of_biases.sum_to_size(bias_out.shape))
-            return dx, *[None] * 8
-        return dx, of_weights.sum(0), of_biases.sum(0), *[None] * 6
+            return gradient(dy, *ctx.saved_tensors, weight_out, bias_out), *[None] * 8
+        weight = ctx.saved_tensors[2]
+        d_weight, d_bias = (weight.new_empty(1, len(weight)) for _ in range(2))
+        dx = gradient(dy, *ctx.saved_tensors, d_weight, d_bias)
+        return dx, d_weight[0], d_bias[0], *[None] * 6
 
 
 def _masked_layer_norm_fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(*x.shape[:2], 2, dtype=torch.float32)
 
 
-def _gradient_fake(
-    dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    groups, size = dy.shape[0], dy.shape[2]
-    return x.new_empty(x.shape), weight.new_empty(groups, size), weight.new_empty(groups, size)
+def _gradient_fake(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 register(
@@ -180,6 +191,6 @@ register(
     __package__,
     "masked_layer_norm_gradient",
     "(Tensor dy, Tensor x, Tensor statistics, Tensor weight, Tensor weight_bits, "
-    "Tensor bias_bits, Tensor task_ids) -> (Tensor dx, Tensor of_weights, Tensor of_biases)",
+    "Tensor bias_bits, Tensor task_ids, Tensor(a!) weight_out, Tensor(b!) bias_out) -> Tensor",
     _gradient_fake,
 )

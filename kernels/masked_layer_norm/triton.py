@@ -116,39 +116,42 @@ def masked_layer_norm_sums_kernel(
     weight_bits,  # int32 [tasks, words], weight_task_stride apart
     bias_bits,  # int32 [tasks, words], bias_task_stride apart
     task_ids,  # int64 [groups]
-    of_weights,  # [groups, size]
-    of_biases,  # [groups, size]
+    weight_out,  # [outs, size], weight_group_stride apart: of each group, or of all
+    bias_out,  # [outs, size], bias_group_stride apart
+    groups_of_out,
     tiles,
     size,
     weight_task_stride,
     bias_task_stride,
+    weight_group_stride,
+    bias_group_stride,
     PARTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The masked gradients of some gains and biases of one group, in a fixed order of sums.
+    """The masked gradients of some gains and biases, of one group or of all, in a fixed order.
 
     A launch takes no structures: what a kernel needs is an argument each.
     """
-    group = tl.program_id(0).to(tl.int64)
-    task = tl.load(task_ids + group)
+    out = tl.program_id(0).to(tl.int64)
     part, column = tl.arange(0, PARTS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     in_size = column < size
-    sums += group * tiles * 2 * size
-    gain = tl.zeros([PARTS, COLUMNS], tl.float32)
-    shift = tl.zeros([PARTS, COLUMNS], tl.float32)
-    for first in range(0, tiles, PARTS):
-        inside = (first + part < tiles)[:, None] & in_size[None, :]
-        place = (first + part)[:, None] * 2 * size + column[None, :]
-        gain += tl.load(sums + place, mask=inside, other=0.0)
-        shift += tl.load(sums + size + place, mask=inside, other=0.0)
-    weight_bits += task * weight_task_stride
-    bias_bits += task * bias_task_stride
-    d_gain = masked_vector(tl.sum(gain, 0), weight_bits, column, size)
-    d_shift = masked_vector(tl.sum(shift, 0), bias_bits, column, size)
-    of_weights += group * size + column
-    of_biases += group * size + column
-    tl.store(of_weights, d_gain.to(of_weights.dtype.element_ty), mask=in_size)
-    tl.store(of_biases, d_shift.to(of_biases.dtype.element_ty), mask=in_size)
+    d_gain = tl.zeros([COLUMNS], tl.float32)
+    d_shift = tl.zeros([COLUMNS], tl.float32)
+    for group in range(out * groups_of_out, (out + 1) * groups_of_out):
+        task = tl.load(task_ids + group)
+        gain = tl.zeros([PARTS, COLUMNS], tl.float32)
+        shift = tl.zeros([PARTS, COLUMNS], tl.float32)
+        for first in range(0, tiles, PARTS):
+            inside = (first + part < tiles)[:, None] & in_size[None, :]
+            place = (group * tiles + first + part)[:, None] * 2 * size + column[None, :]
+            gain += tl.load(sums + place, mask=inside, other=0.0)
+            shift += tl.load(sums + size + place, mask=inside, other=0.0)
+        gain_bits = weight_bits + task * weight_task_stride
+        shift_bits = bias_bits + task * bias_task_stride
+        d_gain += masked_vector(tl.sum(gain, 0), gain_bits, column, size)
+        d_shift += masked_vector(tl.sum(shift, 0), shift_bits, column, size)
+    tl.store(weight_out + out * weight_group_stride + column, d_gain, mask=in_size)
+    tl.store(bias_out + out * bias_group_stride + column, d_shift, mask=in_size)
 
 
 def masked_layer_norm(
@@ -197,14 +200,15 @@ def masked_layer_norm_gradient(
     weight_bits: Tensor,
     bias_bits: Tensor,
     task_ids: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+    weight_out: Tensor,
+    bias_out: Tensor,
+) -> Tensor:
     dy, x = dy.contiguous(), x.contiguous()
     groups, rows, size = x.shape
     block_r, block_d = block_of(size)
     tiles = triton.cdiv(rows, block_r)
     dx = torch.empty_like(x)
     sums = torch.empty(groups, tiles, 2, size, device=x.device)
-    of_weights, of_biases = (weight.new_empty(groups, size) for _ in range(2))
     launch(
         masked_layer_norm_gradient_kernel,
         (groups * tiles,),
@@ -226,23 +230,26 @@ def masked_layer_norm_gradient(
     )
     launch(
         masked_layer_norm_sums_kernel,
-        (groups, triton.cdiv(size, COLUMNS)),
+        (len(weight_out), triton.cdiv(size, COLUMNS)),
         sums=sums,
         weight_bits=weight_bits,
         bias_bits=bias_bits,
         task_ids=task_ids,
-        of_weights=of_weights,
-        of_biases=of_biases,
+        weight_out=weight_out,
+        bias_out=bias_out,
+        groups_of_out=groups // len(weight_out),
         tiles=tiles,
         size=size,
         weight_task_stride=weight_bits.stride(0),
         bias_task_stride=bias_bits.stride(0),
+        weight_group_stride=weight_out.stride(0),
+        bias_group_stride=bias_out.stride(0),
         PARTS=PARTS,
         COLUMNS=COLUMNS,
         num_warps=NUM_WARPS,
         enable_fp_fusion=True,
     )
-    return dx, of_weights, of_biases
+    return dx
 
 
 def block_of(size: int) -> tuple[int, int]:

@@ -138,10 +138,9 @@ void harmodt_masked_layer_norm(const harmodt_layer_norm_shape* shape, const floa
 
 void harmodt_masked_layer_norm_gradient(const harmodt_layer_norm_shape* shape, const float* dy,
                                         const float* x, const float* statistics,
-                                        const float* weight, float* dx, float* of_weights,
-                                        float* of_biases, int threads) {
-  in_use->masked_layer_norm_gradient(*shape, dy, x, statistics, weight, dx, of_weights, of_biases,
-                                     threads);
+                                        const float* weight, float* dx,
+                                        const harmodt_weight_gradient* out, int threads) {
+  in_use->masked_layer_norm_gradient(*shape, dy, x, statistics, weight, dx, *out, threads);
 }
 
 void harmodt_dropout_add(int64_t size, const float* x, const float* branch, float* out, float drop,

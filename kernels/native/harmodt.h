@@ -138,11 +138,11 @@ HARMODT_API void harmodt_attention_gradient(const harmodt_attention_shape* shape
 HARMODT_API void harmodt_masked_layer_norm(const harmodt_layer_norm_shape* shape, const float* x,
                                            const float* weight, const float* bias, float* y,
                                            float* statistics, int threads);
-// of_weights and of_biases are the gradients of each group, [groups][size], with its mask.
+// Gains are weights of one row.
 HARMODT_API void harmodt_masked_layer_norm_gradient(const harmodt_layer_norm_shape* shape,
                                                     const float* dy, const float* x,
                                                     const float* statistics, const float* weight,
-                                                    float* dx, float* of_weights, float* of_biases,
+                                                    float* dx, const harmodt_weight_gradient* out,
                                                     int threads);
 
 // out = x + branch, of `size` elements; those of the branch are dropped or divided by 1 - drop.

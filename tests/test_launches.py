@@ -1,0 +1,14 @@
+"""How many kernels a training step launches on a GPU: a step of so little arithmetic waits on it."""
+
+from __future__ import annotations
+
+import pytest
+from count_launches import step_launches
+
+
+@pytest.mark.parametrize(("groups", "dropout", "most"), [(1, 0.0, 229), (5, 0.1, 245)])
+def test_a_step_launches_no_more_kernels_than_it_did(groups, dropout, most) -> None:
+    of_triton, of_pytorch, reads = step_launches(groups, dropout)
+    assert of_triton["masked_linear_kernel"] == 24 and of_triton["attention_kernel"] == 6
+    assert sum(of_triton.values()) + sum(of_pytorch.values()) <= most
+    assert sum(reads.values()) == (18 if dropout else 0)  # seeds of dropout, drawn on the host
