@@ -14,7 +14,6 @@ import statistics
 import time
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from measuring import DEVICE, ON_GPU, fused, tiny
@@ -22,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from harmodt.algorithms import StepResult, preset
 from harmodt.data.store import DataStore
+from harmodt.draws import TRAIN, Draws
 from harmodt.settings import change
 from harmodt.training.trainer import Trainer
 from harmodt_kernels.native import library
@@ -107,9 +107,8 @@ def bench_train_step(benchmark, store: DataStore, path: str, dropout: float) -> 
 @pytest.mark.benchmark(group="training step, d = 128, 5 tasks x 8 windows")
 def bench_sampling(benchmark, store: DataStore) -> None:
     trainer = make_trainer(store, "reference")
-    rng = np.random.default_rng(0)
     sample = trainer.learner.sampler.sample
-    benchmark.pedantic(sample, args=(range(5), rng), rounds=100, warmup_rounds=5)
+    benchmark.pedantic(sample, args=(range(5), Draws(0, TRAIN, 0)), rounds=100, warmup_rounds=5)
 
 
 @pytest.mark.benchmark(group="mask update, 5 tasks")

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,16 +32,6 @@ class Steps(NamedTuple):
     valid: Tensor
 
 
-class StepArrays(NamedTuple):
-    """The same of one task in NumPy, [B, L, ...] or of any other leading shape."""
-
-    returns_to_go: np.ndarray
-    observations: np.ndarray
-    actions: np.ndarray
-    timesteps: np.ndarray
-    valid: np.ndarray
-
-
 class Batch(NamedTuple):
     """Windows of several tasks: `task_ids` int64 [G], and each window's prompt and history.
 
@@ -54,8 +43,21 @@ class Batch(NamedTuple):
     history: Steps
 
 
-def join(groups: Sequence[StepArrays], device: torch.device) -> Steps:
-    """The windows of several groups, each [B, L, ...], as tensors [G, B, L, ...] on a device."""
-    return Steps(
-        *(torch.from_numpy(np.stack(part)).to(device) for part in zip(*groups, strict=True))
-    )
+def move(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Copies of tensors on another device, made by a single transfer.
+
+    Nobody waits for a transfer to a GPU: what is computed there next comes after it.
+    """
+    sizes = [-(-tensor.nbytes // 8) * 8 for tensor in tensors]  # each begins at a multiple of 8
+    packed = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for to, tensor in zip(_unpack(packed, sizes, tensors), tensors, strict=True):
+        to.copy_(tensor)
+    return _unpack(packed.to(device, non_blocking=True), sizes, tensors)
+
+
+def _unpack(packed: Tensor, sizes: Sequence[int], like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of the parts of packed bytes, with the dtypes and shapes of some tensors."""
+    return [
+        part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for part, tensor in zip(packed.split(list(sizes)), like, strict=True)
+    ]

@@ -19,10 +19,10 @@ from harmodt.algorithms.optimiser import Optimiser
 from harmodt.checkpoint import Checkpoint, load_checkpoint
 from harmodt.config import AlgorithmSettings
 from harmodt.data.store import DataStore, TaskData
+from harmodt.draws import Draws, Seeds, below
 from harmodt.errors import UserError
 from harmodt.masks.vector import ParameterVector
 from harmodt.rundir import RunDirectory
-from harmodt.seeds import Seeds
 from harmodt.settings import Count
 
 
@@ -54,22 +54,21 @@ class ActorCritic:
             for name, vector in self.vectors.items()
         }
 
-    def train_step(
-        self, step: int, task_ids: Sequence[int], rng: np.random.Generator
-    ) -> StepResult:
+    def train_step(self, step: int, task_ids: Sequence[int], draws: Draws) -> StepResult:
         losses, norms = torch.zeros(len(task_ids)), []
         for name, network in self.networks.items():
             self.vectors[name].gradient.zero_()
-            of_tasks = torch.stack([self.loss(network, name, t, rng) for t in task_ids])
+            of_tasks = torch.stack([self.loss(network, name, t, draws) for t in task_ids])
             of_tasks.mean().backward()
             vector = self.vectors[name]
             norms.append(self.optimisers[name].step(step, vector.valid_bits()))
             losses += of_tasks.detach()
         return StepResult(task_ids, losses, torch.stack(norms).max())
 
-    def loss(self, network: nn.Module, name: str, task: int, rng: np.random.Generator) -> Tensor:
+    def loss(self, network: nn.Module, name: str, task: int, draws: Draws) -> Tensor:
         train = self.data[task].train
-        steps = rng.integers(len(train.rewards), size=8)
+        words = draws.words(torch.arange(8), group=task, block=len(name))[0]
+        steps = below(words, len(train.rewards)).numpy()
         wanted = train.actions[steps] if name == "actor" else train.rewards[steps, None] / 10
         inputs = torch.from_numpy(np.array(train.observations[steps]))
         return (network(inputs) - torch.from_numpy(np.array(wanted))).square().mean()

@@ -13,11 +13,13 @@ from safetensors.numpy import load_file, save_file
 from tiny import SPEC, TASKS, configure, make_episode, make_store, make_trainer
 
 from harmodt.algorithms.sequence import inputs_of
-from harmodt.batch import StepArrays, Steps
+from harmodt.batch import Steps
 from harmodt.config import TrainConfig
 from harmodt.data.inputs import Inputs, TaskConditioning, load_conditioning, save_conditioning
 from harmodt.data.store import DataStore, Episode, Episodes, TaskData
+from harmodt.data.trajectories import Trajectories
 from harmodt.data.windows import WindowSampler
+from harmodt.draws import TRAIN, Draws
 from harmodt.errors import UserError
 from harmodt.files import checksum
 from harmodt.policies.decision import DecisionPolicy
@@ -49,8 +51,15 @@ def make_inputs(data: TaskData, **changes: object) -> tuple[Inputs, TaskConditio
     return Inputs([conditioning], config.data, max_timesteps, config.own.prompts()), conditioning
 
 
-def places(prompts: StepArrays, episodes: Episodes) -> tuple[np.ndarray, np.ndarray]:
+def draw(inputs: Inputs, count: int, acting: bool = False) -> Steps:
+    """Prompts [1, count, K*] of the first task."""
+    task_ids, words = torch.tensor([0]), Draws(0, TRAIN, 0).words(torch.arange(count)[None])
+    return inputs.prompts(task_ids, *inputs.draw_prompts(task_ids, *words[:2], acting))
+
+
+def places(prompts: Steps, episodes: Episodes) -> tuple[np.ndarray, np.ndarray]:
     """Episode and first step [n] of prompts, which are checked to be consecutive steps of one."""
+    prompts = Steps(*(part[0].numpy() for part in prompts))
     order = np.argsort(episodes.returns_to_go)  # random rewards make each one unique
     found = np.searchsorted(episodes.returns_to_go[order], prompts.returns_to_go)
     indices = order[found]
@@ -73,22 +82,24 @@ def test_steps_are_normalised_scaled_clipped_and_counted(tmp_path: Path) -> None
     observations = np.tile(data.observation_mean.astype(np.float64), (2, 1))
     observations[1] += 0.005
     steps = inputs.steps(
-        0,
-        returns_to_go=np.array([1000.0, -5.0]),
-        observations=observations,
-        actions=np.array([[-1.5, -1, 0.25, 7]] * 2, np.float32),
-        timesteps=np.array([29, 31]),
-        valid=np.array([True, False]),
+        torch.tensor([0, 0]),
+        returns_to_go=torch.tensor([1000.0, -5.0], dtype=torch.float64),
+        observations=torch.from_numpy(observations),
+        actions=torch.tensor([[-1.5, -1, 0.25, 7]] * 2),
+        timesteps=torch.tensor([29, 31]),
+        valid=torch.tensor([True, False]),
     )
     np.testing.assert_allclose(steps.observations[0], 0, atol=1e-6)
-    assert steps.observations[1, 5] == pytest.approx(0.5, rel=1e-4)
-    assert steps.observations[1, 6] == pytest.approx(0.005 / data.observation_std[6], rel=1e-2)
+    assert steps.observations[1, 5].item() == pytest.approx(0.5, rel=1e-4)
+    assert steps.observations[1, 6].item() == pytest.approx(
+        0.005 / data.observation_std[6], rel=1e-2
+    )
     np.testing.assert_allclose(steps.returns_to_go, [2.0, -0.01], rtol=1e-6)
     assert steps.actions.tolist() == [[-1, -1, 0.25, 1]] * 2
     assert steps.timesteps.tolist() == [29, 29]
     assert steps.valid.tolist() == [True, False]
     for name in ("observations", "returns_to_go", "actions"):
-        assert getattr(steps, name).dtype == np.float32
+        assert getattr(steps, name).dtype == torch.float32
 
 
 def test_a_task_is_normalised_by_its_own_data(tmp_path: Path) -> None:
@@ -97,12 +108,15 @@ def test_a_task_is_normalised_by_its_own_data(tmp_path: Path) -> None:
     data = [store.task(name) for name in TASKS]
     tasks = [TaskConditioning.from_data(task, config) for task in data]
     inputs = Inputs(tasks, config.data, 50)
+    stored = Trajectories([task.train for task in data])
     for task in range(3):
-        episodes = data[task].train
-        indices = np.arange(len(episodes.observations))
-        steps = inputs.of_episodes(task, episodes, indices, np.ones(len(indices), bool))
-        np.testing.assert_allclose(steps.observations.mean(0), 0, atol=1e-5)
-        spread = np.delete(steps.observations.std(0), 5)
+        length = len(data[task].train.observations)
+        first, times = torch.tensor([[3 * task]]), torch.arange(length)[None, None]
+        valid = torch.ones(1, 1, length, dtype=torch.bool)
+        steps = inputs.of_episodes(stored, torch.tensor([task]), first, times, valid)
+        observations = steps.observations[0, 0].numpy()
+        np.testing.assert_allclose(observations.mean(0), 0, atol=1e-5)
+        spread = np.delete(observations.std(0), 5)
         np.testing.assert_allclose(spread, 1, rtol=1e-5)
 
 
@@ -123,7 +137,7 @@ def play(
     return histories, np.stack(actions)
 
 
-def check_same(observed: Steps, stored: StepArrays, row: int) -> None:
+def check_same(observed: Steps, stored: Steps, row: int) -> None:
     """They are equal bit for bit; the last action was not chosen yet."""
     for name, ours, theirs in zip(Steps._fields, observed, stored, strict=True):
         at = slice(None, -1) if name == "actions" else slice(None)
@@ -151,23 +165,23 @@ def test_an_observed_step_is_the_same_input_as_a_stored_one(store: DataStore) ->
         for r in range(2)
     ]  # fmt: skip
     inputs, context = inputs_of(trainer.setup), config.own.model.context_length
+    trajectories, first = Trajectories([played[0]] * 2 + [played[1]]), torch.tensor([[0], [2]])
     for time, history in enumerate(histories):
-        indices = np.arange(max(time - context + 1, 0), time + 1)
+        times = torch.arange(max(time - context + 1, 0), time + 1).expand(2, 1, -1)
+        valid = torch.ones(times.shape, dtype=torch.bool)
+        stored = inputs.of_episodes(trajectories, torch.from_numpy(tasks), first, times, valid)
         for row in range(2):
-            valid = np.ones(len(indices), bool)
-            stored = inputs.of_episodes(tasks[row], played[row], indices, valid)
-            check_same(history, stored, row)
+            check_same(history, Steps(*(part[row, 0] for part in stored)), row)
 
     data = [store.task(name) for name in store.tasks]
     for row in range(2):
         data[tasks[row]] = dataclasses.replace(data[tasks[row]], train=played[row])
     sampler = WindowSampler(data, inputs, context)
-    batch, _ = sampler.sample(tasks.tolist(), rng)
+    batch, _ = sampler.sample(tasks.tolist(), Draws(0, TRAIN, 0))
     scale = config.data.return_scale
     for row in range(2):
         ends = {float(history.returns_to_go[row, 0, -1] * scale): history for history in histories}
-        windows = [StepArrays(*(part[row, w].numpy() for part in batch.history))
-                   for w in range(200)]  # fmt: skip
+        windows = [Steps(*(part[row, w] for part in batch.history)) for w in range(200)]
         whole = [window for window in windows if window.valid.all()]
         found = {float(window.returns_to_go[-1] * np.float32(scale)) for window in whole}
         assert len(found) == length - context + 1
@@ -199,7 +213,7 @@ def test_prompts_are_the_best_episodes(tmp_path: Path, pool: int) -> None:
                 getattr(prompts, name)[ours : ours + lengths[old]],
                 getattr(data.prompts, name)[theirs : theirs + lengths[old]],
             )
-    drawn, _ = places(inputs.prompts(0, rng, 300), prompts)
+    drawn, _ = places(draw(inputs, 300), prompts)
     assert set(drawn.tolist()) == set(range(pool))
 
 
@@ -242,8 +256,8 @@ def test_the_target_is_the_best_return_or_the_one_given(tmp_path: Path) -> None:
 @pytest.mark.parametrize("acting", [False, True])
 def test_a_random_prompt_is_any_steps_of_one_episode(tmp_path: Path, acting: bool) -> None:
     inputs, conditioning = make_inputs(task_data(tmp_path / "store"), prompt_length=3)
-    drawn = inputs.prompts(0, np.random.default_rng(0), 500, acting)
-    assert drawn.valid.shape == (500, 3)
+    drawn = draw(inputs, 500, acting)
+    assert drawn.valid.shape == (1, 500, 3)
     found = set(zip(*map(np.ndarray.tolist, places(drawn, conditioning.prompts)), strict=True))
     lengths = conditioning.prompts.lengths
     assert found == {(e, start) for e in range(3) for start in range(lengths[e] - 2)}
@@ -256,14 +270,10 @@ def test_a_prompt_at_the_end_is_the_last_steps_and_of_the_best_episode_when_acti
         task_data(tmp_path / "store"), prompt_length=3, prompt_position="end"
     )
     lengths = conditioning.prompts.lengths
-    episodes, starts = places(
-        inputs.prompts(0, np.random.default_rng(0), 100), conditioning.prompts
-    )
+    episodes, starts = places(draw(inputs, 100), conditioning.prompts)
     assert set(episodes.tolist()) == {0, 1, 2}
     np.testing.assert_array_equal(starts, lengths[episodes] - 3)
-    episodes, starts = places(
-        inputs.prompts(0, np.random.default_rng(0), 100, acting=True), conditioning.prompts
-    )
+    episodes, starts = places(draw(inputs, 100, acting=True), conditioning.prompts)
     assert conditioning.prompts.returns[0] == conditioning.prompts.returns.max()
     assert set(episodes.tolist()) == {0}
     assert set(starts.tolist()) == {lengths[0] - 3}
@@ -273,8 +283,7 @@ def test_a_prompt_at_the_end_is_the_last_steps_and_of_the_best_episode_when_acti
 def test_a_prompt_can_be_a_whole_episode(tmp_path: Path, position: str) -> None:
     data = task_data(tmp_path / "store", prompt_lengths=(7,))
     inputs, conditioning = make_inputs(data, prompt_length=7, prompt_position=position)
-    drawn = inputs.prompts(0, np.random.default_rng(0), 20)
-    assert set(places(drawn, conditioning.prompts)[1].tolist()) == {0}
+    assert set(places(draw(inputs, 20), conditioning.prompts)[1].tolist()) == {0}
 
 
 def test_a_policy_asks_for_prompts_of_evaluation(store: DataStore) -> None:
@@ -298,15 +307,11 @@ def test_a_policy_asks_for_prompts_of_evaluation(store: DataStore) -> None:
         )
 
 
-@pytest.mark.parametrize("drop", [0.0, 0.3, 1.0])
-def test_actions_are_hidden_whole(drop: float) -> None:
-    inputs = Inputs([], configure(action_dropout=drop).data, 50)
-    actions = np.full((40, 50, 4), 0.5, np.float32)
-    seen = inputs.hide_actions(actions, np.random.default_rng(0))
-    assert seen.dtype == np.float32
-    hidden = (seen == 0).all(-1)
-    assert (seen[~hidden] == 0.5).all()
-    assert abs(hidden.mean() - drop) <= 5 * (drop * (1 - drop) / hidden.size) ** 0.5
+def test_actions_are_hidden_whole(tmp_path: Path) -> None:
+    inputs, _ = make_inputs(task_data(tmp_path / "store"), action_dropout=0.3)
+    actions, words = torch.full((3, 4), 0.5), torch.tensor([2**32 - 1, 0, 2**31])
+    seen = inputs.hide(actions, inputs.hidden(words))
+    assert seen.tolist() == [[0.5] * 4, [0] * 4, [0.5] * 4]
     assert (actions == 0.5).all()
 
 

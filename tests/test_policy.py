@@ -10,11 +10,12 @@ import torch
 from tiny import TASKS, configure, make_store, make_trainer
 
 from harmodt import load_policy
-from harmodt.batch import Batch, Steps, join
+from harmodt.batch import Batch, Steps
 from harmodt.checkpoint import save_checkpoint
 from harmodt.data.store import DataStore, Episode
 from harmodt.data.windows import WindowSampler
 from harmodt.data.writer import StoreWriter
+from harmodt.draws import TRAIN, Draws
 from harmodt.errors import UserError
 from harmodt.masks.bank import TaskMasks, vote
 from harmodt.policies.decision import DecisionPolicy
@@ -103,7 +104,7 @@ def test_the_history_is_a_window_of_the_same_trajectory(
     inputs = policy._inputs
     inputs.settings = change(inputs.settings, {"batch_per_task": 300})
     sampler = WindowSampler(data, inputs, 6)
-    batch, _ = sampler.sample((0, 1), np.random.default_rng(0))
+    batch, _ = sampler.sample((0, 1), Draws(0, TRAIN, 0))
     for row in range(2):
         found = set()
         for window in range(300):
@@ -159,8 +160,10 @@ def test_actions_are_those_of_forward_on_the_same_history(
             history = Steps(*(part[task, row // 2][None, None] for part in calls[time]))
             assert history.valid.sum() == lengths[row]
             alone = Steps(*(part[:, :, : lengths[row]] for part in history))
-            prompt = policy._inputs.prompts(task, np.random.default_rng(0), 1)
-            batch = Batch(torch.tensor([task]), join([prompt], torch.device("cpu")), alone)
+            words, inputs = torch.zeros(2, 1, 1, dtype=torch.int64), policy._inputs
+            task_ids = torch.tensor([task])
+            prompt = inputs.prompts(task_ids, *inputs.draw_prompts(task_ids, *words))
+            batch = Batch(task_ids, prompt, alone)
             masks = TaskMasks(policy.model.vector, policy.mask_bits, batch.task_ids)
             with torch.no_grad():
                 expected = policy.model(batch, masks)[0, 0, -1]

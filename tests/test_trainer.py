@@ -13,6 +13,7 @@ from harmodt.algorithms.optimiser import learning_rate
 from harmodt.batch import Batch, Steps
 from harmodt.checkpoint import Checkpoint
 from harmodt.data.store import DataStore
+from harmodt.draws import TRAIN, Draws
 from harmodt.errors import UserError
 from harmodt.training.trainer import Trainer
 
@@ -45,7 +46,7 @@ def equal(a: Trainer, b: Trainer) -> bool:
 
 
 def windows(trainer: Trainer, tasks: list[int], seed: int = 0) -> tuple[Batch, Tensor]:
-    return trainer.learner.sampler.sample(tasks, np.random.default_rng(seed))
+    return trainer.learner.sampler.sample(tasks, Draws(seed, TRAIN, 0))
 
 
 def test_the_loss_is_the_mean_over_valid_steps_and_components(store: DataStore) -> None:
@@ -70,7 +71,7 @@ def test_the_gradient_is_the_mean_of_the_masked_gradients(
 ) -> None:
     trainer = make_trainer(store, configure(tasks_per_step=3, gradient_clip=1e9, sparsity=0.5))
     draw = batch, targets = windows(trainer, [0, 1, 2])
-    monkeypatch.setattr(trainer.learner.sampler, "sample", lambda tasks, rng: draw)
+    monkeypatch.setattr(trainer.learner.sampler, "sample", lambda tasks, draws: draw)
     expected = {name: torch.zeros_like(p) for name, p in trainer.learner.model.named_parameters()}
     for task in range(3):
         copy = masked_copy(trainer.learner.model, trainer.learner.bank.bits[task])
@@ -138,7 +139,7 @@ def test_without_masks_a_step_is_pytorchs_adamw(
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.1)
     draws = [windows(trainer, [0, 2], seed) for seed in range(6)]
     monkeypatch.setattr(
-        trainer.learner.sampler, "sample", lambda tasks, rng: draws[trainer.step - 1]
+        trainer.learner.sampler, "sample", lambda tasks, of_step: draws[trainer.step - 1]
     )
     for step, (batch, targets) in enumerate(draws, 1):
         other.learner.vector.gradient.zero_()
@@ -218,7 +219,7 @@ def test_random_tasks_are_even_and_without_replacement(store: DataStore) -> None
     trainer = make_trainer(store)
     counts = np.zeros(3)
     for trainer.step in range(600):
-        tasks = trainer._choose_tasks(np.random.default_rng(trainer.step))
+        tasks = trainer._choose_tasks()
         assert len(set(tasks)) == 2
         counts[tasks] += 1
     assert np.abs(counts - 400).max() < 5 * (600 * 2 / 9) ** 0.5

@@ -8,12 +8,15 @@ import pytest
 import torch
 from tiny import TASKS, configure, make_store
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from harmodt.batch import Batch, Steps
+from harmodt.batch import Batch, Steps, move
 from harmodt.config import TrainConfig
 from harmodt.data.inputs import Inputs, TaskConditioning
 from harmodt.data.store import DataStore, Episodes
 from harmodt.data.windows import WindowSampler
+from harmodt.draws import MASKS, TRAIN, Draws, _key, philox
 from harmodt.errors import UserError
 
 
@@ -23,18 +26,23 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> DataStore:
     return make_store(tmp_path_factory.mktemp("data") / "store", lengths=(30, 8, 22))
 
 
-def make_sampler(store: DataStore, config: TrainConfig) -> WindowSampler:
+def make_sampler(
+    store: DataStore,
+    config: TrainConfig,
+    place: torch.device | None = None,
+    device: torch.device | str = "cpu",
+) -> WindowSampler:
     data, own = [store.task(name) for name in store.tasks], config.own
     conditioning = [TaskConditioning.from_data(task, config) for task in data]
-    inputs = Inputs(conditioning, config.data, own.model.max_timesteps, own.prompts())
-    return WindowSampler(data, inputs, own.model.context_length)
+    inputs = Inputs(conditioning, config.data, own.model.max_timesteps, own.prompts(), place)
+    return WindowSampler(data, inputs, own.model.context_length, device)
 
 
 def sample(
     store: DataStore, tasks: tuple[int, ...] = (0, 1, 2), seed: int = 0, **changes: object
 ) -> tuple[Batch, Tensor]:
     sampler = make_sampler(store, configure(**changes))
-    return sampler.sample(tasks, np.random.default_rng(seed))
+    return sampler.sample(tasks, Draws(seed, TRAIN, 0))
 
 
 def locate(episodes: Episodes, return_to_go: float) -> tuple[int, int]:
@@ -75,7 +83,7 @@ def test_windows_equal_a_loop_over_the_arrays(store: DataStore) -> None:
         batch_per_task=60, action_dropout=0.0, max_timesteps=25, return_scale=1.0,
         window_start_bias=1.0,
     )  # fmt: skip
-    batch, targets = make_sampler(store, config).sample((2, 0), np.random.default_rng(0))
+    batch, targets = make_sampler(store, config).sample((2, 0), Draws(0, TRAIN, 0))
     assert batch.task_ids.tolist() == [2, 0]
     assert batch.task_ids.dtype == batch.history.timesteps.dtype == torch.int64
     history = batch.history
@@ -134,6 +142,19 @@ def test_windows_start_at_a_power_of_a_uniform_number(tmp_path: Path, bias: floa
     assert ((counts - expected) ** 2 / expected).sum() < 96
 
 
+def test_a_start_is_the_square_of_a_uniform_number_in_integers(store: DataStore) -> None:
+    sampler = make_sampler(store, configure(window_start_bias=2.0))
+    words = Draws(0, TRAIN, 0).words(torch.arange(300)).flatten()
+    episodes = torch.arange(len(words)) % 9  # of lengths 30, 8 and 22
+    lengths = [(30, 8, 22)[episode % 3] for episode in episodes.tolist()]
+    expected = [word**2 * n >> 64 for word, n in zip(words.tolist(), lengths, strict=True)]
+    assert sampler._starts.draw(episodes, words).tolist() == expected
+    ends = sampler._starts.draw(
+        torch.tensor([0, 1, 2] * 2), torch.tensor([0, 2**32 - 1]).repeat_interleave(3)
+    )
+    assert ends.tolist() == [0, 0, 0, 29, 7, 21]
+
+
 def test_episodes_are_drawn_in_proportion_to_their_length(store: DataStore) -> None:
     count = 3000
     batch, _ = sample(store, (1,), batch_per_task=count, return_scale=1.0, prompt_length=1)
@@ -162,7 +183,7 @@ def test_action_dropout_hides_whole_actions_of_the_history(store: DataStore, dro
 
 def test_prompts_come_from_the_prompt_episodes(store: DataStore) -> None:
     config = configure(batch_per_task=100, return_scale=1.0)
-    batch, _ = make_sampler(store, config).sample((1, 2), np.random.default_rng(0))
+    batch, _ = make_sampler(store, config).sample((1, 2), Draws(0, TRAIN, 0))
     assert batch.prompt.valid.shape == (2, 100, 3)
     assert batch.prompt.valid.all()
     for group, task in enumerate((1, 2)):
@@ -200,15 +221,123 @@ def test_the_mtdt_variant_has_no_prompt(store: DataStore) -> None:
     assert sample(store, algorithm="mtdt")[0].prompt is None
 
 
-def test_a_draw_depends_on_the_generator_alone(store: DataStore) -> None:
+def test_a_draw_depends_on_seed_purpose_and_step_alone(store: DataStore) -> None:
     sampler = make_sampler(store, configure())
-    first = sampler.sample((0, 1), np.random.default_rng(4))
-    other = sampler.sample((0, 1), np.random.default_rng(5))
-    again = sampler.sample((0, 1), np.random.default_rng(4))
-    assert _equal(first, again)
-    assert not _equal(first, other)
+    first = sampler.sample((0, 1), Draws(4, TRAIN, 7))
+    assert _equal(first, sampler.sample((0, 1), Draws(4, TRAIN, 7)))
+    assert _equal(first, sampler.sample(torch.tensor([0, 1]), Draws(4, TRAIN, torch.tensor(7))))
+    for other in (Draws(5, TRAIN, 7), Draws(4, MASKS, 7), Draws(4, TRAIN, 8)):
+        assert not _equal(first, sampler.sample((0, 1), other))
+
+
+def test_windows_do_not_depend_on_the_other_tasks_and_windows(store: DataStore) -> None:
+    """So that several processes can share a step's tasks."""
+    draws, sizes = Draws(0, TRAIN, 3), {"context_length": 7, "prompt_length": 2}
+    sampler = make_sampler(store, configure(**sizes))
+    together = sampler.sample((2, 0, 1), draws)
+    for group, task in enumerate((2, 0, 1)):
+        alone = sampler.sample((task,), draws)
+        assert _equal(alone, _part(together, slice(group, group + 1)))
+    more, _ = make_sampler(store, configure(**sizes, batch_per_task=9)).sample((2, 0, 1), draws)
+    fewer, _ = together
+    for ours, theirs in zip(
+        (*fewer.history, *fewer.prompt), (*more.history, *more.prompt), strict=True
+    ):
+        assert torch.equal(ours, theirs[:, :4])
+    shorter = make_sampler(store, configure(context_length=3)).sample((2, 0, 1), draws)[0]
+    assert torch.equal(shorter.history.actions, fewer.history.actions[:, :, :3])
+
+
+@pytest.mark.parametrize("changes", [{}, {"algorithm": "mtdt"}, {"prompt_position": "end"}])
+def test_data_in_memory_give_the_same_batches_as_data_on_disk(
+    store: DataStore, changes: dict[str, Any]
+) -> None:
+    config = configure(**changes)
+    mapped, whole = (make_sampler(store, config, place) for place in (None, torch.device("cpu")))
+    moved = make_sampler(store, config, None, "cpu:0")  # a device of another name
+    for arrays in mapped.episodes._arrays:  # nothing is copied before it is gathered
+        assert all(isinstance(array.base, np.memmap) for array in arrays)
+    assert whole.episodes._arrays == []
+    for step in range(20):
+        draws = Draws(0, TRAIN, step)
+        expected = mapped.sample((2, 0), draws)
+        assert _equal(whole.sample((2, 0), draws), expected)
+        assert _equal(moved.sample((2, 0), draws), expected)
+
+
+class _Integers(TorchDispatchMode):
+    """Refuses floating point and whatever lets the CPU wait for a device or the reverse."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves((args, kwargs, result)):
+            assert not isinstance(value, float), func
+            if isinstance(value, Tensor):
+                assert value.dtype in (torch.int64, torch.bool), func
+                assert value.device.type == "meta", func
+        return result
+
+
+@pytest.mark.parametrize("position", ["random", "end"])
+def test_draws_are_integer_arithmetic_on_the_device_alone(store: DataStore, position: str) -> None:
+    """So that any two devices draw the same, without a copy between them.
+
+    The device is one without numbers, on which a copy to the CPU fails.
+    """
+    sampler = make_sampler(store, configure(prompt_position=position))
+    meta = torch.device("meta")
+    expected = sampler.draw(torch.tensor([2, 0]), Draws(0, TRAIN, 0))
+    for part in (
+        sampler,
+        sampler.episodes,
+        sampler.inputs,
+        sampler.inputs._prompts,
+        sampler._starts,
+    ):
+        for name, value in vars(part).items():
+            if isinstance(value, Tensor):
+                setattr(part, name, value.to(meta))
+    tasks = torch.tensor([2, 0]).to(meta)
+    philox(torch.zeros(4, 1, dtype=torch.int64, device=meta), _key(0, TRAIN))  # its constants
+    for step in (0, torch.tensor(0, device=meta)):
+        with _Integers():
+            drawn = sampler.draw(tasks, Draws(0, TRAIN, step))
+        for ours, theirs in zip(tree_leaves(drawn), tree_leaves(expected), strict=True):
+            assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_draws_the_same(store: DataStore) -> None:
+    gpu = torch.device("cuda")
+    for data in (None, gpu):
+        sampler = make_sampler(store, configure(), data, gpu)
+        for step in range(20):
+            draws = Draws(0, TRAIN, step)
+            batch, targets = sampler.sample((2, 0), draws)
+            assert targets.device.type == batch.task_ids.device.type == "cuda"
+            expected = make_sampler(store, configure()).sample((2, 0), draws)
+            assert _equal(_part((batch, targets), slice(None), "cpu"), expected)
+
+
+def test_a_batch_is_moved_in_one_piece_as_it_is(store: DataStore) -> None:
+    batch, targets = sample(store)
+    tensors = [batch.task_ids, *batch.prompt, *batch.history, targets, torch.zeros(0)]
+    tensors.append(batch.history.observations.transpose(0, 1))
+    moved = move(tensors, torch.device("cpu"))
+    assert len({tensor.untyped_storage().data_ptr() for tensor in moved}) == 1
+    for ours, theirs in zip(moved, tensors, strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
 
 def _equal(a: tuple[Batch, Tensor], b: tuple[Batch, Tensor]) -> bool:
-    ours, theirs = ((*pair[0].history, *pair[0].prompt, pair[1]) for pair in (a, b))
-    return all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
+    return all(map(torch.equal, _tensors(a), _tensors(b)))
+
+
+def _tensors(drawn: tuple[Batch, Tensor]) -> list[Tensor]:
+    batch, targets = drawn
+    return [batch.task_ids, *(batch.prompt or ()), *batch.history, targets]
+
+
+def _part(drawn: tuple[Batch, Tensor], groups: slice, device: str = "cpu") -> tuple[Batch, Tensor]:
+    task_ids, *steps, targets = (tensor[groups].to(device) for tensor in _tensors(drawn))
+    return Batch(task_ids, Steps(*steps[:5]), Steps(*steps[5:])), targets

@@ -12,12 +12,12 @@ from harmodt_kernels.harmony_selection import Importance
 from ..checkpoint import Checkpoint
 from ..config import LearnedMaskSettings, MaskSettings, PromptSettings
 from ..data.store import TaskData
+from ..draws import Seeds
 from ..errors import UserError
 from ..masks.bank import MaskBank, TaskMasks
 from ..masks.update import MaskUpdater
 from ..networks.decision_transformer import DecisionTransformer
 from ..policies.decision import DecisionPolicy
-from ..seeds import Seeds
 from .learner import Setup
 from .sequence import SequenceLearner, SequenceSettings, decision_policy, load_model
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
@@ -14,9 +13,9 @@ from ..config import AlgorithmSettings, TrainConfig
 from ..data.inputs import TaskConditioning
 from ..data.store import TaskData
 from ..devices import Execution
+from ..draws import Draws, Seeds
 from ..environments import EnvironmentSpec
 from ..policies import Policy
-from ..seeds import Seeds
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,10 @@ class Learner(Protocol):
     """All that training changes, and the step that changes it.
 
     Networks, masks and optimisers are the learner's own. It counts no steps and seeds nothing: a
-    step is told its number, its tasks and its random generator.
+    step is told its number, its tasks and its draws.
     """
 
-    def train_step(
-        self, step: int, task_ids: Sequence[int], rng: np.random.Generator
-    ) -> StepResult:
+    def train_step(self, step: int, task_ids: Sequence[int], draws: Draws) -> StepResult:
         """Learn from a batch of some tasks; steps are numbered from 1."""
 
     def before_step(self, step: int, seeds: Seeds) -> dict[str, float]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from torch import Tensor
 
 from ..batch import Batch
@@ -17,11 +16,11 @@ from ..config import AlgorithmSettings, PromptSettings, TransformerSettings
 from ..data.inputs import Inputs
 from ..data.store import TaskData
 from ..data.windows import WindowSampler
+from ..draws import MASKS, Draws, Seeds
 from ..masks.bank import TaskMasks
 from ..masks.gradients import TaskGradients, TaskLosses, averaged_harmony
 from ..networks.decision_transformer import DecisionTransformer, TransformerConfig
 from ..policies.decision import DecisionPolicy
-from ..seeds import MASKS, Seeds
 from ..settings import Count, Whole
 from .learner import Setup, StepResult
 from .optimiser import Optimiser
@@ -93,9 +92,7 @@ def build_model(setup: Setup) -> DecisionTransformer:
 def inputs_of(setup: Setup) -> Inputs:
     """The rule by which the run's data and observations become what its model reads."""
     own = sequence_settings(setup)
-    return Inputs(
-        setup.conditioning, setup.config.data, own.model.max_timesteps, prompt=own.prompts()
-    )
+    return Inputs(setup.conditioning, setup.config.data, own.model.max_timesteps, own.prompts())
 
 
 def decision_policy(
@@ -150,15 +147,13 @@ class SequenceLearner:
         self.vector = self.model.vector
         self.valid_bits = self.vector.valid_bits()
         self.optimiser = Optimiser(self.vector, setup.config.optimisation, setup.execution.backend)
-        self.sampler = WindowSampler(
-            data, inputs_of(setup), self.settings.model.context_length, setup.execution.device
-        )
+        device = setup.execution.device
+        inputs = inputs_of(setup)
+        self.sampler = WindowSampler(data, inputs, self.settings.model.context_length, device)
 
-    def train_step(
-        self, step: int, task_ids: Sequence[int], rng: np.random.Generator
-    ) -> StepResult:
+    def train_step(self, step: int, task_ids: Sequence[int], draws: Draws) -> StepResult:
         """One optimiser step (Eq. 11) over some tasks."""
-        batch, targets = self.sampler.sample(task_ids, rng)
+        batch, targets = self.sampler.sample(task_ids, draws)
         self.vector.gradient.zero_()
         # Where the layers are fused, they write their gradients here; autograd would add them.
         sums = self.vector.gradient[None] if self.setup.config.run.fused else None
@@ -204,8 +199,8 @@ class SequenceLearner:
         """The losses [G] of some tasks on a batch that depends on the step and the tasks alone."""
 
         def losses(task_ids: Sequence[int], masks: TaskMasks) -> Tensor:
-            rng = seeds.begin(MASKS, step, *task_ids)
-            batch, targets = self.sampler.sample(task_ids, rng)
+            draws = seeds.begin(MASKS, step, *task_ids)
+            batch, targets = self.sampler.sample(task_ids, draws)
             return self.losses(batch, targets, masks)
 
         return losses

@@ -11,15 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
+from torch import Tensor
 
-from ..batch import StepArrays
+from ..batch import Steps
 from ..config import DataSettings, PromptSettings, TrainConfig
+from ..draws import below, coin
 from ..environments import EnvironmentSpec
 from ..errors import UserError
 from ..files import checksum, read_bytes, write_bytes
 from .store import EPISODE_ARRAYS, Episodes, TaskData, array_types
+from .trajectories import Trajectories
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Inputs:
         settings: scale of returns, share of hidden actions.
         max_timesteps: later time steps count as the last of so many.
         prompt: of what prompts are drawn; None for a model without.
+        place: where prompts lie, as in `Trajectories`; all is computed there, or on the CPU.
     """
 
     def __init__(
@@ -76,77 +81,105 @@ class Inputs:
         settings: DataSettings,
         max_timesteps: int,
         prompt: PromptSettings | None = None,
+        place: torch.device | None = None,
     ):
         self.conditioning = tuple(conditioning)
         self.settings = settings
         self.max_timesteps = max_timesteps
         self.prompt = prompt
+        self.place = place
+        of_tasks = np.array([(task.mean, task.deviation) for task in conditioning])
+        self._statistics = torch.from_numpy(of_tasks).to(place)  # [T, 2, O]
+        # A tensor, because a GPU multiplies by the reciprocal of a number.
+        self._return_scale = torch.tensor(settings.return_scale, device=place)
+        if prompt is not None:
+            self._prompts = Trajectories([task.prompts for task in conditioning], place)
+            self._prompt_times = torch.arange(prompt.prompt_length, device=place)
 
     def steps(
         self,
-        task: int,
-        returns_to_go: np.ndarray,
-        observations: np.ndarray,
-        actions: np.ndarray,
-        timesteps: np.ndarray,
-        valid: np.ndarray,
-    ) -> StepArrays:
-        """Time steps of a task as they are stored or observed, all of some leading shape [...].
+        task_ids: Tensor,
+        returns_to_go: Tensor,
+        observations: Tensor,
+        actions: Tensor,
+        timesteps: Tensor,
+        valid: Tensor,
+    ) -> Steps:
+        """Time steps of some tasks as they are stored or observed, all of some shape [G, ...].
 
         Args:
-            returns_to_go: [...], unscaled.
-            observations: [..., O], unnormalised.
-            actions: [..., A]; data may hold unclipped ones, which environments execute clipped.
-            timesteps: int [...], from 0.
-            valid: bool [...], False for padding.
+            task_ids: int64 [G].
+            returns_to_go: [G, ...], unscaled.
+            observations: [G, ..., O], unnormalised.
+            actions: [G, ..., A]; data may hold unclipped ones, which environments execute clipped.
+            timesteps: int64 [G, ...], from 0.
+            valid: bool [G, ...], False for padding.
         """
-        task_conditioning = self.conditioning[task]
-        centred = np.asarray(observations, np.float32) - task_conditioning.mean
-        return StepArrays(
-            returns_to_go=np.asarray(returns_to_go, np.float32)
-            / np.float32(self.settings.return_scale),
-            observations=centred / task_conditioning.deviation,
-            actions=np.clip(actions, np.float32(-1), np.float32(1)),
-            timesteps=np.minimum(timesteps, self.max_timesteps - 1),
+        mean, deviation = (
+            part.view(len(task_ids), *[1] * (observations.dim() - 2), -1)
+            for part in self._statistics[task_ids].unbind(1)
+        )
+        return Steps(
+            returns_to_go=returns_to_go.float() / self._return_scale,
+            observations=(observations.float() - mean) / deviation,
+            actions=actions.clamp(-1, 1),
+            timesteps=timesteps.clamp(max=self.max_timesteps - 1),
             valid=valid,
         )
 
     def of_episodes(
-        self, task: int, episodes: Episodes, indices: np.ndarray, valid: np.ndarray
-    ) -> StepArrays:
-        """The steps of these indices into a task's episodes, both [...]."""
-        starts = episodes.episode_starts
-        first_steps = starts[np.searchsorted(starts, indices, "right") - 1]
-        return self.steps(
-            task,
-            episodes.returns_to_go[indices],
-            episodes.observations[indices],
-            episodes.actions[indices],
-            indices - first_steps,
-            valid,
-        )
-
-    def hide_actions(self, actions: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Previous actions [..., A] as the model sees them: some are hidden, which is 0."""
-        hidden = rng.random(actions.shape[:-1]) < self.settings.action_dropout
-        return np.where(hidden[..., None], np.float32(0), actions)
-
-    def prompts(
-        self, task: int, rng: np.random.Generator, count: int, acting: bool = False
-    ) -> StepArrays:
-        """Draw prompts [count, K*] of a task from its held-apart episodes.
+        self,
+        trajectories: Trajectories,
+        task_ids: Tensor,
+        episodes: Tensor,
+        times: Tensor,
+        valid: Tensor,
+    ) -> Steps:
+        """Stored steps.
 
         Args:
+            trajectories: of the same tasks.
+            task_ids: int64 [G].
+            episodes: int64 [G, B], of these tasks.
+            times: int64 [G, B, L], steps from the beginning of the episode.
+            valid: bool [G, B, L].
+        """
+        steps = trajectories.starts[episodes][..., None] + times
+        returns_to_go, observations, actions = trajectories.gather(task_ids, steps)
+        return self.steps(task_ids, returns_to_go, observations, actions, times, valid)
+
+    def hidden(self, words: Tensor) -> Tensor:
+        """Whether an action is hidden from the model, bool [...], by a random word each."""
+        return coin(words, self.settings.action_dropout)
+
+    def hide(self, actions: Tensor, hidden: Tensor) -> Tensor:
+        """Previous actions [..., A] as the model sees them: those that are hidden, [...], are 0."""
+        return actions.masked_fill(hidden[..., None], 0)
+
+    def draw_prompts(
+        self, task_ids: Tensor, episode: Tensor, start: Tensor, acting: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Draw prompts from the held-apart episodes of tasks, int64 [G].
+
+        Args:
+            episode, start: a random word each for every prompt, int64 [G, B].
             acting: at evaluation, where a prompt at an episode's end is the best episode's.
+
+        Returns:
+            The episodes [G, B], of those of all tasks, and the times in them [G, B, K*].
         """
         assert self.prompt is not None
-        episodes, length = self.conditioning[task].prompts, self.prompt.prompt_length
         at_end = self.prompt.prompt_position == "end"
-        chosen = rng.integers(1 if at_end and acting else len(episodes), size=count)
-        room = episodes.lengths[chosen] - length
-        starts = episodes.episode_starts[chosen] + (room if at_end else rng.integers(room + 1))
-        indices = starts[:, None] + np.arange(length)
-        return self.of_episodes(task, episodes, indices, np.ones(indices.shape, bool))
+        first, count = (part[:, None] for part in self._prompts.episode_range(task_ids))
+        episodes = first + below(episode, 1 if at_end and acting else count)
+        room = self._prompts.lengths[episodes] - self.prompt.prompt_length
+        starts = room if at_end else below(start, room + 1)
+        return episodes, starts[..., None] + self._prompt_times
+
+    def prompts(self, task_ids: Tensor, episodes: Tensor, times: Tensor) -> Steps:
+        """Prompts [G, B, K*] at the places that were drawn."""
+        valid = torch.ones_like(times, dtype=torch.bool)
+        return self.of_episodes(self._prompts, task_ids, episodes, times, valid)
 
 
 def save_conditioning(path: Path, tasks: Sequence[TaskConditioning], run: str) -> str:

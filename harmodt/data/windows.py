@@ -3,26 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..batch import Batch, join
+from ..batch import Batch, Steps, move
+from ..draws import Draws, below
 from ..errors import UserError
 from .inputs import Inputs
 from .store import TaskData
+from .trajectories import Trajectories
+
+_WORDS = 4  # that a draw has for each place
+
+
+class Drawn(NamedTuple):
+    """What is drawn for a batch, all of it in integers: places of steps, in episodes of all tasks.
+
+    Attributes:
+        episodes: int64 [G, B].
+        times: int64 [G, B, K], steps from the episode's beginning; padding repeats the last one.
+        valid: bool [G, B, K], False for padding.
+        hidden: bool [G, B, K], the actions that the model does not see.
+        prompts: episodes [G, B] of the prompt pools and times [G, B, K*], if there are prompts.
+    """
+
+    episodes: Tensor
+    times: Tensor
+    valid: Tensor
+    hidden: Tensor
+    prompts: tuple[Tensor, Tensor] | None
 
 
 class WindowSampler:
     """Draws batches of windows from the training episodes of several tasks.
 
-    A draw depends on the random generator that is passed alone: nothing is remembered between
-    draws, so the position in the data is the generator's seed.
+    A task's windows depend on the draws that are passed and on its id alone: not on the other tasks
+    of the batch, and a window not on their number.
 
     Args:
         data: one entry per task; index = task id.
-        inputs: of the same tasks.
+        inputs: of the same tasks; the training episodes lie where its prompts do.
         context_length: K, steps of a window.
         device: where the batches go.
 
@@ -37,7 +60,6 @@ class WindowSampler:
         context_length: int,
         device: torch.device | str = "cpu",
     ):
-        self.data = data
         self.inputs = inputs
         self.context_length = context_length
         self.device = torch.device(device)
@@ -49,44 +71,83 @@ class WindowSampler:
                     f"fewer than context_length {context_length}: lower it, or make the store "
                     "again without that episode"
                 )
+        self.episodes = Trajectories([task.train for task in data], inputs.place)
+        self._starts = _Starts(self.episodes, inputs.settings.window_start_bias)
+        place = self.episodes.device
+        self._windows = torch.arange(inputs.settings.batch_per_task, device=place)
+        self._blocks = torch.arange(1 - (-context_length // _WORDS), device=place)
+        self._times = torch.arange(context_length, device=place)
 
-    def sample(self, task_ids: Sequence[int], rng: np.random.Generator) -> tuple[Batch, Tensor]:
+    def sample(self, task_ids: Sequence[int] | Tensor, draws: Draws) -> tuple[Batch, Tensor]:
         """Draw `batch_per_task` windows of each task.
 
         Returns:
             The batch of G = len(task_ids) groups, and the actions to predict, float32
             [G, B, K, A] in [-1, 1]; a prediction counts where the history is valid.
         """
-        histories, prompts, count = [], [], self.inputs.settings.batch_per_task
-        for task in task_ids:
-            windows = self._windows(task, rng, count)
-            histories.append(self.inputs.of_episodes(task, self.data[task].train, *windows))
-            if self.inputs.prompt is not None:
-                prompts.append(self.inputs.prompts(task, rng, count))
-        targets = torch.from_numpy(np.stack([history.actions for history in histories]))
-        visible = [h._replace(actions=self.inputs.hide_actions(h.actions, rng)) for h in histories]
-        batch = Batch(
-            task_ids=torch.tensor(list(task_ids), device=self.device),
-            prompt=join(prompts, self.device) if prompts else None,
-            history=join(visible, self.device),
+        tasks = torch.as_tensor(task_ids, device=self.episodes.device)
+        drawn = self.draw(tasks, draws)
+        history = self.inputs.of_episodes(
+            self.episodes, tasks, drawn.episodes, drawn.times, drawn.valid
         )
-        return batch, targets.to(self.device)
+        visible = history._replace(actions=self.inputs.hide(history.actions, drawn.hidden))
+        prompt = None if drawn.prompts is None else self.inputs.prompts(tasks, *drawn.prompts)
+        return self._on_device(Batch(tasks, prompt, visible), history.actions)
 
-    def _windows(
-        self, task: int, rng: np.random.Generator, count: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Step indices and validity of `count` random windows, both [count, K].
+    def draw(self, task_ids: Tensor, draws: Draws) -> Drawn:
+        """The places of a batch's steps; task_ids int64 [G] on the device of the episodes."""
+        groups = task_ids[:, None, None]
+        words = draws.words(self._windows, groups, self._blocks[:, None])  # [4, G, blocks, B]
+        step, start, *prompt = words[:, :, 0]
+        first, count = (part[:, None] for part in self.episodes.step_range(task_ids))
+        # Drawing a step draws its episode in proportion to the length.
+        episodes = self.episodes.episode_of(first + below(step, count))
+        starts = self._starts.draw(episodes, start)
+        present = (self.episodes.lengths[episodes] - starts).clamp_(max=self.context_length)
+        present = present[..., None]
+        times = starts[..., None] + torch.minimum(self._times, present - 1)
+        coins = words[:, :, 1:].permute(1, 3, 2, 0).flatten(2)[..., : self.context_length]
+        return Drawn(
+            episodes,
+            times,
+            self._times < present,
+            self.inputs.hidden(coins),
+            None if self.inputs.prompt is None else self.inputs.draw_prompts(task_ids, *prompt),
+        )
 
-        An episode is drawn in proportion to its length; a window that begins less than K steps
-        before the episode's end is padded by repeating its last step.
-        """
-        episodes, length = self.data[task].train, self.context_length
-        steps = rng.integers(episodes.episode_starts[-1], size=count)
-        chosen = np.searchsorted(episodes.episode_starts, steps, "right") - 1
-        lengths = episodes.lengths[chosen]
-        bias = self.inputs.settings.window_start_bias
-        starts = (rng.random(count) ** bias * lengths).astype(np.int64)
-        present = np.minimum(lengths - starts, length)[:, None]
-        places = np.arange(length)
-        first = (episodes.episode_starts[chosen] + starts)[:, None]
-        return first + np.minimum(places, present - 1), places < present
+    def _on_device(self, batch: Batch, targets: Tensor) -> tuple[Batch, Tensor]:
+        if self.device == self.episodes.device:
+            return batch, targets
+        task_ids, targets, *steps = move(
+            [batch.task_ids, targets, *batch.history, *(batch.prompt or ())], self.device
+        )
+        size = len(Steps._fields)
+        prompt = Steps(*steps[size:]) if batch.prompt else None
+        return Batch(task_ids, prompt, Steps(*steps[:size])), targets
+
+
+class _Starts:
+    """Draws a window's start at u^bias of its episode's length, u uniform.
+
+    For each length n that there is, a table has the word at which the start becomes k, which is
+    where u = (k / n)^(1 / bias). It is made once, on the CPU: a power in floating point may come
+    out differently on another device. All tables together have no more entries than there are
+    steps.
+    """
+
+    def __init__(self, episodes: Trajectories, bias: float):
+        lengths, table_of = np.unique(episodes.lengths.cpu().numpy(), return_inverse=True)
+        # Table i is for words that i was put in front of: all are one rising table.
+        tables = [
+            (i << 32) + np.rint((np.arange(n) / n) ** (1 / bias) * 2.0**32).astype(np.int64)
+            for i, n in enumerate(lengths.tolist())
+        ]
+        first = np.cumsum([0, *lengths])[:-1]
+        self._table = torch.from_numpy(np.concatenate(tables)).to(episodes.device)
+        self._prefix = torch.from_numpy(table_of << 32).to(episodes.device)
+        self._before = torch.from_numpy(first[table_of] + 1).to(episodes.device)
+
+    def draw(self, episodes: Tensor, words: Tensor) -> Tensor:
+        """Starts in some episodes, int64 [...], from a random word each."""
+        found = torch.searchsorted(self._table, self._prefix[episodes] + words, right=True)
+        return found - self._before[episodes]

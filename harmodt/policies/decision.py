@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..batch import StepArrays, Steps
+from ..batch import Steps, move
 from ..data.inputs import Inputs
 from ..devices import Execution
 from ..environments import EnvironmentSpec
@@ -81,6 +81,7 @@ class DecisionPolicy:
             target_returns: float [N], unscaled; by default each task's.
         """
         self._task_ids = np.asarray(task_ids)
+        self._tasks = torch.from_numpy(self._task_ids.astype(np.int64))
         self._rng = np.random.default_rng(seed)
         self._targets = (
             self.target_returns[self._task_ids] if target_returns is None else target_returns
@@ -88,12 +89,12 @@ class DecisionPolicy:
         rows, length = len(self._task_ids), self._context_length
         self._returns_to_go = self._targets.copy()
         self._time = np.zeros(rows, np.int64)
-        self._history = StepArrays(
-            returns_to_go=np.zeros((rows, length), np.float32),
-            observations=np.zeros((rows, length, self.environment.observation_size), np.float32),
-            actions=np.zeros((rows, length, self.environment.action_size), np.float32),
-            timesteps=np.zeros((rows, length), np.int64),
-            valid=np.zeros((rows, length), bool),
+        self._history = Steps(
+            returns_to_go=torch.zeros(rows, length),
+            observations=torch.zeros(rows, length, self.environment.observation_size),
+            actions=torch.zeros(rows, length, self.environment.action_size),
+            timesteps=torch.zeros(rows, length, dtype=torch.int64),
+            valid=torch.zeros(rows, length, dtype=torch.bool),
         )
         self._groups = _Groups(self._task_ids)
         self._group_ids, self._masks = self._on_device(self._groups)
@@ -104,8 +105,8 @@ class DecisionPolicy:
         """Begin new episodes in the rows where `rows`, bool [N], is True."""
         self._returns_to_go[rows] = self._targets[rows]
         self._time[rows] = 0
-        for array in self._history:  # all of it: a weight of 0 does not keep a NaN out
-            array[rows] = 0
+        for part in self._history:  # all of it: a weight of 0 does not keep a NaN out
+            part[torch.from_numpy(rows)] = 0
         if self._inputs.prompt is not None and rows.any():
             self._encode_prompts(np.flatnonzero(rows))
 
@@ -113,16 +114,17 @@ class DecisionPolicy:
         """Choose actions, float32 [N, A] in [-1, 1], after observations float [N, O]."""
         self._append(observations)
         lengths = np.minimum(self._time, self._context_length)
-        begun = StepArrays(*(array[:, : lengths.max()] for array in self._history))
+        begun = Steps(*(part[:, : lengths.max()] for part in self._history))
         history = self._groups.lay_out(begun, self._execution.device)
         with torch.inference_mode(), self._execution.computing():
             actions = self.model.act(
                 history, self._group_ids, self._masks, self._prompt_cache, int(lengths.min())
             )
-        chosen = actions.cpu().numpy()[self._groups.group, self._groups.place]
-        present = np.arange(len(lengths)), lengths - 1
-        self._history.actions[present] = self._inputs.hide_actions(chosen, self._rng)
-        return chosen
+        chosen = actions.cpu().flatten(0, 1)[self._groups.index]
+        hidden = self._inputs.hidden(self._words(len(chosen)))
+        present = torch.arange(len(chosen)), torch.from_numpy(lengths - 1)
+        self._history.actions[present] = self._inputs.hide(chosen, hidden)
+        return chosen.numpy()
 
     def record_rewards(self, rewards: np.ndarray) -> None:
         """Lower each row's return-to-go by the reward of its last action, float [N]."""
@@ -130,31 +132,32 @@ class DecisionPolicy:
 
     def _append(self, observations: np.ndarray) -> None:
         """Write the present step after each history's last one; a full one loses its first."""
-        full = self._time >= self._context_length
-        for array in self._history:
-            array[full, :-1] = array[full, 1:]
-        places = np.minimum(self._time, self._context_length - 1)
-        for task in np.unique(self._task_ids):
-            rows = np.flatnonzero(self._task_ids == task)
-            present = self._inputs.steps(
-                task,
-                self._returns_to_go[rows],
-                observations[rows],
-                np.zeros((len(rows), self.environment.action_size), np.float32),  # yet to be chosen
-                self._time[rows],
-                np.ones(len(rows), bool),
-            )
-            for array, values in zip(self._history, present, strict=True):
-                array[rows, places[rows]] = values
+        full = torch.from_numpy(self._time >= self._context_length)
+        for part in self._history:
+            part[full, :-1] = part[full, 1:]
+        rows = len(self._time)
+        present = self._inputs.steps(
+            self._tasks,
+            torch.from_numpy(self._returns_to_go),
+            torch.from_numpy(np.asarray(observations, np.float32)),
+            torch.zeros(rows, self.environment.action_size),  # yet to be chosen
+            torch.from_numpy(self._time),
+            torch.ones(rows, dtype=torch.bool),
+        )
+        places = torch.from_numpy(np.minimum(self._time, self._context_length - 1))
+        for part, values in zip(self._history, present, strict=True):
+            part[torch.arange(rows), places] = values
         self._time += 1
+
+    def _words(self, *shape: int) -> Tensor:
+        """Random 32-bit words, int64 of a shape."""
+        return torch.from_numpy(self._rng.integers(2**32, size=shape))
 
     def _encode_prompts(self, rows: np.ndarray) -> None:
         """Draw and encode new prompts for some rows, int [n]; the others' stay."""
-        drawn = [
-            self._inputs.prompts(int(self._task_ids[row]), self._rng, 1, acting=True)
-            for row in rows
-        ]
-        prompts = StepArrays(*(np.concatenate(parts) for parts in zip(*drawn, strict=True)))
+        tasks, (episode, start) = self._tasks[rows], self._words(2, len(rows), 1)
+        drawn = self._inputs.draw_prompts(tasks, episode, start, acting=True)
+        prompts = Steps(*(part[:, 0] for part in self._inputs.prompts(tasks, *drawn)))
         groups = _Groups(self._task_ids[rows])
         steps = groups.lay_out(prompts, self._execution.device)
         with torch.inference_mode(), self._execution.computing():
@@ -162,8 +165,8 @@ class DecisionPolicy:
         if self._prompt_cache is None:  # all rows
             self._prompt_cache = encoded
             return
-        there = torch.from_numpy(self._groups.index[rows]).to(self._execution.device)
-        here = torch.from_numpy(groups.index).to(self._execution.device)
+        there = self._groups.index[rows].to(self._execution.device)
+        here = groups.index.to(self._execution.device)
         with torch.inference_mode():
             for of_block, new_of_block in zip(self._prompt_cache, encoded, strict=True):
                 for kept, new in zip(of_block, new_of_block, strict=True):  # keys, values
@@ -182,21 +185,19 @@ class _Groups:
 
     Attributes:
         task_ids: int64 [G], the task of each group.
-        group, place: int [N], each row's group and its place there.
-        index: int [N], the same as one number, of a layout [G B].
+        index: int64 [N], where each row is in a layout [G B].
     """
 
     def __init__(self, task_ids: np.ndarray):
         self.task_ids = np.unique(task_ids).astype(np.int64)
         members = [np.flatnonzero(task_ids == task) for task in self.task_ids]
         width = max(map(len, members))
-        self._rows = np.stack([np.resize(m, width) for m in members])  # [G, B]
-        self.group = np.searchsorted(self.task_ids, task_ids)
-        self.place = np.zeros(len(task_ids), np.int64)
-        for rows in members:
-            self.place[rows] = np.arange(len(rows))
-        self.index = self.group * width + self.place
+        self._rows = torch.from_numpy(np.stack([np.resize(m, width) for m in members]))  # [G, B]
+        index = np.zeros(len(task_ids), np.int64)
+        for group, rows in enumerate(members):
+            index[rows] = group * width + np.arange(len(rows))
+        self.index = torch.from_numpy(index)
 
-    def lay_out(self, arrays: StepArrays, device: torch.device) -> Steps:
-        """Arrays [N, ...] as tensors [G, B, ...]."""
-        return Steps(*(torch.from_numpy(array[self._rows]).to(device) for array in arrays))
+    def lay_out(self, steps: Steps, device: torch.device) -> Steps:
+        """Steps [N, ...] of the CPU as steps [G, B, ...] on a device."""
+        return Steps(*move([part[self._rows] for part in steps], device))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
+import torch
 from torch import Tensor
 
 from ..algorithms import Learner, Setup, StepResult, find
 from ..checkpoint import Checkpoint
 from ..data.store import TaskData
+from ..draws import INITIALISE, TASKS, TRAIN, Draws, Seeds, choose
 from ..errors import UserError
-from ..seeds import INITIALISE, TRAIN, Seeds
 
 
 class Trainer:
@@ -57,10 +57,10 @@ class Trainer:
 
     def train_step(self) -> StepResult:
         """One step over some tasks."""
-        rng = self._seeds.begin(TRAIN, self.step)
-        task_ids = self._choose_tasks(rng)
+        draws = self._seeds.begin(TRAIN, self.step)
+        task_ids = self._choose_tasks()
         self.step += 1
-        return self.learner.train_step(self.step, task_ids, rng)
+        return self.learner.train_step(self.step, task_ids, draws)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint holds, by name."""
@@ -75,8 +75,12 @@ class Trainer:
         checkpoint.copy_to(self.tensors())
         self.step = checkpoint.step
 
-    def _choose_tasks(self, rng: np.random.Generator) -> list[int]:
+    def _choose_tasks(self) -> list[int]:
+        """The tasks of the next step, drawn on the CPU: a GPU would draw the same."""
         count = self._settings.tasks_per_step
         if self._settings.task_sampling == "round-robin":
             return [(self.step * count + i) % self.task_count for i in range(count)]
-        return sorted(rng.choice(self.task_count, size=count, replace=False).tolist())
+        if count == self.task_count:
+            return list(range(count))
+        draws = Draws(self.setup.config.run.seed, TASKS, self.step)
+        return choose(draws.words(torch.arange(self.task_count))[0], count).tolist()

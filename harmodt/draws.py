@@ -1,0 +1,138 @@
+"""Random numbers of a run: each is a function of (seed, purpose, step) and of its own place there.
+
+Nothing is remembered between draws, so a run that goes on from a checkpoint draws what it would
+have drawn: the step is all of its random state and data position. Integer arithmetic alone is used,
+so that every device draws the same.
+
+The generator is Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as
+1, 2, 3", SC 2011). A 32-bit word lies in an int64.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TRAIN, MASKS, INITIALISE, TASKS = range(4)
+"""What a draw is for."""
+
+_WORD = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The draws of one step of a run, for one purpose.
+
+    Attributes:
+        seed: of the run.
+        purpose: one of this module's.
+        step: below 2^32; an int64 tensor of one element where it lies on a device.
+    """
+
+    seed: int
+    purpose: int
+    step: int | Tensor
+
+    def words(self, position: Tensor, group: int | Tensor = 0, block: int | Tensor = 0) -> Tensor:
+        """Four random words for each place, which do not depend on the other places.
+
+        Args:
+            position, group, block: the place, each below 2^32; int64, of shapes that broadcast to
+                some [...]. The words come from the position's device.
+
+        Returns:
+            int64 [4, ...] in [0, 2^32).
+        """
+        others = [value.shape for value in (group, block) if isinstance(value, Tensor)]
+        shape = torch.broadcast_shapes(position.shape, *others)
+        counter = torch.empty((4, *shape), dtype=torch.int64, device=position.device)
+        for row, value in zip(counter, (position, group, self.step, block), strict=True):
+            row.copy_(value) if isinstance(value, Tensor) else row.fill_(value)
+        return philox(counter, _key(self.seed, self.purpose))
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """The draws of a run with some seed."""
+
+    seed: int
+
+    def begin(self, purpose: int, step: int, *more: int) -> Draws:
+        """Seed PyTorch's generator, which dropout draws from, and return the step's draws.
+
+        Args:
+            more: tell apart the parts of a step that are computed one after the other.
+        """
+        numbers = (self.seed, purpose, step, *more)
+        torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+        return Draws(self.seed, purpose, step)
+
+
+def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
+    """Philox4x32-10: four random words from the four words of each counter.
+
+    Args:
+        counter: int64 [4, ...] in [0, 2^32).
+        key: two words.
+
+    Returns:
+        int64 [4, ...] in [0, 2^32).
+    """
+    rounds, half, word = _constants(key, counter.device)
+    pairs = counter.view(2, 2, -1)
+    even, product = pairs[:, 0], pairs[:, 1]
+    for multipliers, round_key in rounds:
+        # The odd words are the lower halves of the products. What lies above is masked with the
+        # even words, which come out in the other order each time.
+        odd = product.flip(0)
+        product = even * multipliers  # its 64 bits are right where it wraps around
+        even = (product >> half).bitwise_xor_(odd).bitwise_xor_(round_key).bitwise_and_(word)
+    return torch.stack((even, product.bitwise_and_(word)), 1).view(counter.shape)
+
+
+def below(words: Tensor, limit: int | Tensor) -> Tensor:
+    """Integers below a limit, which is at most 2^31, from random words: int64 of their shape."""
+    return (words * limit) >> 32
+
+
+def coin(words: Tensor, probability: float) -> Tensor:
+    """bool of the words' shape, True with a probability; always at 1 and never at 0."""
+    return words < round(probability * 2**32)
+
+
+def choose(words: Tensor, count: int) -> Tensor:
+    """Indices of the `count` smallest of n < 2^31 random words, ties by index: int64, rising."""
+    size = len(words)
+    keys = words * size + torch.arange(size, device=words.device)
+    return (keys.sort().values[:count] % size).sort().values
+
+
+@functools.cache
+def _key(seed: int, purpose: int) -> tuple[int, int]:
+    first, second = np.random.SeedSequence((seed, purpose)).generate_state(2, np.uint32).tolist()
+    return first, second
+
+
+@functools.cache
+def _constants(
+    key: tuple[int, int], device: torch.device
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
+    """Multipliers and key of each round, in the order of its even words; 32; the mask of a word.
+
+    All are int64 [2, 1]: for few words an operation takes half as long as with a Python number.
+    """
+    table = []
+    for i in range(_ROUNDS):
+        round_key = [(word + i * step) & _WORD for word, step in zip(key, _KEY_STEPS, strict=True)]
+        order = slice(None, None, -1 if i % 2 else 1)
+        table.append((_MULTIPLIERS[order], round_key[::-1][order]))
+    rounds = [tuple(pair) for pair in torch.tensor(table, device=device)[..., None]]
+    half, word = torch.tensor([[32] * 2, [_WORD] * 2], device=device)[..., None]
+    return rounds, half, word
