@@ -27,7 +27,7 @@ QUICKSTART_DATA = Path("data/quickstart-mt5")
 """Where the quickstart collects its demonstrations."""
 
 # What may change when a run goes on: nothing that its result depends on.
-_CHANGEABLE = ("log_every", "checkpoint_every", "keep_checkpoints")
+_CHANGEABLE = ("log_every", "checkpoint_every", "keep_checkpoints", "data_device")
 # And what must be able to change: where the data are, and a rate at which training broke.
 _RECORDED = ("data", "learning_rate")
 

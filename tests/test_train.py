@@ -73,6 +73,14 @@ def test_resuming_gives_the_same_run(store, tmp_path):
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_the_place_of_the_data_changes_nothing(store, tmp_path):
+    begin(store, tmp_path / "on_disk", "--data-device", "cpu")
+    begin(store, tmp_path / "both", "--data-device", "same")
+    shutil.rmtree(RunDirectory(tmp_path / "both").checkpoint(12))
+    train.main(["--resume", str(tmp_path / "both"), "--data-device", "cpu"])
+    assert_same(tmp_path / "on_disk", tmp_path / "both")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_checkpoints_and_the_run_goes_on(store, tmp_path, monkeypatch, capsys, number):
     begin(store, tmp_path / "whole")

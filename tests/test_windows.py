@@ -15,6 +15,7 @@ from harmodt.batch import Batch, Steps, move
 from harmodt.config import TrainConfig
 from harmodt.data.inputs import Inputs, TaskConditioning
 from harmodt.data.store import DataStore, Episodes
+from harmodt.data.trajectories import choose_place
 from harmodt.data.windows import WindowSampler
 from harmodt.draws import MASKS, TRAIN, Draws, _key, philox
 from harmodt.errors import UserError
@@ -327,6 +328,34 @@ def test_a_batch_is_moved_in_one_piece_as_it_is(store: DataStore) -> None:
     assert len({tensor.untyped_storage().data_ptr() for tensor in moved}) == 1
     for ours, theirs in zip(moved, tensors, strict=True):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "free", "place"),
+    [
+        ("auto", "cpu", 0, None),
+        ("same", "cpu", 0, "cpu"),
+        ("auto", "cuda", 2.0, "cuda"),
+        ("auto", "cuda", 1.9, None),
+        ("auto", "cuda", 0.5, None),
+        ("cpu", "cuda", 100.0, None),
+        ("same", "cuda", 1.0, "cuda"),
+        ("same", "cuda", 0.9, UserError),
+    ],
+)
+def test_the_place_of_the_data(
+    store: DataStore, monkeypatch: pytest.MonkeyPatch, setting: Any, device: str, free: float,
+    place: Any,
+) -> None:  # fmt: skip
+    data = [store.task(name) for name in store.tasks]
+    size = sum(4 * (39 + 4 + 1) * len(task.train.rewards) for task in data)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (round(free * size), 0))
+    if place is UserError:
+        with pytest.raises(UserError, match=r"the data take .* with --data-device cpu"):
+            choose_place(setting, data, torch.device(device))
+    else:
+        expected = None if place is None else torch.device(place)
+        assert choose_place(setting, data, torch.device(device)) == expected
 
 
 def _equal(a: tuple[Batch, Tensor], b: tuple[Batch, Tensor]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..batch import Batch
@@ -15,6 +16,7 @@ from ..checkpoint import Checkpoint
 from ..config import AlgorithmSettings, PromptSettings, TransformerSettings
 from ..data.inputs import Inputs
 from ..data.store import TaskData
+from ..data.trajectories import choose_place
 from ..data.windows import WindowSampler
 from ..draws import MASKS, Draws, Seeds
 from ..masks.bank import TaskMasks
@@ -89,10 +91,16 @@ def build_model(setup: Setup) -> DecisionTransformer:
     return DecisionTransformer(config, len(setup.conditioning), execution.backend, execution.device)
 
 
-def inputs_of(setup: Setup) -> Inputs:
-    """The rule by which the run's data and observations become what its model reads."""
+def inputs_of(setup: Setup, place: torch.device | None = None) -> Inputs:
+    """The rule by which the run's data and observations become what its model reads.
+
+    Args:
+        place: where data and prompts lie, as in `Trajectories`.
+    """
     own = sequence_settings(setup)
-    return Inputs(setup.conditioning, setup.config.data, own.model.max_timesteps, own.prompts())
+    return Inputs(
+        setup.conditioning, setup.config.data, own.model.max_timesteps, own.prompts(), place
+    )
 
 
 def decision_policy(
@@ -148,7 +156,7 @@ class SequenceLearner:
         self.valid_bits = self.vector.valid_bits()
         self.optimiser = Optimiser(self.vector, setup.config.optimisation, setup.execution.backend)
         device = setup.execution.device
-        inputs = inputs_of(setup)
+        inputs = inputs_of(setup, choose_place(setup.config.run.data_device, data, device))
         self.sampler = WindowSampler(data, inputs, self.settings.model.context_length, device)
 
     def train_step(self, step: int, task_ids: Sequence[int], draws: Draws) -> StepResult:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .store import Episodes
+from ..errors import UserError
+from .store import Episodes, TaskData
+
+DEVICE_SHARE = 0.5
+"""Data go onto a GPU by themselves if they take no more than this share of its free memory."""
 
 _GATHERED = ("returns_to_go", "observations", "actions")
 
@@ -91,3 +96,29 @@ class Trajectories:
         for to, part in zip(whole.split([len(part) for part in parts]), parts, strict=True):
             to.copy_(torch.from_numpy(np.array(part)))
         return whole
+
+
+def choose_place(
+    setting: Literal["auto", "cpu", "same"], data: Sequence[TaskData], device: torch.device
+) -> torch.device | None:
+    """Where the data of a run lie, as `Trajectories` takes it.
+
+    Args:
+        setting: `data_device` of the run.
+        device: of the run.
+
+    Raises:
+        UserError: "same", and they do not fit into the free memory of that GPU.
+    """
+    if setting == "cpu" or (setting == "auto" and device.type != "cuda"):
+        return None
+    if device.type != "cuda":
+        return device
+    free, _ = torch.cuda.mem_get_info(device)
+    needed = sum(getattr(task.train, name).nbytes for task in data for name in _GATHERED)
+    if setting == "same" and needed > free:
+        raise UserError(
+            f"the data take {needed / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB free: "
+            "leave them on disk with --data-device cpu"
+        )
+    return device if setting == "same" or needed <= DEVICE_SHARE * free else None
