@@ -28,12 +28,12 @@ _ROUNDS = 10
 
 @dataclass(frozen=True)
 class Draws:
-    """The draws of one step of a run, for one purpose.
+    """The draws of a step of a run, or of several at once, for one purpose.
 
     Attributes:
         seed: of the run.
         purpose: one of this module's.
-        step: below 2^32; an int64 tensor of one element where it lies on a device.
+        step: below 2^32; int64 where it is a tensor, of a shape that broadcasts with the places'.
     """
 
     seed: int
@@ -50,10 +50,10 @@ class Draws:
         Returns:
             int64 [4, ...] in [0, 2^32).
         """
-        others = [value.shape for value in (group, block) if isinstance(value, Tensor)]
-        shape = torch.broadcast_shapes(position.shape, *others)
+        parts = (position, group, self.step, block)
+        shape = torch.broadcast_shapes(*(p.shape for p in parts if isinstance(p, Tensor)))
         counter = torch.empty((4, *shape), dtype=torch.int64, device=position.device)
-        for row, value in zip(counter, (position, group, self.step, block), strict=True):
+        for row, value in zip(counter, parts, strict=True):
             row.copy_(value) if isinstance(value, Tensor) else row.fill_(value)
         return philox(counter, _key(self.seed, self.purpose))
 
@@ -108,10 +108,17 @@ def coin(words: Tensor, probability: float) -> Tensor:
 
 
 def choose(words: Tensor, count: int) -> Tensor:
-    """Indices of the `count` smallest of n < 2^31 random words, ties by index: int64, rising."""
-    size = len(words)
+    """Indices of the `count` smallest of n < 2^31 random words, ties by index.
+
+    Args:
+        words: int64 [..., n].
+
+    Returns:
+        int64 [..., count], rising.
+    """
+    size = words.shape[-1]
     keys = words * size + torch.arange(size, device=words.device)
-    return (keys.sort().values[:count] % size).sort().values
+    return (keys.sort().values[..., :count] % size).sort().values
 
 
 @functools.cache

@@ -67,6 +67,8 @@ def test_words_are_the_same_whenever_and_with_whatever_they_are_drawn() -> None:
     assert together.shape == (4, 3, 2, 2)
     assert torch.equal(together[:, 0, 1], words[:, places[1]])
     assert torch.equal(together[:, 2, :1], draws.words(places[:1], 2, 2))
+    steps = Draws(3, TRAIN, torch.tensor([[9], [5]])).words(torch.arange(40))
+    assert torch.equal(steps[:, 1], words)
 
 
 def test_words_of_different_places_steps_purposes_and_seeds_have_nothing_in_common() -> None:
@@ -124,6 +126,7 @@ def test_a_choice_is_of_the_smallest_and_of_equals_the_first() -> None:
     assert choose(torch.tensor([5, 3, 9, 3, LAST, 0, 3]), 3).tolist() == [1, 3, 5]
     assert choose(torch.full((6,), LAST), 4).tolist() == [0, 1, 2, 3]
     assert choose(torch.tensor([LAST, 0]), 2).tolist() == [0, 1]
+    assert choose(torch.tensor([[3, 1, 2], [1, 2, 0]]), 2).tolist() == [[1, 2], [0, 2]]
 
 
 def test_every_choice_is_as_likely() -> None:

@@ -13,7 +13,7 @@ from harmodt.algorithms.optimiser import learning_rate
 from harmodt.batch import Batch, Steps
 from harmodt.checkpoint import Checkpoint
 from harmodt.data.store import DataStore
-from harmodt.draws import TRAIN, Draws
+from harmodt.draws import TASKS, TRAIN, Draws
 from harmodt.errors import UserError
 from harmodt.training.trainer import Trainer
 
@@ -223,6 +223,13 @@ def test_random_tasks_are_even_and_without_replacement(store: DataStore) -> None
         assert len(set(tasks)) == 2
         counts[tasks] += 1
     assert np.abs(counts - 400).max() < 5 * (600 * 2 / 9) ** 0.5
+
+
+def test_the_tasks_of_a_step_do_not_depend_on_where_a_run_went_on(store: DataStore) -> None:
+    trainer = make_trainer(store, configure(seed=5))
+    for trainer.step in (0, 63, 64, 200, 63):
+        words = Draws(5, TASKS, trainer.step).words(torch.arange(3))[0].tolist()
+        assert trainer._choose_tasks() == sorted(sorted(range(3), key=words.__getitem__)[:2])
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from ..data.store import TaskData
 from ..draws import INITIALISE, TASKS, TRAIN, Draws, Seeds, choose
 from ..errors import UserError
 
+_STEPS_AHEAD = 64  # that tasks are drawn for at once
+
 
 class Trainer:
     """Trains a learner of any algorithm on several tasks.
@@ -44,6 +46,7 @@ class Trainer:
                 f"{self.task_count} tasks: give at most that many"
             )
         self._seeds = Seeds(setup.config.run.seed)
+        self._chosen: dict[int, list[list[int]]] = {}  # first of some steps to the tasks of each
         self._seeds.begin(INITIALISE, 0)
         self.learner: Learner = find(setup.config.algorithm).learner(setup, data)
 
@@ -76,11 +79,19 @@ class Trainer:
         self.step = checkpoint.step
 
     def _choose_tasks(self) -> list[int]:
-        """The tasks of the next step, drawn on the CPU: a GPU would draw the same."""
+        """The tasks of the next step, drawn on the CPU: a GPU would draw the same.
+
+        Drawing for many steps takes hardly longer than for one.
+        """
         count = self._settings.tasks_per_step
         if self._settings.task_sampling == "round-robin":
             return [(self.step * count + i) % self.task_count for i in range(count)]
         if count == self.task_count:
             return list(range(count))
-        draws = Draws(self.setup.config.run.seed, TASKS, self.step)
-        return choose(draws.words(torch.arange(self.task_count))[0], count).tolist()
+        first = self.step - self.step % _STEPS_AHEAD
+        if first not in self._chosen:
+            steps = torch.arange(first, first + _STEPS_AHEAD)[:, None]
+            draws = Draws(self.setup.config.run.seed, TASKS, steps)
+            words, *_ = draws.words(torch.arange(self.task_count))
+            self._chosen = {first: choose(words, count).tolist()}
+        return self._chosen[first][self.step - first]
