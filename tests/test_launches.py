@@ -1,4 +1,4 @@
-"""How many kernels a training step launches on a GPU: a step of so little arithmetic waits on it."""
+"""How many kernels a training step launches on a GPU, where they are what it waits for."""
 
 from __future__ import annotations
 

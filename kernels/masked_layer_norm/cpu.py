@@ -46,6 +46,7 @@ def masked_layer_norm_gradient(
     weight_out: Tensor,
     bias_out: Tensor,
 ) -> Tensor:
+    """Its arguments are the operands of the registered operation, one by one."""
     dy, x = dy.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
     out = WeightGradient(

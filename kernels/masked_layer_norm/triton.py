@@ -203,6 +203,7 @@ def masked_layer_norm_gradient(
     weight_out: Tensor,
     bias_out: Tensor,
 ) -> Tensor:
+    """Its arguments are the operands of the registered operation, one by one."""
     dy, x = dy.contiguous(), x.contiguous()
     groups, rows, size = x.shape
     block_r, block_d = block_of(size)
