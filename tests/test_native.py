@@ -93,7 +93,7 @@ def test_attention(cpu: Backend, sizes) -> None:
 @pytest.mark.parametrize("of_groups", [False, True])
 def test_masked_layer_norm(cpu: Backend, of_groups) -> None:
     problem = LayerNormProblem.random(3, 130, 39)
-    problem.check(problem.computed(cpu, of_groups), of_groups)
+    problem.check(problem.computed(cpu, CPU, of_groups), of_groups)
 
 
 def test_dropout_draws_the_same_with_every_instruction_set(cpu: Backend) -> None:
