@@ -22,6 +22,10 @@ if DEVICE == "cpu":
 from harmodt_kernels import PYTORCH, REFERENCE, Backend, fused_backend  # noqa: E402
 from harmodt_kernels.native import library  # noqa: E402
 
+with contextlib.suppress(ModuleNotFoundError):
+    # Other kernels call functions of this one: all are to be read in one way.
+    import harmodt_kernels.masked_linear.triton  # noqa: F401
+
 # OpenMP's threads begin as the thread that starts them computes: here, before a command that a
 # test runs has denormals flushed to zero, for good in threads that begin then.
 torch.ones(1 << 22).sum()
