@@ -19,6 +19,9 @@ from .dropout_add import reference as dropout_reference
 from .harmony_selection import Selection
 from .harmony_selection import operation as harmony_operation
 from .harmony_selection import reference as harmony_reference
+from .linear_residual import operation as residual_operation
+from .linear_residual import pytorch as residual_pytorch
+from .linear_residual import reference as residual_reference
 from .masked_adamw import operation as adamw_operation
 from .masked_adamw import reference as adamw_reference
 from .masked_layer_norm import operation as norm_operation
@@ -28,7 +31,7 @@ from .masked_linear import operation as linear_operation
 from .masked_linear import pytorch as linear_pytorch
 from .masked_linear import reference as linear_reference
 from .native import library
-from .registration import check_available, kernels_for, registered_kernels
+from .registration import check_available, kernels_for
 
 Precision = Literal["fp32", "tf32", "bf16"]
 
@@ -40,14 +43,14 @@ class Backend:
     Attributes:
         name: "reference"; "pytorch"; "triton"; "triton-interpreter" for the Triton kernels on a
             CPU; or "cpu-" and the instruction set of the CPU kernels.
-        implementations: the name of what runs, for each operation: that of the backend, or
-            "pytorch" where it has no kernel.
+        implementations: the name of what runs, for each operation.
         rounds_inside: whether its kernels round the operands of products to bf16 themselves where
             PyTorch's switch for CPUs says so, so that no tensor is converted.
     """
 
     name: str
     masked_linear: Callable[..., Tensor]
+    linear_residual: Callable[..., Tensor]
     masked_layer_norm: Callable[..., Tensor]
     attention: Callable[..., Tensor]
     dropout_add: Callable[[Tensor, Tensor, float], Tensor]
@@ -109,6 +112,11 @@ _OPERATIONS = {
         linear_pytorch.masked_linear,
         linear_operation.masked_linear,
     ),
+    "linear_residual": _Operation(
+        residual_reference.linear_residual,
+        residual_pytorch.linear_residual,
+        residual_operation.linear_residual,
+    ),
     "masked_layer_norm": _Operation(
         norm_reference.masked_layer_norm,
         norm_pytorch.masked_layer_norm,
@@ -159,25 +167,19 @@ PYTORCH = Backend(
 
 
 def fused_backend(device: torch.device | str) -> Backend:
-    """The fused kernels for a device, and PyTorch's way for operations that have none there.
+    """The fused kernels for a device.
 
     Raises:
-        BackendUnavailable: there are none at all; the message says why and what to do.
+        BackendUnavailable: there are none; the message says why and what to do.
     """
     device = torch.device(device)
     check_available(device)
-    kernels, name = kernels_for(device), _name(device)
-    fused = {operation for operation in _OPERATIONS if kernels in registered_kernels(operation)}
+    name = _name(device)
     return Backend(
         name,
-        **{
-            operation: functions.fused if operation in fused else functions.pytorch
-            for operation, functions in _OPERATIONS.items()
-        },
-        implementations={
-            operation: name if operation in fused else PYTORCH.name for operation in _OPERATIONS
-        },
-        rounds_inside=kernels == "cpu",
+        **{operation: functions.fused for operation, functions in _OPERATIONS.items()},
+        implementations=dict.fromkeys(_OPERATIONS, name),
+        rounds_inside=kernels_for(device) == "cpu",
     )
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
@@ -26,13 +25,13 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         kernel[grid](**arguments)
 
 
-def precision_of(x: Tensor) -> str:
-    """How products of x are computed: "half" of 16-bit numbers, "tf32" where PyTorch is told so.
+def precision_of(dtype: torch.dtype) -> str:
+    """How products are computed: "half" of 16-bit numbers, "tf32" where PyTorch is told so.
 
     Else it is "ieee". The switch is PyTorch's own: `torch.backends.cuda.matmul.fp32_precision` or
     `torch.set_float32_matmul_precision`.
     """
-    if x.dtype != torch.float32:
+    if dtype != torch.float32:
         return "half"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 

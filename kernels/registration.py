@@ -35,9 +35,6 @@ _LIBRARY = torch.library.Library("harmodt", "DEF")
 _OLDEST_CAPABILITY = (8, 0)
 
 
-_KERNELS: dict[str, tuple[Kernels, ...]] = {}
-
-
 def register(
     package: str,
     name: str,
@@ -65,16 +62,10 @@ def register(
             raise BackendUnavailable(missing)
         return run_native(*arguments)
 
-    _KERNELS[name] = kernels
     _LIBRARY.define(f"{name}{schema}")
     _LIBRARY.impl(name, run_triton, "CUDA")
     _LIBRARY.impl(name, run_on_cpu, "CPU")
     torch.library.register_fake(f"harmodt::{name}", fake, lib=_LIBRARY)
-
-
-def registered_kernels(name: str) -> tuple[Kernels, ...]:
-    """Which kernels an operation was registered with."""
-    return _KERNELS[name]
 
 
 def kernels_for(device: torch.device) -> Kernels:
@@ -94,8 +85,8 @@ def _caller(
     def refuse(*_: Any) -> Any:
         where = "a GPU" if kind == "triton" else "a CPU"
         raise BackendUnavailable(
-            f"{name} has no kernel for {where}: take it from fused_backend(device), which has "
-            "PyTorch's own in its place"
+            f"{name} has no kernel for {where}: take it from fused_backend(device), which does it "
+            "in parts there"
         )
 
     return run if kind in kernels else refuse

@@ -36,6 +36,7 @@ import harmodt_kernels
 from harmodt_kernels import masked_adamw, masked_linear, registration, words_for
 from harmodt_kernels.attention import attention
 from harmodt_kernels.dropout_add import dropout_add
+from harmodt_kernels.linear_residual import linear_residual
 from harmodt_kernels.masked_layer_norm import masked_layer_norm
 
 OUTPUT = Path(__file__).parents[1] / "build" / "kernels.md"
@@ -197,6 +198,34 @@ def masked_linear_case(
     return Case(", ".join([size, *(name for name, on in options if on)]), run, precision)
 
 
+def linear_residual_cases() -> Iterator[Case]:
+    for precision in ("fp32", "bf16, fp32 weights"):
+        yield linear_residual_case(precision, 600, 512, 128)
+    case = linear_residual_case("bf16, fp32 weights", 4800, 1024, 256)
+    yield case._replace(largest=True)
+
+
+def linear_residual_case(precision: str, rows: int, inputs: int, outputs: int) -> Case:
+    """Forward and backward pass with dropout, beside a residual of float32."""
+    dtype, weight_dtype = PRECISIONS[precision]
+
+    def run() -> None:
+        bits = torch.zeros(3, outputs, words_for(inputs), dtype=torch.int32)
+        y = linear_residual(
+            torch.empty(5, rows, inputs, dtype=dtype, requires_grad=True),
+            torch.empty(outputs, inputs, dtype=weight_dtype, requires_grad=True),
+            torch.empty(outputs, dtype=weight_dtype, requires_grad=True),
+            bits,
+            torch.zeros(3, words_for(outputs), dtype=torch.int32),
+            torch.zeros(5, dtype=torch.int64),
+            torch.empty(5, rows, outputs),
+            0.1,
+        )
+        y.backward(torch.empty_like(y))
+
+    return Case(f"5 × {rows} rows, {inputs} to {outputs}, dropout, residual", run, precision)
+
+
 def masked_layer_norm_cases() -> Iterator[Case]:
     for precision in ("fp32", "bf16, fp32 weights"):
         yield masked_layer_norm_case(precision, 600, 256)._replace(largest=True)
@@ -313,6 +342,7 @@ def masked_adamw_case(size: int) -> Case:
 
 CASES = {
     "masked_linear": masked_linear_cases,
+    "linear_residual": linear_residual_cases,
     "masked_layer_norm": masked_layer_norm_cases,
     "attention": attention_cases,
     "dropout_add": dropout_add_cases,

@@ -260,7 +260,7 @@ GRADIENT = {
 
 def tile_of(table: dict[str, tuple[Tile, Tile]], qkv: Tensor) -> tuple[str, Tile, int]:
     """Precision, tile, and the elements of a head rounded up to what matrix units take."""
-    precision = precision_of(qkv)
+    precision = precision_of(qkv.dtype)
     block = max(16, triton.next_power_of_2(qkv.shape[4]))
     return precision, table[precision][block > 64], block
 

@@ -60,10 +60,9 @@ def masked_linear(
         return _without_masks(x, weight, bias, relu, group_gradients)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    weight_out, bias_out = group_gradients or (None, None)
-    _check_types(x, weight, bias, weight_bits, bias_bits, task_ids)
-    _check_layout(x, weight, bias, weight_bits, bias_bits, task_ids, weight_out, bias_out)
     operands = x, weight, bias, weight_bits, bias_bits, task_ids
+    check_operands(*operands, group_gradients)
+    weight_out, bias_out = group_gradients or (None, None)
     if not torch.is_grad_enabled():
         return torch.ops.harmodt.masked_linear(*operands, relu)
     return _MaskedLinear.apply(*operands, relu, weight_out, bias_out)
@@ -90,6 +89,21 @@ def _without_masks(
         group_gradients=group_gradients,
     )
     return y.view(*x.shape[:2], -1)
+
+
+def check_operands(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_bits: Tensor,
+    bias_bits: Tensor | None,
+    task_ids: Tensor | None,
+    group_gradients: tuple[Tensor, Tensor | None] | None,
+) -> None:
+    """Raise TypeError or ValueError if the arguments of `masked_linear` do not fit together."""
+    weight_out, bias_out = group_gradients or (None, None)
+    _check_types(x, weight, bias, weight_bits, bias_bits, task_ids)
+    _check_layout(x, weight, bias, weight_bits, bias_bits, task_ids, weight_out, bias_out)
 
 
 def _check_types(

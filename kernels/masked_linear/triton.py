@@ -18,17 +18,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device_functions import bits_of, masked_vector
-from ..launch import launch, precision_of
+from ..device_functions import bits_of, kept, masked_vector
+from ..launch import dropout_of, launch, precision_of
 
 
 @triton.jit
-def load_dy(dy, y, start, place, mask, RELU: tl.constexpr):
-    """dy where the ReLU let y pass, else 0."""
+def load_dy(
+    dy, y, start, place, mask, seed, threshold, factor, RELU: tl.constexpr, DROPOUT: tl.constexpr
+):
+    """dy where ReLU and dropout let y pass, else 0.
+
+    Tensors, a place in them and a draw of dropout are an argument each.
+    """
     dy_tile = tl.load(dy + start + place, mask=mask, other=0.0)
     if RELU:
         y_tile = tl.load(y + start + place, mask=mask, other=0.0)
         dy_tile = tl.where(y_tile <= 0.0, 0.0, dy_tile)
+    if DROPOUT:
+        draw = start.to(tl.uint32) + place.to(tl.uint32)
+        dy_tile = dy_tile.to(tl.float32) * kept(draw, seed, threshold, factor)
     return dy_tile
 
 
@@ -46,7 +54,7 @@ def tile_of(row_tiles, column_tiles):
     return first + within % height, within // height
 
 
-@triton.jit(do_not_specialize=["groups", "rows"])
+@triton.jit(do_not_specialize=["groups", "rows", "seed", "threshold"])
 def masked_linear_kernel(
     x,  # [groups, rows, inputs]
     weight,  # [outputs, inputs], rows weight_stride apart
@@ -54,6 +62,7 @@ def masked_linear_kernel(
     weight_bits,  # int32 [tasks, outputs, words], task_stride and bits_stride apart
     bias_bits,  # int32 [tasks, words], bias_task_stride apart, or None
     task_ids,  # int64 [groups]
+    residual,  # as y, or None
     y,  # [groups, rows, outputs]
     groups,
     rows,
@@ -63,8 +72,13 @@ def masked_linear_kernel(
     task_stride,
     bits_stride,
     bias_task_stride,
+    seed,
+    threshold,
+    factor,  # of elements that dropout keeps
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
+    DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -84,7 +98,8 @@ def masked_linear_kernel(
     w_row = tl.minimum(n, outputs - 1)
     start = group.to(tl.int64) * rows + first
     x += start * inputs
-    y += start * outputs
+    before = start * outputs
+    y += before
     weight_bits += task * task_stride
     total = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     for k0 in range(0, inputs, BLOCK_K):
@@ -112,14 +127,18 @@ def masked_linear_kernel(
         total += masked_vector(b, bias_bits + task * bias_task_stride, n, outputs)[:, None]
     if RELU:
         total = tl.where(total <= 0.0, 0.0, total)  # NaN stays
-    tl.store(
-        y + row[:, None] * outputs + n[None, :],
-        tl.trans(total).to(y.dtype.element_ty),
-        mask=in_rows[:, None] & in_outputs[None, :],
-    )
+    result = tl.trans(total)
+    place = row[:, None] * outputs + n[None, :]
+    inside = in_rows[:, None] & in_outputs[None, :]
+    if DROPOUT:
+        draw = before.to(tl.uint32) + place.to(tl.uint32)
+        result *= kept(draw, seed, threshold, factor)
+    if HAS_RESIDUAL:
+        result += tl.load(residual + before + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + place, result.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["groups", "rows"])
+@triton.jit(do_not_specialize=["groups", "rows", "seed", "threshold"])
 def masked_linear_input_gradient_kernel(
     dy,  # [groups, rows, outputs]
     y,  # as dy, or None
@@ -134,7 +153,11 @@ def masked_linear_input_gradient_kernel(
     weight_stride,
     task_stride,
     bits_stride,
+    seed,
+    threshold,
+    factor,  # of elements that dropout keeps
     RELU: tl.constexpr,
+    DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -169,7 +192,18 @@ def masked_linear_input_gradient_kernel(
             other=0,
         )
         place = dy_row[:, None] * outputs + n[None, :]
-        dy_tile = load_dy(dy, y, start * outputs, place, in_outputs[None, :], RELU)
+        dy_tile = load_dy(
+            dy,
+            y,
+            start * outputs,
+            place,
+            in_outputs[None, :],
+            seed,
+            threshold,
+            factor,
+            RELU=RELU,
+            DROPOUT=DROPOUT,
+        ).to(dx.dtype.element_ty)
         w = tl.where(bits_of(words, BLOCK_N, BLOCK_K), w, 0.0).to(dy_tile.dtype)
         total = tl.dot(tl.trans(w), tl.trans(dy_tile), total, input_precision=PRECISION)
     tl.store(
@@ -191,7 +225,11 @@ def sums_of_rows(
     rows,
     outputs,
     bias_task_stride,
+    seed,
+    threshold,
+    factor,
     RELU: tl.constexpr,
+    DROPOUT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
@@ -207,14 +245,25 @@ def sums_of_rows(
         of_group = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
         for r0 in tl.range(0, rows, BLOCK_R, num_stages=4):
             inside = (n < outputs)[:, None] & (r0 + row < rows)[None, :]
-            of_group += load_dy(dy, y, (start + r0) * outputs, place, inside, RELU).to(tl.float32)
+            of_group += load_dy(
+                dy,
+                y,
+                (start + r0) * outputs,
+                place,
+                inside,
+                seed,
+                threshold,
+                factor,
+                RELU=RELU,
+                DROPOUT=DROPOUT,
+            ).to(tl.float32)
         sums = tl.sum(of_group, 1)
         task = tl.load(task_ids + group)
         total += masked_vector(sums, bias_bits + task * bias_task_stride, n, outputs)
     return total
 
 
-@triton.jit(do_not_specialize=["groups", "rows", "groups_of_program"])
+@triton.jit(do_not_specialize=["groups", "rows", "groups_of_program", "seed", "threshold"])
 def masked_linear_weight_gradient_kernel(
     dy,  # [groups, rows, outputs]
     y,  # as dy, or None
@@ -235,7 +284,11 @@ def masked_linear_weight_gradient_kernel(
     weight_part_stride,
     weight_row_stride,
     bias_part_stride,
+    seed,
+    threshold,
+    factor,  # of elements that dropout keeps
     RELU: tl.constexpr,
+    DROPOUT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -271,7 +324,11 @@ def masked_linear_weight_gradient_kernel(
                 rows=rows,
                 outputs=outputs,
                 bias_task_stride=bias_task_stride,
+                seed=seed,
+                threshold=threshold,
+                factor=factor,
                 RELU=RELU,
+                DROPOUT=DROPOUT,
                 BLOCK_N=BLOCK_N,
                 BLOCK_R=BLOCK_R,
             )
@@ -301,6 +358,10 @@ def masked_linear_weight_gradient_kernel(
             else:
                 x_mask = x_mask & in_rows[:, None]
             x_tile = tl.load(x + (start + r0) * inputs + x_place, mask=x_mask, other=0.0)
+            if DROPOUT:
+                draw = dy_before.to(tl.uint32) + dy_place.to(tl.uint32)
+                dy_tile = dy_tile.to(tl.float32) * kept(draw, seed, threshold, factor)
+            dy_tile = dy_tile.to(x_tile.dtype)
             of_group = tl.dot(dy_tile, x_tile, of_group, input_precision=PRECISION)
         task = tl.load(task_ids + group)
         words = tl.load(
@@ -364,12 +425,18 @@ def masked_linear(
     bias_bits: Tensor | None,
     task_ids: Tensor,
     relu: bool,
+    residual: Tensor | None = None,
+    drop: float = 0.0,
+    seed: int = 0,
 ) -> Tensor:
+    """`harmodt::masked_linear`; residual and dropout are further arguments for linear_residual."""
     x = x.contiguous()
     groups, rows, inputs = x.shape
     outputs = len(weight)
-    y = torch.empty(groups, rows, outputs, dtype=x.dtype, device=x.device)
-    precision, tile = product_tile(FORWARD, x, outputs)
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    y = torch.empty(groups, rows, outputs, dtype=dtype, device=x.device)
+    precision, tile = product_tile(FORWARD, x, x.dtype, outputs)
+    threshold, factor = dropout_of(drop)
     launch(
         masked_linear_kernel,
         (groups * triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.columns),),
@@ -379,6 +446,7 @@ def masked_linear(
         weight_bits=weight_bits,
         bias_bits=bias_bits,
         task_ids=task_ids,
+        residual=None if residual is None else residual.contiguous(),
         y=y,
         groups=groups,
         rows=rows,
@@ -388,8 +456,13 @@ def masked_linear(
         task_stride=weight_bits.stride(0),
         bits_stride=weight_bits.stride(1),
         bias_task_stride=0 if bias_bits is None else bias_bits.stride(0),
+        seed=seed,
+        threshold=threshold,
+        factor=factor,
         HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
         RELU=relu,
+        DROPOUT=drop > 0,
         PRECISION="tf32" if precision == "tf32" else "ieee",
         BLOCK_R=tile.rows,
         BLOCK_N=tile.columns,
@@ -402,13 +475,21 @@ def masked_linear(
 
 
 def masked_linear_input_gradient(
-    dy: Tensor, y: Tensor | None, weight: Tensor, weight_bits: Tensor, task_ids: Tensor
+    dy: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    weight_bits: Tensor,
+    task_ids: Tensor,
+    dtype: torch.dtype | None = None,
+    drop: float = 0.0,
+    seed: int = 0,
 ) -> Tensor:
     dy = dy.contiguous()
     groups, rows, outputs = dy.shape
     inputs = weight.shape[1]
-    dx = torch.empty(groups, rows, inputs, dtype=dy.dtype, device=dy.device)
-    precision, tile = product_tile(INPUT_GRADIENT, dy, inputs)
+    dx = torch.empty(groups, rows, inputs, dtype=dtype or dy.dtype, device=dy.device)
+    precision, tile = product_tile(INPUT_GRADIENT, dy, dx.dtype, inputs)
+    threshold, factor = dropout_of(drop)
     launch(
         masked_linear_input_gradient_kernel,
         (groups * triton.cdiv(rows, tile.rows) * triton.cdiv(inputs, tile.columns),),
@@ -425,7 +506,11 @@ def masked_linear_input_gradient(
         weight_stride=weight.stride(0),
         task_stride=weight_bits.stride(0),
         bits_stride=weight_bits.stride(1),
+        seed=seed,
+        threshold=threshold,
+        factor=factor,
         RELU=y is not None,
+        DROPOUT=drop > 0,
         PRECISION="tf32" if precision == "tf32" else "ieee",
         BLOCK_R=tile.rows,
         BLOCK_K=tile.columns,
@@ -445,11 +530,15 @@ def masked_linear_weight_gradient(
     bias_bits: Tensor | None,
     task_ids: Tensor,
     dtype: torch.dtype,
+    drop: float = 0.0,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
+    """`harmodt::masked_linear_weight_gradient`; dropout's arguments are for linear_residual."""
     outputs = dy.shape[2]
     weight_out = torch.empty(1, outputs, x.shape[2], dtype=dtype, device=x.device)
     bias_out = torch.empty(1, 0 if bias_bits is None else outputs, dtype=dtype, device=x.device)
-    masked_linear_group_gradients(dy, y, x, weight_bits, bias_bits, task_ids, weight_out, bias_out)
+    operands = dy, y, x, weight_bits, bias_bits, task_ids
+    masked_linear_group_gradients(*operands, weight_out, bias_out, drop, seed)
     return weight_out[0], bias_out[0]
 
 
@@ -462,20 +551,23 @@ def masked_linear_group_gradients(
     task_ids: Tensor,
     weight_out: Tensor,
     bias_out: Tensor | None,
+    drop: float = 0.0,
+    seed: int = 0,
 ) -> None:
+    """`harmodt::masked_linear_group_gradients`; dropout's arguments are for linear_residual."""
     operands = dy, y, x, weight_bits, bias_bits, task_ids
     groups, outputs = len(x), dy.shape[2]
     if len(weight_out) == groups:
-        launch_weight_gradient(*operands, weight_out, bias_out, 1)
+        launch_weight_gradient(*operands, weight_out, bias_out, 1, drop, seed)
         return
-    groups_of_program = groups_per_program(x, outputs)
-    parts = triton.cdiv(groups, groups_of_program)
+    each = groups_per_program(x, outputs)
+    parts = triton.cdiv(groups, each)
     if parts == 1:
-        launch_weight_gradient(*operands, weight_out, bias_out, groups_of_program)
+        launch_weight_gradient(*operands, weight_out, bias_out, each, drop, seed)
         return
     weight_parts = torch.empty(parts, outputs, x.shape[2], device=x.device)
     bias_parts = torch.empty(parts, 0 if bias_bits is None else outputs, device=x.device)
-    launch_weight_gradient(*operands, weight_parts, bias_parts, groups_of_program)
+    launch_weight_gradient(*operands, weight_parts, bias_parts, each, drop, seed)
     weight_out.copy_(weight_parts.sum(0, keepdim=True))
     if bias_out is not None:
         bias_out.copy_(bias_parts.sum(0, keepdim=True))
@@ -491,18 +583,21 @@ def launch_weight_gradient(
     weight_out: Tensor,
     bias_out: Tensor | None,
     groups_of_program: int,
+    drop: float,
+    seed: int,
 ) -> None:
     """Write the sums of each `groups_of_program` groups.
 
     Args:
         weight_out, bias_out: [parts, N, K] and [parts, N]. The other arguments are those of the
-            operations, hence nine in all.
+            operations, hence eleven in all.
     """
     dy, x = dy.contiguous(), x.contiguous()
     groups, rows, inputs = x.shape
     outputs = dy.shape[2]
     precision, tile = weight_gradient_tile(x, outputs)
     columns = triton.cdiv(inputs, tile.columns) + (bias_bits is not None)
+    threshold, factor = dropout_of(drop)
     launch(
         masked_linear_weight_gradient_kernel,
         (len(weight_out) * triton.cdiv(outputs, tile.rows) * columns,),
@@ -525,7 +620,11 @@ def launch_weight_gradient(
         weight_part_stride=weight_out.stride(0),
         weight_row_stride=weight_out.stride(1),
         bias_part_stride=0 if bias_out is None else bias_out.stride(0),
+        seed=seed,
+        threshold=threshold,
+        factor=factor,
         RELU=y is not None,
+        DROPOUT=drop > 0,
         HAS_BIAS=bias_bits is not None,
         PRECISION="tf32" if precision == "tf32" else "ieee",
         BLOCK_N=tile.rows,
@@ -537,15 +636,17 @@ def launch_weight_gradient(
     )
 
 
-def product_tile(table: dict[str, tuple[Tile, ...]], x: Tensor, columns: int) -> tuple[str, Tile]:
-    """Precision and tile for a result with the groups and rows of x."""
-    precision = precision_of(x)
+def product_tile(
+    table: dict[str, tuple[Tile, ...]], x: Tensor, dtype: torch.dtype, columns: int
+) -> tuple[str, Tile]:
+    """Precision of products of a dtype, and tile for a result with the groups and rows of x."""
+    precision = precision_of(dtype)
     groups, rows, _ = x.shape
     return precision, largest_tile(table[precision], 2 * ENOUGH, groups, rows, columns)
 
 
 def weight_gradient_tile(x: Tensor, outputs: int) -> tuple[str, Tile]:
-    precision = precision_of(x)
+    precision = precision_of(x.dtype)
     tiles = WEIGHT_GRADIENT[precision]
     return precision, largest_tile(tiles, ENOUGH // 2, 1, outputs, x.shape[2])
 

@@ -1,0 +1,26 @@
+"""The masked linear layer that ends a residual branch, as quick as it gets in plain PyTorch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..dropout_add.pytorch import dropout_add
+from ..masked_linear.pytorch import masked_linear
+
+
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_bits: Tensor | None,
+    bias_bits: Tensor | None,
+    task_ids: Tensor | None,
+    residual: Tensor,
+    drop: float,
+    *,
+    group_gradients: tuple[Tensor, Tensor | None] | None = None,
+) -> Tensor:
+    """The same as `reference.linear_residual`, whose arguments are these."""
+    masks = weight_bits, bias_bits, task_ids
+    branch = masked_linear(x, weight, bias, *masks, group_gradients=group_gradients)
+    return dropout_add(residual, branch, drop)

@@ -1,0 +1,35 @@
+"""The definition of the masked linear layer that ends a residual branch, in plain PyTorch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..dropout_add.reference import dropout_add
+from ..masked_linear.reference import masked_linear
+
+
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_bits: Tensor | None,
+    bias_bits: Tensor | None,
+    task_ids: Tensor | None,
+    residual: Tensor,
+    drop: float,
+    *,
+    group_gradients: tuple[Tensor, Tensor | None] | None = None,
+) -> Tensor:
+    """residual + dropout(x[g] (W ⊙ M)ᵀ + b ⊙ m).
+
+    Args:
+        residual: [G, R, N].
+        drop: probability of dropping an element of the layer's output, in [0, 1). The other
+            arguments are those of `masked_linear`.
+
+    Returns:
+        [G, R, N], in the dtype of the sum.
+    """
+    masks = weight_bits, bias_bits, task_ids
+    branch = masked_linear(x, weight, bias, *masks, group_gradients=group_gradients)
+    return dropout_add(residual, branch, drop)
