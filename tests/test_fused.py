@@ -85,10 +85,11 @@ def test_an_algorithm_without_masks_goes_through_the_kernels(
         make_trainer(store, config, device, backend) for backend in (counted, REFERENCE)
     )
     torch.testing.assert_close(losses(fused, 2), losses(definition, 2), rtol=1e-4, atol=0.0)
-    # A block has two LayerNorms and four linear layers, and there is a LayerNorm after the last.
+    # A block has two LayerNorms and four linear layers, of which two end a residual branch, and
+    # there is a LayerNorm after the last.
     assert calls == {
-        "masked_linear": 2 * 4, "masked_layer_norm": 2 * 3, "attention": 2, "dropout_add": 2 * 2,
-        "masked_adamw": 2,
+        "masked_linear": 2 * 2, "linear_residual": 2 * 2, "masked_layer_norm": 2 * 3,
+        "attention": 2, "masked_adamw": 2,
     }  # fmt: skip
 
 

@@ -353,11 +353,12 @@ def test_dropout_reaches_attention_and_residual_branches() -> None:
         calls.append(("attention", out.shape[1], drop))
         return out
 
-    def dropout_add(x: Tensor, branch: Tensor, drop: float) -> Tensor:
-        calls.append(("residual", x.shape[1], drop))
-        return x + branch
+    def linear_residual(*operands: Tensor | None, group_gradients: None) -> Tensor:
+        *layer, residual, drop = operands
+        calls.append(("residual", residual.shape[1], drop))
+        return REFERENCE.linear_residual(*layer, residual, 0.0)
 
-    backend = dataclasses.replace(REFERENCE, attention=attention, dropout_add=dropout_add)
+    backend = dataclasses.replace(REFERENCE, attention=attention, linear_residual=linear_residual)
     model = make_model(dataclasses.replace(CONFIG, dropout=0.2), backend=backend)
     dense(model, make_batch([0, 1]))
     # The last block computes the outputs of the 4 observation tokens of 3 windows alone.

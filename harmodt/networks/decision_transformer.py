@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harmodt_kernels import Backend, MaskedLayerNorm, MaskedLinear
+from harmodt_kernels import Backend, LayerMasks, MaskedLayerNorm, MaskedLinear
 
 from ..batch import Batch, Steps
 from ..masks.bank import TaskMasks
@@ -89,13 +89,27 @@ class Block(nn.Module):
         rows = x[:, :, wanted].flatten(1, 2)  # [G, B T, d]
         drop = self.dropout if self.training else 0.0
         attended = backend.attention(qkv, wanted, drop, past).reshape(rows.shape)
-        attended = self.attention_out(attended, of(self.attention_out))
-        rows = backend.dropout_add(rows, attended, drop)
+        rows = self._add(rows, self.attention_out, attended, masks)
         normalised = self.mlp_norm(rows, of(self.mlp_norm))
         hidden = self.mlp_up(normalised, of(self.mlp_up), relu=True)
-        rows = backend.dropout_add(rows, self.mlp_down(hidden, of(self.mlp_down)), drop)
+        rows = self._add(rows, self.mlp_down, hidden, masks)
         _, keys, values = qkv.permute(2, 0, 3, 1, 4)  # each [G B, H, T, d / H]
         return rows.view(groups, windows, -1, d), (keys, values)
+
+    def _add(self, rows: Tensor, layer: MaskedLinear, x: Tensor, masks: TaskMasks) -> Tensor:
+        """End a residual branch: rows + dropout(layer(x)), [G, R, d]."""
+        of_layer = masks.of(layer) or LayerMasks(None, None, None)
+        return self.backend.linear_residual(
+            x,
+            layer.weight,
+            layer.bias,
+            of_layer.weight_bits,
+            of_layer.bias_bits,
+            of_layer.task_ids,
+            rows,
+            self.dropout if self.training else 0.0,
+            group_gradients=of_layer.group_gradients,
+        )
 
 
 class TokenEmbedding(nn.Module):
