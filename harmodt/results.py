@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from rich.table import Table
 
 from .environments import EnvironmentSpec
 from .errors import UserError
-from .files import clear_temporaries, json_checksum, read_bytes, write_bytes, write_json
+from .files import clear_temporaries, json_checksum, read_sealed, write_bytes, write_sealed
 from .settings import Count, Whole, from_json
 
 FORMAT = "harmodt-evaluation"
@@ -227,7 +226,7 @@ class EvaluationResult:
         for file in (table, path):
             clear_temporaries(file)
         write_bytes(table, self.to_csv().encode())
-        write_json(path, {**content, "crc32": json_checksum(content)})
+        write_sealed(path, content)
         return path
 
     def _task_row(self, index: int) -> dict[str, Any]:
@@ -379,10 +378,7 @@ class _Content:
 def _read(path: Path) -> _Content:
     """Read a file, its format, version and checksum checked, and the form of what it says."""
     try:
-        content = json.loads(read_bytes(path))
-        found = content if isinstance(content, dict) else {}
-        recorded = found.pop("crc32", None)
-        intact = recorded == json_checksum(found)
+        found, intact = read_sealed(path)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"there is no evaluation {path}: name a JSON file that `python -m harmodt.evaluate` "

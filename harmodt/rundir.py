@@ -9,7 +9,6 @@ RUN/evaluation/                    results as JSON and CSV, videos
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Annotated, Any
 import msgspec
 
 from .errors import UserError
-from .files import json_checksum, read_bytes, write_json
+from .files import read_sealed, write_sealed
 
 FORMAT = "harmodt-run"
 VERSION = 3
@@ -93,7 +92,7 @@ class RunDirectory:
     def write(self, description: dict[str, Any]) -> None:
         """Write run.json."""
         content = {"format": FORMAT, "version": VERSION, **description}
-        write_json(self.description, {**content, "crc32": json_checksum(content)})
+        write_sealed(self.description, content)
 
     def update(self, values: dict[str, Any]) -> None:
         """Write other values of some keys into run.json."""
@@ -116,9 +115,7 @@ class RunDirectory:
         """What run.json says, format, version and checksum checked and taken out."""
         path = self.description
         try:
-            content = json.loads(read_bytes(path))
-            found = content if isinstance(content, dict) else {}
-            recorded, actual = found.pop("crc32", None), json_checksum(found)
+            found, intact = read_sealed(path)
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{self.path} holds no run (run.json is missing): give the directory that "
@@ -137,7 +134,7 @@ class RunDirectory:
                 f"{path} is of version {version!r:.20}, and this HarmoDT reads version "
                 f"{VERSION}: train the run again, or use the HarmoDT that wrote it"
             )
-        if recorded != actual:
+        if not intact:
             raise UserError(
                 f"{path} has changed since it was written (its checksum fails): restore it from a "
                 "copy, or begin a new run with other settings"

@@ -21,11 +21,11 @@ from harmodt.collect import CollectConfig, collect
 from harmodt.collect import main as collect_main
 from harmodt.data.__main__ import ImportConfig, import_data
 from harmodt.data.__main__ import main as data_main
-from harmodt.data.store import MANIFEST, UNFINISHED, DataStore, manifest_checksum
+from harmodt.data.store import MANIFEST, UNFINISHED, DataStore
 from harmodt.data.writer import StoreWriter
 from harmodt.environments.metaworld import MetaWorld
 from harmodt.errors import UserError, run_command
-from harmodt.files import owned
+from harmodt.files import json_checksum, owned
 
 Json = dict[str, Any]
 
@@ -35,7 +35,7 @@ def forge(path: Path, change: Callable[[Json], object]) -> None:
     manifest = json.loads(path.read_text())
     del manifest["crc32"]
     change(manifest)
-    path.write_text(json.dumps({**manifest, "crc32": manifest_checksum(manifest)}))
+    path.write_text(json.dumps({**manifest, "crc32": json_checksum(manifest)}))
 
 
 def in_task(key: str, value: object) -> Callable[[Json], object]:

@@ -23,11 +23,11 @@ from harmodt.checkpoint import load_checkpoint
 from harmodt.data import store
 from harmodt.data.importers.npz import NpzImporter
 from harmodt.data.inputs import load_conditioning
-from harmodt.data.store import MANIFEST, DataStore, manifest_checksum
+from harmodt.data.store import MANIFEST, DataStore
 from harmodt.data.writer import make_or_open
 from harmodt.environments.metaworld import MetaWorld
 from harmodt.errors import UserError
-from harmodt.files import checksum
+from harmodt.files import checksum, json_checksum
 from harmodt.rundir import FORMAT, VERSION, RunDirectory
 from harmodt.training.run import SavedRun
 
@@ -77,7 +77,7 @@ def test_a_store_of_odd_provenance_is_of_other_settings(folder: Path, source: ob
     path = folder / "store"
     manifest = json.loads((path / MANIFEST).read_text()) | {"provenance": {"collect": source}}
     del manifest["crc32"]
-    manifest["crc32"] = manifest_checksum(manifest)
+    manifest["crc32"] = json_checksum(manifest)
     (path / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="already holds a store with seed = "):
         make_or_open(path, "collect", {"seed": 1}, Mock())

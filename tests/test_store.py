@@ -18,12 +18,12 @@ from harmodt.data.store import (
     DataStore,
     Episode,
     Episodes,
-    manifest_checksum,
 )
 from harmodt.data.writer import StoreWriter
 from harmodt.environments import EnvironmentSpec
 from harmodt.environments.metaworld import MetaWorld
 from harmodt.errors import UserError
+from harmodt.files import json_checksum
 
 SPEC = MetaWorld.spec
 ARRAYS = ("observations", "actions", "rewards", "returns_to_go", "episode_starts", "successes")
@@ -129,7 +129,7 @@ def test_opening_five_million_steps_takes_a_second_and_200_megabytes_at_most(
             file = tmp_path / "store" / task / f"{name}.npy"
             # A file with holes: it takes no room, and shows when somebody reads it all.
             np.lib.format.open_memmap(file, "w+", entry["dtype"], tuple(entry["shape"]))
-    edit_manifest(tmp_path / "store", tasks=tasks, crc32=manifest_checksum(store.manifest))
+    edit_manifest(tmp_path / "store", tasks=tasks, crc32=json_checksum(store.manifest))
     script = """
 import re, sys, time
 from pathlib import Path

@@ -23,7 +23,7 @@ from msgspec import Meta
 
 from ..environments import EnvironmentSpec
 from ..errors import UserError
-from ..files import checksum, read_bytes
+from ..files import json_checksum, read_bytes
 from ..settings import Count, Whole, from_json
 
 FORMAT = "harmodt-store"
@@ -161,7 +161,7 @@ class DataStore:
     @property
     def checksum(self) -> str:
         """Of the manifest, which holds those of all arrays: equal for equal stores alone."""
-        return manifest_checksum(self.manifest)
+        return json_checksum(self.manifest)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -246,7 +246,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(read_bytes(path), parse_float=_finite, parse_constant=_finite)
         recorded = manifest.pop("crc32", None) if isinstance(manifest, dict) else None
-        actual = manifest_checksum(manifest)
+        actual = json_checksum(manifest)
     except (ValueError, RecursionError) as error:  # nested too deep, for reading or for writing
         raise UserError(_damaged(path, "no JSON")) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -347,11 +347,6 @@ def _shapes(
         f"{prefix}{name}": (dtype, [lengths.get(name, steps), *shape])
         for name, (dtype, shape) in array_types(environment).items()
     }
-
-
-def manifest_checksum(manifest: dict[str, Any]) -> str:
-    """CRC-32 of a manifest's content, without the entry that holds it."""
-    return checksum(json.dumps(manifest, sort_keys=True).encode())
 
 
 def _check_size(path: Path, entry: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..environments import EnvironmentSpec
 from ..errors import UserError
-from ..files import LOCK, owned, replace_directory, sync_directory, write_json
+from ..files import LOCK, owned, replace_directory, sync_directory, write_sealed
 from .store import (
     FORMAT,
     MANIFEST,
@@ -27,7 +27,6 @@ from .store import (
     Episode,
     Episodes,
     array_types,
-    manifest_checksum,
     read_manifest,
 )
 
@@ -110,8 +109,7 @@ class StoreWriter:
         return DataStore.open(self.path)
 
     def _save(self) -> None:
-        checksum = manifest_checksum(self._manifest)
-        write_json(self.path / UNFINISHED, {**self._manifest, "crc32": checksum})
+        write_sealed(self.path / UNFINISHED, self._manifest)
 
 
 class TaskWriter:
