@@ -54,7 +54,7 @@ class LinearArithmetic(TorchDispatchMode):
         elif name == "masked_linear_input_gradient":
             dy, _, weight = args[:3]
             self.operations += 2 * dy.numel() * weight.shape[1]
-        elif name in ("masked_linear_weight_gradient", "masked_linear_group_gradients"):
+        elif name == "masked_linear_group_gradients":
             dy, _, x = args[:3]
             self.operations += 2 * dy.numel() * x.shape[-1]
         return func(*args, **(kwargs or {}))

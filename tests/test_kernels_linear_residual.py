@@ -136,7 +136,6 @@ def operands_of_ops(device: torch.device) -> dict[str, tuple]:
     return {
         "linear_residual": (x, weight, bias, *masks, dy, *draw),
         "linear_residual_input_gradient": (dy, weight, masks[0], masks[2], x.dtype, *draw),
-        "linear_residual_weight_gradient": (dy, x, *masks, torch.float32, *draw),
         "linear_residual_group_gradients": (dy, x, *masks, *outs, *draw),
     }
 

@@ -277,7 +277,6 @@ def operands_of_ops(device: torch.device) -> dict[str, tuple]:
     return {
         "masked_linear": (x, weight, bias, weight_bits, bias_bits, ids, True),
         "masked_linear_input_gradient": (dy, y, weight, weight_bits, ids),
-        "masked_linear_weight_gradient": (dy, y, x, weight_bits, bias_bits, ids, torch.float32),
         "masked_linear_group_gradients": (
             dy, y, x, weight_bits, bias_bits, ids, x.new_empty(2, 4, 39), x.new_empty(2, 4),
         ),

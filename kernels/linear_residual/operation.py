@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dropout_add.operation import dropout_add
-from ..masked_linear.operation import check_operands, masked_linear
+from ..masked_linear.operation import check_operands, masked_linear, weight_gradients
 from ..registration import FLOATS, kernels_for, register
 
 
@@ -95,23 +95,20 @@ class _LinearResidual(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *masks = ctx.saved_tensors
-        weight_bits, _, task_ids = masks
-        weight_out, bias_out = ctx.group_gradients
+        weight_bits, bias_bits, task_ids = masks
         ops = torch.ops.harmodt
-        dx = d_weight = d_bias = None
+
+        def write(*outs: Tensor | None) -> None:
+            ops.linear_residual_group_gradients(dy, x, *masks, *outs, *ctx.draw)
+
         # The gradient of x comes last: it takes the memory that the weights' sums have left.
-        if weight_out is not None:
-            ops.linear_residual_group_gradients(dy, x, *masks, weight_out, bias_out, *ctx.draw)
-        elif ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            d_weight, d_bias = ops.linear_residual_weight_gradient(
-                dy, x, *masks, weight.dtype, *ctx.draw
-            )
+        of_weights = weight_gradients(ctx, weight, bias_bits, write)
+        dx = None
         if ctx.needs_input_grad[0]:
             dx = ops.linear_residual_input_gradient(
                 dy, weight, weight_bits, task_ids, x.dtype, *ctx.draw
             )
-        d_bias = d_bias if ctx.needs_input_grad[2] else None
-        return dx, d_weight, d_bias, None, None, None, dy.to(ctx.of_residual), *[None] * 4
+        return dx, *of_weights, None, None, None, dy.to(ctx.of_residual), *[None] * 4
 
 
 def _linear_residual_fake(
@@ -138,22 +135,6 @@ def _input_gradient_fake(
     return dy.new_empty(*dy.shape[:2], weight.shape[1], dtype=dtype)
 
 
-def _weight_gradient_fake(
-    dy: Tensor,
-    x: Tensor,
-    weight_bits: Tensor,
-    bias_bits: Tensor | None,
-    task_ids: Tensor,
-    dtype: torch.dtype,
-    *_: Any,
-) -> tuple[Tensor, Tensor]:
-    outputs = dy.shape[2]
-    return (
-        dy.new_empty(outputs, x.shape[2], dtype=dtype),
-        dy.new_empty(0 if bias_bits is None else outputs, dtype=dtype),
-    )
-
-
 def _group_gradients_fake(*_: Any) -> None:
     return None
 
@@ -172,14 +153,6 @@ register(
     "(Tensor dy, Tensor weight, Tensor weight_bits, Tensor task_ids, ScalarType dtype, "
     "float drop, int seed) -> Tensor",
     _input_gradient_fake,
-    kernels=("triton",),
-)
-register(
-    __package__,
-    "linear_residual_weight_gradient",
-    "(Tensor dy, Tensor x, Tensor weight_bits, Tensor? bias_bits, Tensor task_ids, "
-    "ScalarType dtype, float drop, int seed) -> (Tensor d_weight, Tensor d_bias)",
-    _weight_gradient_fake,
     kernels=("triton",),
 )
 register(

@@ -38,21 +38,6 @@ def linear_residual_input_gradient(
     )
 
 
-def linear_residual_weight_gradient(
-    dy: Tensor,
-    x: Tensor,
-    weight_bits: Tensor,
-    bias_bits: Tensor | None,
-    task_ids: Tensor,
-    dtype: torch.dtype,
-    drop: float,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
-    return layer.masked_linear_weight_gradient(
-        dy, None, x, weight_bits, bias_bits, task_ids, dtype, drop, seed
-    )
-
-
 def linear_residual_group_gradients(
     dy: Tensor,
     x: Tensor,

@@ -54,28 +54,6 @@ def masked_linear_input_gradient(
     return dx.to(dtype)
 
 
-def masked_linear_weight_gradient(
-    dy: Tensor,
-    y: Tensor | None,
-    x: Tensor,
-    weight_bits: Tensor,
-    bias_bits: Tensor | None,
-    task_ids: Tensor,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    outputs = dy.shape[2]
-    d_weight = dy.new_empty(outputs, x.shape[2], dtype=torch.float32)
-    d_bias = dy.new_empty(0 if bias_bits is None else outputs, dtype=torch.float32)
-    out = WeightGradient(
-        per_group=False,
-        weight=pointer(d_weight),
-        weight_row_stride=d_weight.stride(0),
-        bias=None if bias_bits is None else pointer(d_bias),
-    )
-    write_weight_gradient(dy, y, x, weight_bits, bias_bits, task_ids, out)
-    return d_weight.to(dtype), d_bias.to(dtype)
-
-
 def masked_linear_group_gradients(
     dy: Tensor,
     y: Tensor | None,
@@ -96,18 +74,6 @@ def masked_linear_group_gradients(
         bias=pointer(bias_out),
         bias_group_stride=0 if bias_out is None else bias_out.stride(0),
     )
-    write_weight_gradient(dy, y, x, weight_bits, bias_bits, task_ids, out)
-
-
-def write_weight_gradient(
-    dy: Tensor,
-    y: Tensor | None,
-    x: Tensor,
-    weight_bits: Tensor,
-    bias_bits: Tensor | None,
-    task_ids: Tensor,
-    out: WeightGradient,
-) -> None:
     dtype = check_dtype(x)
     dy, y, x = as_float(dy), None if y is None else as_float(y), as_float(x)
     shape = shape_of(x, None, dy, weight_bits, bias_bits, task_ids, dtype)

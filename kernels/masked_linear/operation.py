@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -199,21 +200,43 @@ class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, weight_bits, bias_bits, task_ids, y = ctx.saved_tensors
-        operands = dy, y, x, weight_bits, bias_bits, task_ids
-        weight_out, bias_out = ctx.group_gradients
-        dx = d_weight = d_bias = None
-        # The gradient of x comes last: it takes the memory that the weights' sums have left.
-        if weight_out is not None:
-            torch.ops.harmodt.masked_linear_group_gradients(*operands, weight_out, bias_out)
-        elif ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            d_weight, d_bias = torch.ops.harmodt.masked_linear_weight_gradient(
-                *operands, weight.dtype
+
+        def write(*outs: Tensor | None) -> None:
+            torch.ops.harmodt.masked_linear_group_gradients(
+                dy, y, x, weight_bits, bias_bits, task_ids, *outs
             )
+
+        # The gradient of x comes last: it takes the memory that the weights' sums have left.
+        of_weights = weight_gradients(ctx, weight, bias_bits, write)
+        dx = None
         if ctx.needs_input_grad[0]:
             dx = torch.ops.harmodt.masked_linear_input_gradient(
                 dy, y, weight, weight_bits, task_ids
             )
-        return dx, d_weight, None if bias_bits is None else d_bias, *[None] * 6
+        return dx, *of_weights, *[None] * 6
+
+
+def weight_gradients(
+    ctx: Any, weight: Tensor, bias_bits: Tensor | None, write: Callable[..., None]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of weight and bias that a layer's backward pass gives to autograd.
+
+    They are written to the context's `group_gradients` in its place, if the layer was given any.
+
+    Args:
+        ctx: of a layer whose second and third arguments are weight and bias.
+        write: writes gradients to [G, N, K] and [G, N], or their sums to [1, N, K] and [1, N]; None
+            stands for those of no bias.
+    """
+    if ctx.group_gradients[0] is not None:
+        write(*ctx.group_gradients)
+        return None, None
+    if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
+        return None, None
+    d_weight = weight.new_empty(1, *weight.shape, dtype=torch.float32)
+    d_bias = None if bias_bits is None else d_weight.new_empty(1, len(weight))
+    write(d_weight, d_bias)
+    return d_weight[0].to(weight.dtype), None if d_bias is None else d_bias[0].to(weight.dtype)
 
 
 def _masked_linear_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
@@ -222,22 +245,6 @@ def _masked_linear_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 def _input_gradient_fake(dy: Tensor, y: Tensor | None, weight: Tensor, *_: Any) -> Tensor:
     return dy.new_empty(*dy.shape[:2], weight.shape[1])
-
-
-def _weight_gradient_fake(
-    dy: Tensor,
-    y: Tensor | None,
-    x: Tensor,
-    weight_bits: Tensor,
-    bias_bits: Tensor | None,
-    task_ids: Tensor,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    outputs = dy.shape[2]
-    return (
-        dy.new_empty(outputs, x.shape[2], dtype=dtype),
-        dy.new_empty(0 if bias_bits is None else outputs, dtype=dtype),
-    )
 
 
 def _group_gradients_fake(*_: Any) -> None:
@@ -256,13 +263,6 @@ register(
     "masked_linear_input_gradient",
     "(Tensor dy, Tensor? y, Tensor weight, Tensor weight_bits, Tensor task_ids) -> Tensor",
     _input_gradient_fake,
-)
-register(
-    __package__,
-    "masked_linear_weight_gradient",
-    "(Tensor dy, Tensor? y, Tensor x, Tensor weight_bits, Tensor? bias_bits, Tensor task_ids, "
-    "ScalarType dtype) -> (Tensor d_weight, Tensor d_bias)",
-    _weight_gradient_fake,
 )
 register(
     __package__,

@@ -522,26 +522,6 @@ def masked_linear_input_gradient(
     return dx
 
 
-def masked_linear_weight_gradient(
-    dy: Tensor,
-    y: Tensor | None,
-    x: Tensor,
-    weight_bits: Tensor,
-    bias_bits: Tensor | None,
-    task_ids: Tensor,
-    dtype: torch.dtype,
-    drop: float = 0.0,
-    seed: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """`harmodt::masked_linear_weight_gradient`; dropout's arguments are for linear_residual."""
-    outputs = dy.shape[2]
-    weight_out = torch.empty(1, outputs, x.shape[2], dtype=dtype, device=x.device)
-    bias_out = torch.empty(1, 0 if bias_bits is None else outputs, dtype=dtype, device=x.device)
-    operands = dy, y, x, weight_bits, bias_bits, task_ids
-    masked_linear_group_gradients(*operands, weight_out, bias_out, drop, seed)
-    return weight_out[0], bias_out[0]
-
-
 def masked_linear_group_gradients(
     dy: Tensor,
     y: Tensor | None,
