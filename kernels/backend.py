@@ -53,7 +53,7 @@ class Backend:
     linear_residual: Callable[..., Tensor]
     masked_layer_norm: Callable[..., Tensor]
     attention: Callable[..., Tensor]
-    dropout_add: Callable[[Tensor, Tensor, float], Tensor]
+    dropout_add: Callable[..., Tensor]
     select_harmony: Callable[..., Selection]
     move_weights: Callable[[Tensor, Selection], None]
     masked_adamw: Callable[..., Tensor]

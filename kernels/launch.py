@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
 
@@ -34,9 +33,3 @@ def precision_of(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return "half"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-def dropout_of(drop: float) -> tuple[int, float]:
-    """How kernels draw what is dropped: its probability times 2³¹, and the factor of the rest."""
-    rounded = float(np.float32(drop))  # as the CPU's kernels take it
-    return int(rounded * 2**31), 1 / (1 - rounded)

@@ -31,7 +31,7 @@ TASKS = ("reach-v3", "push-v3", "drawer-open-v3", "door-open-v3", "button-press-
 # What PyTorch does on the host alone, or by looking at a tensor in another way.
 NO_KERNEL = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "expand"),
-    *("_unsafe_view", "_reshape_alias", "promote_types", "lift_fresh", "detach", "randint"),
+    *("_unsafe_view", "_reshape_alias", "promote_types", "lift_fresh", "detach"),
 }
 # What reads a tensor's value: on a GPU the host would wait.
 HOST_READS = {"_local_scalar_dense", "equal", "nonzero", "item"}

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
-from conftest import DEVICE, IMPLEMENTATIONS
+from conftest import IMPLEMENTATIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import attention_by_loops, attention_operands
@@ -12,7 +10,6 @@ from torch import Tensor
 
 from harmodt_kernels import PYTORCH, REFERENCE, Backend, fused_backend
 from harmodt_kernels.attention import attention, reference
-from harmodt_kernels.native import library
 
 SIZES = [
     (3, 75, 8, 16),
@@ -58,16 +55,27 @@ def test_equals_the_definition(backend, device) -> None:
     check()
 
 
-def equals_the_definition(backend: Backend, qkv: Tensor, queries: slice) -> None:
+def equals_the_definition(backend: Backend, qkv: Tensor, queries: slice, drop: float = 0.0) -> None:
     leaf, exact = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
-    out = backend.attention(leaf, queries, 0.0)
-    expected = reference.attention(exact, queries, 0.0)
+    seed = torch.tensor([7], device=qkv.device)
+    out = backend.attention(leaf, queries, drop, seed=seed)
+    expected = reference.attention(exact, queries, drop, seed=seed)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
     out.square().sum().backward()
     expected.square().sum().backward()
     # An element may be a small difference of large terms: errors are those of the largest ones.
     error = (leaf.grad - exact.grad).abs().max()
     assert error <= 2e-5 * exact.grad.abs().max()
+
+
+@pytest.mark.parametrize("queries", [slice(None), slice(1, None, 3), slice(-1, None)], ids=str)
+def test_it_drops_what_the_definition_drops(device, queries) -> None:
+    backend, qkv = fused_backend(device), attention_operands(2, 40, 3, 16).to(device)
+    equals_the_definition(backend, qkv, queries, drop=0.3)
+    past = tuple(torch.randn(2, 2, 3, 5, 16, generator=torch.Generator().manual_seed(0)).to(device))
+    acting = queries, 0.3, past, torch.tensor(8, device=device)
+    expected = reference.attention(qkv, *acting)
+    torch.testing.assert_close(backend.attention(qkv, *acting), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("queries", [slice(None), slice(1, None, 3), slice(-1, None)], ids=str)
@@ -114,24 +122,6 @@ def test_long_heads(backend, device, size) -> None:
     equals_the_definition(backend, qkv, slice(1, None, 3))
 
 
-def test_every_device_drops_the_same() -> None:
-    pytest.importorskip("triton")
-    if library.why_missing() is not None:
-        pytest.skip("the CPU kernels were not built")
-    qkv, settings = attention_operands(2, 40, 3, 16), (13, 1, 3, 0.3, 1)
-    past = tuple(torch.randn(2, 2, 3, 5, 16, generator=torch.Generator().manual_seed(0)))
-    results = []
-    for kind, device in (("cpu", "cpu"), ("triton", DEVICE)):
-        kernels = importlib.import_module(f"harmodt_kernels.attention.{kind}")
-        x = qkv.to(device)
-        out, log_sums = kernels.attention(x, None, None, *settings)
-        gradient = kernels.attention_gradient(torch.ones_like(out), x, out, log_sums, *settings)
-        acting, _ = kernels.attention(x, *(t.to(device) for t in past), *settings)
-        results.append([t.cpu() for t in (out, log_sums, gradient, acting)])
-    for of_cpu, of_gpu in zip(*results, strict=True):
-        torch.testing.assert_close(of_gpu, of_cpu, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("queries", [slice(None), slice(1, None, 3)], ids=str)
 def test_every_output_is_written(device, queries) -> None:
@@ -144,7 +134,7 @@ def test_every_output_is_written(device, queries) -> None:
 def test_results_repeat_bit_for_bit(backend, device) -> None:
     qkv, results = attention_operands(1, 40, 2, 16).to(device), []
     for _ in range(5):
-        torch.manual_seed(3)
+        torch.manual_seed(3)  # plain PyTorch reads no seed
         leaf = qkv.clone().requires_grad_()
         out = backend.attention(leaf, slice(None), 0.1)
         out.sum().backward()
@@ -199,10 +189,10 @@ def test_threads_do_not_change_the_result() -> None:
 
 def test_the_registered_operations_keep_pytorchs_rules(device) -> None:
     qkv = attention_operands(1, 7, 1, 16).to(device)
-    settings = (3, 0, 3, 0.0, 0)
+    settings = (3, 0, 3, 0.3, torch.tensor([5], device=device))
     torch.library.opcheck(torch.ops.harmodt.attention, (qkv, None, None, *settings))
     past = qkv[:, :3, 1].transpose(1, 2).contiguous()
-    torch.library.opcheck(torch.ops.harmodt.attention, (qkv[:, 3:], past, past, 1, 0, 3, 0.0, 0))
+    torch.library.opcheck(torch.ops.harmodt.attention, (qkv[:, 3:], past, past, 1, 0, 3, 0.0, None))
     out, log_sums = torch.ops.harmodt.attention(qkv, None, None, *settings)
     torch.library.opcheck(
         torch.ops.harmodt.attention_gradient, (out, qkv, out, log_sums, *settings)
@@ -226,3 +216,5 @@ def test_operands_that_do_not_fit_are_named() -> None:
         attention(qkv, slice(None), 0.0, (past[:1], past[:1]))
     with pytest.raises(ValueError, match="no gradient"):
         attention(qkv.requires_grad_(), slice(None), 0.0, (past, past))
+    with pytest.raises(TypeError, match=r"seed is torch.float32"):
+        attention(qkv, slice(None), 0.1, seed=torch.zeros(1))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from harmodt_kernels import fused_backend
+from harmodt_kernels import REFERENCE, fused_backend
 from harmodt_kernels.dropout_add import dropout_add
 from harmodt_kernels.native import library
 
@@ -47,26 +47,37 @@ def test_without_dropout_it_is_the_sum(backend, device) -> None:
 
 def test_views_are_read_in_their_order(device) -> None:
     x, branch = torch.randn(40, 30, device=device), torch.randn(30, 40, device=device)
-    torch.manual_seed(2)
-    expected = dropout_add(x, branch.T.contiguous(), 0.5)
-    torch.manual_seed(2)
-    assert torch.equal(dropout_add(x, branch.T, 0.5), expected)
+    seed = torch.tensor(2, device=device)
+    expected = dropout_add(x, branch.T.contiguous(), 0.5, seed)
+    assert torch.equal(dropout_add(x, branch.T, 0.5, seed), expected)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7, 2**31 - 1])
-def test_every_device_drops_the_same(seed) -> None:
+def test_every_device_drops_what_the_definition_drops(seed) -> None:
     pytest.importorskip("triton")
     if library.why_missing() is not None:
         pytest.skip("the CPU kernels were not built")
-    arguments = torch.randn(3, 1500), torch.randn(3, 1500), 0.3, seed, torch.float32
-    on_cpu, on_gpu = (
-        importlib.import_module(f"harmodt_kernels.dropout_add.{kind}").dropout_add
-        for kind in ("cpu", "triton")
-    )
-    tensors = [t.to(DEVICE) for t in arguments[:2]]
-    computed = on_gpu(*tensors, *arguments[2:])
-    assert computed.unique().numel() > 4000
-    torch.testing.assert_close(computed.cpu(), on_cpu(*arguments), rtol=1e-6, atol=1e-6)
+    x, branch = torch.randn(2, 3, 1500, generator=torch.Generator().manual_seed(seed))
+    expected = REFERENCE.dropout_add(x, branch, 0.3, torch.tensor(seed))
+    dropped = expected == x
+    assert dropped.double().mean().item() == pytest.approx(0.3, abs=0.03)
+    for kind, device in (("cpu", "cpu"), ("triton", DEVICE)):
+        kernels = importlib.import_module(f"harmodt_kernels.dropout_add.{kind}")
+        operands = x.to(device), branch.to(device), 0.3, torch.tensor([seed], device=device)
+        computed = kernels.dropout_add(*operands, torch.float32).cpu()
+        assert torch.equal(computed == x, dropped), kind
+        torch.testing.assert_close(computed, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_gradient_drops_the_same(device) -> None:
+    fused, dy = fused_backend(device), torch.randn(5, 700, device=device)
+    for seed in (torch.tensor([5]), torch.tensor(6)):
+        results = []
+        for backend in (fused, REFERENCE):
+            leaves = [t.requires_grad_() for t in torch.zeros(2, 5, 700, device=device)]
+            backend.dropout_add(*leaves, 0.6, seed.to(device)).backward(dy)
+            results.append([leaf.grad for leaf in leaves])
+        torch.testing.assert_close(*results, rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("implementation", ["triton"], indirect=True)
@@ -79,11 +90,10 @@ def test_halves_are_rounded_once(backend, device, of_x, of_branch) -> None:
     x, branch = x.to(of_x or of_branch).requires_grad_(), branch.to(of_branch).requires_grad_()
     results = []
     for exact in (True, False):
-        torch.manual_seed(3)
         leaves = (
             [t.detach().float().requires_grad_() for t in (x, branch)] if exact else (x, branch)
         )
-        out = backend.dropout_add(*leaves, 0.25)
+        out = backend.dropout_add(*leaves, 0.25, torch.tensor(3, device=device))
         out.backward(dy.to(of_x or of_branch).to(out))
         results.append((out, leaves[0].grad, leaves[1].grad))
     for expected, computed, dtype in zip(*results, (x.dtype, x.dtype, of_branch), strict=True):
@@ -98,7 +108,7 @@ def test_every_output_is_written(device) -> None:
 
 def test_the_registered_operation_keeps_pytorchs_rules(device) -> None:
     x, branch = torch.randn(2, 3, 70, device=device)
-    settings = 0.5, 7, torch.float32
+    settings = 0.5, torch.tensor([7], device=device), torch.float32
     torch.library.opcheck(torch.ops.harmodt.dropout_add, (x, branch, *settings))
     torch.library.opcheck(torch.ops.harmodt.dropout_add, (None, branch.T, *settings))
 
@@ -110,3 +120,10 @@ def test_operands_that_do_not_fit_are_named() -> None:
             dropout_add(torch.zeros(3), torch.zeros(3, dtype=dtype), 0.5)
     with pytest.raises(ValueError, match=r"x \[3\] and branch \[4\]"):
         dropout_add(torch.zeros(3), torch.zeros(4), 0.5)
+    for seed, error, message in (
+        (torch.tensor(3, dtype=torch.int32), TypeError, "seed is torch.int32: it must be int64"),
+        (torch.tensor([3, 4]), ValueError, r"seed has shape \[2\]: it must be one number"),
+        (torch.tensor(3, device="meta"), ValueError, "seed is on meta and the operands on cpu"),
+    ):
+        with pytest.raises(error, match=message):
+            dropout_add(torch.zeros(3), torch.zeros(3), 0.5, seed)

@@ -6,9 +6,9 @@ import pytest
 from count_launches import step_launches
 
 
-@pytest.mark.parametrize(("groups", "dropout", "most"), [(1, 0.0, 217), (5, 0.1, 221)])
+@pytest.mark.parametrize(("groups", "dropout", "most"), [(1, 0.0, 217), (5, 0.1, 239)])
 def test_a_step_launches_no_more_kernels_than_it_did(groups, dropout, most) -> None:
     of_triton, of_pytorch, reads = step_launches(groups, dropout)
     assert of_triton["masked_linear_kernel"] == 24 and of_triton["attention_kernel"] == 6
     assert sum(of_triton.values()) + sum(of_pytorch.values()) <= most
-    assert sum(reads.values()) == (18 if dropout else 0)  # seeds of dropout, drawn on the host
+    assert not reads

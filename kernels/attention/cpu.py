@@ -18,7 +18,7 @@ def attention(
     first: int,
     step: int,
     drop: float,
-    seed: int,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`harmodt::attention`, whose arguments, one by one, are those of its schema."""
     sequences, _, _, heads, size = qkv.shape
@@ -45,7 +45,7 @@ def attention_gradient(
     first: int,
     step: int,
     drop: float,
-    seed: int,
+    seed: Tensor | None,
 ) -> Tensor:
     """`harmodt::attention_gradient`, whose arguments, one by one, are those of its schema."""
     d_qkv = torch.empty_like(qkv)
@@ -58,7 +58,7 @@ def attention_gradient(
 
 
 def shape_of(
-    qkv: Tensor, wanted: int, first: int, step: int, drop: float, seed: int
+    qkv: Tensor, wanted: int, first: int, step: int, drop: float, seed: Tensor | None
 ) -> AttentionShape:
     sequences, tokens, _, heads, size = qkv.shape
     return AttentionShape(
@@ -70,5 +70,5 @@ def shape_of(
         first_query=first,
         query_step=step,
         dropout=drop,
-        seed=seed,
+        seed=0 if seed is None else int(seed),
     )

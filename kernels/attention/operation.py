@@ -7,17 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dropout import seed_for
 from ..registration import FLOATS, kernels_for, register
 
 
 def attention(
-    qkv: Tensor, queries: slice, drop: float, past: tuple[Tensor, Tensor] | None = None
+    qkv: Tensor,
+    queries: slice,
+    drop: float,
+    past: tuple[Tensor, Tensor] | None = None,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """Scaled dot-product attention of some tokens of each sequence to themselves and those before.
 
-    The fused form of `reference.attention`: scores never leave the chip and are computed again for
-    the gradient, and results repeat bit for bit. Which weights it drops follows from their place
-    and a seed, which PyTorch's generator of the CPU draws; it is the same on every device.
+    The fused form of `reference.attention`, which drops the same weights: scores never leave the
+    chip and are computed again for the gradient, and results repeat bit for bit.
 
     Args:
         qkv: [B, T, 3, H, D], query, key and value of every token and head; float32, on a GPU
@@ -26,13 +30,15 @@ def attention(
         drop: probability of dropping the weight of a key.
         past: keys and values [B, H, P, D] of the tokens before these, as qkv; P = 0 without. It is
             for acting: with it there is no gradient.
+        seed: of the draw, int64 [] or [1], at least 0 and below 2³¹; or None for one that the
+            device's generator draws.
 
     Returns:
         [B, tokens wanted, H, D], in the dtype of qkv. Sums are in float32; products of float32 are
         in TF32 where PyTorch's own switch says so.
 
     Raises:
-        TypeError: qkv is of another type, or past of another than qkv.
+        TypeError: qkv or seed is of another type, or past of another than qkv.
         ValueError: shapes or devices do not fit together, or a gradient is wanted through `past`.
         BackendUnavailable: there are no fused kernels for the device.
     """
@@ -40,8 +46,7 @@ def attention(
     _check_types(qkv, keys, values)
     _check_shapes(qkv, keys, values)
     wanted = range(*queries.indices(qkv.shape[1]))
-    seed = int(torch.randint(2**31, ())) if drop else 0
-    settings = len(wanted), wanted.start, wanted.step, drop, seed
+    settings = len(wanted), wanted.start, wanted.step, drop, seed_for(drop, seed, qkv.device)
     if past is not None:
         if torch.is_grad_enabled() and any(t.requires_grad for t in (qkv, *past)):
             raise ValueError("attention to past tokens has no gradient: call it in torch.no_grad()")
@@ -78,16 +83,19 @@ def _check_shapes(qkv: Tensor, keys: Tensor | None, values: Tensor | None) -> No
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, *settings: Any) -> Tensor:
-        out, log_sums = torch.ops.harmodt.attention(qkv, None, None, *settings)
-        ctx.save_for_backward(qkv, out, log_sums)
+    def forward(
+        ctx: Any, qkv: Tensor, wanted: int, first: int, step: int, drop: float, seed: Tensor | None
+    ) -> Tensor:
+        settings = wanted, first, step, drop
+        out, log_sums = torch.ops.harmodt.attention(qkv, None, None, *settings, seed)
+        ctx.save_for_backward(qkv, out, log_sums, seed)
         ctx.settings = settings
         return out
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, out, log_sums = ctx.saved_tensors
-        d_qkv = torch.ops.harmodt.attention_gradient(d_out, qkv, out, log_sums, *ctx.settings)
+        *operands, seed = ctx.saved_tensors
+        d_qkv = torch.ops.harmodt.attention_gradient(d_out, *operands, *ctx.settings, seed)
         return d_qkv, *[None] * 5
 
 
@@ -113,13 +121,13 @@ register(
     __package__,
     "attention",
     "(Tensor qkv, Tensor? past_keys, Tensor? past_values, int wanted, int first, "
-    "int step, float drop, int seed) -> (Tensor out, Tensor log_sums)",
+    "int step, float drop, Tensor? seed) -> (Tensor out, Tensor log_sums)",
     _attention_fake,
 )
 register(
     __package__,
     "attention_gradient",
     "(Tensor d_out, Tensor qkv, Tensor out, Tensor log_sums, int wanted, int first, "
-    "int step, float drop, int seed) -> Tensor",
+    "int step, float drop, Tensor? seed) -> Tensor",
     _attention_gradient_fake,
 )

@@ -12,9 +12,16 @@ from ..dropout_add.pytorch import dropout
 
 
 def attention(
-    qkv: Tensor, queries: slice, drop: float, past: tuple[Tensor, Tensor] | None = None
+    qkv: Tensor,
+    queries: slice,
+    drop: float,
+    past: tuple[Tensor, Tensor] | None = None,
+    seed: Tensor | None = None,
 ) -> Tensor:
-    """The same as `reference.attention`, by what PyTorch is fast at on the device."""
+    """The same as `reference.attention`, by what PyTorch is fast at on the device.
+
+    What is dropped follows from PyTorch's generators: `seed` is not read.
+    """
     query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
     if past is not None:
         key, value = (torch.cat(pair, dim=2) for pair in zip(past, (key, value), strict=True))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ..dropout import kept, seed_for
 
 
 def attention(
-    qkv: Tensor, queries: slice, drop: float, past: tuple[Tensor, Tensor] | None = None
+    qkv: Tensor,
+    queries: slice,
+    drop: float,
+    past: tuple[Tensor, Tensor] | None = None,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """Scaled dot-product attention of some tokens of each sequence to themselves and those before.
 
@@ -17,6 +22,8 @@ def attention(
         queries: those of the T tokens whose outputs are wanted, with a step above 0.
         drop: probability of dropping the weight of a key.
         past: keys and values [B, H, P, D] of the tokens before these; P = 0 without.
+        seed: of the draw, int64 [] or [1], at least 0 and below 2³¹; or None for one that the
+            device's generator draws.
 
     Returns:
         [B, tokens wanted, H, D].
@@ -28,4 +35,9 @@ def attention(
     later = torch.ones(tokens, keys, dtype=torch.bool, device=qkv.device).triu(keys - tokens + 1)
     scores = query[:, :, queries] @ key.mT / qkv.shape[-1] ** 0.5
     weights = scores.masked_fill(later[queries], -torch.inf).softmax(-1)
-    return (F.dropout(weights, drop) @ value).transpose(1, 2)
+    seed = seed_for(drop, seed, qkv.device)
+    if seed is not None:
+        sequences, heads, wanted, _ = weights.shape
+        factors = kept((sequences, wanted, heads, keys), drop, seed).transpose(1, 2)
+        weights = (weights * factors).to(weights.dtype)
+    return (weights @ value).transpose(1, 2)

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device_functions import kept
-from ..launch import dropout_of, launch, precision_of
+from ..dropout import rate
+from ..launch import launch, precision_of
 
 NOT_SPECIALISED = ["tokens", "past", "wanted", "first", "step", "seed", "threshold"]
 
@@ -62,7 +63,7 @@ def attention_kernel(
     first,
     step,
     scale,  # of the scores
-    seed,
+    seed,  # int64 [1], or None
     threshold,
     factor,  # of weights that are kept
     HAS_PAST: tl.constexpr,
@@ -81,6 +82,8 @@ def attention_kernel(
     if HAS_PAST:
         past_keys += item.to(tl.int64) * past * size
         past_values += item.to(tl.int64) * past * size
+    if DROPOUT:
+        seed = tl.load(seed).to(tl.uint32)
     query, column = q0 + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
     token = first + tl.minimum(query, wanted - 1) * step  # beyond the last: as the last, not stored
     q = load_rows(qkv, token, column, tokens, size, 3 * part)
@@ -148,7 +151,7 @@ def attention_gradient_kernel(
     first,
     step,
     scale,  # of the scores
-    seed,
+    seed,  # int64 [1], or None
     threshold,
     factor,  # of weights that are kept
     DROPOUT: tl.constexpr,
@@ -177,6 +180,8 @@ def attention_gradient_kernel(
     log_sums += row
     column = tl.arange(0, BLOCK_D)
     scale = tl.cast(scale, tl.float32)
+    if DROPOUT:
+        seed = tl.load(seed).to(tl.uint32)
     if block < query_blocks:
         query = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
         token = first + query * step
@@ -253,7 +258,7 @@ FORWARD = {
 }
 GRADIENT = {
     "ieee": (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
-    "tf32": (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+    "tf32": (Tile(16, 16, 4, 1), Tile(16, 16, 4, 2)),
     "half": (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
 }
 
@@ -273,7 +278,7 @@ def attention(
     first: int,
     step: int,
     drop: float,
-    seed: int,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`harmodt::attention`, whose arguments, one by one, are those of its schema."""
     qkv = qkv.contiguous()
@@ -281,7 +286,7 @@ def attention(
     out = qkv.new_empty(sequences, wanted, heads, size)
     log_sums = qkv.new_empty(sequences, wanted, heads, dtype=torch.float32)
     precision, tile, block = tile_of(FORWARD, qkv)
-    threshold, factor = dropout_of(drop)
+    threshold, factor = rate(drop)
     launch(
         attention_kernel,
         (sequences * heads * triton.cdiv(wanted, tile.queries),),
@@ -323,7 +328,7 @@ def attention_gradient(
     first: int,
     step: int,
     drop: float,
-    seed: int,
+    seed: Tensor | None,
 ) -> Tensor:
     """`harmodt::attention_gradient`, whose arguments, one by one, are those of its schema."""
     d_out = d_out.contiguous()
@@ -331,7 +336,7 @@ def attention_gradient(
     # queries that are not wanted have no gradient
     d_qkv = torch.empty_like(qkv) if wanted == tokens else torch.zeros_like(qkv)
     precision, tile, block = tile_of(GRADIENT, qkv)
-    threshold, factor = dropout_of(drop)
+    threshold, factor = rate(drop)
     blocks = triton.cdiv(wanted, tile.queries) + triton.cdiv(tokens, tile.keys)
     launch(
         attention_gradient_kernel,

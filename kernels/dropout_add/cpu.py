@@ -9,10 +9,10 @@ from ..native.library import library, pointer, threads
 
 
 def dropout_add(
-    x: Tensor | None, branch: Tensor, drop: float, seed: int, dtype: torch.dtype
+    x: Tensor | None, branch: Tensor, drop: float, seed: Tensor, dtype: torch.dtype
 ) -> Tensor:
     x, branch = None if x is None else x.contiguous(), branch.contiguous()
     out = torch.empty_like(branch, dtype=dtype)
     operands = map(pointer, (x, branch, out))
-    library().harmodt_dropout_add(branch.numel(), *operands, drop, seed, threads())
+    library().harmodt_dropout_add(branch.numel(), *operands, drop, int(seed), threads())
     return out

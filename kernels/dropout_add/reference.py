@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..dropout import kept, seed_for
 
-def dropout_add(x: Tensor, branch: Tensor, drop: float) -> Tensor:
+
+def dropout_add(x: Tensor, branch: Tensor, drop: float, seed: Tensor | None = None) -> Tensor:
     """x + dropout(branch).
 
     Args:
         x, branch: of the same shape.
         drop: probability of dropping an element of the branch, in [0, 1); the rest is rescaled.
+        seed: of the draw, int64 [] or [1], at least 0 and below 2³¹; or None for one that the
+            device's generator draws.
     """
-    return x + F.dropout(branch, drop)
+    seed = seed_for(drop, seed, x.device)
+    if seed is not None:
+        branch = (branch * kept(branch.shape, drop, seed)).to(branch.dtype)
+    return x + branch

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device_functions import kept
-from ..launch import dropout_of, launch
+from ..dropout import rate
+from ..launch import launch
 
 # Elements of one program: two loads of 16 bytes for each thread and operand in float32.
 BLOCK = 1024
@@ -21,7 +22,7 @@ def dropout_add_kernel(
     x,  # [size], or None
     out,  # [size]
     size,
-    seed,
+    seed,  # int64 [1]
     threshold,
     scale,
     HAS_X: tl.constexpr,
@@ -31,18 +32,18 @@ def dropout_add_kernel(
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
     result = tl.load(branch + place, mask=inside).to(tl.float32)
-    result *= kept(place.to(tl.uint32), seed, threshold, scale)
+    result *= kept(place.to(tl.uint32), tl.load(seed), threshold, scale)
     if HAS_X:
         result += tl.load(x + place, mask=inside).to(tl.float32)
     tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
 
 
 def dropout_add(
-    x: Tensor | None, branch: Tensor, drop: float, seed: int, dtype: torch.dtype
+    x: Tensor | None, branch: Tensor, drop: float, seed: Tensor, dtype: torch.dtype
 ) -> Tensor:
     x, branch = None if x is None else x.contiguous(), branch.contiguous()
     out = torch.empty(branch.shape, dtype=dtype, device=branch.device)
-    threshold, scale = dropout_of(drop)
+    threshold, scale = rate(drop)
     launch(
         dropout_add_kernel,
         (triton.cdiv(branch.numel(), BLOCK),),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dropout import seed_for
 from ..dropout_add.operation import dropout_add
 from ..masked_linear.operation import check_operands, masked_linear, weight_gradients
 from ..registration import FLOATS, kernels_for, register
@@ -22,6 +23,7 @@ def linear_residual(
     residual: Tensor,
     drop: float,
     *,
+    seed: Tensor | None = None,
     group_gradients: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
     """residual + dropout(x[g] (W ⊙ M)ᵀ + b ⊙ m).
@@ -32,8 +34,8 @@ def linear_residual(
 
     Args:
         residual: [G, R, N], float32, on a GPU float16 or bfloat16 too.
-        drop: probability of dropping an element of the layer's output, in [0, 1); drawn as in
-            `dropout_add`. The other arguments are those of `masked_linear`.
+        drop, seed: those of `dropout_add`, whose branch is the layer's output. The other arguments
+            are those of `masked_linear`.
 
     Returns:
         [G, R, N], in the dtype of the sum.
@@ -45,12 +47,12 @@ def linear_residual(
     if weight_bits is None or kernels_for(x.device) == "cpu":
         masks = weight_bits, bias_bits, task_ids
         branch = masked_linear(x, weight, bias, *masks, group_gradients=group_gradients)
-        return dropout_add(residual, branch, drop)
+        return dropout_add(residual, branch, drop, seed)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     check_operands(x, weight, bias, weight_bits, bias_bits, task_ids, group_gradients)
     _check_residual(residual, (*x.shape[:2], len(weight)), x.device)
-    seed = int(torch.randint(2**31, ())) if drop else 0
+    seed = seed_for(drop, seed, x.device)
     outs = group_gradients or (None, None)
     return _LinearResidual.apply(
         x, weight, bias, weight_bits, bias_bits, task_ids, residual, drop, seed, *outs
@@ -80,33 +82,33 @@ class _LinearResidual(torch.autograd.Function):
         task_ids: Tensor,
         residual: Tensor,
         drop: float,
-        seed: int,
+        seed: Tensor | None,
         weight_out: Tensor | None,
         bias_out: Tensor | None,
     ) -> Tensor:
         """Its arguments stand one by one, because autograd looks for tensors among them."""
-        ctx.save_for_backward(x, weight, weight_bits, bias_bits, task_ids)
-        ctx.group_gradients, ctx.draw = (weight_out, bias_out), (drop, seed)
-        ctx.of_residual = residual.dtype
+        ctx.save_for_backward(x, weight, weight_bits, bias_bits, task_ids, seed)
+        ctx.group_gradients = weight_out, bias_out
+        ctx.drop, ctx.of_residual = drop, residual.dtype
         return torch.ops.harmodt.linear_residual(
             x, weight, bias, weight_bits, bias_bits, task_ids, residual, drop, seed
         )
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *masks = ctx.saved_tensors
+        x, weight, *masks, seed = ctx.saved_tensors
         weight_bits, bias_bits, task_ids = masks
         ops = torch.ops.harmodt
 
         def write(*outs: Tensor | None) -> None:
-            ops.linear_residual_group_gradients(dy, x, *masks, *outs, *ctx.draw)
+            ops.linear_residual_group_gradients(dy, x, *masks, *outs, ctx.drop, seed)
 
         # The gradient of x comes last: it takes the memory that the weights' sums have left.
         of_weights = weight_gradients(ctx, weight, bias_bits, write)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = ops.linear_residual_input_gradient(
-                dy, weight, weight_bits, task_ids, x.dtype, *ctx.draw
+                dy, weight, weight_bits, task_ids, x.dtype, ctx.drop, seed
             )
         return dx, *of_weights, None, None, None, dy.to(ctx.of_residual), *[None] * 4
 
@@ -143,7 +145,7 @@ register(
     __package__,
     "linear_residual",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor weight_bits, Tensor? bias_bits, "
-    "Tensor task_ids, Tensor residual, float drop, int seed) -> Tensor",
+    "Tensor task_ids, Tensor residual, float drop, Tensor? seed) -> Tensor",
     _linear_residual_fake,
     kernels=("triton",),
 )
@@ -151,7 +153,7 @@ register(
     __package__,
     "linear_residual_input_gradient",
     "(Tensor dy, Tensor weight, Tensor weight_bits, Tensor task_ids, ScalarType dtype, "
-    "float drop, int seed) -> Tensor",
+    "float drop, Tensor? seed) -> Tensor",
     _input_gradient_fake,
     kernels=("triton",),
 )
@@ -159,7 +161,7 @@ register(
     __package__,
     "linear_residual_group_gradients",
     "(Tensor dy, Tensor x, Tensor weight_bits, Tensor? bias_bits, Tensor task_ids, "
-    "Tensor(a!) weight_out, Tensor(b!)? bias_out, float drop, int seed) -> ()",
+    "Tensor(a!) weight_out, Tensor(b!)? bias_out, float drop, Tensor? seed) -> ()",
     _group_gradients_fake,
     kernels=("triton",),
 )

@@ -18,9 +18,13 @@ def linear_residual(
     residual: Tensor,
     drop: float,
     *,
+    seed: Tensor | None = None,
     group_gradients: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
-    """The same as `reference.linear_residual`, whose arguments are these."""
+    """The same as `reference.linear_residual`, whose arguments are these, but for what is dropped.
+
+    That follows from PyTorch's generators: `seed` is not read.
+    """
     masks = weight_bits, bias_bits, task_ids
     branch = masked_linear(x, weight, bias, *masks, group_gradients=group_gradients)
     return dropout_add(residual, branch, drop)

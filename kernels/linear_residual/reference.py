@@ -18,18 +18,19 @@ def linear_residual(
     residual: Tensor,
     drop: float,
     *,
+    seed: Tensor | None = None,
     group_gradients: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
     """residual + dropout(x[g] (W ⊙ M)ᵀ + b ⊙ m).
 
     Args:
         residual: [G, R, N].
-        drop: probability of dropping an element of the layer's output, in [0, 1). The other
-            arguments are those of `masked_linear`.
+        drop, seed: those of `dropout_add`, whose branch is the layer's output. The other arguments
+            are those of `masked_linear`.
 
     Returns:
         [G, R, N], in the dtype of the sum.
     """
     masks = weight_bits, bias_bits, task_ids
     branch = masked_linear(x, weight, bias, *masks, group_gradients=group_gradients)
-    return dropout_add(residual, branch, drop)
+    return dropout_add(residual, branch, drop, seed)

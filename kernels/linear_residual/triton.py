@@ -17,7 +17,7 @@ def linear_residual(
     task_ids: Tensor,
     residual: Tensor,
     drop: float,
-    seed: int,
+    seed: Tensor | None,
 ) -> Tensor:
     """`harmodt::linear_residual`, whose arguments, one by one, are those of its schema."""
     masks = weight_bits, bias_bits, task_ids
@@ -31,7 +31,7 @@ def linear_residual_input_gradient(
     task_ids: Tensor,
     dtype: torch.dtype,
     drop: float,
-    seed: int,
+    seed: Tensor | None,
 ) -> Tensor:
     return layer.masked_linear_input_gradient(
         dy, None, weight, weight_bits, task_ids, dtype, drop, seed
@@ -47,7 +47,7 @@ def linear_residual_group_gradients(
     weight_out: Tensor,
     bias_out: Tensor | None,
     drop: float,
-    seed: int,
+    seed: Tensor | None,
 ) -> None:
     """The operation of that name, whose arguments, one by one, are those of its schema."""
     layer.masked_linear_group_gradients(

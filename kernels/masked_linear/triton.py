@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device_functions import bits_of, kept, masked_vector
-from ..launch import dropout_of, launch, precision_of
+from ..dropout import rate
+from ..launch import launch, precision_of
 
 
 @triton.jit
@@ -72,7 +73,7 @@ def masked_linear_kernel(
     task_stride,
     bits_stride,
     bias_task_stride,
-    seed,
+    seed,  # int64 [1], or None
     threshold,
     factor,  # of elements that dropout keeps
     HAS_BIAS: tl.constexpr,
@@ -101,6 +102,8 @@ def masked_linear_kernel(
     before = start * outputs
     y += before
     weight_bits += task * task_stride
+    if DROPOUT:
+        seed = tl.load(seed).to(tl.uint32)
     total = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     for k0 in range(0, inputs, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
@@ -153,7 +156,7 @@ def masked_linear_input_gradient_kernel(
     weight_stride,
     task_stride,
     bits_stride,
-    seed,
+    seed,  # int64 [1], or None
     threshold,
     factor,  # of elements that dropout keeps
     RELU: tl.constexpr,
@@ -177,6 +180,8 @@ def masked_linear_input_gradient_kernel(
     start = group.to(tl.int64) * rows + first
     dx += start * inputs
     weight_bits += task * task_stride
+    if DROPOUT:
+        seed = tl.load(seed).to(tl.uint32)
     total = tl.zeros([BLOCK_K, BLOCK_R], tl.float32)
     for n0 in range(0, outputs, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
@@ -284,7 +289,7 @@ def masked_linear_weight_gradient_kernel(
     weight_part_stride,
     weight_row_stride,
     bias_part_stride,
-    seed,
+    seed,  # int64 [1], or None
     threshold,
     factor,  # of elements that dropout keeps
     RELU: tl.constexpr,
@@ -310,6 +315,8 @@ def masked_linear_weight_gradient_kernel(
     n = tile // columns * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tile % columns
     in_outputs = n < outputs
+    if DROPOUT:
+        seed = tl.load(seed).to(tl.uint32)
     if HAS_BIAS:  # noqa: SIM102 (decided at compile time)
         if column == k_tiles:
             bias_out += part * bias_part_stride
@@ -427,7 +434,7 @@ def masked_linear(
     relu: bool,
     residual: Tensor | None = None,
     drop: float = 0.0,
-    seed: int = 0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """`harmodt::masked_linear`; residual and dropout are further arguments for linear_residual."""
     x = x.contiguous()
@@ -436,7 +443,7 @@ def masked_linear(
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     y = torch.empty(groups, rows, outputs, dtype=dtype, device=x.device)
     precision, tile = product_tile(FORWARD, x, x.dtype, outputs)
-    threshold, factor = dropout_of(drop)
+    threshold, factor = rate(drop)
     launch(
         masked_linear_kernel,
         (groups * triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.columns),),
@@ -482,14 +489,14 @@ def masked_linear_input_gradient(
     task_ids: Tensor,
     dtype: torch.dtype | None = None,
     drop: float = 0.0,
-    seed: int = 0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     dy = dy.contiguous()
     groups, rows, outputs = dy.shape
     inputs = weight.shape[1]
     dx = torch.empty(groups, rows, inputs, dtype=dtype or dy.dtype, device=dy.device)
     precision, tile = product_tile(INPUT_GRADIENT, dy, dx.dtype, inputs)
-    threshold, factor = dropout_of(drop)
+    threshold, factor = rate(drop)
     launch(
         masked_linear_input_gradient_kernel,
         (groups * triton.cdiv(rows, tile.rows) * triton.cdiv(inputs, tile.columns),),
@@ -532,7 +539,7 @@ def masked_linear_group_gradients(
     weight_out: Tensor,
     bias_out: Tensor | None,
     drop: float = 0.0,
-    seed: int = 0,
+    seed: Tensor | None = None,
 ) -> None:
     """`harmodt::masked_linear_group_gradients`; dropout's arguments are for linear_residual."""
     operands = dy, y, x, weight_bits, bias_bits, task_ids
@@ -564,7 +571,7 @@ def launch_weight_gradient(
     bias_out: Tensor | None,
     groups_of_program: int,
     drop: float,
-    seed: int,
+    seed: Tensor | None,
 ) -> None:
     """Write the sums of each `groups_of_program` groups.
 
@@ -577,7 +584,7 @@ def launch_weight_gradient(
     outputs = dy.shape[2]
     precision, tile = weight_gradient_tile(x, outputs)
     columns = triton.cdiv(inputs, tile.columns) + (bias_bits is not None)
-    threshold, factor = dropout_of(drop)
+    threshold, factor = rate(drop)
     launch(
         masked_linear_weight_gradient_kernel,
         (len(weight_out) * triton.cdiv(outputs, tile.rows) * columns,),
