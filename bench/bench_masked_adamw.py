@@ -24,7 +24,7 @@ import torch
 from measuring import DEVICE, ON_GPU, fused, measure, note_floor, random_masks, timer
 from torch import Tensor, nn
 
-from harmodt_kernels import REFERENCE, unpack_bits
+from harmodt_kernels import REFERENCE, rates_of_step, unpack_bits
 
 SIZES = [1_458_720, 5_276_704] + ([75_000_000] if ON_GPU else [])
 MAX_NORM = 0.25
@@ -59,9 +59,9 @@ class Problem:
             self.gradient,
             self.first_moment,
             self.second_moment,
-            self.active_bits,
-            step=1,
-            learning_rate=1e-3,
+            self.active_bits[None],
+            torch.zeros(1, dtype=torch.int64, device=DEVICE),
+            torch.tensor(rates_of_step(1, 1e-3, ADAMW["betas"]), device=DEVICE),
             epsilon=1e-8,
             max_norm=MAX_NORM,
             **ADAMW,

@@ -43,21 +43,53 @@ class Batch(NamedTuple):
     history: Steps
 
 
+def tensors_of(batch: Batch, targets: Tensor) -> list[Tensor]:
+    """A batch and the actions to predict as a list, the task ids first."""
+    return [batch.task_ids, targets, *batch.history, *(batch.prompt or ())]
+
+
+def batch_of(tensors: Sequence[Tensor]) -> tuple[Batch, Tensor]:
+    """What `tensors_of` made a list of."""
+    task_ids, targets, *steps = tensors
+    size = len(Steps._fields)
+    prompt = Steps(*steps[size:]) if steps[size:] else None
+    return Batch(task_ids, prompt, Steps(*steps[:size])), targets
+
+
+class Layout:
+    """How some tensors lie one after the other in bytes, each at a multiple of 8.
+
+    Args:
+        like: tensors of their dtypes and shapes.
+    """
+
+    def __init__(self, like: Sequence[Tensor]):
+        self._parts: list[tuple[int, int, torch.dtype, torch.Size]] = []
+        self.size = 0
+        for tensor in like:
+            self._parts.append((self.size, tensor.nbytes, tensor.dtype, tensor.shape))
+            self.size += -(-tensor.nbytes // 8) * 8
+
+    def views(self, packed: Tensor) -> list[Tensor]:
+        """The tensors that lie in some bytes, uint8 [size]."""
+        return [
+            packed[start : start + size].view(dtype).view(shape)
+            for start, size, dtype, shape in self._parts
+        ]
+
+    def pack(self, tensors: Sequence[Tensor], to: torch.device) -> Tensor:
+        """Tensors of one device as bytes there, uint8 [size], from where they go to another."""
+        device = tensors[0].device
+        pinned = device.type == "cpu" and to.type == "cuda"
+        packed = torch.empty(self.size, dtype=torch.uint8, device=device, pin_memory=pinned)
+        torch._foreach_copy_(self.views(packed), list(tensors))
+        return packed
+
+
 def move(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copies of tensors on another device, made by a single transfer.
+    """Copies of tensors of one device on another, made by a single transfer.
 
     Nobody waits for a transfer to a GPU: what is computed there next comes after it.
     """
-    sizes = [-(-tensor.nbytes // 8) * 8 for tensor in tensors]  # each begins at a multiple of 8
-    packed = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
-    for to, tensor in zip(_unpack(packed, sizes, tensors), tensors, strict=True):
-        to.copy_(tensor)
-    return _unpack(packed.to(device, non_blocking=True), sizes, tensors)
-
-
-def _unpack(packed: Tensor, sizes: Sequence[int], like: Sequence[Tensor]) -> list[Tensor]:
-    """Views of the parts of packed bytes, with the dtypes and shapes of some tensors."""
-    return [
-        part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        for part, tensor in zip(packed.split(list(sizes)), like, strict=True)
-    ]
+    layout = Layout(tensors)
+    return layout.views(layout.pack(tensors, device).to(device, non_blocking=True))

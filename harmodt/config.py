@@ -202,6 +202,8 @@ class RunSettings:
     where that is a GPU and they take no more than half of its free memory."""
     fused: bool = True
     """Compute with fused kernels; --no-fused is the reference path in plain PyTorch."""
+    cuda_graph: bool = True
+    """On a GPU, compute a training step of the fused kernels as one CUDA graph."""
     precision: Precision = "fp32"
     """Precision of the matrix products (tf32: GPUs only); weights and optimiser stay in fp32."""
     log_every: Count = 20

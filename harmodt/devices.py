@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from harmodt_kernels import PYTORCH, Backend, BackendUnavailable, fused_backend
 
 from .config import Precision
 from .errors import UserError
+from .graph import Graph
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of mallopt(3)
 
@@ -25,14 +28,18 @@ class Execution:
         device: of its parameters.
         backend: the operations that it is built of.
         precision: of matrix products.
+        cuda_graph: whether what is computed again and again may be one CUDA graph.
     """
 
     device: torch.device
     backend: Backend
     precision: Precision = "fp32"
+    cuda_graph: bool = True
 
     @classmethod
-    def choose(cls, device: str, fused: bool, precision: Precision) -> Execution:
+    def choose(
+        cls, device: str, fused: bool, precision: Precision, cuda_graph: bool = True
+    ) -> Execution:
         """What a person asked for.
 
         Args:
@@ -45,11 +52,24 @@ class Execution:
         found = find_device(device)
         if precision == "tf32" and found.type != "cuda":
             raise UserError("precision tf32 is a mode of GPUs: use fp32 or bf16 on a CPU")
-        return cls(found, _choose_backend(fused, found), precision)
+        return cls(found, _choose_backend(fused, found), precision, cuda_graph)
 
     def computing(self) -> contextlib.AbstractContextManager[Any]:
         """A context in which everything is computed in this precision."""
         return self.backend.precision(self.precision, self.device)
+
+    @property
+    def captures(self) -> bool:
+        """Whether `repeated` makes graphs: of the fused kernels on a GPU."""
+        return self.cuda_graph and self.device.type == "cuda" and self.backend.name == "triton"
+
+    def repeated(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """A function that is called again and again, as one graph where that can be.
+
+        Args:
+            function: as `Graph` takes it.
+        """
+        return Graph(function, self.device) if self.captures else function
 
 
 def find_device(name: str) -> torch.device:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TRAIN, MASKS, INITIALISE, TASKS = range(4)
+TRAIN, MASKS, INITIALISE, TASKS, DROPOUT = range(5)
 """What a draw is for."""
 
 _WORD = 0xFFFFFFFF
@@ -119,6 +119,24 @@ def choose(words: Tensor, count: int) -> Tensor:
     size = words.shape[-1]
     keys = words * size + torch.arange(size, device=words.device)
     return (keys.sort().values[..., :count] % size).sort().values
+
+
+def dropout_seeds(seed: int, purpose: int, steps: Tensor, count: int, part: int = 0) -> Tensor:
+    """Seeds of what a step drops, in [0, 2^31), for some steps.
+
+    Args:
+        seed: of the run.
+        purpose: what the steps are for, TRAIN or MASKS.
+        steps: int64 [S].
+        count: n, places where the model drops something.
+        part: tells apart the parts of a step that are computed one after the other.
+
+    Returns:
+        int64 [S, n].
+    """
+    places = torch.arange(count, device=steps.device)
+    words, *_ = Draws(seed, DROPOUT, steps[:, None]).words(places, purpose, part)
+    return words >> 1
 
 
 @functools.cache

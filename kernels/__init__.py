@@ -10,7 +10,7 @@ one implementation; the functions named here are the fused ones.
 from .backend import PYTORCH, REFERENCE, Backend, fused_backend
 from .bits import count_bits, pack_bits, unpack_bits, words_for
 from .harmony_selection import Selection, move_weights, select_harmony
-from .masked_adamw import masked_adamw
+from .masked_adamw import masked_adamw, rates_of_step
 from .masked_layer_norm import MaskedLayerNorm
 from .masked_linear import MaskedLinear, masked_linear
 from .masks import LayerMasks
@@ -31,6 +31,7 @@ __all__ = [
     "masked_linear",
     "move_weights",
     "pack_bits",
+    "rates_of_step",
     "select_harmony",
     "unpack_bits",
     "words_for",

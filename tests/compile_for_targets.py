@@ -328,9 +328,9 @@ def masked_adamw_case(size: int) -> Case:
     def run() -> None:
         masked_adamw(
             *torch.zeros(4, size),
-            torch.zeros(words_for(size), dtype=torch.int32),
-            step=1,
-            learning_rate=1e-3,
+            torch.zeros(50, words_for(size), dtype=torch.int32),
+            torch.zeros(5, dtype=torch.int64),
+            torch.zeros(3),
             betas=(0.9, 0.999),
             epsilon=1e-8,
             weight_decay=1e-4,

@@ -15,7 +15,8 @@ from harmodt_kernels import Backend, pack_bits, words_for
 
 TASKS = 3
 
-ADAMW = {"learning_rate": 0.01, "betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.1}
+ADAMW = {"betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.1}
+LEARNING_RATE = 0.01
 
 
 @dataclass

@@ -18,8 +18,9 @@ from harmodt.algorithms import Algorithm, Setup, StepResult
 from harmodt.algorithms.optimiser import Optimiser
 from harmodt.checkpoint import Checkpoint, load_checkpoint
 from harmodt.config import AlgorithmSettings
+from harmodt.data.order import TaskOrder
 from harmodt.data.store import DataStore, TaskData
-from harmodt.draws import Draws, Seeds, below
+from harmodt.draws import TRAIN, Draws, below
 from harmodt.errors import UserError
 from harmodt.masks.vector import ParameterVector
 from harmodt.rundir import RunDirectory
@@ -49,19 +50,22 @@ class ActorCritic:
         }
         device, backend = setup.execution.device, setup.execution.backend
         self.vectors = {n: ParameterVector(net, device) for n, net in self.networks.items()}
+        self.order = TaskOrder(setup.config.data, len(setup.conditioning), seed=0)
         self.optimisers = {
             name: Optimiser(vector, setup.config.optimisation, backend)
             for name, vector in self.vectors.items()
         }
 
-    def train_step(self, step: int, task_ids: Sequence[int], draws: Draws) -> StepResult:
+    def train_step(self, step: int) -> StepResult:
+        (tasks,) = self.order.of(range(step, step + 1))
+        draws, task_ids = Draws(0, TRAIN, step), tasks.tolist()
+        (rates,) = next(iter(self.optimisers.values())).rates([step])
         losses, norms = torch.zeros(len(task_ids)), []
         for name, network in self.networks.items():
             self.vectors[name].gradient.zero_()
             of_tasks = torch.stack([self.loss(network, name, t, draws) for t in task_ids])
             of_tasks.mean().backward()
-            vector = self.vectors[name]
-            norms.append(self.optimisers[name].step(step, vector.valid_bits()))
+            norms.append(self.optimisers[name].step(None, tasks, rates))
             losses += of_tasks.detach()
         return StepResult(task_ids, losses, torch.stack(norms).max())
 
@@ -73,7 +77,7 @@ class ActorCritic:
         inputs = torch.from_numpy(np.array(train.observations[steps]))
         return (network(inputs) - torch.from_numpy(np.array(wanted))).square().mean()
 
-    def before_step(self, step: int, seeds: Seeds) -> dict[str, float]:
+    def before_step(self, step: int) -> dict[str, float]:
         return {}
 
     def tensors(self) -> dict[str, Tensor]:

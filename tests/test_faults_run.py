@@ -249,8 +249,8 @@ def test_a_run_beyond_its_last_step_ends(run):
 def test_after_a_loss_that_is_nan_the_sentence_works_as_typed(store, tmp_path, monkeypatch):
     train_step = SequenceLearner.train_step
 
-    def broken(learner, step, tasks, rng):
-        result = train_step(learner, step, tasks, rng)
+    def broken(learner, step):
+        result = train_step(learner, step)
         if step == 7 and learner.setup.config.optimisation.learning_rate == 0.001:
             result.losses[1] = np.nan
         return result
@@ -270,8 +270,8 @@ def test_after_a_loss_that_is_nan_the_sentence_works_as_typed(store, tmp_path, m
 
 
 def test_a_first_loss_that_is_nan_is_laid_to_the_data(store, tmp_path, monkeypatch):
-    def broken(learner, step, tasks, rng):
-        result = train_step(learner, step, tasks, rng)
+    def broken(learner, step):
+        result = train_step(learner, step)
         result.losses[1] = np.nan
         return result
 
@@ -284,8 +284,8 @@ def test_a_first_loss_that_is_nan_is_laid_to_the_data(store, tmp_path, monkeypat
 def test_weights_that_are_nan_are_not_saved(store, tmp_path, monkeypatch):
     """The loss is that of the weights before a step, and shows them a step late."""
 
-    def broken(learner, step, tasks, rng):
-        result = train_step(learner, step, tasks, rng)
+    def broken(learner, step):
+        result = train_step(learner, step)
         if step == 8:
             learner.vector.weights[0] = np.inf
         return result

@@ -7,10 +7,10 @@ from importlib import metadata
 import numpy as np
 import pytest
 import torch
-from problems import ADAMW
+from problems import ADAMW, LEARNING_RATE
 from torch import Tensor
 
-from harmodt_kernels import REFERENCE, Backend, fused_backend, pack_bits
+from harmodt_kernels import REFERENCE, Backend, fused_backend, pack_bits, rates_of_step
 from harmodt_kernels.masked_adamw.reference import clipped
 
 # numpy's, where the interpreter computes with infinity
@@ -38,7 +38,7 @@ def _torch_adamw(
     parameter = torch.nn.Parameter(weights.clone())
     optimizer = torch.optim.AdamW(
         [parameter],
-        lr=ADAMW["learning_rate"],
+        lr=LEARNING_RATE,
         betas=ADAMW["betas"],
         eps=ADAMW["epsilon"],
         weight_decay=ADAMW["weight_decay"],
@@ -58,7 +58,6 @@ def test_with_every_weight_active_it_is_pytorchs_adamw(backend, device, size, ma
         weights = _vectors(1, size, 1, dtype)[0].to(device)
         first, second = torch.zeros_like(weights), torch.zeros_like(weights)
         expected, state = _torch_adamw(weights, gradients, max_norm)
-        everything = pack_bits(torch.ones(size, dtype=torch.bool, device=device))
         for step, gradient in enumerate(gradients, 1):
             expected_norm = torch.linalg.vector_norm(gradient)
             norm = backend.masked_adamw(
@@ -66,8 +65,9 @@ def test_with_every_weight_active_it_is_pytorchs_adamw(backend, device, size, ma
                 gradient,
                 first,
                 second,
-                everything,
-                step=step,
+                None,
+                None,
+                _rates(weights, step),
                 max_norm=max_norm,
                 **ADAMW,
             )
@@ -87,8 +87,9 @@ def test_weights_that_are_active_now_and_then_skip_the_other_steps(backend, devi
         w, m, v = (values.tolist() for values in (weights, first, second))
         for step in range(1, steps + 1):
             gradient, now = gradients[step - 1], active[step - 1]
+            masks = _of_one_task(now)
             backend.masked_adamw(
-                weights, gradient, first, second, pack_bits(now), step=step, **ADAMW
+                weights, gradient, first, second, *masks, _rates(weights, step), **ADAMW
             )
             for j in range(size):
                 if now[j]:
@@ -125,7 +126,8 @@ def test_inactive_weights_and_moments_stay_bit_for_bit(backend, device, odd: Ten
     gradient[~active & (torch.arange(size) % 3 == 1)] = -0.0
     gradient, active = gradient.to(device), active.to(device)
     before = weights.clone(), first.clone(), second.clone()
-    backend.masked_adamw(weights, gradient, first, second, pack_bits(active), step=7, **ADAMW)
+    masks = _of_one_task(active)
+    backend.masked_adamw(weights, gradient, first, second, *masks, _rates(weights, 7), **ADAMW)
     for name, new, old in zip(
         ("weight", "first moment", "second moment"), (weights, first, second), before, strict=True
     ):
@@ -142,7 +144,8 @@ def test_inactive_weights_may_hold_anything(backend, device, value: float) -> No
     weights[:32] = 1.0
     kept = weights[32:].clone()
     active = torch.arange(64, device=device) < 32
-    backend.masked_adamw(weights, gradient, first, second, pack_bits(active), step=1, **ADAMW)
+    masks = _of_one_task(active)
+    backend.masked_adamw(weights, gradient, first, second, *masks, _rates(weights), **ADAMW)
     assert torch.equal(weights[32:].view(torch.int32), kept.view(torch.int32))
     assert (weights[:32] < 1.0).all()
 
@@ -151,9 +154,8 @@ def test_a_gradient_of_nan_is_not_hidden(backend, device) -> None:
     weights, first, second = torch.ones(3, 64, device=device)
     gradient = torch.ones(64, device=device)
     gradient[5] = math.nan  # and so is the norm
-    everything = torch.full((2,), -1, dtype=torch.int32, device=device)
     norm = backend.masked_adamw(
-        weights, gradient, first, second, everything, step=1, max_norm=0.25, **ADAMW
+        weights, gradient, first, second, None, None, _rates(weights), max_norm=0.25, **ADAMW
     )
     assert norm.isnan()
     assert weights.isnan().all()
@@ -162,7 +164,7 @@ def test_a_gradient_of_nan_is_not_hidden(backend, device) -> None:
 def test_the_gradient_stays_as_it_is(backend, device) -> None:
     state = _random_state(100, device)
     before = state[1].clone()
-    backend.masked_adamw(*state, step=1, max_norm=0.01, **ADAMW)
+    backend.masked_adamw(*state, max_norm=0.01, **ADAMW)
     assert torch.equal(state[1], before)
 
 
@@ -178,11 +180,26 @@ def test_clipping_is_pytorchs(scale: float, limit: float) -> None:
     torch.testing.assert_close(scaled, parameter.grad, rtol=1e-5, atol=0.0)
 
 
-def _random_state(size: int, device: torch.device) -> list[Tensor]:
-    """Weights, a gradient, both moments and the active bits."""
+def _rates(weights: Tensor, step: int = 1, betas: tuple[float, float] = ADAMW["betas"]) -> Tensor:
+    """The rates of a step, as precise as the weights."""
+    rates = rates_of_step(step, LEARNING_RATE, betas)
+    return torch.tensor(rates, dtype=weights.dtype, device=weights.device)
+
+
+def _of_one_task(active: Tensor) -> tuple[Tensor, Tensor]:
+    """The masks of two tasks, the second of which is `active`, and its id."""
+    bits = pack_bits(torch.stack((~active, active)))
+    return bits, torch.ones(1, dtype=torch.int64, device=active.device)
+
+
+def _random_state(
+    size: int, device: torch.device, betas: tuple[float, float] = ADAMW["betas"]
+) -> list[Tensor]:
+    """All operands of a third step: of two of three tasks, whose masks end before the weights."""
     weights, gradient, first, second = _vectors(4, size, dtype=torch.float32).to(device)
-    active = _vectors(1, size, 5)[0].to(device) > -0.5
-    return [weights, gradient, first, second.abs(), pack_bits(active)]
+    masks = pack_bits(_vectors(3, size * 3 // 4, 5).to(device) > 0.3)
+    task_ids = torch.tensor([2, 0], device=device)
+    return [weights, gradient, first, second.abs(), masks, task_ids, _rates(weights, 3, betas)]
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.4, 0.0)], ids=str)
@@ -191,12 +208,12 @@ def _random_state(size: int, device: torch.device) -> list[Tensor]:
 def test_backends_agree_rounding_for_rounding(
     device, implementation, size, max_norm, betas
 ) -> None:
-    states = [_random_state(size, device) for _ in range(2)]
+    states = [_random_state(size, device, betas) for _ in range(2)]
     gradient = states[0][1].clone()
     settings = ADAMW | {"betas": betas, "max_norm": max_norm}
-    fused_norm = fused_backend(device).masked_adamw(*states[0], step=3, **settings)
-    norm = REFERENCE.masked_adamw(*states[1], step=3, **settings)
-    weights, fused_gradient, first, second, _ = states[0]
+    fused_norm = fused_backend(device).masked_adamw(*states[0], **settings)
+    norm = REFERENCE.masked_adamw(*states[1], **settings)
+    weights, fused_gradient, first, second, *_ = states[0]
     assert torch.equal(fused_norm, norm)
     assert torch.equal(fused_gradient, gradient)
     # Before 3.9, Triton's interpreter rounded twice in a fused multiply-add.
@@ -211,7 +228,7 @@ def test_five_runs_give_the_same(device) -> None:
     results = []
     for _ in range(5):
         state = _random_state(5000, device)
-        fused_backend(device).masked_adamw(*state, step=3, max_norm=0.5, **ADAMW)
+        fused_backend(device).masked_adamw(*state, max_norm=0.5, **ADAMW)
         results.append(state)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -220,7 +237,7 @@ def test_five_runs_give_the_same(device) -> None:
 def test_the_operation_composes(device) -> None:
     state = _random_state(100, device)
     norm = torch.linalg.vector_norm(state[1])
-    floats = (0.25, 0.1, 0.001, 1.0, 1.0, 1e-8, 0.1, 0.01)
+    floats = (0.25, 0.1, 0.001, 1e-8, 0.1)
     torch.library.opcheck(torch.ops.harmodt.masked_adamw.default, (*state, norm, *floats))
 
 
@@ -229,7 +246,7 @@ def test_it_compiles_into_one_graph(device) -> None:
     states = [_random_state(100, device) for _ in range(2)]
 
     def step(*state: Tensor) -> Tensor:
-        return fused(*state, step=3, max_norm=0.25, **ADAMW)
+        return fused(*state, max_norm=0.25, **ADAMW)
 
     norm = step(*states[0])
     compiled_norm = torch.compile(step, fullgraph=True, backend="aot_eager")(*states[1])
@@ -241,11 +258,27 @@ def test_operands_that_do_not_fit_are_refused(device) -> None:
     state = _random_state(64, device)
     for place, other, error, message in (
         (0, state[0].double(), TypeError, "weights is torch.float64"),
-        (4, state[4].long(), TypeError, "active_bits is torch.int64"),
-        (1, state[1][:32], ValueError, r"gradient has shape \[32\], and 64 weights need \[64\]"),
-        (4, state[4][:1], ValueError, r"active_bits has shape \[1\], and 64 weights need \[2\]"),
+        (4, state[4].long(), TypeError, "mask_bits is torch.int64"),
+        (1, state[1][:32], ValueError, r"gradient has shape \[32\]: for 64 weights .* \[64\]"),
+        (4, state[4][0], ValueError, r"mask_bits has shape \[2\]: it must be \[T, at most 2\]"),
+        (4, state[4].repeat(1, 2), ValueError, r"mask_bits has shape \[3, 4\]"),
+        (4, state[4].repeat(1, 2)[:, ::2], ValueError, "mask_bits has strides"),
+        (5, None, ValueError, "mask_bits needs the tasks of the step"),
+        (5, state[5].int(), ValueError, "mask_bits needs the tasks of the step"),
+        (6, state[6][:2], ValueError, r"rates has shape \[2\]"),
         (2, state[2].repeat(2)[::2], ValueError, "first_moment has gaps"),
     ):
         wrong = [other if i == place else operand for i, operand in enumerate(state)]
         with pytest.raises(error, match=message):
-            fused_backend(device).masked_adamw(*wrong, step=1, **ADAMW)
+            fused_backend(device).masked_adamw(*wrong, **ADAMW)
+
+
+def test_a_weight_is_active_in_any_task_of_the_step_and_beyond_the_masks(backend, device) -> None:
+    masks = torch.tensor([[1, 8], [2, 0], [4, 0]], dtype=torch.int32, device=device)
+    for tasks, active in (([0], [0, 35]), ([2, 1, 2], [1, 2]), ([0, 1], [0, 1, 35])):
+        weights, gradient = torch.ones(2, 70, device=device)
+        first, second = torch.zeros(2, 70, device=device)
+        task_ids, rates = torch.tensor(tasks, device=device), _rates(weights)
+        backend.masked_adamw(weights, gradient, first, second, masks, task_ids, rates, **ADAMW)
+        for changed in (weights != 1, first != 0, second != 0):
+            assert changed.nonzero()[:, 0].tolist() == [*active, *range(64, 70)]

@@ -147,17 +147,6 @@ def test_half_of_the_tasks_do_not_pass_the_default_vote() -> None:
     assert np.flatnonzero(unpack(voted)).tolist() == list(range(20, 64))
 
 
-@settings(deadline=None)
-@given(seed=st.integers(0, 2**32), tasks=st.lists(st.integers(0, 4), min_size=1, max_size=4))
-def test_active_bits_are_those_of_any_of_the_tasks(seed: int, tasks: list[int]) -> None:
-    masks = np.random.default_rng(seed).random((5, 96)) < 0.4
-    bank = bank_of(masks)
-    np.testing.assert_array_equal(
-        unpack(bank.active_bits(torch.tensor(tasks))), masks[tasks].any(0)
-    )
-    np.testing.assert_array_equal(unpack(bank.bits), masks)
-
-
 @settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 2**32),

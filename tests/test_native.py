@@ -19,7 +19,13 @@ from problems import (
     largest_error,
 )
 
-from harmodt_kernels import REFERENCE, Backend, BackendUnavailable, fused_backend
+from harmodt_kernels import (
+    REFERENCE,
+    Backend,
+    BackendUnavailable,
+    fused_backend,
+    rates_of_step,
+)
 from harmodt_kernels.native import library
 
 CPU = torch.device("cpu")
@@ -119,6 +125,8 @@ def test_a_task_without_a_mask_is_refused(task) -> None:
         backend.masked_linear(x, torch.zeros(4, 32), None, bits[:, None].expand(3, 4, 1), None, ids)
     with pytest.raises(IndexError, match=message):
         backend.masked_layer_norm(x, torch.zeros(32), torch.zeros(32), bits, bits, ids)
+    with pytest.raises(IndexError, match=message):
+        backend.masked_adamw(*torch.zeros(4, 40), bits, ids, torch.zeros(3), **ADAMW)
 
 
 def test_selection_and_adamw(cpu: Backend) -> None:
@@ -146,7 +154,9 @@ def test_selection_and_adamw(cpu: Backend) -> None:
         weights, gradient = first.clone()
         m, v = second.clone().unbind()
         v = v.abs()
-        backend.masked_adamw(weights, gradient, m, v, bits[0], step=3, max_norm=1.0, **ADAMW)
+        task = torch.tensor([0])
+        rates = torch.tensor(rates_of_step(3, 0.01, ADAMW["betas"]))
+        backend.masked_adamw(weights, gradient, m, v, bits, task, rates, max_norm=1.0, **ADAMW)
         states.append((weights, m, v))
     for computed, expected in zip(*states, strict=True):
         torch.testing.assert_close(computed, expected, rtol=2e-6, atol=1e-7)

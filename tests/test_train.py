@@ -216,8 +216,8 @@ def test_a_checkpoint_of_another_size_is_refused(store, tmp_path):
 def test_a_loss_that_becomes_nan_stops_the_run(store, tmp_path, monkeypatch):
     train_step = SequenceLearner.train_step
 
-    def broken(learner, step, tasks, rng):
-        result = train_step(learner, step, tasks, rng)
+    def broken(learner, step):
+        result = train_step(learner, step)
         if step == 7:
             result.losses[1] = np.nan
         return result

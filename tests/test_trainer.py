@@ -13,7 +13,7 @@ from harmodt.algorithms.optimiser import learning_rate
 from harmodt.batch import Batch, Steps
 from harmodt.checkpoint import Checkpoint
 from harmodt.data.store import DataStore
-from harmodt.draws import TASKS, TRAIN, Draws
+from harmodt.draws import TRAIN, Draws
 from harmodt.errors import UserError
 from harmodt.training.trainer import Trainer
 
@@ -71,7 +71,7 @@ def test_the_gradient_is_the_mean_of_the_masked_gradients(
 ) -> None:
     trainer = make_trainer(store, configure(tasks_per_step=3, gradient_clip=1e9, sparsity=0.5))
     draw = batch, targets = windows(trainer, [0, 1, 2])
-    monkeypatch.setattr(trainer.learner.sampler, "sample", lambda tasks, draws: draw)
+    monkeypatch.setattr(trainer.learner.feed, "batch", lambda: draw)
     expected = {name: torch.zeros_like(p) for name, p in trainer.learner.model.named_parameters()}
     for task in range(3):
         copy = masked_copy(trainer.learner.model, trainer.learner.bank.bits[task])
@@ -138,9 +138,7 @@ def test_without_masks_a_step_is_pytorchs_adamw(
     parameters = list(other.learner.model.parameters())
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.1)
     draws = [windows(trainer, [0, 2], seed) for seed in range(6)]
-    monkeypatch.setattr(
-        trainer.learner.sampler, "sample", lambda tasks, of_step: draws[trainer.step - 1]
-    )
+    monkeypatch.setattr(trainer.learner.feed, "batch", lambda: draws[trainer.step - 1])
     for step, (batch, targets) in enumerate(draws, 1):
         other.learner.vector.gradient.zero_()
         masks = other.learner.masks_of(batch.task_ids)
@@ -213,23 +211,6 @@ def test_round_robin_takes_each_task_in_turn(store: DataStore) -> None:
         [1, 2],
         [0, 1],
     ]
-
-
-def test_random_tasks_are_even_and_without_replacement(store: DataStore) -> None:
-    trainer = make_trainer(store)
-    counts = np.zeros(3)
-    for trainer.step in range(600):
-        tasks = trainer._choose_tasks()
-        assert len(set(tasks)) == 2
-        counts[tasks] += 1
-    assert np.abs(counts - 400).max() < 5 * (600 * 2 / 9) ** 0.5
-
-
-def test_the_tasks_of_a_step_do_not_depend_on_where_a_run_went_on(store: DataStore) -> None:
-    trainer = make_trainer(store, configure(seed=5))
-    for trainer.step in (0, 63, 64, 200, 63):
-        words = Draws(5, TASKS, trainer.step).words(torch.arange(3))[0].tolist()
-        assert trainer._choose_tasks() == sorted(sorted(range(3), key=words.__getitem__)[:2])
 
 
 @pytest.mark.parametrize(

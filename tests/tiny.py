@@ -94,7 +94,8 @@ def make_setup(
 ) -> Setup:
     """The setup of a run over all tasks of a store, on the config's kernels or a backend's."""
     config = config or configure()
-    execution = Execution.choose(str(device), config.run.fused, config.run.precision)
+    run = config.run
+    execution = Execution.choose(str(device), run.fused, run.precision, run.cuda_graph)
     if backend is not None:
         execution = dataclasses.replace(execution, backend=backend)
     conditioning = tuple(TaskConditioning.from_data(store.task(n), config) for n in store.tasks)

@@ -12,7 +12,6 @@ from harmodt_kernels.harmony_selection import Importance
 from ..checkpoint import Checkpoint
 from ..config import LearnedMaskSettings, MaskSettings, PromptSettings
 from ..data.store import TaskData
-from ..draws import Seeds
 from ..errors import UserError
 from ..masks.bank import MaskBank, TaskMasks
 from ..masks.update import MaskUpdater
@@ -51,12 +50,6 @@ class RandomMaskLearner(SequenceLearner):
     def masks_of(self, task_ids: Tensor, group_gradients: Tensor | None = None) -> TaskMasks:
         """Each task's mask."""
         return self.bank.for_tasks(task_ids, group_gradients)
-
-    def active_bits(self, task_ids: Tensor) -> Tensor:
-        """The weights that no mask covers, and those that are in a mask of these tasks."""
-        active = self.valid_bits.clone()
-        active[: self.bank.bits.shape[1]] = self.bank.active_bits(task_ids)
-        return active
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint holds, by name."""
@@ -105,12 +98,12 @@ class HarmoDTLearner(RandomMaskLearner):
             setup.config.data.tasks_per_step,
         )
 
-    def before_step(self, step: int, seeds: Seeds) -> dict[str, float]:
+    def before_step(self, step: int) -> dict[str, float]:
         """Update all masks at the start and then every t_m steps."""
         if step % self.update_every:
-            return super().before_step(step, seeds)
+            return super().before_step(step)
         with self.execution.computing():
-            update = self.updater.update(step, self.losses_of_draws(step, seeds))
+            update = self.updater.update(step, self.losses_of_draws(step))
         return {"harmony": update.harmony, "moved_weights": int(update.moved.max())}
 
 

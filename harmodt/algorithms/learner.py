@@ -13,7 +13,6 @@ from ..config import AlgorithmSettings, TrainConfig
 from ..data.inputs import TaskConditioning
 from ..data.store import TaskData
 from ..devices import Execution
-from ..draws import Draws, Seeds
 from ..environments import EnvironmentSpec
 from ..policies import Policy
 
@@ -47,14 +46,14 @@ class StepResult:
 class Learner(Protocol):
     """All that training changes, and the step that changes it.
 
-    Networks, masks and optimisers are the learner's own. It counts no steps and seeds nothing: a
-    step is told its number, its tasks and its draws.
+    Networks, masks and optimisers are the learner's own. It counts no steps: a step is told its
+    number, and whatever is random in it follows from that and the run's seed.
     """
 
-    def train_step(self, step: int, task_ids: Sequence[int], draws: Draws) -> StepResult:
+    def train_step(self, step: int) -> StepResult:
         """Learn from a batch of some tasks; steps are numbered from 1."""
 
-    def before_step(self, step: int, seeds: Seeds) -> dict[str, float]:
+    def before_step(self, step: int) -> dict[str, float]:
         """Do what is due after `step` steps and before the next; returns what is to be logged.
 
         Raises:

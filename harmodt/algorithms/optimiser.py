@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from harmodt_kernels import Backend
+from harmodt_kernels import Backend, rates_of_step
 
 from ..config import OptimisationSettings
 from ..masks.vector import ParameterVector
@@ -29,13 +30,13 @@ class Optimiser:
         self.first_moment = torch.zeros_like(vector.weights)
         self.second_moment = torch.zeros_like(vector.weights)
 
-    def step(self, step: int, active_bits: Tensor) -> Tensor:
+    def step(self, mask_bits: Tensor | None, task_ids: Tensor, rates: Tensor) -> Tensor:
         """Move the active weights.
 
         Args:
-            step: number of this step, from 1.
-            active_bits: int32 [P / 32], 1 where a weight is active in at least one task of the
-                step.
+            mask_bits: int32 [T, P_m / 32], the tasks' masks, or None without masks.
+            task_ids: int64 [G], the tasks of the step, in any of which a weight must be active.
+            rates: of the step, a row of what `rates` returns.
 
         Returns:
             The norm of the unclipped gradient, a tensor of one element.
@@ -45,13 +46,20 @@ class Optimiser:
             self._vector.gradient,
             self.first_moment,
             self.second_moment,
-            active_bits,
-            step=step,
-            learning_rate=learning_rate(step, self.settings),
+            mask_bits,
+            task_ids,
+            rates,
             betas=self.settings.betas,
             epsilon=self.settings.adam_epsilon,
             weight_decay=self.settings.weight_decay,
             max_norm=self.settings.gradient_clip,
+        )
+
+    def rates(self, steps: Sequence[int]) -> Tensor:
+        """What changes from step to step, for some steps, counted from 1: float32 [S, 3]."""
+        settings = self.settings
+        return torch.tensor(
+            [rates_of_step(s, learning_rate(s, settings), settings.betas) for s in steps]
         )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..batch import Batch
+from ..batch import Batch, move
 from ..checkpoint import Checkpoint
 from ..config import AlgorithmSettings, PromptSettings, TransformerSettings
+from ..data.feed import Feed
 from ..data.inputs import Inputs
+from ..data.order import TaskOrder
 from ..data.store import TaskData
 from ..data.trajectories import choose_place
 from ..data.windows import WindowSampler
-from ..draws import MASKS, Draws, Seeds
+from ..draws import MASKS, TRAIN, Seeds, dropout_seeds
 from ..masks.bank import TaskMasks
 from ..masks.gradients import TaskGradients, TaskLosses, averaged_harmony
 from ..networks.decision_transformer import DecisionTransformer, TransformerConfig
@@ -153,63 +155,86 @@ class SequenceLearner:
         self.settings = sequence_settings(setup)
         self.model = build_model(setup)
         self.vector = self.model.vector
-        self.valid_bits = self.vector.valid_bits()
         self.optimiser = Optimiser(self.vector, setup.config.optimisation, setup.execution.backend)
-        device = setup.execution.device
-        inputs = inputs_of(setup, choose_place(setup.config.run.data_device, data, device))
+        run, device = setup.config.run, setup.execution.device
+        order = TaskOrder(setup.config.data, len(data), run.seed)
+        inputs = inputs_of(setup, choose_place(run.data_device, data, device))
         self.sampler = WindowSampler(data, inputs, self.settings.model.context_length, device)
+        self._seeds = Seeds(run.seed)
+        self.feed = Feed(self.sampler, order, run.seed, self._of_steps)
+        self._step = setup.execution.repeated(self._compute)
 
-    def train_step(self, step: int, task_ids: Sequence[int], draws: Draws) -> StepResult:
+    def train_step(self, step: int) -> StepResult:
         """One optimiser step (Eq. 11) over some tasks."""
-        batch, targets = self.sampler.sample(task_ids, draws)
+        if not self.setup.config.run.fused:  # dropout in plain PyTorch draws from its generator
+            self._seeds.begin(TRAIN, step - 1)
+        task_ids = self.feed.load(step)
+        result = self._step()
+        return StepResult(task_ids, result[:-1], result[-1])
+
+    def _of_steps(self, steps: range) -> list[Tensor]:
+        """What steps read beside their windows: the optimiser's rates and the seeds of dropout."""
+        numbers = torch.arange(steps.start - 1, steps.stop - 1)
+        seeds = dropout_seeds(self.setup.config.run.seed, TRAIN, numbers, self.model.dropout_places)
+        return [self.optimiser.rates(steps), seeds]
+
+    def _compute(self) -> Tensor:
+        """The step whose inputs were loaded: losses [G] and the gradient's norm, as one tensor.
+
+        All of it is computed on the device, from tensors that stay where they are.
+        """
+        (batch, targets), (rates, seeds) = self.feed.batch(), self.feed.more
         self.vector.gradient.zero_()
         # Where the layers are fused, they write their gradients here; autograd would add them.
         sums = self.vector.gradient[None] if self.setup.config.run.fused else None
         with self.execution.computing():
-            losses = self.losses(batch, targets, self.masks_of(batch.task_ids, sums))
+            masks = self.masks_of(batch.task_ids, sums)
+            losses = self.losses(batch, targets, masks, seeds)
             losses.mean().backward()
-            norm = self.optimiser.step(step, self.active_bits(batch.task_ids))
-        return StepResult(task_ids, losses.detach(), norm)
+            norm = self.optimiser.step(masks.bits, batch.task_ids, rates)
+        return torch.cat((losses.detach(), norm[None]))
 
-    def losses(self, batch: Batch, targets: Tensor, masks: TaskMasks) -> Tensor:
-        """Mean squared error on the actions of each group's valid history steps (Eq. 2), [G]."""
+    def losses(
+        self, batch: Batch, targets: Tensor, masks: TaskMasks, seeds: Tensor | None = None
+    ) -> Tensor:
+        """Mean squared error on the actions of each group's valid history steps (Eq. 2), [G].
+
+        Args:
+            seeds: of dropout, as the model takes them.
+        """
         valid = batch.history.valid
-        errors = (self.model(batch, masks) - targets).square().mean(-1) * valid
+        errors = (self.model(batch, masks, seeds) - targets).square().mean(-1) * valid
         return errors.sum((1, 2)) / valid.sum((1, 2))
 
     def masks_of(self, task_ids: Tensor, group_gradients: Tensor | None = None) -> TaskMasks:
         """What a batch of these tasks, int64 [G], is computed under: all weights."""
         return TaskMasks(self.vector, None, task_ids, group_gradients)
 
-    def active_bits(self, task_ids: Tensor) -> Tensor:
-        """Packed bits over the whole vector: the weights that a step of these tasks may change.
-
-        Args:
-            task_ids: int64 [G].
-        """
-        return self.valid_bits
-
-    def before_step(self, step: int, seeds: Seeds) -> dict[str, float]:
+    def before_step(self, step: int) -> dict[str, float]:
         """Measure how far the tasks' gradients agree, where that is due."""
         if not self.settings.harmony_every or step % self.settings.harmony_every:
             return {}
-        return {"harmony": self.averaged_harmony(step, seeds)}
+        return {"harmony": self.averaged_harmony(step)}
 
-    def averaged_harmony(self, step: int, seeds: Seeds) -> float:
+    def averaged_harmony(self, step: int) -> float:
         """Definition 3.2 on a fresh batch of every task, in [-1, 1]."""
         task_ids, at_once = range(self.task_count), self.setup.config.data.tasks_per_step
         parts = [task_ids[i : i + at_once] for i in task_ids[::at_once]]
-        losses = self.losses_of_draws(step, seeds)
+        losses = self.losses_of_draws(step)
         with self.execution.computing():
             return averaged_harmony(TaskGradients(self.vector, losses, self.masks_of, parts))
 
-    def losses_of_draws(self, step: int, seeds: Seeds) -> TaskLosses:
+    def losses_of_draws(self, step: int) -> TaskLosses:
         """The losses [G] of some tasks on a batch that depends on the step and the tasks alone."""
 
         def losses(task_ids: Sequence[int], masks: TaskMasks) -> Tensor:
-            draws = seeds.begin(MASKS, step, *task_ids)
+            draws = self._seeds.begin(MASKS, step, *task_ids)
             batch, targets = self.sampler.sample(task_ids, draws)
-            return self.losses(batch, targets, masks)
+            number, device = torch.tensor([step]), self.execution.device
+            (drops,) = dropout_seeds(
+                draws.seed, MASKS, number, self.model.dropout_places, task_ids[0]
+            )
+            return self.losses(batch, targets, masks, *move([drops], device))
 
         return losses
 

@@ -159,18 +159,19 @@ class Inputs:
     def draw_prompts(
         self, task_ids: Tensor, episode: Tensor, start: Tensor, acting: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Draw prompts from the held-apart episodes of tasks, int64 [G].
+        """Draw prompts from the held-apart episodes of tasks.
 
         Args:
-            episode, start: a random word each for every prompt, int64 [G, B].
+            task_ids: int64 [..., G].
+            episode, start: a random word each for every prompt, int64 [..., G, B].
             acting: at evaluation, where a prompt at an episode's end is the best episode's.
 
         Returns:
-            The episodes [G, B], of those of all tasks, and the times in them [G, B, K*].
+            The episodes [..., G, B], of those of all tasks, and the times in them [..., G, B, K*].
         """
         assert self.prompt is not None
         at_end = self.prompt.prompt_position == "end"
-        first, count = (part[:, None] for part in self._prompts.episode_range(task_ids))
+        first, count = (part[..., None] for part in self._prompts.episode_range(task_ids))
         episodes = first + below(episode, 1 if at_end and acting else count)
         room = self._prompts.lengths[episodes] - self.prompt.prompt_length
         starts = room if at_end else below(start, room + 1)

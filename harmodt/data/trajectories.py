@@ -48,12 +48,12 @@ class Trajectories:
             self._arrays = []
 
     def episode_range(self, task_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """First episode of each of some tasks, int64 [G], and their numbers of episodes, [G]."""
+        """First episodes of some tasks, int64 [...], and their numbers of episodes, [...]."""
         first = self.first_episode[task_ids]
         return first, self.first_episode[task_ids + 1] - first
 
     def step_range(self, task_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """First step of each of some tasks, int64 [G], and their numbers of steps, [G]."""
+        """First step of each of some tasks, int64 [...], and their numbers of steps, [...]."""
         first = self._first_step[task_ids]
         return first, self._first_step[task_ids + 1] - first
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..batch import Batch, Steps, move
+from ..batch import Batch, batch_of, move, tensors_of
 from ..draws import Draws, below
 from ..errors import UserError
 from .inputs import Inputs
@@ -27,14 +27,16 @@ class Drawn(NamedTuple):
         times: int64 [G, B, K], steps from the episode's beginning; padding repeats the last one.
         valid: bool [G, B, K], False for padding.
         hidden: bool [G, B, K], the actions that the model does not see.
-        prompts: episodes [G, B] of the prompt pools and times [G, B, K*], if there are prompts.
+        prompt_episodes, prompt_times: int64 [G, B], of the prompt pools, and [G, B, K*]; None
+            without prompts.
     """
 
     episodes: Tensor
     times: Tensor
     valid: Tensor
     hidden: Tensor
-    prompts: tuple[Tensor, Tensor] | None
+    prompt_episodes: Tensor | None = None
+    prompt_times: Tensor | None = None
 
 
 class WindowSampler:
@@ -86,44 +88,52 @@ class WindowSampler:
             [G, B, K, A] in [-1, 1]; a prediction counts where the history is valid.
         """
         tasks = torch.as_tensor(task_ids, device=self.episodes.device)
-        drawn = self.draw(tasks, draws)
+        batch, targets = self.gather(tasks, self.draw(tasks, draws))
+        if self.device == self.episodes.device:
+            return batch, targets
+        return batch_of(move(tensors_of(batch, targets), self.device))
+
+    def gather(self, tasks: Tensor, drawn: Drawn) -> tuple[Batch, Tensor]:
+        """What `sample` returns, from the places that were drawn, on the episodes' device.
+
+        Args:
+            tasks: int64 [G], there.
+        """
         history = self.inputs.of_episodes(
             self.episodes, tasks, drawn.episodes, drawn.times, drawn.valid
         )
         visible = history._replace(actions=self.inputs.hide(history.actions, drawn.hidden))
-        prompt = None if drawn.prompts is None else self.inputs.prompts(tasks, *drawn.prompts)
-        return self._on_device(Batch(tasks, prompt, visible), history.actions)
+        prompt = None
+        if drawn.prompt_episodes is not None and drawn.prompt_times is not None:
+            prompt = self.inputs.prompts(tasks, drawn.prompt_episodes, drawn.prompt_times)
+        return Batch(tasks, prompt, visible), history.actions
 
     def draw(self, task_ids: Tensor, draws: Draws) -> Drawn:
-        """The places of a batch's steps; task_ids int64 [G] on the device of the episodes."""
-        groups = task_ids[:, None, None]
-        words = draws.words(self._windows, groups, self._blocks[:, None])  # [4, G, blocks, B]
-        step, start, *prompt = words[:, :, 0]
-        first, count = (part[:, None] for part in self.episodes.step_range(task_ids))
+        """The places of a batch's steps, or of those of several batches.
+
+        Args:
+            task_ids: int64 [..., G] on the device of the episodes; what is returned has the same
+                dimensions in front.
+            draws: with a step for each of several batches, [..., 1, 1, 1].
+        """
+        groups = task_ids[..., None, None]
+        words = draws.words(self._windows, groups, self._blocks[:, None])  # [4, ..., G, blocks, B]
+        step, start, *prompt = words[..., 0, :]
+        first, count = (part[..., None] for part in self.episodes.step_range(task_ids))
         # Drawing a step draws its episode in proportion to the length.
         episodes = self.episodes.episode_of(first + below(step, count))
         starts = self._starts.draw(episodes, start)
         present = (self.episodes.lengths[episodes] - starts).clamp_(max=self.context_length)
         present = present[..., None]
         times = starts[..., None] + torch.minimum(self._times, present - 1)
-        coins = words[:, :, 1:].permute(1, 3, 2, 0).flatten(2)[..., : self.context_length]
+        coins = words[..., 1:, :].movedim(0, -1).transpose(-3, -2).flatten(-2)
         return Drawn(
             episodes,
             times,
             self._times < present,
-            self.inputs.hidden(coins),
-            None if self.inputs.prompt is None else self.inputs.draw_prompts(task_ids, *prompt),
+            self.inputs.hidden(coins[..., : self.context_length]),
+            *(self.inputs.draw_prompts(task_ids, *prompt) if self.inputs.prompt else ()),
         )
-
-    def _on_device(self, batch: Batch, targets: Tensor) -> tuple[Batch, Tensor]:
-        if self.device == self.episodes.device:
-            return batch, targets
-        task_ids, targets, *steps = move(
-            [batch.task_ids, targets, *batch.history, *(batch.prompt or ())], self.device
-        )
-        size = len(Steps._fields)
-        prompt = Steps(*steps[size:]) if batch.prompt else None
-        return Batch(task_ids, prompt, Steps(*steps[:size])), targets
 
 
 class _Starts:

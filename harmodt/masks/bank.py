@@ -98,13 +98,6 @@ class MaskBank:
         """The masks of a batch whose groups belong to these tasks, int64 [G]."""
         return TaskMasks(self.vector, self.bits, task_ids, group_gradients)
 
-    def active_bits(self, task_ids: Tensor) -> Tensor:
-        """int32 [P_m / 32]: the weights that are active in at least one of these tasks, [G]."""
-        union, *others = self.bits[task_ids]
-        for bits in others:
-            union = union | bits
-        return union
-
     def active_counts(self) -> Tensor:
         """Number of active weights of each task, int64 [T]."""
         return count_bits(self.bits)

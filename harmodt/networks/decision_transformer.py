@@ -6,11 +6,11 @@ L time steps (K* of the prompt, K of the history), T = 3 L tokens, d embedding d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harmodt_kernels import Backend, LayerMasks, MaskedLayerNorm, MaskedLinear
@@ -49,6 +49,8 @@ class TransformerConfig:
     initialisation: Literal["gpt2", "pytorch"] = "gpt2"
 
 
+DROPOUT_PLACES = 3  # of a block
+
 PromptCache = list[tuple[Tensor, Tensor]]  # keys and values [G B, H, 3 K*, d / H] of every block
 
 
@@ -74,12 +76,14 @@ class Block(nn.Module):
         masks: TaskMasks,
         past: tuple[Tensor, Tensor] | None = None,
         wanted: slice = slice(None),
+        seeds: Sequence[Tensor | None] = (None,) * DROPOUT_PLACES,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Transform tokens [G, B, T, d]; also return the keys and values of all of them.
 
         Args:
             past: keys and values of tokens before these.
             wanted: tokens whose outputs are returned; the others' are not computed.
+            seeds: of dropout in the attention and after the two branches.
         """
         groups, windows, length, d = x.shape
         of, backend = masks.of, self.backend
@@ -88,15 +92,23 @@ class Block(nn.Module):
         qkv = qkv.view(groups * windows, length, 3, self.heads, d // self.heads)
         rows = x[:, :, wanted].flatten(1, 2)  # [G, B T, d]
         drop = self.dropout if self.training else 0.0
-        attended = backend.attention(qkv, wanted, drop, past).reshape(rows.shape)
-        rows = self._add(rows, self.attention_out, attended, masks)
+        of_attention, *of_branches = seeds
+        attended = backend.attention(qkv, wanted, drop, past, of_attention).reshape(rows.shape)
+        rows = self._add(rows, self.attention_out, attended, masks, of_branches[0])
         normalised = self.mlp_norm(rows, of(self.mlp_norm))
         hidden = self.mlp_up(normalised, of(self.mlp_up), relu=True)
-        rows = self._add(rows, self.mlp_down, hidden, masks)
+        rows = self._add(rows, self.mlp_down, hidden, masks, of_branches[1])
         _, keys, values = qkv.permute(2, 0, 3, 1, 4)  # each [G B, H, T, d / H]
         return rows.view(groups, windows, -1, d), (keys, values)
 
-    def _add(self, rows: Tensor, layer: MaskedLinear, x: Tensor, masks: TaskMasks) -> Tensor:
+    def _add(
+        self,
+        rows: Tensor,
+        layer: MaskedLinear,
+        x: Tensor,
+        masks: TaskMasks,
+        seed: Tensor | None,
+    ) -> Tensor:
         """End a residual branch: rows + dropout(layer(x)), [G, R, d]."""
         of_layer = masks.of(layer) or LayerMasks(None, None, None)
         return self.backend.linear_residual(
@@ -108,6 +120,7 @@ class Block(nn.Module):
             of_layer.task_ids,
             rows,
             self.dropout if self.training else 0.0,
+            seed=seed,
             group_gradients=of_layer.group_gradients,
         )
 
@@ -159,6 +172,7 @@ class DecisionTransformer(nn.Module):
     ):
         super().__init__()
         self.config = config
+        self.backend = backend
         d = config.embed_dim
         if config.task_embedding_dim:
             self.task_embedding = nn.Embedding(tasks, config.task_embedding_dim)
@@ -173,7 +187,12 @@ class DecisionTransformer(nn.Module):
             _initialise_as_gpt2(module)
         self.vector = ParameterVector(self, torch.device(device))
 
-    def forward(self, batch: Batch, masks: TaskMasks) -> Tensor:
+    @property
+    def dropout_places(self) -> int:
+        """Where it drops something: in the embeddings, then block by block."""
+        return 1 + DROPOUT_PLACES * len(self.blocks)
+
+    def forward(self, batch: Batch, masks: TaskMasks, seeds: Tensor | None = None) -> Tensor:
         """Predict the action of every history step from the tokens up to its observation.
 
         Padding comes last, so that causality keeps it out; what is predicted there means nothing.
@@ -181,19 +200,25 @@ class DecisionTransformer(nn.Module):
         Args:
             batch: G groups of B windows.
             masks: those of the groups' tasks.
+            seeds: int64 [dropout_places], in [0, 2^31), of dropout while training; None: PyTorch's
+                generator draws them. In plain PyTorch dropout is always drawn from that.
 
         Returns:
             float32 [G, B, K, A], in (-1, 1).
         """
+        of_embeddings, *of_blocks = [None] * self.dropout_places if seeds is None else seeds
         x = self._embed_history(batch.history, batch.task_ids)
         if batch.prompt is not None:
             x = torch.cat((self._embed_prompt(batch.prompt, batch.task_ids), x), dim=2)
         if self.training and self.config.embedding_dropout:
-            x = F.dropout(x, self.config.embedding_dropout)
+            drop = self.config.embedding_dropout
+            x = self.backend.dropout_add(torch.zeros_like(x), x, drop, of_embeddings)
         observation_tokens = slice(3 * self.config.prompt_length + 1, None, 3)
-        for block in self.blocks[:-1]:
-            x, _ = block(x, masks)
-        x, _ = self.blocks[-1](x, masks, wanted=observation_tokens)
+        for index, block in enumerate(self.blocks):
+            last = index == len(self.blocks) - 1
+            of_block = of_blocks[DROPOUT_PLACES * index :][:DROPOUT_PLACES]
+            wanted = observation_tokens if last else slice(None)
+            x, _ = block(x, masks, wanted=wanted, seeds=of_block)
         return self._actions(x, masks)
 
     def encode_prompt(self, prompt: Steps, task_ids: Tensor, masks: TaskMasks) -> PromptCache:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..batch import Steps, move
+from ..batch import Layout, Steps, move
 from ..data.inputs import Inputs
 from ..devices import Execution
 from ..environments import EnvironmentSpec
@@ -99,6 +99,8 @@ class DecisionPolicy:
         self._groups = _Groups(self._task_ids)
         self._group_ids, self._masks = self._on_device(self._groups)
         self._prompt_cache: PromptCache | None = None
+        if self._execution.captures:
+            self._prepare_graph()
         self.restart(np.ones(rows, bool))
 
     def restart(self, rows: np.ndarray) -> None:
@@ -114,12 +116,7 @@ class DecisionPolicy:
         """Choose actions, float32 [N, A] in [-1, 1], after observations float [N, O]."""
         self._append(observations)
         lengths = np.minimum(self._time, self._context_length)
-        begun = Steps(*(part[:, : lengths.max()] for part in self._history))
-        history = self._groups.lay_out(begun, self._execution.device)
-        with torch.inference_mode(), self._execution.computing():
-            actions = self.model.act(
-                history, self._group_ids, self._masks, self._prompt_cache, int(lengths.min())
-            )
+        actions = self._actions_in_graph() if self._execution.captures else self._actions(lengths)
         chosen = actions.cpu().flatten(0, 1)[self._groups.index]
         hidden = self._inputs.hidden(self._words(len(chosen)))
         present = torch.arange(len(chosen)), torch.from_numpy(lengths - 1)
@@ -129,6 +126,32 @@ class DecisionPolicy:
     def record_rewards(self, rewards: np.ndarray) -> None:
         """Lower each row's return-to-go by the reward of its last action, float [N]."""
         self._returns_to_go -= rewards
+
+    def _actions(self, lengths: np.ndarray) -> Tensor:
+        """The model's actions, [G, B, A], after histories of some lengths, int [N]."""
+        begun = Steps(*(part[:, : lengths.max()] for part in self._history))
+        history = Steps(*move(self._groups.lay_out(begun), self._execution.device))
+        return self._computed(history, int(lengths.min()))
+
+    def _computed(self, history: Steps, shortest: int = 1) -> Tensor:
+        with torch.inference_mode(), self._execution.computing():
+            return self.model.act(
+                history, self._group_ids, self._masks, self._prompt_cache, shortest
+            )
+
+    def _prepare_graph(self) -> None:
+        """Find a place for whole histories, which is that of a graph's inputs."""
+        device, history = self._execution.device, self._groups.lay_out(self._history)
+        self._layout = Layout(history)
+        self._place = self._layout.pack(history, device).to(device)
+        steps = Steps(*self._layout.views(self._place))
+        self._repeated = self._execution.repeated(lambda: self._computed(steps))
+
+    def _actions_in_graph(self) -> Tensor:
+        """The same actions, from histories whose steps to come are padding."""
+        packed = self._layout.pack(self._groups.lay_out(self._history), self._place.device)
+        self._place.copy_(packed, non_blocking=True)
+        return self._repeated()
 
     def _append(self, observations: np.ndarray) -> None:
         """Write the present step after each history's last one; a full one loses its first."""
@@ -159,7 +182,7 @@ class DecisionPolicy:
         drawn = self._inputs.draw_prompts(tasks, episode, start, acting=True)
         prompts = Steps(*(part[:, 0] for part in self._inputs.prompts(tasks, *drawn)))
         groups = _Groups(self._task_ids[rows])
-        steps = groups.lay_out(prompts, self._execution.device)
+        steps = Steps(*move(groups.lay_out(prompts), self._execution.device))
         with torch.inference_mode(), self._execution.computing():
             encoded = self.model.encode_prompt(steps, *self._on_device(groups))
         if self._prompt_cache is None:  # all rows
@@ -198,6 +221,6 @@ class _Groups:
             index[rows] = group * width + np.arange(len(rows))
         self.index = torch.from_numpy(index)
 
-    def lay_out(self, steps: Steps, device: torch.device) -> Steps:
-        """Steps [N, ...] of the CPU as steps [G, B, ...] on a device."""
-        return Steps(*move([part[self._rows] for part in steps], device))
+    def lay_out(self, steps: Steps) -> list[Tensor]:
+        """The parts of steps [N, ...] as [G, B, ...]."""
+        return [part[self._rows] for part in steps]

@@ -100,6 +100,7 @@ def load_policy(
         trained.device if device is None else device,
         trained.fused if fused is None else fused,
         trained.precision if precision is None else precision,
+        trained.cuda_graph,
     )
     state = load_checkpoint(saved.directory, checkpoint)
     return find(saved.config.algorithm).policy(saved.setup(execution), state)
@@ -374,7 +375,8 @@ class Run:
 
 
 def _execution(config: TrainConfig) -> Execution:
-    return Execution.choose(config.run.device, config.run.fused, config.run.precision)
+    run = config.run
+    return Execution.choose(run.device, run.fused, run.precision, run.cuda_graph)
 
 
 def _open_store(saved: SavedRun, config: TrainConfig) -> DataStore:

@@ -6,7 +6,7 @@ from ctypes import byref
 
 from torch import Tensor
 
-from ..native.library import AdamWOperands, library, pointer, threads
+from ..native.library import AdamWOperands, library, pointer, pointer_to_ids, threads
 
 
 def masked_adamw(
@@ -14,18 +14,35 @@ def masked_adamw(
     gradient: Tensor,
     first_moment: Tensor,
     second_moment: Tensor,
-    active_bits: Tensor,
+    mask_bits: Tensor | None,
+    task_ids: Tensor | None,
+    rates: Tensor,
     norm: Tensor,
     max_norm: float,
-    *settings: float,
+    first_rate: float,
+    second_rate: float,
+    epsilon: float,
+    weight_decay: float,
 ) -> None:
+    """`harmodt::masked_adamw`, whose arguments, one by one, are those of its schema."""
     # As `torch.nn.utils.clip_grad_norm_`; NaN stays NaN.
     scale = ((norm + 1e-6).reciprocal() * max_norm).item()
-    # `settings` are the structure's last members in their order, from first_rate on.
+    learning_rate, first_correction, second_correction = rates.tolist()
     operands = AdamWOperands(
         weights.numel(),
-        *map(pointer, (weights, gradient, first_moment, second_moment, active_bits)),
-        1.0 if scale > 1.0 else scale,
-        *settings,
+        *map(pointer, (weights, gradient, first_moment, second_moment)),
+        scale=1.0 if scale > 1.0 else scale,
+        first_rate=first_rate,
+        second_rate=second_rate,
+        first_correction=first_correction,
+        second_correction=second_correction,
+        epsilon=epsilon,
+        weight_decay=weight_decay,
+        learning_rate=learning_rate,
     )
+    if mask_bits is not None and task_ids is not None:
+        operands.mask_words = mask_bits.shape[1]
+        operands.mask_bits, operands.mask_stride = pointer(mask_bits), mask_bits.stride(0)
+        operands.tasks = len(task_ids)
+        operands.task_ids = pointer_to_ids(task_ids, len(mask_bits))
     library().harmodt_masked_adamw(byref(operands), threads())

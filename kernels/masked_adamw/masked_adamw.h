@@ -13,12 +13,23 @@ inline Vec lerp(Vec start, Vec end, float weight) {
                        : fused_multiply_add(splat(weight - 1.0f), end - start, end);
 }
 
+// The weights of a word that are active in one of the step's tasks.
+inline uint32_t active_in_step(const harmodt_adamw_operands& s, int64_t word) {
+  if (word >= s.mask_words) return ~0u;
+  uint32_t active = 0;
+  for (int64_t i = 0; i < s.tasks; ++i) {
+    active |= static_cast<uint32_t>(s.mask_bits[s.task_ids[i] * s.mask_stride + word]);
+  }
+  return active;
+}
+
 void masked_adamw(const harmodt_adamw_operands& s, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t word = 0; word < (s.size + 31) / 32; ++word) {
-    if (!s.active_bits[word]) continue;
+    const uint32_t of_word = active_in_step(s, word);
+    if (!of_word) continue;
     for (int64_t at = word * 32; at < smaller(word * 32 + 32, s.size); at += kWidth) {
-      uint32_t active = bits_at(s.active_bits, at) & lanes_left(s.size - at);
+      uint32_t active = of_word >> (at & 31) & lanes_left(s.size - at);
       Vec w = load(s.weights + at, active), g = load(s.gradient + at, active);
       Vec m = load(s.first_moment + at, active), v = load(s.second_moment + at, active);
       g *= s.scale;

@@ -17,10 +17,10 @@ def masked_adamw(
     gradient: Tensor,
     first_moment: Tensor,
     second_moment: Tensor,
-    active_bits: Tensor,
+    mask_bits: Tensor | None,
+    task_ids: Tensor | None,
+    rates: Tensor,
     *,
-    step: int,
-    learning_rate: float,
     betas: tuple[float, float],
     epsilon: float,
     weight_decay: float,
@@ -34,9 +34,12 @@ def masked_adamw(
     Args:
         weights, first_moment, second_moment: float32 [P], changed in place where active.
         gradient: float32 [P]; it stays as it is.
-        active_bits: int32 [ceil(P / 32)], 1 where the weight is active in at least one task of the
-            step.
-        step: number of this step, from 1.
+        mask_bits: int32 [T, words], the masks of all tasks; or None where every weight is active.
+            Weights that they do not reach are active too.
+        task_ids: int64 [G], the tasks of the step, in any of which a weight must be active; below
+            T, which a GPU does not check. Not read without masks.
+        rates: float32 [3], what changes from step to step: `rates_of_step`. A GPU reads them when
+            the kernel runs.
         max_norm: the gradient is scaled to at most this global norm.
 
     Returns:
@@ -45,23 +48,11 @@ def masked_adamw(
     Raises:
         TypeError: a tensor has another dtype.
         ValueError: shapes disagree.
+        IndexError: on a CPU, there is no such task.
     """
-    size = weights.numel()
-    for name, tensor, dtype, length in (
-        ("weights", weights, torch.float32, size),
-        ("gradient", gradient, torch.float32, size),
-        ("first_moment", first_moment, torch.float32, size),
-        ("second_moment", second_moment, torch.float32, size),
-        ("active_bits", active_bits, torch.int32, words_for(size)),
-    ):
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name} is {tensor.dtype}, and the fused AdamW takes {dtype}")
-        if tensor.shape != (length,):
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}, and {size} weights need [{length}]"
-            )
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} has gaps between its elements")
+    _check_vectors(weights, gradient, first_moment, second_moment, rates)
+    if mask_bits is not None:
+        _check_masks(mask_bits, task_ids, words_for(weights.numel()))
     norm = torch.linalg.vector_norm(gradient)
     beta1, beta2 = betas
     torch.ops.harmodt.masked_adamw(
@@ -69,18 +60,51 @@ def masked_adamw(
         gradient,
         first_moment,
         second_moment,
-        active_bits,
+        mask_bits,
+        None if mask_bits is None else task_ids,
+        rates,
         norm,
         max_norm,
         1 - beta1,
         1 - beta2,
-        1 / (1 - beta1**step),
-        1 / math.sqrt(1 - beta2**step),
         epsilon,
         weight_decay,
-        learning_rate,
     )
     return norm
+
+
+def _check_vectors(
+    weights: Tensor, gradient: Tensor, first_moment: Tensor, second_moment: Tensor, rates: Tensor
+) -> None:
+    size = weights.numel()
+    for name, tensor, length in (
+        ("weights", weights, size),
+        ("gradient", gradient, size),
+        ("first_moment", first_moment, size),
+        ("second_moment", second_moment, size),
+        ("rates", rates, 3),
+    ):
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"{name} is {tensor.dtype}, and the fused AdamW takes torch.float32")
+        if tensor.shape != (length,):
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}: for {size} weights it must be [{length}]"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has gaps between its elements")
+
+
+def _check_masks(mask_bits: Tensor, task_ids: Tensor | None, words: int) -> None:
+    if mask_bits.dtype != torch.int32:
+        raise TypeError(f"mask_bits is {mask_bits.dtype}: masks are packed in int32 (pack_bits)")
+    if mask_bits.dim() != 2 or mask_bits.shape[1] > words:
+        raise ValueError(
+            f"mask_bits has shape {list(mask_bits.shape)}: it must be [T, at most {words}]"
+        )
+    if mask_bits.stride(1) != 1:
+        raise ValueError(f"mask_bits has strides {mask_bits.stride()}: the last must be 1")
+    if task_ids is None or task_ids.dtype != torch.int64 or task_ids.dim() != 1:
+        raise ValueError("mask_bits needs the tasks of the step as task_ids, int64 [G]")
 
 
 def _masked_adamw_fake(*_: Any) -> None:
@@ -91,8 +115,7 @@ register(
     __package__,
     "masked_adamw",
     "(Tensor(a!) weights, Tensor gradient, Tensor(b!) first_moment, Tensor(c!) second_moment, "
-    "Tensor active_bits, Tensor norm, float max_norm, float first_rate, float second_rate, "
-    "float first_correction, float second_correction, float epsilon, float weight_decay, "
-    "float learning_rate) -> ()",
+    "Tensor? mask_bits, Tensor? task_ids, Tensor rates, Tensor norm, float max_norm, "
+    "float first_rate, float second_rate, float epsilon, float weight_decay) -> ()",
     _masked_adamw_fake,
 )

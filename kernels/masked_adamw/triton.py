@@ -22,22 +22,36 @@ def lerp(start, end, weight):
 
 
 @triton.jit
+def active_in_step(mask_bits, mask_stride, mask_words, task_ids, tasks, word):
+    """Words of the weights that are active in one of the step's tasks."""
+    covered = word < mask_words
+    active = tl.where(covered, 0, -1)
+    for i in range(tasks):
+        task = tl.load(task_ids + i)
+        active |= tl.load(mask_bits + task * mask_stride + word, mask=covered, other=0)
+    return active
+
+
+@triton.jit(do_not_specialize=["tasks"])
 def masked_adamw_kernel(
     weights,  # [size]
     gradient,  # [size]
     first_moment,  # [size]
     second_moment,  # [size]
-    active_bits,  # int32 [size / 32]
+    mask_bits,  # int32 [T, mask_words], mask_stride apart
+    task_ids,  # int64 [tasks]
+    rates,  # [3]: learning rate, 1 / (1 - β₁ᵗ), 1 / √(1 - β₂ᵗ)
     norm,  # of the gradient, []
     size,
+    mask_words,
+    mask_stride,
+    tasks,
     max_norm,
     first_rate,  # 1 - β₁
     second_rate,  # 1 - β₂
-    first_correction,  # 1 / (1 - β₁ᵗ)
-    second_correction,  # 1 / √(1 - β₂ᵗ)
     epsilon,
     weight_decay,
-    learning_rate,
+    MASKED: tl.constexpr,
     WORDS: tl.constexpr,
 ):
     """The step of the weights of some words.
@@ -48,8 +62,12 @@ def masked_adamw_kernel(
     word, place = tl.arange(0, WORDS), tl.arange(0, 32)
     element = word[:, None] * 32 + place[None, :]  # [WORDS, 32]
     inside = element < size - start
-    active_bits = tl.load(active_bits + start // 32 + word, mask=word * 32 < size - start, other=0)
-    active = (active_bits[:, None] & (1 << place[None, :])) != 0
+    active = inside
+    if MASKED:
+        words = active_in_step(
+            mask_bits, mask_stride, mask_words, task_ids, tasks, start // 32 + word
+        )
+        active &= (words[:, None] & (1 << place[None, :])) != 0
     weights += start + element
     first_moment += start + element
     second_moment += start + element
@@ -64,11 +82,11 @@ def masked_adamw_kernel(
     g *= tl.where(scale > one, one, scale)
     new_m = lerp(m, g, tl.cast(first_rate, tl.float32))
     new_v = lerp(v, g * g, tl.cast(second_rate, tl.float32))
-    denominator = tl.sqrt_rn(new_v) * tl.cast(second_correction, tl.float32)
+    denominator = tl.sqrt_rn(new_v) * tl.load(rates + 2)
     denominator += tl.cast(epsilon, tl.float32)
-    update = tl.div_rn(new_m, denominator) * tl.cast(first_correction, tl.float32)
+    update = tl.div_rn(new_m, denominator) * tl.load(rates + 1)
     update = tl.fma(tl.cast(weight_decay, tl.float32), w, update)
-    new_w = tl.fma(-tl.cast(learning_rate, tl.float32), update, w)
+    new_w = tl.fma(-tl.load(rates), update, w)
     # Selecting copies bits, so that whole vectors can be written.
     tl.store(weights, tl.where(active, new_w, w), mask=inside)
     tl.store(first_moment, tl.where(active, new_m, m), mask=inside)
@@ -80,16 +98,15 @@ def masked_adamw(
     gradient: Tensor,
     first_moment: Tensor,
     second_moment: Tensor,
-    active_bits: Tensor,
+    mask_bits: Tensor | None,
+    task_ids: Tensor | None,
+    rates: Tensor,
     norm: Tensor,
     max_norm: float,
     first_rate: float,
     second_rate: float,
-    first_correction: float,
-    second_correction: float,
     epsilon: float,
     weight_decay: float,
-    learning_rate: float,
 ) -> None:
     """`harmodt::masked_adamw`, whose arguments, one by one, are those of its schema."""
     size = weights.numel()
@@ -100,17 +117,20 @@ def masked_adamw(
         gradient=gradient,
         first_moment=first_moment,
         second_moment=second_moment,
-        active_bits=active_bits,
+        mask_bits=mask_bits,
+        task_ids=task_ids,
+        rates=rates,
         norm=norm,
         size=size,
+        mask_words=0 if mask_bits is None else mask_bits.shape[1],
+        mask_stride=0 if mask_bits is None else mask_bits.stride(0),
+        tasks=0 if task_ids is None else len(task_ids),
         max_norm=max_norm,
         first_rate=first_rate,
         second_rate=second_rate,
-        first_correction=first_correction,
-        second_correction=second_correction,
         epsilon=epsilon,
         weight_decay=weight_decay,
-        learning_rate=learning_rate,
+        MASKED=mask_bits is not None,
         WORDS=WORDS,
         num_warps=NUM_WARPS,
         enable_fp_fusion=False,

@@ -61,7 +61,11 @@ typedef struct {
   const float* gradient;
   float* first_moment;
   float* second_moment;
-  const int32_t* active_bits;
+  int64_t mask_words;             // that masks cover; all weights beyond them are active
+  const int32_t* mask_bits;       // of each task, mask_stride words apart
+  int64_t mask_stride;
+  int64_t tasks;                  // of the step
+  const int64_t* task_ids;
   float scale;                    // of the gradient
   float first_rate, second_rate;  // 1 - beta
   float first_correction, second_correction;

@@ -75,10 +75,12 @@ class AdamWOperands(Structure):
 
     _fields_ = [
         ("size", c_int64),
-        *(
-            (name, c_void_p)
-            for name in ("weights", "gradient", "first_moment", "second_moment", "active_bits")
-        ),
+        *((name, c_void_p) for name in ("weights", "gradient", "first_moment", "second_moment")),
+        ("mask_words", c_int64),
+        ("mask_bits", c_void_p),
+        ("mask_stride", c_int64),
+        ("tasks", c_int64),
+        ("task_ids", c_void_p),
         *(
             (name, c_float)
             for name in (

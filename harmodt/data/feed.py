@@ -1,0 +1,107 @@
+"""What the training steps of a run read, brought to one place on the device step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from ..batch import Batch, Layout, batch_of, move, tensors_of
+from ..draws import TRAIN, Draws
+from .order import TaskOrder
+from .windows import Drawn, WindowSampler
+
+_WINDOWS = 1 << 14  # whose places are drawn at once, if they are of more than one step
+_MOST_STEPS = 64
+
+
+class Feed:
+    """The inputs of training steps. Each step's come to the same place, where a graph finds them.
+
+    What is drawn is drawn for many steps at once, where the data lie. If they lie on the model's
+    device, a step gathers its windows there. Else a thread gathers the next step's while this one
+    computes, and they come in one transfer, for which nobody waits.
+
+    Args:
+        sampler: of the data.
+        order: the tasks of each step.
+        seed: of the run.
+        more: what else a step reads: for some consecutive steps, counted from 1, tensors [S, ...]
+            on the CPU.
+
+    Attributes:
+        task_ids: int64 [G], the tasks of the step that was loaded.
+        more: what else it reads.
+    """
+
+    def __init__(
+        self,
+        sampler: WindowSampler,
+        order: TaskOrder,
+        seed: int,
+        more: Callable[[range], Sequence[Tensor]],
+    ):
+        self._sampler = sampler
+        self._order = order
+        self._seed = seed
+        self._more = more
+        windows = order.of(range(1, 2)).numel() * sampler.inputs.settings.batch_per_task
+        self._steps_at_once = min(max(_WINDOWS // windows, 1), _MOST_STEPS)
+        self._steps = range(0)  # that are drawn
+        self._gathers_late = gathers_late(sampler)
+        self._thread = None if self._gathers_late else ThreadPoolExecutor(1)
+        self._ahead: dict[int, Future[list[Tensor]]] = {}
+        first = self._of_step(1)
+        self._layout = Layout(first)
+        self._place = self._layout.pack(first, sampler.device).to(sampler.device)
+        views = self._layout.views(self._place)
+        count = 1 + len(more(range(1, 2)))
+        self.task_ids, *self.more = views[:count]
+        self._windows = views[count:]
+
+    def load(self, step: int) -> list[int]:
+        """Bring the inputs of a step, counted from 1, to their place; returns its tasks' ids."""
+        if self._thread is None:
+            inputs = self._of_step(step)
+        else:
+            found = self._ahead.pop(step, None) or self._thread.submit(self._of_step, step)
+            inputs = found.result()
+            self._ahead = {step + 1: self._thread.submit(self._of_step, step + 1)}
+        packed = self._layout.pack(inputs, self._place.device)
+        self._place.copy_(packed, non_blocking=True)
+        return self._order.of(range(step, step + 1))[0].tolist()
+
+    def batch(self) -> tuple[Batch, Tensor]:
+        """The windows of the step that was loaded, and the actions to predict, on the device."""
+        if self._gathers_late:
+            return self._sampler.gather(self.task_ids, Drawn(*self._windows))
+        return batch_of([self.task_ids, *self._windows])
+
+    def _of_step(self, step: int) -> list[Tensor]:
+        """Task ids, what else the step reads, and its windows, or where they lie in the data."""
+        if step not in self._steps:
+            self._steps = range(step, step + self._steps_at_once)
+            self._drawn = self._draw(self._steps)
+        (task_ids, *more), drawn = (
+            [tensor[step - self._steps.start] for tensor in part] for part in self._drawn
+        )
+        if self._gathers_late:
+            return [task_ids, *more, *drawn]
+        _, *windows = tensors_of(*self._sampler.gather(task_ids, Drawn(*drawn)))
+        return [task_ids, *more, *windows]
+
+    def _draw(self, steps: range) -> tuple[list[Tensor], list[Tensor]]:
+        """The same for some steps, [S, ...]: all but the windows, and where these lie."""
+        place = self._sampler.episodes.device
+        numbers = torch.arange(steps.start - 1, steps.stop - 1)
+        numbers, *others = move([numbers, self._order.of(steps), *self._more(steps)], place)
+        draws = Draws(self._seed, TRAIN, numbers[:, None, None, None])
+        drawn = self._sampler.draw(others[0], draws)
+        return others, [tensor for tensor in drawn if tensor is not None]
+
+
+def gathers_late(sampler: WindowSampler) -> bool:
+    """Whether a step gathers its own windows: the data lie where the batches go."""
+    return sampler.device == sampler.episodes.device

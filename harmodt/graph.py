@@ -1,0 +1,67 @@
+"""A computation that a GPU repeats as one graph, so that it is launched as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+
+_WARM_UP = 3  # calls that compute as usual: kernels are compiled, and memory is asked for
+
+
+class Graph:
+    """A function without arguments, recorded as a CUDA graph at one of its first calls.
+
+    What it reads must stay where it is: inputs are copied there before a call. It must not look at
+    a tensor's value, and what is computed from Python's numbers stays as it was when recorded.
+
+    Args:
+        function: computes a tensor from tensors that are where they were.
+        device: a GPU.
+    """
+
+    def __init__(self, function: Callable[[], Tensor], device: torch.device):
+        self._function = function
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._calls = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> Tensor:
+        """Compute; returns a copy of the result.
+
+        Raises:
+            UserError: the function does what a graph cannot hold.
+        """
+        if self._calls < _WARM_UP:
+            self._calls += 1
+            return self._as_usual()
+        graph = self._graph or self._record()
+        graph.replay()
+        return self._result.clone()
+
+    def _as_usual(self) -> Tensor:
+        """Compute on the stream that will be recorded, which autograd remembers."""
+        present = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(present)
+        with torch.cuda.stream(self._stream):
+            result = self._function().clone()
+        present.wait_stream(self._stream)
+        result.record_stream(present)
+        return result
+
+    def _record(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self._stream):
+                self._result = self._function()
+        except RuntimeError as error:
+            raise UserError(
+                f"the computation cannot be recorded as a CUDA graph ({error}): train with "
+                "--no-cuda-graph, or compute with --no-fused"
+            ) from error
+        self._graph = graph
+        return graph
