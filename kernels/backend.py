@@ -51,7 +51,7 @@ class Backend:
     name: str
     masked_linear: Callable[..., Tensor]
     linear_residual: Callable[..., Tensor]
-    masked_layer_norm: Callable[..., Tensor]
+    masked_layer_norm: Callable[..., tuple[Tensor, Tensor]]
     attention: Callable[..., Tensor]
     dropout_add: Callable[..., Tensor]
     select_harmony: Callable[..., Selection]

@@ -179,7 +179,7 @@ def largest_error(computed: Tensor, expected: np.ndarray) -> float:
 
 @dataclass
 class LayerNormProblem:
-    """Operands, two tasks more than groups."""
+    """Operands, two tasks more than groups; x has a gradient of its own beside that of y."""
 
     x: Tensor
     weight: Tensor
@@ -188,6 +188,7 @@ class LayerNormProblem:
     bias_mask: Tensor
     task_ids: Tensor
     dy: Tensor
+    d_residual: Tensor
     masked: bool = True
 
     @classmethod
@@ -201,7 +202,8 @@ class LayerNormProblem:
         ids = torch.randint(groups + 2, (groups,), generator=generator)
         # Rows of two elements too are spread out: nearly equal ones lose digits in any arithmetic.
         x = draw(groups, rows, size).clamp(-2, 2) + 1 + 6 * (torch.arange(size) % 2)
-        return cls(x, draw(size), draw(size), *masks, ids, draw(groups, rows, size))
+        gradients = draw(groups, rows, size), draw(groups, rows, size)
+        return cls(x, draw(size), draw(size), *masks, ids, *gradients)
 
     @property
     def masks(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,10 +235,10 @@ class LayerNormProblem:
         groups, _, size = self.x.shape
         out = torch.full((2, groups if of_groups else 1, size), torch.nan, device=device)
         masks = [t.to(device) for t in self.masks] if self.masked else (None, None, None)
-        y = backend.masked_layer_norm(
+        y, residual = backend.masked_layer_norm(
             *leaves, *masks, group_gradients=tuple(out) if of_groups or in_place else None
         )
-        y.backward(self.dy.to(y))
+        torch.autograd.backward((y, residual), (self.dy.to(y), self.d_residual.to(residual)))
         d_weight, d_bias = leaves[1].grad, leaves[2].grad
         if of_groups or in_place:
             assert d_weight is None and d_bias is None
@@ -257,7 +259,8 @@ class LayerNormProblem:
         d_weight, d_bias = (dy * v).sum(1) * gain_mask, dy.sum(1) * bias_mask
         if not of_groups:
             d_weight, d_bias = d_weight.sum(0), d_bias.sum(0)
-        return {"y": v * gain + bias, "x": dx / deviation, "weight": d_weight, "bias": d_bias}
+        dx = dx / deviation + self.d_residual
+        return {"y": v * gain + bias, "x": dx, "weight": d_weight, "bias": d_bias}
 
     def check(self, computed: dict[str, Tensor], of_groups: bool) -> None:
         for name, expected in self.expected(of_groups).items():

@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from problems import LayerNormProblem
+from torch import Tensor
 
 from harmodt_kernels import fused_backend
 from harmodt_kernels.masked_layer_norm import masked_layer_norm
@@ -42,6 +43,24 @@ def test_any_shape(backend, device, groups, rows, size) -> None:
     problem.check(problem.computed(backend, device, True), True)
 
 
+def test_either_output_may_go_without_a_gradient(backend, device) -> None:
+    problem = LayerNormProblem.random(2, 9, 40)
+    masks = [t.to(device) for t in problem.masks]
+
+    def gradients(output: int, of_output: Tensor) -> list[Tensor | None]:
+        operands = (problem.x, problem.weight, problem.bias)
+        leaves = [t.clone().to(device).requires_grad_() for t in operands]
+        backend.masked_layer_norm(*leaves, *masks)[output].backward(of_output.to(device))
+        return [leaf.grad for leaf in leaves]
+
+    dx, d_weight, d_bias = gradients(1, problem.d_residual)
+    assert torch.equal(dx.cpu(), problem.d_residual)
+    assert d_weight is None and d_bias is None
+    dx, *_ = gradients(0, problem.dy)
+    expected = problem.expected(False)["x"] - problem.d_residual
+    torch.testing.assert_close(dx.double().cpu(), expected, rtol=2e-5, atol=2e-4)
+
+
 def test_inactive_weights_may_be_nan(backend, device) -> None:
     problem = LayerNormProblem.random(2, 9, 40)
     expected = problem.expected(False)
@@ -69,7 +88,8 @@ def test_halves_are_rounded_once(backend, device, dtype) -> None:
     if dtype == torch.bfloat16 and device.type == "cpu":
         pytest.skip("Triton's interpreter rounds to bf16 wrongly")
     problem = LayerNormProblem.random(2, 37, 40)
-    problem.x, problem.dy = (t.to(dtype).float() for t in (problem.x, problem.dy))
+    for name in ("x", "dy", "d_residual"):
+        setattr(problem, name, getattr(problem, name).to(dtype).float())
     expected, computed = problem.expected(True), problem.computed(backend, device, True, dtype)
     for name, values in computed.items():
         assert values.dtype == (dtype if name in ("y", "x") else torch.float32), name
@@ -99,15 +119,16 @@ def test_more_than_a_programs_share(backend, device, sizes) -> None:
 
 def test_the_registered_operations_keep_pytorchs_rules(device) -> None:
     problem = LayerNormProblem.random(2, 7, 40)
-    x, dy, *weights = (t.to(device) for t in (problem.x, problem.dy, problem.weight, problem.bias))
+    x, dy, d_residual = (t.to(device) for t in (problem.x, problem.dy, problem.d_residual))
+    weights = problem.weight.to(device), problem.bias.to(device)
     masks = [t.to(device) for t in problem.masks]
     torch.library.opcheck(torch.ops.harmodt.masked_layer_norm, (x, *weights, *masks, 1e-5))
     _, statistics = torch.ops.harmodt.masked_layer_norm(x, *weights, *masks, 1e-5)
-    for groups in (1, 2):
+    for groups, residual in ((1, d_residual), (2, None)):
         out = (torch.zeros(groups, 40, device=device) for _ in range(2))
         torch.library.opcheck(
             torch.ops.harmodt.masked_layer_norm_gradient,
-            (dy, x, statistics, weights[0], *masks, *out),
+            (dy, residual, x, statistics, weights[0], *masks, *out),
         )
 
 

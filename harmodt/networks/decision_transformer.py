@@ -87,15 +87,15 @@ class Block(nn.Module):
         """
         groups, windows, length, d = x.shape
         of, backend = masks.of, self.backend
-        normalised = self.attention_norm(x.flatten(1, 2), of(self.attention_norm))
+        normalised, rows = self.attention_norm(x.flatten(1, 2), of(self.attention_norm))
         qkv = self.qkv(normalised, of(self.qkv))
         qkv = qkv.view(groups * windows, length, 3, self.heads, d // self.heads)
-        rows = x[:, :, wanted].flatten(1, 2)  # [G, B T, d]
+        rows = rows.view(x.shape)[:, :, wanted].flatten(1, 2)  # [G, B T, d]
         drop = self.dropout if self.training else 0.0
         of_attention, *of_branches = seeds
         attended = backend.attention(qkv, wanted, drop, past, of_attention).reshape(rows.shape)
         rows = self._add(rows, self.attention_out, attended, masks, of_branches[0])
-        normalised = self.mlp_norm(rows, of(self.mlp_norm))
+        normalised, rows = self.mlp_norm(rows, of(self.mlp_norm))
         hidden = self.mlp_up(normalised, of(self.mlp_up), relu=True)
         rows = self._add(rows, self.mlp_down, hidden, masks, of_branches[1])
         _, keys, values = qkv.permute(2, 0, 3, 1, 4)  # each [G B, H, T, d / H]
@@ -272,8 +272,8 @@ class DecisionTransformer(nn.Module):
         return steps._replace(observations=torch.cat((steps.observations, task), dim=-1))
 
     def _actions(self, x: Tensor, masks: TaskMasks) -> Tensor:
-        normalised = self.final_norm(x.flatten(1, 2), masks.of(self.final_norm)).view(x.shape)
-        return torch.tanh(self.action_head(normalised)).float()
+        normalised, _ = self.final_norm(x.flatten(1, 2), masks.of(self.final_norm))
+        return torch.tanh(self.action_head(normalised.view(x.shape))).float()
 
 
 def _initialise_as_gpt2(module: nn.Module) -> None:

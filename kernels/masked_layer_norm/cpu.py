@@ -37,6 +37,7 @@ def masked_layer_norm(
 
 def masked_layer_norm_gradient(
     dy: Tensor,
+    d_residual: Tensor | None,
     x: Tensor,
     statistics: Tensor,
     weight: Tensor,
@@ -48,6 +49,7 @@ def masked_layer_norm_gradient(
 ) -> Tensor:
     """Its arguments are the operands of the registered operation, one by one."""
     dy, x = dy.contiguous(), x.contiguous()
+    d_residual = None if d_residual is None else d_residual.contiguous()
     dx = torch.empty_like(x)
     out = WeightGradient(
         per_group=len(weight_out) == len(x),
@@ -59,7 +61,7 @@ def masked_layer_norm_gradient(
     shape = shape_of(x, weight_bits, bias_bits, task_ids)
     library().harmodt_masked_layer_norm_gradient(
         byref(shape),
-        *map(pointer, (dy, x, statistics, weight, dx)),
+        *map(pointer, (dy, d_residual, x, statistics, weight, dx)),
         byref(out),
         threads(),
     )

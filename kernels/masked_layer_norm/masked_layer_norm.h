@@ -66,8 +66,8 @@ void masked_layer_norm(const harmodt_layer_norm_shape& s, const float* x, const 
 
 // The gradient of x, and the sums over some rows of those of gain and bias, [2][size].
 void layer_norm_gradient_of(const harmodt_layer_norm_shape& s, int64_t group, int64_t first,
-                            int64_t last, const float* dy, const float* x, const float* statistics,
-                            const float* weight, float* dx, float* sums) {
+                            int64_t last, const float* dy, const float* d_residual, const float* x,
+                            const float* statistics, const float* weight, float* dx, float* sums) {
   MaskedRow gain{weight, weight_bits_of(s, group), s.size};
   float *d_gain = sums, *d_bias = sums + s.size;
   for (int64_t i = 0; i < 2 * s.size; ++i) sums[i] = 0;
@@ -88,22 +88,25 @@ void layer_norm_gradient_of(const harmodt_layer_norm_shape& s, int64_t group, in
     for (int64_t j = 0; j < s.size; j += kWidth) {
       uint32_t inside = lanes_left(s.size - j);
       Vec d = load(d_out + j, inside) * gain.at(j), v = (load(in + j, inside) - mean) * scale;
-      store(dx + row * s.size + j, (d - mean_d - v * mean_dv) * scale, inside);
+      d = (d - mean_d - v * mean_dv) * scale;
+      if (d_residual) d += load(d_residual + row * s.size + j, inside);
+      store(dx + row * s.size + j, d, inside);
     }
   }
 }
 
 // `sums` holds [groups][parts][2][size], parts of kPartRows rows.
-void masked_layer_norm_gradient(const harmodt_layer_norm_shape& s, const float* dy, const float* x,
-                                const float* statistics, const float* weight, float* dx,
-                                const harmodt_weight_gradient& out, int threads) {
+void masked_layer_norm_gradient(const harmodt_layer_norm_shape& s, const float* dy,
+                                const float* d_residual, const float* x, const float* statistics,
+                                const float* weight, float* dx, const harmodt_weight_gradient& out,
+                                int threads) {
   int64_t parts = (s.rows + kPartRows - 1) / kPartRows;
   auto* sums = static_cast<float*>(scratch(sizeof(float) * s.groups * parts * 2 * s.size));
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t item = 0; item < s.groups * parts; ++item) {
     int64_t group = item / parts, first = item % parts * kPartRows;
-    layer_norm_gradient_of(s, group, first, smaller(s.rows, first + kPartRows), dy, x, statistics,
-                           weight, dx, sums + item * 2 * s.size);
+    layer_norm_gradient_of(s, group, first, smaller(s.rows, first + kPartRows), dy, d_residual,
+                           x, statistics, weight, dx, sums + item * 2 * s.size);
   }
   for (int64_t j = 0; j < s.size; j += kWidth) {
     uint32_t inside = lanes_left(s.size - j);

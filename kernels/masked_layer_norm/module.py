@@ -39,7 +39,7 @@ class MaskedLayerNorm(nn.LayerNorm):
         super().__init__(size, eps, device=device, dtype=dtype)
         self.backend = backend
 
-    def forward(self, x: Tensor, masks: LayerMasks | None = None) -> Tensor:
+    def forward(self, x: Tensor, masks: LayerMasks | None = None) -> tuple[Tensor, Tensor]:
         """Normalise each row.
 
         Args:
@@ -47,13 +47,15 @@ class MaskedLayerNorm(nn.LayerNorm):
             masks: those of the layer, or None where every weight is active.
 
         Returns:
-            [G, R, d].
+            What is normalised, [G, R, d], and x itself, for the residual sum of the branch that
+            begins here.
 
         Raises:
             BackendUnavailable: there is no fused kernel for the device.
         """
         backend = self.backend
-        apply: Callable[..., Tensor] = backend.masked_layer_norm if backend else masked_layer_norm
+        apply: Callable[..., tuple[Tensor, Tensor]]
+        apply = backend.masked_layer_norm if backend else masked_layer_norm
         if masks is None:
             return apply(x, self.weight, self.bias, None, None, None, epsilon=self.eps)
         return apply(

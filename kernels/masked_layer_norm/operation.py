@@ -22,7 +22,7 @@ def masked_layer_norm(
     *,
     epsilon: float = 1e-5,
     group_gradients: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """LayerNorm under the mask of each group's task: y[g] = normalised x[g] (w ⊙ M) + b ⊙ m.
 
     The fused form of `reference.masked_layer_norm`: one pass over x, in float32. Results repeat
@@ -42,7 +42,8 @@ def masked_layer_norm(
             weight and bias then get none.
 
     Returns:
-        [G, R, d], in the dtype of x.
+        y, [G, R, d], in the dtype of x; and x itself, for the residual sum of the branch that
+        begins with y: its gradient there is added in the pass that computes the rest of it.
 
     Raises:
         TypeError: x is of another type, weight or bias not float32, bits not int32 or task_ids not
@@ -71,22 +72,19 @@ def _without_masks(
     bias: Tensor,
     epsilon: float,
     group_gradients: tuple[Tensor, Tensor] | None,
-) -> Tensor:
-    """The layer under a mask of all weights: of the batch as one group, or of each group."""
-    by_group = group_gradients and len(group_gradients[0]) == len(x)
-    operands = x if by_group else x.flatten(0, 1)[None]
+) -> tuple[Tensor, Tensor]:
+    """The layer under a mask of all weights."""
     everything = all_active(weight.shape, x.device)
-    y = masked_layer_norm(
-        operands,
+    return masked_layer_norm(
+        x,
         weight,
         bias,
         everything,
         everything,
-        first_task(len(operands), x.device),
+        first_task(len(x), x.device),
         epsilon=epsilon,
         group_gradients=group_gradients,
     )
-    return y.view(x.shape)
 
 
 def _check_operands(
@@ -151,24 +149,29 @@ class _MaskedLayerNorm(torch.autograd.Function):
         epsilon: float,
         weight_out: Tensor | None,
         bias_out: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Its arguments stand one by one, because autograd looks for tensors among them."""
         y, statistics = torch.ops.harmodt.masked_layer_norm(
             x, weight, bias, weight_bits, bias_bits, task_ids, epsilon
         )
         ctx.save_for_backward(x, statistics, weight, weight_bits, bias_bits, task_ids)
         ctx.group_gradients = weight_out, bias_out
-        return y
+        ctx.set_materialize_grads(False)
+        return y, x
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dy: Tensor | None, d_residual: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return d_residual, *[None] * 8
         gradient = torch.ops.harmodt.masked_layer_norm_gradient
         weight_out, bias_out = ctx.group_gradients
         if weight_out is not None:
-            return gradient(dy, *ctx.saved_tensors, weight_out, bias_out), *[None] * 8
+            return gradient(dy, d_residual, *ctx.saved_tensors, weight_out, bias_out), *[None] * 8
         weight = ctx.saved_tensors[2]
         d_weight, d_bias = (weight.new_empty(1, len(weight)) for _ in range(2))
-        dx = gradient(dy, *ctx.saved_tensors, d_weight, d_bias)
+        dx = gradient(dy, d_residual, *ctx.saved_tensors, d_weight, d_bias)
         return dx, d_weight[0], d_bias[0], *[None] * 6
 
 
@@ -176,7 +179,7 @@ def _masked_layer_norm_fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(*x.shape[:2], 2, dtype=torch.float32)
 
 
-def _gradient_fake(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
+def _gradient_fake(dy: Tensor, d_residual: Tensor | None, x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -190,7 +193,8 @@ register(
 register(
     __package__,
     "masked_layer_norm_gradient",
-    "(Tensor dy, Tensor x, Tensor statistics, Tensor weight, Tensor weight_bits, "
-    "Tensor bias_bits, Tensor task_ids, Tensor(a!) weight_out, Tensor(b!) bias_out) -> Tensor",
+    "(Tensor dy, Tensor? d_residual, Tensor x, Tensor statistics, Tensor weight, "
+    "Tensor weight_bits, Tensor bias_bits, Tensor task_ids, Tensor(a!) weight_out, "
+    "Tensor(b!) bias_out) -> Tensor",
     _gradient_fake,
 )

@@ -18,10 +18,10 @@ def masked_layer_norm(
     *,
     epsilon: float = 1e-5,
     group_gradients: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The same as `reference.masked_layer_norm`: PyTorch's own layer where nothing is masked."""
     if weight_bits is None and group_gradients is None:
-        return F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
+        return F.layer_norm(x, x.shape[-1:], weight, bias, epsilon), x
     return reference.masked_layer_norm(
         x,
         weight,

@@ -19,7 +19,7 @@ def masked_layer_norm(
     *,
     epsilon: float = 1e-5,
     group_gradients: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """LayerNorm under the mask of each group's task: y[g] = normalised x[g] (w ⊙ M) + b ⊙ m.
 
     Differentiable in x, weight and bias; the gradient of an inactive weight is exactly zero.
@@ -36,10 +36,10 @@ def masked_layer_norm(
             weight and bias of each group by itself; weight and bias then get none.
 
     Returns:
-        [G, R, d].
+        y, [G, R, d], and x itself, for the residual sum of the branch that begins with y.
     """
     normalised = F.layer_norm(x, x.shape[-1:], eps=epsilon)
     weight_out, bias_out = group_gradients or (None, None)
     gain = copies_of_groups(weight, weight_bits, task_ids, len(x), weight_out)
     shift = copies_of_groups(bias, bias_bits, task_ids, len(x), bias_out)
-    return torch.addcmul(shift[:, None], normalised, gain[:, None])
+    return torch.addcmul(shift[:, None], normalised, gain[:, None]), x

@@ -69,6 +69,7 @@ def masked_layer_norm_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def masked_layer_norm_gradient_kernel(
     dy,  # [groups, rows, size]
+    d_residual,  # as x, or None
     x,  # [groups, rows, size]
     statistics,  # float32 [groups, rows, 2]
     weight,  # [size]
@@ -79,6 +80,7 @@ def masked_layer_norm_gradient_kernel(
     rows,
     size,
     weight_task_stride,
+    HAS_RESIDUAL: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -107,6 +109,8 @@ def masked_layer_norm_gradient_kernel(
     d *= gain[None, :]
     along = tl.sum(d * normalised, 1) / size
     result = (d - (tl.sum(d, 1) / size)[:, None] - normalised * along[:, None]) * scale[:, None]
+    if HAS_RESIDUAL:
+        result += tl.load(d_residual + start * size + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(dx + start * size + place, result.to(dx.dtype.element_ty), mask=inside)
 
 
@@ -194,6 +198,7 @@ def masked_layer_norm(
 
 def masked_layer_norm_gradient(
     dy: Tensor,
+    d_residual: Tensor | None,
     x: Tensor,
     statistics: Tensor,
     weight: Tensor,
@@ -214,6 +219,7 @@ def masked_layer_norm_gradient(
         masked_layer_norm_gradient_kernel,
         (groups * tiles,),
         dy=dy,
+        d_residual=None if d_residual is None else d_residual.contiguous(),
         x=x,
         statistics=statistics,
         weight=weight,
@@ -224,6 +230,7 @@ def masked_layer_norm_gradient(
         rows=rows,
         size=size,
         weight_task_stride=weight_bits.stride(0),
+        HAS_RESIDUAL=d_residual is not None,
         BLOCK_R=block_r,
         BLOCK_D=block_d,
         num_warps=NUM_WARPS,

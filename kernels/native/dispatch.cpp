@@ -137,10 +137,11 @@ void harmodt_masked_layer_norm(const harmodt_layer_norm_shape* shape, const floa
 }
 
 void harmodt_masked_layer_norm_gradient(const harmodt_layer_norm_shape* shape, const float* dy,
-                                        const float* x, const float* statistics,
-                                        const float* weight, float* dx,
+                                        const float* d_residual, const float* x,
+                                        const float* statistics, const float* weight, float* dx,
                                         const harmodt_weight_gradient* out, int threads) {
-  in_use->masked_layer_norm_gradient(*shape, dy, x, statistics, weight, dx, *out, threads);
+  in_use->masked_layer_norm_gradient(*shape, dy, d_residual, x, statistics, weight, dx, *out,
+                                     threads);
 }
 
 void harmodt_dropout_add(int64_t size, const float* x, const float* branch, float* out, float drop,

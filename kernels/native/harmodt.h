@@ -142,11 +142,12 @@ HARMODT_API void harmodt_attention_gradient(const harmodt_attention_shape* shape
 HARMODT_API void harmodt_masked_layer_norm(const harmodt_layer_norm_shape* shape, const float* x,
                                            const float* weight, const float* bias, float* y,
                                            float* statistics, int threads);
-// Gains are weights of one row.
+// Gains are weights of one row. d_residual, which is added to dx, may be null.
 HARMODT_API void harmodt_masked_layer_norm_gradient(const harmodt_layer_norm_shape* shape,
-                                                    const float* dy, const float* x,
-                                                    const float* statistics, const float* weight,
-                                                    float* dx, const harmodt_weight_gradient* out,
+                                                    const float* dy, const float* d_residual,
+                                                    const float* x, const float* statistics,
+                                                    const float* weight, float* dx,
+                                                    const harmodt_weight_gradient* out,
                                                     int threads);
 
 // out = x + branch, of `size` elements; those of the branch are dropped or divided by 1 - drop.

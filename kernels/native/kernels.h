@@ -23,8 +23,9 @@ struct Kernels {
   void (*masked_layer_norm)(const harmodt_layer_norm_shape&, const float* x, const float* weight,
                             const float* bias, float* y, float* statistics, int threads);
   void (*masked_layer_norm_gradient)(const harmodt_layer_norm_shape&, const float* dy,
-                                     const float* x, const float* statistics, const float* weight,
-                                     float* dx, const harmodt_weight_gradient&, int threads);
+                                     const float* d_residual, const float* x,
+                                     const float* statistics, const float* weight, float* dx,
+                                     const harmodt_weight_gradient&, int threads);
   void (*dropout_add)(int64_t size, const float* x, const float* branch, float* out, float drop,
                       uint32_t seed, int threads);
   // Each task in `parts`; keys are [tasks][parts][2][capacity], `held` of them [tasks][parts][2].

@@ -150,7 +150,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "harmodt_masked_layer_norm": (None, [POINTER(LayerNormShape), _P, _P, _P, _P, _P, _THREADS]),
     "harmodt_masked_layer_norm_gradient": (
         None,
-        [POINTER(LayerNormShape), _P, _P, _P, _P, _P, POINTER(WeightGradient), _THREADS],
+        [POINTER(LayerNormShape), _P, _P, _P, _P, _P, _P, POINTER(WeightGradient), _THREADS],
     ),
     "harmodt_attention": (None, [POINTER(AttentionShape), _P, _P, _P, _THREADS]),
     "harmodt_attention_gradient": (
