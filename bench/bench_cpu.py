@@ -162,19 +162,19 @@ def bench_layer_norm(benchmark: Any, passes: str) -> None:
     problem = Problem.random(torch.float32, 128, "out", 5, 600)
     bits = (problem.bias_bits, problem.bias_bits, problem.task_ids)
 
-    def run(layer_norm: Callable[..., Tensor]) -> Tensor:
+    def run(layer_norm: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
         weight = problem.bias
 
         def forward(x: Tensor, _: Tensor, bias: Tensor) -> Tensor:
-            return layer_norm(x, weight, bias, *bits)
+            return layer_norm(x, weight, bias, *bits)[0]
 
         if passes == "forward":
             return problem.forward(forward)
         x = problem.x.requires_grad_()
         return torch.autograd.grad(forward(x, weight, problem.bias), x, problem.dy)[0]
 
-    def plain(x: Tensor, weight: Tensor, bias: Tensor, *_: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], weight, bias)
+    def plain(x: Tensor, weight: Tensor, bias: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+        return F.layer_norm(x, x.shape[-1:], weight, bias), x
 
     kernel = fused().masked_layer_norm
     assert_agree(run(kernel), run(PYTORCH.masked_layer_norm), 1e-5)
