@@ -241,9 +241,10 @@ def masked_layer_norm_case(precision: str, rows: int, size: int) -> Case:
         bits = torch.zeros(3, 2 * words_for(size), dtype=torch.int32).chunk(2, 1)
         x = torch.empty(5, rows, size, dtype=dtype, requires_grad=True)
         ids = torch.zeros(5, dtype=torch.int64)
-        outputs = masked_layer_norm(x, gain, bias, *bits, ids)
-        for given in (outputs, outputs[:1]):  # with a residual's gradient and without
-            torch.autograd.backward(given, [torch.empty_like(x)] * len(given), retain_graph=True)
+        # With a residual's gradient, and without one but the gradients of groups.
+        for outputs, out in ((2, None), (1, tuple(torch.empty(2, 5, size)))):
+            given = masked_layer_norm(x, gain, bias, *bits, ids, group_gradients=out)[:outputs]
+            torch.autograd.backward(given, [torch.empty_like(x)] * outputs)
 
     return Case(f"5 × {rows} rows of {size}", run, precision)
 

@@ -104,6 +104,34 @@ def test_results_repeat_bit_for_bit(backend, device) -> None:
     assert all(torch.equal(other[name], first[name]) for other in others for name in first)
 
 
+@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
+@pytest.mark.parametrize("of_groups", [False, True])
+def test_sums_do_not_depend_on_who_comes_last(backend, device, of_groups, monkeypatch) -> None:
+    if device.type != "cpu":
+        pytest.skip("a GPU runs programs in any order")
+    problem = LayerNormProblem.random(3, 70, 40)
+    first = problem.computed(backend, device, of_groups)
+    builder = pytest.importorskip("triton.runtime.interpreter").interpreter_builder
+    usual = builder.set_grid_idx
+
+    def backwards(x: int, y: int, z: int) -> None:
+        usual(builder.grid_dim[0] - 1 - x, y, z)
+
+    monkeypatch.setattr(builder, "set_grid_idx", backwards)
+    then = problem.computed(backend, device, of_groups)
+    assert all(torch.equal(then[name], first[name]) for name in first)
+
+
+def test_a_second_backward_pass_gives_the_same(backend, device) -> None:
+    problem = LayerNormProblem.random(2, 70, 40)
+    weight = problem.weight.to(device).requires_grad_()
+    masks = [t.to(device) for t in problem.masks]
+    y, _ = backend.masked_layer_norm(problem.x.to(device), weight, problem.bias.to(device), *masks)
+    dy = problem.dy.to(device)
+    first, then = (torch.autograd.grad(y, weight, dy, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(then, first)
+
+
 @pytest.mark.usefixtures("poisoned_memory")
 def test_every_output_is_written(device) -> None:
     problem = LayerNormProblem.random(2, 37, 39)
@@ -123,12 +151,12 @@ def test_the_registered_operations_keep_pytorchs_rules(device) -> None:
     weights = problem.weight.to(device), problem.bias.to(device)
     masks = [t.to(device) for t in problem.masks]
     torch.library.opcheck(torch.ops.harmodt.masked_layer_norm, (x, *weights, *masks, 1e-5))
-    _, statistics = torch.ops.harmodt.masked_layer_norm(x, *weights, *masks, 1e-5)
+    _, *kept = torch.ops.harmodt.masked_layer_norm(x, *weights, *masks, 1e-5)
     for groups, residual in ((1, d_residual), (2, None)):
         out = (torch.zeros(groups, 40, device=device) for _ in range(2))
         torch.library.opcheck(
             torch.ops.harmodt.masked_layer_norm_gradient,
-            (dy, residual, x, statistics, weights[0], *masks, *out),
+            (dy, residual, x, *kept, weights[0], *masks, *out),
         )
 
 
@@ -159,6 +187,8 @@ def test_operands_that_do_not_fit_are_named() -> None:
         masked_layer_norm(
             problem.x, problem.weight, problem.bias, bits[0][:, :1], bits[1], problem.task_ids
         )
+    with pytest.raises(ValueError, match="x has no groups"):
+        masked_layer_norm(problem.x[:0], problem.weight, problem.bias, *bits, problem.task_ids[:0])
     with pytest.raises(ValueError, match="bias_bits is given without weight_bits"):
         masked_layer_norm(problem.x, problem.weight, problem.bias, None, bits[1], None)
     with pytest.raises(ValueError, match="weight_bits needs bias_bits and task_ids"):

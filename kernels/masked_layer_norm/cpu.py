@@ -25,14 +25,14 @@ def masked_layer_norm(
     bias_bits: Tensor,
     task_ids: Tensor,
     epsilon: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     x = x.contiguous()
     y, statistics = torch.empty_like(x), x.new_empty(*x.shape[:2], 2)
     shape = shape_of(x, weight_bits, bias_bits, task_ids, epsilon)
     library().harmodt_masked_layer_norm(
         byref(shape), *map(pointer, (x, weight, bias, y, statistics)), threads()
     )
-    return y, statistics
+    return y, statistics, torch.zeros(len(x), dtype=torch.int32)
 
 
 def masked_layer_norm_gradient(
@@ -40,6 +40,7 @@ def masked_layer_norm_gradient(
     d_residual: Tensor | None,
     x: Tensor,
     statistics: Tensor,
+    _: Tensor,
     weight: Tensor,
     weight_bits: Tensor,
     bias_bits: Tensor,

@@ -95,6 +95,8 @@ def _check_operands(
     bias_bits: Tensor,
     task_ids: Tensor,
 ) -> None:
+    if len(x) == 0:
+        raise ValueError("x has no groups: give at least one")
     size, words = x.shape[-1], words_for(x.shape[-1])
     tasks = len(weight_bits)
     taken = FLOATS if kernels_for(x.device) == "triton" else (torch.float32,)
@@ -151,10 +153,10 @@ class _MaskedLayerNorm(torch.autograd.Function):
         bias_out: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Its arguments stand one by one, because autograd looks for tensors among them."""
-        y, statistics = torch.ops.harmodt.masked_layer_norm(
+        y, *kept = torch.ops.harmodt.masked_layer_norm(
             x, weight, bias, weight_bits, bias_bits, task_ids, epsilon
         )
-        ctx.save_for_backward(x, statistics, weight, weight_bits, bias_bits, task_ids)
+        ctx.save_for_backward(x, *kept, weight, weight_bits, bias_bits, task_ids)
         ctx.group_gradients = weight_out, bias_out
         ctx.set_materialize_grads(False)
         return y, x
@@ -169,14 +171,18 @@ class _MaskedLayerNorm(torch.autograd.Function):
         weight_out, bias_out = ctx.group_gradients
         if weight_out is not None:
             return gradient(dy, d_residual, *ctx.saved_tensors, weight_out, bias_out), *[None] * 8
-        weight = ctx.saved_tensors[2]
+        weight = ctx.saved_tensors[3]
         d_weight, d_bias = (weight.new_empty(1, len(weight)) for _ in range(2))
         dx = gradient(dy, d_residual, *ctx.saved_tensors, d_weight, d_bias)
         return dx, d_weight[0], d_bias[0], *[None] * 6
 
 
-def _masked_layer_norm_fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(*x.shape[:2], 2, dtype=torch.float32)
+def _masked_layer_norm_fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(*x.shape[:2], 2, dtype=torch.float32),
+        x.new_empty(len(x), dtype=torch.int32),
+    )
 
 
 def _gradient_fake(dy: Tensor, d_residual: Tensor | None, x: Tensor, *_: Any) -> Tensor:
@@ -187,13 +193,14 @@ register(
     __package__,
     "masked_layer_norm",
     "(Tensor x, Tensor weight, Tensor bias, Tensor weight_bits, Tensor bias_bits, "
-    "Tensor task_ids, float epsilon) -> (Tensor y, Tensor statistics)",
+    "Tensor task_ids, float epsilon) -> (Tensor y, Tensor statistics, Tensor arrivals)",
     _masked_layer_norm_fake,
 )
 register(
     __package__,
     "masked_layer_norm_gradient",
-    "(Tensor dy, Tensor? d_residual, Tensor x, Tensor statistics, Tensor weight, "
+    # A GPU's kernel counts in `arrivals`, and leaves it as it was: all 0.
+    "(Tensor dy, Tensor? d_residual, Tensor x, Tensor statistics, Tensor arrivals, Tensor weight, "
     "Tensor weight_bits, Tensor bias_bits, Tensor task_ids, Tensor(a!) weight_out, "
     "Tensor(b!) bias_out) -> Tensor",
     _gradient_fake,
