@@ -24,7 +24,7 @@ class TaskMasks:
         task_ids: int64 [G], the task of each group.
         group_gradients: [G, P_m] or None. A backward pass writes each group's gradient of the
             maskable weights to it by itself, or to [1, P_m] their sum; those weights' own gradients
-            then get nothing.
+            then get nothing. To [1, P] it writes the sums of all weights' gradients.
     """
 
     vector: ParameterVector
@@ -49,6 +49,16 @@ class TaskMasks:
                 None if bias is None else bias.of_groups(gradients),
             ),
         )
+
+    def gradients_of(self, module: nn.Module) -> list[Tensor] | None:
+        """Where the gradients of a module that no mask covers go: [1, *shape] for each parameter.
+
+        None if group_gradients does not reach them, and they get their gradients themselves.
+        """
+        gradients = self.group_gradients
+        if gradients is None or gradients.shape[1] < len(self.vector.weights):
+            return None
+        return [slot.of_groups(gradients) for slot in self.vector.shared[module]]
 
 
 class MaskBank:

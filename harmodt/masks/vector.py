@@ -61,6 +61,7 @@ class ParameterVector:
             for a model without masked layers.
         slots: name of each parameter to its place.
         layers: each masked layer to the places of its weight and bias (None without).
+        shared: each layer that no mask covers to the places of its parameters, in their order.
     """
 
     def __init__(self, model: nn.Module, device: torch.device):
@@ -84,6 +85,11 @@ class ParameterVector:
                 None if layer.bias is None else of_parameter[id(layer.bias)],
             )
             for layer in layers
+        }
+        self.shared = {
+            module: [of_parameter[id(parameter)] for parameter in module.parameters()]
+            for module in model.modules()
+            if masked.isdisjoint(map(id, module.parameters()))
         }
         for name, parameter in parameters.items():
             view = self.slots[name].view(self.weights)
