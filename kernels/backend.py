@@ -32,6 +32,8 @@ from .masked_linear import pytorch as linear_pytorch
 from .masked_linear import reference as linear_reference
 from .native import library
 from .registration import check_available, kernels_for
+from .token_embedding import operation as embedding_operation
+from .token_embedding import reference as embedding_reference
 
 Precision = Literal["fp32", "tf32", "bf16"]
 
@@ -54,6 +56,7 @@ class Backend:
     masked_layer_norm: Callable[..., tuple[Tensor, Tensor]]
     attention: Callable[..., Tensor]
     dropout_add: Callable[..., Tensor]
+    token_embedding: Callable[..., Tensor]
     select_harmony: Callable[..., Selection]
     move_weights: Callable[[Tensor, Selection], None]
     masked_adamw: Callable[..., Tensor]
@@ -131,6 +134,11 @@ _OPERATIONS = {
         dropout_reference.dropout_add,
         dropout_pytorch.dropout_add,
         dropout_operation.dropout_add,
+    ),
+    "token_embedding": _Operation(
+        embedding_reference.token_embedding,
+        embedding_reference.token_embedding,
+        embedding_operation.token_embedding,
     ),
     "select_harmony": _Operation(
         harmony_reference.select_harmony,

@@ -38,6 +38,7 @@ from harmodt_kernels.attention import attention
 from harmodt_kernels.dropout_add import dropout_add
 from harmodt_kernels.linear_residual import linear_residual
 from harmodt_kernels.masked_layer_norm import masked_layer_norm
+from harmodt_kernels.token_embedding import token_embedding
 
 OUTPUT = Path(__file__).parents[1] / "build" / "kernels.md"
 PROCESSES = 2
@@ -290,6 +291,30 @@ def dropout_add_case(precision: str, size: int) -> Case:
     return Case(f"{size:,} elements", run, precision)
 
 
+def token_embedding_cases() -> Iterator[Case]:
+    yield token_embedding_case((5, 64, 20), 39, 256)._replace(largest=True)
+    yield token_embedding_case((1, 8, 5), 39, 128)
+    yield token_embedding_case((1, 1, 7), 376, 39)
+
+
+def token_embedding_case(steps: tuple[int, int, int], observations: int, size: int) -> Case:
+    """Forward and backward pass with parameters in flat vectors, written in place."""
+
+    def run() -> None:
+        widths = (1, observations, 4)
+        shapes = [shape for width in widths for shape in ((size, width), (size,))]
+        parameters = [torch.empty(shape, requires_grad=True) for shape in [*shapes, (1000, size)]]
+        tokens = token_embedding(
+            [torch.empty(*steps, width) for width in widths],
+            torch.zeros(steps, dtype=torch.int64),
+            parameters,
+            [torch.empty_like(parameter)[None] for parameter in parameters],
+        )
+        tokens.backward(torch.empty_like(tokens))
+
+    return Case(f"{steps[0]} × {steps[1] * steps[2]} steps, {observations} to {size}", run)
+
+
 def harmony_selection_cases() -> Iterator[Case]:
     # the model's 1.2 million weights and the paper's largest count, then other chunks and sizes
     for importance, rule in itertools.product(("fisher", "magnitude"), ("paper", "upstream-score")):
@@ -348,6 +373,7 @@ CASES = {
     "masked_layer_norm": masked_layer_norm_cases,
     "attention": attention_cases,
     "dropout_add": dropout_add_cases,
+    "token_embedding": token_embedding_cases,
     "harmony_selection": harmony_selection_cases,
     "masked_adamw": masked_adamw_cases,
 }

@@ -39,7 +39,9 @@ class MaskedLayerNorm(nn.LayerNorm):
         super().__init__(size, eps, device=device, dtype=dtype)
         self.backend = backend
 
-    def forward(self, x: Tensor, masks: LayerMasks | None = None) -> tuple[Tensor, Tensor]:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, masks: LayerMasks | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Normalise each row.
 
         Args:
@@ -54,8 +56,9 @@ class MaskedLayerNorm(nn.LayerNorm):
             BackendUnavailable: there is no fused kernel for the device.
         """
         backend = self.backend
-        apply: Callable[..., tuple[Tensor, Tensor]]
-        apply = backend.masked_layer_norm if backend else masked_layer_norm
+        apply: Callable[..., tuple[Tensor, Tensor]] = (
+            backend.masked_layer_norm if backend else masked_layer_norm
+        )
         if masks is None:
             return apply(x, self.weight, self.bias, None, None, None, epsilon=self.eps)
         return apply(

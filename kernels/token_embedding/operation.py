@@ -1,0 +1,130 @@
+"""The token embedding as PyTorch sees it: the public function and the registered operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..registration import kernels_for, register
+from . import reference
+
+
+def token_embedding(
+    inputs: Sequence[Tensor],
+    timesteps: Tensor,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """Three tokens of each time step: a linear layer's output of each input, plus the time's row.
+
+    The fused form of `reference.token_embedding`: one pass on a GPU, and another one for the
+    gradients of all parameters; products are of float32 in any precision, and results repeat bit
+    for bit. On a CPU it is the definition.
+
+    Args:
+        inputs: three tensors, float32 [..., I] with an I of each.
+        timesteps: int64 [...], below T. A GPU does not check them.
+        parameters: weight [d, I] and bias [d] of each input's layer in turn, then the table of the
+            time steps, [T, d]; float32.
+        gradients: tensors [1, ...], as the parameters, to which the backward pass writes their
+            gradients; the parameters then get none.
+
+    Returns:
+        float32 [..., 3, d].
+
+    Raises:
+        TypeError: something is not float32, or timesteps are not int64.
+        ValueError: shapes or devices do not fit together, or a parameter is not contiguous.
+        BackendUnavailable: there are no fused kernels for the device.
+    """
+    if kernels_for(timesteps.device) == "cpu":
+        return reference.token_embedding(inputs, timesteps, parameters, gradients)
+    _check_operands(inputs, timesteps, parameters, gradients or [])
+    return _TokenEmbedding.apply(timesteps, *inputs, *parameters, *(gradients or []))
+
+
+def _check_operands(
+    inputs: Sequence[Tensor],
+    timesteps: Tensor,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+) -> None:
+    if len(inputs) != 3 or len(parameters) != 7 or len(gradients) not in (0, 7):
+        raise ValueError(
+            f"there are {len(inputs)} inputs, {len(parameters)} parameters and {len(gradients)} "
+            "gradients: give three, seven, and seven or none"
+        )
+    if timesteps.dtype != torch.int64:
+        raise TypeError(f"timesteps is {timesteps.dtype}: it must be int64")
+    rows, size = len(parameters[-1]), parameters[-1].shape[-1]
+    shapes: list[tuple[int, ...]] = []
+    for x in inputs:
+        shapes += [(size, x.shape[-1]), (size,)]
+    shapes.append((rows, size))
+    named = [(f"inputs[{i}]", x, (*timesteps.shape, x.shape[-1])) for i, x in enumerate(inputs)]
+    for name, tensors, one in (("parameters", parameters, ()), ("gradients", gradients, (1,))):
+        for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=False)):
+            named.append((f"{name}[{i}]", tensor, (*one, *shape)))
+    for name, tensor, shape in named:
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"{name} is {tensor.dtype}, and the fused embedding takes float32")
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}: it must be {list(shape)}")
+        if tensor.device != timesteps.device:
+            raise ValueError(f"{name} is on {tensor.device}, timesteps on {timesteps.device}")
+        if not name.startswith("inputs") and not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}: it must be contiguous")
+
+
+class _TokenEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, timesteps: Tensor, *tensors: Tensor) -> Tensor:
+        """Inputs, parameters and gradients stand one by one: autograd looks for them."""
+        inputs, parameters = tensors[:3], tensors[3:10]
+        ctx.save_for_backward(timesteps, *inputs, *parameters)
+        ctx.gradients = tensors[10:]
+        return torch.ops.harmodt.token_embedding(inputs, timesteps, parameters)
+
+    @staticmethod
+    def backward(ctx: Any, d_tokens: Tensor) -> tuple[Tensor | None, ...]:
+        timesteps, *tensors = ctx.saved_tensors
+        inputs, parameters = tensors[:3], tensors[3:]
+        given = len(ctx.gradients) > 0
+        outs = ctx.gradients if given else [torch.empty_like(p)[None] for p in parameters]
+        torch.ops.harmodt.token_embedding_gradient(d_tokens, inputs, timesteps, outs)
+        with torch.autocast(d_tokens.device.type, enabled=False):
+            of_inputs = [
+                d_tokens.select(-2, i) @ parameters[2 * i] if ctx.needs_input_grad[1 + i] else None
+                for i in range(len(inputs))
+            ]
+        of_parameters = [None] * 14 if given else [out[0] for out in outs]
+        return None, *of_inputs, *of_parameters
+
+
+def _token_embedding_fake(
+    inputs: Sequence[Tensor], timesteps: Tensor, parameters: Sequence[Tensor]
+) -> Tensor:
+    return inputs[0].new_empty(*timesteps.shape, len(inputs), parameters[-1].shape[1])
+
+
+def _gradient_fake(*_: Any) -> None:
+    return None
+
+
+register(
+    __package__,
+    "token_embedding",
+    "(Tensor[] inputs, Tensor timesteps, Tensor[] parameters) -> Tensor",
+    _token_embedding_fake,
+    kernels=("triton",),
+)
+register(
+    __package__,
+    "token_embedding_gradient",
+    "(Tensor d_tokens, Tensor[] inputs, Tensor timesteps, Tensor(a!)[] outs) -> ()",
+    _gradient_fake,
+    kernels=("triton",),
+)

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from harmodt_kernels import Backend, fused_backend
+from harmodt_kernels.token_embedding import token_embedding
+
+
+@dataclass
+class Problem:
+    """Operands: some inputs are wider than others, and steps share their time."""
+
+    inputs: list[Tensor]
+    timesteps: Tensor
+    parameters: list[Tensor]
+    d_tokens: Tensor
+
+    @classmethod
+    def random(cls, shape: tuple[int, ...], widths: tuple[int, int, int], size: int) -> Problem:
+        generator = torch.Generator().manual_seed(size)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        parameters = [part for width in widths for part in (draw(size, width), draw(size))]
+        return cls(
+            [draw(*shape, width) for width in widths],
+            torch.randint(7, shape, generator=generator) * 5,
+            [*parameters, draw(40, size)],
+            draw(*shape, 3, size),
+        )
+
+    def computed(
+        self, backend: Backend, device: torch.device, in_place: bool = False
+    ) -> list[Tensor]:
+        """The tokens, the gradients of the inputs and those of the parameters."""
+        inputs, parameters = (
+            [t.clone().to(device).requires_grad_() for t in tensors]
+            for tensors in (self.inputs, self.parameters)
+        )
+        outs = [torch.full_like(p, torch.nan)[None] for p in parameters] if in_place else None
+        tokens = backend.token_embedding(inputs, self.timesteps.to(device), parameters, outs)
+        tokens.backward(self.d_tokens.to(device))
+        of_parameters = [p.grad for p in parameters]
+        if outs is not None:
+            assert of_parameters == [None] * 7
+            of_parameters = [out[0] for out in outs]
+        return [tokens.detach(), *(x.grad for x in inputs), *of_parameters]
+
+    def expected(self) -> list[Tensor]:
+        """In float64, a step at a time."""
+        size, steps = self.d_tokens.shape[-1], self.timesteps.numel()
+        *layers, table = (p.double() for p in self.parameters)
+        inputs = [x.double().view(steps, x.shape[-1]) for x in self.inputs]
+        d_tokens = self.d_tokens.double().view(steps, 3, size)
+        tokens = torch.zeros_like(d_tokens)
+        d_inputs, d_parameters = (
+            [torch.zeros_like(t) for t in tensors] for tensors in (inputs, [*layers, table])
+        )
+        for step, time in enumerate(self.timesteps.flatten().tolist()):
+            for kind in range(3):
+                weight, bias = layers[2 * kind : 2 * kind + 2]
+                x, d = inputs[kind][step], d_tokens[step, kind]
+                tokens[step, kind] = weight @ x + bias + table[time]
+                d_inputs[kind][step] = d @ weight
+                d_parameters[2 * kind] += d[:, None] * x
+                d_parameters[2 * kind + 1] += d
+                d_parameters[-1][time] += d
+        d_inputs = [d.view(x.shape) for d, x in zip(d_inputs, self.inputs, strict=True)]
+        return [tokens.view(self.d_tokens.shape), *d_inputs, *d_parameters]
+
+    def check(self, computed: list[Tensor]) -> None:
+        for values, expected in zip(computed, self.expected(), strict=True):
+            torch.testing.assert_close(values.double().cpu(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    "sizes", [((2, 3, 12), (1, 39, 4), 128), ((70,), (1, 70, 33), 24), ((0, 2), (1, 3, 4), 8)]
+)
+def test_equals_the_formulas(backend, device, sizes, in_place) -> None:
+    problem = Problem.random(*sizes)
+    problem.check(problem.computed(backend, device, in_place))
+
+
+def test_results_repeat_bit_for_bit(backend, device) -> None:
+    problem = Problem.random((3, 40), (1, 39, 4), 40)
+    first, *others = (problem.computed(backend, device) for _ in range(5))
+    assert all(map(torch.equal, other, first) for other in others)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_every_output_is_written(device) -> None:
+    problem = Problem.random((3, 5), (1, 39, 4), 40)
+    problem.check(problem.computed(fused_backend(device), device))
+
+
+@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
+def test_products_stay_in_float32_under_autocast(backend, device) -> None:
+    problem = Problem.random((3, 5), (1, 39, 4), 40)
+    with torch.autocast(device.type, torch.bfloat16):
+        problem.check(problem.computed(backend, device))
+
+
+@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
+def test_the_registered_operations_keep_pytorchs_rules(device) -> None:
+    problem = Problem.random((2, 3), (1, 39, 4), 40)
+    inputs, parameters = (
+        [t.to(device) for t in tensors] for tensors in (problem.inputs, problem.parameters)
+    )
+    timesteps, outs = problem.timesteps.to(device), [torch.zeros_like(p)[None] for p in parameters]
+    ops = torch.ops.harmodt
+    torch.library.opcheck(ops.token_embedding, (inputs, timesteps, parameters))
+    torch.library.opcheck(
+        ops.token_embedding_gradient, (problem.d_tokens.to(device), inputs, timesteps, outs)
+    )
+
+
+def test_compiles_to_one_graph(device) -> None:
+    problem = Problem.random((2, 3), (1, 39, 4), 40)
+    backend = fused_backend(device)
+    compiled = torch.compile(backend.token_embedding, fullgraph=True, backend="aot_eager")
+    problem.check(problem.computed(replace(backend, token_embedding=compiled), device))
+
+
+@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
+def test_operands_that_do_not_fit_are_named(device) -> None:
+    problem = Problem.random((2, 3), (1, 39, 4), 40)
+    problem.timesteps = problem.timesteps.to(device)
+    inputs, parameters = (
+        [t.to(device) for t in tensors] for tensors in (problem.inputs, problem.parameters)
+    )
+
+    def embed(change: int, other: Tensor) -> None:
+        changed = [*parameters[:change], other, *parameters[change + 1 :]]
+        token_embedding(inputs, problem.timesteps, changed)
+
+    with pytest.raises(TypeError, match=r"parameters\[0\] is torch\.float64"):
+        embed(0, parameters[0].double())
+    with pytest.raises(ValueError, match=r"parameters\[3\] has shape \[39\]: it must be \[40\]"):
+        embed(3, parameters[3][1:])
+    with pytest.raises(ValueError, match=r"parameters\[2\] has strides"):
+        embed(2, parameters[2].T.contiguous().T)
+    with pytest.raises(ValueError, match="there are 2 inputs"):
+        token_embedding(inputs[:2], problem.timesteps, parameters)
+    with pytest.raises(TypeError, match=r"timesteps is torch\.int32"):
+        token_embedding(inputs, problem.timesteps.int(), parameters)
