@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 from unittest import mock
@@ -19,15 +21,22 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+import harmodt_kernels
 from harmodt_kernels.registration import kernels_for
 
-KERNELS = "attention dropout_add linear_residual masked_adamw masked_layer_norm masked_linear"
+LAUNCHERS = [
+    importlib.import_module(f"harmodt_kernels.{path.parent.name}.triton")
+    for path in sorted(Path(harmodt_kernels.__file__).parent.glob("*/triton.py"))
+]
 
 # What a graph cannot hold: values that the host reads or sends, and sizes that depend on values.
 REFUSED = {
     *("_local_scalar_dense", "equal", "item", "is_nonzero", "lift_fresh", "masked_select"),
     *("nonzero", "random_", "unique2", "_assert_async"),
 }
+
+# What PyTorch does on the host alone, or by looking at a tensor in another way.
+NO_KERNEL = {"_unsafe_view", "_reshape_alias", "promote_types", "detach"}
 
 
 class NotForGraphs(AssertionError):
@@ -44,8 +53,7 @@ class Recording(TorchDispatchMode):
         self._patches = contextlib.ExitStack()
 
     def __enter__(self) -> Recording:
-        for name in KERNELS.split():
-            module = importlib.import_module(f"harmodt_kernels.{name}.triton")
+        for module in LAUNCHERS:
             if hasattr(module, "launch"):
                 noting = mock.patch.object(module, "launch", self._noting(module.launch))
                 self._patches.enter_context(noting)
@@ -94,6 +102,19 @@ class Recording(TorchDispatchMode):
 
         return note
 
+    def kernels(self) -> tuple[Counter[str], Counter[str]]:
+        """The kernels that were launched, by name: those of Triton, and PyTorch's."""
+        of_triton: Counter[str] = Counter()
+        of_pytorch: Counter[str] = Counter()
+        for call, args, _, _ in self._calls:
+            if isinstance(call, torch._ops.OpOverload):
+                of_pytorch[call.name().partition(".")[0].partition("::")[2]] += 1
+            else:
+                of_triton[args[0].__name__] += 1
+        for name in NO_KERNEL:
+            del of_pytorch[name]
+        return of_triton, of_pytorch
+
     def repeat(self) -> None:
         """Compute everything again, with the same operands, into the same places."""
         with torch.no_grad():
@@ -107,8 +128,7 @@ def _triton_function(name: str) -> Callable[..., Any] | None:
     """The function of an operation that launches Triton kernels, if these are what runs."""
     if kernels_for(torch.device("cpu")) != "triton":
         return None
-    modules = (importlib.import_module(f"harmodt_kernels.{k}.triton") for k in KERNELS.split())
-    return next(getattr(module, name) for module in modules if hasattr(module, name))
+    return next(getattr(module, name) for module in LAUNCHERS if hasattr(module, name))
 
 
 def _made(result: Any, operands: Any) -> list[Tensor]:
