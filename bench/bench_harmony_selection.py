@@ -4,9 +4,9 @@
 
 The paper's model has 1.19 M maskable weights at d = 128 and 4.74 M at d = 256. The paths:
 
-    fused            the kernels, which never hold a matrix of scores
+    fused            the kernels, which never hold a matrix of scores; they count signs too
     reference        the scores of one task at a time
-    scores + topk    the scores of all tasks, then torch.topk twice; NaN is not looked for
+    scores + topk    the scores of all tasks, then torch.topk twice; no signs, no look for NaN
 
 The floor is to read both gradients of every task once, 8 bytes per task and weight.
 `share_of_floor` compares with the rate at which the device sums up a large vector.
@@ -98,7 +98,8 @@ def scores_and_topk(
     leaving = torch.where(active, harmony, torch.inf).topk(count, largest=False).indices
     agreement = dense_gradients * mean_gradient
     entering = torch.where(active, -torch.inf, agreement).topk(count).indices
-    return Selection(leaving, entering, losses.new_full(losses.shape, count, dtype=torch.int64))
+    moved = losses.new_full(losses.shape, count, dtype=torch.int64)
+    return Selection(leaving, entering, moved, *moved.new_zeros(3, len(moved)))
 
 
 @functools.lru_cache(maxsize=1)  # the paths of a case share it

@@ -1,6 +1,13 @@
 """Selection of the weights that enter and leave each task's mask."""
 
 from .operation import move_weights, select_harmony
-from .reference import HarmonyRule, Importance, Selection
+from .reference import HarmonyRule, Importance, Selection, count_signs
 
-__all__ = ["HarmonyRule", "Importance", "Selection", "move_weights", "select_harmony"]
+__all__ = [
+    "HarmonyRule",
+    "Importance",
+    "Selection",
+    "count_signs",
+    "move_weights",
+    "select_harmony",
+]

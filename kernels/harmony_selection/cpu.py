@@ -28,8 +28,8 @@ def select_harmony(
     columns = min(count, weights.numel())
     leaving = torch.empty(tasks, columns, dtype=torch.int64)
     entering = torch.empty_like(leaving)
-    moved = torch.empty(tasks, dtype=torch.int64)
-    refused = torch.empty(tasks, dtype=torch.bool)
+    counts = torch.empty(tasks, 3, dtype=torch.int64)
+    refused = torch.empty(tasks, dtype=torch.uint8)
     losses = losses.contiguous()
     operands = SelectionOperands(
         tasks=tasks,
@@ -49,13 +49,10 @@ def select_harmony(
         fisher=importance == "fisher",
         paper=rule == "paper",
     )
-    results = (pointer(t) for t in (leaving, entering, moved, refused))
+    results = (pointer(t) for t in (leaving, entering, counts, refused))
     if not library().harmodt_select_harmony(byref(operands), *results, threads()):
         raise MemoryError(f"there is no memory to select {columns} weights")
-    refused |= ~torch.isfinite(losses)
-    if importance == "fisher" and rule == "paper":
-        refused |= losses <= 0
-    return leaving, entering, moved, refused
+    return leaving, entering, counts, refused
 
 
 def move_weights(mask_bits: Tensor, leaving: Tensor, entering: Tensor) -> None:

@@ -65,15 +65,17 @@ inline Vec harmony(Vec masked, Vec mean, Vec weight, float reciprocal, float bal
   return Paper ? agreement + balance * score : balance * agreement + score;
 }
 
-// The candidates of words [first, last) of a task; returns whether all that was read is finite.
+// Words [first, last) of a task: their candidates, and how many signs agree and differ. Returns
+// what is refused.
 template <bool Fisher, bool Paper>
-bool select_words(const harmodt_selection_operands& s, int64_t task, int64_t first, int64_t last,
-                  Smallest& leaving, Smallest& entering) {
+Refusal select_words(const harmodt_selection_operands& s, int64_t task, int64_t first, int64_t last,
+                     Smallest& leaving, Smallest& entering, int64_t* signs) {
   const int32_t* bits = s.mask_bits + task * s.mask_stride;
   const float* masked = s.masked_gradients + task * s.masked_stride;
   const float* dense = s.dense_gradients + task * s.dense_stride;
   float reciprocal = 1.0f / s.losses[task];
   Vec finite{};  // stays 0 unless something times 0 is NaN
+  IntVec agreeing{}, differing{};
   for (int64_t at = first * 32; at < last * 32; at += kWidth) {
     uint32_t active = bits_at(bits, at);
     uint32_t maskable = bits_at(s.maskable_bits, at);
@@ -87,16 +89,28 @@ bool select_words(const harmodt_selection_operands& s, int64_t task, int64_t fir
               keep(comes, inactive) * 0.0f;
     leaving.offer(stays, active, at);
     entering.offer(comes, inactive, at);
+    // Compared, not multiplied: no underflow. A lane that is true is -1.
+    Vec of_weights = keep(mean, maskable);
+    IntVec counted = (m != 0.0f) & (of_weights != 0.0f), same = (m > 0.0f) == (of_weights > 0.0f);
+    agreeing -= counted & same;
+    differing -= counted & ~same;
   }
-  return to_bits(finite == 0.0f) == to_bits(Vec{} == 0.0f);
+  signs[0] = signs[1] = 0;
+  for (int i = 0; i < kWidth; ++i) {
+    signs[0] += agreeing[i];
+    signs[1] += differing[i];
+  }
+  bool fine = to_bits(finite == 0.0f) == to_bits(Vec{} == 0.0f);
+  return fine ? kFine : what_is_wrong(masked, dense, s.mean_gradient, first * 32, last * 32);
 }
 
-typedef bool (*SelectWords)(const harmodt_selection_operands&, int64_t, int64_t, int64_t, Smallest&,
-                            Smallest&);
+typedef Refusal (*SelectWords)(const harmodt_selection_operands&, int64_t, int64_t, int64_t,
+                               Smallest&, Smallest&, int64_t*);
 
-// Every task is cut into parts; keys are [tasks][parts][2][capacity], their numbers `held`.
+// Every task is cut into parts; keys are [tasks][parts][2][capacity], their numbers and those of the
+// signs that agree and differ are `counts`.
 void select_harmony(const harmodt_selection_operands& s, int64_t parts, int64_t capacity,
-                    int64_t* keys, int64_t* held, uint8_t* refused, int threads) {
+                    int64_t* keys, int64_t* counts, uint8_t* refused, int threads) {
   SelectWords select = s.fisher ? (s.paper ? select_words<true, true> : select_words<true, false>)
                                 : (s.paper ? select_words<false, true> : select_words<false, false>);
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -104,13 +118,13 @@ void select_harmony(const harmodt_selection_operands& s, int64_t parts, int64_t 
     int64_t task = item / parts, part = item % parts;
     Smallest leaving{keys + item * 2 * capacity, capacity, s.count};
     Smallest entering{leaving.keys + capacity, capacity, s.count};
-    bool good = select(s, task, s.words * part / parts, s.words * (part + 1) / parts, leaving,
-                       entering);
+    int64_t* of_part = counts + 4 * item;
+    refused[item] = select(s, task, s.words * part / parts, s.words * (part + 1) / parts, leaving,
+                           entering, of_part + 2);
     leaving.shrink();
     entering.shrink();
-    held[2 * item] = leaving.held;
-    held[2 * item + 1] = entering.held;
-    refused[item] = !good;
+    of_part[0] = leaving.held;
+    of_part[1] = entering.held;
   }
 }
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..bits import BITS_PER_WORD
 from ..registration import register
-from .reference import HarmonyRule, Importance, Selection, check_choice, check_operands
+from .reference import HarmonyRule, Importance, Selection, check_choice
 
-# Indices of elements are 32-bit integers, up to the end of the last chunk.
-MOST_BITS = 2**31 - 1024
+# Indices of elements are 32-bit integers, up to the end of the last chunk or program's values.
+MOST_BITS = 2**31 - 2048
 
 
 def select_harmony(
@@ -32,14 +32,14 @@ def select_harmony(
     """Choose `count` weights of every task's mask to give up and as many to take.
 
     The fused form of `reference.select_harmony`, with the same arguments and the same result, in
-    float32. It reads the gradients once and small parts of them again, and its workspace does not
-    grow with the number of tasks. Tensors and settings are an argument each, as PyTorch's
-    dispatcher takes them.
+    float32. It reads the gradients once and small parts of them again, its workspace does not grow
+    with the number of tasks, and the host waits for nothing. Tensors and settings are an argument
+    each, as PyTorch's dispatcher takes them.
 
     Args:
         mask_bits: int32 [T, P / 32], the masks.
         maskable_bits: int32 [P / 32], 1 where the element is a weight and 0 where it is padding.
-        weights: float32 [P], the maskable weights θ; P ≤ 2³¹ - 1024.
+        weights: float32 [P], the maskable weights θ; P ≤ 2³¹ - 2048.
         masked_gradients: float32 [T, P], ḡ_i = ∇L_i(θ ⊙ M^i) ⊙ M^i.
         dense_gradients: float32 [T, P], g_i = ∇L_i(θ).
         mean_gradient: float32 [P], ĝ, the mean of ḡ_i over all tasks.
@@ -49,13 +49,9 @@ def select_harmony(
         importance: "fisher" (HarmoDT-F) or "magnitude" (HarmoDT-M).
         rule: "paper" or "upstream-score", as in `reference.select_harmony`.
 
-    Returns:
-        The smallest scores first.
-
     Raises:
         TypeError: a tensor has another dtype.
-        ValueError: a gradient, a loss or a score of it is NaN or infinite, shapes disagree, or
-            there is no such importance or rule.
+        ValueError: shapes disagree, or there is no such importance or rule.
     """
     check_choice(importance, rule)
     _check_tensors(
@@ -67,7 +63,7 @@ def select_harmony(
         mean_gradient,
         losses,
     )
-    leaving, entering, moved, refused = torch.ops.harmodt.select_harmony(
+    leaving, entering, counts, refused = torch.ops.harmodt.select_harmony(
         mask_bits,
         maskable_bits,
         weights,
@@ -80,11 +76,8 @@ def select_harmony(
         importance,
         rule,
     )
-    if refused.any():
-        check_operands(masked_gradients, dense_gradients, mean_gradient, losses, importance, rule)
-        task = int(refused.nonzero()[0])
-        raise ValueError(f"the scores of task {task} overflow; no weight was chosen")
-    return Selection(leaving, entering, moved)
+    moved, agreeing, differing = counts.unbind(1)
+    return Selection(leaving, entering, moved, agreeing, differing, refused)
 
 
 def move_weights(mask_bits: Tensor, selection: Selection) -> None:
@@ -95,8 +88,10 @@ def move_weights(mask_bits: Tensor, selection: Selection) -> None:
         selection: for the same T tasks.
 
     Raises:
-        ValueError: the selection is for another number of tasks.
+        ValueError: a task's selection is refused, or they are for another number of tasks; no
+            weight was moved.
     """
+    selection.check()
     if len(mask_bits) != len(selection.leaving):
         raise ValueError(
             f"mask_bits holds {len(mask_bits)} tasks and the selection {len(selection.leaving)}"
@@ -142,8 +137,9 @@ def _select_harmony_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tasks, count = len(mask_bits), others[4]
     leaving = mask_bits.new_empty(tasks, min(count, weights.numel()), dtype=torch.int64)
-    moved = mask_bits.new_empty(tasks, dtype=torch.int64)
-    return leaving, torch.empty_like(leaving), moved, torch.empty_like(moved, dtype=torch.bool)
+    counts = mask_bits.new_empty(tasks, 3, dtype=torch.int64)
+    refused = mask_bits.new_empty(tasks, dtype=torch.uint8)
+    return leaving, torch.empty_like(leaving), counts, refused
 
 
 def _move_weights_fake(*_: Any) -> None:
@@ -155,7 +151,7 @@ register(
     "select_harmony",
     "(Tensor mask_bits, Tensor maskable_bits, Tensor weights, Tensor masked_gradients, "
     "Tensor dense_gradients, Tensor mean_gradient, Tensor losses, int count, float balance, "
-    "str importance, str rule) -> (Tensor leaving, Tensor entering, Tensor moved, Tensor refused)",
+    "str importance, str rule) -> (Tensor leaving, Tensor entering, Tensor counts, Tensor refused)",
     _select_harmony_fake,
 )
 register(

@@ -15,6 +15,16 @@ from ..bits import unpack_bits
 Importance = Literal["fisher", "magnitude"]
 HarmonyRule = Literal["paper", "upstream-score"]
 
+REFUSALS = (
+    "its masked gradient holds NaN or infinity",
+    "its dense gradient holds NaN or infinity",
+    "its loss is NaN or infinite",
+    "its loss is not above zero, and the Fisher importance divides by it",
+    "the mean gradient holds NaN or infinity",
+    "its scores overflow",
+)
+"""Why a task's selection is refused, the first that holds."""
+
 
 class Selection(NamedTuple):
     """Which weights leave and which enter each task's mask.
@@ -23,11 +33,27 @@ class Selection(NamedTuple):
         leaving, entering: int64 [T, C], indices into the maskable vector in no particular order;
             the first `moved` of each row count and the rest are -1.
         moved: int64 [T].
+        agreeing, differing: int64 [T], weights whose ḡ_i and ĝ have the same sign, and opposite
+            ones (Definition 3.2); those with a zero factor are neither.
+        refused: uint8 [T], 0, or 1 + the index in `REFUSALS` of what is wrong with a task; the
+            rest of it then means nothing.
     """
 
     leaving: Tensor
     entering: Tensor
     moved: Tensor
+    agreeing: Tensor
+    differing: Tensor
+    refused: Tensor
+
+    def check(self) -> None:
+        """Wait for the selection and raise ValueError if a task's is refused."""
+        refused = self.refused.tolist()
+        if any(refused):
+            reason = min(filter(None, refused))  # what spoils the mean is wrong with all tasks
+            raise ValueError(
+                f"task {refused.index(reason)}: {REFUSALS[reason - 1]}; no weight was moved"
+            )
 
 
 def select_harmony(
@@ -48,8 +74,9 @@ def select_harmony(
 
     A task gives up the active weights of smallest harmony (Eq. 8 and 9) and takes the inactive
     weights of largest agreement with the mean gradient (Eq. 10). Both are chosen on the mask as it
-    is, and ties go to the lowest index. Nothing is changed: `move_weights` applies the selection.
-    Tensors and settings are an argument each, as PyTorch's dispatcher takes them.
+    is, and ties go to the lowest index. Nothing is changed: `move_weights` applies the selection,
+    and refuses it if a gradient, a loss or a score of it is NaN or infinite. Tensors and settings
+    are an argument each, as PyTorch's dispatcher takes them.
 
     Args:
         mask_bits: int32 [T, P / 32], the masks.
@@ -66,30 +93,32 @@ def select_harmony(
             I_F = ḡ², the score that the authors' code computes.
 
     Raises:
-        ValueError: a gradient, a loss or a score of it is NaN or infinite, or there is no such
-            importance or rule.
+        ValueError: there is no such importance or rule.
     """
     check_choice(importance, rule)
-    check_operands(masked_gradients, dense_gradients, mean_gradient, losses, importance, rule)
+    divides = importance == "fisher" and rule == "paper"
     tasks, columns = len(mask_bits), min(count, weights.numel())
     maskable = unpack_bits(maskable_bits, weights.numel())
     leaving = torch.full((tasks, columns), -1, device=weights.device)
     entering = leaving.clone()
-    moved = torch.zeros(tasks, dtype=torch.int64, device=weights.device)
+    moved, agreeing, differing = torch.zeros(3, tasks, dtype=torch.int64, device=weights.device)
+    refused = torch.zeros(tasks, dtype=torch.uint8, device=weights.device)
     for task in range(tasks):
+        masked, dense, loss = masked_gradients[task], dense_gradients[task], losses[task]
         active = unpack_bits(mask_bits[task], weights.numel())
         inactive = maskable & ~active
-        harmony = harmony_scores(
-            weights, masked_gradients[task], mean_gradient, losses[task], balance, importance, rule
-        )
-        agreement = dense_gradients[task] * mean_gradient
-        if not bool(torch.isfinite(torch.where(active, harmony, agreement)[maskable]).all()):
-            raise ValueError(f"the scores of task {task} overflow; no weight was chosen")
+        harmony = harmony_scores(weights, masked, mean_gradient, loss, balance, importance, rule)
+        agreement = dense * mean_gradient
+        scores = torch.where(active, harmony, agreement)[maskable]
+        refused[task] = refusal(masked, dense, loss, divides, mean_gradient, scores)
+        if refused[task]:
+            continue
+        agreeing[task], differing[task] = count_signs(masked[maskable], mean_gradient[maskable])
         number = min(count, int(active.sum()), int(inactive.sum()))
         leaving[task, :number] = smallest(harmony, active, number)
         entering[task, :number] = smallest(-agreement, inactive, number)
         moved[task] = number
-    return Selection(leaving, entering, moved)
+    return Selection(leaving, entering, moved, agreeing, differing, refused)
 
 
 def move_weights(mask_bits: Tensor, selection: Selection) -> None:
@@ -98,7 +127,11 @@ def move_weights(mask_bits: Tensor, selection: Selection) -> None:
     Args:
         mask_bits: int32 [T, P / 32].
         selection: for the same T tasks.
+
+    Raises:
+        ValueError: a task's selection is refused; no weight was moved.
     """
+    selection.check()
     indices = torch.cat((selection.leaving, selection.entering), 1)
     for row, chosen in zip(mask_bits, indices, strict=True):
         chosen = chosen[chosen >= 0]
@@ -118,25 +151,27 @@ def check_choice(importance: str, rule: str) -> None:
             raise ValueError(f"{name} is {chosen!r}: it must be {' or '.join(choices)}")
 
 
-def check_operands(
-    masked_gradients: Tensor,
-    dense_gradients: Tensor,
-    mean_gradient: Tensor,
-    losses: Tensor,
-    importance: Importance,
-    rule: HarmonyRule,
-) -> None:
-    """Raise ValueError if an operand of `select_harmony` is not finite or divides by zero."""
-    for name, values in (
-        ("masked gradients", masked_gradients),
-        ("dense gradients", dense_gradients),
-        ("mean gradient", mean_gradient),
-        ("losses", losses),
-    ):
-        if not bool(torch.isfinite(values).all()):
-            raise ValueError(f"the {name} hold NaN or infinity; no weight was chosen")
-    if importance == "fisher" and rule == "paper" and not bool((losses > 0).all()):
-        raise ValueError("a loss is zero, and the Fisher importance divides by it")
+def refusal(
+    masked: Tensor, dense: Tensor, loss: Tensor, divides: bool, mean: Tensor, scores: Tensor
+) -> int:
+    """What is wrong with a task, as `Selection.refused` has it; `divides` by the loss or not."""
+    masked_is_fine, dense_is_fine, loss_is_fine, mean_is_fine, scores_are_fine = (
+        bool(torch.isfinite(values).all()) for values in (masked, dense, loss, mean, scores)
+    )
+    usable = bool(loss > 0) or not divides
+    fine = masked_is_fine, dense_is_fine, loss_is_fine, usable, mean_is_fine, scores_are_fine
+    return 0 if all(fine) else 1 + fine.index(False)
+
+
+def count_signs(gradients: Tensor, mean_gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """How many signs agree with those of the mean gradient and how many differ, int64 [...].
+
+    Args:
+        gradients: [..., P].
+        mean_gradient: [P].
+    """
+    signs = gradients.sign() * mean_gradient.sign()
+    return (signs > 0).sum(-1), (signs < 0).sum(-1)
 
 
 def harmony_scores(

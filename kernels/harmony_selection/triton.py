@@ -2,12 +2,14 @@
 
 Every element of a task's maskable vector is a candidate on one side at most: an active weight for
 leaving, by its harmony H, and an inactive one for entering, by -g·ĝ; on both sides the smallest are
-chosen. Its key is one int64: the score in the high half, as an integer of the same order, and the
-element's index in the low half, so that no two keys are equal and ties go to the lowest index.
+chosen. A score's image is an int32 of the same order. Candidates are compared by image and then by
+index, so that no two are equal and ties go to the lowest index.
 
-The vector is cut into chunks. One read of the gradients gives the smallest score of each chunk and
-side. The C smallest keys of a side lie in the C chunks with the smallest minima, so that only the
-keys of these chunks are computed again and sorted.
+The vector is cut into chunks. One read of the gradients gives the smallest image of each chunk and
+side. The C smallest candidates of a side lie in the C chunks with the smallest minima, so that only
+these chunks' images are computed again. The smallest of either are found without a sort: four
+histograms give the largest image that is taken, digit by digit, and a pass in the order of the
+indices collects what is below it and the first of those that equal it.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from torch import Tensor
 
 from ..bits import BITS_PER_WORD
 from ..launch import launch
+from .reference import REFUSALS
 
-# Bytes of keys that exist at a time. One task alone may need more: 17 for each of its weights at
+# Bytes of images that exist at a time. One task alone may need more: 9 for each of its weights at
 # most, where one in 32 or more of them move.
 WORKSPACE = 64 << 20
 
@@ -34,11 +37,15 @@ WORDS = 32
 TASKS = 8
 NUM_WARPS = 4
 INDICES = 128
+# Of one program that finds the smallest of a row: values at a time, warps.
+VALUES = 2048
+VALUES_WARPS = 8
 
-# The integers of all finite scores lie between these two.
-REFUSED = tl.constexpr(-(2**31))
+# The images of all finite scores lie between these.
+REFUSED = tl.constexpr(-(2**31))  # and the number of a refusal
 NO_CANDIDATE = tl.constexpr(2**31 - 1)
-NO_KEY = tl.constexpr(2**63 - 1)
+
+MASKED, DENSE, LOSS, ZERO_LOSS, MEAN, SCORE = (tl.constexpr(i + 1) for i in range(len(REFUSALS)))
 
 
 @triton.jit
@@ -76,19 +83,21 @@ def harmony_minima_kernel(
     dense_stride,
     words,
     balance,
-    minima,  # int64 [tasks, 2, chunks]
+    minima,  # int32 [tasks, 2, chunks]
+    signs,  # int32 [tasks, blocks, 2]
     tasks,
     task_groups,
     chunks,
+    blocks,
     FISHER: tl.constexpr,
     PAPER: tl.constexpr,
     CHUNK_WORDS: tl.constexpr,
     WORDS: tl.constexpr,
     TASKS: tl.constexpr,
 ):
-    """The smallest score of each chunk and side, in the high half; the low half is the chunk.
+    """The smallest image of each chunk and side, and how many signs agree and differ in a block.
 
-    It is REFUSED for the leaving weights of a chunk that holds NaN or infinity. A launch takes no
+    What is refused counts as an image of the leaving weights, below all others. A launch takes no
     structures: what a kernel needs is an argument each.
     """
     block, group = tl.program_id(0) // task_groups, tl.program_id(0) % task_groups
@@ -100,12 +109,14 @@ def harmony_minima_kernel(
     element = tl.minimum(word, words - 1)[:, None] * 32 + place[None, :]  # [WORDS, 32]
     maskable = tl.load(maskable_bits + word, mask=inside, other=0)
     mean = tl.load(mean_gradient + element)
-    # Padding has no score, but 0 times its NaN or infinity is found.
+    # Padding has no score and no sign, but 0 times its NaN or infinity is found.
     mean = tl.where((maskable[:, None] & bit) != 0, mean, mean * 0.0)
     weight = mean if FISHER else tl.load(weights + element)
     balance = tl.cast(balance, tl.float32)
     CHUNKS: tl.constexpr = WORDS // CHUNK_WORDS
     chunk = block * CHUNKS + tl.arange(0, CHUNKS)
+    worst = tl.where(tl.abs(mean) < float("inf"), SCORE, MEAN)
+    worst = REFUSED + tl.min(tl.reshape(worst, [CHUNKS, CHUNK_WORDS * 32]), 1)
     side = tl.arange(0, 2)
     first = group * TASKS
     last = tl.minimum(first + TASKS, tasks)
@@ -119,25 +130,32 @@ def harmony_minima_kernel(
         inactive = ((maskable & ~active_bits)[:, None] & bit) != 0
         score = harmony(masked, mean, weight, loss, balance, FISHER, PAPER)
         score = tl.where(active, score, -(dense * mean))
-        largest = tl.maximum(tl.abs(masked), tl.abs(dense), tl.PropagateNan.ALL)
-        finite = tl.maximum(largest, tl.abs(score), tl.PropagateNan.ALL) < float("inf")
         image = ordered(score)
-        leaving = tl.where(finite, tl.where(active, image, NO_CANDIDATE), REFUSED)
+        leaving = tl.where(active, image, NO_CANDIDATE)
+        leaving = tl.where(tl.abs(score) < float("inf"), leaving, REFUSED + SCORE)
+        leaving = tl.where(tl.abs(dense) < float("inf"), leaving, REFUSED + DENSE)
+        leaving = tl.where(tl.abs(masked) < float("inf"), leaving, REFUSED + MASKED)
         entering = tl.where(inactive, image, NO_CANDIDATE)
         leaving = tl.min(tl.reshape(leaving, [CHUNKS, CHUNK_WORDS * 32]), 1)
         entering = tl.min(tl.reshape(entering, [CHUNKS, CHUNK_WORDS * 32]), 1)
-        usable = tl.abs(loss) < float("inf")
+        leaving = tl.where(leaving == REFUSED + SCORE, worst, leaving)
         if FISHER and PAPER:
-            usable = usable & (loss > 0.0)
-        leaving = tl.where(usable, leaving, REFUSED)
+            leaving = tl.where(loss > 0.0, leaving, tl.minimum(leaving, REFUSED + ZERO_LOSS))
+        finite = tl.abs(loss) < float("inf")
+        leaving = tl.where(finite, leaving, tl.minimum(leaving, REFUSED + LOSS))
         smallest = tl.join(leaving, entering)  # [CHUNKS, 2]
-        key = (smallest.to(tl.int64) << 32) | chunk[:, None]
         out = minima + task * 2 * chunks + chunk[:, None] + side[None, :] * chunks
-        tl.store(out, key, mask=chunk[:, None] < chunks)
+        tl.store(out, smallest, mask=chunk[:, None] < chunks)
+        # Both numbers in one sum: neither reaches 2^16. Compared, not multiplied: no underflow.
+        counted = (masked != 0.0) & (mean != 0.0) & inside[:, None]
+        sign = tl.where((masked > 0.0) == (mean > 0.0), 1, 1 << 16)
+        numbers = tl.sum(tl.sum(tl.where(counted, sign, 0), 1), 0)
+        numbers = tl.where(side == 0, numbers & 0xFFFF, numbers >> 16)
+        tl.store(signs + (task * blocks + block) * 2 + side, numbers)
 
 
 @triton.jit(do_not_specialize=["blocks", "chosen"])
-def harmony_candidates_kernel(
+def harmony_images_kernel(
     mask_bits,  # int32 [tasks, words], mask_stride apart
     maskable_bits,  # int32 [words]
     weights,  # [32 words]
@@ -150,8 +168,8 @@ def harmony_candidates_kernel(
     dense_stride,
     words,
     balance,
-    minima,  # int64 [tasks, 2, chosen]
-    candidates,  # int64 [tasks, 2, chosen, CHUNK_WORDS * 32]
+    chosen_chunks,  # int32 [tasks, 2, chosen]
+    images,  # int32 [tasks, 2, chosen, CHUNK_WORDS * 32]
     blocks,
     chosen,
     FISHER: tl.constexpr,
@@ -159,12 +177,12 @@ def harmony_candidates_kernel(
     CHUNK_WORDS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """The keys of all elements of the chosen chunks. Its arguments are those of the one above."""
+    """The images of all elements of the chosen chunks; its arguments are as above."""
     task, side = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(1)
     row = (tl.program_id(0) % blocks) * WORDS + tl.arange(0, WORDS)
     inside = row < chosen * CHUNK_WORDS
-    minima += (task * 2 + side) * chosen
-    chunk = tl.load(minima + row // CHUNK_WORDS, mask=inside, other=0).to(tl.int32)
+    chosen_chunks += (task * 2 + side) * chosen
+    chunk = tl.load(chosen_chunks + row // CHUNK_WORDS, mask=inside, other=0)
     word = chunk * CHUNK_WORDS + row % CHUNK_WORDS
     present = inside & (word < words)
     # Beyond the end the last word is read again, as elements that are no candidates.
@@ -183,10 +201,138 @@ def harmony_candidates_kernel(
         score = -(tl.load(dense_gradients + task * dense_stride + element) * mean)
         eligible = tl.load(maskable_bits + word) & ~active_bits
     eligible = tl.where(present, eligible, 0)
-    key = (ordered(score).to(tl.int64) << 32) | element
-    key = tl.where((eligible[:, None] & (1 << place[None, :])) != 0, key, NO_KEY)
-    candidates += (task * 2 + side) * chosen * (CHUNK_WORDS * 32)
-    tl.store(candidates + row[:, None] * 32 + place[None, :], key, mask=inside[:, None])
+    image = tl.where((eligible[:, None] & (1 << place[None, :])) != 0, ordered(score), NO_CANDIDATE)
+    images += (task * 2 + side) * chosen * (CHUNK_WORDS * 32)
+    tl.store(images + row[:, None] * 32 + place[None, :], image, mask=inside[:, None])
+
+
+@triton.jit
+def rising(values, index, size):
+    """Some of int32 values [size] as uint32 of the same order."""
+    value = tl.load(values + index, mask=index < size, other=NO_CANDIDATE)
+    return value.to(tl.uint32, bitcast=True) ^ 0x80000000
+
+
+@triton.jit
+def largest_taken(values, size, wanted, VALUES: tl.constexpr):
+    """The largest of the `wanted` smallest of int32 values [size], as uint32 of the same order, and
+    how many of those that equal it are taken."""
+    largest = tl.full([], 0, tl.uint32)
+    bin = tl.arange(0, 256)
+    for digit in range(4):
+        shift = 24 - 8 * digit
+        counts = tl.zeros([256], tl.int32)
+        for first in range(0, size, VALUES):
+            index = first + tl.arange(0, VALUES)
+            value = rising(values, index, size) >> shift
+            alike = (index < size) & ((value >> 8) == ((largest >> shift) >> 8))
+            counts += tl.histogram((value & 255).to(tl.int32), 256, mask=alike)
+        chosen = tl.sum((tl.cumsum(counts, 0) < wanted).to(tl.int32), 0)
+        wanted -= tl.sum(tl.where(bin < chosen, counts, 0), 0)
+        largest |= chosen.to(tl.uint32) << shift
+    return largest, wanted
+
+
+@triton.jit
+def store_smallest(values, size, wanted, chunks, out, CHUNK: tl.constexpr, VALUES: tl.constexpr):
+    """The places of the `wanted` smallest of int32 values [size] in rising order, the first of
+    those that are equal; or the elements there, if the values are those of chunks."""
+    largest, ties = largest_taken(values, size, wanted, VALUES)
+    below = tl.full([], 0, tl.int32)  # in front of these values
+    equal = tl.full([], 0, tl.int32)
+    for first in range(0, size, VALUES):
+        index = first + tl.arange(0, VALUES)
+        value = rising(values, index, size)
+        is_below = value < largest
+        is_equal = (index < size) & (value == largest)
+        # Both numbers in one sum: neither reaches 2^16.
+        kind = tl.where(is_below, 1, tl.where(is_equal, 1 << 16, 0))
+        numbers = tl.cumsum(kind, 0) - kind
+        equals = equal + (numbers >> 16)
+        column = below + (numbers & 0xFFFF) + tl.minimum(equals, ties)
+        taken = is_below | (is_equal & (equals < ties))
+        place = index
+        if CHUNK > 1:
+            chunk = tl.load(chunks + index // CHUNK, mask=taken, other=0)
+            place = chunk * CHUNK + index % CHUNK
+        tl.store(out + column, place, mask=taken)
+        numbers = tl.sum(kind, 0)
+        below += numbers & 0xFFFF
+        equal += numbers >> 16
+
+
+@triton.jit(do_not_specialize=["size", "chosen"])
+def harmony_chunks_kernel(
+    minima,  # int32 [rows, size]
+    chosen_chunks,  # int32 [rows, chosen]
+    size,
+    chosen,
+    VALUES: tl.constexpr,
+):
+    """The chunks with the smallest minima."""
+    row = tl.program_id(0).to(tl.int64)
+    out = chosen_chunks + row * chosen
+    store_smallest(minima + row * size, size, chosen, chosen_chunks, out, 1, VALUES)
+
+
+@triton.jit
+def candidates(images, size, VALUES: tl.constexpr):
+    """How many of the images [size] are of candidates."""
+    number = tl.zeros([VALUES], tl.int32)
+    for first in range(0, size, VALUES):
+        index = first + tl.arange(0, VALUES)
+        image = tl.load(images + index, mask=index < size, other=NO_CANDIDATE)
+        number += (image != NO_CANDIDATE).to(tl.int32)
+    return tl.sum(number, 0)
+
+
+@triton.jit(do_not_specialize=["chunks", "chosen", "blocks", "columns"])
+def harmony_elements_kernel(
+    images,  # int32 [tasks, 2, chosen, CHUNK]
+    chosen_chunks,  # int32 [tasks, 2, chosen]
+    minima,  # int32 [tasks, 2, chunks]
+    signs,  # int32 [tasks, blocks, 2]
+    leaving,  # int64 [tasks, columns]
+    entering,  # int64 [tasks, columns]
+    counts,  # int64 [tasks, 3]: moved, signs that agree, signs that differ
+    refused,  # uint8 [tasks]
+    chunks,
+    chosen,
+    blocks,
+    columns,
+    CHUNK: tl.constexpr,
+    VALUES: tl.constexpr,
+):
+    """The elements with the smallest images, and what else is told of a task; all of it goes to
+    arguments of its own."""
+    task, side = (tl.program_id(0) // 2).to(tl.int64), tl.program_id(0) % 2
+    size = chosen * CHUNK
+    images += task * 2 * size
+    moved = tl.minimum(candidates(images, size, VALUES), candidates(images + size, size, VALUES))
+    moved = tl.minimum(moved, columns)
+    out = leaving if side == 0 else entering
+    out += task * columns
+    chosen_chunks += task * 2 * chosen
+    of_side = chosen_chunks + side * chosen
+    store_smallest(images + side * size, size, moved, of_side, out, CHUNK, VALUES)
+    for first in range(0, columns, VALUES):
+        column = first + tl.arange(0, VALUES)
+        tl.store(out + column, -1, mask=(column >= moved) & (column < columns))
+    total = tl.zeros([VALUES], tl.int64)
+    for first in range(0, blocks, VALUES):
+        block = first + tl.arange(0, VALUES)
+        total += tl.load(signs + (task * blocks + block) * 2 + side, mask=block < blocks, other=0)
+    tl.store(counts + task * 3 + 1 + side, tl.sum(total, 0))
+    if side == 0:
+        tl.store(counts + task * 3, moved)
+        least = tl.full([VALUES], NO_CANDIDATE, tl.int32)
+        for first in range(0, chosen, VALUES):
+            place = first + tl.arange(0, VALUES)
+            chunk = tl.load(chosen_chunks + place, mask=place < chosen, other=0)
+            minimum = tl.load(minima + task * 2 * chunks + chunk)
+            least = tl.minimum(least, minimum)
+        reason = tl.min(least, 0) ^ REFUSED  # its difference, which would overflow
+        tl.store(refused + task, tl.where((reason > 0) & (reason <= SCORE), reason, 0))
 
 
 @triton.jit(do_not_specialize=["blocks", "columns"])
@@ -229,11 +375,11 @@ def select_harmony(
     chunk_words = words_per_chunk(size, columns)
     chunks = triton.cdiv(size, chunk_words * BITS_PER_WORD)
     chosen = min(max(columns, 1), chunks)  # one even if nothing moves: it tells what is refused
-    tasks_at_once = max(1, WORKSPACE // (16 * (chunks + chosen * chunk_words * BITS_PER_WORD)))
+    tasks_at_once = max(1, WORKSPACE // (8 * (chunks + chosen * chunk_words * BITS_PER_WORD)))
     leaving = mask_bits.new_empty(tasks, columns, dtype=torch.int64)
     entering = torch.empty_like(leaving)
-    moved = mask_bits.new_empty(tasks, dtype=torch.int64)
-    refused = mask_bits.new_empty(tasks, dtype=torch.bool)
+    counts = mask_bits.new_empty(tasks, 3, dtype=torch.int64)
+    refused = mask_bits.new_empty(tasks, dtype=torch.uint8)
     for first in range(0, tasks, tasks_at_once):
         part = slice(first, first + tasks_at_once)
         operands = {
@@ -245,9 +391,15 @@ def select_harmony(
             "mean_gradient": mean_gradient,
             "losses": losses[part],
         }
-        keys, refused[part] = smallest_keys(
+        results = {
+            "leaving": leaving[part],
+            "entering": entering[part],
+            "counts": counts[part],
+            "refused": refused[part],
+        }
+        select_some(
             operands,
-            columns,
+            results,
             chunks,
             chosen,
             balance=balance,
@@ -255,10 +407,7 @@ def select_harmony(
             PAPER=rule == "paper",
             CHUNK_WORDS=chunk_words,
         )
-        moved[part] = (keys != NO_KEY.value).sum(2).amin(1)
-        counted = torch.arange(columns, device=keys.device) < moved[part, None, None]
-        leaving[part], entering[part] = torch.where(counted, keys & 0xFFFFFFFF, -1).unbind(1)
-    return leaving, entering, moved, refused
+    return leaving, entering, counts, refused
 
 
 def words_per_chunk(size: int, count: int) -> int:
@@ -267,55 +416,97 @@ def words_per_chunk(size: int, count: int) -> int:
     return min(max(elements // BITS_PER_WORD, 1), MOST_WORDS_PER_CHUNK)
 
 
-def smallest_keys(
-    operands: dict[str, Tensor],
-    columns: int,
-    chunks: int,
-    chosen: int,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """The smallest keys of both sides, int64 [T, 2, columns] in order, and who is refused [T]."""
-    mask_bits = operands["mask_bits"]
-    tasks, words = mask_bits.shape
-    arguments = {
+def operands_of_launch(operands: dict[str, Tensor], **options: Any) -> dict[str, Any]:
+    """The arguments that the kernels share which read the gradients."""
+    return {
         **operands,
-        "mask_stride": mask_bits.stride(0),
+        "mask_stride": operands["mask_bits"].stride(0),
         "masked_stride": operands["masked_gradients"].stride(0),
         "dense_stride": operands["dense_gradients"].stride(0),
-        "words": words,
+        "words": operands["mask_bits"].shape[1],
         **options,
         "WORDS": WORDS,
         "num_warps": NUM_WARPS,
         "enable_fp_fusion": False,
     }
-    minima = mask_bits.new_empty(tasks, 2, chunks, dtype=torch.int64)
-    task_groups = triton.cdiv(tasks, TASKS)
+
+
+def select_some(
+    operands: dict[str, Tensor],
+    results: dict[str, Tensor],
+    chunks: int,
+    chosen: int,
+    **options: Any,
+) -> None:
+    """Select for as many tasks as the workspace holds, and write the results."""
+    mask_bits, chunk_words = operands["mask_bits"], options["CHUNK_WORDS"]
+    tasks, words = mask_bits.shape
+    arguments = operands_of_launch(operands, **options)
+    blocks, task_groups = triton.cdiv(words, WORDS), triton.cdiv(tasks, TASKS)
+    minima = mask_bits.new_empty(tasks, 2, chunks)
+    signs = mask_bits.new_empty(tasks, blocks, 2)
     launch(
         harmony_minima_kernel,
         # Programs that read the same part of the mean gradient run next to each other.
-        (triton.cdiv(words, WORDS) * task_groups,),
+        (blocks * task_groups,),
         **arguments,
         minima=minima,
+        signs=signs,
         tasks=tasks,
         task_groups=task_groups,
         chunks=chunks,
+        blocks=blocks,
         TASKS=TASKS,
     )
-    minima = minima.topk(chosen, largest=False).values
-    refused = (minima[:, 0, :1] >> 32 == REFUSED.value).any(1)
-    rows = chosen * options["CHUNK_WORDS"]
-    candidates = mask_bits.new_empty(tasks, 2, rows * BITS_PER_WORD, dtype=torch.int64)
-    blocks = triton.cdiv(rows, WORDS)
+    chosen_chunks = smallest_chunks(minima, chosen)
+    rows = chosen * chunk_words
+    images = mask_bits.new_empty(tasks, 2, rows * BITS_PER_WORD)
+    image_blocks = triton.cdiv(rows, WORDS)
     launch(
-        harmony_candidates_kernel,
-        (tasks * blocks, 2),
+        harmony_images_kernel,
+        (tasks * image_blocks, 2),
         **arguments,
-        minima=minima,
-        candidates=candidates,
-        blocks=blocks,
+        chosen_chunks=chosen_chunks,
+        images=images,
+        blocks=image_blocks,
         chosen=chosen,
     )
-    return candidates.topk(columns, largest=False).values, refused
+    launch(
+        harmony_elements_kernel,
+        (2 * tasks,),
+        images=images,
+        chosen_chunks=chosen_chunks,
+        minima=minima,
+        signs=signs,
+        **results,
+        chunks=chunks,
+        chosen=chosen,
+        blocks=blocks,
+        columns=results["leaving"].shape[1],
+        CHUNK=chunk_words * BITS_PER_WORD,
+        VALUES=VALUES,
+        num_warps=VALUES_WARPS,
+        enable_fp_fusion=False,
+    )
+
+
+def smallest_chunks(minima: Tensor, chosen: int) -> Tensor:
+    """The places of the smallest in each row of int32 [T, 2, chunks], in rising order and of those
+    that are equal the first: int32 [T, 2, chosen]."""
+    tasks, sides, chunks = minima.shape
+    chosen_chunks = minima.new_empty(tasks, sides, chosen)
+    launch(
+        harmony_chunks_kernel,
+        (tasks * sides,),
+        minima=minima,
+        chosen_chunks=chosen_chunks,
+        size=chunks,
+        chosen=chosen,
+        VALUES=VALUES,
+        num_warps=VALUES_WARPS,
+        enable_fp_fusion=False,
+    )
+    return chosen_chunks
 
 
 def move_weights(mask_bits: Tensor, leaving: Tensor, entering: Tensor) -> None:

@@ -118,10 +118,11 @@ HARMODT_API void harmodt_masked_linear_weight_gradient(const harmodt_linear_shap
                                                        int threads);
 
 // The indices that leave and enter each task's mask, [tasks][count] in order of their scores, -1
-// after the first moved[task]. refused[task] is 1 if an operand or a score is not finite.
+// after those that move. counts are [tasks][3]: those, signs of the masked gradient that agree with
+// the mean's, and signs that differ. refused[task] is 0 unless an operand or a score is not finite.
 // Returns 0 if memory is lacking.
 HARMODT_API int harmodt_select_harmony(const harmodt_selection_operands* operands, int64_t* leaving,
-                                       int64_t* entering, int64_t* moved, uint8_t* refused,
+                                       int64_t* entering, int64_t* counts, uint8_t* refused,
                                        int threads);
 // Flip the mask bits of [tasks][count] indices, leaving or entering; those below 0 are none.
 HARMODT_API void harmodt_move_weights(int32_t* mask_bits, int64_t mask_stride,

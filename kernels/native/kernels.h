@@ -28,9 +28,9 @@ struct Kernels {
                                      const harmodt_weight_gradient&, int threads);
   void (*dropout_add)(int64_t size, const float* x, const float* branch, float* out, float drop,
                       uint32_t seed, int threads);
-  // Each task in `parts`; keys are [tasks][parts][2][capacity], `held` of them [tasks][parts][2].
+  // Each task in `parts`; keys are [tasks][parts][2][capacity], counts [tasks][parts][4].
   void (*select_harmony)(const harmodt_selection_operands&, int64_t parts, int64_t capacity,
-                         int64_t* keys, int64_t* held, uint8_t* refused, int threads);
+                         int64_t* keys, int64_t* counts, uint8_t* refused, int threads);
   void (*masked_adamw)(const harmodt_adamw_operands&, int threads);
   int64_t (*multiply_adds)(int64_t repeats, bool bf16, int threads);
 };
