@@ -30,10 +30,11 @@ from harmodt.config import TrainConfig
 from harmodt.data.store import DataStore
 from harmodt.draws import Draws, Seeds
 from harmodt.environments.metaworld_names import TASK_SETS
-from harmodt.masks.gradients import HarmonyScore
+from harmodt.masks.gradients import harmony_score
 from harmodt.masks.update import MaskUpdate, weights_to_move
 from harmodt.networks.decision_transformer import DecisionTransformer
-from harmodt_kernels import PYTORCH, Selection, pack_bits
+from harmodt_kernels import PYTORCH, Backend, Selection, fused_backend, pack_bits
+from harmodt_kernels.harmony_selection import count_signs
 
 SEEDS = Seeds(3)
 
@@ -50,8 +51,10 @@ def make_learner(
     mask_norms: bool = True,
 ) -> Any:
     """A learner with larger weights than at the start; the drawn masks leave LayerNorms dense."""
-    backend = dataclasses.replace(PYTORCH, select_harmony=select)
-    learner = make_trainer(store, config or configure(sparsity=0.3), backend=backend).learner
+    config = config or configure(sparsity=0.3)
+    backend = fused_backend("cpu") if config.run.fused else PYTORCH
+    backend = dataclasses.replace(backend, select_harmony=select)
+    learner = make_trainer(store, config, backend=backend).learner
     assert isinstance(learner, SequenceLearner)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -99,11 +102,14 @@ def test_the_schedule_is_the_next_integer_of_its_formula(steps, share, bounds) -
 
 def test_the_harmony_of_gradients_by_hand() -> None:
     gradients = torch.tensor([[1e-30, -2.0, 0.0, 4.0], [3.0, 1.0, 0.0, -4.0]])
-    score = HarmonyScore(gradients.mean(0))  # signs + - 0 0
-    score.add(gradients[:1])
-    assert score.value() == 1.0
-    score.add(gradients[1:])
-    assert score.value() == (1 + 1 + 1 - 1) / 4
+    agreeing, differing = count_signs(gradients, gradients.mean(0))  # signs + - 0 0
+    assert agreeing.tolist() == [2, 1]
+    assert differing.tolist() == [0, 1]
+    assert harmony_score(agreeing[:1], differing[:1]) == 1.0
+    assert harmony_score(agreeing, differing) == (1 + 1 + 1 - 1) / 4
+    assert harmony_score(0 * agreeing, 0 * differing) == 0.0
+    many = torch.tensor([2**31 + 1])  # a float32 would round it
+    assert harmony_score(many, many - 1) == 1 / (2**32 + 1)
 
 
 @pytest.mark.parametrize("algorithm", ["harmodt-f", "harmodt-r", "prompt-dt"])
@@ -199,14 +205,10 @@ def test_gradients_are_those_of_the_masked_and_of_the_dense_loss(store: DataStor
     learner.vector.gradient.fill_(5.0)  # what an earlier step left does not count
     draws = _record_draws(learner)
     update(learner)
-    calls = record.calls
-    assert [len(call.losses) for call in calls] == [2, 1]  # tasks_per_step is 2
-    masked, dense, losses = (
-        torch.cat([getattr(call, name) for call in calls]) for name in ("masked", "dense", "losses")
-    )
-    assert torch.equal(calls[0].weights, learner.vector.weights[: learner.vector.maskable_size])
-    for call in calls:
-        torch.testing.assert_close(call.mean, masked.double().mean(0).float())
+    (call,) = record.calls  # tasks_per_step is 2, but there is memory for all three
+    masked, dense, losses = call.masked, call.dense, call.losses
+    assert torch.equal(call.weights, learner.vector.weights[: learner.vector.maskable_size])
+    torch.testing.assert_close(call.mean, masked.double().mean(0).float())
     for task in range(3):
         batch, targets = draws[task]
         copy = masked_copy(learner.model, learner.bank.bits[task])
@@ -215,7 +217,7 @@ def test_gradients_are_those_of_the_masked_and_of_the_dense_loss(store: DataStor
         _check_gradient(masked[task], copy, expected_loss, learner.bank.bits[task])
         dense_copy = masked_copy(learner.model, torch.full_like(learner.bank.bits[task], -1))
         _check_gradient(dense[task], dense_copy, _loss_by_hand(dense_copy, batch, targets))
-    assert calls[0].options == {
+    assert call.options == {
         "count": 0, "balance": 10.0, "importance": "fisher", "rule": "paper",
     }  # fmt: skip
 
@@ -270,23 +272,51 @@ def test_an_update_moves_as_many_weights_as_the_schedule_says(store: DataStore) 
     assert torch.equal(learner.vector.weights, weights)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_computing_gradients_twice_gives_the_same_masks(store: DataStore, dropout: float) -> None:
-    kept, twice = (
-        make_learner(store, configure(dropout=dropout, mask_update_gb=gb)) for gb in (4.0, 1e-9)
-    )
-    before = kept.bank.bits.clone()
-    assert torch.equal(before, twice.bank.bits)
-    updates, passes = [], []
-    for learner in (kept, twice):
-        draws = _record_draws(learner)
-        updates.append(update(learner, 10))
-        passes.append(draws.count)
-    assert passes == [4, 6]  # two parts: masked and dense, or masked, masked again and dense
-    assert torch.equal(kept.bank.bits, twice.bank.bits)
-    assert not (kept.bank.bits == before).all(1).any()
-    assert updates[0].moved.tolist() == updates[1].moved.tolist() == [40, 40, 40]
-    assert updates[0].harmony == updates[1].harmony
+def bytes_of_a_task(learner: HarmoDTLearner) -> tuple[int, int]:
+    """Of its gradient, and of its pass as the update reckons: 4 windows of 3 × (3 + 6) tokens."""
+    outputs = 2 * (32 + 3 * 32 + 32 + 32 + 4 * 32 + 32) + 32  # of two blocks, and a LayerNorm
+    return 4 * learner.vector.maskable_size, 8 * 4 * 27 * outputs
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("fused", [False, True])
+def test_memory_decides_how_the_gradients_are_computed_and_not_the_masks(
+    store: DataStore, fused: bool
+) -> None:
+    gradient, of_pass = bytes_of_a_task(make_learner(store))
+    everything = 3 * gradient + 3 * (gradient + of_pass)  # the masked ones kept, and a pass of all
+    plans = [  # bytes, tasks of each call, batches that are drawn
+        (4e9, [3], 2),
+        (everything, [3], 2),
+        (everything - 1, [2, 1], 4),
+        (4 * gradient + of_pass, [1, 1, 1], 6),
+        (4 * gradient + of_pass - 1, [1, 1, 1], 9),  # the masked ones twice
+        (0, [1, 1, 1], 9),
+    ]
+    results = []
+    for memory, tasks_of_calls, batches in plans:
+        config = configure(mask_update_gb=(memory + 0.5) / 1e9, fused=fused)
+        record = _Record(fused_backend("cpu") if fused else PYTORCH)
+        learner = make_learner(store, config, record)
+        before, draws = learner.bank.bits.clone(), _record_draws(learner)
+        done = update(learner, 10)
+        assert [len(call.losses) for call in record.calls] == tasks_of_calls
+        assert draws.count == batches
+        assert done.moved.tolist() == [40, 40, 40]
+        assert not (learner.bank.bits == before).all(1).any()
+        results.append((learner.bank.bits, done.harmony))
+    for bits, harmony in results[1:]:
+        assert torch.equal(bits, results[0][0])
+        assert harmony == results[0][1]
+
+
+def test_with_dropout_too_an_update_can_be_done_again(store: DataStore) -> None:
+    updates = []
+    for _ in range(2):
+        learner = make_learner(store, configure(dropout=0.3, mask_update_gb=0.0))
+        updates.append((update(learner, 10).harmony, learner.bank.bits))
+    assert updates[0][0] == updates[1][0]
+    assert torch.equal(updates[0][1], updates[1][1])
 
 
 def test_memory_does_not_grow_with_the_tasks_where_gradients_are_computed_twice(
@@ -320,19 +350,20 @@ def test_a_gradient_that_is_not_finite_stops_the_update(store: DataStore, value:
 def test_a_nan_in_the_last_task_alone_leaves_all_masks_as_they_were(
     store: DataStore, gb: float, operand: int
 ) -> None:
-    calls = []
+    tasks = []
 
     def select_or_fail(*tensors: Tensor, **options: Any) -> Selection:
-        calls.append(len(tensors[-1]))
-        if len(calls) == 2:
-            tensors[operand][0, 0] = float("nan")
+        tasks.append(len(tensors[-1]))
+        if sum(tasks) == 3:
+            tensors[operand][-1, 0] = float("nan")
         return PYTORCH.select_harmony(*tensors, **options)
 
     learner = make_learner(store, configure(mask_update_gb=gb), select_or_fail)
     before = learner.bank.bits.clone()
-    with pytest.raises(ValueError, match=("masked gradients", "dense gradients")[operand - 3]):
+    name = ("masked", "dense")[operand - 3]
+    with pytest.raises(ValueError, match=f"task 2: its {name} gradient holds NaN"):
         update(learner, 10)
-    assert calls == [2, 1]
+    assert tasks == ([3] if gb else [1, 1, 1])
     assert torch.equal(learner.bank.bits, before)
 
 
@@ -349,12 +380,13 @@ class _Call:
 class _Record:
     """A harmony selection that keeps what it was given."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: Backend = PYTORCH) -> None:
+        self.backend = backend
         self.calls: list[_Call] = []
 
     def __call__(self, *tensors: Tensor, **options: Any) -> Selection:
         self.calls.append(_Call(*(tensor.clone() for tensor in tensors[2:]), options))
-        return PYTORCH.select_harmony(*tensors, **options)
+        return self.backend.select_harmony(*tensors, **options)
 
 
 class _Draws(dict):

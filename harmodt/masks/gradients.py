@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from harmodt_kernels.harmony_selection import count_signs
+
 from .bank import TaskMasks
 from .vector import ParameterVector
 
@@ -20,16 +22,15 @@ MasksFor = Callable[[Tensor, Tensor], TaskMasks]
 class TaskGradients:
     """The gradients of all tasks of one family: under some masks, or of the dense model.
 
-    They are computed for a few tasks at a time. If those of all tasks fit into `bytes_to_keep` they
-    are computed once; if not, whenever they are asked for, and memory does not grow with the number
-    of tasks. They come out the same.
+    They are computed for a few tasks at a time. Kept, they are computed once; if not, whenever they
+    are asked for, and memory does not grow with the number of tasks. They come out the same.
 
     Args:
         vector: of the model.
         losses: computes the tasks' losses.
         masks_for: the family.
         parts: the ids of all tasks, a few at a time.
-        bytes_to_keep: for all tasks' gradients.
+        keep: all tasks' gradients, from the first time that they are asked for.
     """
 
     def __init__(
@@ -38,15 +39,14 @@ class TaskGradients:
         losses: TaskLosses,
         masks_for: MasksFor,
         parts: Sequence[Sequence[int]],
-        bytes_to_keep: float = 0,
+        keep: bool = False,
     ):
         self.vector = vector
         self.parts = parts
         self._losses = losses
         self._masks_for = masks_for
-        needed = 4 * vector.maskable_size * sum(map(len, parts))
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
-        self._keep = needed <= bytes_to_keep
+        self._keep = keep
 
     def of(self, part: int) -> tuple[Tensor, Tensor]:
         """Gradients [G, P_m] and losses [G] of the tasks of one part."""
@@ -67,43 +67,32 @@ class TaskGradients:
         return map(self.of, range(len(self.parts)))
 
     def mean(self) -> Tensor:
-        """The mean of all tasks' gradients, [P_m]."""
+        """The mean of all tasks' gradients, [P_m]; its roundings do not depend on the parts."""
         total = self.vector.weights.new_zeros(self.vector.maskable_size)
         for gradients, _ in self:
-            total += gradients.sum(0)
-        return total / sum(map(len, self.parts))
+            for gradient in gradients:
+                total += gradient
+        return total.div_(sum(map(len, self.parts)))
 
 
-class HarmonyScore:
-    """Sums up the averaged harmony score (Definition 3.2): how far the tasks' gradients agree.
+def harmony_score(agreeing: Tensor, differing: Tensor) -> float:
+    """The averaged harmony score (Definition 3.2), in [-1, 1]: how far the tasks' gradients agree.
 
     It is the mean of (g_ij ĝ_j) / (|g_ij| |ĝ_j|) over tasks and weights; weights with a zero
     factor are left out. The g_i and their mean ĝ are of one family.
 
     Args:
-        mean_gradient: ĝ, [P_m].
+        agreeing, differing: int64 [T], each task's weights with equal and with opposite signs.
+
+    Returns:
+        0 when every weight was left out.
     """
-
-    def __init__(self, mean_gradient: Tensor):
-        self._mean_signs = mean_gradient.sign()
-        self._sum = mean_gradient.new_zeros((), dtype=torch.float64)
-        self._counted = mean_gradient.new_zeros((), dtype=torch.int64)
-
-    def add(self, gradients: Tensor) -> None:
-        """Count in some tasks' g_i, [G, P_m]."""
-        for gradient in gradients:
-            signs = gradient.sign().mul_(self._mean_signs)
-            self._sum += signs.sum(dtype=torch.float64)
-            self._counted += signs.count_nonzero()
-
-    def value(self) -> float:
-        """The score, in [-1, 1]; 0 when every weight was left out."""
-        return float(self._sum / self._counted.clamp(min=1))
+    counted = (agreeing + differing).sum().clamp(min=1)
+    return float((agreeing - differing).sum().double() / counted)
 
 
 def averaged_harmony(gradients: TaskGradients) -> float:
     """The averaged harmony score of a family of gradients (Definition 3.2), in [-1, 1]."""
-    score = HarmonyScore(gradients.mean())
-    for part, _ in gradients:
-        score.add(part)
-    return score.value()
+    mean = gradients.mean()
+    signs = [count_signs(gradient, mean) for part, _ in gradients for gradient in part]
+    return harmony_score(*map(torch.stack, zip(*signs, strict=True)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,13 @@ from harmodt_kernels.harmony_selection import Importance
 
 from ..config import LearnedMaskSettings
 from .bank import MaskBank, TaskMasks
-from .gradients import HarmonyScore, TaskGradients, TaskLosses
+from .gradients import TaskGradients, TaskLosses, harmony_score
+
+PASS_BYTES = 8
+"""Bytes that a pass forward and backward keeps for each output of each row in a masked layer.
+
+Those of the fused kernels are 4.2, those of plain PyTorch up to 7.8 (d = 128 and 256).
+"""
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,9 @@ def weights_to_move(step: int, steps: int, eta_min: int, eta_max: int) -> int:
 class MaskUpdater:
     """Updates the masks of all tasks in place.
 
-    Gradients are computed for as many tasks at a time as a training step holds. If the masked ones
-    of all tasks fit into `mask_update_gb`, they are kept from the mean to the selection.
+    As many tasks are computed at a time as `mask_update_gb` holds, their passes and gradients. If
+    the masked gradients of all tasks fit beside that, they are kept from the mean to the selection.
+    Without dropout the masks do not depend on it.
 
     Args:
         bank: the masks.
@@ -49,7 +55,7 @@ class MaskUpdater:
         settings: λ, α_t's bounds, the rule.
         importance: "fisher" (HarmoDT-F) or "magnitude" (HarmoDT-M).
         steps: E, of the run.
-        tasks_at_once: whose gradients are computed together.
+        rows: of a task's batch, samples × tokens.
     """
 
     def __init__(
@@ -59,14 +65,14 @@ class MaskUpdater:
         settings: LearnedMaskSettings,
         importance: Importance,
         steps: int,
-        tasks_at_once: int,
+        rows: int,
     ):
         self._bank = bank
         self._backend = backend
         self._settings = settings
         self._importance = importance
         self._steps = steps
-        self._tasks_at_once = tasks_at_once
+        self._rows = rows
 
     def update(self, step: int, losses: TaskLosses) -> MaskUpdate:
         """Move weights out of and into every task's mask.
@@ -80,47 +86,50 @@ class MaskUpdater:
         """
         settings = self._settings
         count = weights_to_move(step, self._steps, settings.eta_min, settings.eta_max)
-        masked = self._gradients(losses, dense=False)
-        dense = self._gradients(losses, dense=True)
+        masked, dense = self._gradients(losses)
         mean = masked.mean()
-        harmony, selections = HarmonyScore(mean), []
-        for part, task_ids in enumerate(masked.parts):
-            of_masks, of_losses = masked.of(part)
-            harmony.add(of_masks)
-            without_masks, _ = dense.of(part)
-            selections.append(
-                self._select(task_ids, count, mean, of_masks, without_masks, of_losses)
-            )
-        # Nothing moves before every task's gradients were found to be finite.
+        selections = [
+            self._select(part, count, mean, masked, dense) for part in range(len(masked.parts))
+        ]
         selection = Selection(*(torch.cat(parts) for parts in zip(*selections, strict=True)))
+        # Here the host waits and refuses what is not finite, of any task, before anything moves.
         self._backend.move_weights(self._bank.bits, selection)
-        return MaskUpdate(selection.moved, harmony.value())
+        return MaskUpdate(selection.moved, harmony_score(selection.agreeing, selection.differing))
 
-    def _gradients(self, losses: TaskLosses, *, dense: bool) -> TaskGradients:
-        """ḡ_i = ∇L_i(θ ⊙ M^i) ⊙ M^i, or g_i = ∇L_i(θ), which are needed once."""
-        bank, at_once = self._bank, self._tasks_at_once
+    def _gradients(self, losses: TaskLosses) -> tuple[TaskGradients, TaskGradients]:
+        """ḡ_i = ∇L_i(θ ⊙ M^i) ⊙ M^i, and g_i = ∇L_i(θ), which are needed once."""
+        bank = self._bank
+        at_once, keep = self._plan()
         task_ids = range(len(bank.bits))
         parts = [task_ids[i : i + at_once] for i in task_ids[::at_once]]
-        if not dense:
-            to_keep = self._settings.mask_update_gb * 1e9
-            return TaskGradients(bank.vector, losses, bank.for_tasks, parts, to_keep)
 
         def without_masks(task_ids: Tensor, group_gradients: Tensor) -> TaskMasks:
             return TaskMasks(bank.vector, None, task_ids, group_gradients)
 
-        return TaskGradients(bank.vector, losses, without_masks, parts)
+        masked = TaskGradients(bank.vector, losses, bank.for_tasks, parts, keep)
+        return masked, TaskGradients(bank.vector, losses, without_masks, parts)
+
+    def _plan(self) -> tuple[int, bool]:
+        """How many tasks are computed at a time, and whether all masked gradients are kept."""
+        vector, tasks = self._bank.vector, len(self._bank.bits)
+        outputs = sum(weight.shape[0] for weight, _ in vector.layers.values())
+        gradient = 4 * vector.maskable_size
+        of_pass = PASS_BYTES * self._rows * outputs
+        memory = self._settings.mask_update_gb * 1e9
+        keep = tasks * gradient + gradient + of_pass <= memory
+        if keep:
+            at_once = (memory - tasks * gradient) // (gradient + of_pass)
+        else:
+            at_once = memory // (2 * gradient + of_pass)
+        return min(max(int(at_once), 1), tasks), keep
 
     def _select(
-        self,
-        task_ids: Sequence[int],
-        count: int,
-        mean: Tensor,
-        masked_gradients: Tensor,
-        dense_gradients: Tensor,
-        losses: Tensor,
+        self, part: int, count: int, mean: Tensor, masked: TaskGradients, dense: TaskGradients
     ) -> Selection:
-        """Which weights leave (Eq. 9) and enter (Eq. 10) the masks of these consecutive tasks."""
-        bank = self._bank
+        """Which weights leave (Eq. 9) and enter (Eq. 10) the masks of the tasks of one part."""
+        bank, task_ids = self._bank, masked.parts[part]
+        masked_gradients, losses = masked.of(part)
+        dense_gradients, _ = dense.of(part)
         return self._backend.select_harmony(
             bank.bits[task_ids[0] : task_ids[-1] + 1],
             bank.maskable_bits,
