@@ -89,13 +89,14 @@ class HarmoDTLearner(RandomMaskLearner):
                 "weights: lower it"
             )
         self.update_every = masks.mask_update_every
+        tokens = 3 * (self.model.config.prompt_length + self.settings.model.context_length)
         self.updater = MaskUpdater(
             self.bank,
             setup.execution.backend,
             masks,
             importance,
             setup.config.optimisation.steps,
-            setup.config.data.tasks_per_step,
+            rows=setup.config.data.batch_per_task * tokens,
         )
 
     def before_step(self, step: int) -> dict[str, float]:
