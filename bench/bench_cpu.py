@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,41 +27,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench_masked_linear import TOLERANCE, Problem, dense, masked, of_backend
-from bench_train_step import make_trainer, note_arithmetic
-from measuring import ON_GPU, assert_agree, fused, timer
+from measuring import ON_GPU, assert_agree, fused, measure_in_turn
 from torch import Tensor
 
-from harmodt.data.store import DataStore
 from harmodt_kernels import PYTORCH
 from harmodt_kernels.attention import pytorch as attention_pytorch
 
-LAYERS = [("qkv", 128), ("out", 128), ("up", 128), ("down", 128)]
-LAYERS += [("qkv", 256), ("out", 256), ("up", 256), ("down", 256)]
-SHAPES = [(600, *layer) for layer in LAYERS] + [(4800, "up", 256), (32, "up", 256)]
+SHAPES = [(600, layer, 128) for layer in ("qkv", "out", "up", "down")]
+SHAPES += [(rows, "up", 256) for rows in (32, 600, 4800)]
+CASES = [(passes, "float32", *s) for s in SHAPES for passes in ("forward", "forward + backward")]
+CASES += [("forward + backward", "bf16", *shape) for shape in SHAPES]
 
 pytestmark = [
     pytest.mark.skipif(ON_GPU, reason="PyTorch computes on a GPU here"),
-    pytest.mark.benchmark(timer=timer, disable_gc=True),
+    pytest.mark.benchmark(disable_gc=True),
 ]
-
-
-def measure_beside(
-    benchmark: Any, call: Callable[[], object], others: dict[str, Callable[[], object]], rounds: int
-) -> None:
-    """Time a call; before each round time the others, and note the medians of their times."""
-    times: dict[str, list[float]] = {name: [] for name in others}
-
-    def run_others() -> None:
-        for name, other in others.items():
-            start = time.perf_counter()
-            other()
-            times[name].append(time.perf_counter() - start)
-
-    rounds = 1 if benchmark.disabled else rounds
-    benchmark.pedantic(call, setup=run_others, rounds=rounds, warmup_rounds=min(rounds - 1, 2))
-    benchmark.extra_info["beside"] = {
-        name: statistics.median(values[-rounds:]) for name, values in times.items()
-    }
 
 
 @contextlib.contextmanager
@@ -94,11 +72,10 @@ def inside(context: Callable[[], Any], call: Callable[[], Any]) -> Callable[[], 
     return run
 
 
-@pytest.mark.parametrize(("rows", "layer", "d"), SHAPES)
-@pytest.mark.parametrize("products", ["float32", "bf16"])
-@pytest.mark.parametrize("passes", ["forward", "forward + backward"])
+@pytest.mark.parametrize(("passes", "products", "rows", "layer", "d"), CASES)
 def bench_linear(benchmark: Any, passes: str, products: str, rows: int, layer: str, d: int) -> None:
     problem = Problem.random(torch.float32, d, layer, 1, 4 if benchmark.disabled else rows)
+    problem.relu = False  # which PyTorch's layers do not have
     run = problem.forward if passes == "forward" else problem.forward_backward
 
     def masked_copy(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -114,12 +91,12 @@ def bench_linear(benchmark: Any, passes: str, products: str, rows: int, layer: s
     actual = (actual,) if passes == "forward" else actual
     for one, other in zip(actual, problem.expected(True), strict=False):
         assert_agree(one, other, tolerance)
-    others: dict[str, Callable[[], object]] = {"PyTorch dense": lambda: run(dense)}
+    calls = {"fused": call, "PyTorch dense": lambda: run(dense)}
     if products == "bf16" or onednn_is_exact():
-        others["oneDNN dense"] = inside(onednn, lambda: run(dense))
-        others["oneDNN masked copy"] = inside(onednn, lambda: run(masked_copy))
-    benchmark.group = f"linear, {passes}, {products} products"
-    measure_beside(benchmark, call, others, rounds=60 if rows <= 600 else 15)
+        calls["oneDNN dense"] = inside(onednn, lambda: run(dense))
+        calls["oneDNN masked copy"] = inside(onednn, lambda: run(masked_copy))
+    benchmark.group = "masked linear layer of one task, beside PyTorch's dense ones"
+    measure_in_turn(benchmark, calls, seconds=1.0)
 
 
 @pytest.mark.parametrize("head_size", [16, 32])
@@ -148,13 +125,14 @@ def bench_attention(benchmark: Any, passes: str, head_size: int) -> None:
 
     for other in (by_products, by_pytorch):
         assert_agree(by_kernel(), run(other), 1e-5)
-    others = {
+    calls = {
+        "fused": by_kernel,
         "products and softmax": lambda: run(by_products),
         "the same, oneDNN": inside(onednn, lambda: run(by_products)),
         "F.scaled_dot_product_attention": lambda: run(by_pytorch),
     }
-    benchmark.group = f"attention, {passes}: 40 sequences of 75 tokens, 8 heads"
-    measure_beside(benchmark, by_kernel, others, rounds=20)
+    benchmark.group = "attention: 40 sequences of 75 tokens, 8 heads"
+    measure_in_turn(benchmark, calls, seconds=1.0)
 
 
 @pytest.mark.parametrize("passes", ["forward", "forward + backward"])
@@ -178,25 +156,10 @@ def bench_layer_norm(benchmark: Any, passes: str) -> None:
 
     kernel = fused().masked_layer_norm
     assert_agree(run(kernel), run(PYTORCH.masked_layer_norm), 1e-5)
-    others = {
+    calls = {
+        "fused": lambda: run(kernel),
         "PyTorch dense": lambda: run(plain),
         "reference": lambda: run(PYTORCH.masked_layer_norm),
     }
-    benchmark.group = f"LayerNorm, {passes}: 5 tasks x 600 rows, d = 128"
-    measure_beside(benchmark, lambda: run(kernel), others, rounds=60)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def bench_step(benchmark: Any, store: DataStore, precision: str, dropout: float) -> None:
-    fused()  # skips where there are no kernels
-    trainers = {
-        path: make_trainer(store, path, dropout=dropout, precision=precision)
-        for path in ("fused", "dense", "reference")
-    }
-
-    benchmark.group = "training step, d = 128, 5 tasks x 8 windows"
-    steps = {path: trainer.train_step for path, trainer in trainers.items()}
-    fused_step = steps.pop("fused")
-    measure_beside(benchmark, fused_step, steps, rounds=15)
-    note_arithmetic(benchmark, trainers["fused"], precision)
+    benchmark.group = "LayerNorm: 5 tasks x 600 rows, d = 128"
+    measure_in_turn(benchmark, calls, seconds=1.0)

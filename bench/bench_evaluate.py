@@ -1,4 +1,4 @@
-"""Evaluating MT5: 10 whole episodes per task, simulation included, after start-up.
+"""Evaluating MT5: 10 episodes per task, simulation included, after start-up.
 
     pytest bench/bench_evaluate.py --benchmark-only
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from bench_train_step import make_trainer
+from paths import make_trainer
 
 from harmodt.data.store import DataStore
 from harmodt.environments.simulation import Simulation
@@ -17,6 +17,7 @@ from harmodt.policies import Policy
 from harmodt.rollout import GOAL_SEED
 
 EPISODES = 10
+STEPS = 100  # of an episode's 500
 
 
 def make_policy(store: DataStore, path: str) -> Policy:
@@ -36,12 +37,12 @@ def bench_act(benchmark, store: DataStore, path: str) -> None:
     assert np.abs(actions).max() <= 1.0
 
 
-@pytest.mark.benchmark(group="evaluation, MT5 x 10 episodes")
+@pytest.mark.benchmark(group=f"evaluation, MT5 x 10 episodes, {STEPS} steps")
 @pytest.mark.parametrize("path", ["reference", "fused"])
 def bench_episodes(benchmark, store: DataStore, path: str) -> None:
-    """Every step of an episode: policy calls and simulation."""
+    """Policy calls and simulation, from the beginning of the episodes."""
     policy = make_policy(store, path)
-    steps = 5 if benchmark.disabled else policy.environment.episode_length
+    steps = 5 if benchmark.disabled else STEPS
     rows = [name for name in store.tasks for _ in range(EPISODES)]
 
     def play() -> None:

@@ -1,42 +1,44 @@
-"""One optimiser step of the paper's model (d = 128): five tasks, eight windows each.
+"""One optimiser step of the paper's model (d = 128, dropout 0.1), along each path in turn.
 
     pytest bench/bench_train_step.py --benchmark-only
 
-The dense step, without masks, is the lower bound of what masking can cost; "reference" applies
-the masks in plain PyTorch, "fused" inside kernels. A batch is drawn for every step, so that the
-sampling beside it can be read as a share of the step. On a CPU `share_of_floor` compares a step
-with the arithmetic of its masked linear layers alone, at the processor's measured peak.
+The paths are those of paths.py: dense, without masks, is the lower bound of what masking can cost;
+masked copies are what a library's products need. A step is timed from the host until the device is
+done, and draws its batch, so that the sampling beside it can be read as a share of it. On a GPU
+the step is timed by itself too, captured as a CUDA graph: between cold caches, again and again, and
+with its batch. On a CPU `share_of_floor` compares a step with the arithmetic of its masked linear
+layers alone, at the processor's measured peak.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
-from measuring import DEVICE, ON_GPU, fused, tiny
+from measuring import ON_GPU, measure, measure_in_turn, timer
+from paths import DENSE, PATHS, Graph, make_trainer
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harmodt.algorithms import StepResult, preset
 from harmodt.data.store import DataStore
 from harmodt.draws import TRAIN, Draws
-from harmodt.settings import change
 from harmodt.training.trainer import Trainer
 from harmodt_kernels.native import library
 
-STEP = {"tasks_per_step": 5, "batch_per_task": 8}
-
-
-def make_trainer(store: DataStore, path: str, **settings: Any) -> Trainer:
-    """A trainer along a path; the benchmark is skipped if the device has no fused kernels."""
-    if path == "fused":
-        fused()
-    algorithm = "prompt-dt" if path == "dense" else "harmodt-f"
-    config = preset("paper", algorithm)
-    config = change(config, {**STEP, "fused": path == "fused", **settings})
-    return tiny.make_trainer(store, config, DEVICE)
+TASKS = (1, 5, 50)
+PRECISIONS = ("fp32", "bf16")
+SECONDS = 10.0
+TIMED = [
+    pytest.param("cold caches", marks=pytest.mark.benchmark(timer=timer)),
+    pytest.param("warm caches", marks=pytest.mark.benchmark(timer=timer)),
+    "with its batch",  # from the host
+]
+SMALL = {"embed_dim": 64, "layers": 2, "heads": 2, "dropout": 0.0, "embedding_dropout": 0.0}
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}  # of three steps' change of the weights
 
 
 class LinearArithmetic(TorchDispatchMode):
@@ -76,50 +78,109 @@ def peak(precision: str) -> float:
     return operations / (time.perf_counter() - start)
 
 
-def note_arithmetic(benchmark: Any, trainer: Trainer, precision: str = "fp32") -> None:
+def note_arithmetic(benchmark: Any, trainer: Trainer, precision: str) -> None:
     """Note the step's arithmetic at the machine's peak, as its floor; the benchmark has run."""
-    if ON_GPU or benchmark.disabled:
-        return
     peaks = statistics.median(peak(precision) for _ in range(20))
     floor = linear_operations(trainer) / peaks
     benchmark.extra_info["peak_flops"], benchmark.extra_info["floor_seconds"] = peaks, floor
     benchmark.extra_info["share_of_floor"] = floor / benchmark.stats.stats.median
 
 
-@pytest.mark.benchmark(group="training step, d = 128, 5 tasks x 8 windows")
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("path", ["dense", "reference", "fused"])
-def bench_train_step(benchmark, store: DataStore, path: str, dropout: float) -> None:
-    trainer = make_trainer(store, path, dropout=dropout)
-
-    def step() -> StepResult:
-        result = trainer.train_step()
-        if ON_GPU:
-            torch.cuda.synchronize()
-        return result
-
-    result = benchmark.pedantic(step, rounds=20, warmup_rounds=3)
-    assert torch.isfinite(result.losses).all()
-    if path == "fused":
-        note_arithmetic(benchmark, trainer)
+@pytest.fixture(scope="module")
+def check_agreement(store_mt50: DataStore) -> Callable[[str], None]:
+    """Asserts, once, that a small model learns the same along all paths in a precision."""
+    return functools.cache(functools.partial(_check_agreement, store_mt50))
 
 
-@pytest.mark.benchmark(group="training step, d = 128, 5 tasks x 8 windows")
-def bench_sampling(benchmark, store: DataStore) -> None:
-    trainer = make_trainer(store, "reference")
-    sample = trainer.learner.sampler.sample
-    benchmark.pedantic(sample, args=(range(5), Draws(0, TRAIN, 0)), rounds=100, warmup_rounds=5)
+def _check_agreement(store: DataStore, precision: str) -> None:
+    changes = {path: _learned(store, path, precision) for path in PATHS}
+    for path in PATHS:
+        change, expected = changes[path], changes["dense" if path in DENSE else "reference"]
+        error = (change - expected).norm() / expected.norm()
+        assert error <= TOLERANCE[precision], f"{path}: relative error {error:.1e}"
+    assert (changes["dense"] - changes["reference"]).norm() > 0.5 * changes["dense"].norm()
 
 
-@pytest.mark.benchmark(group="mask update, 5 tasks")
-@pytest.mark.parametrize("path", ["reference", "fused"])
-@pytest.mark.parametrize("size", ["1.47M", "5.29M"])
-@pytest.mark.parametrize("gradients", ["kept", "computed twice"])
-def bench_mask_update(benchmark, store: DataStore, path: str, size: str, gradients: str) -> None:
+def _learned(store: DataStore, path: str, precision: str) -> Tensor:
+    """What three steps of two tasks add to the weights."""
     trainer = make_trainer(
-        store, path, size=size, mask_update_gb=4.0 if gradients == "kept" else 0.0
+        store,
+        path,
+        compiler="aot_eager",
+        **SMALL,
+        tasks_per_step=2,
+        precision=precision,
+        warmup_steps=0,
     )
-    trainer.step = trainer.setup.config.optimisation.steps // 2  # where the most weights move
-    # It ends with a number on the CPU, so that a GPU has ended as well.
-    update = benchmark.pedantic(trainer.before_step, rounds=5, warmup_rounds=1)
-    assert update["moved_weights"] == 100
+    before = trainer.learner.vector.weights.clone()
+    for _ in range(3):
+        trainer.train_step()
+    return trainer.learner.vector.weights - before
+
+
+@pytest.mark.benchmark(group="training step, d = 128, dropout 0.1")
+@pytest.mark.parametrize("tasks", TASKS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def bench_train_step(
+    benchmark: Any,
+    store_mt50: DataStore,
+    check_agreement: Callable[[str], None],
+    precision: str,
+    tasks: int,
+) -> None:
+    check_agreement(precision)
+    # Compiling takes a minute on two cores, and what it is worth is the same at all sizes.
+    paths = [p for p in PATHS if ON_GPU or p != "compiled" or (tasks, precision) == (5, "fp32")]
+    settings = {"tasks_per_step": tasks, "precision": precision}
+    if benchmark.disabled:
+        settings |= {"batch_per_task": 1, "layers": 1, "compiler": "aot_eager"}
+    trainers = {path: make_trainer(store_mt50, path, **settings) for path in paths}
+    measure_in_turn(
+        benchmark, {path: trainer.train_step for path, trainer in trainers.items()}, SECONDS
+    )
+    losses = {path: trainer.train_step().losses.mean() for path, trainer in trainers.items()}
+    for path, loss in losses.items():  # dropout draws others along each path
+        assert abs(loss / losses["reference"] - 1) < 0.2, f"{path}: a loss of {loss}"
+    if not ON_GPU and not benchmark.disabled:
+        note_arithmetic(benchmark, trainers["fused"], precision)
+
+
+@pytest.fixture(scope="module")
+def graph_of(store_mt50: DataStore) -> Callable[..., Graph]:
+    """The step of a path as a graph; what is timed of it shares the last one."""
+
+    @functools.lru_cache(maxsize=1)
+    def make(path: str, precision: str, tasks: int) -> Graph:
+        trainer = make_trainer(store_mt50, path, tasks_per_step=tasks, precision=precision)
+        return Graph(trainer)
+
+    return make
+
+
+@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs are for GPUs")
+@pytest.mark.parametrize("timed", TIMED)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("tasks", TASKS)
+def bench_graph(
+    benchmark: Any,
+    graph_of: Callable[..., Graph],
+    tasks: int,
+    precision: str,
+    path: str,
+    timed: str,
+) -> None:
+    graph = graph_of(path, precision, tasks)
+    benchmark.group = "training step as a CUDA graph, d = 128, dropout 0.1"
+    if timed == "with its batch":
+        benchmark.pedantic(graph.step, rounds=100, warmup_rounds=5)
+    else:
+        measure(benchmark, graph.replay, cold=timed == "cold caches")
+    benchmark.extra_info["peak_bytes"] = graph.memory
+
+
+@pytest.mark.benchmark(group="drawing the batch of a step, 8 windows a task")
+@pytest.mark.parametrize("tasks", TASKS)
+def bench_sampling(benchmark: Any, store_mt50: DataStore, tasks: int) -> None:
+    sample = make_trainer(store_mt50, "reference").learner.sampler.sample
+    benchmark.pedantic(sample, args=(range(tasks), Draws(0, TRAIN, 0)), rounds=100, warmup_rounds=5)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Generator
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
+import report
 import torch
 from measuring import ON_GPU, tiny
 
 from harmodt.data.store import DataStore
 from harmodt.devices import prepare_cpu
 from harmodt.environments import METAWORLD, family
+
+DEADLINE = pytest.StashKey[float]()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,18 +32,70 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> DataStore:
     return random_store(tmp_path_factory.mktemp("bench") / "store", episodes=20)
 
 
-def random_store(path: Path, episodes: int) -> DataStore:
-    """A store of MT5 whose episodes hold random numbers."""
+@pytest.fixture(scope="session")
+def store_mt50(tmp_path_factory: pytest.TempPathFactory) -> DataStore:
+    """Fifty tasks of 5 episodes of random numbers."""
+    return random_store(tmp_path_factory.mktemp("bench") / "mt50", episodes=5, tasks="mt50")
+
+
+def random_store(path: Path, episodes: int, tasks: str = "mt5") -> DataStore:
+    """A store of a set of tasks whose episodes hold random numbers."""
     metaworld = family(METAWORLD)
     length = metaworld.spec.episode_length
-    return tiny.make_store(path, metaworld.task_sets["mt5"], [length] * episodes, [length])
+    return tiny.make_store(path, metaworld.task_sets[tasks], [length] * episodes, [length])
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--most-seconds",
+        type=float,
+        default=math.inf,
+        help="leave out the benchmarks that have not begun after that long, and say so",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[DEADLINE] = time.monotonic() + config.getoption("--most-seconds")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.monotonic() > item.config.stash[DEADLINE]:
+        pytest.skip("left out: --most-seconds have passed")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around all else, so that it ends in the tables
+def pytest_terminal_summary(
+    terminalreporter: Any, config: pytest.Config
+) -> Generator[None, None, None]:
+    """A table per question in place of pytest-benchmark's own, which is for comparing runs."""
+    session = config._benchmarksession  # type: ignore[attr-defined]
+    compares = session.compare or session.verbose
+    session.quiet = session.quiet or not compares
+    yield
+    measured = [b.as_dict(include_data=False) for b in session.benchmarks if not b.has_error]
+    if measured and not compares:
+        results = {
+            "benchmarks": measured,
+            "machine_info": session.get_machine_info(),
+            "commit_info": config.hook.pytest_benchmark_generate_commit_info(config=config),
+            "datetime": datetime.now(timezone.utc).isoformat(),
+            "torch": circumstances(),
+        }
+        terminalreporter.write_sep("=", "benchmarks")
+        width = min(max(terminalreporter._tw.fullwidth, 60), 100)
+        terminalreporter.write_line(report.text_tables(results, width).rstrip())
 
 
 def pytest_benchmark_update_json(
     config: pytest.Config, benchmarks: list, output_json: dict
 ) -> None:
     """Store what a figure depends on beside it."""
-    output_json["torch"] = {
+    output_json["torch"] = circumstances()
+
+
+def circumstances() -> dict[str, Any]:
+    """Versions, threads and the device of the benchmarks."""
+    return {
         "version": torch.__version__,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if ON_GPU else "CPU",

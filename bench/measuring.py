@@ -9,15 +9,18 @@ are the timer of pytest-benchmark, whose statistics then hold for both kinds of 
 from __future__ import annotations
 
 import functools
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from harmodt_kernels import Backend, BackendUnavailable, fused_backend
 
@@ -48,14 +51,91 @@ class Instant:
 timer = Instant if ON_GPU else time.perf_counter
 
 
-def measure(benchmark: Any, call: Callable[[], object]) -> None:
-    """Time a call whose results were found right, and note the peak of its memory."""
+def measure(benchmark: Any, call: Callable[[], object], *, cold: bool = True) -> None:
+    """Time a call whose results were found right, and note the peak of its memory.
+
+    Args:
+        cold: whether a GPU's caches are emptied before each call.
+    """
     call()  # compiles what is compiled at the first call
     benchmark.extra_info["peak_bytes"] = peak_bytes(call)
+    prepare = functools.partial(_prepare, cold)
     rounds = 1 if benchmark.disabled else round(SECONDS / _seconds(call))
     benchmark.pedantic(
-        call, setup=_prepare, rounds=min(max(rounds, 3), MOST_ROUNDS), warmup_rounds=1
+        call, setup=prepare, rounds=min(max(rounds, 3), MOST_ROUNDS), warmup_rounds=1
     )
+
+
+def measure_in_turn(
+    benchmark: Any, calls: Mapping[str, Callable[[], object]], seconds: float = 3.0
+) -> None:
+    """Time calls one after the other, again and again, from the host; the first is the benchmark's.
+
+    A machine that others use as well changes its speed from second to second; ratios of calls made
+    in turn hold where times do not. The medians and the peaks of memory of the calls after the
+    first are noted beside it.
+
+    Args:
+        calls: whose results were found right, by name.
+        seconds: for all rounds, if that is enough for three.
+    """
+    first, *others = (_finished(call) for call in calls.values())
+    if benchmark.disabled:
+        for call in others:
+            call()
+        benchmark.pedantic(first)
+        return
+    notes = [_notes(call) for call in (first, *others)]
+    once = sum(_host_seconds(call) for call in (first, *others))
+    rounds = min(max(round(seconds / once), 3), MOST_ROUNDS)
+    times: list[list[float]] = [[] for _ in others]
+
+    def run_others() -> None:
+        for call, values in zip(others, times, strict=True):
+            values.append(_host_seconds(call))
+
+    benchmark.pedantic(first, setup=run_others, rounds=rounds)
+    benchmark.extra_info.update(notes[0])
+    benchmark.extra_info["beside"] = {
+        name: {"median": statistics.median(values), **of_call}
+        for name, values, of_call in zip([*calls][1:], times, notes[1:], strict=True)
+    }
+
+
+def _notes(call: Callable[[], object]) -> dict[str, int]:
+    """The peak of a call's memory and, on a GPU, the kernels that it launches."""
+    call()  # compiles what is compiled at the first call
+    notes = {"peak_bytes": peak_bytes(call)}
+    if ON_GPU:
+        notes["launches"] = sum(count for count, _ in kernels_of(call).values())
+    return notes
+
+
+def kernels_of(call: Callable[[], object]) -> dict[str, tuple[int, float]]:
+    """The kernels that a call launches on a GPU: how often and for how many seconds, by name."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    found: dict[str, tuple[int, float]] = {}
+    for event in profiler.profiler.kineto_results.events():
+        name = event.name()
+        if event.device_type() == DeviceType.CUDA and not name.startswith(("Mem", "gpu_")):
+            count, seconds = found.get(name, (0, 0.0))
+            found[name] = count + 1, seconds + event.duration_ns() / 1e9
+    return found
+
+
+def _finished(call: Callable[[], object]) -> Callable[[], object]:
+    """The call and all that it started on the device."""
+    if not ON_GPU:
+        return call
+
+    def run() -> object:
+        result = call()
+        torch.cuda.synchronize()
+        return result
+
+    return run
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
@@ -111,6 +191,12 @@ def assert_agree(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     assert error <= tolerance * norm, f"relative error {error / norm:.1e}"
 
 
+def _host_seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def _seconds(call: Callable[[], object]) -> float:
     _prepare()
     start = timer()
@@ -118,8 +204,9 @@ def _seconds(call: Callable[[], object]) -> float:
     return timer() - start
 
 
-def _prepare() -> None:
+def _prepare(cold: bool = True) -> None:
     """Before each timed call on a GPU: empty its caches, and let Python run ahead of it."""
-    if ON_GPU:
+    if ON_GPU and cold:
         torch.empty(CACHE_BYTES, dtype=torch.uint8, device=DEVICE).zero_()
+    if ON_GPU:
         torch.cuda._sleep(SPIN_CYCLES)

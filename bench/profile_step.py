@@ -20,8 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_train_step import linear_operations, make_trainer, peak
+from bench_train_step import linear_operations, peak
 from conftest import random_store
+from paths import make_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harmodt.devices import prepare_cpu

@@ -3,17 +3,18 @@
     pytest bench/ --benchmark-only --benchmark-json=results.json
     python bench/report.py results.json --output docs/measured.md
 
-A table per group of benchmarks: median time, its ratio to the reference and to the dense path, peak
-memory. With --output, a plot of time and memory against the number of tasks goes beside the tables,
-as an SVG file of the same name, if the results hold several numbers of tasks.
+A table per question, which is a group of benchmarks: for each path the median time, the fused
+kernels' time over it, and peak memory. `pytest bench/ --benchmark-only` ends in the same tables.
+With --output, a plot of time and memory against the number of tasks goes beside the tables, as an
+SVG file of the same name, if the results hold several numbers of tasks.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
-from collections.abc import Callable
+import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,81 +34,142 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, help="what --benchmark-json wrote")
-    parser.add_argument("--output", type=Path, help="Markdown file; by default the terminal")
+    parser.add_argument(
+        "--output", type=Path, help="Markdown file; by default text to the terminal"
+    )
     arguments = parser.parse_args()
     report = json.loads(arguments.results.read_text(encoding="utf-8"))
-    text = tables(report)
     if arguments.output is None:
-        print(text)
+        print(text_tables(report), end="")
         return
+    measured = tables(report)
     series = by_tasks(report["benchmarks"])
     if series:
         picture = arguments.output.with_suffix(".svg")
         plot(series, picture)
-        text = f"![{title(series[0])}]({picture.name})\n\n{text}"
-    arguments.output.write_text(text, encoding="utf-8")
+        measured = f"![{title(series[0])}]({picture.name})\n\n{measured}"
+    arguments.output.write_text(measured, encoding="utf-8")
 
 
 def tables(report: dict[str, Any]) -> str:
-    """Every group as a table, and below them what the figures depend on."""
-    groups: dict[str, list[Result]] = {}
-    for result in report["benchmarks"]:
-        groups.setdefault(result["group"] or result["name"], []).append(result)
-    parts = [f"### {name}\n\n{table(results)}" for name, results in groups.items()]
+    """Every question as a Markdown table, and below them what the figures depend on."""
+    parts = [f"### {name}\n\n{markdown(rows)}" for name, rows in questions(report["benchmarks"])]
     return "\n\n".join([*parts, circumstances(report)]) + "\n"
 
 
-def table(results: list[Result]) -> str:
-    """One group; a column that would be empty is left out."""
-    columns: dict[str, Callable[[Result], str]] = {
-        "": lambda r: label(r, results),
-        "median": lambda r: seconds(median(r)),
-        "÷ reference": lambda r: ratio(r, results, "reference"),
-        "÷ dense": lambda r: ratio(r, results, "dense"),
-        "peak memory": lambda r: size(r, "peak_bytes"),
-        "share of the floor": lambda r: share(r),
-        **{f"÷ {name}": functools.partial(beside, name=name) for name in names_beside(results)},
-    }
-    cells = {name: [cell(r) for r in results] for name, cell in columns.items()}
-    cells = {name: column for name, column in cells.items() if any(column)}
-    rows = [list(cells), ["---", *["---:"] * (len(cells) - 1)], *zip(*cells.values(), strict=True)]
-    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    extra = results[0]["extra_info"]
-    if "mask_bytes" in extra:
-        text += (
-            f"\n\n{size(results[0], 'mask_bytes')} of masks; {counted(extra['groups'], 'group')}."
-        )
-    return text
+def text_tables(report: dict[str, Any], width: int = 100) -> str:
+    """The same for a terminal, or for a file, of some width."""
+    parts = [
+        f"{textwrap.fill(name, width)}\n{text(rows, width)}"
+        for name, rows in questions(report["benchmarks"])
+    ]
+    return "\n\n".join([*parts, textwrap.fill(circumstances(report), width)]) + "\n"
 
 
-def label(result: Result, results: list[Result]) -> str:
-    """What tells a benchmark from the others of its group."""
-    name = result["name"].partition("[")[0].removeprefix("bench_")
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one path in one case of a question.
+
+    Attributes:
+        case: the parameters apart from the path, where they differ within the question.
+        notes: what the benchmark noted beside the median: peak_bytes, launches, share_of_floor.
+    """
+
+    case: str
+    path: str
+    median: float
+    notes: dict[str, Any]
+
+
+def questions(results: list[Result]) -> list[tuple[str, list[Row]]]:
+    """The groups of benchmarks in order, each with its rows, those of a case together."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result["group"] or result["name"], []).append(result)
+    return [(name, _by_case(group)) for name, group in groups.items()]
+
+
+def _by_case(results: list[Result]) -> list[Row]:
+    cases: dict[str, list[Row]] = {}
+    for result in results:
+        case = case_of(result, results)
+        cases.setdefault(case, []).extend(rows_of(result, case))
+    return [row for rows in cases.values() for row in rows]
+
+
+def rows_of(result: Result, case: str) -> list[Row]:
+    """A benchmark's own row, and those of what was timed in turn with it: then it is "fused"."""
+    beside = result["extra_info"].get("beside", {})
+    name = result["name"].partition("[")[0].removeprefix("bench_").replace("_", " ")
+    first = Row(
+        case, path(result) or ("fused" if beside else name), median(result), result["extra_info"]
+    )
+    return [first, *(Row(case, other, n["median"], n) for other, n in beside.items())]
+
+
+def case_of(result: Result, results: list[Result]) -> str:
+    """What tells a benchmark from the others of its group, apart from the path."""
     differing = [
-        f"{key} {value}"
+        str(value) if isinstance(value, str) else f"{key} {value}"
         for key, value in others(result).items()
         if any(others(r).get(key, value) != value for r in results)
     ]
-    return ", ".join([path(result) or name, *differing])
+    extra = result["extra_info"]
+    if "mask_bytes" in extra:
+        differing.append(f"{size(extra['mask_bytes'])} of masks")
+    return ", ".join(differing)
 
 
-def ratio(result: Result, results: list[Result], to: str) -> str:
-    """The median over that of the path `to`, under the same other parameters."""
-    for other in results:
-        if path(other).startswith(to) and others(other) == others(result):
-            return f"{median(result) / median(other):.2f}"
-    return ""
+def cells(rows: list[Row]) -> dict[str, list[str]]:
+    """The columns of a table; one that would be empty is left out."""
+    fused = {row.case: row.median for row in rows if row.path == "fused"}
+
+    def ratio(row: Row) -> str:
+        baseline = row.path != "fused" and row.case in fused
+        return f"{fused[row.case] / row.median:.2f}" if baseline else ""
+
+    columns = {
+        "": [row.path for row in rows],
+        "time": [seconds(row.median) for row in rows],
+        "fused ÷ it": [ratio(row) for row in rows],
+        "peak memory": [size(row.notes.get("peak_bytes")) for row in rows],
+        "launches": [str(row.notes.get("launches", "")) for row in rows],
+        "of the floor": [share(row.notes.get("share_of_floor")) for row in rows],
+    }
+    return {head: column for head, column in columns.items() if any(column)}
 
 
-def names_beside(results: list[Result]) -> list[str]:
-    """What the benchmarks were timed beside, call by call."""
-    return list(dict.fromkeys(name for r in results for name in r["extra_info"].get("beside", {})))
+def markdown(rows: list[Row]) -> str:
+    """A table whose first column is the case, named once."""
+    named = [
+        row.case if before is None or row.case != before.case else ""
+        for before, row in zip([None, *rows], rows, strict=False)
+    ]
+    columns = [*cells(rows).items()]
+    if any(named):
+        columns.insert(0, ("case", named))
+    heads, values = zip(*columns, strict=True)
+    numbers = sum(head not in ("case", "") for head in heads)
+    rule = ["---"] * (len(heads) - numbers) + ["---:"] * numbers
+    lines = [heads, rule, *zip(*values, strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def beside(result: Result, name: str) -> str:
-    """The median over that of what was timed beside it."""
-    other = result["extra_info"].get("beside", {}).get(name)
-    return "" if other is None else f"{median(result) / other:.2f}"
+def text(rows: list[Row], width: int) -> str:
+    """A table with a line for each case above its paths."""
+    columns = cells(rows)
+    widths = [max(map(len, (head, *column))) + 2 for head, column in columns.items()]
+    aligned = [
+        line[0].ljust(widths[0]) + "".join(map(str.rjust, line[1:], widths[1:]))
+        for line in [tuple(columns), *zip(*columns.values(), strict=True)]
+    ]
+    lines, case = [f"  {aligned[0]}"], ""
+    for row, line in zip(rows, aligned[1:], strict=True):
+        if row.case != case:
+            lines += textwrap.wrap(row.case, width)
+            case = row.case
+        lines.append(f"  {line}")
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def path(result: Result) -> str:
@@ -130,9 +192,8 @@ def seconds(value: float) -> str:
     return f"{value / 1e-6:.3g} µs"
 
 
-def size(result: Result, key: str) -> str:
-    """A number of bytes in the benchmark's own notes, or nothing."""
-    value = result["extra_info"].get(key)
+def size(value: int | None) -> str:
+    """A number of bytes, or nothing."""
     if value is None:
         return ""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -141,8 +202,7 @@ def size(result: Result, key: str) -> str:
     return f"{value} B"
 
 
-def share(result: Result) -> str:
-    value = result["extra_info"].get("share_of_floor")
+def share(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
 
 

@@ -1,7 +1,8 @@
-"""The tables and the plot that bench/report.py makes of benchmark results."""
+"""The tables and the plot that bench/report.py makes of benchmark results, and where they end."""
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import runpy
@@ -39,12 +40,21 @@ LAYERS = [
     layer(3, "reference", 1.25, 9_000_000_000),
 ]
 STEPS = [
-    step("dense (no masks)", 0.0, 0.1),
-    step("dense (no masks)", 0.1, 0.2),
-    step("reference", 0.0, 0.3),
-    step("reference", 0.1, 0.4),
+    step("dense", 0.0, 0.1),
+    step("dense", 0.1, 0.2),
+    step("fused", 0.0, 0.3),
+    step("fused", 0.1, 0.4),
     result("step", "bench_sampling", 0.0021, None, share_of_floor=0.1234),
 ]
+IN_TURN = result(
+    "linear layers",
+    "bench_linear[8]",
+    1e-3,
+    {"rows": 8},
+    peak_bytes=5,
+    launches=3,
+    beside={"dense, one": {"median": 2e-3, "peak_bytes": 7000, "launches": 9}},
+)
 
 
 def report(*benchmarks: dict[str, Any]) -> dict[str, Any]:
@@ -57,45 +67,79 @@ def report(*benchmarks: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_a_group_is_a_table_of_medians_ratios_and_memory() -> None:
+def test_a_question_is_a_table_of_medians_ratios_and_memory() -> None:
     assert REPORT["tables"](report(*LAYERS[:3])) == (
         "### layer, 1\n"
         "\n"
-        "|  | median | ÷ reference | ÷ dense | peak memory |\n"
-        "| --- | ---: | ---: | ---: | ---: |\n"
-        "| fused | 25 µs | 0.25 | 1.25 | 999 B |\n"
-        "| reference | 100 µs | 1.00 | 5.00 | 4 MB |\n"
-        "| dense | 20 µs | 0.20 | 1.00 | 1.5 kB |\n"
-        "\n"
-        "8.26 kB of masks; 1 group.\n"
+        "| case |  | time | fused ÷ it | peak memory |\n"
+        "| --- | --- | ---: | ---: | ---: |\n"
+        "| 8.26 kB of masks | fused | 25 µs |  | 999 B |\n"
+        "|  | reference | 100 µs | 0.25 | 4 MB |\n"
+        "|  | dense | 20 µs | 1.25 | 1.5 kB |\n"
         "\n"
         "A GPU (A CPU, 1 thread), PyTorch 2.13.0, Triton not installed, Python 3.11; "
         "commit 0123456789ab with changes, 2026-01-02.\n"
     )
 
 
-def test_ratios_are_to_the_path_under_the_same_other_parameters() -> None:
+def test_ratios_are_to_the_fused_kernels_in_the_same_case() -> None:
     rows = REPORT["tables"](report(*STEPS)).splitlines()[2:9]
     assert rows == [
-        "|  | median | ÷ reference | ÷ dense | share of the floor |",
+        "| case |  | time | fused ÷ it | of the floor |",
+        "| --- | --- | ---: | ---: | ---: |",
+        "| dropout 0.0 | dense | 100 ms | 3.00 |  |",
+        "|  | fused | 300 ms |  |  |",
+        "| dropout 0.1 | dense | 200 ms | 2.00 |  |",
+        "|  | fused | 400 ms |  |  |",
+        "|  | sampling | 2.1 ms |  | 12.3% |",
+    ]
+
+
+def test_what_was_timed_in_turn_is_a_row_of_its_own() -> None:
+    assert REPORT["tables"](report(IN_TURN)).splitlines()[2:6] == [
+        "|  | time | fused ÷ it | peak memory | launches |",
         "| --- | ---: | ---: | ---: | ---: |",
-        "| dense (no masks), dropout 0.0 | 100 ms | 0.33 | 1.00 |  |",
-        "| dense (no masks), dropout 0.1 | 200 ms | 0.50 | 1.00 |  |",
-        "| reference, dropout 0.0 | 300 ms | 1.00 | 3.00 |  |",
-        "| reference, dropout 0.1 | 400 ms | 1.00 | 2.00 |  |",
-        "| sampling | 2.1 ms |  |  | 12.3% |",
+        "| fused | 1 ms |  | 5 B | 3 |",
+        "| dense, one | 2 ms | 0.50 | 7 kB | 9 |",
     ]
 
 
-def test_what_was_timed_beside_is_a_column() -> None:
-    first = result("linear", "bench_linear[8]", 1e-3, {"rows": 8}, beside={"dense, one": 2e-3})
-    second = result("linear", "bench_linear[9]", 3e-3, {"rows": 9}, beside={"another": 2e-3})
-    assert REPORT["tables"](report(first, second)).splitlines()[2:6] == [
-        "|  | median | ÷ dense, one | ÷ another |",
-        "| --- | ---: | ---: | ---: |",
-        "| linear, rows 8 | 1 ms | 0.50 |  |",
-        "| linear, rows 9 | 3 ms |  | 1.50 |",
-    ]
+@pytest.mark.parametrize("width", [60, 100])
+def test_the_text_holds_the_same_in_the_width_that_there_is(width: int) -> None:
+    in_turn = {**IN_TURN, "group": "linear layers " * 6}
+    shown = REPORT["text_tables"](report(*STEPS, in_turn), width)
+    assert max(map(len, shown.splitlines())) <= width
+    assert shown.startswith(
+        "step\n"
+        "                time  fused ÷ it  of the floor\n"
+        "dropout 0.0\n"
+        "  dense       100 ms        3.00\n"
+        "  fused       300 ms\n"
+    )
+    row = next(line for line in shown.splitlines() if line.startswith("  dense, one"))
+    assert re.split(" {2,}", row.strip()) == ["dense, one", "2 ms", "0.50", "7 kB", "9"]
+
+
+def test_the_benchmarks_end_in_the_tables(tmp_path: Path) -> None:
+    """Piped, with the JSON that was asked for; comparisons stay as pytest-benchmark makes them."""
+    results, bench = tmp_path / "results.json", SCRIPT.parent / "bench_masked_adamw.py"
+    command = [sys.executable, "-m", "pytest", bench, "-k", "1458720 and not fused", "-q"]
+    command += ["--benchmark-only", f"--benchmark-storage={tmp_path}"]
+    run = functools.partial(subprocess.run, check=True, capture_output=True, encoding="utf-8")
+    shown = run([*command, f"--benchmark-json={results}", "--benchmark-save=one"]).stdout
+    table = run([sys.executable, SCRIPT, results]).stdout.partition("\n\n")[0]
+    assert table.startswith("masked AdamW: 1.46 M weights\n") and "dense" in table
+    before, after = shown.split(table)
+    assert "OPS" not in before and after.startswith("\n\n") and len(after.splitlines()) <= 6
+    compared = run([*command, "--benchmark-compare"]).stdout
+    assert "OPS" in compared and "0001_one" in compared
+
+
+def test_benchmarks_that_begin_too_late_are_left_out() -> None:
+    bench = SCRIPT.parent / "bench_masked_adamw.py"
+    command = [sys.executable, "-m", "pytest", bench, "-k", "1458720 and dense", "-q"]
+    run = subprocess.run([*command, "--most-seconds=0"], capture_output=True, encoding="utf-8")
+    assert "1 skipped" in run.stdout and "--most-seconds have passed" in run.stdout
 
 
 def test_groups_keep_their_order() -> None:
@@ -119,11 +163,11 @@ def test_the_command_writes_the_tables_and_the_plot(tmp_path: Path) -> None:
     results.write_text(json.dumps(report(*LAYERS)))
     command = [sys.executable, SCRIPT, results]
     printed = subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout
-    assert printed.rstrip() == REPORT["tables"](report(*LAYERS)).rstrip()
+    assert printed == REPORT["text_tables"](report(*LAYERS))
     assert sorted(tmp_path.iterdir()) == [results]
     subprocess.run([*command, "--output", output], check=True)
     text, picture = output.read_text(), (tmp_path / "measured.svg").read_text()
-    assert text.endswith(printed.rstrip() + "\n")
+    assert text.endswith(REPORT["tables"](report(*LAYERS)))
     assert text.startswith("![layer: forward, d = 128](measured.svg)\n")
     shown = re.findall("<!-- (.*?) -->", picture)  # every text of the plot
     assert {"layer: forward, d = 128", "fused", "reference", "dense", "(2 groups)"} <= set(shown)

@@ -1,0 +1,329 @@
+"""A training step along several paths, each a `Trainer`: batch, loss and all else are the same.
+
+fused           the kernels
+masked copies   one pass makes W ⊙ M of all layers for the tasks of the step, the library's
+                batched products take these copies, and one pass masks and adds the gradients;
+                all other operations are those of "fused"
+reference       masks in plain PyTorch: --no-fused
+dense           Prompt-DT: the same model without masks, in PyTorch
+compiled        "dense" through torch.compile, with PyTorch's fused AdamW
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from measuring import DEVICE, ON_GPU, fused, tiny
+from torch import Tensor, nn
+
+from harmodt.algorithms import preset
+from harmodt.batch import Batch
+from harmodt.data.store import DataStore
+from harmodt.draws import TRAIN, Draws
+from harmodt.masks.bank import MaskBank
+from harmodt.settings import change
+from harmodt.training.trainer import Trainer
+from harmodt_kernels import PYTORCH, Backend, MaskedLinear, pack_bits, unpack_bits
+from harmodt_kernels.dropout_add.pytorch import dropout_mask
+
+PATHS = ("fused", "masked copies", "reference", "dense", "compiled")
+DENSE = ("dense", "compiled")
+STEP = {"tasks_per_step": 5, "batch_per_task": 8}
+
+
+def make_trainer(
+    store: DataStore, path: str, *, compiler: str = "inductor", **settings: Any
+) -> Trainer:
+    """A trainer along a path; the benchmark is skipped if the device has no fused kernels.
+
+    Args:
+        compiler: torch.compile's backend, for the path "compiled".
+    """
+    on_kernels = path in ("fused", "masked copies")
+    copies = MaskedCopies(fused()) if on_kernels else None
+    config = preset("paper", "prompt-dt" if path in DENSE else "harmodt-f")
+    config = change(config, {**STEP, "fused": on_kernels, **settings})
+    if path == "masked copies":
+        assert copies is not None
+        trainer = tiny.make_trainer(store, config, DEVICE, copies.backend)
+        copies.bank = trainer.learner.bank
+    elif path == "compiled":
+        trainer = tiny.make_trainer(store, config, DEVICE, for_compiler())
+        torch.compiler.reset()  # else other models count as recompilations, and those are limited
+        model = trainer.learner.model
+        for module in [model] if ON_GPU else model.blocks:
+            module.compile(backend=compiler, dynamic=False, fullgraph=True)
+    else:
+        trainer = tiny.make_trainer(store, config, DEVICE)
+    return trainer
+
+
+class Graph:
+    """A trainer's step as one CUDA graph, on a batch that lies where it was captured.
+
+    Replays repeat what the host drew and computed for the capture, such as the learning rate.
+
+    Attributes:
+        memory: bytes of the graph's own pool.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self._learner = trainer.learner
+        self._task_ids = range(trainer.setup.config.data.tasks_per_step)
+        self._sample, self._drawn = self._learner.sampler.sample, 0
+        self._batch = self._draw()
+        with torch.cuda.stream(torch.cuda.Stream()):  # what is made at the first steps alone
+            for _ in range(3):
+                self._compute()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._compute()
+        self.memory = torch.cuda.memory_reserved() - before
+
+    def replay(self) -> None:
+        """The step on the batch that is there."""
+        self._graph.replay()
+
+    def step(self) -> None:
+        """Draw a batch, then the step."""
+        for to, tensor in zip(_tensors(self._batch), _tensors(self._draw()), strict=True):
+            to.copy_(tensor)
+        self._graph.replay()
+        torch.cuda.synchronize()
+
+    def _draw(self) -> tuple[Batch, Tensor]:
+        self._drawn += 1
+        return self._sample(self._task_ids, Draws(0, TRAIN, self._drawn))
+
+    def _compute(self) -> None:
+        drawn = mock.patch.object(self._learner.sampler, "sample", lambda *_: self._batch)
+        with drawn:
+            self._learner.train_step(1, self._task_ids, Draws(0, TRAIN, 1))
+
+
+def _tensors(drawn: tuple[Batch, Tensor]) -> list[Tensor]:
+    batch, targets = drawn
+    return [batch.task_ids, targets, *batch.history, *(batch.prompt or ())]
+
+
+class MaskedCopies:
+    """The masked linear layers of a training step on copies W ⊙ M that are made once, [G, P_m].
+
+    A layer's weight is a view of the model's vector, and its copies are the same view of the
+    vector's copies. Its gradients overwrite them: nothing reads them any more.
+
+    Args:
+        kernels: for all other operations.
+
+    Attributes:
+        bank: the model's masks, to be given once there is a model.
+    """
+
+    def __init__(self, kernels: Backend):
+        self.bank: MaskBank
+        self._kernels = kernels
+        self._copies: Tensor | None = None  # from the first layer to the optimiser
+
+    @property
+    def backend(self) -> Backend:
+        """The operations of a training step; for a mask update there are none."""
+        return dataclasses.replace(
+            self._kernels,
+            name="masked copies",
+            masked_linear=self._masked_linear,
+            linear_residual=self._linear_residual,
+            masked_adamw=self._masked_adamw,
+        )
+
+    def _masked_linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        weight_bits: Tensor,
+        bias_bits: Tensor,
+        task_ids: Tensor,
+        *,
+        relu: bool = False,
+        group_gradients: object = None,
+    ) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self._copies is None:
+            self._mask = self._mask_of(task_ids)
+            self._copies = _copy(self.bank.vector.weights, self._mask, x.dtype)
+        return _Product.apply(x, self._of(weight), self._of(bias), relu)
+
+    def _linear_residual(
+        self, x: Tensor, *layer_and_masks: Any, group_gradients: object = None
+    ) -> Tensor:
+        *layer_and_masks, residual, drop = layer_and_masks
+        branch = self._masked_linear(x, *layer_and_masks)
+        return self._kernels.dropout_add(residual, branch, drop)
+
+    def _masked_adamw(self, weights: Tensor, gradient: Tensor, *rest: Any, **more: Any) -> Tensor:
+        assert self._copies is not None
+        _add(gradient, self._copies, self._mask)
+        self._copies = None
+        return self._kernels.masked_adamw(weights, gradient, *rest, **more)
+
+    def _of(self, parameter: Tensor) -> Tensor:
+        assert self._copies is not None
+        groups, size = self._copies.shape
+        return self._copies.as_strided(
+            (groups, *parameter.shape), (size, *parameter.stride()), parameter.storage_offset()
+        )
+
+    def _mask_of(self, task_ids: Tensor) -> Tensor:
+        """Of the linear layers alone: packed on a GPU; on a CPU unpacked, for it is used twice."""
+        bits = self.bank.bits[task_ids] & self._linear_bits
+        return bits if ON_GPU else unpack_bits(bits, self.bank.vector.maskable_size)
+
+    @functools.cached_property
+    def _linear_bits(self) -> Tensor:
+        vector = self.bank.vector
+        of_linear = torch.zeros(vector.maskable_size, dtype=torch.bool)
+        for layer, slots in vector.layers.items():
+            for slot in slots if isinstance(layer, MaskedLinear) else ():
+                if slot is not None:
+                    slot.view(of_linear).fill_(True)
+        return pack_bits(of_linear).to(DEVICE)
+
+
+def _copy(weights: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The first weights of a vector under each mask, [G, P_m] in a dtype."""
+    if ON_GPU:
+        import copies_triton
+
+        return copies_triton.masked_copies(weights, mask, dtype)
+    copies = weights.new_zeros(mask.shape, dtype=dtype)
+    weights, zero = weights[: mask.shape[1]], weights.new_zeros(())
+    for copy, row in zip(copies, mask, strict=True):
+        torch.where(row, weights, zero, out=copy)
+    return copies
+
+
+def _add(total: Tensor, gradients: Tensor, mask: Tensor) -> None:
+    """Add gradients [G, P_m], each where its mask is, to the first elements of a vector."""
+    if ON_GPU:
+        import copies_triton
+
+        return copies_triton.add_masked(total, gradients, mask)
+    for gradient, row in zip(gradients, mask, strict=True):
+        total[: len(row)] += torch.where(row, gradient, 0.0)
+    return None
+
+
+class _Product(torch.autograd.Function):
+    """A layer's batched products; its gradients are written over weight and bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+        y = torch.baddbmm(bias[:, None], x, weight.mT)
+        y = y.relu_() if relu else y
+        ctx.save_for_backward(x, y if relu else None)
+        ctx.weight, ctx.bias = weight, bias  # saved tensors may not be overwritten
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, y = ctx.saved_tensors
+        dy = dy if y is None else dy.masked_fill(y <= 0, 0.0)
+        dx = dy @ ctx.weight
+        torch.bmm(dy.mT, x, out=ctx.weight)
+        torch.sum(dy, 1, out=ctx.bias)
+        return dx, None, None, None
+
+
+def for_compiler() -> Backend:
+    """Operations without masks that torch.compile takes whole, and PyTorch's own optimiser."""
+
+    def dropout_add(x: Tensor, branch: Tensor, drop: float) -> Tensor:
+        return x + _dropout(branch, drop)
+
+    def linear_residual(x: Tensor, *layer: Any, **more: Any) -> Tensor:
+        *layer, residual, drop = layer
+        return dropout_add(residual, PYTORCH.masked_linear(x, *layer, **more), drop)
+
+    return dataclasses.replace(
+        PYTORCH,
+        linear_residual=linear_residual,
+        dropout_add=dropout_add,
+        attention=PYTORCH.attention if ON_GPU else _attention,
+        masked_adamw=LibraryAdamW(),
+    )
+
+
+def _attention(qkv: Tensor, queries: slice, drop: float, past: None = None) -> Tensor:
+    """Of whole sequences on a CPU; the compiler joins all that lies between the products."""
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    tokens = qkv.shape[1]
+    later = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)[queries]
+    scores = (query[:, :, queries] * query.shape[-1] ** -0.5) @ key.mT
+    weights = scores.masked_fill(later, -math.inf).softmax(-1)
+    return (_dropout(weights, drop) @ value).transpose(1, 2)
+
+
+def _dropout(x: Tensor, drop: float) -> Tensor:
+    """On a CPU the compiler's own random numbers are many times slower than these."""
+    if ON_GPU or not drop:
+        return F.dropout(x, drop)
+    return x * _kept(x, drop).to(x.dtype) / (1 - drop)
+
+
+@torch.library.custom_op("harmodt_bench::kept", mutates_args=())
+def _kept(x: Tensor, drop: float) -> Tensor:
+    """Which elements stay, as `dropout` of "dense" draws it."""
+    return dropout_mask(x.shape, drop)
+
+
+@_kept.register_fake
+def _(x: Tensor, drop: float) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.bool)
+
+
+class LibraryAdamW:
+    """`clip_grad_norm_` and `torch.optim.AdamW(fused=True)`, called as the masked AdamW is.
+
+    The model's parameters are one vector here too, which is the least work for an optimiser.
+    """
+
+    def __init__(self) -> None:
+        self._optimiser: torch.optim.AdamW | None = None
+
+    def __call__(
+        self,
+        weights: Tensor,
+        gradient: Tensor,
+        *_: Tensor,
+        learning_rate: Any,
+        betas: tuple[float, float],
+        epsilon: float,
+        weight_decay: float,
+        max_norm: float = math.inf,
+        **__: Any,
+    ) -> Tensor:
+        if self._optimiser is None:
+            self._vector = nn.Parameter(weights)
+            self._vector.grad = gradient
+            self._optimiser = torch.optim.AdamW(
+                [self._vector],
+                betas=betas,
+                eps=epsilon,
+                weight_decay=weight_decay,
+                fused=True,
+                capturable=ON_GPU,
+            )
+        self._optimiser.param_groups[0]["lr"] = learning_rate
+        norm = nn.utils.clip_grad_norm_([self._vector], max_norm)
+        self._optimiser.step()
+        return norm
