@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import random_store
+from measuring import random_store
 
 from harmodt.data.store import DataStore
 from harmodt.environments import METAWORLD, family

@@ -6,17 +6,15 @@ import math
 import time
 from collections.abc import Generator
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import pytest
 import report
 import torch
-from measuring import ON_GPU, tiny
+from measuring import ON_GPU, random_store
 
 from harmodt.data.store import DataStore
 from harmodt.devices import prepare_cpu
-from harmodt.environments import METAWORLD, family
 
 DEADLINE = pytest.StashKey[float]()
 
@@ -36,13 +34,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> DataStore:
 def store_mt50(tmp_path_factory: pytest.TempPathFactory) -> DataStore:
     """Fifty tasks of 5 episodes of random numbers."""
     return random_store(tmp_path_factory.mktemp("bench") / "mt50", episodes=5, tasks="mt50")
-
-
-def random_store(path: Path, episodes: int, tasks: str = "mt5") -> DataStore:
-    """A store of a set of tasks whose episodes hold random numbers."""
-    metaworld = family(METAWORLD)
-    length = metaworld.spec.episode_length
-    return tiny.make_store(path, metaworld.task_sets[tasks], [length] * episodes, [length])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,6 +12,7 @@ import functools
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from harmodt.data.store import DataStore
+from harmodt.environments import METAWORLD, family
 from harmodt_kernels import Backend, BackendUnavailable, fused_backend
 
 # Benchmarks share the tests' random data, models and measure of memory.
@@ -33,6 +36,7 @@ ON_GPU = DEVICE.type == "cuda"
 MOST_ROUNDS = 100 if ON_GPU else 30
 SECONDS = 0.5  # per benchmark, if that is enough for three rounds
 CACHE_BYTES = 1 << 28  # more than any GPU's L2 cache
+NO_KERNEL = ("Memcpy", "Memset", "gpu_", "Context", "Event", "Stream")  # in the profiler's list
 SPIN_CYCLES = 4_000_000  # about 2 ms
 
 
@@ -79,7 +83,7 @@ def measure_in_turn(
         calls: whose results were found right, by name.
         seconds: for all rounds, if that is enough for three.
     """
-    first, *others = (_finished(call) for call in calls.values())
+    first, *others = (finished(call) for call in calls.values())
     if benchmark.disabled:
         for call in others:
             call()
@@ -107,26 +111,39 @@ def _notes(call: Callable[[], object]) -> dict[str, int]:
     call()  # compiles what is compiled at the first call
     notes = {"peak_bytes": peak_bytes(call)}
     if ON_GPU:
-        notes["launches"] = sum(count for count, _ in kernels_of(call).values())
+        kernels, _ = profiled(call)
+        notes["launches"] = sum(count for count, _ in kernels.values())
     return notes
 
 
-def kernels_of(call: Callable[[], object]) -> dict[str, tuple[int, float]]:
-    """The kernels that a call launches on a GPU: how often and for how many seconds, by name."""
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+def profiled(call: Callable[[], object]) -> tuple[dict[str, tuple[int, float]], Counter[str]]:
+    """What a call runs, by torch.profiler.
+
+    Args:
+        call: it returns when the device is done.
+
+    Returns:
+        The kernels on a GPU, on a CPU PyTorch's operations: how often and for how many seconds, by
+        name. And how often the host called what, by name, CUDA's functions among it.
+    """
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if ON_GPU else [])
+    with profile(activities=activities) as profiler:
         call()
-        torch.cuda.synchronize()
-    found: dict[str, tuple[int, float]] = {}
+    by_host = {event.key: event for event in profiler.key_averages()}
+    host_calls = Counter({name: event.count for name, event in by_host.items()})
+    if not ON_GPU:
+        return {n: (e.count, e.self_cpu_time_total / 1e6) for n, e in by_host.items()}, host_calls
+    kernels: dict[str, tuple[int, float]] = {}
     for event in profiler.profiler.kineto_results.events():
         name = event.name()
-        if event.device_type() == DeviceType.CUDA and not name.startswith(("Mem", "gpu_")):
-            count, seconds = found.get(name, (0, 0.0))
-            found[name] = count + 1, seconds + event.duration_ns() / 1e9
-    return found
+        if event.device_type() == DeviceType.CUDA and not name.startswith(NO_KERNEL):
+            count, seconds = kernels.get(name, (0, 0.0))
+            kernels[name] = count + 1, seconds + event.duration_ns() / 1e9
+    return kernels, host_calls
 
 
-def _finished(call: Callable[[], object]) -> Callable[[], object]:
-    """The call and all that it started on the device."""
+def finished(call: Callable[[], object]) -> Callable[[], object]:
+    """The call, and a wait for all that it started on the device."""
     if not ON_GPU:
         return call
 
@@ -172,6 +189,13 @@ def fused() -> Backend:
     if backend.name == "triton-interpreter":
         pytest.skip("Triton's interpreter is not what a benchmark measures")
     return backend
+
+
+def random_store(path: Path, episodes: int, tasks: str = "mt5") -> DataStore:
+    """A store of a set of tasks whose episodes hold random numbers."""
+    metaworld = family(METAWORLD)
+    length = metaworld.spec.episode_length
+    return tiny.make_store(path, metaworld.task_sets[tasks], [length] * episodes, [length])
 
 
 def random_masks(*shape: int) -> Tensor:

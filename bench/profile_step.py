@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_train_step import linear_operations, peak
-from conftest import random_store
+from measuring import random_store
 from paths import make_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 

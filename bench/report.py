@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,10 +150,17 @@ def markdown(rows: list[Row]) -> str:
     if any(named):
         columns.insert(0, ("case", named))
     heads, values = zip(*columns, strict=True)
-    numbers = sum(head not in ("case", "") for head in heads)
-    rule = ["---"] * (len(heads) - numbers) + ["---:"] * numbers
-    lines = [heads, rule, *zip(*values, strict=True)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return plain_table(heads, zip(*values, strict=True))
+
+
+def plain_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Cells as a Markdown table; columns that begin with a digit are numbers."""
+    lines = [list(row) for row in rows]
+    rule = [
+        "---:" if any(cell[:1].isdigit() for cell in column) else "---"
+        for column in zip(*lines, strict=True)
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [heads, rule, *lines])
 
 
 def text(rows: list[Row], width: int) -> str:

@@ -1,0 +1,79 @@
+"""The peak of a training step's memory against the number of tasks, along each path.
+
+    python bench/memory.py [--tasks 5 50 200 1000] [--output memory.json]
+
+Each task has one window in the step, so that the copies of weights show beside the activations.
+The step is the paper's model's (d = 128, dropout 0.1) in bf16. What is counted is what a step takes
+beyond the model, the optimiser and the packed masks of all tasks, which are listed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import peak_bytes, tiny
+from paths import PATHS, make_trainer
+from report import plain_table, size
+
+from harmodt.data.store import DataStore
+from harmodt.devices import prepare_cpu
+from harmodt.files import write_json
+
+COMPARED = [path for path in PATHS if path != "compiled"]
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", type=int, nargs="+", default=[5, 50, 200, 1000])
+    parser.add_argument("--output", type=Path, help="JSON file; by default a table is printed")
+    arguments = parser.parse_args()
+    prepare_cpu()
+    rows = [measure(tasks) for tasks in arguments.tasks]
+    if arguments.output is None:
+        print(table(rows))
+    else:
+        write_json(arguments.output, rows)
+
+
+def measure(tasks: int) -> dict[str, Any]:
+    """The bytes of the masks and of a step along each path; None where they were too many."""
+    with tempfile.TemporaryDirectory() as folder:
+        names = [f"task-{number}" for number in range(tasks)]
+        store = tiny.make_store(Path(folder) / "store", names, [40, 40], [20])
+        peaks = {path: _peak(store, path, tasks) for path in COMPARED}
+        masks = make_trainer(store, "fused", tasks_per_step=tasks).learner.bank.bits.nbytes
+    return {"tasks": tasks, "mask_bytes": masks, "peak_bytes": peaks}
+
+
+def _peak(store: DataStore, path: str, tasks: int) -> int | None:
+    trainer = make_trainer(store, path, tasks_per_step=tasks, batch_per_task=1, precision="bf16")
+    try:
+        trainer.train_step()
+        return peak_bytes(trainer.train_step)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """As Markdown."""
+    cells = [
+        [
+            str(row["tasks"]),
+            size(row["mask_bytes"]),
+            *(
+                size(row["peak_bytes"][path]) if row["peak_bytes"][path] else "out of memory"
+                for path in COMPARED
+            ),
+        ]
+        for row in rows
+    ]
+    return plain_table(["tasks", "masks", *COMPARED], cells)
+
+
+if __name__ == "__main__":
+    main()
