@@ -18,16 +18,14 @@ To hold both sides to AVX2, set ONEDNN_MAX_CPU_ISA=AVX2 and HARMODT_ISA=avx2.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from bench_masked_linear import TOLERANCE, Problem, dense, masked, of_backend
-from measuring import ON_GPU, assert_agree, fused, measure_in_turn
+from measuring import ON_GPU, assert_agree, fused, measure_in_turn, onednn, onednn_is_exact
 from torch import Tensor
 
 from harmodt_kernels import PYTORCH
@@ -42,26 +40,6 @@ pytestmark = [
     pytest.mark.skipif(ON_GPU, reason="PyTorch computes on a GPU here"),
     pytest.mark.benchmark(disable_gc=True),
 ]
-
-
-@contextlib.contextmanager
-def onednn() -> Iterator[None]:
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision("highest")
-
-
-@functools.cache
-def onednn_is_exact() -> bool:
-    """Whether PyTorch's setting for oneDNN leaves the operands of products in float32 here."""
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(64, 256, generator=generator) for _ in range(2))
-    exact = x.double() @ weight.double().T
-    with onednn():
-        error = (F.linear(x, weight) - exact).abs().max() / exact.abs().max()
-    return error.item() < 1e-5  # about 1e-3 when rounded to bf16
 
 
 def inside(context: Callable[[], Any], call: Callable[[], Any]) -> Callable[[], Any]:

@@ -8,17 +8,19 @@ are the timer of pytest-benchmark, whose statistics then hold for both kinds of 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -189,6 +191,29 @@ def fused() -> Backend:
     if backend.name == "triton-interpreter":
         pytest.skip("Triton's interpreter is not what a benchmark measures")
     return backend
+
+
+@contextlib.contextmanager
+def onednn() -> Iterator[None]:
+    """On a CPU, products by oneDNN, as torch.set_float32_matmul_precision("medium") has them."""
+    products = torch.backends.mkldnn.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
+
+
+@functools.cache
+def onednn_is_exact() -> bool:
+    """Whether PyTorch's setting for oneDNN leaves the operands of products in float32 here."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(64, 256, generator=generator) for _ in range(2))
+    exact = x.double() @ weight.double().T
+    with onednn():
+        error = (F.linear(x, weight) - exact).abs().max() / exact.abs().max()
+    return error.item() < 1e-5  # about 1e-3 when rounded to bf16
 
 
 def random_store(path: Path, episodes: int, tasks: str = "mt5") -> DataStore:

@@ -11,6 +11,7 @@ compiled        "dense" through torch.compile, with PyTorch's fused AdamW
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -19,7 +20,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from measuring import DEVICE, ON_GPU, fused, tiny
+from measuring import DEVICE, ON_GPU, fused, onednn, onednn_is_exact, tiny
 from torch import Tensor, nn
 
 from harmodt.algorithms import preset
@@ -32,8 +33,8 @@ from harmodt.training.trainer import Trainer
 from harmodt_kernels import PYTORCH, Backend, MaskedLinear, pack_bits, unpack_bits
 from harmodt_kernels.dropout_add.pytorch import dropout_mask
 
-PATHS = ("fused", "masked copies", "reference", "dense", "compiled")
-DENSE = ("dense", "compiled")
+DENSE = ("dense", "compiled") if ON_GPU else ("dense", "dense, oneDNN", "compiled")
+PATHS = ("fused", "masked copies", "reference", *DENSE)
 STEP = {"tasks_per_step": 5, "batch_per_task": 8}
 
 
@@ -53,8 +54,15 @@ def make_trainer(
         assert copies is not None
         trainer = tiny.make_trainer(store, config, DEVICE, copies.backend)
         copies.bank = trainer.learner.bank
+    elif path == "dense, oneDNN":
+        # the precision in which PyTorch chooses oneDNN, whatever that rounds to
+        config = change(config, {"precision": "bf16"})
+        backend = dataclasses.replace(PYTORCH, rounds_inside=True)
+        trainer = tiny.make_trainer(store, config, DEVICE, backend)
     elif path == "compiled":
-        trainer = tiny.make_trainer(store, config, DEVICE, for_compiler())
+        backend = for_compiler()
+        config = change(config, {"precision": "bf16"} if backend.rounds_inside else {})
+        trainer = tiny.make_trainer(store, config, DEVICE, backend)
         torch.compiler.reset()  # else other models count as recompilations, and those are limited
         model = trainer.learner.model
         for module in [model] if ON_GPU else model.blocks:
@@ -228,7 +236,8 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-        y = torch.baddbmm(bias[:, None], x, weight.mT)
+        with _fastest_products():
+            y = torch.baddbmm(bias[:, None], x, weight.mT)
         y = y.relu_() if relu else y
         ctx.save_for_backward(x, y if relu else None)
         ctx.weight, ctx.bias = weight, bias  # saved tensors may not be overwritten
@@ -238,10 +247,15 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, y = ctx.saved_tensors
         dy = dy if y is None else dy.masked_fill(y <= 0, 0.0)
-        dx = dy @ ctx.weight
-        torch.bmm(dy.mT, x, out=ctx.weight)
+        with _fastest_products():
+            dx = dy @ ctx.weight
+            torch.bmm(dy.mT, x, out=ctx.weight)
         torch.sum(dy, 1, out=ctx.bias)
         return dx, None, None, None
+
+
+def _fastest_products() -> contextlib.AbstractContextManager[None]:
+    return onednn() if not ON_GPU and onednn_is_exact() else contextlib.nullcontext()
 
 
 def for_compiler() -> Backend:
@@ -260,6 +274,7 @@ def for_compiler() -> Backend:
         dropout_add=dropout_add,
         attention=PYTORCH.attention if ON_GPU else _attention,
         masked_adamw=LibraryAdamW(),
+        rounds_inside=not ON_GPU and onednn_is_exact(),
     )
 
 

@@ -83,7 +83,7 @@ class Row:
 
 
 def questions(results: list[Result]) -> list[tuple[str, list[Row]]]:
-    """The groups of benchmarks in order, each with its rows, those of a case together."""
+    """The groups of benchmarks in order, each with its rows: case by case, the kernels first."""
     groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(result["group"] or result["name"], []).append(result)
@@ -95,7 +95,7 @@ def _by_case(results: list[Result]) -> list[Row]:
     for result in results:
         case = case_of(result, results)
         cases.setdefault(case, []).extend(rows_of(result, case))
-    return [row for rows in cases.values() for row in rows]
+    return [row for rows in cases.values() for row in sorted(rows, key=lambda r: r.path != "fused")]
 
 
 def rows_of(result: Result, case: str) -> list[Row]:
@@ -154,18 +154,20 @@ def markdown(rows: list[Row]) -> str:
 
 
 def plain_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells as a Markdown table; columns that begin with a digit are numbers."""
+    """Cells as a Markdown table; after the first, columns of what begins with a digit are numbers."""
     lines = [list(row) for row in rows]
     rule = [
-        "---:" if any(cell[:1].isdigit() for cell in column) else "---"
-        for column in zip(*lines, strict=True)
+        "---:" if index and all(cell[:1].isdigit() for cell in column if cell) else "---"
+        for index, column in enumerate(zip(*lines, strict=True))
     ]
     return "\n".join(f"| {' | '.join(line)} |" for line in [heads, rule, *lines])
 
 
 def text(rows: list[Row], width: int) -> str:
-    """A table with a line for each case above its paths."""
+    """A table with a line for each case above its paths, which are cut where there is no room."""
     columns = cells(rows)
+    room = width - 2 - sum(max(map(len, (h, *column))) + 2 for h, column in columns.items() if h)
+    columns[""] = [p if len(p) <= room - 2 else f"{p[: room - 3]}…" for p in columns[""]]
     widths = [max(map(len, (head, *column))) + 2 for head, column in columns.items()]
     aligned = [
         line[0].ljust(widths[0]) + "".join(map(str.rjust, line[1:], widths[1:]))
