@@ -28,15 +28,13 @@ from harmodt.algorithms.sequence import SequenceLearner
 from harmodt.batch import Batch, Steps
 from harmodt.config import TrainConfig
 from harmodt.data.store import DataStore
-from harmodt.draws import Draws, Seeds
+from harmodt.draws import Draws
 from harmodt.environments.metaworld_names import TASK_SETS
 from harmodt.masks.gradients import harmony_score
 from harmodt.masks.update import MaskUpdate, weights_to_move
 from harmodt.networks.decision_transformer import DecisionTransformer
 from harmodt_kernels import PYTORCH, Backend, Selection, fused_backend, pack_bits
 from harmodt_kernels.harmony_selection import count_signs
-
-SEEDS = Seeds(3)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +64,7 @@ def make_learner(
 
 
 def update(learner: HarmoDTLearner, step: int = 0) -> MaskUpdate:
-    return learner.updater.update(step, learner.losses_of_draws(step, SEEDS))
+    return learner.updater.update(step, learner.losses_of_draws(step))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +120,7 @@ def test_the_logged_harmony_is_definition_3_2_of_one_family(
     learner = make_learner(store, configure(algorithm, harmony_every=step), mask_norms=False)
     masks = learner.bank.bits.clone() if algorithm != "prompt-dt" else None
     draws = _record_draws(learner)
-    logged = learner.before_step(step, SEEDS)["harmony"]
+    logged = learner.before_step(step)["harmony"]
     full = torch.full((learner.vector.maskable_size // 32,), -1, dtype=torch.int32)
     families = {"dense": [full] * 3}
     if masks is not None:
@@ -184,18 +182,18 @@ def test_harmony_is_logged_when_asked_for_and_changes_nothing(
 ) -> None:
     updates = algorithm == "harmodt-f"
     learner = make_learner(store, configure(algorithm))
-    assert learner.before_step(6, SEEDS) == {}
+    assert learner.before_step(6) == {}
     learner = make_learner(store, configure(algorithm, harmony_every=3))
     before = {name: tensor.clone() for name, tensor in learner.tensors().items()}
-    assert learner.before_step(5, SEEDS) == {}
-    first, again = learner.before_step(6, SEEDS), learner.before_step(6, SEEDS)
+    assert learner.before_step(5) == {}
+    first, again = learner.before_step(6), learner.before_step(6)
     assert first == again
     assert first.keys() == {"harmony"}
     assert 0 < abs(first["harmony"]) < 1
-    assert learner.before_step(9, SEEDS) != first
+    assert learner.before_step(9) != first
     for name, tensor in learner.tensors().items():
         assert torch.equal(tensor, before[name])
-    both = learner.before_step(12, SEEDS)  # mask_update_every is 4
+    both = learner.before_step(12)  # mask_update_every is 4
     assert both.keys() == ({"harmony", "moved_weights"} if updates else {"harmony"})
 
 

@@ -348,26 +348,34 @@ def test_dropout_acts_in_training_alone() -> None:
 def test_dropout_reaches_attention_and_residual_branches() -> None:
     calls = []
 
-    def attention(qkv: Tensor, queries: slice, drop: float, past: None) -> Tensor:
+    def attention(
+        qkv: Tensor, queries: slice, drop: float, past: None, seed: Tensor | None
+    ) -> Tensor:
         out = REFERENCE.attention(qkv, queries, 0.0, past)
-        calls.append(("attention", out.shape[1], drop))
+        calls.append(("attention", out.shape[1], drop, seed))
         return out
 
-    def linear_residual(*operands: Tensor | None, group_gradients: None) -> Tensor:
+    def linear_residual(
+        *operands: Tensor | None, seed: Tensor | None, group_gradients: None
+    ) -> Tensor:
         *layer, residual, drop = operands
-        calls.append(("residual", residual.shape[1], drop))
+        calls.append(("residual", residual.shape[1], drop, seed))
         return REFERENCE.linear_residual(*layer, residual, 0.0)
 
     backend = dataclasses.replace(REFERENCE, attention=attention, linear_residual=linear_residual)
     model = make_model(dataclasses.replace(CONFIG, dropout=0.2), backend=backend)
-    dense(model, make_batch([0, 1]))
+    batch = make_batch([0, 1])
+    assert model.dropout_places == 7
+    model(batch, no_masks(model, 2), torch.arange(7))  # 0 is the embeddings' seed
     # The last block computes the outputs of the 4 observation tokens of 3 windows alone.
     assert calls == [
-        ("attention", 18, 0.2), ("residual", 3 * 18, 0.2), ("residual", 3 * 18, 0.2),
-        ("attention", 4, 0.2), ("residual", 3 * 4, 0.2), ("residual", 3 * 4, 0.2),
+        ("attention", 18, 0.2, 1), ("residual", 3 * 18, 0.2, 2), ("residual", 3 * 18, 0.2, 3),
+        ("attention", 4, 0.2, 4), ("residual", 3 * 4, 0.2, 5), ("residual", 3 * 4, 0.2, 6),
     ]  # fmt: skip
-    dense(model.eval(), make_batch([0, 1]))
-    assert {drop for _, _, drop in calls[6:]} == {0.0}
+    dense(model, batch)
+    assert [call[2:] for call in calls[6:]] == [(0.2, None)] * 6
+    dense(model.eval(), batch)
+    assert {call[2] for call in calls[12:]} == {0.0}
 
 
 def test_embedding_dropout_drops_entries_of_prompt_and_history_tokens_in_training() -> None:

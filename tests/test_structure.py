@@ -14,7 +14,14 @@ ROOT = Path(__file__).parents[1]
 # those of the lines before.
 FLOORS = [
     {"harmodt_kernels"},
-    {"harmodt.draws", "harmodt.errors", "harmodt.files", "harmodt.progress", "harmodt.settings"},
+    {
+        "harmodt.draws",
+        "harmodt.errors",
+        "harmodt.files",
+        "harmodt.graph",
+        "harmodt.progress",
+        "harmodt.settings",
+    },
     {"harmodt.batch", "harmodt.config", "harmodt.devices", "harmodt.rundir", "harmodt.checkpoint"},
     {"harmodt.environments", "harmodt.results"},
     {"harmodt.data"},

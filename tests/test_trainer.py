@@ -258,7 +258,7 @@ def test_masks_move_in_training(store: DataStore) -> None:
     train(trainer, 10)
     assert (trainer.learner.bank.bits != before).any(1).all()
     assert torch.equal(trainer.learner.bank.active_counts(), counts)
-    padding = ~_as_bools(trainer, trainer.learner.valid_bits)
+    padding = ~_as_bools(trainer, trainer.learner.vector.valid_bits())
     assert (trainer.learner.vector.weights[padding] == 0).all()
 
 
