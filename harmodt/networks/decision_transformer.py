@@ -128,25 +128,24 @@ class Block(nn.Module):
 class TokenEmbedding(nn.Module):
     """Return-to-go, observation and action of each time step, in that order, as tokens."""
 
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, config: TransformerConfig, backend: Backend):
         super().__init__()
+        self.backend = backend
         d = config.embed_dim
         self.returns_to_go = nn.Linear(1, d)
         self.observations = nn.Linear(config.observation_size + config.task_embedding_dim, d)
         self.actions = nn.Linear(config.action_size, d)
         self.timesteps = nn.Embedding(config.max_timesteps, d)
 
-    def forward(self, steps: Steps) -> Tensor:
+    def forward(self, steps: Steps, masks: TaskMasks) -> Tensor:
         """Embed time steps: [G, B, 3 L, d]."""
-        tokens = torch.stack(
-            (
-                self.returns_to_go(steps.returns_to_go[..., None]),
-                self.observations(steps.observations),
-                self.actions(steps.actions),
-            ),
-            dim=3,
+        tokens = self.backend.token_embedding(
+            (steps.returns_to_go[..., None], steps.observations, steps.actions),
+            steps.timesteps,
+            list(self.parameters()),
+            masks.gradients_of(self),
         )  # [G, B, L, 3, d]
-        return (tokens + self.timesteps(steps.timesteps)[:, :, :, None]).flatten(2, 3)
+        return tokens.flatten(2, 3)
 
 
 class DecisionTransformer(nn.Module):
@@ -177,8 +176,8 @@ class DecisionTransformer(nn.Module):
         if config.task_embedding_dim:
             self.task_embedding = nn.Embedding(tasks, config.task_embedding_dim)
         if config.prompt_length:
-            self.prompt_embedding = TokenEmbedding(config)
-        self.history_embedding = TokenEmbedding(config)
+            self.prompt_embedding = TokenEmbedding(config, backend)
+        self.history_embedding = TokenEmbedding(config, backend)
         self.history_norm = nn.LayerNorm(d)
         self.blocks = nn.ModuleList(Block(config, backend) for _ in range(config.layers))
         self.final_norm = MaskedLayerNorm(d, backend=backend)
@@ -207,9 +206,9 @@ class DecisionTransformer(nn.Module):
             float32 [G, B, K, A], in (-1, 1).
         """
         of_embeddings, *of_blocks = [None] * self.dropout_places if seeds is None else seeds
-        x = self._embed_history(batch.history, batch.task_ids)
+        x = self._embed_history(batch.history, batch.task_ids, masks)
         if batch.prompt is not None:
-            x = torch.cat((self._embed_prompt(batch.prompt, batch.task_ids), x), dim=2)
+            x = torch.cat((self._embed_prompt(batch.prompt, batch.task_ids, masks), x), dim=2)
         if self.training and self.config.embedding_dropout:
             drop = self.config.embedding_dropout
             x = self.backend.dropout_add(torch.zeros_like(x), x, drop, of_embeddings)
@@ -223,7 +222,7 @@ class DecisionTransformer(nn.Module):
 
     def encode_prompt(self, prompt: Steps, task_ids: Tensor, masks: TaskMasks) -> PromptCache:
         """Keys and values of the prompt's tokens, which no later token can change."""
-        x = self._embed_prompt(prompt, task_ids)
+        x = self._embed_prompt(prompt, task_ids, masks)
         cache = []
         for block in self.blocks:
             x, (keys, values) = block(x, masks)
@@ -249,7 +248,7 @@ class DecisionTransformer(nn.Module):
                 computed of the steps before, which are no history's last.
         """
         # The last token is the last step's action, which is what is asked for.
-        x = self._embed_history(history, task_ids)[:, :, :-1]
+        x = self._embed_history(history, task_ids, masks)[:, :, :-1]
         observation_tokens = slice(3 * (shortest - 1) + 1, None, 3)
         for index, block in enumerate(self.blocks):
             past = prompt_cache[index] if prompt_cache is not None else None
@@ -258,11 +257,19 @@ class DecisionTransformer(nn.Module):
         last_steps = history.valid.sum(2)[:, :, None, None] - shortest
         return self._actions(x.take_along_dim(last_steps, dim=2), masks)[:, :, 0]
 
-    def _embed_history(self, steps: Steps, task_ids: Tensor) -> Tensor:
-        return self.history_norm(self.history_embedding(self._with_task(steps, task_ids)))
+    def _embed_history(self, steps: Steps, task_ids: Tensor, masks: TaskMasks) -> Tensor:
+        x = self.history_embedding(self._with_task(steps, task_ids), masks)
+        norm = self.history_norm
+        normalised, _ = self.backend.masked_layer_norm(
+            x.flatten(1, 2),
+            *(norm.weight, norm.bias, None, None, None),
+            epsilon=norm.eps,
+            group_gradients=masks.gradients_of(norm),
+        )
+        return normalised.view(x.shape)
 
-    def _embed_prompt(self, steps: Steps, task_ids: Tensor) -> Tensor:
-        return self.prompt_embedding(self._with_task(steps, task_ids))
+    def _embed_prompt(self, steps: Steps, task_ids: Tensor, masks: TaskMasks) -> Tensor:
+        return self.prompt_embedding(self._with_task(steps, task_ids), masks)
 
     def _with_task(self, steps: Steps, task_ids: Tensor) -> Steps:
         if not self.config.task_embedding_dim:
@@ -273,7 +280,13 @@ class DecisionTransformer(nn.Module):
 
     def _actions(self, x: Tensor, masks: TaskMasks) -> Tensor:
         normalised, _ = self.final_norm(x.flatten(1, 2), masks.of(self.final_norm))
-        return torch.tanh(self.action_head(normalised.view(x.shape))).float()
+        head = self.action_head
+        actions = self.backend.masked_linear(
+            normalised,
+            *(head.weight, head.bias, None, None, None),
+            group_gradients=masks.gradients_of(head),
+        )
+        return torch.tanh(actions).float().view(*x.shape[:3], -1)
 
 
 def _initialise_as_gpt2(module: nn.Module) -> None:
