@@ -198,7 +198,7 @@ MASKS = {
 
 @pytest.mark.parametrize(
     ("count", "chunk_words", "values"),
-    [(1, 1, 64), (7, 32, 2048), (40, 4, 128), (10 * P, 2, 1024)],
+    [(1, 1, 64), (7, 32, 2048), (40, 4, 512), (10 * P, 2, 1024)],
 )
 @pytest.mark.parametrize("scores", SCORES)
 def test_selection_of_any_scores(

@@ -30,7 +30,7 @@ from harmodt.config import TrainConfig
 from harmodt.data.store import DataStore
 from harmodt.draws import Draws
 from harmodt.environments.metaworld_names import TASK_SETS
-from harmodt.masks.gradients import harmony_score
+from harmodt.masks.gradients import TaskGradients, harmony_score
 from harmodt.masks.update import MaskUpdate, weights_to_move
 from harmodt.networks.decision_transformer import DecisionTransformer
 from harmodt_kernels import PYTORCH, Backend, Selection, fused_backend, pack_bits
@@ -306,6 +306,19 @@ def test_memory_decides_how_the_gradients_are_computed_and_not_the_masks(
     for bits, harmony in results[1:]:
         assert torch.equal(bits, results[0][0])
         assert harmony == results[0][1]
+
+
+def test_the_mean_gradient_is_the_same_however_the_tasks_are_parted(tmp_path: Path) -> None:
+    learner = make_learner(make_store(tmp_path / "store", TASK_SETS["mt30"][:5]), mask_norms=False)
+    losses, task_ids = learner.losses_of_draws(0, SEEDS), range(5)
+    first, *others = (
+        TaskGradients(
+            learner.vector, losses, learner.masks_of, [task_ids[i : i + n] for i in task_ids[::n]]
+        ).mean()
+        for n in (1, 2, 5)
+    )
+    for other in others:
+        assert torch.equal(other, first)
 
 
 def test_with_dropout_too_an_update_can_be_done_again(store: DataStore) -> None:

@@ -147,7 +147,7 @@ def harmony_minima_kernel(
         out = minima + task * 2 * chunks + chunk[:, None] + side[None, :] * chunks
         tl.store(out, smallest, mask=chunk[:, None] < chunks)
         # Both numbers in one sum: neither reaches 2^16. Compared, not multiplied: no underflow.
-        counted = (masked != 0.0) & (mean != 0.0) & inside[:, None]
+        counted = (masked != 0.0) & (mean != 0.0)
         sign = tl.where((masked > 0.0) == (mean > 0.0), 1, 1 << 16)
         numbers = tl.sum(tl.sum(tl.where(counted, sign, 0), 1), 0)
         numbers = tl.where(side == 0, numbers & 0xFFFF, numbers >> 16)
