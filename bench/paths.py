@@ -1,12 +1,17 @@
 """A training step along several paths, each a `Trainer`: batch, loss and all else are the same.
 
-fused           the kernels
-masked copies   one pass makes W ⊙ M of all layers for the tasks of the step, the library's
-                batched products take these copies, and one pass masks and adds the gradients;
-                all other operations are those of "fused"
-reference       masks in plain PyTorch: --no-fused
-dense           Prompt-DT: the same model without masks, in PyTorch
-compiled        "dense" through torch.compile, with PyTorch's fused AdamW
+The paths:
+
+    fused           the kernels
+    masked copies   one pass makes W ⊙ M of all layers for the tasks of the step, the library's
+                    batched products take these copies, and one pass masks and adds the gradients;
+                    all other operations are those of "fused"
+    reference       masks in plain PyTorch: --no-fused
+    dense           Prompt-DT: the same model without masks, in PyTorch
+    dense, oneDNN   the same with the library's other products, on a CPU; on AMD's they are faster
+    compiled        "dense" through torch.compile, with PyTorch's fused AdamW
+
+"masked copies" and "compiled", too, multiply by oneDNN where that is exact.
 """
 
 from __future__ import annotations
