@@ -84,7 +84,7 @@ def all_parts(train_minutes: int = 0, output: Path = Path("results")) -> list[Pa
     """
     no_gpu_needed = "--ignore=tests/test_kernels_targets.py"
     tests = sorted(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_kernels_*.py"))
-    run = output / "mt5-run"
+    run = output.resolve() / "mt5-run"
     start = ("--output", str(run)) if not run.exists() else ("--resume", str(run))
     parts = [
         Part(
