@@ -38,6 +38,7 @@ def test_copies_and_their_gradients_on_a_gpu(words: int, dtype: torch.dtype) -> 
     assert torch.equal(actual[32 * words :].cpu(), total[32 * words :])
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="this is the way of a CPU")
 def test_a_step_on_masked_copies_is_that_of_the_definition(tmp_path, monkeypatch) -> None:
     """A weight that no task of the step uses stays; gradients do not reach it."""
     import paths
