@@ -23,11 +23,9 @@ from harmodt.data.store import DataStore
 @pytest.mark.parametrize("size", ["1.47M", "5.29M"])
 @pytest.mark.parametrize("gradients", ["kept", "computed twice"])
 def bench_mask_update(benchmark: Any, store: DataStore, gradients: str, size: str) -> None:
-    in_memory = 4.0 if gradients == "kept" else 0.0
-    trainers = {
-        path: make_trainer(store, path, size=size, mask_update_gb=in_memory)
-        for path in ("fused", "reference")
-    }
+    settings = {"size": size, "mask_update_gb": 4.0 if gradients == "kept" else 0.0}
+    settings |= {"layers": 1, "batch_per_task": 1} if benchmark.disabled else {}
+    trainers = {path: make_trainer(store, path, **settings) for path in ("fused", "reference")}
     for trainer in trainers.values():
         trainer.step = trainer.setup.config.optimisation.steps // 2  # where the most weights move
         assert trainer.before_step()["moved_weights"] == 100

@@ -68,6 +68,7 @@ def masked_copies(weights: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
         words=words,
         WORDS=WORDS,
         num_warps=4,
+        enable_fp_fusion=False,
     )
     return copies
 
@@ -85,4 +86,5 @@ def add_masked(total: Tensor, gradients: Tensor, bits: Tensor) -> None:
         groups=groups,
         WORDS=WORDS,
         num_warps=4,
+        enable_fp_fusion=False,
     )

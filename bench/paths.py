@@ -91,6 +91,7 @@ class Graph:
         self._task_ids = range(trainer.setup.config.data.tasks_per_step)
         self._sample, self._drawn = self._learner.sampler.sample, 0
         self._batch = self._draw()
+        torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):  # what is made at the first steps alone
             for _ in range(3):
                 self._compute()

@@ -154,7 +154,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def plain_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells as a Markdown table; columns that begin with a digit hold numbers."""
+    """Cells as a Markdown table; columns of numbers, but for the first, are set to the right."""
     lines = [list(row) for row in rows]
     rule = [
         "---:" if index and all(cell[:1].isdigit() for cell in column if cell) else "---"
