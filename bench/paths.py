@@ -52,11 +52,12 @@ def make_trainer(
         compiler: torch.compile's backend, for the path "compiled".
     """
     on_kernels = path in ("fused", "masked copies")
-    copies = MaskedCopies(fused()) if on_kernels else None
+    kernels = fused() if on_kernels else None
     config = preset("paper", "prompt-dt" if path in DENSE else "harmodt-f")
     config = change(config, {**STEP, "fused": on_kernels, **settings})
     if path == "masked copies":
-        assert copies is not None
+        assert kernels is not None
+        copies = MaskedCopies(kernels)
         trainer = tiny.make_trainer(store, config, DEVICE, copies.backend)
         copies.bank = trainer.learner.bank
     elif path == "dense, oneDNN":
@@ -219,7 +220,7 @@ def _copy(weights: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
         import copies_triton
 
         return copies_triton.masked_copies(weights, mask, dtype)
-    copies = weights.new_zeros(mask.shape, dtype=dtype)
+    copies = weights.new_empty(mask.shape, dtype=dtype)
     weights, zero = weights[: mask.shape[1]], weights.new_zeros(())
     for copy, row in zip(copies, mask, strict=True):
         torch.where(row, weights, zero, out=copy)
