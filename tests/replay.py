@@ -117,7 +117,7 @@ class Recording(TorchDispatchMode):
 
     def repeat(self) -> None:
         """Compute everything again, with the same operands, into the same places."""
-        with torch.no_grad():
+        with torch.inference_mode():
             for call, args, kwargs, made in self._calls:
                 again = _made(call(*args, **kwargs), (args, kwargs))
                 for old, new in zip(made, again, strict=True):

@@ -107,8 +107,8 @@ Refusal select_words(const harmodt_selection_operands& s, int64_t task, int64_t 
 typedef Refusal (*SelectWords)(const harmodt_selection_operands&, int64_t, int64_t, int64_t,
                                Smallest&, Smallest&, int64_t*);
 
-// Every task is cut into parts; keys are [tasks][parts][2][capacity], their numbers and those of the
-// signs that agree and differ are `counts`.
+// Every task is cut into parts; keys are [tasks][parts][2][capacity]. `counts` has their numbers, and
+// those of the signs that agree and differ.
 void select_harmony(const harmodt_selection_operands& s, int64_t parts, int64_t capacity,
                     int64_t* keys, int64_t* counts, uint8_t* refused, int threads) {
   SelectWords select = s.fisher ? (s.paper ? select_words<true, true> : select_words<true, false>)

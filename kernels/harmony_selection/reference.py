@@ -113,7 +113,8 @@ def select_harmony(
         refused[task] = refusal(masked, dense, loss, divides, mean_gradient, scores)
         if refused[task]:
             continue
-        agreeing[task], differing[task] = count_signs(masked[maskable], mean_gradient[maskable])
+        of_weights = torch.where(maskable, mean_gradient, 0.0)
+        agreeing[task], differing[task] = count_signs(masked, of_weights)
         number = min(count, int(active.sum()), int(inactive.sum()))
         leaving[task, :number] = smallest(harmony, active, number)
         entering[task, :number] = smallest(-agreement, inactive, number)
