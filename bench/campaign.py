@@ -219,8 +219,10 @@ class Campaign:
                 continue
             heading = f"## {part.name}: {part.question}\n\n{record['status']}, "
             heading += f"{record['seconds']:.0f} s; `{' '.join(record['command'])}`"
-            found = record.get("result") if part.table else None
-            body = part.table(found) if part.table and found else _fenced(record.get("log", []))
+            found, log = record.get("result") if part.table else None, record.get("log", [])
+            if "pytest" in part.command and log:
+                heading += f"\n\n{log[-1]}"  # how many passed, and how many were left out
+            body = part.table(found) if part.table and found else _fenced(log)
             texts.append(f"{heading}\n\n{body.strip()}\n")
         return "\n".join(texts)
 

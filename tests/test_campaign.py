@@ -81,7 +81,8 @@ def test_a_killed_campaign_goes_on_where_it_was(tmp_path, begin) -> None:
 def test_the_file_holds_results_and_what_they_depend_on(tmp_path, begin, monkeypatch) -> None:
     result = {"benchmarks": [{"stats": {"median": 1, "data": [1] * 1000}}]}
     code = f"import json, sys; json.dump({result}, open(sys.argv[1], 'w')); print('said')"
-    kept = Part("kept", "why?", 60, ("-c", code, "RESULT"), ("small",), lambda r: f"{r}")
+    command = ("-c", code, "RESULT", "pytest")
+    kept = Part("kept", "why?", 60, command, ("small",), lambda r: f"{r}")
     monkeypatch.setattr(campaign, "all_parts", lambda *_: [kept])
     assert run_parts(begin(), [kept]) == {}
     record = json.loads((tmp_path / "campaign.json").read_text())["parts"]["kept"]
@@ -92,7 +93,9 @@ def test_the_file_holds_results_and_what_they_depend_on(tmp_path, begin, monkeyp
     assert {"python", "torch"} <= record["machine"]["versions"].keys()
     assert "driver" in record["machine"]
     text = (tmp_path / "campaign.md").read_text()
-    assert text.startswith("## kept: why?\n\ndone, ") and str(record["result"]) in text
+    assert text.startswith("## kept: why?\n\ndone, ") and text.endswith(
+        f"said\n\n{record['result']}\n"
+    )
     assert {path.name for path in tmp_path.iterdir()} == {
         *("campaign.json", "campaign.md", "kept.log")
     }
