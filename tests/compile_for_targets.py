@@ -234,18 +234,20 @@ def masked_layer_norm_cases() -> Iterator[Case]:
 
 
 def masked_layer_norm_case(precision: str, rows: int, size: int) -> Case:
-    """Forward and backward pass of a layer whose tensors are views of flat vectors."""
+    """Forward and backward pass of a layer in flat vectors, whose x is of float32."""
     dtype, _ = PRECISIONS[precision]
 
     def run() -> None:
         gain, bias = torch.empty(2, 32 * words_for(size))[:, :size]
         bits = torch.zeros(3, 2 * words_for(size), dtype=torch.int32).chunk(2, 1)
-        x = torch.empty(5, rows, size, dtype=dtype, requires_grad=True)
+        x = torch.empty(5, rows, size, requires_grad=True)
         ids = torch.zeros(5, dtype=torch.int64)
         # With a residual's gradient, and without one but the gradients of groups.
         for outputs, out in ((2, None), (1, tuple(torch.empty(2, 5, size)))):
-            given = masked_layer_norm(x, gain, bias, *bits, ids, group_gradients=out)[:outputs]
-            torch.autograd.backward(given, [torch.empty_like(x)] * outputs)
+            given = masked_layer_norm(x, gain, bias, *bits, ids, dtype=dtype, group_gradients=out)[
+                :outputs
+            ]
+            torch.autograd.backward(given, [torch.empty_like(t) for t in given])
 
     return Case(f"5 × {rows} rows of {size}", run, precision)
 

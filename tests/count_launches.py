@@ -22,7 +22,9 @@ from tiny import configure, make_store, make_trainer
 TASKS = ("reach-v3", "push-v3", "drawer-open-v3", "door-open-v3", "button-press-v3")
 
 
-def step_launches(groups: int, dropout: float, layers: int = 6) -> tuple[Counter, Counter]:
+def step_launches(
+    groups: int, dropout: float, precision: str = "fp32", layers: int = 6
+) -> tuple[Counter, Counter]:
     """Kernels of Triton and of PyTorch of one training step, by name.
 
     The batch is there already: its gathering is not counted.
@@ -37,6 +39,7 @@ def step_launches(groups: int, dropout: float, layers: int = 6) -> tuple[Counter
             layers=layers,
             tasks_per_step=groups,
             dropout=dropout,
+            precision=precision,
             batch_per_task=2,
             mask_update_every=1000,
         )
@@ -52,9 +55,9 @@ def step_launches(groups: int, dropout: float, layers: int = 6) -> tuple[Counter
 
 def main() -> None:
     """The command line."""
-    cases = [(1, 0.0), (1, 0.1), (5, 0.1)]
-    counts = [step_launches(*case) for case in cases]
-    print("| kernel |", *(f"{groups} × 8, dropout {dropout} |" for groups, dropout in cases))
+    cases = [(1, 0.0, "fp32"), (1, 0.1, "fp32"), (5, 0.1, "fp32"), (1, 0.1, "bf16")]
+    counts = [step_launches(groups, drop, precision=name) for groups, drop, name in cases]
+    print("| kernel |", *(f"{groups} × 8, dropout {d}, {name} |" for groups, d, name in cases))
     print("| --- |", *("--- |" for _ in cases))
     for kind in range(2):
         for name in sorted({name for count in counts for name in count[kind]}):

@@ -61,6 +61,24 @@ def test_either_output_may_go_without_a_gradient(backend, device) -> None:
     torch.testing.assert_close(dx.double().cpu(), expected, rtol=2e-5, atol=2e-4)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_y_comes_in_the_dtype_that_is_asked_for(backend, device, masked) -> None:
+    problem = LayerNormProblem.random(2, 9, 40)
+    if not masked:
+        problem.without_masks()
+    problem.dy, problem.d_residual = problem.dy.half().float(), problem.d_residual * 0
+    operands = (problem.x, problem.weight, problem.bias)
+    leaves = [t.clone().to(device).requires_grad_() for t in operands]
+    masks = [t.to(device) for t in problem.masks] if masked else (None, None, None)
+    y, x = backend.masked_layer_norm(*leaves, *masks, dtype=torch.float16)
+    assert y.dtype == torch.float16 and x.dtype == torch.float32
+    y.backward(problem.dy.to(y))
+    expected = problem.expected(False)
+    torch.testing.assert_close(y.double().cpu(), expected["y"], rtol=1e-3, atol=1e-3)
+    for name, leaf in zip(("x", "weight", "bias"), leaves, strict=True):
+        torch.testing.assert_close(leaf.grad.double().cpu(), expected[name], rtol=2e-5, atol=2e-4)
+
+
 def test_inactive_weights_may_be_nan(backend, device) -> None:
     problem = LayerNormProblem.random(2, 9, 40)
     expected = problem.expected(False)
@@ -150,8 +168,8 @@ def test_the_registered_operations_keep_pytorchs_rules(device) -> None:
     x, dy, d_residual = (t.to(device) for t in (problem.x, problem.dy, problem.d_residual))
     weights = problem.weight.to(device), problem.bias.to(device)
     masks = [t.to(device) for t in problem.masks]
-    torch.library.opcheck(torch.ops.harmodt.masked_layer_norm, (x, *weights, *masks, 1e-5))
-    _, *kept = torch.ops.harmodt.masked_layer_norm(x, *weights, *masks, 1e-5)
+    torch.library.opcheck(torch.ops.harmodt.masked_layer_norm, (x, *weights, *masks, 1e-5, x.dtype))
+    _, *kept = torch.ops.harmodt.masked_layer_norm(x, *weights, *masks, 1e-5, x.dtype)
     for groups, residual in ((1, d_residual), (2, None)):
         out = (torch.zeros(groups, 40, device=device) for _ in range(2))
         torch.library.opcheck(

@@ -90,6 +90,9 @@ def test_a_layer_norm_is_under_its_tasks_mask(backend, device) -> None:
         shift = layer.bias * masks.roll(1, 1)[task].to(device)
         expected = normalised[group] * gain + shift
         torch.testing.assert_close(y[group], expected, rtol=1e-4, atol=1e-5)
+    with torch.autocast(device.type, torch.bfloat16):
+        halves, residual = layer(x)
+    assert halves.dtype == torch.bfloat16 and residual.dtype == torch.float32
     dense = torch.nn.functional.layer_norm(x, (40,), layer.weight, layer.bias)
     torch.testing.assert_close(layer(x)[0], dense, rtol=1e-4, atol=1e-5)
 

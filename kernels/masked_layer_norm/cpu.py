@@ -25,6 +25,7 @@ def masked_layer_norm(
     bias_bits: Tensor,
     task_ids: Tensor,
     epsilon: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = x.contiguous()
     y, statistics = torch.empty_like(x), x.new_empty(*x.shape[:2], 2)
@@ -32,7 +33,7 @@ def masked_layer_norm(
     library().harmodt_masked_layer_norm(
         byref(shape), *map(pointer, (x, weight, bias, y, statistics)), threads()
     )
-    return y, statistics, torch.zeros(len(x), dtype=torch.int32)
+    return y.to(dtype), statistics, torch.zeros(len(x), dtype=torch.int32)
 
 
 def masked_layer_norm_gradient(
@@ -49,7 +50,7 @@ def masked_layer_norm_gradient(
     bias_out: Tensor,
 ) -> Tensor:
     """Its arguments are the operands of the registered operation, one by one."""
-    dy, x = dy.contiguous(), x.contiguous()
+    dy, x = dy.float().contiguous(), x.contiguous()
     d_residual = None if d_residual is None else d_residual.contiguous()
     dx = torch.empty_like(x)
     out = WeightGradient(

@@ -49,8 +49,8 @@ class MaskedLayerNorm(nn.LayerNorm):
             masks: those of the layer, or None where every weight is active.
 
         Returns:
-            What is normalised, [G, R, d], and x itself, for the residual sum of the branch that
-            begins here.
+            What is normalised, [G, R, d], under autocast in the autocast dtype; and x itself, for
+            the residual sum of the branch that begins here.
 
         Raises:
             BackendUnavailable: there is no fused kernel for the device.
@@ -59,15 +59,18 @@ class MaskedLayerNorm(nn.LayerNorm):
         apply: Callable[..., tuple[Tensor, Tensor]] = (
             backend.masked_layer_norm if backend else masked_layer_norm
         )
-        if masks is None:
-            return apply(x, self.weight, self.bias, None, None, None, epsilon=self.eps)
+        # What follows is a product, which would convert y.
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else None
+        of_layer = masks or LayerMasks(None, None, None)
         return apply(
             x,
             self.weight,
             self.bias,
-            masks.weight_bits,
-            masks.bias_bits,
-            masks.task_ids,
+            of_layer.weight_bits,
+            of_layer.bias_bits,
+            of_layer.task_ids,
             epsilon=self.eps,
-            group_gradients=masks.group_gradients,
+            dtype=dtype,
+            group_gradients=of_layer.group_gradients,
         )

@@ -21,12 +21,13 @@ def masked_layer_norm(
     task_ids: Tensor | None,
     *,
     epsilon: float = 1e-5,
+    dtype: torch.dtype | None = None,
     group_gradients: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """LayerNorm under the mask of each group's task: y[g] = normalised x[g] (w ⊙ M) + b ⊙ m.
 
-    The fused form of `reference.masked_layer_norm`: one pass over x, in float32. Results repeat
-    bit for bit.
+    The fused form of `reference.masked_layer_norm`, whose arguments are these: one pass over x, in
+    float32. Results repeat bit for bit.
 
     Args:
         x: [G, R, d], one task per group; each row is normalised. float32, on a GPU float16 or
@@ -37,12 +38,13 @@ def masked_layer_norm(
         task_ids: int64 [G], the task of each group, below T; ids may repeat. A GPU does not check
             them. Not read without masks.
         epsilon: added to the variance.
+        dtype: of y, that of x by default.
         group_gradients: two tensors [G, d] to which the backward pass writes the gradients of
             weight and bias of each group by itself, or [1, d], to which it writes their sums;
             weight and bias then get none.
 
     Returns:
-        y, [G, R, d], in the dtype of x; and x itself, for the residual sum of the branch that
+        y, [G, R, d]; and x itself, for the residual sum of the branch that
         begins with y: its gradient there is added in the pass that computes the rest of it.
 
     Raises:
@@ -55,14 +57,15 @@ def masked_layer_norm(
     if weight_bits is None:
         if bias_bits is not None:
             raise ValueError("bias_bits is given without weight_bits: give both or neither")
-        return _without_masks(x, weight, bias, epsilon, group_gradients)
+        return _without_masks(x, weight, bias, epsilon, dtype, group_gradients)
     if bias_bits is None or task_ids is None:
         raise ValueError("weight_bits needs bias_bits and task_ids: give all of them or none")
     _check_operands(x, weight, bias, weight_bits, bias_bits, task_ids)
     weight_out, bias_out = group_gradients or (None, None)
     _check_outputs(len(x), weight, weight_out, bias_out)
+    masks = weight_bits, bias_bits, task_ids
     return _MaskedLayerNorm.apply(
-        x, weight, bias, weight_bits, bias_bits, task_ids, epsilon, weight_out, bias_out
+        x, weight, bias, *masks, epsilon, dtype or x.dtype, weight_out, bias_out
     )
 
 
@@ -71,6 +74,7 @@ def _without_masks(
     weight: Tensor,
     bias: Tensor,
     epsilon: float,
+    dtype: torch.dtype | None,
     group_gradients: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     """The layer under a mask of all weights."""
@@ -83,6 +87,7 @@ def _without_masks(
         everything,
         first_task(len(x), x.device),
         epsilon=epsilon,
+        dtype=dtype,
         group_gradients=group_gradients,
     )
 
@@ -149,12 +154,13 @@ class _MaskedLayerNorm(torch.autograd.Function):
         bias_bits: Tensor,
         task_ids: Tensor,
         epsilon: float,
+        dtype: torch.dtype,
         weight_out: Tensor | None,
         bias_out: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Its arguments stand one by one, because autograd looks for tensors among them."""
         y, *kept = torch.ops.harmodt.masked_layer_norm(
-            x, weight, bias, weight_bits, bias_bits, task_ids, epsilon
+            x, weight, bias, weight_bits, bias_bits, task_ids, epsilon, dtype
         )
         ctx.save_for_backward(x, *kept, weight, weight_bits, bias_bits, task_ids)
         ctx.group_gradients = weight_out, bias_out
@@ -166,20 +172,20 @@ class _MaskedLayerNorm(torch.autograd.Function):
         ctx: Any, dy: Tensor | None, d_residual: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return d_residual, *[None] * 8
+            return d_residual, *[None] * 9
         gradient = torch.ops.harmodt.masked_layer_norm_gradient
         weight_out, bias_out = ctx.group_gradients
         if weight_out is not None:
-            return gradient(dy, d_residual, *ctx.saved_tensors, weight_out, bias_out), *[None] * 8
+            return gradient(dy, d_residual, *ctx.saved_tensors, weight_out, bias_out), *[None] * 9
         weight = ctx.saved_tensors[3]
         d_weight, d_bias = (weight.new_empty(1, len(weight)) for _ in range(2))
         dx = gradient(dy, d_residual, *ctx.saved_tensors, d_weight, d_bias)
-        return dx, d_weight[0], d_bias[0], *[None] * 6
+        return dx, d_weight[0], d_bias[0], *[None] * 7
 
 
-def _masked_layer_norm_fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _masked_layer_norm_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        x.new_empty(x.shape),
+        x.new_empty(x.shape, dtype=rest[-1]),
         x.new_empty(*x.shape[:2], 2, dtype=torch.float32),
         x.new_empty(len(x), dtype=torch.int32),
     )
@@ -193,7 +199,8 @@ register(
     __package__,
     "masked_layer_norm",
     "(Tensor x, Tensor weight, Tensor bias, Tensor weight_bits, Tensor bias_bits, "
-    "Tensor task_ids, float epsilon) -> (Tensor y, Tensor statistics, Tensor arrivals)",
+    "Tensor task_ids, float epsilon, ScalarType dtype) "
+    "-> (Tensor y, Tensor statistics, Tensor arrivals)",
     _masked_layer_norm_fake,
 )
 register(

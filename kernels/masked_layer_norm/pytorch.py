@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,11 +18,16 @@ def masked_layer_norm(
     task_ids: Tensor | None,
     *,
     epsilon: float = 1e-5,
+    dtype: torch.dtype | None = None,
     group_gradients: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same as `reference.masked_layer_norm`: PyTorch's own layer where nothing is masked."""
+    """The same as `reference.masked_layer_norm`, whose arguments are these.
+
+    It is PyTorch's own layer where nothing is masked.
+    """
     if weight_bits is None and group_gradients is None:
-        return F.layer_norm(x, x.shape[-1:], weight, bias, epsilon), x
+        y = F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
+        return y if dtype is None else y.to(dtype), x
     return reference.masked_layer_norm(
         x,
         weight,
@@ -30,5 +36,6 @@ def masked_layer_norm(
         bias_bits,
         task_ids,
         epsilon=epsilon,
+        dtype=dtype,
         group_gradients=group_gradients,
     )

@@ -18,12 +18,14 @@ def masked_layer_norm(
     task_ids: Tensor | None,
     *,
     epsilon: float = 1e-5,
+    dtype: torch.dtype | None = None,
     group_gradients: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """LayerNorm under the mask of each group's task: y[g] = normalised x[g] (w ⊙ M) + b ⊙ m.
 
     Differentiable in x, weight and bias; the gradient of an inactive weight is exactly zero.
-    Weights that are inactive may hold any value, NaN included.
+    Weights that are inactive may hold any value, NaN included. Masks are an argument each, as of
+    all layers.
 
     Args:
         x: [G, R, d], one task per group; each row is normalised.
@@ -32,6 +34,7 @@ def masked_layer_norm(
             every weight and bias is active.
         task_ids: int64 [G], the task of each group; ids may repeat. Not read without masks.
         epsilon: added to the variance.
+        dtype: of y, if it is another one than what comes out.
         group_gradients: two tensors [G, d] to which the backward pass writes the gradients of
             weight and bias of each group by itself; weight and bias then get none.
 
@@ -42,4 +45,5 @@ def masked_layer_norm(
     weight_out, bias_out = group_gradients or (None, None)
     gain = copies_of_groups(weight, weight_bits, task_ids, len(x), weight_out)
     shift = copies_of_groups(bias, bias_bits, task_ids, len(x), bias_out)
-    return torch.addcmul(shift[:, None], normalised, gain[:, None]), x
+    y = torch.addcmul(shift[:, None], normalised, gain[:, None])
+    return y if dtype is None else y.to(dtype), x

@@ -178,10 +178,11 @@ def masked_layer_norm(
     bias_bits: Tensor,
     task_ids: Tensor,
     epsilon: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = x.contiguous()
     groups, rows, size = x.shape
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, dtype=dtype)
     statistics = torch.empty(groups, rows, 2, device=x.device)
     arrivals = torch.empty(groups, dtype=torch.int32, device=x.device)
     tiles, block_r, block_d = tiles_of(rows, size)
