@@ -56,9 +56,9 @@ class LinearArithmetic(TorchDispatchMode):
         elif name == "masked_linear_input_gradient":
             dy, _, weight = args[:3]
             self.operations += 2 * dy.numel() * weight.shape[1]
-        elif name == "masked_linear_group_gradients":
-            dy, _, x = args[:3]
-            self.operations += 2 * dy.numel() * x.shape[-1]
+        elif name == "masked_linear_weight_gradients":
+            for dy, x in zip(args[0], args[2], strict=True):
+                self.operations += 2 * dy.numel() * x.shape[-1]
         return func(*args, **(kwargs or {}))
 
 

@@ -34,7 +34,7 @@ STEPS = 20
 PARTS = {
     "linear layers, forward": ("harmodt::masked_linear",),
     "linear layers, gradient of x": ("harmodt::masked_linear_input_gradient",),
-    "linear layers, gradient of W and b": ("harmodt::masked_linear_group_gradients",),
+    "linear layers, gradient of W and b": ("harmodt::masked_linear_weight_gradients",),
     "products of other layers, or of the reference": (
         "aten::addmm",
         "aten::baddbmm",

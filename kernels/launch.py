@@ -13,10 +13,13 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     Args:
         kernel: a function under `triton.jit`.
         grid: number of programs along each axis.
-        arguments: all of the kernel's arguments by name, a tensor first, then `num_warps`,
-            `num_stages` and `enable_fp_fusion`.
+        arguments: all of the kernel's arguments by name, first a tensor or a tuple that begins with
+            one, then `num_warps`, `num_stages` and `enable_fp_fusion`.
     """
-    device = next(iter(arguments.values())).device
+    first = next(iter(arguments.values()))
+    while isinstance(first, tuple):
+        first = first[0]
+    device = first.device
     if device.type == "cpu":  # the interpreter
         kernel[grid](**arguments)
         return

@@ -38,6 +38,7 @@ from harmodt_kernels.attention import attention
 from harmodt_kernels.dropout_add import dropout_add
 from harmodt_kernels.linear_residual import linear_residual
 from harmodt_kernels.masked_layer_norm import masked_layer_norm
+from harmodt_kernels.masked_linear.gradients import LayerGradients, write
 from harmodt_kernels.token_embedding import token_embedding
 
 OUTPUT = Path(__file__).parents[1] / "build" / "kernels.md"
@@ -227,6 +228,50 @@ def linear_residual_case(precision: str, rows: int, inputs: int, outputs: int) -
     return Case(f"5 × {rows} rows, {inputs} to {outputs}, dropout, residual", run, precision)
 
 
+def weight_gradients_cases() -> Iterator[Case]:
+    for precision in TRAINING:
+        for d, groups in ((128, 1), (128, 50), (512, 1)):
+            case = weight_gradients_case(precision, d, groups)
+            yield case._replace(largest=d == 512)
+        for d in (128, 512):
+            case = weight_gradients_case(precision, d, 5, drop=0.1)
+            yield case._replace(largest=d == 512)
+        yield weight_gradients_case(precision, 128, 5, of_groups=True)
+
+
+def weight_gradients_case(
+    precision: str, d: int, groups: int, *, drop: float = 0.0, of_groups: bool = False
+) -> Case:
+    """The layers of a block together, as the model has them: rows after one another in vectors."""
+    dtype, weight_dtype = PRECISIONS[precision]
+
+    def layer(inputs: int, outputs: int, relu: bool, drop: float) -> LayerGradients:
+        size = outputs * (inputs + 1)
+        bits = torch.zeros(3, WEIGHTS // 32, dtype=torch.int32)[:, : size // 32]
+        gradients = torch.empty(groups if of_groups else 1, WEIGHTS, dtype=weight_dtype)[:, :size]
+        dy = torch.empty(groups, 600, outputs, dtype=dtype)
+        return LayerGradients(
+            dy=dy,
+            y=dy if relu else None,
+            x=torch.empty(groups, 600, inputs, dtype=dtype),
+            weight_bits=bits[:, : -outputs // 32].unflatten(1, (outputs, inputs // 32)),
+            bias_bits=bits[:, -outputs // 32 :],
+            task_ids=torch.zeros(groups, dtype=torch.int64),
+            weight_out=gradients[:, :-outputs].unflatten(1, (outputs, inputs)),
+            bias_out=gradients[:, -outputs:],
+            drop=drop,
+            seed=torch.zeros(1, dtype=torch.int64) if drop else None,
+        )
+
+    def run() -> None:
+        sizes = (d, 3 * d, False, 0.0), (d, d, False, drop), (d, 4 * d, True, 0.0)
+        write([layer(*size) for size in (*sizes, (4 * d, d, False, drop))])
+
+    options = (("dropout", drop), ("gradients of groups", of_groups))
+    size = f"a block of {d}, {groups} × 600 rows"
+    return Case(", ".join([size, *(name for name, on in options if on)]), run, precision)
+
+
 def masked_layer_norm_cases() -> Iterator[Case]:
     for precision in ("fp32", "bf16, fp32 weights"):
         yield masked_layer_norm_case(precision, 600, 256)._replace(largest=True)
@@ -372,6 +417,7 @@ def masked_adamw_case(size: int) -> Case:
 CASES = {
     "masked_linear": masked_linear_cases,
     "linear_residual": linear_residual_cases,
+    "weight_gradients": weight_gradients_cases,
     "masked_layer_norm": masked_layer_norm_cases,
     "attention": attention_cases,
     "dropout_add": dropout_add_cases,

@@ -133,11 +133,10 @@ def operands_of_ops(device: torch.device) -> dict[str, tuple]:
         for v in (problem.x, problem.weight, problem.bias, problem.output_gradient)
     )
     masks = [t.to(device) for t in (*problem.bits, torch.from_numpy(problem.task_ids))]
-    outs, draw = (x.new_empty(2, 4, 39), x.new_empty(2, 4)), (0.3, torch.tensor([7], device=device))
+    draw = 0.3, torch.tensor([7], device=device)
     return {
         "linear_residual": (x, weight, bias, *masks, dy, *draw),
         "linear_residual_input_gradient": (dy, weight, masks[0], masks[2], x.dtype, *draw),
-        "linear_residual_group_gradients": (dy, x, *masks, *outs, *draw),
     }
 
 

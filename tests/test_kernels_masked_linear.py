@@ -277,10 +277,19 @@ def operands_of_ops(device: torch.device) -> dict[str, tuple]:
     return {
         "masked_linear": (x, weight, bias, weight_bits, bias_bits, ids, True),
         "masked_linear_input_gradient": (dy, y, weight, weight_bits, ids),
-        "masked_linear_group_gradients": (
-            dy, y, x, weight_bits, bias_bits, ids, x.new_empty(2, 4, 39), x.new_empty(2, 4),
+        "masked_linear_weight_gradients": (
+            [dy, dy],
+            [y, None],
+            [x, x],
+            [weight_bits, weight_bits],
+            [bias_bits, None],
+            [ids, ids],
+            [x.new_empty(2, 4, 39), x.new_empty(1, 4, 39)],
+            [x.new_empty(2, 4)],
+            [0.0, 0.0],
+            [None, None],
         ),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("name", list(operands_of_ops(torch.device("cpu"))))

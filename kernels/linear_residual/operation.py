@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..dropout import seed_for
 from ..dropout_add.operation import dropout_add
+from ..masked_linear.gradients import LayerGradients, WeightGradients
 from ..masked_linear.operation import check_operands, masked_linear, weight_gradients
 from ..registration import FLOATS, kernels_for, register
 
@@ -25,6 +26,7 @@ def linear_residual(
     *,
     seed: Tensor | None = None,
     group_gradients: tuple[Tensor, Tensor | None] | None = None,
+    queue: WeightGradients | None = None,
 ) -> Tensor:
     """residual + dropout(x[g] (W ⊙ M)ᵀ + b ⊙ m).
 
@@ -46,7 +48,9 @@ def linear_residual(
     """
     if weight_bits is None or kernels_for(x.device) == "cpu":
         masks = weight_bits, bias_bits, task_ids
-        branch = masked_linear(x, weight, bias, *masks, group_gradients=group_gradients)
+        branch = masked_linear(
+            x, weight, bias, *masks, group_gradients=group_gradients, queue=queue
+        )
         return dropout_add(residual, branch, drop, seed)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -55,7 +59,7 @@ def linear_residual(
     seed = seed_for(drop, seed, x.device)
     outs = group_gradients or (None, None)
     return _LinearResidual.apply(
-        x, weight, bias, weight_bits, bias_bits, task_ids, residual, drop, seed, *outs
+        x, weight, bias, weight_bits, bias_bits, task_ids, residual, drop, seed, *outs, queue
     )
 
 
@@ -85,10 +89,11 @@ class _LinearResidual(torch.autograd.Function):
         seed: Tensor | None,
         weight_out: Tensor | None,
         bias_out: Tensor | None,
+        queue: WeightGradients | None,
     ) -> Tensor:
         """Its arguments stand one by one, because autograd looks for tensors among them."""
         ctx.save_for_backward(x, weight, weight_bits, bias_bits, task_ids, seed)
-        ctx.group_gradients = weight_out, bias_out
+        ctx.group_gradients, ctx.queue = (weight_out, bias_out), queue
         ctx.drop, ctx.of_residual = drop, residual.dtype
         return torch.ops.harmodt.linear_residual(
             x, weight, bias, weight_bits, bias_bits, task_ids, residual, drop, seed
@@ -96,21 +101,19 @@ class _LinearResidual(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *masks, seed = ctx.saved_tensors
-        weight_bits, bias_bits, task_ids = masks
-        ops = torch.ops.harmodt
-
-        def write(*outs: Tensor | None) -> None:
-            ops.linear_residual_group_gradients(dy, x, *masks, *outs, ctx.drop, seed)
-
+        x, weight, weight_bits, bias_bits, task_ids, seed = ctx.saved_tensors
+        masks, draw = (weight_bits, bias_bits, task_ids), (ctx.drop, seed)
+        weight_out, bias_out = ctx.group_gradients
         # The gradient of x comes last: it takes the memory that the weights' sums have left.
-        of_weights = weight_gradients(ctx, weight, bias_bits, write)
+        of_weights = weight_gradients(
+            ctx, weight, LayerGradients(dy, None, x, *masks, weight_out, bias_out, *draw)
+        )
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = ops.linear_residual_input_gradient(
-                dy, weight, weight_bits, task_ids, x.dtype, ctx.drop, seed
+            dx = torch.ops.harmodt.linear_residual_input_gradient(
+                dy, weight, weight_bits, task_ids, x.dtype, *draw
             )
-        return dx, *of_weights, None, None, None, dy.to(ctx.of_residual), *[None] * 4
+        return dx, *of_weights, None, None, None, dy.to(ctx.of_residual), *[None] * 5
 
 
 def _linear_residual_fake(
@@ -137,10 +140,6 @@ def _input_gradient_fake(
     return dy.new_empty(*dy.shape[:2], weight.shape[1], dtype=dtype)
 
 
-def _group_gradients_fake(*_: Any) -> None:
-    return None
-
-
 register(
     __package__,
     "linear_residual",
@@ -155,13 +154,5 @@ register(
     "(Tensor dy, Tensor weight, Tensor weight_bits, Tensor task_ids, ScalarType dtype, "
     "float drop, Tensor? seed) -> Tensor",
     _input_gradient_fake,
-    kernels=("triton",),
-)
-register(
-    __package__,
-    "linear_residual_group_gradients",
-    "(Tensor dy, Tensor x, Tensor weight_bits, Tensor? bias_bits, Tensor task_ids, "
-    "Tensor(a!) weight_out, Tensor(b!)? bias_out, float drop, Tensor? seed) -> ()",
-    _group_gradients_fake,
     kernels=("triton",),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..dropout_add.pytorch import dropout_add
+from ..masked_linear.gradients import WeightGradients
 from ..masked_linear.pytorch import masked_linear
 
 
@@ -20,10 +21,12 @@ def linear_residual(
     *,
     seed: Tensor | None = None,
     group_gradients: tuple[Tensor, Tensor | None] | None = None,
+    queue: WeightGradients | None = None,
 ) -> Tensor:
     """The same as `reference.linear_residual`, whose arguments are these, but for what is dropped.
 
-    That follows from PyTorch's generators: `seed` is not read.
+    That follows from PyTorch's generators: `seed` is not read. Nor is `queue` used: no
+    gradients wait here.
     """
     masks = weight_bits, bias_bits, task_ids
     branch = masked_linear(x, weight, bias, *masks, group_gradients=group_gradients)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..dropout_add.reference import dropout_add
+from ..masked_linear.gradients import WeightGradients
 from ..masked_linear.reference import masked_linear
 
 
@@ -20,6 +21,7 @@ def linear_residual(
     *,
     seed: Tensor | None = None,
     group_gradients: tuple[Tensor, Tensor | None] | None = None,
+    queue: WeightGradients | None = None,
 ) -> Tensor:
     """residual + dropout(x[g] (W ⊙ M)ᵀ + b ⊙ m).
 

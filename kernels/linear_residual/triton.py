@@ -36,20 +36,3 @@ def linear_residual_input_gradient(
     return layer.masked_linear_input_gradient(
         dy, None, weight, weight_bits, task_ids, dtype, drop, seed
     )
-
-
-def linear_residual_group_gradients(
-    dy: Tensor,
-    x: Tensor,
-    weight_bits: Tensor,
-    bias_bits: Tensor | None,
-    task_ids: Tensor,
-    weight_out: Tensor,
-    bias_out: Tensor | None,
-    drop: float,
-    seed: Tensor | None,
-) -> None:
-    """The operation of that name, whose arguments, one by one, are those of its schema."""
-    layer.masked_linear_group_gradients(
-        dy, None, x, weight_bits, bias_bits, task_ids, weight_out, bias_out, drop, seed
-    )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..native.library import LinearShape, WeightGradient, library, pointer, pointer_to_ids, threads
+from .gradients import LayerGradients, layers_of
 
 
 def bf16_products() -> bool:
@@ -54,18 +55,19 @@ def masked_linear_input_gradient(
     return dx.to(dtype)
 
 
-def masked_linear_group_gradients(
-    dy: Tensor,
-    y: Tensor | None,
-    x: Tensor,
-    weight_bits: Tensor,
-    bias_bits: Tensor | None,
-    task_ids: Tensor,
-    weight_out: Tensor,
-    bias_out: Tensor | None,
-) -> None:
+def masked_linear_weight_gradients(*operands: list) -> None:
+    for layer in layers_of(*operands):
+        write_gradients(layer)
+
+
+def write_gradients(layer: LayerGradients) -> None:
+    weight_out, bias_out, dtype = layer.weight_out, layer.bias_out, check_dtype(layer.x)
     if weight_out.dtype != torch.float32:
         raise TypeError(f"group_gradients are {weight_out.dtype}: on a CPU they must be float32")
+    if layer.drop:
+        raise ValueError(f"drop is {layer.drop}: on a CPU it must be 0, and dy be dropped before")
+    dy, x, y = as_float(layer.dy), as_float(layer.x), None if layer.y is None else as_float(layer.y)
+    shape = shape_of(x, None, dy, layer.weight_bits, layer.bias_bits, layer.task_ids, dtype)
     out = WeightGradient(
         per_group=len(weight_out) == len(x),
         weight=pointer(weight_out),
@@ -74,9 +76,6 @@ def masked_linear_group_gradients(
         bias=pointer(bias_out),
         bias_group_stride=0 if bias_out is None else bias_out.stride(0),
     )
-    dtype = check_dtype(x)
-    dy, y, x = as_float(dy), None if y is None else as_float(y), as_float(x)
-    shape = shape_of(x, None, dy, weight_bits, bias_bits, task_ids, dtype)
     library().harmodt_masked_linear_weight_gradient(
         byref(shape), pointer(dy), pointer(y), pointer(x), byref(out), threads()
     )

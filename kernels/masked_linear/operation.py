@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from ..bits import words_for
 from ..masks import all_active, first_task
 from ..registration import FLOATS, register
+from .gradients import LayerGradients, WeightGradients, write
 
 
 def masked_linear(
@@ -23,13 +23,15 @@ def masked_linear(
     *,
     relu: bool = False,
     group_gradients: tuple[Tensor, Tensor | None] | None = None,
+    queue: WeightGradients | None = None,
 ) -> Tensor:
     """Linear layer under the mask of each group's task: y[g] = x[g] (W ⊙ M)ᵀ + b ⊙ m.
 
     Differentiable in x, weight and bias; the gradient of an inactive weight is exactly zero
     (Eq. 4 of the HarmoDT paper). Weights that are inactive may hold any value, NaN included.
     Neither W ⊙ M nor the products of single groups are materialised, and results repeat bit for
-    bit. The last dimension of weights and masks must have stride 1; the others are free.
+    bit. The last dimension of weights and masks must have stride 1; the others are free. The
+    arguments are those of `reference.masked_linear`.
 
     Args:
         x: [G, R, K], one task per group; float32, float16 or bfloat16.
@@ -44,6 +46,8 @@ def masked_linear(
         group_gradients: tensors [G, N, K] and [G, N] (None without a bias) to which the backward
             pass writes the gradient of each group by itself, or [1, N, K] and [1, N], to which it
             writes their sum; weight and bias then get none.
+        queue: where the gradients of groups or their sums wait for those of other layers, until its
+            `finish` is called; None if none are to wait.
 
     Returns:
         [G, R, N], in the dtype of x (under autocast, in the autocast dtype). Sums are in float32;
@@ -58,7 +62,7 @@ def masked_linear(
     if weight_bits is None:
         if bias_bits is not None:
             raise ValueError("bias_bits is given without weight_bits: give both or neither")
-        return _without_masks(x, weight, bias, relu, group_gradients)
+        return _without_masks(x, weight, bias, relu, group_gradients, queue)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     operands = x, weight, bias, weight_bits, bias_bits, task_ids
@@ -66,7 +70,7 @@ def masked_linear(
     weight_out, bias_out = group_gradients or (None, None)
     if not torch.is_grad_enabled():
         return torch.ops.harmodt.masked_linear(*operands, relu)
-    return _MaskedLinear.apply(*operands, relu, weight_out, bias_out)
+    return _MaskedLinear.apply(*operands, relu, weight_out, bias_out, queue)
 
 
 def _without_masks(
@@ -75,6 +79,7 @@ def _without_masks(
     bias: Tensor | None,
     relu: bool,
     group_gradients: tuple[Tensor, Tensor | None] | None,
+    queue: WeightGradients | None,
 ) -> Tensor:
     """The layer under a mask of all weights: of the batch as one group, or of each group."""
     by_group = group_gradients and len(group_gradients[0]) == len(x)
@@ -88,6 +93,7 @@ def _without_masks(
         first_task(len(operands), x.device),
         relu=relu,
         group_gradients=group_gradients,
+        queue=queue,
     )
     return y.view(*x.shape[:2], -1)
 
@@ -190,52 +196,51 @@ class _MaskedLinear(torch.autograd.Function):
         relu: bool,
         weight_out: Tensor | None,
         bias_out: Tensor | None,
+        queue: WeightGradients | None,
     ) -> Tensor:
         """Its arguments stand one by one, because autograd looks for tensors among them."""
         y = torch.ops.harmodt.masked_linear(x, weight, bias, weight_bits, bias_bits, task_ids, relu)
         ctx.save_for_backward(x, weight, weight_bits, bias_bits, task_ids, y if relu else None)
-        ctx.group_gradients = weight_out, bias_out
+        ctx.group_gradients, ctx.queue = (weight_out, bias_out), queue
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, weight_bits, bias_bits, task_ids, y = ctx.saved_tensors
-
-        def write(*outs: Tensor | None) -> None:
-            torch.ops.harmodt.masked_linear_group_gradients(
-                dy, y, x, weight_bits, bias_bits, task_ids, *outs
-            )
-
         # The gradient of x comes last: it takes the memory that the weights' sums have left.
-        of_weights = weight_gradients(ctx, weight, bias_bits, write)
+        masks = weight_bits, bias_bits, task_ids
+        of_weights = weight_gradients(
+            ctx, weight, LayerGradients(dy, y, x, *masks, *ctx.group_gradients)
+        )
         dx = None
         if ctx.needs_input_grad[0]:
             dx = torch.ops.harmodt.masked_linear_input_gradient(
                 dy, y, weight, weight_bits, task_ids
             )
-        return dx, *of_weights, *[None] * 6
+        return dx, *of_weights, *[None] * 7
 
 
 def weight_gradients(
-    ctx: Any, weight: Tensor, bias_bits: Tensor | None, write: Callable[..., None]
+    ctx: Any, weight: Tensor, layer: LayerGradients
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of weight and bias that a layer's backward pass gives to autograd.
 
-    They are written to the context's `group_gradients` in its place, if the layer was given any.
+    If the layer was told where to write them, autograd gets none, and they may wait in its `queue`.
 
     Args:
         ctx: of a layer whose second and third arguments are weight and bias.
-        write: writes gradients to [G, N, K] and [G, N], or their sums to [1, N, K] and [1, N]; None
-            stands for those of no bias.
     """
-    if ctx.group_gradients[0] is not None:
-        write(*ctx.group_gradients)
+    if layer.weight_out is not None:
+        if ctx.queue is None:
+            write([layer])
+        else:
+            ctx.queue.add(layer)
         return None, None
     if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
         return None, None
     d_weight = weight.new_empty(1, *weight.shape, dtype=torch.float32)
-    d_bias = None if bias_bits is None else d_weight.new_empty(1, len(weight))
-    write(d_weight, d_bias)
+    d_bias = None if layer.bias_bits is None else d_weight.new_empty(1, len(weight))
+    write([layer._replace(weight_out=d_weight, bias_out=d_bias)])
     return d_weight[0].to(weight.dtype), None if d_bias is None else d_bias[0].to(weight.dtype)
 
 
@@ -247,7 +252,7 @@ def _input_gradient_fake(dy: Tensor, y: Tensor | None, weight: Tensor, *_: Any) 
     return dy.new_empty(*dy.shape[:2], weight.shape[1])
 
 
-def _group_gradients_fake(*_: Any) -> None:
+def _weight_gradients_fake(*_: Any) -> None:
     return None
 
 
@@ -266,8 +271,10 @@ register(
 )
 register(
     __package__,
-    "masked_linear_group_gradients",
-    "(Tensor dy, Tensor? y, Tensor x, Tensor weight_bits, Tensor? bias_bits, Tensor task_ids, "
-    "Tensor(a!) weight_out, Tensor(b!)? bias_out) -> ()",
-    _group_gradients_fake,
+    "masked_linear_weight_gradients",
+    # of several layers, in the order of `LayerGradients`; bias_out of those that have a bias
+    "(Tensor[] dy, Tensor?[] y, Tensor[] x, Tensor[] weight_bits, Tensor?[] bias_bits, "
+    "Tensor[] task_ids, Tensor(a!)[] weight_out, Tensor(b!)[] bias_out, float[] drop, "
+    "Tensor?[] seed) -> ()",
+    _weight_gradients_fake,
 )

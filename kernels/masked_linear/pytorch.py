@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..bits import all_ones
+from .gradients import WeightGradients
 
 
 def masked_linear(
@@ -24,8 +25,12 @@ def masked_linear(
     *,
     relu: bool = False,
     group_gradients: tuple[Tensor, Tensor | None] | None = None,
+    queue: WeightGradients | None = None,
 ) -> Tensor:
-    """The same as `reference.masked_linear`, with a backward pass of its own."""
+    """The same as `reference.masked_linear`, whose arguments are these.
+
+    It has a backward pass of its own, in which no gradients wait: `queue` is not used.
+    """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if weight_bits is None and group_gradients is None:

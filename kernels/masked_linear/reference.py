@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..masks import copies_of_groups
+from .gradients import WeightGradients
 
 
 def masked_linear(
@@ -21,11 +22,13 @@ def masked_linear(
     *,
     relu: bool = False,
     group_gradients: tuple[Tensor, Tensor | None] | None = None,
+    queue: WeightGradients | None = None,
 ) -> Tensor:
     """Linear layer under the mask of each group's task: y[g] = x[g] (W ⊙ M)ᵀ + b ⊙ m.
 
     Differentiable in x, weight and bias; the gradient of an inactive weight is exactly zero
     (Eq. 4 of the HarmoDT paper). Weights that are inactive may hold any value, NaN included.
+    Every implementation has these arguments.
 
     Args:
         x: [G, R, K], one task per group.
@@ -38,6 +41,7 @@ def masked_linear(
         relu: apply max(0, y) to the output.
         group_gradients: tensors [G, N, K] and [G, N] (None without a bias) to which the backward
             pass writes the gradient of each group by itself; weight and bias then get none.
+        queue: not used here, where no gradients wait.
 
     Returns:
         [G, R, N], in the dtype of x (under autocast, in the autocast dtype).

@@ -11,6 +11,7 @@ brings it into their layout through shared memory, in every turn of the loop.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from ..device_functions import bits_of, kept, masked_vector
 from ..dropout import rate
 from ..launch import launch, precision_of
+from .gradients import LayerGradients, layers_of
 
 
 @triton.jit
@@ -218,171 +220,216 @@ def masked_linear_input_gradient_kernel(
     )
 
 
-@triton.jit
-def sums_of_rows(
-    dy,  # [groups, rows, outputs]
-    y,  # as dy, or None
-    bias_bits,  # int32 [tasks, words], bias_task_stride apart
-    task_ids,  # int64 [groups]
-    first,
-    last,
-    n,
-    rows,
-    outputs,
-    bias_task_stride,
-    seed,
-    threshold,
-    factor,
-    RELU: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """The bias gradient of outputs n: the masked sums of dy over the rows of each group.
+class Layer(NamedTuple):
+    """A layer as the kernels below take it.
 
-    A part of the kernel below, with its arguments.
+    Of numbers in tuples Triton always compiles anew where they become 1, or multiples of 16.
     """
+
+    dy: Tensor  # [groups, rows, outputs]
+    y: Tensor | None  # as dy; None without ReLU
+    x: Tensor  # [groups, rows, inputs]
+    weight_bits: Tensor  # int32 [tasks, outputs, words], task_stride and bits_stride apart
+    bias_bits: Tensor | None  # int32 [tasks, words], bias_task_stride apart; None without a bias
+    task_ids: Tensor  # int64 [groups]
+    weight_out: Tensor  # [parts, outputs, inputs], weight_part_stride and weight_row_stride apart
+    bias_out: Tensor | None  # [parts, outputs], bias_part_stride apart; None without a bias
+    groups: int
+    rows: int
+    inputs: int
+    outputs: int
+    groups_of_program: int
+    task_stride: int
+    bits_stride: int
+    bias_task_stride: int
+    weight_part_stride: int
+    weight_row_stride: int
+    bias_part_stride: int
+    seed: Tensor | None  # int64 [1]; None without dropout
+    threshold: int
+    factor: float  # of elements that dropout keeps
+
+
+@triton.jit
+def columns_of(layer, BLOCK_K: tl.constexpr):
+    """Tiles side by side in the weight, and one more for the bias."""
+    tiles = tl.cdiv(layer.inputs, BLOCK_K)
+    return tiles if layer.bias_bits is None else tiles + 1
+
+
+@triton.jit
+def bias_gradient_tile(layer, part, n, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
+    """One part of bias_out for outputs n: the masked sums of dy over the rows of its groups."""
     row = tl.arange(0, BLOCK_R)
-    place = n[:, None] + row[None, :] * outputs
+    place = n[:, None] + row[None, :] * layer.outputs
+    seed = layer.seed
+    if layer.seed is not None:
+        seed = tl.load(layer.seed).to(tl.uint32)
     total = tl.zeros([BLOCK_N], tl.float32)
-    for group in range(first, last):
-        start = group * rows
+    first = part * layer.groups_of_program
+    for group in range(first, tl.minimum(first + layer.groups_of_program, layer.groups)):
+        start = group * layer.rows
         of_group = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-        for r0 in tl.range(0, rows, BLOCK_R, num_stages=4):
-            inside = (n < outputs)[:, None] & (r0 + row < rows)[None, :]
+        for r0 in tl.range(0, layer.rows, BLOCK_R, num_stages=4):
             of_group += load_dy(
-                dy,
-                y,
-                (start + r0) * outputs,
+                layer.dy,
+                layer.y,
+                (start + r0) * layer.outputs,
                 place,
-                inside,
+                (n < layer.outputs)[:, None] & (r0 + row < layer.rows)[None, :],
                 seed,
-                threshold,
-                factor,
-                RELU=RELU,
-                DROPOUT=DROPOUT,
+                layer.threshold,
+                layer.factor,
+                RELU=layer.y is not None,
+                DROPOUT=layer.seed is not None,
             ).to(tl.float32)
-        sums = tl.sum(of_group, 1)
-        task = tl.load(task_ids + group)
-        total += masked_vector(sums, bias_bits + task * bias_task_stride, n, outputs)
-    return total
+        bits = layer.bias_bits + tl.load(layer.task_ids + group) * layer.bias_task_stride
+        total += masked_vector(tl.sum(of_group, 1), bits, n, layer.outputs)
+    out = layer.bias_out + part * layer.bias_part_stride
+    tl.store(out + n, total.to(out.dtype.element_ty), mask=n < layer.outputs)
 
 
-@triton.jit(do_not_specialize=["groups", "rows", "groups_of_program", "seed", "threshold"])
-def masked_linear_weight_gradient_kernel(
-    dy,  # [groups, rows, outputs]
-    y,  # as dy, or None
-    x,  # [groups, rows, inputs]
-    weight_bits,  # int32 [tasks, outputs, words], task_stride and bits_stride apart
-    bias_bits,  # int32 [tasks, words], bias_task_stride apart, or None
-    task_ids,  # int64 [groups]
-    weight_out,  # [parts, outputs, inputs], weight_part_stride and weight_row_stride apart
-    bias_out,  # [parts, outputs], bias_part_stride apart, or None
-    groups,
-    rows,
-    inputs,
-    outputs,
-    groups_of_program,
-    task_stride,
-    bits_stride,
-    bias_task_stride,
-    weight_part_stride,
-    weight_row_stride,
-    bias_part_stride,
-    seed,  # int64 [1], or None
-    threshold,
-    factor,  # of elements that dropout keeps
-    RELU: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+@triton.jit
+def weight_gradient_tile(
+    layer,
+    part,
+    n,
+    column,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One tile of weight_out, or of bias_out, for some groups one after the other.
+    """One part of weight_out for outputs n and a column of inputs.
 
-    A launch takes no structures: what a kernel needs is an argument each. The loops over groups and
-    rows stay in one function, where Triton overlaps loads and products.
+    Its arguments are one by one what the tile needs. The loops over groups and rows stay in one
+    function, where Triton overlaps loads and products.
     """
-    k_tiles = tl.cdiv(inputs, BLOCK_K)
-    columns = k_tiles + 1 if HAS_BIAS else k_tiles  # the bias is a column of its own
-    tiles = tl.cdiv(outputs, BLOCK_N) * columns
-    tile = tl.program_id(0) % tiles
-    part = (tl.program_id(0) // tiles).to(tl.int64)
-    first = part * groups_of_program
-    last = tl.minimum(first + groups_of_program, groups)
-    n = tile // columns * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = tile % columns
-    in_outputs = n < outputs
-    if DROPOUT:
-        seed = tl.load(seed).to(tl.uint32)
-    if HAS_BIAS:  # noqa: SIM102 (decided at compile time)
-        if column == k_tiles:
-            bias_out += part * bias_part_stride
-            sums = sums_of_rows(
-                dy=dy,
-                y=y,
-                bias_bits=bias_bits,
-                task_ids=task_ids,
-                first=first,
-                last=last,
-                n=n,
-                rows=rows,
-                outputs=outputs,
-                bias_task_stride=bias_task_stride,
-                seed=seed,
-                threshold=threshold,
-                factor=factor,
-                RELU=RELU,
-                DROPOUT=DROPOUT,
-                BLOCK_N=BLOCK_N,
-                BLOCK_R=BLOCK_R,
-            )
-            tl.store(bias_out + n, sums.to(bias_out.dtype.element_ty), mask=in_outputs)
-            return
     k = column * BLOCK_K + tl.arange(0, BLOCK_K)
     word = column * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
     row = tl.arange(0, BLOCK_R)
-    in_inputs = k < inputs
+    in_outputs, in_inputs = n < layer.outputs, k < layer.inputs
+    if layer.seed is not None:
+        seed = tl.load(layer.seed).to(tl.uint32)
     total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for group in range(first, last):
-        start = group * rows
+    first = part * layer.groups_of_program
+    for group in range(first, tl.minimum(first + layer.groups_of_program, layer.groups)):
+        start = group * layer.rows
         of_group = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        for r0 in range(0, rows, BLOCK_R):
+        for r0 in range(0, layer.rows, BLOCK_R):
             # Rows beyond the last are read as the last, and x or dy is 0 there. dy is read
             # transposed, as it is multiplied: before tl.trans its loads would be narrower.
-            in_rows = r0 + row < rows
-            near = tl.minimum(row, rows - 1 - r0)
-            dy_place = n[:, None] + near[None, :] * outputs
-            x_place = near[:, None] * inputs + k[None, :]
+            in_rows = r0 + row < layer.rows
+            near = tl.minimum(row, layer.rows - 1 - r0)
+            dy_place = n[:, None] + near[None, :] * layer.outputs
+            x_place = near[:, None] * layer.inputs + k[None, :]
             x_mask = in_inputs[None, :]
-            dy_before = (start + r0) * outputs
-            dy_tile = tl.load(dy + dy_before + dy_place, mask=in_outputs[:, None], other=0.0)
-            if RELU:
-                y_tile = tl.load(y + dy_before + dy_place, mask=in_outputs[:, None], other=0.0)
+            dy_before = (start + r0) * layer.outputs
+            dy_tile = tl.load(layer.dy + dy_before + dy_place, mask=in_outputs[:, None], other=0.0)
+            if layer.y is not None:
+                y_tile = tl.load(
+                    layer.y + dy_before + dy_place, mask=in_outputs[:, None], other=0.0
+                )
                 dy_tile = tl.where((y_tile <= 0.0) | ~in_rows[None, :], 0.0, dy_tile)
             else:
                 x_mask = x_mask & in_rows[:, None]
-            x_tile = tl.load(x + (start + r0) * inputs + x_place, mask=x_mask, other=0.0)
-            if DROPOUT:
+            x_before = (start + r0) * layer.inputs
+            x_tile = tl.load(layer.x + x_before + x_place, mask=x_mask, other=0.0)
+            if layer.seed is not None:
                 draw = dy_before.to(tl.uint32) + dy_place.to(tl.uint32)
-                dy_tile = dy_tile.to(tl.float32) * kept(draw, seed, threshold, factor)
+                dy_tile = dy_tile.to(tl.float32) * kept(draw, seed, layer.threshold, layer.factor)
             dy_tile = dy_tile.to(x_tile.dtype)
             of_group = tl.dot(dy_tile, x_tile, of_group, input_precision=PRECISION)
-        task = tl.load(task_ids + group)
         words = tl.load(
-            weight_bits + task * task_stride + n[:, None] * bits_stride + word[None, :],
-            mask=in_outputs[:, None] & (word * 32 < inputs)[None, :],
+            layer.weight_bits
+            + tl.load(layer.task_ids + group) * layer.task_stride
+            + n[:, None] * layer.bits_stride
+            + word[None, :],
+            mask=in_outputs[:, None] & (word * 32 < layer.inputs)[None, :],
             other=0,
         )
         total += tl.where(bits_of(words, BLOCK_N, BLOCK_K), of_group, 0.0)
-    weight_out += part * weight_part_stride
+    out = layer.weight_out + part * layer.weight_part_stride
     tl.store(
-        weight_out + n[:, None] * weight_row_stride + k[None, :],
-        total.to(weight_out.dtype.element_ty),
+        out + n[:, None] * layer.weight_row_stride + k[None, :],
+        total.to(out.dtype.element_ty),
         mask=in_outputs[:, None] & in_inputs[None, :],
     )
+
+
+@triton.jit
+def masked_linear_weight_gradients_kernel(
+    layers,  # a Layer each
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One tile of some layer's weight_out, or of its bias_out, for some groups after one another.
+
+    The programs of a layer follow those of the one before.
+    """
+    program = tl.program_id(0)
+    for i in tl.static_range(len(layers)):
+        layer = layers[i]
+        columns = columns_of(layer, BLOCK_K)
+        tiles = tl.cdiv(layer.outputs, BLOCK_N) * columns
+        programs = tiles * tl.cdiv(layer.groups, layer.groups_of_program)
+        if (program >= 0) & (program < programs):
+            tile = program % tiles
+            part = (program // tiles).to(tl.int64)
+            n = tile // columns * BLOCK_N + tl.arange(0, BLOCK_N)
+            column = tile % columns
+            if column * BLOCK_K >= layer.inputs:
+                if layer.bias_bits is not None:
+                    bias_gradient_tile(layer, part, n, BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R)
+            else:
+                weight_gradient_tile(
+                    layer,
+                    part,
+                    n,
+                    column,
+                    PRECISION=PRECISION,
+                    BLOCK_N=BLOCK_N,
+                    BLOCK_K=BLOCK_K,
+                    BLOCK_R=BLOCK_R,
+                )
+        program -= programs
+
+
+class Sum(NamedTuple):
+    """Parts that the kernel below adds up."""
+
+    parts: Tensor  # [number, rows, columns]
+    out: Tensor  # [rows, columns], row_stride apart
+    number: int
+    rows: int
+    columns: int
+    row_stride: int
+
+
+@triton.jit
+def sum_of_parts_kernel(
+    sums,  # a Sum each
+    BLOCK: tl.constexpr,
+):
+    """Some elements of one `out`: the sums of the parts, first to last."""
+    program = tl.program_id(0)
+    for i in tl.static_range(len(sums)):
+        of = sums[i]
+        size = of.rows * of.columns
+        programs = tl.cdiv(size, BLOCK)
+        if (program >= 0) & (program < programs):
+            place = program * BLOCK + tl.arange(0, BLOCK)
+            inside = place < size
+            parts = of.parts + place
+            total = tl.zeros([BLOCK], tl.float32)
+            for _ in range(of.number):
+                total += tl.load(parts, mask=inside, other=0.0)
+                parts += size
+            out = of.out + place // of.columns * of.row_stride + place % of.columns
+            tl.store(out, total.to(of.out.dtype.element_ty), mask=inside)
+        program -= programs
 
 
 class Tile(NamedTuple):
@@ -415,13 +462,21 @@ INPUT_GRADIENT = {
 # Rows are outputs, columns inputs. With 64 rows wgmma would be used, whose operands of TF32 must be
 # transposed in shared memory: they would be copied there 4 bytes at a time.
 WEIGHT_GRADIENT = {
-    "ieee": (Tile(64, 64, 16, 4, 3), Tile(32, 32, 16, 4, 3)),
+    "ieee": (Tile(64, 64, 16, 8, 3), Tile(32, 32, 16, 4, 3)),
     "tf32": (Tile(32, 32, 32, 4, 3),),
     "half": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 4)),
 }
 
-# Programs that keep a GPU busy.
-ENOUGH = 128
+# Programs that keep a GPU busy: one for each multiprocessor of NVIDIA's H100.
+ENOUGH = 132
+
+# Sums over groups that are divided among programs: for how many times as many programs as that, and
+# of how many groups at least.
+PARTS_OF_ENOUGH = 4
+GROUPS_OF_PART = 4
+
+# Elements that a program adds up.
+SUM_BLOCK = 1024
 
 
 def masked_linear(
@@ -529,96 +584,82 @@ def masked_linear_input_gradient(
     return dx
 
 
-def masked_linear_group_gradients(
-    dy: Tensor,
-    y: Tensor | None,
-    x: Tensor,
-    weight_bits: Tensor,
-    bias_bits: Tensor | None,
-    task_ids: Tensor,
-    weight_out: Tensor,
-    bias_out: Tensor | None,
-    drop: float = 0.0,
-    seed: Tensor | None = None,
-) -> None:
-    """`harmodt::masked_linear_group_gradients`; dropout's arguments are for linear_residual."""
-    operands = dy, y, x, weight_bits, bias_bits, task_ids
-    groups, outputs = len(x), dy.shape[2]
-    if len(weight_out) == groups:
-        launch_weight_gradient(*operands, weight_out, bias_out, 1, drop, seed)
-        return
-    each = groups_per_program(x, outputs)
-    parts = triton.cdiv(groups, each)
-    if parts == 1:
-        launch_weight_gradient(*operands, weight_out, bias_out, each, drop, seed)
-        return
-    weight_parts = torch.empty(parts, outputs, x.shape[2], device=x.device)
-    bias_parts = torch.empty(parts, 0 if bias_bits is None else outputs, device=x.device)
-    launch_weight_gradient(*operands, weight_parts, bias_parts, each, drop, seed)
-    weight_out.copy_(weight_parts.sum(0, keepdim=True))
-    if bias_out is not None:
-        bias_out.copy_(bias_parts.sum(0, keepdim=True))
-
-
-def launch_weight_gradient(
-    dy: Tensor,
-    y: Tensor | None,
-    x: Tensor,
-    weight_bits: Tensor,
-    bias_bits: Tensor | None,
-    task_ids: Tensor,
-    weight_out: Tensor,
-    bias_out: Tensor | None,
-    groups_of_program: int,
-    drop: float,
-    seed: Tensor | None,
-) -> None:
-    """Write the sums of each `groups_of_program` groups.
-
-    Args:
-        weight_out, bias_out: [parts, N, K] and [parts, N]. The other arguments are those of the
-            operations, hence eleven in all.
-    """
-    dy, x = dy.contiguous(), x.contiguous()
-    groups, rows, inputs = x.shape
-    outputs = dy.shape[2]
-    precision, tile = weight_gradient_tile(x, outputs)
-    columns = triton.cdiv(inputs, tile.columns) + (bias_bits is not None)
-    threshold, factor = rate(drop)
+def masked_linear_weight_gradients(*operands: list) -> None:
+    """`harmodt::masked_linear_weight_gradients`: two launches, or one if no sums are in parts."""
+    layers = layers_of(*operands)
+    precision, tile, parts = weight_gradient_plan(layers)
+    described = [describe(layer, parts) for layer in layers]
+    tiles = (tiles_of(layer, tile, with_bias=True) for layer in layers)
     launch(
-        masked_linear_weight_gradient_kernel,
-        (len(weight_out) * triton.cdiv(outputs, tile.rows) * columns,),
-        dy=dy,
-        y=y,
-        x=x,
-        weight_bits=weight_bits,
-        bias_bits=bias_bits,
-        task_ids=task_ids,
-        weight_out=weight_out,
-        bias_out=bias_out,
-        groups=groups,
-        rows=rows,
-        inputs=inputs,
-        outputs=outputs,
-        groups_of_program=groups_of_program,
-        task_stride=weight_bits.stride(0),
-        bits_stride=weight_bits.stride(1),
-        bias_task_stride=0 if bias_bits is None else bias_bits.stride(0),
-        weight_part_stride=weight_out.stride(0),
-        weight_row_stride=weight_out.stride(1),
-        bias_part_stride=0 if bias_out is None else bias_out.stride(0),
-        seed=seed,
-        threshold=threshold,
-        factor=factor,
-        RELU=y is not None,
-        DROPOUT=drop > 0,
-        HAS_BIAS=bias_bits is not None,
+        masked_linear_weight_gradients_kernel,
+        (sum(n * len(of.weight_out) for n, of in zip(tiles, described, strict=True)),),
+        layers=tuple(described),
         PRECISION="tf32" if precision == "tf32" else "ieee",
         BLOCK_N=tile.rows,
         BLOCK_K=tile.columns,
         BLOCK_R=tile.depth,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        enable_fp_fusion=True,
+    )
+    add_parts(layers, described)
+
+
+def describe(layer: LayerGradients, parts: int) -> Layer:
+    """A layer as the kernel takes it, its sums in up to so many parts."""
+    dy, x, bias_bits = layer.dy.contiguous(), layer.x.contiguous(), layer.bias_bits
+    groups, rows, inputs = x.shape
+    weight_out, bias_out = layer.weight_out, layer.bias_out
+    each = groups_per_program(layer, parts)
+    if len(weight_out) != triton.cdiv(groups, each):
+        weight_out = torch.empty(triton.cdiv(groups, each), *weight_out.shape[1:], device=x.device)
+        bias_out = None if bias_out is None else weight_out.new_empty(weight_out.shape[:2])
+    threshold, factor = rate(layer.drop)
+    return Layer(
+        dy=dy,
+        y=layer.y,
+        x=x,
+        weight_bits=layer.weight_bits,
+        bias_bits=bias_bits,
+        task_ids=layer.task_ids,
+        weight_out=weight_out,
+        bias_out=bias_out,
+        groups=groups,
+        rows=rows,
+        inputs=inputs,
+        outputs=dy.shape[2],
+        groups_of_program=each,
+        task_stride=layer.weight_bits.stride(0),
+        bits_stride=layer.weight_bits.stride(1),
+        bias_task_stride=0 if bias_bits is None else bias_bits.stride(0),
+        weight_part_stride=weight_out.stride(0),
+        weight_row_stride=weight_out.stride(1),
+        bias_part_stride=0 if bias_out is None else bias_out.stride(0),
+        seed=layer.seed,
+        threshold=threshold,
+        factor=factor,
+    )
+
+
+def add_parts(layers: list[LayerGradients], described: list[Layer]) -> None:
+    """Write the sums that are in parts to where the layers want them, in one launch."""
+    pairs = []
+    for layer, of in zip(layers, described, strict=True):
+        for parts, out in ((of.weight_out, layer.weight_out), (of.bias_out, layer.bias_out)):
+            if parts is not None and out is not None and parts is not out:
+                pairs.append((parts, out))
+    if not pairs:
+        return
+    sums = [
+        Sum(parts, out, len(parts), math.prod(out.shape[:-1]), out.shape[-1], out.stride(-2))
+        for parts, out in pairs
+    ]
+    launch(
+        sum_of_parts_kernel,
+        (sum(triton.cdiv(out.numel(), SUM_BLOCK) for _, out in pairs),),
+        sums=tuple(sums),
+        BLOCK=SUM_BLOCK,
+        num_warps=4,
         enable_fp_fusion=True,
     )
 
@@ -632,12 +673,6 @@ def product_tile(
     return precision, largest_tile(table[precision], 2 * ENOUGH, groups, rows, columns)
 
 
-def weight_gradient_tile(x: Tensor, outputs: int) -> tuple[str, Tile]:
-    precision = precision_of(x.dtype)
-    tiles = WEIGHT_GRADIENT[precision]
-    return precision, largest_tile(tiles, ENOUGH // 2, 1, outputs, x.shape[2])
-
-
 def largest_tile(
     tiles: tuple[Tile, ...], enough: int, results: int, rows: int, columns: int
 ) -> Tile:
@@ -648,15 +683,39 @@ def largest_tile(
     return tiles[-1]
 
 
-def groups_per_program(x: Tensor, outputs: int) -> int:
-    """How many groups a program of the weight gradient sums; the rest is summed afterwards.
+def weight_gradient_plan(layers: list[LayerGradients]) -> tuple[str, Tile, int]:
+    """Precision and tile of the layers' weight gradients, and in how many parts sums are computed.
 
-    As many as leave enough programs to fill a GPU, two at least, and so many that the sums take no
-    more memory than the gradient of x, which is computed after they are freed.
+    The tile is the first that makes enough programs of all layers together. Where a sum is of many
+    groups they are divided among programs, `GROUPS_OF_PART` each at least, and so that all parts
+    take no more memory than the layers' inputs do.
     """
-    groups, rows, inputs = x.shape
-    _, tile = weight_gradient_tile(x, outputs)
-    tiles = triton.cdiv(outputs, tile.rows) * triton.cdiv(inputs, tile.columns)
-    room = groups * rows * x.element_size() // (4 * outputs)
-    parts = max(1, min(ENOUGH // tiles, room, groups // 2))
-    return max(1, triton.cdiv(groups, parts))
+    dtypes = {layer.x.dtype for layer in layers}
+    precision = precision_of(torch.float32 if torch.float32 in dtypes else dtypes.pop())
+    groups = min(len(layer.x) for layer in layers)
+    sizes = 4 * sum(layer.weight_out[0].numel() for layer in layers)
+    room = sum(layer.x.nbytes for layer in layers) // sizes
+    most = max(1, min(groups // GROUPS_OF_PART, room))
+    for tile in WEIGHT_GRADIENT[precision]:
+        of_layers = [tiles_of(layer, tile) for layer in layers]
+        parts = min(most, triton.cdiv(PARTS_OF_ENOUGH * ENOUGH, sum(of_layers)))
+        programs = (
+            tiles * triton.cdiv(len(layer.x), groups_per_program(layer, parts))
+            for tiles, layer in zip(of_layers, layers, strict=True)
+        )
+        if sum(programs) >= ENOUGH:
+            break
+    return precision, tile, parts
+
+
+def tiles_of(layer: LayerGradients, tile: Tile, *, with_bias: bool = False) -> int:
+    """Tiles of a layer's weight, and those of its bias, which are a column beside them."""
+    _, outputs, inputs = layer.weight_out.shape
+    columns = triton.cdiv(inputs, tile.columns) + (with_bias and layer.bias_out is not None)
+    return triton.cdiv(outputs, tile.rows) * columns
+
+
+def groups_per_program(layer: LayerGradients, parts: int) -> int:
+    """How many groups a program sums, in up to so many parts; one, if each group is wanted."""
+    groups = len(layer.x)
+    return 1 if len(layer.weight_out) == groups else triton.cdiv(groups, parts)
