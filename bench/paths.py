@@ -21,7 +21,6 @@ import dataclasses
 import functools
 import math
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +28,7 @@ from measuring import DEVICE, ON_GPU, fused, onednn, onednn_is_exact, tiny
 from torch import Tensor, nn
 
 from harmodt.algorithms import preset
-from harmodt.batch import Batch
 from harmodt.data.store import DataStore
-from harmodt.draws import TRAIN, Draws
 from harmodt.masks.bank import MaskBank
 from harmodt.settings import change
 from harmodt.training.trainer import Trainer
@@ -54,7 +51,7 @@ def make_trainer(
     on_kernels = path in ("fused", "masked copies")
     kernels = fused() if on_kernels else None
     config = preset("paper", "prompt-dt" if path in DENSE else "harmodt-f")
-    config = change(config, {**STEP, "fused": on_kernels, **settings})
+    config = change(config, {**STEP, "fused": on_kernels, "cuda_graph": False, **settings})
     if path == "masked copies":
         assert kernels is not None
         copies = MaskedCopies(kernels)
@@ -79,29 +76,25 @@ def make_trainer(
 
 
 class Graph:
-    """A trainer's step as one CUDA graph, on a batch that lies where it was captured.
-
-    Replays repeat what the host drew and computed for the capture, such as the learning rate.
+    """A trainer's step as one CUDA graph, along any path.
 
     Attributes:
         memory: bytes of the graph's own pool.
     """
 
     def __init__(self, trainer: Trainer):
-        self._learner = trainer.learner
-        self._task_ids = range(trainer.setup.config.data.tasks_per_step)
-        self._sample, self._drawn = self._learner.sampler.sample, 0
-        self._batch = self._draw()
+        self._learner, self._step = trainer.learner, 1
+        self._learner.feed.load(1)
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):  # what is made at the first steps alone
             for _ in range(3):
-                self._compute()
+                self._learner._compute()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._compute()
+            self._learner._compute()
         self.memory = torch.cuda.memory_reserved() - before
 
     def replay(self) -> None:
@@ -109,25 +102,11 @@ class Graph:
         self._graph.replay()
 
     def step(self) -> None:
-        """Draw a batch, then the step."""
-        for to, tensor in zip(_tensors(self._batch), _tensors(self._draw()), strict=True):
-            to.copy_(tensor)
+        """Load the next step's inputs, then the step."""
+        self._step += 1
+        self._learner.feed.load(self._step)
         self._graph.replay()
         torch.cuda.synchronize()
-
-    def _draw(self) -> tuple[Batch, Tensor]:
-        self._drawn += 1
-        return self._sample(self._task_ids, Draws(0, TRAIN, self._drawn))
-
-    def _compute(self) -> None:
-        drawn = mock.patch.object(self._learner.sampler, "sample", lambda *_: self._batch)
-        with drawn:
-            self._learner.train_step(1, self._task_ids, Draws(0, TRAIN, 1))
-
-
-def _tensors(drawn: tuple[Batch, Tensor]) -> list[Tensor]:
-    batch, targets = drawn
-    return [batch.task_ids, targets, *batch.history, *(batch.prompt or ())]
 
 
 class MaskedCopies:
@@ -164,13 +143,16 @@ class MaskedCopies:
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
-        weight_bits: Tensor,
-        bias_bits: Tensor,
+        weight_bits: Tensor | None,
+        bias_bits: Tensor | None,
         task_ids: Tensor,
         *,
         relu: bool = False,
-        group_gradients: object = None,
+        **more: Any,
     ) -> Tensor:
+        if weight_bits is None:  # the head, which has no masks
+            layer = x, weight, bias, None, None, None
+            return self._kernels.masked_linear(*layer, relu=relu, **more)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self._copies is None:
@@ -179,11 +161,11 @@ class MaskedCopies:
         return _Product.apply(x, self._of(weight), self._of(bias), relu)
 
     def _linear_residual(
-        self, x: Tensor, *layer_and_masks: Any, group_gradients: object = None
+        self, x: Tensor, *layer_and_masks: Any, seed: Tensor | None = None, **_: Any
     ) -> Tensor:
         *layer_and_masks, residual, drop = layer_and_masks
         branch = self._masked_linear(x, *layer_and_masks)
-        return self._kernels.dropout_add(residual, branch, drop)
+        return self._kernels.dropout_add(residual, branch, drop, seed)
 
     def _masked_adamw(self, weights: Tensor, gradient: Tensor, *rest: Any, **more: Any) -> Tensor:
         assert self._copies is not None
@@ -268,10 +250,10 @@ def _fastest_products() -> contextlib.AbstractContextManager[None]:
 def for_compiler() -> Backend:
     """Operations without masks that torch.compile takes whole, and PyTorch's own optimiser."""
 
-    def dropout_add(x: Tensor, branch: Tensor, drop: float) -> Tensor:
+    def dropout_add(x: Tensor, branch: Tensor, drop: float, seed: Tensor | None = None) -> Tensor:
         return x + _dropout(branch, drop)
 
-    def linear_residual(x: Tensor, *layer: Any, **more: Any) -> Tensor:
+    def linear_residual(x: Tensor, *layer: Any, seed: Tensor | None, **more: Any) -> Tensor:
         *layer, residual, drop = layer
         return dropout_add(residual, PYTORCH.masked_linear(x, *layer, **more), drop)
 
@@ -285,7 +267,9 @@ def for_compiler() -> Backend:
     )
 
 
-def _attention(qkv: Tensor, queries: slice, drop: float, past: None = None) -> Tensor:
+def _attention(
+    qkv: Tensor, queries: slice, drop: float, past: None = None, seed: Tensor | None = None
+) -> Tensor:
     """Of whole sequences on a CPU; the compiler joins all that lies between the products."""
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
     tokens = qkv.shape[1]
@@ -326,14 +310,13 @@ class LibraryAdamW:
         self,
         weights: Tensor,
         gradient: Tensor,
-        *_: Tensor,
-        learning_rate: Any,
+        *rest: Tensor,
         betas: tuple[float, float],
         epsilon: float,
         weight_decay: float,
         max_norm: float = math.inf,
-        **__: Any,
     ) -> Tensor:
+        learning_rate = rest[-1][0]  # the first of a step's rates
         if self._optimiser is None:
             self._vector = nn.Parameter(weights)
             self._vector.grad = gradient
@@ -345,7 +328,7 @@ class LibraryAdamW:
                 fused=True,
                 capturable=ON_GPU,
             )
-        self._optimiser.param_groups[0]["lr"] = learning_rate
+        self._optimiser.param_groups[0]["lr"] = learning_rate if ON_GPU else float(learning_rate)
         norm = nn.utils.clip_grad_norm_([self._vector], max_norm)
         self._optimiser.step()
         return norm

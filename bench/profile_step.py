@@ -49,6 +49,7 @@ PARTS = {
         "harmodt::masked_layer_norm_gradient",
         "aten::native_layer_norm_backward",
     ),
+    "embedding": ("harmodt::token_embedding", "harmodt::token_embedding_gradient"),
     "residual sums, dropout": ("aten::add", "aten::add_", "harmodt::dropout_add"),
     "optimiser": ("harmodt::masked_adamw", "aten::linalg_vector_norm"),
 }

@@ -139,7 +139,8 @@ class LearnedMaskSettings(MaskSettings):
     eta_max: Whole = 100
     """Most weights moved per task and mask update."""
     mask_update_gb: NotNegative = 4.0
-    """GB for gradients in a mask update; if all tasks' need more, they are computed twice."""
+    """GB for a mask update, which computes as many tasks at a time as fit; if all tasks' gradients
+    do not, they are computed twice."""
     harmony_rule: Literal["paper", "upstream-score"] = "paper"
     """Harmony as in the paper (A + λI), or scored as in the authors' code (λA + I, unscaled I)."""
 
