@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .bits import pack_bits, unpack_bits
+
+if TYPE_CHECKING:
+    from .masked_linear.gradients import WeightGradients
 
 
 @dataclass(frozen=True)
@@ -23,12 +27,14 @@ class LayerMasks:
         group_gradients: tensors [G, N, K] and [G, N] (of a LayerNorm both [G, d]; None without a
             bias) to which a backward pass writes the gradient of each group by itself, or of one
             row, [1, ...], to which it writes their sum; weight and bias then get none.
+        queue: where a linear layer's gradients wait for those of other layers, or None.
     """
 
     weight_bits: Tensor | None
     bias_bits: Tensor | None
     task_ids: Tensor | None
     group_gradients: tuple[Tensor, Tensor | None] | None = None
+    queue: WeightGradients | None = None
 
 
 def copies_of_groups(

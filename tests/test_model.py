@@ -386,7 +386,7 @@ def test_dropout_reaches_attention_and_residual_branches() -> None:
         return out
 
     def linear_residual(
-        *operands: Tensor | None, seed: Tensor | None, group_gradients: None
+        *operands: Tensor | None, seed: Tensor | None, group_gradients: None, queue: None
     ) -> Tensor:
         *layer, residual, drop = operands
         calls.append(("residual", residual.shape[1], drop, seed))

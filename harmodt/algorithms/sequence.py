@@ -191,6 +191,7 @@ class SequenceLearner:
             masks = self.masks_of(batch.task_ids, sums)
             losses = self.losses(batch, targets, masks, seeds)
             losses.mean().backward()
+            masks.queue.finish()
             norm = self.optimiser.step(masks.bits, batch.task_ids, rates)
         return torch.cat((losses.detach(), norm[None]))
 

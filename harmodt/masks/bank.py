@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from harmodt_kernels import LayerMasks, count_bits, pack_bits, unpack_bits
+from harmodt_kernels.masked_linear import WeightGradients
 
 from ..errors import UserError
 from .vector import ParameterVector
@@ -25,12 +26,15 @@ class TaskMasks:
         group_gradients: [G, P_m] or None. A backward pass writes each group's gradient of the
             maskable weights to it by itself, or to [1, P_m] their sum; those weights' own gradients
             then get nothing. To [1, P] it writes the sums of all weights' gradients.
+        queue: where the gradients of linear layers wait to be computed together; its `finish` is to
+            be called after a backward pass.
     """
 
     vector: ParameterVector
     bits: Tensor | None
     task_ids: Tensor
     group_gradients: Tensor | None = None
+    queue: WeightGradients = field(default_factory=WeightGradients)
 
     def of(self, layer: nn.Module) -> LayerMasks | None:
         """A masked layer's part of them."""
@@ -48,6 +52,7 @@ class TaskMasks:
                 weight.of_groups(gradients),
                 None if bias is None else bias.of_groups(gradients),
             ),
+            queue=self.queue,
         )
 
     def gradients_of(self, module: nn.Module) -> list[Tensor] | None:

@@ -58,6 +58,7 @@ class TaskGradients:
         masks = self._masks_for(torch.tensor(list(task_ids), device=device), gradients)
         losses = self._losses(task_ids, masks)
         losses.sum().backward()
+        masks.queue.finish()
         if self._keep:
             self._kept[part] = gradients, losses.detach()
         return gradients, losses.detach()

@@ -122,6 +122,7 @@ class Block(nn.Module):
             self.dropout if self.training else 0.0,
             seed=seed,
             group_gradients=of_layer.group_gradients,
+            queue=of_layer.queue,
         )
 
 

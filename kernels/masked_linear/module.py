@@ -65,4 +65,5 @@ class MaskedLinear(nn.Linear):
             masks.task_ids,
             relu=relu,
             group_gradients=masks.group_gradients,
+            queue=masks.queue,
         )
