@@ -57,7 +57,9 @@ def batch_of(tensors: Sequence[Tensor]) -> tuple[Batch, Tensor]:
 
 
 class Layout:
-    """How some tensors lie one after the other in bytes, each at a multiple of 8.
+    """How some tensors lie one after the other in bytes, each at a multiple of 16.
+
+    For addresses that are not, Triton compiles kernels of their own.
 
     Args:
         like: tensors of their dtypes and shapes.
@@ -68,7 +70,7 @@ class Layout:
         self.size = 0
         for tensor in like:
             self._parts.append((self.size, tensor.nbytes, tensor.dtype, tensor.shape))
-            self.size += -(-tensor.nbytes // 8) * 8
+            self.size += -(-tensor.nbytes // 16) * 16
 
     def views(self, packed: Tensor) -> list[Tensor]:
         """The tensors that lie in some bytes, uint8 [size]."""

@@ -111,7 +111,7 @@ def test_tensors_come_out_of_bytes_as_they_went_in() -> None:
         torch.tensor(7.0),
     ]
     layout = Layout(tensors)
-    assert layout.size == 8 + 40 + 0 + 24 + 8
+    assert layout.size == 16 + 48 + 0 + 32 + 16
     for moved in (move(tensors, CPU), layout.views(layout.pack(tensors, CPU))):
         for ours, theirs in zip(moved, tensors, strict=True):
             assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
