@@ -20,7 +20,7 @@ from replay import Recording
 from tiny import configure, make_store, make_trainer
 
 # The interpreter takes a millisecond or more for each tile; what is launched is the same.
-SMALL = {"batch_per_task": 1, "context_length": 3, "prompt_length": 1}
+SMALL = {"batch_per_task": 2, "context_length": 3, "prompt_length": 1}
 TASKS = ("reach-v3", "push-v3", "drawer-open-v3", "door-open-v3", "button-press-v3")
 
 
