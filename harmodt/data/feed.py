@@ -52,8 +52,8 @@ class Feed:
         self._steps = range(0)  # that are drawn
         self._gathers_late = gathers_late(sampler)
         self._thread = None if self._gathers_late else ThreadPoolExecutor(1)
-        self._ahead: dict[int, Future[list[Tensor]]] = {}
-        first = self._of_step(1)
+        self._ahead: dict[int, Future[tuple[list[int], list[Tensor]]]] = {}
+        _, first = self._of_step(1)
         self._layout = Layout(first)
         self._place = self._layout.pack(first, sampler.device).to(sampler.device)
         views = self._layout.views(self._place)
@@ -64,14 +64,14 @@ class Feed:
     def load(self, step: int) -> list[int]:
         """Bring the inputs of a step, counted from 1, to their place; returns its tasks' ids."""
         if self._thread is None:
-            inputs = self._of_step(step)
+            task_ids, inputs = self._of_step(step)
         else:
             found = self._ahead.pop(step, None) or self._thread.submit(self._of_step, step)
-            inputs = found.result()
+            task_ids, inputs = found.result()
             self._ahead = {step + 1: self._thread.submit(self._of_step, step + 1)}
         packed = self._layout.pack(inputs, self._place.device)
         self._place.copy_(packed, non_blocking=True)
-        return self._order.of(range(step, step + 1))[0].tolist()
+        return task_ids
 
     def batch(self) -> tuple[Batch, Tensor]:
         """The windows of the step that was loaded, and the actions to predict, on the device."""
@@ -79,27 +79,30 @@ class Feed:
             return self._sampler.gather(self.task_ids, Drawn(*self._windows))
         return batch_of([self.task_ids, *self._windows])
 
-    def _of_step(self, step: int) -> list[Tensor]:
-        """Task ids, what else the step reads, and its windows, or where they lie in the data."""
+    def _of_step(self, step: int) -> tuple[list[int], list[Tensor]]:
+        """The tasks of a step; and their ids, what else it reads, and its windows or their places.
+
+        The windows themselves are on the CPU; their places are there where they are gathered.
+        """
         if step not in self._steps:
             self._steps = range(step, step + self._steps_at_once)
-            self._drawn = self._draw(self._steps)
-        (task_ids, *more), drawn = (
-            [tensor[step - self._steps.start] for tensor in part] for part in self._drawn
-        )
-        if self._gathers_late:
-            return [task_ids, *more, *drawn]
-        _, *windows = tensors_of(*self._sampler.gather(task_ids, Drawn(*drawn)))
-        return [task_ids, *more, *windows]
+            self._draw(self._steps)
+        row = step - self._steps.start
+        task_ids, *more = (tensor[row] for tensor in self._others)
+        windows = [tensor[row] for tensor in self._drawn]
+        if not self._gathers_late:
+            _, *windows = tensors_of(*self._sampler.gather(task_ids, Drawn(*windows)))
+        return self._tasks[row], [task_ids, *more, *windows]
 
-    def _draw(self, steps: range) -> tuple[list[Tensor], list[Tensor]]:
-        """The same for some steps, [S, ...]: all but the windows, and where these lie."""
-        place = self._sampler.episodes.device
+    def _draw(self, steps: range) -> None:
+        """Draw tasks and places of windows for some steps, and ask what else they read."""
+        place, tasks = self._sampler.episodes.device, self._order.of(steps)
         numbers = torch.arange(steps.start - 1, steps.stop - 1)
-        numbers, *others = move([numbers, self._order.of(steps), *self._more(steps)], place)
+        numbers, *self._others = move([numbers, tasks, *self._more(steps)], place)
         draws = Draws(self._seed, TRAIN, numbers[:, None, None, None])
-        drawn = self._sampler.draw(others[0], draws)
-        return others, [tensor for tensor in drawn if tensor is not None]
+        drawn = self._sampler.draw(self._others[0], draws)
+        self._drawn = [tensor for tensor in drawn if tensor is not None]
+        self._tasks: list[list[int]] = tasks.tolist()
 
 
 def gathers_late(sampler: WindowSampler) -> bool:
