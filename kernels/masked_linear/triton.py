@@ -463,7 +463,7 @@ INPUT_GRADIENT = {
 # transposed in shared memory: they would be copied there 4 bytes at a time.
 WEIGHT_GRADIENT = {
     "ieee": (Tile(64, 64, 16, 8, 3), Tile(32, 32, 16, 4, 3)),
-    "tf32": (Tile(32, 32, 16, 4, 3),),
+    "tf32": (Tile(32, 32, 32, 4, 2),),
     "half": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 4)),
 }
 
