@@ -88,6 +88,7 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-benchmark>=5",
+            "pytest-xdist>=3.6",
             # Draws the plot of the benchmark report.
             "matplotlib>=3.10",
             # Generates the inputs of the property tests and shrinks what fails.
