@@ -56,7 +56,7 @@ def pip_arguments(line: str) -> list[str]:
 def test_readme_has_one_command_for_the_job_and_one_for_the_tests() -> None:
     job, tests = (line for line in code_lines("README.md") if line.startswith("python3 -m venv"))
     assert job.endswith("&& .venv/bin/python -m harmodt.train")
-    assert tests.endswith("&& .venv/bin/python -m pytest")
+    assert tests.endswith("&& .venv/bin/python -m pytest -n auto --dist loadfile")
     assert pip_arguments(job) == ["install", "-c", "constraints.txt", "-e", "."]
     assert pip_arguments(tests) == ["install", "-c", "constraints.txt", "-e", ".[dev]"]
 
@@ -66,11 +66,12 @@ def test_ci_runs_the_readme_test_command_and_fails_with_it(tmp_path: Path) -> No
     script = tmp_path / ".ci" / "run"
     script.parent.mkdir()
     script.write_bytes((ROOT / ".ci" / "run").read_bytes())
-    readme = "python3 -m venv x\npython3 -m venv --help >/dev/null && false -m pytest\n"
+    command = "python3 -m venv --help >/dev/null && false -m pytest -n auto --dist loadfile"
+    readme = f"python3 -m venv x\n{command}\n"
     (tmp_path / "README.md").write_text(f"```bash\n{readme}```\n")
     result = subprocess.run(["bash", str(script)], capture_output=True, text=True)
     assert result.returncode != 0
-    assert result.stdout == "+ python3 -m venv --help >/dev/null && false -m pytest\n"
+    assert result.stdout == f"+ {command}\n"
     assert "ruff" not in result.stderr
 
 
