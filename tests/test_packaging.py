@@ -121,7 +121,7 @@ def test_named_files_exist(text: str) -> None:
     for name in re.findall(
         r"`([\w./<>*-]+/|[\w./<>*-]+\.(?:py|md|txt|toml|cff|npy|npz))`", read(text)
     ):
-        if "<" in name or name.startswith(("runs/", "evaluation/", "tensorboard/")):
+        if "<" in name or name.startswith(("runs/", "results/", "evaluation/", "tensorboard/")):
             continue
         assert (ROOT / name).exists() or any(
             f"/{path}".endswith(f"/{name}") for path in sources()
