@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -271,7 +272,8 @@ def test_paths_that_are_not_utf_8(store, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train.main(["--resume", str(run), "--help"])
     printed = capsys.readouterr().out
-    assert printed.replace("\n", "").isprintable() and "udcff" in printed
+    assert printed.replace("\n", "").isprintable()
+    assert "udcff" in re.sub(r"\W", "", printed)  # lines break anywhere
     with pytest.raises(UserError, match=r"is not UTF-8.*: rename it"):
         train.main(["--resume", str(run.rename(tmp_path / ODD / "run"))])
     assert load_policy(tmp_path / ODD / "run").step == 12
