@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from measuring import DEVICE, ON_GPU, fused, onednn, onednn_is_exact, tiny
 from torch import Tensor, nn
 
+from harmodt import graph
 from harmodt.algorithms import preset
 from harmodt.data.store import DataStore
 from harmodt.masks.bank import MaskBank
@@ -85,27 +86,24 @@ class Graph:
     def __init__(self, trainer: Trainer):
         self._learner, self._step = trainer.learner, 1
         self._learner.feed.load(1)
-        torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream()):  # what is made at the first steps alone
-            for _ in range(3):
-                self._learner._compute()
+        self._graph = graph.Graph(self._learner._compute, DEVICE)
+        for _ in range(graph.WARM_UP):
+            self._graph()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._learner._compute()
+        self._graph()  # is recorded
         self.memory = torch.cuda.memory_reserved() - before
 
     def replay(self) -> None:
         """The step on the batch that is there."""
-        self._graph.replay()
+        self._graph()
 
     def step(self) -> None:
         """Load the next step's inputs, then the step."""
         self._step += 1
         self._learner.feed.load(self._step)
-        self._graph.replay()
+        self._graph()
         torch.cuda.synchronize()
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .errors import UserError
 
-_WARM_UP = 3  # calls that compute as usual: kernels are compiled, and memory is asked for
+WARM_UP = 3  # calls that compute as usual: kernels are compiled, and memory is asked for
 
 
 class Graph:
@@ -36,7 +36,7 @@ class Graph:
         Raises:
             UserError: the function does what a graph cannot hold.
         """
-        if self._calls < _WARM_UP:
+        if self._calls < WARM_UP:
             self._calls += 1
             return self._as_usual()
         graph = self._graph or self._record()
