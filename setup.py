@@ -59,6 +59,7 @@ setup(
         *(f"harmodt_kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"harmodt_kernels": "kernels"},
+    package_data={"harmodt.environments.locomotion": ["weights/*.safetensors"]},
     ext_modules=[Extension("harmodt_kernels.native.libharmodt", [], optional=True)],
     cmdclass={"build_ext": BuildLibrary},
     install_requires=[
@@ -85,6 +86,11 @@ setup(
     extras_require={
         # One MP4 per task; the package brings its own encoder, so none is installed by hand.
         "video": ["imageio-ffmpeg>=0.5"],
+        # Imports and exports of Minari's data sets, and of LeRobot's Parquet files.
+        "minari": ["minari[hdf5]>=0.5"],
+        "lerobot": ["pyarrow>=17"],
+        # Trains the walkers' experts again; their weights come with the package.
+        "experts": ["stable-baselines3>=2.7"],
         "dev": [
             "pytest>=8",
             "pytest-benchmark>=5",

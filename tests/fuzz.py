@@ -51,7 +51,6 @@ with atheris.instrument_imports(include=["harmodt", "zipfile"]):
     from harmodt.data.store import MANIFEST, DataStore
     from harmodt.data.writer import make_or_open
     from harmodt.devices import Execution
-    from harmodt.environments import METAWORLD, family
     from harmodt.errors import describe
     from harmodt.results import EvaluationResult
     from harmodt.rollout import Request
@@ -346,7 +345,7 @@ def npz(folder: Path) -> Target:
     """A file of an import."""
     path = folder / "reach-v2" / "0.npz"
     path.parent.mkdir()
-    reader = importer("npz", folder, family(METAWORLD))
+    reader = importer("npz", folder)
     arrays = {"observations": np.ones((5, 39)), "actions": np.ones((5, 4)), "rewards": np.ones(5)}
     seeds = []
     for save, more in [(np.savez, {}), (np.savez_compressed, {"success": np.ones((5, 1), bool)})]:

@@ -14,7 +14,8 @@ import pytest
 
 from harmodt import environments
 from harmodt.data import importers
-from harmodt.data.__main__ import ImportConfig, import_data, main
+from harmodt.data.__main__ import main
+from harmodt.data.importing import ImportConfig, import_data
 from harmodt.data.store import DataStore, Episode
 from harmodt.environments.metaworld import MetaWorld
 from harmodt.errors import UserError, run_command

@@ -19,8 +19,8 @@ from tiny import make_store
 
 from harmodt.collect import CollectConfig, collect
 from harmodt.collect import main as collect_main
-from harmodt.data.__main__ import ImportConfig, import_data
 from harmodt.data.__main__ import main as data_main
+from harmodt.data.importing import ImportConfig, import_data
 from harmodt.data.store import MANIFEST, UNFINISHED, DataStore
 from harmodt.data.writer import StoreWriter
 from harmodt.environments.metaworld import MetaWorld

@@ -6,6 +6,7 @@ are imported by `make` and `expert` alone, so that data can be read and trained 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,9 @@ METAWORLD = "metaworld"
 
 FAMILIES: dict[str, str] = {
     METAWORLD: "harmodt.environments.metaworld:MetaWorld",
+    "cheetah-dir": "harmodt.environments.locomotion:CheetahDirection",
+    "cheetah-vel": "harmodt.environments.locomotion:CheetahVelocity",
+    "ant-dir": "harmodt.environments.locomotion:AntDirection",
 }
 """Name of every family, and the module and class that are it."""
 
@@ -92,6 +96,11 @@ class Environment(ABC):
         """
 
     @property
+    def ended(self) -> bool:
+        """Whether the simulation came to its end before the episode's length."""
+        return False
+
+    @property
     def scene(self) -> Scene:
         """What to film now."""
         raise NotImplementedError(f"{type(self).__name__} cannot be filmed")
@@ -147,3 +156,23 @@ def family(name: str) -> EnvironmentFamily:
         )
     module, _, attribute = FAMILIES[name].partition(":")
     return getattr(importlib.import_module(module), attribute)()
+
+
+def family_of(tasks: Sequence[str]) -> EnvironmentFamily:
+    """The family that has the tasks of these names.
+
+    Raises:
+        UserError: none has them all; where one has the first, it says what is wrong.
+    """
+    reasons: dict[str, UserError] = {}
+    for name in FAMILIES:
+        try:
+            family(name).resolve_tasks(tasks)
+            return family(name)
+        except UserError as error:
+            reasons[name] = error
+    for name in FAMILIES:
+        with contextlib.suppress(UserError):
+            family(name).resolve_tasks(tasks[:1])
+            raise reasons[name]
+    raise reasons[METAWORLD]

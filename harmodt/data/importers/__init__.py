@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...environments import EnvironmentFamily, EnvironmentSpec
+from ...environments import METAWORLD, EnvironmentFamily, EnvironmentSpec, family_of
+from ...environments import family as family_named
 from ...errors import UserError
 from ..store import Episode
 
@@ -31,11 +32,40 @@ class Importer(ABC):
 
     An episode that is not read yet is whatever the importer likes, such as its file; as a string
     it tells a person where the episode is.
+
+    Args:
+        source: where it is.
+        family: of its environments.
+        datasets: for formats that know no tasks, the task of each of the source's data sets.
     """
 
-    def __init__(self, source: Path, family: EnvironmentFamily) -> None:
+    takes_datasets = False
+    """Whether it has to be told which of its data sets is which task."""
+
+    def __init__(self, source: Path, family: EnvironmentFamily, datasets: Mapping[str, str]):
         self.source = source
         self.family = family
+        self.datasets = datasets
+
+    @classmethod
+    def default_family(cls, source: Path, tasks: Sequence[str]) -> str:
+        """The environments that data are of if a person does not say.
+
+        Args:
+            tasks: what was named on the command line, with the tasks of `datasets`; may be empty.
+
+        Raises:
+            UserError: they cannot be told.
+        """
+        return family_of(tasks).spec.family if tasks else METAWORLD
+
+    def resolve_tasks(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The tasks that a person's names mean, those of the source or of the family.
+
+        Raises:
+            UserError: there is no such task.
+        """
+        return self.family.resolve_tasks(names)
 
     @abstractmethod
     def tasks(self) -> tuple[str, ...]:
@@ -53,6 +83,10 @@ class Importer(ABC):
             UserError: the source holds none.
         """
 
+    def prompts(self, task: str) -> Sequence[Any]:
+        """Episodes that the source itself holds apart as prompts, not read yet; often none."""
+        return ()
+
     @abstractmethod
     def read(self, episode: Any) -> Episode:
         """Read one episode: float32 arrays, of which `check_episode` looks at shapes and values.
@@ -62,16 +96,31 @@ class Importer(ABC):
         """
 
 
-def importer(format: str, source: Path, family: EnvironmentFamily) -> Importer:
-    """The reader of a source in a format.
+def importer(
+    format: str,
+    source: Path,
+    family: str | None = None,
+    tasks: Sequence[str] = (),
+    datasets: Mapping[str, str] | None = None,
+) -> Importer:
+    """The reader of a source in a format; arguments are those of the command line.
 
     Raises:
-        UserError: there is no such format.
+        UserError: there is no such format or family, or the format wants other arguments.
     """
     if format not in IMPORTERS:
         raise UserError(f"there is no format {format!r}: choose from {', '.join(IMPORTERS)}")
     module, _, attribute = IMPORTERS[format].partition(":")
-    return getattr(importlib.import_module(module), attribute)(source, family)
+    kind: type[Importer] = getattr(importlib.import_module(module), attribute)
+    datasets = datasets or {}
+    if bool(datasets) != kind.takes_datasets:
+        raise UserError(
+            f"the format {format} needs --dataset NAME=TASK for each of its data sets"
+            if kind.takes_datasets
+            else f"the format {format} takes no --dataset: its data sets are the tasks' own"
+        )
+    name = family or kind.default_family(source, [*tasks, *datasets.values()])
+    return kind(source, family_named(name), datasets)
 
 
 def check_episode(

@@ -1,0 +1,148 @@
+"""Cheetah-dir, Cheetah-vel and Ant-dir: families whose tasks differ in a goal alone.
+
+They are those of Prompt-DT (Xu et al., 2022) and of the paper's Table 4. A task is named by its
+goal, such as `cheetah-vel-0.600`, 0.6 m/s; some of a family's tasks are apart, to be met unseen.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from ...errors import UserError
+from .. import EnvironmentFamily, EnvironmentSpec
+from .expert import load_expert
+from .simulator import EPISODE_LENGTH, DirectionAnt, DirectionCheetah, VelocityCheetah, Walker
+
+VELOCITIES = tuple(round(0.075 * number, 3) for number in range(1, 41))
+"""The goals of Cheetah-vel, in m/s."""
+
+ANGLES = tuple(np.random.default_rng(0).uniform(0, 2 * math.pi, 50).round(3).tolist())
+"""The goals of Ant-dir, in radians: a fixed draw, for those of the public data come with it."""
+
+
+@dataclass(frozen=True)
+class Locomotion(EnvironmentFamily):
+    """A family of walkers whose tasks are goals, each a number.
+
+    Any goal makes a task, `<family>-<goal>`; `task_sets` name those that the family is known for.
+
+    Attributes:
+        walker: what its environments are.
+        task_goals: of the tasks that it is known for.
+        unseen: the numbers of those that are not trained on.
+    """
+
+    goals = 50
+    packages = ("mujoco", "gymnasium")
+    walker: ClassVar[type[Walker]]
+    task_goals: ClassVar[tuple[float, ...]]
+    unseen: ClassVar[tuple[int, ...]]
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """The numbers of the others; of all where none is left."""
+        numbers = range(len(self.task_goals))
+        return tuple(number for number in numbers if number not in self.unseen) or tuple(numbers)
+
+    @property
+    def task_sets(self) -> Mapping[str, tuple[str, ...]]:  # type: ignore[override]
+        """All of those tasks, those to train on, and those to meet unseen."""
+        name, numbered = self.spec.family, list(enumerate(map(self.task_of, self.task_goals)))
+        return {
+            name: tuple(task for _, task in numbered),
+            f"{name}-train": tuple(task for i, task in numbered if i in self.trained),
+            f"{name}-unseen": tuple(task for i, task in numbered if i in self.unseen),
+        }
+
+    def task_of(self, goal: float) -> str:
+        """The name of the task that has a goal: three digits, or as many as there are."""
+        short = f"{goal:.3f}"
+        return f"{self.spec.family}-{short if math.isclose(float(short), goal) else repr(goal)}"
+
+    def goal_of(self, task: str) -> float:
+        """The inverse of `task_of`.
+
+        Raises:
+            UserError: it is no task's name.
+        """
+        found = re.fullmatch(rf"{self.spec.family}-([0-9]+(?:\.[0-9]+)?)", task)
+        if found is None or not float(found[1]) < 100:
+            raise UserError(
+                f"there is no task {task!r}: name {', '.join(self.task_sets)}, or a goal such as "
+                f"{self.task_of(self.task_goals[0])}"
+            )
+        return float(found[1])
+
+    def resolve_tasks(self, names: Sequence[str]) -> tuple[str, ...]:
+        """As `EnvironmentFamily.resolve_tasks`."""
+        if not names:
+            raise UserError(f"no task is named: name tasks, or the set {self.spec.family}")
+        sets, tasks = self.task_sets, list[str]()
+        for name in map(str.lower, map(str.strip, names)):
+            tasks.extend(sets[name] if name in sets else [self.task_of(self.goal_of(name))])
+        return tuple(dict.fromkeys(tasks))
+
+    def make(self, task: str, goal_seed: int = 0) -> Walker:
+        """A walker whose `goals` are states to begin in, drawn by the seed."""
+        return self.walker(task, self.goal_of(task), goal_seed)
+
+    def expert(self, task: str) -> Callable[[np.ndarray], np.ndarray]:
+        """The family's trained policy, acting for the task's goal."""
+        expert, goal = load_expert(self.spec.family), np.float64(self.goal_of(task))
+        return lambda observation: expert(self.walker.features(observation, goal))
+
+    def draw_goals(self, generator: np.random.Generator, count: int) -> np.ndarray:
+        """Goals to train an expert on, float64 [count]."""
+        return generator.choice(np.array(self.task_goals), count)
+
+
+class CheetahDirection(Locomotion):
+    """Run forwards or backwards: both are trained on and both are met, as in Prompt-DT."""
+
+    spec = EnvironmentSpec("cheetah-dir", 20, 6, EPISODE_LENGTH, success=False)
+    walker = DirectionCheetah
+    task_goals = (1.0, -1.0)
+    unseen = (0, 1)
+    _names: ClassVar = {1.0: "cheetah-dir-forward", -1.0: "cheetah-dir-backward"}
+
+    def task_of(self, goal: float) -> str:
+        return self._names[goal]
+
+    def goal_of(self, task: str) -> float:
+        for goal, name in self._names.items():
+            if task == name:
+                return goal
+        raise UserError(
+            f"there is no task {task!r}: choose among {', '.join(self.task_sets)}, "
+            f"{', '.join(self._names.values())}"
+        )
+
+
+class CheetahVelocity(Locomotion):
+    """Run at a speed."""
+
+    spec = EnvironmentSpec("cheetah-vel", 20, 6, EPISODE_LENGTH, success=False)
+    walker = VelocityCheetah
+    task_goals = VELOCITIES
+    unseen = (2, 7, 15, 23, 26)
+
+    def draw_goals(self, generator: np.random.Generator, count: int) -> np.ndarray:
+        return generator.uniform(0, 3.1, count)
+
+
+class AntDirection(Locomotion):
+    """Run in a direction."""
+
+    spec = EnvironmentSpec("ant-dir", 27, 8, EPISODE_LENGTH, success=False)
+    walker = DirectionAnt
+    task_goals = ANGLES
+    unseen = (6, 17, 23, 30, 41)
+
+    def draw_goals(self, generator: np.random.Generator, count: int) -> np.ndarray:
+        return generator.uniform(0, 2 * math.pi, count)

@@ -1,0 +1,216 @@
+"""Train the expert of a family of walkers, by soft actor-critic on random goals.
+
+    python -m harmodt.environments.locomotion.train_expert cheetah-vel
+
+Needs harmodt[experts]. Half of a batch's transitions are relabelled with other goals: what is worth
+going where was decided afterwards (Andrychowicz et al., "Hindsight experience replay", 2017), and
+whose velocity is known tells what any goal would have given.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import gymnasium
+import numpy as np
+import torch
+import tyro
+from safetensors.torch import save
+from stable_baselines3 import SAC
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from ...errors import UserError, run_command
+from ...files import write_bytes
+from ...settings import Count, Whole, check, parse_arguments
+from .. import family as family_named
+from . import Locomotion
+from .expert import WEIGHTS, Expert
+from .simulator import EPISODE_LENGTH
+
+
+@dataclass(frozen=True)
+class TrainExpertConfig:
+    """Train the expert of a family of walkers, by soft actor-critic on random goals."""
+
+    family: Annotated[str, tyro.conf.Positional]
+    """cheetah-dir, cheetah-vel or ant-dir."""
+    output: Path = WEIGHTS
+    """Directory of FAMILY.safetensors."""
+    steps: Count = 500_000
+    """Steps of the environments in all."""
+    environments: Count = 4
+    """That are stepped in turn, a step of each for so many gradient steps."""
+    evaluate_every: Count = 20_000
+    """Steps between evaluations over the family's own goals; the best expert is kept."""
+    seed: Whole = 0
+    """Of everything that is drawn."""
+
+
+class GoalEnvironment(gymnasium.Env):
+    """A walker that is given another goal every episode and shows what an expert sees."""
+
+    def __init__(self, family: Locomotion, seed: int) -> None:
+        self.family = family
+        self._rng = np.random.default_rng(seed)
+        self._walker = family.make(family.task_of(family.task_goals[0]))
+        self._observation = self._walker.reset_random(0)
+        size = len(family.walker.features(self._observation, np.float64(0)))
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        self.action_space = gymnasium.spaces.Box(-1, 1, (family.spec.action_size,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        self._walker.goal = float(self.family.draw_goals(self._rng, 1)[0])
+        self._observation = self._walker.reset_random(int(self._rng.integers(2**31)))
+        self._steps = 0
+        return self._seen(), {}
+
+    def step(self, action: np.ndarray) -> Any:
+        before = self._observation
+        self._observation, reward, _ = self._walker.step(action)
+        self._steps += 1
+        velocity, goal = self._walker.velocity, np.float64(self._walker.goal)
+        rest = reward - self._walker.progress(velocity, goal)
+        raw = np.concatenate([before, self._observation, velocity, [rest]])
+        truncated = self._steps == EPISODE_LENGTH
+        return self._seen(), reward, self._walker.ended, truncated, {"raw": raw}
+
+    def _seen(self) -> np.ndarray:
+        goal = np.float64(self._walker.goal)
+        return self.family.walker.features(self._observation, goal).astype(np.float32)
+
+
+class RelabellingBuffer(ReplayBuffer):
+    """A replay buffer that gives half of a batch other goals."""
+
+    def __init__(self, *args: Any, family: Locomotion, seed: int, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._family = family
+        self._rng = np.random.default_rng(seed)
+        width = 2 * family.spec.observation_size + 3
+        self._raw = np.zeros((self.buffer_size, self.n_envs, width), np.float32)
+
+    def add(self, obs: Any, next_obs: Any, action: Any, reward: Any, done: Any, infos: Any) -> None:
+        self._raw[self.pos] = [info["raw"] for info in infos]
+        super().add(obs, next_obs, action, reward, done, infos)
+
+    def sample(self, batch_size: int, env: Any = None) -> ReplayBufferSamples:
+        rows = self._rng.integers(self.buffer_size if self.full else self.pos, size=batch_size)
+        of = self._rng.integers(self.n_envs, size=batch_size)
+        observations, after = self.observations[rows, of], self.next_observations[rows, of]
+        rewards = self.rewards[rows, of]
+        half = batch_size // 2
+        observations[:half], after[:half], rewards[:half] = self._relabelled(
+            self._raw[rows[:half], of[:half]]
+        )
+        ended = self.dones[rows, of] * (1 - self.timeouts[rows, of])
+        parts = (observations, self.actions[rows, of], after, ended[:, None], rewards[:, None])
+        return ReplayBufferSamples(*map(self.to_torch, parts))
+
+    def _relabelled(self, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        size = self._family.spec.observation_size
+        before, after, velocity, rest = np.split(raw, (size, 2 * size, 2 * size + 2), axis=1)
+        goals = self._family.draw_goals(self._rng, len(raw)).astype(np.float32)
+        rewards = self._family.walker.progress(velocity, goals) + rest[:, 0]
+        features = self._family.walker.features
+        return features(before, goals), features(after, goals), rewards
+
+
+class KeepBest(BaseCallback):
+    """Evaluates the deterministic policy now and then, and writes the best one."""
+
+    def __init__(self, family: Locomotion, path: Path, every: int) -> None:
+        super().__init__()
+        self._family = family
+        self._path = path
+        self._every = every
+        self._due = every
+        self._best = -np.inf
+        self._began = time.perf_counter()
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps >= self._due:
+            self._due += self._every
+            content = save(_weights(self.model))  # type: ignore[arg-type]
+            returns = expert_returns(self._family, Expert.read(content), episodes=1)
+            mean = float(np.mean(returns))
+            seconds = time.perf_counter() - self._began
+            print(f"{self.num_timesteps} steps, {seconds:.0f} s: {mean:.1f}", flush=True)
+            if mean > self._best:
+                self._best = mean
+                write_bytes(self._path, content)
+        return True
+
+
+def expert_returns(family: Locomotion, expert: Expert, episodes: int) -> np.ndarray:
+    """Returns of an expert on the family's own goals, float64 [tasks, episodes]."""
+    returns = np.zeros((len(family.task_goals), episodes))
+    for number, goal in enumerate(family.task_goals):
+        walker = family.make(family.task_of(goal))
+        for episode in range(episodes):
+            observation = walker.reset(episode)
+            for _ in range(EPISODE_LENGTH):
+                action = expert(family.walker.features(observation, np.float64(goal)))
+                observation, reward, _ = walker.step(action)
+                returns[number, episode] += reward
+    return returns
+
+
+def train_expert(config: TrainExpertConfig) -> None:
+    """Train an expert and write the best one."""
+    check(config)
+    family = family_named(config.family)
+    if not isinstance(family, Locomotion):
+        raise UserError(f"{config.family} is no family of walkers: name one such as cheetah-vel")
+    torch.set_num_threads(1)  # the layers are small
+    makers: list[Callable[[], gymnasium.Env]] = [
+        partial(GoalEnvironment, family, 1000 * config.seed + number)
+        for number in range(config.environments)
+    ]
+    model = SAC(
+        "MlpPolicy",
+        DummyVecEnv(makers),
+        learning_rate=5e-4,
+        buffer_size=1_000_000,
+        learning_starts=10_000,
+        batch_size=128,
+        tau=0.01,
+        gamma=0.99,
+        train_freq=8,
+        gradient_steps=16,
+        replay_buffer_class=RelabellingBuffer,
+        replay_buffer_kwargs={"family": family, "seed": config.seed},
+        policy_kwargs={"net_arch": [256, 256], "optimizer_kwargs": {"fused": True}},
+        seed=config.seed,
+    )
+    path = config.output / f"{config.family}.safetensors"
+    model.learn(config.steps, callback=KeepBest(family, path, config.evaluate_every))
+
+
+def _weights(model: SAC) -> dict[str, torch.Tensor]:
+    actor = model.actor
+    layers = [layer for layer in actor.latent_pi if isinstance(layer, torch.nn.Linear)]
+    layers.append(actor.mu)  # type: ignore[arg-type]
+    named = {}
+    for number, layer in enumerate(layers):
+        named[f"{number}.weight"] = layer.weight.detach().contiguous()
+        named[f"{number}.bias"] = layer.bias.detach().contiguous()
+    return named
+
+
+def main() -> None:
+    config: TrainExpertConfig = parse_arguments(
+        TrainExpertConfig, prog="python -m harmodt.environments.locomotion.train_expert"
+    )
+    train_expert(config)
+
+
+if __name__ == "__main__":
+    run_command(main)
