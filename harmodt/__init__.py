@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .algorithms.unseen import Unseen
     from .config import Precision
     from .policies import Policy
 
@@ -33,6 +34,7 @@ def load_policy(
     device: str | None = None,
     fused: bool | None = None,
     precision: Precision | None = None,
+    unseen: Unseen | None = None,
 ) -> Policy:
     """What a run has learned, as a policy that acts in many episodes at once.
 
@@ -40,11 +42,15 @@ def load_policy(
         run: the run's directory.
         checkpoint: training step, the last by default.
         device, fused, precision: as the run was trained where they are None.
+        unseen: tasks that it was not trained on, to act on them in place of its own: a
+            `harmodt.algorithms.unseen.Unseen`.
 
     Raises:
-        UserError: no such run, checkpoint or device, a checkpoint of another model size, or no
-            fused kernels for the device although they are asked for.
+        UserError: no such run, checkpoint or device, a checkpoint of another model size, no fused
+            kernels for the device although they are asked for, or unseen tasks that cannot be met.
     """
     from .training.run import load_policy  # imports PyTorch
 
-    return load_policy(Path(run), checkpoint, device=device, fused=fused, precision=precision)
+    return load_policy(
+        Path(run), checkpoint, device=device, fused=fused, precision=precision, unseen=unseen
+    )

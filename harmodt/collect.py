@@ -1,4 +1,4 @@
-"""Make offline data sets by running scripted experts.
+"""Make offline data sets by running experts.
 
     python -m harmodt.collect --output data/mt5 --tasks mt5 --episodes 100
 
@@ -17,7 +17,7 @@ import shutil
 import signal
 import threading
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
@@ -33,7 +33,7 @@ from msgspec import Meta
 
 from .data.store import UNKNOWN, DataStore, Episode
 from .data.writer import StoreWriter, make_or_open
-from .environments import FAMILIES, METAWORLD, Environment, EnvironmentFamily
+from .environments import FAMILIES, Environment, EnvironmentFamily, family_of
 from .environments import family as family_named
 from .environments.simulation import available_cores
 from .errors import UserError, printable, run_command
@@ -42,12 +42,13 @@ from .progress import progress_bar
 from .settings import Count, NotNegative, Share, Whole, check, parse_arguments
 
 _PARTS = "parts"
+_LENGTHS = "lengths"
 _EPISODES_PER_PART = 10
 
 
 @dataclass(frozen=True)
 class CollectConfig:
-    """Collect an offline data set with scripted experts, such as Meta-World's.
+    """Collect an offline data set with experts: Meta-World's scripted ones, or trained walkers.
 
     An interrupted collection goes on when the same command is given again.
     """
@@ -55,7 +56,7 @@ class CollectConfig:
     output: Path
     """Directory of the store."""
     tasks: tuple[str, ...] = ("mt5",)
-    """Tasks by name (reach-v3, reach) or by set (mt5, mt10, mt30, mt50)."""
+    """Tasks by name (reach-v3, reach) or by set (mt5, mt10, mt30, mt50, cheetah-vel-train)."""
     episodes: Count = 100
     """Training episodes per task."""
     prompt_episodes: Whole = 10
@@ -76,9 +77,10 @@ class CollectConfig:
     """Share of the episodes over which the share of random actions falls linearly to 0."""
     workers: Count | None = None
     """Processes; as many as there are cores by default."""
-    family: Annotated[str, tyro.conf.arg(help=f"The environments: {', '.join(FAMILIES)}.")] = (
-        METAWORLD
-    )
+    family: Annotated[
+        str | None,
+        tyro.conf.arg(help=f"The environments: {', '.join(FAMILIES)}; by default the tasks' own."),
+    ] = None
 
 
 def collect(config: CollectConfig, progress: bool = True) -> DataStore:
@@ -91,9 +93,9 @@ def collect(config: CollectConfig, progress: bool = True) -> DataStore:
             that holds something else or is another process's at present.
         OSError: the disk is full; what was collected so far is kept.
     """
-    found = family_named(config.family)
-    config = _resolve(config, found)
     check(config)
+    found = family_named(config.family) if config.family else family_of(config.tasks)
+    config = _resolve(config, found)
     longest = found.spec.episode_length
     if config.episode_length and config.episode_length > longest:
         raise UserError(f"episode_length is {config.episode_length}: give 1 to {longest}")
@@ -132,6 +134,7 @@ def _resolve(config: CollectConfig, family: EnvironmentFamily) -> CollectConfig:
     length = config.episode_length
     return replace(
         config,
+        family=family.spec.family,
         tasks=family.resolve_tasks(config.tasks),
         prompt_source=config.prompt_source or prompts,
         episode_length=family.spec.episode_length if length is None else length,
@@ -202,7 +205,7 @@ def _write_task(config: CollectConfig, writer: StoreWriter, task: str) -> None:
     shutil.rmtree(config.output / _PARTS / task)
 
 
-def _read_part(config: CollectConfig, part: _Part) -> list[np.ndarray] | None:
+def _read_part(config: CollectConfig, part: _Part) -> list[Sequence[Any]] | None:
     """The fields of a part's episodes; None where it is missing or damaged, and to be collected."""
     try:
         content = read_bytes(part.path(config.output))
@@ -211,7 +214,11 @@ def _read_part(config: CollectConfig, part: _Part) -> list[np.ndarray] | None:
     if content[:8] != _seal(part, content[8:]):
         return None
     with np.load(io.BytesIO(content[8:]), allow_pickle=False) as arrays:
-        return [arrays[name] for name in Episode._fields]
+        ends = np.cumsum(arrays[_LENGTHS])[:-1]
+        return [
+            arrays[name] if name == "success" else np.split(arrays[name], ends)
+            for name in Episode._fields
+        ]
 
 
 def _seal(part: _Part, content: bytes) -> bytes:
@@ -294,7 +301,9 @@ def _kill_children() -> None:
 def _collect_part(config: CollectConfig, family: EnvironmentFamily, part: _Part) -> None:
     numbers = range(part.start, part.stop)
     episodes = [_run_episode(config, family, part, number) for number in numbers]
-    arrays = dict(zip(Episode._fields, map(np.stack, zip(*episodes, strict=True)), strict=True))
+    arrays = {_LENGTHS: np.array([len(episode.rewards) for episode in episodes])}
+    for name, values in zip(Episode._fields, zip(*episodes, strict=True), strict=True):
+        arrays[name] = np.array(values) if name == "success" else np.concatenate(values)
     content = io.BytesIO()
     np.savez(content, **arrays)  # type: ignore[arg-type]
     write_bytes(part.path(config.output), _seal(part, content.getvalue()) + content.getvalue())
@@ -329,9 +338,13 @@ def _run_episode(
         observations[step] = observation
         action = random_actions[step] if at_random[step] else expert(observation)
         actions[step] = (action + noise[step]).clip(-1, 1)
-        observation, rewards[step], success = environment.step(actions[step])
-        solved = solved or success
-    return Episode(observations, actions, rewards, int(solved) if spec.success else UNKNOWN)
+        observation, rewards[step], solved_now = environment.step(actions[step])
+        solved = solved or solved_now
+        if environment.ended:
+            steps = step + 1
+            break
+    success = int(solved) if spec.success else UNKNOWN
+    return Episode(observations[:steps], actions[:steps], rewards[:steps], success)
 
 
 def _exploration_of(config: CollectConfig, part: _Part, number: int) -> tuple[float, float]:

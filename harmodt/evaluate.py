@@ -11,11 +11,15 @@ import tyro
 from . import load_policy
 from .devices import prepare_cpu
 from .environments.video import find_backend
-from .errors import printable, run_command
+from .errors import UserError, printable, run_command
+from .policies import Policy
 from .progress import PlainConsole
+from .results import EvaluationResult, compare_masks
 from .rollout import Request, play
 from .rundir import RunDirectory
-from .settings import Whole, check, parse_arguments
+from .settings import NotNegative, Whole, check, parse_arguments
+
+Mask = Literal["task", "voted", "none", "random", "nearest"]
 
 _KERNELS = tyro.conf.create_mutex_group(required=False, title="kernels, by default the run's")
 
@@ -30,8 +34,15 @@ class PolicyOptions:
 
     checkpoint: Whole | None = None
     """Training step of the checkpoint; the last by default."""
-    mask: Literal["task", "voted"] = "task"
-    """Each task's own mask, or for all the one that an unseen task would get (Eq. 13)."""
+    unseen: Path | None = None
+    """A store of tasks that were not trained on, to be met in place of the run's own: their prompt
+    episodes are all that is read."""
+    mask: tuple[Mask, ...] = ()
+    """Each task's own mask (task, the default) or for all the one of Eq. 13 (voted). Unseen tasks:
+    voted, the default where there are masks; none; random, as dense as the voted one; nearest, of
+    the training task whose gradient on its prompts agrees most. Several are compared."""
+    threshold: NotNegative | None = None
+    """Of the voted mask: a share of the training tasks, or their number; by default the run's."""
     device: str | None = None
     """PyTorch device, such as cpu, cuda or cuda:1; by default the run's."""
     precision: Literal["fp32", "tf32", "bf16"] | None = None
@@ -43,6 +54,15 @@ class PolicyOptions:
 
     def __post_init__(self) -> None:
         check(self)
+        of_unseen = [mask for mask in self.mask if mask in ("none", "random", "nearest")]
+        if of_unseen and self.unseen is None:
+            raise UserError(
+                f"--mask {of_unseen[0]} is for unseen tasks: name a store with --unseen"
+            )
+        if self.unseen is not None and "task" in self.mask:
+            raise UserError("an unseen task has no mask of its own: leave task out of --mask")
+        if self.threshold is not None and self.unseen is None:
+            raise UserError("--threshold is for unseen tasks: name a store with --unseen")
 
     @property
     def fused_or_not(self) -> bool | None:
@@ -68,30 +88,52 @@ def main() -> None:
     """The command line: print the table, write it as JSON and CSV into RUN/evaluation."""
     prepare_cpu()
     config: EvaluateConfig = parse_arguments(EvaluateConfig, prog="python -m harmodt.evaluate")
-    options, console = config.policy, PlainConsole()
+    console = PlainConsole()
     if config.video:
         find_backend()
+    played = [_play(config, mask, console) for mask in dict.fromkeys(config.policy.mask or (None,))]
+    results = [result for result, _ in played]
+    console.print(compare_masks(results) if len(results) > 1 else results[0].table())
+    for _, path in played:
+        console.print(f"written to {printable(path)} and .csv", soft_wrap=True)
+        if config.video:
+            console.print(f"videos in {printable(path.with_suffix(''))}", soft_wrap=True)
+
+
+def _play(
+    config: EvaluateConfig, mask: Mask | None, console: PlainConsole
+) -> tuple[EvaluationResult, Path]:
+    """Measure the policy under a mask, by default the run's; the result and where it is."""
+    directory = RunDirectory(config.run).evaluation
+    result = play(
+        _load(config, mask),
+        config.episodes,
+        video_directory=directory if config.video else None,
+        console=console,
+    )
+    return result, result.save(directory)
+
+
+def _load(config: EvaluateConfig, mask: Mask | None) -> Policy:
+    """The policy that is to be measured."""
+    options, unseen = config.policy, None
+    if options.unseen is not None:
+        from .algorithms.unseen import Unseen  # imports PyTorch
+
+        assert mask != "task"
+        tasks, seed = config.episodes.tasks, config.episodes.seed
+        unseen = Unseen(options.unseen, tasks, mask, options.threshold, seed)
     policy = load_policy(
         config.run,
         options.checkpoint,
         device=options.device,
         fused=options.fused_or_not,
         precision=options.precision,
+        unseen=unseen,
     )
-    if options.mask == "voted":
+    if unseen is None and mask == "voted":
         policy.use_voted_mask()
-    directory = RunDirectory(config.run).evaluation
-    result = play(
-        policy,
-        config.episodes,
-        video_directory=directory if config.video else None,
-        console=console,
-    )
-    path = result.save(directory)
-    console.print(result.table())
-    console.print(f"written to {printable(path)} and .csv", soft_wrap=True)
-    if config.video:
-        console.print(f"videos in {printable(path.with_suffix(''))}", soft_wrap=True)
+    return policy
 
 
 if __name__ == "__main__":

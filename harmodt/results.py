@@ -28,7 +28,7 @@ from .files import clear_temporaries, json_checksum, read_sealed, write_bytes, w
 from .settings import Count, Whole, from_json
 
 FORMAT = "harmodt-evaluation"
-VERSION = 3
+VERSION = 4
 RESAMPLES = 10_000
 
 _AGAIN = "evaluate the run again with `python -m harmodt.evaluate`"
@@ -50,7 +50,9 @@ class Protocol:
         target_returns: what is asked of the policy at the start of an episode, by task, unscaled.
         checkpoint: the training step of the weights.
         rounds: that the episodes are divided into; each draws its prompts anew.
-        mask: each task's own, the one voted for unseen tasks (Eq. 13), or none.
+        mask: "task" for each task's own, "voted" for that of Eq. 13, "none" without; of unseen
+            tasks also "random" and "nearest" (`algorithms/unseen.py`).
+        unseen: where the tasks were not trained on, the checksum of the store of their prompts.
         environment: what was played: family, sizes, episode length and version of the rewards; an
             episode goes on after a success.
         precision: of the policy's matrix products.
@@ -67,6 +69,7 @@ class Protocol:
     checkpoint: Whole
     rounds: Count
     mask: str
+    unseen: str | None
     environment: EnvironmentSpec
     precision: str
     backend: str
@@ -179,7 +182,8 @@ class EvaluationResult:
 
     def to_csv(self) -> str:
         """The summary, with what it was measured by repeated in every row."""
-        columns = ["checkpoint", "goal_seed", "seed", "mask", "precision", "backend", "device"]
+        columns = ["checkpoint", "goal_seed", "seed", "mask", "unseen"]
+        columns += ["precision", "backend", "device"]
         if self.successes is not None:
             columns.insert(0, "success_rule")
         environment = self.protocol.environment
@@ -203,7 +207,7 @@ class EvaluationResult:
         }[self.protocol.success_rule]
         *tasks, average = self.summary()
         table = Table(
-            title=f"{rule}, checkpoint {self.protocol.checkpoint}",
+            title=f"{rule}, {self._what}checkpoint {self.protocol.checkpoint}",
             caption=f"interval of a task: {tasks[0]['interval']}\n"
             f"of the average: {average['interval']}",
             show_footer=True,
@@ -213,6 +217,11 @@ class EvaluationResult:
         for row in tasks:
             table.add_row(*_cells(row).values())
         return table
+
+    @property
+    def _what(self) -> str:
+        """For a title: under which mask unseen tasks were met."""
+        return "" if self.protocol.unseen is None else f"unseen tasks, mask {self.protocol.mask}, "
 
     def save(self, directory: Path) -> Path:
         """Write NAME.json and NAME.csv, each whole or not at all; returns the JSON's path.
@@ -252,6 +261,26 @@ class EvaluationResult:
             return row | mean | {"return_low": average.low, "return_high": average.high} | kind
         rate = {"successes": int(self.successes.sum()), "success_rate": average.mean}
         return row | rate | {"success_low": average.low, "success_high": average.high} | mean | kind
+
+
+def compare_masks(results: Sequence[EvaluationResult]) -> Table:
+    """Evaluations of the same tasks under several masks, a row for each task and mask."""
+    first, *_ = results
+    rule = "Return" if first.protocol.success_rule is None else "Success"
+    table = Table(
+        title=f"{rule} on unseen tasks, checkpoint {first.protocol.checkpoint}",
+        caption=f"interval of a task: {first.summary()[0]['interval']}\n"
+        f"of the average: {first.summary()[-1]['interval']}",
+    )
+    rows = [[_cells(row) for row in result.summary()] for result in results]
+    for heading in ("task", "mask", *list(rows[0][0])[1:]):
+        table.add_column(heading, justify="left" if heading in ("task", "mask") else "right")
+    for of_task in zip(*rows, strict=True):
+        table.add_section()
+        for result, row in zip(results, of_task, strict=True):
+            task, *cells = row.values()
+            table.add_row("" if result is not first else task, result.protocol.mask, *cells)
+    return table
 
 
 def average_over_seeds(results: Sequence[EvaluationResult]) -> Average:
@@ -427,11 +456,16 @@ def _odd(content: _Content, protocol: Protocol) -> str | None:
     return None
 
 
+def _number(value: float) -> str:
+    """A return with three digits or more."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.1f}"
+
+
 def _cells(row: dict[str, Any]) -> dict[str, str]:
     """A row of the table: what stands under each heading."""
     if "success_rate" not in row:
-        interval = f"{row['return_low']:.0f} – {row['return_high']:.0f}"
-        mean = f"{row['mean_return']:.0f}"
+        interval = f"{_number(row['return_low'])} – {_number(row['return_high'])}"
+        mean = _number(row["mean_return"])
         return {"task": row["task"], "mean return": mean, "95 % interval": interval}
     return {
         "task": row["task"],

@@ -131,6 +131,7 @@ def make_protocol(policy: Policy, request: Request) -> Protocol:
         checkpoint=policy.step,
         rounds=math.ceil(request.episodes / max(1, request.environments // len(tasks))),
         mask=policy.mask,
+        unseen=policy.unseen,
         environment=played.spec,  # not the data's, whose rewards may be of another version
         precision=policy.precision,
         backend=policy.backend,

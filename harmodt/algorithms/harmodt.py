@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from harmodt_kernels.harmony_selection import Importance
@@ -15,6 +16,7 @@ from ..data.store import TaskData
 from ..errors import UserError
 from ..masks.bank import MaskBank, TaskMasks
 from ..masks.update import MaskUpdater
+from ..masks.vector import ParameterVector
 from ..networks.decision_transformer import DecisionTransformer
 from ..policies.decision import DecisionPolicy
 from .learner import Setup
@@ -115,10 +117,19 @@ def load_policy(setup: Setup, checkpoint: Checkpoint) -> DecisionPolicy:
         UserError: the checkpoint is of another model size.
     """
     model = load_model(setup, checkpoint)
-    words = model.vector.maskable_size // 32
-    bits = model.vector.valid_bits()[:words].repeat(len(setup.conditioning), 1)
-    checkpoint.copy_to({"masks": bits})
+    bits = load_masks(model.vector, checkpoint, len(setup.conditioning))
     return _policy(setup, model, bits, checkpoint.step)
+
+
+def load_masks(vector: ParameterVector, checkpoint: Checkpoint, tasks: int) -> Tensor:
+    """The masks of a checkpoint, int32 [tasks, P_m / 32].
+
+    Raises:
+        UserError: the checkpoint is of another model size.
+    """
+    bits = vector.weights.new_zeros(tasks, vector.maskable_size // 32, dtype=torch.int32)
+    checkpoint.copy_to({"masks": bits})
+    return bits
 
 
 def _policy(setup: Setup, model: DecisionTransformer, bits: Tensor, step: int) -> DecisionPolicy:

@@ -63,6 +63,32 @@ class TaskConditioning:
             target_return=data.best_return if target is None else target,
         )
 
+    @classmethod
+    def of_unseen(
+        cls, data: TaskData, trained: Sequence[TaskConditioning], config: TrainConfig
+    ) -> TaskConditioning:
+        """The conditioning of a task that is met untrained: its prompt episodes alone are its own.
+
+        Observations are normalised by the mean of the training tasks' means and deviations, and the
+        target return is the best of its prompts, unless the run gives one.
+
+        Raises:
+            UserError: no prompt episode is as long as a prompt.
+        """
+        if not len(data.prompts):
+            raise UserError(
+                f"task {data.name} has no prompt episodes, which are all that an unseen task may "
+                "show: make the store again with --prompt-episodes"
+            )
+        target = config.evaluation.target_return
+        return cls(
+            name=data.name,
+            mean=np.mean([task.mean for task in trained], axis=0),
+            deviation=np.mean([task.deviation for task in trained], axis=0),
+            prompts=_select(data.prompts, _choose_prompts(data, config.own.prompts())),
+            target_return=float(data.prompts.returns.max()) if target is None else target,
+        )
+
 
 class Inputs:
     """Turns time steps of some tasks into what a model reads.

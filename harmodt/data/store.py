@@ -112,7 +112,7 @@ class TaskData:
     Attributes:
         name: the task's name in its family.
         train, prompts: the training episodes and the prompt episodes.
-    XX
+        observation_mean, observation_std: float32 [O], over the training episodes.
         best_return, mean_return: over the training episodes.
     """
 

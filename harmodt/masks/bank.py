@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -119,19 +120,30 @@ class MaskBank:
 
 
 def vote(bits: Tensor, threshold: float = 0.5) -> Tensor:
-    """The mask for an unseen task: weights active in more than a share of the tasks (Eq. 13).
+    """The mask for an unseen task: weights active in more than so many of the tasks (Eq. 13).
 
     Args:
         bits: int32 [T, P_m / 32].
-        threshold: share of the tasks, in [0, 1); the paper's 25 of 50 tasks is 0.5.
+        threshold: share of the tasks, in [0, 1), or their number, from 1 to T - 1: the paper's 25
+            of 50 tasks is 0.5 or 25.
 
     Returns:
         int32 [P_m / 32].
+
+    Raises:
+        UserError: no weight could be active in more than so many tasks.
     """
+    if not 0 <= threshold < len(bits) or (threshold >= 1 and threshold != int(threshold)):
+        raise UserError(
+            f"the threshold of the voted mask is {threshold:g} and there are {len(bits)} tasks: "
+            f"give a share below 1, or a number of tasks below {len(bits)}"
+        )
+    # A share such as 0.29 of 100 tasks comes out a little below 29.
+    most = math.floor(threshold if threshold >= 1 else threshold * len(bits) + 1e-9)
     votes = torch.zeros(bits.shape[1] * 32, dtype=torch.int32, device=bits.device)
     for row in bits:
         votes += unpack_bits(row, len(votes))
-    return pack_bits(votes > threshold * len(bits))
+    return pack_bits(votes > most)
 
 
 def erk_densities(shapes: Sequence[tuple[int, int]], sparsity: float) -> list[float]:

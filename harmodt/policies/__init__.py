@@ -17,7 +17,9 @@ class Policy(Protocol):
         target_returns: float64 [T], the return asked for in each task.
         environment: what its tasks are tasks of.
         step: training steps of its weights.
-        mask: "task" if each task has its own mask, "voted" for that of Eq. 13, "none" without.
+        mask: "task" if each task has its own mask, "voted" for that of Eq. 13, "none" without, or
+            another that unseen tasks are met under.
+        unseen: where the tasks were not trained on, the checksum of the store of their prompts.
         backend, precision, device: where and how it computes, by name.
     """
 
@@ -26,6 +28,7 @@ class Policy(Protocol):
     environment: EnvironmentSpec
     step: int
     mask: str
+    unseen: str | None
     backend: str
     precision: str
     device: str

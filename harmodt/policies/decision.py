@@ -46,6 +46,7 @@ class DecisionPolicy:
         self.model = model.eval()
         self.mask_bits = mask_bits
         self.mask = "none" if mask_bits is None else "task"
+        self.unseen: str | None = None
         self.environment = environment
         self.step = step
         self.tasks = tuple(task.name for task in inputs.conditioning)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import shlex
 import signal
 import sys
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +18,7 @@ from rich.filesize import decimal
 
 from ..algorithms import Setup, StepResult, config_from_json, find
 from ..algorithms.optimiser import learning_rate
+from ..algorithms.unseen import Unseen, unseen_policy
 from ..checkpoint import (
     checkpoint_steps,
     clear_temporaries,
@@ -28,7 +28,7 @@ from ..checkpoint import (
 )
 from ..config import Precision, TrainConfig
 from ..data.inputs import TaskConditioning, load_conditioning, save_conditioning
-from ..data.store import DataStore
+from ..data.store import DataStore, TaskData
 from ..devices import Execution
 from ..environments import EnvironmentSpec, family
 from ..errors import UserError, going_on
@@ -92,6 +92,7 @@ def load_policy(
     device: str | None = None,
     fused: bool | None = None,
     precision: Precision | None = None,
+    unseen: Unseen | None = None,
 ) -> Policy:
     """What a run has learned; the same as `harmodt.load_policy`, which describes it."""
     saved = SavedRun.open(path)
@@ -102,8 +103,24 @@ def load_policy(
         trained.precision if precision is None else precision,
         trained.cuda_graph,
     )
+    setup = saved.setup(execution)
     state = load_checkpoint(saved.directory, checkpoint)
-    return find(saved.config.algorithm).policy(saved.setup(execution), state)
+    if unseen is None:
+        return find(saved.config.algorithm).policy(setup, state)
+    return unseen_policy(setup, state, unseen, *_open_unseen(unseen, saved))
+
+
+def _open_unseen(unseen: Unseen, saved: SavedRun) -> tuple[list[TaskData], str]:
+    """The data of the unseen tasks, and the checksum of their store."""
+    store = DataStore.open(unseen.store)
+    ours, theirs = saved.environment, store.environment
+    if replace(theirs, reward_version=ours.reward_version) != ours:
+        raise UserError(
+            f"{store.path} holds data of {theirs.family} and the run was trained on {ours.family}: "
+            "name a store of the run's family"
+        )
+    names = family(ours.family).resolve_tasks(unseen.tasks) if unseen.tasks else store.tasks
+    return [store.task(name) for name in names], store.checksum
 
 
 class Run:
@@ -177,7 +194,7 @@ class Run:
         """
         execution = _execution(config)
         store = _open_store(saved, config)
-        setup = dataclasses.replace(saved.setup(execution), config=config)
+        setup = replace(saved.setup(execution), config=config)
         trainer = Trainer(setup, [store.task(task.name) for task in saved.conditioning])
         if checkpoint_steps(saved.directory):
             trainer.load(load_checkpoint(saved.directory))

@@ -1,0 +1,174 @@
+"""Acting on tasks that were not trained on: under which mask, and told the task by what.
+
+A few prompt episodes of the task are all that is taken from its data. Observations are normalised
+by the mean of the training tasks' statistics, and MTDT is told the mean of their embeddings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from harmodt_kernels import pack_bits, unpack_bits
+
+from ..checkpoint import Checkpoint
+from ..data.inputs import TaskConditioning
+from ..data.store import TaskData
+from ..errors import UserError
+from ..masks.bank import vote
+from ..masks.gradients import TaskGradients
+from ..masks.vector import ParameterVector
+from ..networks.decision_transformer import DecisionTransformer
+from ..policies.decision import DecisionPolicy
+from .harmodt import RandomMaskSettings, load_masks
+from .learner import Setup
+from .sequence import SequenceLearner, build_model, decision_policy
+
+UnseenMask = Literal["voted", "none", "random", "nearest"]
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """Tasks to act on that were not trained on, and how.
+
+    Attributes:
+        store: whose prompt episodes show the tasks; nothing else of it is used.
+        tasks: by name or set; all of the store's if none is named.
+        mask: voted: that of Eq. 13. none: all weights. random: as many weights of each layer as
+            the voted mask has, at random. nearest: of the training task whose gradient on its own
+            prompts agrees most with the unseen task's; it is not the paper's. By default voted
+            where the run has masks, and none where not.
+        threshold: of the voted mask, as `vote` takes it; by default the run's.
+        seed: of the random mask.
+    """
+
+    store: Path
+    tasks: tuple[str, ...] = ()
+    mask: UnseenMask | None = None
+    threshold: float | None = None
+    seed: int = 0
+
+
+def unseen_policy(
+    setup: Setup, checkpoint: Checkpoint, unseen: Unseen, tasks: Sequence[TaskData], store: str
+) -> DecisionPolicy:
+    """A run's policy for tasks that it was not trained on.
+
+    Args:
+        tasks: their data, from a store with the checksum `store`.
+
+    Raises:
+        UserError: the run has no masks and one is asked for, a task has no prompt episodes of use,
+            the threshold leaves no weight, or the checkpoint is of another model size.
+    """
+    conditioning = tuple(
+        TaskConditioning.of_unseen(task, setup.conditioning, setup.config) for task in tasks
+    )
+    setup_unseen = dataclasses.replace(setup, conditioning=conditioning)
+    model = _load_model(setup_unseen, checkpoint)
+    masked = isinstance(setup.config.own, RandomMaskSettings)
+    mask = unseen.mask or ("voted" if masked else "none")
+    bits = None
+    if mask == "nearest":
+        nearest = nearest_tasks(setup, checkpoint, conditioning)
+        bits = _trained_masks(setup, model, checkpoint)[nearest]
+    elif mask != "none":
+        bits = vote(_trained_masks(setup, model, checkpoint), _threshold(setup, unseen))
+        if mask == "random":
+            bits = random_mask(model.vector, bits, unseen.seed)
+        bits = bits.expand(len(conditioning), -1)
+    policy = decision_policy(setup_unseen, model, bits, checkpoint.step)
+    own_threshold = unseen.threshold is not None and mask in ("voted", "random")
+    policy.mask = f"{mask}>{unseen.threshold:g}" if own_threshold else mask
+    policy.unseen = store
+    return policy
+
+
+def random_mask(vector: ParameterVector, bits: Tensor, seed: int) -> Tensor:
+    """A mask, int32 [P_m / 32], with as many weights of each layer as another has, at random."""
+    active = unpack_bits(bits, vector.maskable_size).cpu()
+    generator, mask = torch.Generator().manual_seed(seed), torch.zeros_like(active)
+    for slot in vector.maskable_slots:
+        chosen = torch.zeros(slot.rows * slot.columns, dtype=torch.bool)
+        count = int(slot.view(active).sum())
+        chosen[torch.randperm(len(chosen), generator=generator)[:count]] = True
+        slot.view(mask).copy_(chosen.view(slot.shape))
+    return pack_bits(mask).to(bits.device)
+
+
+def nearest_tasks(
+    setup: Setup, checkpoint: Checkpoint, unseen: Sequence[TaskConditioning]
+) -> Tensor:
+    """For each unseen task, the training task whose gradient has the largest cosine with its own.
+
+    Gradients are those of the dense model over the maskable weights, on windows of the prompt
+    episodes of either task.
+
+    Args:
+        setup: the run's.
+        unseen: U tasks.
+
+    Returns:
+        int64 [U], indices of training tasks.
+    """
+    tasks = (*setup.conditioning, *unseen)
+    learner = SequenceLearner(
+        dataclasses.replace(setup, conditioning=tasks), [_prompts_as_data(task) for task in tasks]
+    )
+    checkpoint.copy_to(_parameters(learner.model))
+    learner.model.eval()
+    losses = learner.losses_of_draws(checkpoint.step)
+    trained = len(setup.conditioning)
+    parts = [[*range(trained, len(tasks))], *([task] for task in range(trained))]
+    gradients = TaskGradients(learner.vector, losses, learner.masks_of, parts)
+    with setup.execution.computing():
+        own, _ = gradients.of(0)
+        cosines = [_cosines(own, gradients.of(part)[0][0]) for part in range(1, len(parts))]
+    return torch.stack(cosines).argmax(0)
+
+
+def _trained_masks(setup: Setup, model: DecisionTransformer, checkpoint: Checkpoint) -> Tensor:
+    """The masks of the training tasks, int32 [T, P_m / 32]."""
+    if not isinstance(setup.config.own, RandomMaskSettings):
+        raise UserError(f"{setup.config.algorithm} has no masks: evaluate it with --mask none")
+    return load_masks(model.vector, checkpoint, len(setup.conditioning))
+
+
+def _threshold(setup: Setup, unseen: Unseen) -> float:
+    if unseen.threshold is not None:
+        return unseen.threshold
+    own = setup.config.own
+    assert isinstance(own, RandomMaskSettings)
+    return own.masks.unseen_threshold
+
+
+def _cosines(gradients: Tensor, other: Tensor) -> Tensor:
+    """Of each of some gradients [U, P] with another one [P], [U]."""
+    return torch.nn.functional.cosine_similarity(gradients, other[None])
+
+
+def _prompts_as_data(task: TaskConditioning) -> TaskData:
+    """A task whose training episodes are its prompts."""
+    return TaskData(task.name, task.prompts, task.prompts, task.mean, task.deviation, 0.0, 0.0)
+
+
+def _load_model(setup: Setup, checkpoint: Checkpoint) -> DecisionTransformer:
+    """The checkpoint's model, for tasks whose embedding is the mean of the training tasks'."""
+    model = build_model(setup)
+    parameters = _parameters(model)
+    embedding = parameters.pop("model.task_embedding.weight", None)
+    checkpoint.copy_to(parameters)
+    if embedding is not None:
+        trained = checkpoint.tensors["model.task_embedding.weight"]
+        embedding.data.copy_(trained.mean(0, keepdim=True).expand_as(embedding))
+    return model
+
+
+def _parameters(model: DecisionTransformer) -> dict[str, Tensor]:
+    return {f"model.{name}": parameter for name, parameter in model.named_parameters()}

@@ -1,0 +1,261 @@
+"""Tasks that a run was not trained on: what it is told of them, and under which mask it acts."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import TASKS, configure, make_setup, make_store, unpack_masks
+
+from harmodt import evaluate, load_policy
+from harmodt.algorithms.sequence import load_model
+from harmodt.algorithms.unseen import Unseen, nearest_tasks
+from harmodt.checkpoint import load_checkpoint, save_checkpoint
+from harmodt.data.inputs import TaskConditioning
+from harmodt.data.store import DataStore
+from harmodt.errors import UserError, run_command
+from harmodt.masks.bank import vote
+from harmodt.policies.decision import DecisionPolicy
+from harmodt.results import EvaluationResult
+from harmodt.training.run import Run, SavedRun
+
+UNSEEN = ("door-open-v3", "window-open-v3")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> DataStore:
+    return make_store(tmp_path_factory.mktemp("trained") / "store")
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> DataStore:
+    return make_store(tmp_path_factory.mktemp("unseen") / "store", UNSEEN, seed=5)
+
+
+def begin(folder: Path, store: DataStore, algorithm: str = "harmodt-r", **changes: Any) -> Path:
+    """A run with random weights, at step 3."""
+    run = Run.begin(
+        folder / "run", "quickstart", configure(algorithm, **changes), store, store.tasks
+    )
+    torch.manual_seed(1)
+    for parameter in run.trainer.learner.model.parameters():
+        parameter.data.add_(torch.randn(parameter.shape) * 0.2)
+    save_checkpoint(run.directory, 3, run.trainer.tensors())
+    return run.directory.path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, store: DataStore) -> Path:
+    return begin(tmp_path_factory.mktemp("run"), store)
+
+
+def meet(run: Path, others: DataStore, **how: Any) -> DecisionPolicy:
+    policy = load_policy(run, unseen=Unseen(others.path, **how))
+    assert isinstance(policy, DecisionPolicy)
+    return policy
+
+
+def masks_of(run: Path) -> torch.Tensor:
+    return load_checkpoint(SavedRun.open(run).directory).tensors["masks"]
+
+
+def actions(policy: DecisionPolicy, tasks: int = 2) -> np.ndarray:
+    policy.start(np.arange(tasks), seed=3)
+    rows = np.random.default_rng(0).normal(size=(4, tasks, 39))
+    return np.stack([policy.act(observations) for observations in rows])
+
+
+def test_only_prompts_are_taken_from_an_unseen_task(store: DataStore, others: DataStore) -> None:
+    config = configure()
+    trained = [TaskConditioning.from_data(store.task(name), config) for name in TASKS]
+    data = dataclasses.replace(
+        others.task(UNSEEN[0]),
+        **dict.fromkeys(("train", "observation_mean", "observation_std", "best_return"), None),
+    )
+    found = TaskConditioning.of_unseen(data, trained, config)
+    np.testing.assert_allclose(found.mean, np.mean([t.mean for t in trained], 0), rtol=1e-6)
+    np.testing.assert_allclose(
+        found.deviation, np.mean([t.deviation for t in trained], 0), rtol=1e-6
+    )
+    assert found.mean.dtype == found.deviation.dtype == np.float32
+    assert found.target_return == data.prompts.returns.max() == found.prompts.returns[0]
+    given = TaskConditioning.of_unseen(data, trained, configure(target_return=7.0))
+    assert given.target_return == 7
+
+
+def test_without_prompt_episodes_an_unseen_task_is_refused(
+    tmp_path: Path, store: DataStore
+) -> None:
+    bare = make_store(tmp_path / "bare", UNSEEN[:1], prompt_lengths=())
+    with pytest.raises(UserError, match="door-open-v3 has no prompt episodes"):
+        TaskConditioning.of_unseen(bare.task(UNSEEN[0]), [], configure())
+
+
+@pytest.mark.parametrize(("threshold", "least"), [(None, 2), (0.9, 3), (1, 2), (2, 3), (0, 1)])
+def test_the_voted_mask_is_that_of_the_training_tasks(
+    run: Path, others: DataStore, threshold: float | None, least: int
+) -> None:
+    policy = meet(run, others, mask="voted", threshold=threshold)
+    votes = dict.fromkeys(unpack_masks(policy.model, masks_of(run)[0]), 0)
+    for bits in masks_of(run):
+        for name, mask in unpack_masks(policy.model, bits).items():
+            votes[name] = votes[name] + mask.int()
+    assert policy.tasks == UNSEEN and policy.mask_bits is not None
+    for bits in policy.mask_bits:
+        for name, mask in unpack_masks(policy.model, bits).items():
+            assert torch.equal(mask, votes[name] >= least)
+    assert policy.mask == ("voted" if threshold is None else f"voted>{threshold}")
+    assert policy.unseen == others.checksum
+
+
+@pytest.mark.parametrize("threshold", [3, 25, 1.5, -0.5])
+def test_a_threshold_that_leaves_nothing_is_refused(
+    run: Path, others: DataStore, threshold: float
+) -> None:
+    with pytest.raises(UserError, match=f"is {threshold} and there are 3 tasks: give a share"):
+        meet(run, others, threshold=threshold)
+
+
+def test_a_share_is_counted_without_rounding() -> None:
+    bits = torch.zeros(100, 1, dtype=torch.int32)
+    bits[:29] = 1
+    bits[:30] |= 2
+    assert 0.29 * 100 < 29
+    assert vote(bits, 0.29).tolist() == vote(bits, 29).tolist() == [2]
+
+
+def test_two_tasks_vote_for_what_both_have() -> None:
+    bits = torch.tensor([[0b0011], [0b0101]], dtype=torch.int32)
+    assert vote(bits).item() == vote(bits, 1).item() == 0b0001
+    assert vote(bits, 0.49).item() == vote(bits, 0).item() == 0b0111
+
+
+def test_without_a_mask_all_weights_act(run: Path, others: DataStore) -> None:
+    policy = meet(run, others, mask="none")
+    assert (policy.mask_bits, policy.mask) == (None, "none")
+    dense = actions(policy)
+    policy.mask_bits = torch.full_like(masks_of(run)[:2], -1)
+    np.testing.assert_allclose(actions(policy), dense, atol=1e-6)
+    policy.mask_bits = masks_of(run)[:2]
+    assert np.abs(actions(policy) - dense).max() > 0.01
+
+
+def test_a_random_mask_has_the_voted_ones_weights_in_each_layer(
+    run: Path, others: DataStore
+) -> None:
+    voted = meet(run, others, mask="voted")
+    policies = [meet(run, others, mask="random", seed=seed) for seed in (0, 0, 1)]
+    first, again, other = (policy.mask_bits[0] for policy in policies)  # type: ignore[index]
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert voted.mask_bits is not None
+    as_voted = unpack_masks(voted.model, voted.mask_bits[0])
+    differing = 0
+    for name, mask in unpack_masks(voted.model, first).items():
+        assert mask.sum() == as_voted[name].sum()
+        differing += int((mask != as_voted[name]).sum())
+    assert differing > 100
+
+
+def test_the_nearest_task_is_the_one_whose_prompts_are_the_same(
+    run: Path, store: DataStore, tmp_path: Path
+) -> None:
+    # Prompt episodes of one window: a task's gradient depends on no draw.
+    one = make_store(tmp_path / "one", prompt_lengths=(6,))
+    saved = SavedRun.open(begin(tmp_path, one, action_dropout=0.0, prompt_length=6))
+    setup, state = make_setup(one, saved.config), load_checkpoint(saved.directory)
+    order = [2, 0, 1, 0]
+    unseen = [dataclasses.replace(setup.conditioning[i], name=f"unseen {i}") for i in order]
+    assert nearest_tasks(setup, state, unseen).tolist() == order
+    policy = load_policy(saved.directory.path, unseen=Unseen(one.path, mask="nearest"))
+    assert isinstance(policy, DecisionPolicy)
+    assert policy.mask_bits is not None and torch.equal(policy.mask_bits, state.tensors["masks"])
+
+
+def test_mtdt_is_told_the_mean_of_its_embeddings(
+    store: DataStore, others: DataStore, tmp_path: Path
+) -> None:
+    path = begin(tmp_path, store, "mtdt")
+    policy = load_policy(path, unseen=Unseen(others.path))
+    assert isinstance(policy, DecisionPolicy) and policy.mask == "none"
+    saved = SavedRun.open(path)
+    state = load_checkpoint(saved.directory)
+    trained = load_model(make_setup(store, saved.config), state)
+    mean = trained.task_embedding.weight.mean(0)
+    assert torch.allclose(policy.model.task_embedding.weight, mean.expand(2, -1))
+    for (name, ours), theirs in zip(
+        policy.model.named_parameters(), trained.parameters(), strict=True
+    ):
+        assert name.startswith("task_embedding") or torch.equal(ours, theirs)
+    with pytest.raises(UserError, match="mtdt has no masks: evaluate it with --mask none"):
+        load_policy(path, unseen=Unseen(others.path, mask="voted"))
+
+
+def test_a_store_of_another_family_is_refused(run: Path, tmp_path: Path) -> None:
+    from harmodt.collect import CollectConfig, collect
+
+    config = CollectConfig(tmp_path / "walkers", ("cheetah-dir",), 1, 1, workers=1)
+    collect(config, progress=False)
+    with pytest.raises(UserError, match="data of cheetah-dir and the run was trained on metaworld"):
+        load_policy(run, unseen=Unseen(config.output))
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
+    run_command(evaluate.main)
+
+
+def test_the_command_compares_masks(
+    run: Path,
+    others: DataStore,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(evaluate, "play", play_nothing)
+    command(
+        monkeypatch, run, "--unseen", others.path, "--tasks", "door-open", "--episodes", 2,
+        "--mask", "voted", "none", "random", "nearest",
+    )  # fmt: skip
+    text = capsys.readouterr().out
+    assert [text.count(f"{mask} ") for mask in ("voted", "random", "nearest")] == [2, 2, 2]
+    results = [EvaluationResult.load(path) for path in (run / "evaluation").glob("*.json")]
+    assert {result.protocol.mask for result in results} == {"voted", "none", "random", "nearest"}
+    assert {result.protocol.tasks for result in results} == {("door-open-v3",)}
+    assert {result.protocol.unseen for result in results} == {others.checksum}
+    assert all(others.checksum in result.to_csv() for result in results)
+
+
+def play_nothing(policy: DecisionPolicy, request: Any, **_: Any) -> EvaluationResult:
+    from harmodt.rollout import make_protocol
+
+    protocol = make_protocol(policy, request)
+    solved = np.zeros((len(protocol.tasks), protocol.episodes), bool)
+    return EvaluationResult(protocol, solved, solved * 1.0, 0.1, {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--mask", "nearest"], "--mask nearest is for unseen tasks: name a store with --unseen"),
+        (["--threshold", "25"], "--threshold is for unseen tasks"),
+        (["--unseen", "x", "--mask", "task"], "an unseen task has no mask of its own"),
+        (["--unseen", "nowhere"], "there is no store in nowhere"),
+        (["--unseen", "{store}", "--tasks", "push"], "has no task 'push-v3': it holds door-open"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(
+    run: Path,
+    others: DataStore,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    reason: str,
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        command(monkeypatch, run, *(word.format(store=others.path) for word in arguments))
+    assert end.value.code == 2
+    assert reason in " ".join(capsys.readouterr().err.split())
