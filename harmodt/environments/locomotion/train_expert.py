@@ -48,7 +48,7 @@ class TrainExpertConfig:
     """Steps of the environments in all."""
     environments: Count = 4
     """That are stepped in turn, a step of each for so many gradient steps."""
-    evaluate_every: Count = 20_000
+    evaluate_every: Count = 25_000
     """Steps between evaluations over the family's own goals; the best expert is kept."""
     seed: Whole = 0
     """Of everything that is drawn."""
