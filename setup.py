@@ -87,7 +87,7 @@ setup(
         # One MP4 per task; the package brings its own encoder, so none is installed by hand.
         "video": ["imageio-ffmpeg>=0.5"],
         # Imports and exports of Minari's data sets, and of LeRobot's Parquet files.
-        "minari": ["minari[hdf5]>=0.5"],
+        "minari": ["minari>=0.5", "h5py>=3.8"],
         "lerobot": ["pyarrow>=17"],
         # Trains the walkers' experts again; their weights come with the package.
         "experts": ["stable-baselines3>=2.7"],
@@ -108,6 +108,12 @@ setup(
             # The tests write videos, and read them.
             "imageio>=2.34",
             "imageio-ffmpeg>=0.5",
+            # They write data in others' formats, by the libraries that these are of.
+            "minari>=0.5",
+            "h5py>=3.8",
+            "pyarrow>=17",
+            # They train an expert for a few steps.
+            "stable-baselines3>=2.7",
         ],
     },
     classifiers=[

@@ -12,6 +12,7 @@ class ExpertPolicy:
 
     step = 70
     mask = "task"
+    unseen = None
     backend = "reference"
     precision = "fp32"
     device = "cpu"

@@ -103,7 +103,7 @@ def loaded(monkeypatch):
 def test_what_is_not_said_follows_the_run(monkeypatch, played, loaded, arguments, options):
     with pytest.raises(Stop):
         command(monkeypatch, "runs/one", *arguments)
-    assert loaded == [options]
+    assert loaded == [options | {"unseen": None}]
 
 
 def test_a_run_is_evaluated_as_it_was_trained(run, monkeypatch, played):

@@ -32,7 +32,7 @@ from harmodt.results import (
 TASKS = ("reach-v3", "button-press-topdown-v3")
 PROTOCOL = Protocol(
     tasks=TASKS, episodes=4, success_rule="any", goal_seed=9, seed=5,
-    target_returns=(4000.0, 3.5), checkpoint=70, rounds=1, mask="task",
+    target_returns=(4000.0, 3.5), checkpoint=70, rounds=1, mask="task", unseen=None,
     environment=EnvironmentSpec("metaworld", 39, 4, 500, True, "v2"),
     precision="fp32", backend="reference", device="cpu",
 )  # fmt: skip
@@ -213,10 +213,10 @@ def refused(path: Path) -> str:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b'{"format": "harmodt-evaluation", "version": 2}', "of version 2, and .* reads version 3"),
+        (b'{"format": "harmodt-evaluation", "version": 2}', "of version 2, and .* reads version 4"),
         (b'{"format": "harmodt-evaluation", "version": [3]}', r"of version \[3\], and"),
         (b'{"format": "harmodt-run", "version": 3}', "is no evaluation: name a JSON file"),
-        (b'{"format": "harmodt-evaluation", "version": 3}', "has changed .*: restore it"),
+        (b'{"format": "harmodt-evaluation", "version": 4}', "has changed .*: restore it"),
         (b"[]", "is no evaluation"),
         (b"null", "is no evaluation"),
         (b"7", "is no evaluation"),
