@@ -29,7 +29,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from ...errors import UserError, run_command
 from ...files import write_bytes
-from ...settings import Count, Whole, check, parse_arguments
+from ...settings import Count, Positive, Whole, check, parse_arguments
 from .. import family as family_named
 from . import Locomotion
 from .expert import WEIGHTS, Expert
@@ -50,6 +50,8 @@ class TrainExpertConfig:
     """That are stepped in turn, a step of each for so many gradient steps."""
     evaluate_every: Count = 25_000
     """Steps between evaluations over the family's own goals; the best expert is kept."""
+    progress_weight: Positive = 1.0
+    """How often progress counts while training; once, an ant first learns to stand still."""
     seed: Whole = 0
     """Of everything that is drawn."""
 
@@ -57,8 +59,9 @@ class TrainExpertConfig:
 class GoalEnvironment(gymnasium.Env):
     """A walker that is given another goal every episode and shows what an expert sees."""
 
-    def __init__(self, family: Locomotion, seed: int) -> None:
+    def __init__(self, family: Locomotion, progress_weight: float, seed: int) -> None:
         self.family = family
+        self._weight = progress_weight
         self._rng = np.random.default_rng(seed)
         self._walker = family.make(family.task_of(family.task_goals[0]))
         self._observation = self._walker.reset_random(0)
@@ -77,7 +80,9 @@ class GoalEnvironment(gymnasium.Env):
         self._observation, reward, _ = self._walker.step(action)
         self._steps += 1
         velocity, goal = self._walker.velocity, np.float64(self._walker.goal)
-        rest = reward - self._walker.progress(velocity, goal)
+        progress = float(self._walker.progress(velocity, goal))
+        rest = reward - progress
+        reward += (self._weight - 1) * progress
         raw = np.concatenate([before, self._observation, velocity, [rest]])
         truncated = self._steps == EPISODE_LENGTH
         return self._seen(), reward, self._walker.ended, truncated, {"raw": raw}
@@ -90,9 +95,12 @@ class GoalEnvironment(gymnasium.Env):
 class RelabellingBuffer(ReplayBuffer):
     """A replay buffer that gives half of a batch other goals."""
 
-    def __init__(self, *args: Any, family: Locomotion, seed: int, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, family: Locomotion, progress_weight: float, seed: int, **options: Any
+    ) -> None:
         super().__init__(*args, **options)
         self._family = family
+        self._weight = progress_weight
         self._rng = np.random.default_rng(seed)
         width = 2 * family.spec.observation_size + 3
         self._raw = np.zeros((self.buffer_size, self.n_envs, width), np.float32)
@@ -118,7 +126,7 @@ class RelabellingBuffer(ReplayBuffer):
         size = self._family.spec.observation_size
         before, after, velocity, rest = np.split(raw, (size, 2 * size, 2 * size + 2), axis=1)
         goals = self._family.draw_goals(self._rng, len(raw)).astype(np.float32)
-        rewards = self._family.walker.progress(velocity, goals) + rest[:, 0]
+        rewards = self._weight * self._family.walker.progress(velocity, goals) + rest[:, 0]
         features = self._family.walker.features
         return features(before, goals), features(after, goals), rewards
 
@@ -170,8 +178,9 @@ def train_expert(config: TrainExpertConfig) -> None:
     if not isinstance(family, Locomotion):
         raise UserError(f"{config.family} is no family of walkers: name one such as cheetah-vel")
     torch.set_num_threads(1)  # the layers are small
+    weight = config.progress_weight
     makers: list[Callable[[], gymnasium.Env]] = [
-        partial(GoalEnvironment, family, 1000 * config.seed + number)
+        partial(GoalEnvironment, family, weight, 1000 * config.seed + number)
         for number in range(config.environments)
     ]
     model = SAC(
@@ -186,7 +195,7 @@ def train_expert(config: TrainExpertConfig) -> None:
         train_freq=8,
         gradient_steps=16,
         replay_buffer_class=RelabellingBuffer,
-        replay_buffer_kwargs={"family": family, "seed": config.seed},
+        replay_buffer_kwargs={"family": family, "progress_weight": weight, "seed": config.seed},
         policy_kwargs={"net_arch": [256, 256], "optimizer_kwargs": {"fused": True}},
         seed=config.seed,
     )
