@@ -233,3 +233,31 @@ def test_a_part_that_is_not_whole_or_is_another_is_no_part(tmp_path: Path) -> No
         assert collect_module._read_part(config, part) is None
     part.path(tmp_path).write_bytes(other.path(tmp_path).read_bytes())
     assert collect_module._read_part(config, part) is None
+
+
+def test_an_episode_that_ends_early_is_cut_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(environments.FAMILIES, "falling", "toy_family:Falling")
+    config = CollectConfig(
+        tmp_path / "x", ("both",), 12, 1, noise_start=0, random_start=0, family="falling"
+    )
+    store = collect(config, progress=False)
+    store.verify()
+    slow, quick = (store.task(name).train for name in ("slow", "quick"))
+    # Each begins at 0 to 3 and moves by 0.25 or by 2 a step, until it is beyond 3 or after 7 steps.
+    for train, way in ((slow, 0.25), (quick, 2.0)):
+        begins = train.observations[train.episode_starts[:-1], 0]
+        expected = np.minimum(7, np.floor((3 - begins) / way) + 1)
+        assert train.lengths.tolist() == expected.tolist()
+        np.testing.assert_array_equal(train.returns, expected * way)
+    assert len(set(slow.lengths)) > 1 and quick.lengths.max() < 7
+
+
+def test_the_family_is_that_of_the_tasks(tmp_path: Path) -> None:
+    config = CollectConfig(tmp_path / "x", ("cheetah-vel-unseen",), 1, 1)
+    store = collect(config, progress=False)
+    assert store.environment.family == "cheetah-vel" and len(store.tasks) == 5
+    assert store.provenance["collect"]["family"] == "cheetah-vel"
+    with pytest.raises(UserError, match="there is no task 'cheetah-vel-x'"):
+        collect(CollectConfig(tmp_path / "y", ("cheetah-vel", "cheetah-vel-x")), progress=False)

@@ -78,3 +78,20 @@ class Point(Environment):
         way = self.speed * float(np.clip(action[0], -1, 1))
         self.state += [way, 0.0, 1.0]
         return self.state.copy(), way, False
+
+
+class Falling(Toy):
+    """The same, but a point that has gone farther than 3 has fallen."""
+
+    spec = EnvironmentSpec("falling", 3, 2, 7, success=False)
+
+    def make(self, task, goal_seed=0):
+        return FallingPoint({"slow": 0.5, "quick": 2.0}[task], goal_seed)
+
+
+class FallingPoint(Point):
+    """Ends where it has gone too far."""
+
+    @property
+    def ended(self):
+        return self.state[0] > 3

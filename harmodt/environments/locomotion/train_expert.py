@@ -188,7 +188,7 @@ def train_expert(config: TrainExpertConfig) -> None:
         DummyVecEnv(makers),
         learning_rate=5e-4,
         buffer_size=1_000_000,
-        learning_starts=10_000,
+        learning_starts=min(10_000, config.steps // 10),
         batch_size=128,
         tau=0.01,
         gamma=0.99,
