@@ -6,7 +6,6 @@ are imported by `make` and `expert` alone, so that data can be read and trained 
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -162,7 +161,7 @@ def family_of(tasks: Sequence[str]) -> EnvironmentFamily:
     """The family that has the tasks of these names.
 
     Raises:
-        UserError: none has them all; where one has the first, it says what is wrong.
+        UserError: none has them all; it is that of the family of the first.
     """
     reasons: dict[str, UserError] = {}
     for name in FAMILIES:
@@ -171,8 +170,5 @@ def family_of(tasks: Sequence[str]) -> EnvironmentFamily:
             return family(name)
         except UserError as error:
             reasons[name] = error
-    for name in FAMILIES:
-        with contextlib.suppress(UserError):
-            family(name).resolve_tasks(tasks[:1])
-            raise reasons[name]
-    raise reasons[METAWORLD]
+    likely = (name for name in FAMILIES if tasks and tasks[0].lower().startswith(name))
+    raise reasons[next(likely, METAWORLD)]
