@@ -12,12 +12,12 @@ from safetensors.numpy import save
 from harmodt.environments import family
 from harmodt.environments.locomotion import CheetahVelocity, Locomotion, expert
 from harmodt.environments.locomotion.expert import Expert, load_expert
+from harmodt.environments.locomotion.measure_expert import expert_returns
 from harmodt.environments.locomotion.simulator import EPISODE_LENGTH
 from harmodt.environments.locomotion.train_expert import (
     GoalEnvironment,
     RelabellingBuffer,
     TrainExpertConfig,
-    expert_returns,
     train_expert,
 )
 from harmodt.errors import UserError

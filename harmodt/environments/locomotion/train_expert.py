@@ -27,10 +27,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from ...errors import UserError, run_command
+from ...errors import run_command
 from ...files import write_bytes
 from ...settings import Count, Positive, Whole, check, parse_arguments
-from .. import family as family_named
 from . import Locomotion
 from .expert import WEIGHTS, Expert
 from .simulator import EPISODE_LENGTH
@@ -157,26 +156,10 @@ class KeepBest(BaseCallback):
         return True
 
 
-def expert_returns(family: Locomotion, expert: Expert, episodes: int) -> np.ndarray:
-    """Returns of an expert on the family's own goals, float64 [tasks, episodes]."""
-    returns = np.zeros((len(family.task_goals), episodes))
-    for number, goal in enumerate(family.task_goals):
-        walker = family.make(family.task_of(goal))
-        for episode in range(episodes):
-            observation = walker.reset(episode)
-            for _ in range(EPISODE_LENGTH):
-                action = expert(family.walker.features(observation, np.float64(goal)))
-                observation, reward, _ = walker.step(action)
-                returns[number, episode] += reward
-    return returns
-
-
 def train_expert(config: TrainExpertConfig) -> None:
     """Train an expert and write the best one."""
     check(config)
-    family = family_named(config.family)
-    if not isinstance(family, Locomotion):
-        raise UserError(f"{config.family} is no family of walkers: name one such as cheetah-vel")
+    family = walkers(config.family)
     torch.set_num_threads(1)  # the layers are small
     weight = config.progress_weight
     makers: list[Callable[[], gymnasium.Env]] = [
