@@ -32,6 +32,7 @@ from ...files import write_bytes
 from ...settings import Count, Positive, Whole, check, parse_arguments
 from . import Locomotion
 from .expert import WEIGHTS, Expert
+from .measure_expert import expert_returns, walkers
 from .simulator import EPISODE_LENGTH
 
 
