@@ -45,7 +45,7 @@ with atheris.instrument_imports(include=["harmodt", "zipfile"]):
     from tiny import SPEC, TASKS, make_store
 
     from harmodt.checkpoint import load_checkpoint
-    from harmodt.data.__main__ import describe as describe_store
+    from harmodt.data.describe import describe as describe_store
     from harmodt.data.importers import check_episode, importer
     from harmodt.data.inputs import load_conditioning
     from harmodt.data.store import MANIFEST, DataStore

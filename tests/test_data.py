@@ -344,7 +344,7 @@ def test_the_commands_import_show_and_verify(
     options = ["--prompt-episodes", 2, "--reward-version", "v1"]
     run("import", source, "--output", tmp_path / "store", *options)
     run("info", tmp_path / "store")
-    row = "button-press-topdown-wall-v3 10 250 25 138 250 unknown 2"
+    row = "button-press-topdown-wall-v3 10 250 25.0 137.5 250.0 unknown 2"
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     # Printed after the import and by the second command.
     assert sum(line.startswith(row) for line in lines) == 2

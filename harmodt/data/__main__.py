@@ -7,21 +7,22 @@ python -m harmodt.data verify DIR
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Union
 
-import numpy as np
 import tyro
-from rich import box
-from rich.table import Table
 
-from ..environments import EnvironmentSpec
 from ..errors import printable, run_command
-from ..progress import PlainConsole, progress_bar
+from ..progress import progress_bar
 from ..settings import parse_arguments
+from .describe import describe, to_text
 from .importing import ImportConfig, import_data
-from .store import DataStore, TaskData
+from .store import DataStore
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class InfoConfig:
 
     store: tyro.conf.Positional[Path]
     """Directory of the store."""
+    json: bool = False
+    """Print one JSON object, with the provenance in full."""
 
 
 @dataclass(frozen=True)
@@ -40,76 +43,46 @@ class VerifyConfig:
     """Directory of the store."""
 
 
-def describe(store: DataStore) -> Table:
-    """A table of what a store holds, one row per task and one for the whole."""
-    title = f"{printable(store.path)}: {_describe_environment(store.environment)}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("task", no_wrap=True)
-    for heading in ("episodes", "steps", "return min", "mean", "max", "success", "prompts", "size"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name in store.tasks:
-        table.add_row(name, *_describe_task(store.task(name)), _megabytes(store.size(name)))
-    episodes = sum(len(store.task(name).train) for name in store.tasks)
-    prompts = sum(len(store.task(name).prompts) for name in store.tasks)
-    size = _megabytes(sum(map(store.size, store.tasks)))
-    table.add_section()
-    total = f"{len(store.tasks)} tasks"
-    table.add_row(total, f"{episodes:,}", f"{store.steps:,}", "", "", "", "", f"{prompts:,}", size)
-    return table
+def _show(store: DataStore) -> None:
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(to_text(describe(store), width))
 
 
-def _describe_environment(environment: EnvironmentSpec) -> str:
-    sizes = f"{environment.observation_size} observations, {environment.action_size} actions"
-    version = environment.reward_version
-    rewards = f", reward version {version}" if version else ""
-    return f"{environment.family} ({sizes}{rewards})"
+def _info(config: InfoConfig) -> None:
+    store = DataStore.open(config.store)
+    if config.json:
+        print(json.dumps(describe(store), indent=2))
+    else:
+        _show(store)
 
 
-def _describe_task(task: TaskData) -> list[str]:
-    returns = task.train.returns
-    known = task.train.successes[task.train.successes >= 0]
-    return [
-        f"{len(task.train):,}",
-        f"{len(task.train.rewards):,}",
-        f"{returns.min():.0f}",
-        f"{returns.mean(dtype=np.float64):.0f}",
-        f"{returns.max():.0f}",
-        f"{known.mean():.0%}" if len(known) else "unknown",
-        f"{len(task.prompts):,}",
-    ]
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
-
-
-def _verify(path: Path) -> None:
-    store = DataStore.open(path)
+def _verify(config: VerifyConfig) -> None:
+    store = DataStore.open(config.store)
     with progress_bar("files") as bar:
         line = bar.add_task("verifying", total=len(store.files))
         store.verify(lambda _: bar.advance(line))
-    print(f"{printable(path)}: every checksum is right")
+    print(f"{printable(config.store)}: every checksum is right")
 
 
-def _print(table: Table) -> None:
-    """Print a table with its names in full, even where the output is narrower."""
-    PlainConsole(width=max(110, PlainConsole().width)).print(table)
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "import": (ImportConfig, lambda config: _show(import_data(config))),
+    "info": (InfoConfig, _info),
+    "verify": (VerifyConfig, _verify),
+}
+"""Name of every sub-command, its settings and what it does."""
 
 
 def main() -> None:
+    kinds = tuple(
+        Annotated[kind, tyro.conf.subcommand(name)] for name, (kind, _) in COMMANDS.items()
+    )
     command = parse_arguments(
-        Annotated[ImportConfig, tyro.conf.subcommand("import")]
-        | Annotated[InfoConfig, tyro.conf.subcommand("info")]
-        | Annotated[VerifyConfig, tyro.conf.subcommand("verify")],
+        Union[kinds],  # noqa: UP007
         prog="python -m harmodt.data",
         description="Bring data into a store, show what a store holds, and check it.",
     )
-    if isinstance(command, ImportConfig):
-        _print(describe(import_data(command)))
-    elif isinstance(command, InfoConfig):
-        _print(describe(DataStore.open(command.store)))
-    else:
-        _verify(command.store)
+    actions = dict(COMMANDS.values())
+    actions[type(command)](command)
 
 
 if __name__ == "__main__":
