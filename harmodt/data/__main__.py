@@ -1,7 +1,8 @@
-"""Bring data into a store, show what a store holds, and check it.
+"""Bring data into a store, join stores, show what one holds, and check it.
 
 python -m harmodt.data import SOURCE --output DIR --tasks mt50
 python -m harmodt.data info DIR
+python -m harmodt.data merge DIR DIR --output DIR
 python -m harmodt.data verify DIR
 """
 
@@ -22,6 +23,7 @@ from ..progress import progress_bar
 from ..settings import parse_arguments
 from .describe import describe, to_text
 from .importing import ImportConfig, import_data
+from .merging import MergeConfig, merge_stores
 from .store import DataStore
 
 
@@ -67,6 +69,7 @@ def _verify(config: VerifyConfig) -> None:
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "import": (ImportConfig, lambda config: _show(import_data(config))),
     "info": (InfoConfig, _info),
+    "merge": (MergeConfig, lambda config: _show(merge_stores(config))),
     "verify": (VerifyConfig, _verify),
 }
 """Name of every sub-command, its settings and what it does."""
@@ -79,7 +82,7 @@ def main() -> None:
     command = parse_arguments(
         Union[kinds],  # noqa: UP007
         prog="python -m harmodt.data",
-        description="Bring data into a store, show what a store holds, and check it.",
+        description="Bring data into a store, join stores, show what one holds, and check it.",
     )
     actions = dict(COMMANDS.values())
     actions[type(command)](command)

@@ -1,0 +1,170 @@
+"""Join stores of one family into one: `python -m harmodt.data merge`."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from rich.progress import Progress
+
+from ..errors import UserError
+from ..progress import progress_bar
+from .store import EPISODE_ARRAYS, PROMPTS, DataStore, Episode
+from .writer import StoreWriter, make_or_open
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Join stores of one family into a new one.
+
+    Tasks come in the order in which the stores have them first. A task that several stores have
+    gets the training episodes of the first one, then those of the second, and so on; the same for
+    prompts. An interrupted merge goes on when the same command is given again.
+    """
+
+    stores: tyro.conf.Positional[tuple[Path, ...]]
+    """Directories of the stores, two or more."""
+    output: Path
+    """Directory of the new store."""
+
+
+def merge_stores(config: MergeConfig, progress: bool = True) -> DataStore:
+    """Join stores, or go on with a merge that was begun; returns the new store opened.
+
+    It is what a `StoreWriter` makes of the same episodes written at once. The checksums of the
+    inputs are compared while they are read, an episode at a time.
+
+    Raises:
+        UserError: fewer than two stores, one that is damaged or named twice, environments that
+            differ, or an output that is one of them, in one of them, or something else.
+    """
+    stores = [DataStore.open(path) for path in config.stores]
+    _check(stores, config.output)
+    settings = {
+        "stores": [str(store.path) for store in stores],
+        "checksums": [store.checksum for store in stores],
+    }
+
+    def make() -> None:
+        inputs = [store.provenance for store in stores]
+        provenance = {"merge": settings, "inputs": inputs}
+        writer = StoreWriter(config.output, provenance, stores[0].environment)
+        with progress_bar("episodes", enabled=progress) as bar:
+            _merge(stores, writer, bar)
+
+    return make_or_open(config.output, "merge", settings, make)
+
+
+def _check(stores: Sequence[DataStore], output: Path) -> None:
+    """Raise UserError where stores cannot be joined, or not into `output`."""
+    if len(stores) < 2:
+        raise UserError(f"there are {len(stores)} stores to merge: give two or more")
+    first, *others = stores
+    seen: dict[str, DataStore] = {}
+    for store in stores:
+        if store.checksum in seen:
+            raise UserError(
+                f"{seen[store.checksum].path} and {store.path} are the same store, whose episodes "
+                "would come twice: leave one of them out"
+            )
+        seen[store.checksum] = store
+        if output.resolve().is_relative_to(store.path.resolve()):
+            raise UserError(
+                f"--output {output} would write into {store.path}, which is to be read: choose "
+                "another directory"
+            )
+    for store in others:
+        if store.environment != first.environment:
+            raise UserError(
+                f"{first.path} and {store.path} are not of the same environment "
+                f"({_difference(first, store)}): merge stores of one environment"
+            )
+
+
+def _difference(a: DataStore, b: DataStore) -> str:
+    """What two environments differ in."""
+    of_a, of_b = a.environment.to_json(), b.environment.to_json()
+    return ", ".join(f"{n}: {of_a[n]} and {of_b[n]}" for n in of_a if of_a[n] != of_b[n])
+
+
+def _merge(stores: Sequence[DataStore], writer: StoreWriter, bar: Progress) -> None:
+    """Write the tasks that are missing, and publish the store."""
+    tasks = {
+        name: [s for s in stores if name in s.tasks] for store in stores for name in store.tasks
+    }
+    counts = {name: sum(_count(store, name) for store in tasks[name]) for name in tasks}
+    line = bar.add_task("merging", total=sum(counts.values()))
+    for name, inputs in tasks.items():
+        if name in writer.tasks:
+            bar.advance(line, counts[name])
+            continue
+        with writer.task(name) as task_writer:
+            for store in inputs:
+                for episode in _read(store, name, "train"):
+                    task_writer.add(episode)
+                    bar.advance(line)
+                for episode in _read(store, name, "prompts"):
+                    task_writer.add_prompt(episode)
+                    bar.advance(line)
+    writer.finish(tuple(tasks))
+
+
+def _count(store: DataStore, name: str) -> int:
+    """Episodes of a task, prompts included."""
+    task = store.task(name)
+    return len(task.train) + len(task.prompts)
+
+
+def _read(store: DataStore, name: str, kind: Literal["train", "prompts"]) -> Iterator[Episode]:
+    """The episodes of a task, one at a time in memory.
+
+    Raises:
+        UserError: after the last one, if what was read is not what was written.
+    """
+    episodes = getattr(store.task(name), kind)
+    prefix = f"{PROMPTS}/" if kind == "prompts" else ""
+    arrays = {
+        array: _Reading(store, f"{name}/{prefix}{array}.npy", getattr(episodes, array))
+        for array in EPISODE_ARRAYS
+    }
+    starts, successes = arrays.pop("episode_starts").whole(), arrays.pop("successes").whole()
+    for steps, success in zip(pairwise(starts), successes, strict=True):
+        found = {array: read.part(*steps) for array, read in arrays.items()}
+        yield Episode(found["observations"], found["actions"], found["rewards"], int(success))
+    for read in arrays.values():
+        read.check()
+
+
+class _Reading:
+    """Reads one array of a store from front to back, part by part, and then checks all of it."""
+
+    def __init__(self, store: DataStore, file: str, array: np.ndarray):
+        self._path = store.path / file
+        self._recorded = store.files[file]["crc32"]
+        self._array = array
+        self._crc32 = 0
+
+    def part(self, start: int, stop: int) -> np.ndarray:
+        """A copy of the next part, [start, stop)."""
+        copy = np.array(self._array[start:stop])
+        self._crc32 = zlib.crc32(copy.data, self._crc32)
+        return copy
+
+    def check(self) -> None:
+        if f"{self._crc32:08x}" != self._recorded:
+            raise UserError(
+                f"{self._path} has changed since it was written (its checksum fails): restore it "
+                "from a copy or make the store again"
+            )
+
+    def whole(self) -> np.ndarray:
+        """A copy of the array, checked."""
+        copy = self.part(0, len(self._array))
+        self.check()
+        return copy
