@@ -228,7 +228,7 @@ def test_a_file_that_cannot_be_used_is_named_and_nothing_is_written(
 ) -> None:
     source = write_source(tmp_path / "raw", tasks=("reach-v2", "push-v2"))
     edit(source / "push-v2" / "1.npz")
-    config = ImportConfig(source, tmp_path / "store", ("reach", "push"))
+    config = ImportConfig(source, tmp_path / "store", ("reach", "push"), min_length=20)
     with pytest.raises(UserError, match=rf"push-v2/1\.npz:? {reason}"):
         import_data(config, progress=False)
     assert not (tmp_path / "store").exists()

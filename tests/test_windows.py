@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import TASKS, configure, make_store
+from tiny import TASKS, configure, make_store, make_trainer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -212,10 +212,25 @@ def test_prompts_at_the_end_of_all_episodes_of_the_pool(store: DataStore) -> Non
     assert found == {(episode, episodes.lengths[episode] - 3) for episode in best}
 
 
-def test_an_episode_shorter_than_a_window_is_named(store: DataStore) -> None:
-    make_sampler(store, configure(context_length=8))
-    with pytest.raises(UserError, match=r"task reach-v3: episode 1 has 8 steps.* 9.*lower it"):
-        make_sampler(store, configure(context_length=9))
+def test_an_episode_shorter_than_a_window_is_padded(tmp_path: Path) -> None:
+    """What is learned from it is what a context of its length learns from it."""
+    short = make_store(tmp_path / "short", lengths=(5,))
+    changes = {"action_dropout": 0.0, "context_length": 9}
+    trainer = make_trainer(short, configure(**changes))
+    tasks, draws = (0, 1, 2), Draws(3, TRAIN, 0)
+    batch, targets = trainer.learner.sampler.sample(tasks, draws)
+    valid = batch.history.valid
+    assert int(valid.sum(2).max()) == 5 < valid.shape[2]
+    masks = trainer.learner.masks_of(batch.task_ids)
+    losses = trainer.learner.losses(batch, targets, masks)
+    cut = batch._replace(history=Steps(*(part[:, :, :5] for part in batch.history)))
+    expected = trainer.learner.losses(cut, targets[:, :, :5], masks)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+    task = short.task(TASKS[1]).train
+    for window, (row, present) in enumerate(zip(batch.history.timesteps[1], valid[1], strict=True)):
+        begin = int(row[0])
+        assert row[present].tolist() == list(range(begin, 5))
+        np.testing.assert_array_equal(targets[1, window][present], task.actions[begin:].clip(-1, 1))
 
 
 def test_the_mtdt_variant_has_no_prompt(store: DataStore) -> None:

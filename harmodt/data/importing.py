@@ -40,8 +40,8 @@ class ImportConfig:
     prompt_episodes: Whole = 10
     """The episodes with the highest return, so many per task, are held apart as prompts, unless
     the source has prompts of its own."""
-    min_length: Count = 20
-    """Steps that an episode must have at least: the context length in training."""
+    min_length: Count = 1
+    """Steps that an episode must have at least; training pads those shorter than its context."""
     datasets: Annotated[
         tuple[str, ...], tyro.conf.arg(name="dataset", metavar="NAME=TASK ...")
     ] = ()

@@ -34,6 +34,9 @@ PROMPTS = "prompts"
 UNKNOWN = -1
 """The success of an episode whose source does not tell."""
 
+_MAKERS = {"import": "harmodt.data import", "merge": "harmodt.data merge"}
+"""What makes a store besides collecting, by its name in the provenance."""
+
 _HEADER_SIZE = 128
 """Bytes before the data of every array's file."""
 
@@ -253,8 +256,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not the manifest of a HarmoDT store: give a store's directory")
     if manifest.get("version") != VERSION:
         provenance = manifest.get("provenance")
-        imported = isinstance(provenance, dict) and "import" in provenance
-        command = "harmodt.data import" if imported else "harmodt.collect"
+        made = next((by for by in _MAKERS if isinstance(provenance, dict) and by in provenance), "")
+        command = _MAKERS.get(made, "harmodt.collect")
         raise UserError(
             f"{path} has version {manifest.get('version')!r:.20} and this program reads version "
             f"{VERSION}: make the store again with `python -m {command}` and the settings that "

@@ -1,4 +1,7 @@
-"""Random windows of offline episodes as batches of a sequence model."""
+"""Random windows of offline episodes as batches of a sequence model.
+
+A window that goes beyond its episode's end is padded there, also that of a shorter episode.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from torch import Tensor
 
 from ..batch import Batch, batch_of, move, tensors_of
 from ..draws import Draws, below
-from ..errors import UserError
 from .inputs import Inputs
 from .store import TaskData
 from .trajectories import Trajectories
@@ -50,9 +52,6 @@ class WindowSampler:
         inputs: of the same tasks; the training episodes lie where its prompts do.
         context_length: K, steps of a window.
         device: where the batches go.
-
-    Raises:
-        UserError: an episode is shorter than a window.
     """
 
     def __init__(
@@ -65,14 +64,6 @@ class WindowSampler:
         self.inputs = inputs
         self.context_length = context_length
         self.device = torch.device(device)
-        for task in data:
-            lengths = task.train.lengths
-            if lengths.min() < context_length:
-                raise UserError(
-                    f"task {task.name}: episode {lengths.argmin()} has {lengths.min()} steps, "
-                    f"fewer than context_length {context_length}: lower it, or make the store "
-                    "again without that episode"
-                )
         self.episodes = Trajectories([task.train for task in data], inputs.place)
         self._starts = _Starts(self.episodes, inputs.settings.window_start_bias)
         place = self.episodes.device

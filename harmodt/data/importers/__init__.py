@@ -142,8 +142,8 @@ def check_episode(
     length = len(episode.observations)
     if length < max(1, min_length):
         raise UserError(
-            f"{where}: the episode has {length} steps and training needs {min_length}: remove it, "
-            "or lower --min-length if you train with a shorter context"
+            f"{where}: the episode has {length} steps and {min_length} are asked for: remove it, "
+            "or lower --min-length"
         )
     for key, shape in entries.items():
         check_array(where, key, getattr(episode, key), shape, length)
