@@ -30,7 +30,13 @@ FLOORS = [
     {"harmodt.policies"},
     {"harmodt.algorithms", "harmodt.rollout"},
     {"harmodt.training"},
-    {"harmodt.collect", "harmodt.data.__main__", "harmodt.evaluate", "harmodt.train"},
+    {
+        "harmodt.collect",
+        "harmodt.data.__main__",
+        "harmodt.evaluate",
+        "harmodt.import_checkpoint",
+        "harmodt.train",
+    },
 ]
 
 

@@ -1,0 +1,175 @@
+"""Make a run of a checkpoint of the HarmoDT authors' code.
+
+python -m harmodt.import_checkpoint FILE --data STORE --output RUN
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from .algorithms import preset
+from .algorithms.harmodt import RandomMaskLearner
+from .checkpoint import Checkpoint, save_checkpoint
+from .config import SIZES, ModelSize, TrainConfig
+from .data.store import DataStore
+from .devices import prepare_cpu
+from .environments import family
+from .errors import UserError, printable, run_command
+from .files import owned
+from .progress import PlainConsole
+from .rundir import RunDirectory
+from .settings import Count, Positive, change, check, parse_arguments, to_json
+from .training.authors import AuthorsCheckpoint
+from .training.run import Run
+
+_PRESET = "paper"
+
+
+@dataclass(frozen=True)
+class ImportCheckpointConfig:
+    """Make a run of a checkpoint of the HarmoDT authors' code, for harmodt.evaluate.
+
+    Their file has weights and masks alone. Normalisation, prompts and target returns come from a
+    store of the same tasks, and the sizes that no weight tells from the settings here.
+    """
+
+    file: Annotated[Path, tyro.conf.Positional]
+    """What their code saved: model_iter_<steps>."""
+    data: Path
+    """The store whose data the policy is conditioned on, made by harmodt.data import or collect."""
+    output: Path
+    """Directory of the run."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of the file's masks, in their order; by default the names in the file."""
+    algorithm: Literal["harmodt-f", "harmodt-m", "harmodt-r"] = "harmodt-f"
+    """What it was trained with."""
+    step: Count | None = None
+    """Training steps of the weights; by default the number at the end of the file's name."""
+    heads: ModelSize | None = None
+    """Attention heads; by default those that the paper's Table 3 has with so many blocks."""
+    context_length: ModelSize = 20
+    """K, steps of history."""
+    prompt_length: ModelSize = 5
+    """K*, steps of the prompt."""
+    target_return: float | None = None
+    """Return asked for at evaluation (theirs: 4500); by default the best in each task's data."""
+    deviation_floor: Positive = 1e-6
+    """Smallest deviation by which an observation is divided: theirs by default."""
+
+
+def import_checkpoint(config: ImportCheckpointConfig) -> AuthorsCheckpoint:
+    """Write the run's directory, whole or not at all; returns what was read.
+
+    Raises:
+        UserError: the file cannot be used, does not fit the store or the settings, or the
+            directory holds something.
+    """
+    check(config)
+    found = AuthorsCheckpoint.read(config.file)
+    store = DataStore.open(config.data)
+    store.verify()
+    tasks = _tasks(config, found, store)
+    settings = _settings(config, found)
+    check(settings)
+    with owned(config.output):
+        RunDirectory(config.output).check_empty()
+        temporary = config.output / ".import"
+        shutil.rmtree(temporary, ignore_errors=True)  # of a kill
+        try:
+            _write(config, found, Run.begin(temporary, _PRESET, settings, store, tasks))
+            made, final = RunDirectory(temporary), RunDirectory(config.output)
+            os.rename(made.conditioning, final.conditioning)
+            os.rename(made.checkpoints, final.checkpoints)
+            os.rename(made.description, final.description)  # last: it makes a run of them
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return found
+
+
+def _tasks(
+    config: ImportCheckpointConfig, found: AuthorsCheckpoint, store: DataStore
+) -> tuple[str, ...]:
+    """The store's name of each mask's task, in their order."""
+    names = config.tasks or tuple(found.masks)
+    tasks = family(store.environment.family).resolve_tasks(names)
+    if len(tasks) != len(found.masks):
+        raise UserError(
+            f"{config.file} has masks of {len(found.masks)} tasks, {', '.join(found.masks)}, and "
+            f"{len(tasks)} are named: name each with --tasks, in this order"
+        )
+    return tasks
+
+
+def _settings(config: ImportCheckpointConfig, found: AuthorsCheckpoint) -> TrainConfig:
+    """Those of the run: the paper preset's where the file and the command say nothing."""
+    embed_dim, layers, max_timesteps = found.shape
+    heads = config.heads or {size[1]: size[2] for size in SIZES.values()}.get(layers)
+    if heads is None:
+        raise UserError(
+            f"{config.file} has {layers} blocks, and how many heads each has is not in it: give "
+            "--heads"
+        )
+    numbered = re.search(r"([0-9]{1,8})$", config.file.name)
+    step = config.step or (int(numbered[1]) if numbered else 0)
+    if not step:
+        raise UserError(
+            f"the name of {config.file} does not end in a number of training steps: give --step"
+        )
+    changes = {
+        "embed_dim": embed_dim,
+        "layers": layers,
+        "heads": heads,
+        "max_timesteps": max_timesteps,
+        "steps": step,
+        "data": config.data,
+        "context_length": config.context_length,
+        "prompt_length": config.prompt_length,
+        "target_return": config.target_return,
+        "deviation_floor": config.deviation_floor,
+    }
+    return change(preset(_PRESET, config.algorithm), changes)
+
+
+def _write(config: ImportCheckpointConfig, found: AuthorsCheckpoint, run: Run) -> None:
+    """Put weights and masks into a run that was begun, and write its checkpoint."""
+    trainer = run.trainer
+    assert isinstance(trainer.learner, RandomMaskLearner)
+    tensors = trainer.tensors() | found.tensors(trainer.learner.vector)
+    trainer.load(Checkpoint(config.file, run.steps, tensors))
+    places = {"output": config.output.absolute(), "data": config.data.absolute()}
+    run.directory.update(
+        {
+            "config": to_json(change(run.config, places)),
+            "active_weights": None,  # theirs are drawn one by one: each mask has its own number
+            "imported": str(config.file.absolute()),
+        }
+    )
+    save_checkpoint(run.directory, trainer.step, trainer.tensors())
+
+
+def main() -> None:
+    """The command line: write the run, and say what was left out."""
+    prepare_cpu()
+    config: ImportCheckpointConfig = parse_arguments(
+        ImportCheckpointConfig, prog="python -m harmodt.import_checkpoint"
+    )
+    found, console = import_checkpoint(config), PlainConsole()
+    if found.unused:
+        names = printable(", ".join(found.unused))
+        console.print(f"left out, as a policy has no use for them: {names}", soft_wrap=True)
+    console.print(
+        f"{len(found.masks)} tasks written to {printable(config.output)}: measure it with python "
+        f"-m harmodt.evaluate {printable(config.output)}",
+        soft_wrap=True,
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

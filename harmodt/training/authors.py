@@ -1,0 +1,197 @@
+"""Checkpoints of the HarmoDT authors' code, as a run's tensors.
+
+Their file is what `torch.save` made of a dict: `model`, a state dict, and `env_masks`, for each
+task a dict of a mask for every parameter, 1 where it is active. Embeddings and heads, which they
+mask neither, have entries there too, which mean nothing. Their blocks are GPT-2's, whose Conv1D
+weights are [in, out].
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harmodt_kernels import pack_bits
+
+from ..errors import UserError
+from ..masks.vector import ParameterVector
+
+_SHARED = {
+    "history_norm": "embed_ln",
+    "final_norm": "transformer.ln_f",
+    "action_head": "predict_action.0",
+    "returns_to_go": "embed_return",
+    "observations": "embed_state",
+    "actions": "embed_action",
+    "timesteps": "embed_timestep",
+}
+"""Our name of each module outside the blocks, without that of its embedding, and theirs."""
+
+_OF_BLOCK = {
+    "attention_norm": "ln_1",
+    "qkv": "attn.c_attn",
+    "attention_out": "attn.c_proj",
+    "mlp_norm": "ln_2",
+    "mlp_up": "mlp.c_fc",
+    "mlp_down": "mlp.c_proj",
+}
+
+_UNUSED = re.compile(
+    r"(predict_state|predict_return|prompt_predict_action|transformer\.wte)\..+"
+    r"|transformer\.h\.[0-9]+\.attn\.(masked_)?bias"
+)
+"""What a policy has no use for: predictions of states and returns, words, and causality's mask."""
+
+_OF_ONE_TASK = re.compile(r".+(?<!prompt)_(embed|predict)_(state|action)\..+")
+
+
+@dataclass(frozen=True)
+class AuthorsCheckpoint:
+    """What is in a file of theirs.
+
+    Attributes:
+        path: of the file.
+        weights: by their names.
+        masks: of each task by its name, those of its parameters.
+    """
+
+    path: Path
+    weights: Mapping[str, Tensor]
+    masks: Mapping[str, Mapping[str, Tensor]]
+
+    @classmethod
+    def read(cls, path: Path) -> AuthorsCheckpoint:
+        """Read a file; no code in it is run.
+
+        Raises:
+            UserError: it is missing, damaged, or something else.
+        """
+        if not path.is_file():
+            raise UserError(f"{path} is no file: give the model_iter_<n> that their code saved")
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # PyTorch meets damage with many kinds
+            raise UserError(
+                f"{path} is damaged, or holds more than tensors and plain containers, and nothing "
+                "in it is run to read that: copy it again, or save {'model': model.state_dict(), "
+                "'env_masks': env_masks} alone"
+            ) from error
+        weights, masks = (_entry(path, content, key) for key in ("model", "env_masks"))
+        for task in masks:
+            _entry(path, masks, task)
+        return cls(path, weights, masks)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Embedding dimension, number of blocks, size of the time-step embedding.
+
+        Raises:
+            UserError: a weight that tells them is missing.
+        """
+        for name in self.weights:
+            if _OF_ONE_TASK.fullmatch(name):
+                raise UserError(
+                    f"{self.path} has embeddings for each task ({name}), made with "
+                    "--special_embedding: only models whose tasks share them are known"
+                )
+        times = self._take(self.weights, "embed_timestep.weight")
+        blocks = {name.split(".")[2] for name in self.weights if name.startswith("transformer.h.")}
+        if times.dim() != 2 or not blocks:
+            raise UserError(f"{self.path} holds no decision transformer: give another file")
+        return times.shape[1], len(blocks), times.shape[0]
+
+    def tensors(self, vector: ParameterVector) -> dict[str, Tensor]:
+        """Weights and masks as a checkpoint of a run has them.
+
+        Args:
+            vector: the parameters of the model that takes them; index of a mask = task id.
+
+        Raises:
+            UserError: a tensor is missing, unknown or of another shape, or is no mask.
+        """
+        theirs = {name: _name(name) for name in vector.slots}
+        unknown = self.weights.keys() - set(theirs.values()) - set(self.unused)
+        if unknown:
+            raise UserError(
+                f"{self.path} has the weight {min(unknown)!r}, which the public model has not: "
+                "it is of another model"
+            )
+        tensors = {
+            f"model.{ours}": self._in_our_layout(self.weights, name, vector.slots[ours].shape)
+            for ours, name in theirs.items()
+        }
+        rows = [self._mask(masks, theirs, vector) for masks in self.masks.values()]
+        return tensors | {"masks": torch.stack(rows)}
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Names of the weights that a policy has no use for."""
+        return tuple(name for name in self.weights if _UNUSED.fullmatch(name))
+
+    def _mask(
+        self, masks: Mapping[str, Tensor], theirs: Mapping[str, str], vector: ParameterVector
+    ) -> Tensor:
+        """One task's mask, int32 [P_m / 32]."""
+        whole = torch.zeros(vector.maskable_size, dtype=torch.bool)
+        for ours, slot in vector.slots.items():
+            if slot.end > vector.maskable_size:
+                continue
+            mask = self._in_our_layout(masks, theirs[ours], slot.shape)
+            if not bool(((mask == 0) | (mask == 1)).all()):
+                raise UserError(
+                    f"{self.path}: the mask of {theirs[ours]} holds other numbers than 0 and 1: "
+                    "it was damaged, or trained with more moved weights than there are"
+                )
+            slot.view(whole).copy_(mask == 1)
+        return pack_bits(whole)
+
+    def _in_our_layout(self, tensors: Mapping[str, Tensor], name: str, shape: torch.Size) -> Tensor:
+        tensor = self._take(tensors, name).float()
+        tensor = tensor.T if ".c_" in name and name.endswith(".weight") else tensor
+        if tensor.shape != shape:
+            raise UserError(
+                f"{self.path}: {name} is {list(tensor.shape)} in our layout and {list(shape)} is "
+                "needed: is it of the environments of this store?"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(
+                f"{self.path}: {name} has numbers that are NaN or infinite: copy it "
+                "again, or take an earlier one"
+            )
+        return tensor
+
+    def _take(self, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+        if not isinstance(tensors.get(name), Tensor):
+            raise UserError(
+                f"{self.path} has no tensor {name!r}, which the public model has: it is of another "
+                "model, or was saved by another program"
+            )
+        return tensors[name]
+
+
+def _entry(path: Path, content: Any, key: str) -> Mapping[str, Any]:
+    """A dict with texts as keys that is in another."""
+    found = content.get(key) if isinstance(content, Mapping) else None
+    if not isinstance(found, Mapping) or not found or not all(isinstance(k, str) for k in found):
+        raise UserError(
+            f"{path} has no {key!r} of named entries: a file that HarmoDT's authors' code saved is "
+            "needed, with 'model' and 'env_masks'"
+        )
+    return found
+
+
+def _name(ours: str) -> str:
+    """Their name of a parameter of our model."""
+    module, _, kind = ours.rpartition(".")
+    group, *rest = module.split(".")
+    if group == "blocks":
+        index, layer = rest
+        return f"transformer.h.{index}.{_OF_BLOCK[layer]}.{kind}"
+    prefix = "prompt_" if group == "prompt_embedding" else ""
+    return f"{prefix}{_SHARED[rest[0] if rest else group]}.{kind}"
