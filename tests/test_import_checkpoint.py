@@ -169,6 +169,8 @@ def test_a_run_says_what_it_is_of_and_can_be_opened_for_training(
     import_checkpoint(config)
     saved = SavedRun.open(tmp_path / "run")
     assert [task.target_return for task in saved.conditioning] == [4500.0] * 3
+    for task in saved.conditioning:
+        assert task.deviation[5] == np.float32(1e-6)  # of what is constant in the data
     assert saved.config.run.output == tmp_path / "run"
     assert saved.config.data.data == store.path
     assert Run.resume(saved, saved.config).trainer.step == 300
