@@ -149,7 +149,7 @@ def test_goals_of_cheetahs_are_known_and_those_of_ants_are_needed(tmp_path: Path
 
 
 def test_a_goal_of_the_configuration_goes_before_the_known_one(tmp_path: Path) -> None:
-    folder = write_source(tmp_path / "raw", numbers=(0, 41)[:1])
+    folder = write_source(tmp_path / "raw", numbers=(0,))
     dump(folder / "config_cheetah_vel_task0.pkl", [{"velocity": np.float64(1.25)}])
     store = import_data(config_of(folder, tmp_path / "store"), progress=False)
     assert store.tasks == ("cheetah-vel-1.250",)
@@ -236,7 +236,7 @@ def _flip(array: np.ndarray) -> np.ndarray:
         (lambda file: file.write_bytes(file.read_bytes()[:3000]), "is truncated or no pickle"),
         (lambda file: file.write_bytes(b""), "is truncated or no pickle"),
         (lambda file: file.write_bytes(b"."), "is truncated or no pickle"),
-        (lambda file: file.write_bytes(b"hello" * 99), "is truncated or no pickle|uses the instr"),
+        (lambda file: file.write_bytes(b"hello" * 99), "is truncated or no pickle"),
         (lambda file: (file.unlink(), file.symlink_to("gone")), "is missing"),
         (_as_pipe, "is no regular file"),
         (lambda file: (file.unlink(), file.mkdir()), "is no regular file"),
