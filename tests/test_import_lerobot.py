@@ -1,0 +1,292 @@
+"""LeRobot's Meta-World data set, in the columns and the two layouts that it has."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from harmodt.data.importers import lerobot
+from harmodt.data.importers.lerobot import TASK_IDS
+from harmodt.data.importing import ImportConfig, import_data
+from harmodt.environments.metaworld_names import ALL_TASKS
+from harmodt.errors import UserError
+
+Columns = dict[str, pa.Array]
+
+PUSH_BACK, PUSH, WINDOW_OPEN = 37, 38, 48
+
+
+def make_columns(number: int, task_id: int, length: int | None = None) -> Columns:
+    """An episode, longer with its number, as its return is; solved at its end if that is even."""
+    length = length or 25 + number
+    rng = np.random.default_rng(number)
+    vectors = {
+        "observation.environment_state": rng.normal(size=(length, 39)).astype(np.float32),
+        "action": rng.normal(size=(length, 4)).astype(np.float32) * 2,
+    }
+    solved = np.arange(length) == (length - 1 if number % 2 == 0 else -1)
+    return {
+        "observation.image": pa.array([b"png"] * length),
+        **{key: pa.array(list(values), pa.list_(pa.float32())) for key, values in vectors.items()},
+        "next.reward": pa.array(np.full(length, number + 1, np.float32)),
+        "next.success": pa.array(solved),
+        "task_id": pa.array(np.full(length, task_id, np.int16)),
+        "episode_index": pa.array(np.full(length, number)),
+        "task_index": pa.array(np.full(length, 40)),  # one sentence for several tasks
+    }
+
+
+# Tasks by turns, not one after the other.
+IDS = [PUSH, PUSH_BACK, WINDOW_OPEN] * 3
+
+
+def write_source(root: Path, ids: list[int] = IDS, chunk: int = 4) -> Path:
+    """The layout v2.0: a file per episode."""
+    for number, task_id in enumerate(ids):
+        file = root / "data" / f"chunk-{number // chunk:03d}" / f"episode_{number:06d}.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(pa.table(make_columns(number, task_id)), file)
+    write_total(root, len(ids))
+    return root
+
+
+def write_total(root: Path, episodes: object) -> None:
+    (root / "meta").mkdir(parents=True, exist_ok=True)
+    info = {"codebase_version": "v2.0", "total_episodes": episodes}
+    (root / "meta" / "info.json").write_text(json.dumps(info))
+
+
+def config_for(tmp_path: Path, **changes: object) -> ImportConfig:
+    source, output = tmp_path / "raw", tmp_path / "store"
+    return replace(ImportConfig(source, output, prompt_episodes=1, format="lerobot"), **changes)  # type: ignore[arg-type]
+
+
+def check(tmp_path: Path) -> None:
+    """Import the source; what is read has to be what `make_columns` wrote."""
+    store = import_data(config_for(tmp_path), progress=False)
+    store.verify()
+    assert store.tasks == ("push-back-v3", "push-v3", "window-open-v3")
+    expected = {"push-v3": (0, 3, 6), "push-back-v3": (1, 4, 7), "window-open-v3": (2, 5, 8)}
+    for name, numbers in expected.items():
+        task = store.task(name)
+        episodes = [make_columns(number, 0) for number in numbers]
+        for part, which in ((task.train, episodes[:2]), (task.prompts, episodes[2:])):
+            for key, column in (
+                ("observations", "observation.environment_state"),
+                ("actions", "action"),
+                ("rewards", "next.reward"),
+            ):
+                values = np.concatenate(
+                    [np.array(e[column].to_pylist(), np.float32) for e in which]
+                )
+                values = values.clip(-1, 1) if key == "actions" else values
+                np.testing.assert_array_equal(getattr(part, key), values)
+        successes = [*task.train.successes, *task.prompts.successes]
+        assert successes == [number % 2 == 0 for number in numbers]
+
+
+def test_tasks_are_told_by_their_number_where_they_share_a_sentence(tmp_path: Path) -> None:
+    write_source(tmp_path / "raw")
+    check(tmp_path)
+
+
+def test_the_numbers_are_those_of_lerobot() -> None:
+    assert sorted(TASK_IDS) == sorted(ALL_TASKS)
+    some = {0: "assembly", 4: "button-press-topdown", 6: "button-press", 18: "drawer-open"}
+    some |= {32: "pick-place-wall", 33: "plate-slide-back-side", 36: "plate-slide", 40: "reach"}
+    some |= {37: "push-back", 38: "push", 39: "push-wall", 48: "window-open", 49: "window-close"}
+    for number, name in some.items():
+        assert TASK_IDS[number] == f"{name}-v3"
+
+
+@pytest.mark.parametrize("rows", [None, 7])
+def test_files_of_several_episodes_are_read(tmp_path: Path, rows: int | None) -> None:
+    """As v3.0 has them, with row groups that begin anywhere."""
+    tables = [pa.table(make_columns(number, task_id)) for number, task_id in enumerate(IDS)]
+    folder = tmp_path / "raw" / "data" / "chunk-000"
+    folder.mkdir(parents=True)
+    for file, part in enumerate((tables[:5], tables[5:], [tables[0][:0]])):
+        table = pa.concat_tables(part)
+        parquet.write_table(table, folder / f"file-{file:03d}.parquet", row_group_size=rows)
+    write_total(tmp_path / "raw", len(IDS))
+    check(tmp_path)
+
+
+def test_other_forms_of_the_columns_are_understood(tmp_path: Path) -> None:
+    write_source(tmp_path / "raw")
+    for number, task_id in enumerate(IDS):
+        columns = make_columns(number, task_id)
+        [file] = (tmp_path / "raw").glob(f"data/*/episode_{number:06d}.parquet")
+        for key, width in (("observation.environment_state", 39), ("action", 4)):
+            flat = columns[key].flatten().cast(pa.float64())
+            columns[key] = pa.FixedSizeListArray.from_arrays(flat, width)
+        for key in ("next.reward", "next.success", "task_id"):
+            columns[key] = pa.LargeListArray.from_arrays(
+                pa.array(np.arange(26 + number)), columns[key]
+            )
+        parquet.write_table(pa.table(columns), file)
+    check(tmp_path)
+
+
+def test_without_a_column_of_success_it_is_not_known(tmp_path: Path) -> None:
+    write_source(tmp_path / "raw")
+    for file in (tmp_path / "raw").glob("data/*/*.parquet"):
+        parquet.write_table(parquet.read_table(file).drop(["next.success"]), file)
+    store = import_data(config_for(tmp_path, tasks=("push",)), progress=False)
+    assert store.task("push-v3").train.successes.tolist() == [-1, -1]
+
+
+@pytest.fixture
+def arrow_peak() -> Iterator[Callable[[], int]]:
+    """Most bytes that Arrow had at once since the beginning of the test."""
+    before = pa.default_memory_pool()
+    counted = pa.proxy_memory_pool(before)
+    pa.set_memory_pool(counted)
+    yield counted.max_memory
+    pa.set_memory_pool(before)
+
+
+def test_an_import_holds_one_file_in_memory(tmp_path: Path, arrow_peak: Callable[[], int]) -> None:
+    write_source(tmp_path / "raw", [])
+    folder = tmp_path / "raw" / "data" / "chunk-000"
+    folder.mkdir(parents=True)
+    columns = make_columns(0, PUSH, 500)
+    for number in range(80):
+        columns["episode_index"] = pa.array(np.full(500, number))
+        parquet.write_table(pa.table(columns), folder / f"episode_{number:06d}.parquet")
+    write_total(tmp_path / "raw", 80)
+    size = 500 * 4 * (39 + 4 + 1)
+    tracemalloc.start()
+    import_data(config_for(tmp_path), progress=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size < arrow_peak() < 8 * size
+    assert peak < 12 * size
+
+
+def _change(change: Callable[[Columns], object]) -> Callable[[Path], None]:
+    def edit(file: Path) -> None:
+        columns = make_columns(4, PUSH_BACK)
+        change(columns)
+        parquet.write_table(pa.table(columns), file)
+
+    return edit
+
+
+def _replace(key: str, value: object) -> Callable[[Path], None]:
+    return _change(lambda columns: columns.update({key: pa.array(value)}))
+
+
+def _garble(file: Path) -> None:
+    """Zeros where the pages of the observations begin; the footer is as it was."""
+    start = parquet.read_metadata(file).row_group(0).column(1).dictionary_page_offset
+    content = bytearray(file.read_bytes())
+    content[start : start + 100] = bytes(100)
+    file.write_bytes(content)
+
+
+def _state(width: int, value: float = 0.0) -> list[list[float]]:
+    return [[value] * width] * 29
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:3000]), " is truncated or no Parquet"),
+        (lambda file: file.write_bytes(b""), " is truncated or no Parquet"),
+        (lambda file: file.write_text("version https://git-lfs"), " is truncated .* git lfs pull"),
+        (_garble, " is truncated or no Parquet"),
+        (lambda file: (file.unlink(), os.mkfifo(file)), " is no regular file"),
+        (lambda file: (file.unlink(), file.symlink_to("gone")), " is no regular file"),
+        (_change(lambda columns: columns.pop("action")), " has no column action "),
+        (_change(lambda columns: columns.pop("next.reward")), " has no column next.reward"),
+        (_change(lambda columns: columns.pop("task_id")), " has no column task_id .*it has obs"),
+        (_change(lambda columns: columns.pop("episode_index")), " has no column episode_index"),
+        (_replace("task_id", [37.0] * 29), ": task_id is not a whole number per row"),
+        (_replace("task_id", [37] * 28 + [None]), ": task_id is not a whole number per row"),
+        (_replace("task_id", [[37, 38]] * 29), ": task_id is not a whole number per row"),
+        (_replace("task_id", [50] * 29), ", episode 4: task_id is 50 and one of 0 to 49"),
+        (_replace("task_id", [-1] * 29), ", episode 4: task_id is -1 and one of 0 to 49"),
+        (_replace("task_id", [37] * 28 + [38]), ", episode 4: task_id is 37 and 38 and one"),
+        (_replace("episode_index", [3] * 29), " both have rows of episode 3"),
+        (_replace("episode_index", [4] * 9 + [99] + [4] * 19), " both have rows of episode 4"),
+        (_replace("action", [["a"] * 4] * 29), ", episode 4: action holds no plain numbers"),
+        (_replace("next.reward", ["a"] * 29), ", episode 4: next.reward holds no plain numbers"),
+        (_replace("next.reward", [{"a": 1}] * 29), ", episode 4: next.reward holds no plain"),
+        (_replace("next.reward", [1.0] * 28 + [None]), ", episode 4: rewards holds NaN"),
+        (_replace("next.success", [1.0] * 28 + [np.nan]), ", episode 4: success holds NaN"),
+        (_replace("action", [[0.0] * 4] * 28 + [[0.0] * 5]), ": action has lists of several"),
+        (_replace("action", [[0.0] * 4] * 28 + [None]), ": action has lists of several"),
+        (_replace("action", [[]] * 29), " is truncated or no Parquet|lists of several lengths"),
+        (_replace("action", [[0.0] * 3] * 29), r", episode 4: actions has the shape \(29, 3\)"),
+        (_replace("observation.environment_state", _state(4)), r"shape \(29, 4\)"),
+        (_replace("observation.environment_state", _state(39, np.nan)), "observations holds NaN"),
+        (_replace("observation.environment_state", _state(39, 1e300)), "observations holds NaN"),
+        (_replace("observation.environment_state", _state(39, 1e9)), "observations holds 1e[+]09"),
+        (lambda file: file.unlink(), "has 8 episodes and its meta/info.json says 9"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named_and_nothing_is_written(
+    tmp_path: Path, edit: Callable[[Path], None], reason: str
+) -> None:
+    source = write_source(tmp_path / "raw")
+    file = source / "data" / "chunk-001" / "episode_000004.parquet"
+    edit(file)
+    where = "episode_000004.parquet.*" if file.exists() or file.is_symlink() else ""
+    with pytest.raises(UserError, match=where + reason):
+        import_data(config_for(tmp_path), progress=False)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_file_that_would_take_the_memory_is_refused_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lerobot, "_LARGEST", 31 * (39 + 4 + 2))
+    write_source(tmp_path / "raw")
+    with pytest.raises(UserError, match=r"000007.parquet has 1,440 numbers to read"):
+        import_data(config_for(tmp_path), progress=False)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"total_episodes": "many"}', "[" * 99999])
+def test_a_damaged_list_of_contents_is_named(tmp_path: Path, content: str) -> None:
+    write_source(tmp_path / "raw")
+    (tmp_path / "raw" / "meta" / "info.json").write_text(content)
+    with pytest.raises(UserError, match=r"info.json is damaged: download it again"):
+        import_data(config_for(tmp_path), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"source": Path("missing")}, "missing/meta/info.json is missing: give as SOURCE"),
+        ({"tasks": ("reach",)}, "has no episode of reach-v3: leave the task out"),
+        ({"datasets": ("0=reach",)}, "lerobot takes no --dataset"),
+        ({"family": "cheetah-vel"}, "is this data of cheetah-vel"),
+        ({"min_length": 26}, "the episode has 25 steps and .*26"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(
+    tmp_path: Path, changes: dict[str, object], reason: str
+) -> None:
+    write_source(tmp_path / "raw")
+    with pytest.raises(UserError, match=reason):
+        import_data(config_for(tmp_path, **changes), progress=False)
+
+
+def test_a_package_that_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_source(tmp_path / "raw")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"pip install 'harmodt\[lerobot\]'"):
+        import_data(config_for(tmp_path), progress=False)
