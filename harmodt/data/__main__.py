@@ -1,6 +1,7 @@
-"""Bring data into a store, join stores, show what one holds, and check it.
+"""Bring data into a store and out, join stores, show what one holds, and check it.
 
 python -m harmodt.data import SOURCE --output DIR --tasks mt50
+python -m harmodt.data export DIR --output ~/.minari/datasets
 python -m harmodt.data info DIR
 python -m harmodt.data merge DIR DIR --output DIR
 python -m harmodt.data verify DIR
@@ -22,6 +23,7 @@ from ..errors import printable, run_command
 from ..progress import progress_bar
 from ..settings import parse_arguments
 from .describe import describe, to_text
+from .export import ExportConfig, export_data
 from .importing import ImportConfig, import_data
 from .merging import MergeConfig, merge_stores
 from .store import DataStore
@@ -58,6 +60,12 @@ def _info(config: InfoConfig) -> None:
         _show(store)
 
 
+def _export(config: ExportConfig) -> None:
+    pairs = " ".join(f"{name}={task}" for name, task in export_data(config).items())
+    again = f"import {config.output} --format minari --dataset {pairs}"
+    print(printable(f"written, and read again by: {again}"))
+
+
 def _verify(config: VerifyConfig) -> None:
     store = DataStore.open(config.store)
     with progress_bar("files") as bar:
@@ -68,6 +76,7 @@ def _verify(config: VerifyConfig) -> None:
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "import": (ImportConfig, lambda config: _show(import_data(config))),
+    "export": (ExportConfig, _export),
     "info": (InfoConfig, _info),
     "merge": (MergeConfig, lambda config: _show(merge_stores(config))),
     "verify": (VerifyConfig, _verify),
@@ -82,7 +91,7 @@ def main() -> None:
     command = parse_arguments(
         Union[kinds],  # noqa: UP007
         prog="python -m harmodt.data",
-        description="Bring data into a store, join stores, show what one holds, and check it.",
+        description="Bring data into stores and out, join, show and check them.",
     )
     actions = dict(COMMANDS.values())
     actions[type(command)](command)

@@ -21,6 +21,7 @@ from ..store import Episode
 IMPORTERS: dict[str, str] = {
     "npz": "harmodt.data.importers.npz:NpzImporter",
     "prompt-dt": "harmodt.data.importers.prompt_dt:PromptDTImporter",
+    "minari": "harmodt.data.importers.minari:MinariImporter",
     "lerobot": "harmodt.data.importers.lerobot:LeRobotImporter",
 }
 """Name of every format, and the module and class that read it."""

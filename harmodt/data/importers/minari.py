@@ -1,0 +1,212 @@
+"""Minari's local data sets, in any of its storage formats: `--dataset ID=TASK` for each.
+
+SOURCE is the folder that MINARI_DATASETS_PATH names, ~/.minari/datasets by default, and a data set
+is the folder of its id below. Minari knows no tasks: a data set is one task's, several may be the
+same task's, and one whose name ends in `-prompts` holds the prompts of its task.
+
+An episode of T steps has T + 1 observations there, of which the last, after the last action, is
+left out. It is solved where `infos["success"]`, if there is one, is not 0 at any step.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...environments import EnvironmentFamily
+from ...errors import UserError
+from ..store import UNKNOWN, Episode
+from . import Importer
+from .arrays import as_float32, one_per_step, solved
+
+PROMPTS = "-prompts"
+"""How the name of a data set of prompts ends, but for its version."""
+
+_LARGEST = 2**26  # bytes of an episode; one of Meta-World's has 180,000
+
+
+class MinariEpisode(NamedTuple):
+    """An episode that is not read yet."""
+
+    dataset: str
+    number: int
+    path: Path
+
+    def __str__(self) -> str:
+        return f"{self.path}, episode {self.number}"
+
+
+class MinariImporter(Importer):
+    """Reads the data sets that are named, an episode at a time."""
+
+    takes_datasets = True
+
+    def __init__(self, source: Path, family: EnvironmentFamily, datasets: Mapping[str, str]):
+        super().__init__(source, family, datasets)
+        self._storages: dict[str, Any] = {}  # those that were opened
+
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks of the data sets, in the order in which those were named."""
+        return tuple(dict.fromkeys(map(self._task_of, self.datasets)))
+
+    def episodes(self, task: str) -> list[MinariEpisode]:
+        """The episodes of all data sets of a task, but for prompts."""
+        names = [name for name in self._named(task) if not _holds_prompts(name)]
+        if not names:
+            raise UserError(
+                f"no data set is named for {task}: add --dataset NAME={task}, or leave the task "
+                "out of --tasks"
+            )
+        return self._episodes(names)
+
+    def prompts(self, task: str) -> list[MinariEpisode]:
+        """The episodes of the data sets of its prompts, if some are named."""
+        return self._episodes([name for name in self._named(task) if _holds_prompts(name)])
+
+    def read(self, episode: MinariEpisode) -> Episode:
+        """Read one episode."""
+        where = str(episode)
+        with _readable(where):
+            storage = self._open(episode.dataset)
+            if storage.FORMAT == "hdf5":  # a few bytes of it can stand for any size
+                _check_size(episode)
+            found = next(iter(storage.get_episodes([episode.number])))
+            observations = found["observations"][:-1]
+            success = (found["infos"] or {}).get("success")
+        length = len(observations)
+        return Episode(
+            observations=as_float32(where, "observations", observations),
+            actions=as_float32(where, "actions", found["actions"]),
+            rewards=one_per_step(as_float32(where, "rewards", found["rewards"])),
+            success=UNKNOWN if success is None else _read_success(where, success, length),
+        )
+
+    def _task_of(self, name: str) -> str:
+        tasks = self.family.resolve_tasks([self.datasets[name]])
+        if len(tasks) != 1:
+            raise UserError(
+                f"--dataset {name}={self.datasets[name]} names {len(tasks)} tasks: a data set is "
+                "one task's, so name that one"
+            )
+        return tasks[0]
+
+    def _named(self, task: str) -> list[str]:
+        """The data sets of a task."""
+        return [name for name in self.datasets if self._task_of(name) == task]
+
+    def _episodes(self, names: list[str]) -> list[MinariEpisode]:
+        episodes = []
+        for name in names:
+            path = self.source / name
+            with _readable(str(path)):
+                count = range(self._open(name).total_episodes)
+            if not count:
+                raise UserError(f"{path} holds no episode: download or record it again")
+            episodes += [MinariEpisode(name, number, path) for number in count]
+        return episodes
+
+    def _open(self, name: str) -> Any:
+        """The storage of a data set, whose spaces are those of the family."""
+        if name in self._storages:
+            return self._storages[name]
+        path, kind = self.source / name, minari_storage()
+        if not (path / "data").is_dir():
+            raise UserError(
+                f"there is no Minari data set {path}: give as SOURCE the folder of all data sets, "
+                "such as ~/.minari/datasets, and as NAME the path below it, such as "
+                "D4RL/door/human-v2"
+            )
+        with _readable(str(path)):
+            # Without them, Minari would make the environment, which runs whatever it names.
+            known = kind.read_raw_metadata(path / "data").keys()
+            if not known >= {"observation_space", "action_space"}:
+                raise UserError(
+                    f"{path} does not say which spaces it has: record it with Minari 0.5 or later"
+                )
+            storage = kind.read(path / "data")
+        spec = self.family.spec
+        _check_space(str(path), "observation", storage.observation_space, spec.observation_size)
+        _check_space(str(path), "action", storage.action_space, spec.action_size)
+        self._storages[name] = storage
+        return storage
+
+
+def minari_storage() -> Any:
+    """Minari's class of what is on the disk.
+
+    Raises:
+        UserError: Minari is not installed.
+    """
+    try:
+        from minari.dataset.minari_storage import MinariStorage  # an optional dependency
+    except ImportError as error:
+        raise UserError(
+            "Minari's data sets need the package minari: pip install 'harmodt[minari]'"
+        ) from error
+    return MinariStorage
+
+
+def _holds_prompts(name: str) -> bool:
+    return re.search(rf"{PROMPTS}(-v[0-9]+)?$", name) is not None
+
+
+def _check_size(episode: MinariEpisode) -> None:
+    """Raise UserError where an episode in HDF5 would take more memory than an honest one."""
+    import h5py  # an optional dependency
+
+    sizes = []
+    with h5py.File(episode.path / "data" / "main_data.hdf5") as file:
+        group = file[f"episode_{episode.number}"]
+        group.visititems(lambda _, item: sizes.append(getattr(item, "nbytes", 0)))
+    if sum(sizes) > _LARGEST:
+        raise UserError(
+            f"{episode} would take {sum(sizes) / 1e9:.1f} GB of memory, more than an episode has: "
+            "download or record it again"
+        )
+
+
+def _read_success(where: str, success: Any, length: int) -> int:
+    """Whether an episode of `length` steps is solved at any of them."""
+    steps = one_per_step(as_float32(where, "success", success))
+    if steps.ndim and len(steps) == length + 1:  # the first is of the reset
+        steps = steps[1:]
+    return solved(where, steps, length)
+
+
+def _check_space(where: str, kind: str, space: Any, size: int) -> None:
+    """Raise UserError where a space is no vector of `size` numbers."""
+    from gymnasium import spaces  # slow to import, and here after Minari in any case
+
+    if isinstance(space, spaces.Dict) and kind == "observation":
+        raise UserError(
+            f"{where}: its observations are dictionaries and vectors of {size} numbers are needed: "
+            "record it again with gymnasium's FlattenObservation around the environment"
+        )
+    if not isinstance(space, spaces.Box) or space.shape != (size,):
+        raise UserError(
+            f"{where}: its {kind} space is a {type(space).__name__} of shape {space.shape} and a "
+            f"Box of shape ({size},) is needed: name the tasks, or the --family, that it is of"
+        )
+
+
+@contextmanager
+def _readable(where: str) -> Iterator[None]:
+    """Say in a sentence what Minari, HDF5 or Arrow meet inside."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ImportError as error:  # of the storage format
+        raise UserError(f"{where} cannot be read: {error}") from error
+    except Exception as error:  # damage shows as dozens of kinds
+        errno = getattr(error, "errno", None)
+        if errno:
+            raise UserError(f"{where} cannot be read ({os.strerror(errno)}): check it") from error
+        raise UserError(
+            f"{where} is damaged or no Minari data ({type(error).__name__}): download or record "
+            "it again"
+        ) from error

@@ -1,0 +1,462 @@
+"""Minari's data sets: read as others write them, and written from a store and read again."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import minari
+import numpy as np
+import pytest
+from gymnasium import spaces
+from minari.data_collector import EpisodeBuffer
+from minari.dataset.minari_storage import MinariStorage
+from tiny import make_store
+
+from harmodt.data import export
+from harmodt.data.__main__ import main
+from harmodt.data.export import ExportConfig, export_data
+from harmodt.data.importing import ImportConfig, import_data
+from harmodt.data.store import EPISODE_ARRAYS, DataStore, Episode
+from harmodt.data.writer import StoreWriter
+from harmodt.environments import family
+from harmodt.errors import UserError, run_command
+
+CHEETAH = family("cheetah-vel").spec
+
+
+def make_buffer(seed: int, length: int = 25, **changes: object) -> EpisodeBuffer:
+    """An episode as Minari's collector records it; its return grows with the seed."""
+    generator = np.random.default_rng(seed)
+    values = {
+        "observations": generator.normal(size=(length + 1, 39)),
+        "actions": generator.normal(size=(length, 4)).astype(np.float32) * 2,
+        "rewards": np.full(length, seed + 1.0),
+        "terminations": np.zeros(length, bool),
+        "truncations": np.arange(length) == length - 1,
+        "infos": {"success": [0.0] * 8 + [float(seed % 2)] + [0.0] * (length - 8)},
+    }
+    return EpisodeBuffer(**values | changes)
+
+
+def write_dataset(
+    root: Path,
+    name: str = "reach-v0",
+    buffers: list[EpisodeBuffer] | None = None,
+    storage: str = "hdf5",
+    observations: spaces.Space = spaces.Box(-np.inf, np.inf, (39,), np.float64),  # noqa: B008
+    actions: spaces.Space = spaces.Box(-1, 1, (4,), np.float32),  # noqa: B008
+) -> Path:
+    """A data set by Minari's own means; returns its folder."""
+    path = root / name
+    path.mkdir(parents=True)
+    dataset = MinariStorage.new(path / "data", observations, actions, data_format=storage)
+    dataset.update_metadata({"dataset_id": name, "minari_version": minari.__version__})
+    dataset.update_episodes([make_buffer(i) for i in range(6)] if buffers is None else buffers)
+    return path
+
+
+def config_for(tmp_path: Path, *pairs: str, **changes: object) -> ImportConfig:
+    config = ImportConfig(
+        tmp_path / "raw",
+        tmp_path / "store",
+        prompt_episodes=2,
+        datasets=pairs or ("reach-v0=reach",),
+        format="minari",
+    )
+    return replace(config, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("storage", ["hdf5", "arrow", "parquet"])
+def test_episodes_are_read_without_the_last_observation(tmp_path: Path, storage: str) -> None:
+    write_dataset(tmp_path / "raw", "lab/reach-v0", storage=storage)
+    before = dict(os.environ)
+    store = import_data(config_for(tmp_path, "lab/reach-v0=reach-v2"), progress=False)
+    assert os.environ == before
+    store.verify()
+    assert store.tasks == ("reach-v3",)
+    task = store.task("reach-v3")
+    expected = [make_buffer(number) for number in range(6)]
+    for part, episodes in ((task.train, expected[:4]), (task.prompts, expected[4:])):
+        observations = np.concatenate([episode.observations[:-1] for episode in episodes])
+        np.testing.assert_array_equal(part.observations, observations.astype(np.float32))
+        actions = np.concatenate([episode.actions for episode in episodes]).clip(-1, 1)
+        np.testing.assert_array_equal(part.actions, actions)
+        np.testing.assert_array_equal(part.rewards, np.concatenate([e.rewards for e in episodes]))
+    assert task.train.successes.tolist() == [0, 1, 0, 1]
+    assert task.prompts.successes.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("infos", "success"),
+    [
+        (None, -1),
+        ({"grasp": np.ones(26)}, -1),
+        ({"success": np.arange(25) == 3}, 1),
+        ({"success": np.zeros((25, 1))}, 0),
+        ({"success": np.eye(1, 26).T}, 0),  # solved at the reset alone
+    ],
+)
+def test_success_is_what_the_steps_say(
+    tmp_path: Path, infos: dict[str, np.ndarray] | None, success: int
+) -> None:
+    write_dataset(tmp_path / "raw", buffers=[make_buffer(i, infos=infos) for i in range(3)])
+    store = import_data(config_for(tmp_path), progress=False)
+    assert store.task("reach-v3").prompts.successes.tolist() == [success, success]
+
+
+def test_a_task_may_have_several_data_sets_and_one_of_prompts(tmp_path: Path) -> None:
+    for name, seeds in (("a-v0", [5, 6]), ("b-v1", [1]), ("reach-prompts-v0", [0, 2])):
+        write_dataset(tmp_path / "raw", name, [make_buffer(seed) for seed in seeds])
+    write_dataset(tmp_path / "raw", "push/expert-v0")
+    pairs = ("b-v1=reach", "push/expert-v0=push", "reach-prompts-v0=reach", "a-v0=reach-v2")
+    store = import_data(config_for(tmp_path, *pairs), progress=False)
+    assert store.tasks == ("reach-v3", "push-v3")
+    assert store.task("reach-v3").train.returns.tolist() == [50, 150, 175]
+    assert store.task("reach-v3").prompts.returns.tolist() == [25, 75]
+    assert store.task("push-v3").prompts.returns.tolist() == [125, 150]
+
+
+def test_an_import_holds_few_episodes_in_memory(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "raw", buffers=[make_buffer(0, 500)] * 80)
+    size = 500 * (39 * 8 + 4 * 4 + 8 + 8 + 2)
+    config = config_for(tmp_path, prompt_episodes=1)
+    import_data(replace(config, output=tmp_path / "warm"), progress=False)  # imports modules
+    assert _peak(lambda: import_data(config, progress=False)) < 12 * size
+
+
+def _peak(function: Callable[[], object]) -> int:
+    tracemalloc.start()
+    function()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def _metadata(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def edit(path: Path) -> None:
+        file = path / "data" / "metadata.json"
+        metadata = json.loads(file.read_text())
+        change(metadata)
+        file.write_text(json.dumps(metadata))
+
+    return edit
+
+
+def _main_file(path: Path) -> Path:
+    return path / "data" / "main_data.hdf5"
+
+
+def _in_hdf5(change: Callable[[h5py.Group], object]) -> Callable[[Path], None]:
+    """Change the group of episode 1."""
+
+    def edit(path: Path) -> None:
+        with h5py.File(_main_file(path), "a") as file:
+            change(file["episode_1"])
+
+    return edit
+
+
+def _replace(key: str, value: object) -> Callable[[Path], None]:
+    def change(group: h5py.Group) -> None:
+        del group[key]
+        group[key] = value
+
+    return _in_hdf5(change)
+
+
+def _claim(group: h5py.Group) -> None:
+    """Rewards of a size that nobody has the memory for, none of which is there."""
+    del group["rewards"]
+    group.create_dataset("rewards", (10**10,), np.float64, chunks=(1000,))
+
+
+def _set(key: str, value: float) -> Callable[[Path], None]:
+    def change(group: h5py.Group) -> None:
+        group[key][3] = value
+
+    return _in_hdf5(change)
+
+
+EPISODE = "reach-v0, episode 1:? "
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (lambda path: os.truncate(_main_file(path), 3000), "reach-v0, episode 0 is damaged"),
+        (lambda path: _main_file(path).write_bytes(b"hello" * 999), "episode 0 is damaged"),
+        (lambda path: _main_file(path).unlink(), "reach-v0 is damaged or no Minari data"),
+        (lambda path: (path / "data/metadata.json").unlink(), "reach-v0 is damaged"),
+        (lambda path: (path / "data/metadata.json").write_text("{"), "reach-v0 is damaged"),
+        (lambda path: (path / "data/metadata.json").write_text("[]"), "reach-v0 is damaged"),
+        (lambda path: (path / "data").rename(path / "date"), "there is no Minari data set"),
+        (_metadata(lambda m: m.pop("action_space")), "does not say which spaces it has"),
+        (_metadata(lambda m: m.update(data_format="zarr")), "reach-v0 is damaged"),
+        (_metadata(lambda m: m.update(total_episodes=7)), "reach-v0, episode 6 is damaged"),
+        (_metadata(lambda m: m.update(total_episodes="7")), "reach-v0 is damaged"),
+        (_metadata(lambda m: m.update(total_episodes=0)), "reach-v0 holds no episode"),
+        (_in_hdf5(lambda group: group.pop("actions")), EPISODE + "is damaged"),
+        (_in_hdf5(lambda group: group.pop("rewards")), EPISODE + "is damaged"),
+        (_in_hdf5(_claim), "reach-v0, episode 1 would take 80.0 GB of memory"),
+        (_replace("rewards", 3.0), EPISODE + "is damaged"),
+        (_replace("observations", 3.0), EPISODE + "is damaged"),
+        (_replace("rewards", np.ones(24)), EPISODE + "rewards has 24 steps and obs.* has 25"),
+        (_replace("actions", np.ones((25, 3))), EPISODE + r"actions has the shape \(25, 3\)"),
+        (_replace("actions", np.ones((25, 4)) + 1j), EPISODE + "actions holds no plain numbers"),
+        (_replace("actions", [b"no"] * 25), EPISODE + "actions holds no plain numbers"),
+        (_replace("infos/success", np.ones(24)), EPISODE + "success has 24 steps"),
+        (_replace("infos/success", 1), EPISODE + r"success has the shape \(\)"),
+        (_replace("infos/success", np.full(26, np.nan)), EPISODE + "success holds NaN"),
+        (_in_hdf5(lambda group: group.create_group("infos/x")), None),
+        (_set("rewards", np.nan), EPISODE + "rewards holds NaN or infinity"),
+        (_set("actions", np.inf), EPISODE + "actions holds NaN or infinity"),
+        (_set("observations", np.uint64(0x7FF4 << 48).view(np.float64)), "observations holds NaN"),
+        (_set("observations", 1e300), EPISODE + "observations holds NaN or infinity"),
+        (_set("observations", -1e7), EPISODE + r"observations holds -1e[+]07, beyond"),
+    ],
+)
+def test_what_cannot_be_used_is_named_and_nothing_is_written(
+    tmp_path: Path, edit: Callable[[Path], None], reason: str | None
+) -> None:
+    edit(write_dataset(tmp_path / "raw"))
+    if reason is None:
+        assert import_data(config_for(tmp_path), progress=False).tasks == ("reach-v3",)
+        return
+    with pytest.raises(UserError, match=reason):
+        import_data(config_for(tmp_path), progress=False)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(("file", "where"), [("1", "episode 1"), ("0", "episode 0")])
+def test_damage_in_arrow_files_is_named(tmp_path: Path, file: str, where: str) -> None:
+    path = write_dataset(tmp_path / "raw", storage="arrow")
+    [arrow] = (path / "data" / file).glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:2000])
+    with pytest.raises(UserError, match=f"reach-v0, {where} is damaged"):
+        import_data(config_for(tmp_path), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (
+            {"observations": spaces.Dict({"arm": spaces.Box(-1, 1, (39,))})},
+            "observations are dictionaries .* FlattenObservation",
+        ),
+        ({"observations": spaces.Box(-1, 1, (20,))}, r"shape \(20,\) and a Box of shape \(39,\)"),
+        ({"observations": spaces.Box(-1, 1, (3, 13))}, r"shape \(3, 13\) and a Box"),
+        ({"actions": spaces.Discrete(4)}, r"action space is a Discrete of shape \(\)"),
+        ({"actions": spaces.Dict({"arm": spaces.Box(-1, 1)})}, "action space is a Dict"),
+    ],
+)
+def test_other_spaces_than_the_family_has_are_refused(
+    tmp_path: Path, given: dict[str, spaces.Space], reason: str
+) -> None:
+    write_dataset(tmp_path / "raw", buffers=[], **given)
+    metadata = _metadata(lambda values: values.update(total_episodes=6))
+    metadata(tmp_path / "raw" / "reach-v0")
+    with pytest.raises(UserError, match=reason):
+        import_data(config_for(tmp_path), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"datasets": ()}, "minari needs --dataset NAME=TASK"),
+        ({"datasets": ("reach-v0=mt5",)}, "names 5 tasks"),
+        ({"datasets": ("reach-v0=reech",)}, "did you mean"),
+        ({"datasets": ("gone-v0=reach",)}, "there is no Minari data set .*gone-v0"),
+        ({"source": Path("missing")}, "there is no Minari data set missing/reach-v0"),
+        ({"tasks": ("push",)}, "no data set is named for push-v3: add --dataset NAME=push-v3"),
+        ({"datasets": ("reach-prompts-v0=reach",)}, "no data set is named for reach-v3"),
+        ({"family": "cheetah-vel"}, "there is no task 'reach'"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(
+    tmp_path: Path, changes: dict[str, object], reason: str
+) -> None:
+    write_dataset(tmp_path / "raw")
+    with pytest.raises(UserError, match=reason):
+        import_data(config_for(tmp_path, **changes), progress=False)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("package", "reason"),
+    [("minari.dataset.minari_storage", r"pip install 'harmodt\[minari\]'"), ("h5py", "h5py")],
+)
+def test_a_package_that_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, reason: str
+) -> None:
+    write_dataset(tmp_path / "raw")
+    store = make_store(tmp_path / "finished")
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "minari.dataset._storages.hdf5_storage")
+    with pytest.raises(UserError, match=reason):
+        import_data(config_for(tmp_path), progress=False)
+    with pytest.raises(UserError, match=reason):
+        export_data(ExportConfig(store.path, tmp_path / "out"), progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def assert_same(found: DataStore, expected: DataStore) -> None:
+    """Every array of every task is the same, to the bit."""
+    assert found.tasks == expected.tasks
+    for name in expected.tasks:
+        for part in ("train", "prompts"):
+            for array in EPISODE_ARRAYS:
+                np.testing.assert_array_equal(
+                    getattr(getattr(found.task(name), part), array),
+                    getattr(getattr(expected.task(name), part), array),
+                    strict=True,
+                )
+
+
+def make_cheetahs(path: Path) -> DataStore:
+    """A store without success whose tasks' names have dots; one has no prompts."""
+    writer = StoreWriter(path, {"collect": {}}, CHEETAH)
+    tasks = ("cheetah-vel-0.600", "cheetah-vel-1.200")
+    rng = np.random.default_rng(3)
+    for number, name in enumerate(tasks):
+        with writer.task(name) as task:
+            for i in range(4):
+                sizes = (CHEETAH.observation_size, CHEETAH.action_size)
+                arrays = [rng.normal(size=(20 + i, size)).astype(np.float32) for size in sizes]
+                episode = Episode(*arrays, rng.normal(size=20 + i).astype(np.float32), -1)
+                (task.add_prompt if i == 3 and not number else task.add)(episode)
+    return writer.finish(tasks)
+
+
+@pytest.mark.parametrize("storage", ["hdf5", "arrow"])
+@pytest.mark.parametrize("make", [make_store, make_cheetahs])
+def test_what_is_exported_is_imported_again_to_the_bit(
+    tmp_path: Path, make: Callable[[Path], DataStore], storage: str
+) -> None:
+    store = make(tmp_path / "first")
+    export = ExportConfig(store.path, tmp_path / "out", "lab/mine", storage=storage)  # type: ignore[arg-type]
+    exported = export_data(export, progress=False)
+    config = ImportConfig(
+        tmp_path / "out",
+        tmp_path / "second",
+        prompt_episodes=0,
+        min_length=1,
+        datasets=tuple(f"{name}={task}" for name, task in exported.items()),
+        clip_actions=False,
+        format="minari",
+    )
+    assert_same(import_data(config, progress=False), store)
+
+
+def test_minari_finds_what_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_cheetahs(tmp_path / "store")
+    config = ExportConfig(store.path, tmp_path / "out", tasks=("cheetah-vel-0.6",))
+    exported = export_data(config, progress=False)
+    task = "cheetah-vel-0.600"
+    ids = ["harmodt/cheetah-vel-0_600-v0", "harmodt/cheetah-vel-0_600-prompts-v0"]
+    assert exported == dict.fromkeys(ids, task)
+    assert sorted(os.listdir(tmp_path / "out")) == ["harmodt"]
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "out"))
+    assert minari.list_local_datasets().keys() == set(ids)
+    dataset = minari.load_dataset(ids[0])
+    assert (dataset.total_episodes, dataset.total_steps) == (3, 63)
+    train = store.task(task).train
+    for episode, length in zip(dataset, (20, 21, 22), strict=True):
+        assert dataset.observation_space.contains(episode.observations[0])
+        assert len(episode.observations) == length + 1
+        np.testing.assert_array_equal(episode.observations[-1], episode.observations[-2])
+        assert episode.truncations.tolist() == [False] * (length - 1) + [True]
+        assert not episode.terminations.any()
+    np.testing.assert_array_equal(dataset[0].rewards, train.rewards[:20])
+    np.testing.assert_array_equal(
+        minari.load_dataset(ids[1])[0].actions, store.task(task).prompts.actions
+    )
+
+
+def test_an_export_holds_few_episodes_in_memory(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path / "store", {"collect": {}}, CHEETAH)
+    size = 500 * 4 * (20 + 6 + 1)
+    with writer.task("cheetah-vel-0.600") as task:
+        for _ in range(80):
+            arrays = (np.ones((500, 20), np.float32), np.ones((500, 6), np.float32))
+            task.add(Episode(*arrays, np.ones(500, np.float32), -1))
+    writer.finish(["cheetah-vel-0.600"])
+    config = ExportConfig(tmp_path / "store", tmp_path / "out")
+    export_data(replace(config, namespace="warm"), progress=False)  # imports modules
+    assert _peak(lambda: export_data(config, progress=False)) < 12 * size
+
+
+def test_an_export_overwrites_nothing_and_leaves_nothing_unfinished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(tmp_path / "store")
+    config = ExportConfig(store.path, tmp_path / "out")
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "replace_directory", die)
+        with pytest.raises(KeyboardInterrupt):
+            export_data(config, progress=False)
+        assert not (tmp_path / "out").exists()
+        patch.setattr(export.shutil, "rmtree", lambda *_, **__: None)  # as after a kill
+        with pytest.raises(KeyboardInterrupt):
+            export_data(config, progress=False)
+    assert os.listdir(tmp_path / "out") == [".harmodt.tmp"]
+    export_data(config, progress=False)
+    assert os.listdir(tmp_path / "out") == ["harmodt"]
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")}
+    with pytest.raises(UserError, match="out/harmodt is there already: choose another"):
+        export_data(config, progress=False)
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"store": Path("missing")}, "there is no store in missing"),
+        ({"tasks": ("sweep",)}, "has no task 'sweep-v3'"),
+        ({"namespace": "my.own"}, "--namespace my.own cannot be one of Minari's"),
+        ({"namespace": "../up"}, r"--namespace \.\./up cannot"),
+        ({"namespace": "/tmp/up"}, "--namespace /tmp/up cannot"),
+    ],
+)
+def test_an_export_that_cannot_be_is_refused(
+    tmp_path: Path, changes: dict[str, object], reason: str
+) -> None:
+    config = ExportConfig(make_store(tmp_path / "store").path, tmp_path / "out")
+    with pytest.raises(UserError, match=reason):
+        export_data(replace(config, **changes), progress=False)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_tasks_that_would_be_one_data_set_are_refused(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path / "store", {"collect": {}}, CHEETAH)
+    for name in ("a.b", "a_b"):
+        with writer.task(name) as task:
+            arrays = (np.ones((9, 20), np.float32), np.ones((9, 6), np.float32))
+            task.add(Episode(*arrays, np.ones(9, np.float32), -1))
+    writer.finish(["a.b", "a_b"])
+    with pytest.raises(UserError, match=r"a_b and a\.b would both be harmodt/a_b-v0"):
+        export_data(ExportConfig(tmp_path / "store", tmp_path / "out"), progress=False)
+
+
+def test_the_command_says_how_to_import_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = make_store(tmp_path / "store")
+    out = str(tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", ["data", "export", str(store.path), "--output", out])
+    run_command(main)
+    command = capsys.readouterr().out.partition("read again by: ")[2].split()
+    again = [*command, "--output", str(tmp_path / "again"), "--min-length", "1"]
+    monkeypatch.setattr(sys, "argv", ["data", *again, "--no-clip-actions"])
+    run_command(main)
+    assert_same(DataStore.open(tmp_path / "again"), store)
