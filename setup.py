@@ -86,8 +86,8 @@ setup(
     extras_require={
         # One MP4 per task; the package brings its own encoder, so none is installed by hand.
         "video": ["imageio-ffmpeg>=0.5"],
-        # Imports and exports of Minari's data sets, and of LeRobot's Parquet files.
-        "minari": ["minari>=0.5", "h5py>=3.8"],
+        # Imports and exports of Minari's data sets (it needs Python 3.11), and of LeRobot's files.
+        "minari": ['minari>=0.5; python_version >= "3.11"', "h5py>=3.8"],
         "lerobot": ["pyarrow>=17"],
         # Trains the walkers' experts again; their weights come with the package.
         "experts": ["stable-baselines3>=2.7"],
@@ -109,7 +109,7 @@ setup(
             "imageio>=2.34",
             "imageio-ffmpeg>=0.5",
             # They write data in others' formats, by the libraries that these are of.
-            "minari>=0.5",
+            'minari>=0.5; python_version >= "3.11"',
             "h5py>=3.8",
             "pyarrow>=17",
             # They train an expert for a few steps.

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 
 import hypothesis
@@ -25,6 +26,9 @@ from harmodt_kernels.native import library  # noqa: E402
 with contextlib.suppress(ModuleNotFoundError):
     # Other kernels call functions of this one: all are to be read in one way.
     import harmodt_kernels.masked_linear.triton  # noqa: F401
+
+# Minari needs a later Python.
+collect_ignore = ["test_import_minari.py"] if sys.version_info < (3, 11) else []
 
 # OpenMP's threads begin as the thread that starts them computes: here, before a command that a
 # test runs has denormals flushed to zero, for good in threads that begin then.

@@ -43,7 +43,7 @@ def module_commands() -> list[tuple[str, ...]]:
     found = set()
     for name in TEXTS:
         for line in code_lines(name):
-            match = re.search(r"python -m (harmodt\.\w+)(.*)", line)
+            match = re.search(r"python -m (harmodt\.[\w.]+)(.*)", line)
             if match:
                 found.add((match[1], *shlex.split(match[2], comments=True)))
     return sorted(found)

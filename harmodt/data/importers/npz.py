@@ -15,7 +15,8 @@ import numpy as np
 
 from ...errors import UserError
 from ..store import UNKNOWN, Episode
-from . import Importer, check_array
+from . import Importer
+from .arrays import as_float32, one_per_step, solved
 
 _LARGEST = 2**26  # bytes of one array; an episode of 500 steps has 78,000
 _ENCRYPTED = 1  # a bit of a zip entry's flags
@@ -105,16 +106,14 @@ def _read_keys(path: Path, file: np.lib.npyio.NpzFile) -> Episode:
     return Episode(
         observations=observations,
         actions=_read_array(path, file, "actions"),
-        rewards=_one_per_step(_read_array(path, file, "rewards")),
+        rewards=one_per_step(_read_array(path, file, "rewards")),
         success=_read_success(path, file, len(observations)) if "success" in file else UNKNOWN,
     )
 
 
 def _read_success(path: Path, file: np.lib.npyio.NpzFile, length: int) -> int:
     """Whether an episode of `length` steps is solved at any of them."""
-    success = _one_per_step(_read_array(path, file, "success"))
-    check_array(str(path), "success", success, (), length)
-    return int(success.any())
+    return solved(str(path), one_per_step(_read_array(path, file, "success")), length)
 
 
 def _read_array(path: Path, file: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
@@ -130,21 +129,13 @@ def _read_array(path: Path, file: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
                 "episode has: download or write the file again"
             )
         array = np.asarray(file[key])
-        if array.dtype.kind not in "fiub":
-            raise ValueError(array.dtype)
     except UserError:
         raise
     except Exception as error:  # NumPy and zipfile meet damage with dozens of kinds
         raise UserError(
             f"{path}: {key} is damaged or holds no plain numbers: download or write the file again"
         ) from error
-    with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused as such
-        return array.astype(np.float32)
-
-
-def _one_per_step(array: np.ndarray) -> np.ndarray:
-    """(T, 1) as (T,)."""
-    return array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
+    return as_float32(str(path), key, array)
 
 
 def _natural_order(path: Path) -> list[tuple[int, str]]:
