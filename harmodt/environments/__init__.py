@@ -21,6 +21,7 @@ METAWORLD = "metaworld"
 
 FAMILIES: dict[str, str] = {
     METAWORLD: "harmodt.environments.metaworld:MetaWorld",
+    "metaworld-repeat-2": "harmodt.environments.metaworld:RepeatedMetaWorld",
     "cheetah-dir": "harmodt.environments.locomotion:CheetahDirection",
     "cheetah-vel": "harmodt.environments.locomotion:CheetahVelocity",
     "ant-dir": "harmodt.environments.locomotion:AntDirection",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,20 @@ class MetaWorld(EnvironmentFamily):
                 return policy.get_action(observation)
 
         return act
+
+
+class RepeatedMetaWorld(MetaWorld):
+    """The same tasks at half the rate: 100 actions an episode, each executed twice.
+
+    This is how TD-MPC2's data were made (Hansen et al., 2024). The return of so short an episode,
+    and what an action does, are others than in `MetaWorld`, so it is a family of its own.
+    """
+
+    spec = replace(MetaWorld.spec, family="metaworld-repeat-2", episode_length=100)
+
+    def make(self, task: str, goal_seed: int = 0) -> RepeatedEnvironment:
+        """As `MetaWorld.make`."""
+        return RepeatedEnvironment(task, goal_seed)
 
 
 class MetaWorldEnvironment(Environment):
@@ -101,6 +115,40 @@ class MetaWorldEnvironment(Environment):
         """Seen by the camera that is closest to table and gripper."""
         model, data = self._env.model, self._env.data
         return Scene(model, data, camera="corner4", upside_down=True, steps_per_second=80)
+
+
+class RepeatedEnvironment(MetaWorldEnvironment):
+    """One task of Meta-World, of which every second step is seen.
+
+    As in TD-MPC2, an episode begins with a step at rest that is not seen, the reward is the sum of
+    those of both steps, and the task counts as solved if it is after the second.
+    """
+
+    _left = 0  # steps of the episode; one is to begin first
+
+    def reset(self, goal_index: int) -> np.ndarray:
+        return self._rest(super().reset(goal_index))
+
+    def reset_random(self, seed: int) -> np.ndarray:
+        return self._rest(super().reset_random(seed))
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool]:
+        """As `MetaWorldEnvironment.step`."""
+        if self._left == 0:
+            raise ValueError(f"{self.task}: the episode is over")
+        _, first, _ = super().step(action)
+        observation, second, solved = super().step(action)
+        self._left -= 1
+        return observation, first + second, solved
+
+    @property
+    def scene(self) -> Scene:
+        return super().scene._replace(steps_per_second=super().scene.steps_per_second // 2)
+
+    def _rest(self, observation: np.ndarray) -> np.ndarray:
+        super().step(np.zeros(MetaWorld.spec.action_size))
+        self._left = RepeatedMetaWorld.spec.episode_length
+        return observation
 
 
 def task_of_class(name: str) -> str:

@@ -23,6 +23,7 @@ IMPORTERS: dict[str, str] = {
     "prompt-dt": "harmodt.data.importers.prompt_dt:PromptDTImporter",
     "minari": "harmodt.data.importers.minari:MinariImporter",
     "lerobot": "harmodt.data.importers.lerobot:LeRobotImporter",
+    "td-mpc2": "harmodt.data.importers.tdmpc2:TdMpc2Importer",
 }
 """Name of every format, and the module and class that read it."""
 

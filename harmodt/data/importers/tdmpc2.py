@@ -1,0 +1,227 @@
+"""TD-MPC2's data of 80 tasks, mt80 (Hansen et al., 2024), of which Meta-World's 50 can be had.
+
+The source is the folder of its chunks, `chunk_0.pt` and so on: each a TensorDict with n episodes of
+101 rows, as `torch.save` writes it. Keys read: obs (n, 101, 39), action (n, 101, 6), of which
+Meta-World takes the first four, reward (n, 101), and task (n, 101), a number in the list
+TASK_SET["mt80"] of TD-MPC2's tdmpc2/common/__init__.py. A row is what was seen after its action,
+and what that gave; the first row's action and reward are filler. There is no success.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from ...environments import EnvironmentFamily
+from ...environments.metaworld import RepeatedMetaWorld
+from ...errors import UserError
+from ..store import UNKNOWN, Episode
+from . import Importer
+
+SPEC = RepeatedMetaWorld.spec
+_NAMES = (
+    "assembly basketball button-press-topdown button-press-topdown-wall button-press "
+    "button-press-wall coffee-button coffee-pull coffee-push dial-turn disassemble door-open "
+    "door-close drawer-close drawer-open faucet-open faucet-close hammer handle-press-side "
+    "handle-press handle-pull-side handle-pull lever-pull peg-insert-side peg-unplug-side "
+    "pick-out-of-hole pick-place pick-place-wall plate-slide plate-slide-side plate-slide-back "
+    "plate-slide-back-side push-back push push-wall reach reach-wall shelf-place soccer "
+    "stick-push stick-pull sweep-into sweep window-open window-close bin-picking box-close "
+    "door-lock door-unlock hand-insert"
+)
+TASKS = tuple(f"{name}-v3" for name in _NAMES.split())
+"""Meta-World's, in the order of mt80; those of DMControl come before."""
+FIRST = 30
+"""The number of the first of them."""
+
+_ROWS = SPEC.episode_length + 1
+_WIDTHS = {"obs": (39,), "action": (6,), "reward": (), "task": ()}
+_LARGEST = 2**20  # bytes of what says where a chunk's numbers are; there are 600
+
+
+class _Which(NamedTuple):
+    """An episode that is not read yet."""
+
+    chunk: Path
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.chunk}, episode {self.number}"
+
+
+class TdMpc2Importer(Importer):
+    """Reads a folder of chunks, which stay on the disk: they are mapped into memory.
+
+    Only what says which episode is of which task, about 100 bytes an episode, is kept.
+    """
+
+    def __init__(self, source: Path, family: EnvironmentFamily, *others: Any) -> None:
+        super().__init__(source, family, *others)
+        if family.spec != SPEC:
+            raise UserError(
+                f"TD-MPC2 executed every action twice, so its data are of {SPEC.family} and not of "
+                f"{family.spec.family}: leave --family out"
+            )
+
+    @classmethod
+    def default_family(cls, source: Path, tasks: Sequence[str]) -> str:
+        """The one that repeats actions as TD-MPC2 does."""
+        return SPEC.family
+
+    def tasks(self) -> tuple[str, ...]:
+        """Those of Meta-World that have an episode, in the order of mt80."""
+        tasks = tuple(task for task, episodes in self._episodes.items() if episodes)
+        if not tasks:
+            raise UserError(
+                f"{self.source} holds no episode of Meta-World: give the folder of mt80, whose "
+                f"tasks {FIRST} to {FIRST + len(TASKS) - 1} are Meta-World's"
+            )
+        return tasks
+
+    def episodes(self, task: str) -> list[_Which]:
+        """Those of a task in the order of the chunks, and within a chunk in its order."""
+        if not self._episodes[task]:
+            raise UserError(
+                f"{self.source} holds no episode of {task}: add the chunks that are missing, or "
+                "leave the task out of --tasks"
+            )
+        return self._episodes[task]
+
+    def read(self, episode: _Which) -> Episode:
+        """Read one episode: what is seen in a row goes with the action of the next."""
+        chunk, number = self._chunks[episode.chunk], episode.number
+        tasks = chunk["task"][number]
+        if (tasks != tasks[0]).any():
+            raise UserError(f"{episode}: task changes within the episode: download the chunk again")
+        return Episode(
+            observations=_as_array(chunk["obs"][number, :-1]),
+            actions=_as_array(chunk["action"][number, 1:, : SPEC.action_size]),
+            rewards=_as_array(chunk["reward"][number, 1:]),
+            success=UNKNOWN,
+        )
+
+    @cached_property
+    def _chunks(self) -> dict[Path, dict[str, torch.Tensor]]:
+        """The tensors of every chunk by their keys."""
+        if not self.source.is_dir():
+            raise UserError(f"{self.source} is not a folder: give the one that holds chunk_0.pt")
+        paths = sorted(self.source.glob("*.pt"), key=lambda path: (len(path.name), path.name))
+        if not paths:
+            raise UserError(f"{self.source} holds no .pt file: give the folder of chunk_0.pt")
+        return {path: _open_chunk(path) for path in paths}
+
+    @cached_property
+    def _episodes(self) -> dict[str, list[_Which]]:
+        """The episodes of every task."""
+        found: dict[str, list[_Which]] = {task: [] for task in TASKS}
+        for path, chunk in self._chunks.items():
+            numbers = chunk["task"][:, 0].numpy()
+            unknown = numbers[(numbers < 0) | (numbers >= FIRST + len(TASKS))]
+            if len(unknown):
+                raise UserError(
+                    f"{path}: task holds {unknown[0]}, and mt80 has 0 to {FIRST + len(TASKS) - 1}: "
+                    "download the chunk again"
+                )
+            for number, task in enumerate(TASKS, start=FIRST):
+                rows = np.flatnonzero(numbers == number).tolist()
+                found[task].extend(_Which(path, row) for row in rows)
+        return found
+
+
+class _Pickled:
+    """Stands in for whatever of tensordict is in a file: keeps its state, and does nothing."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.state: Any = arguments[-1] if arguments else None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def _open_chunk(path: Path) -> dict[str, torch.Tensor]:
+    """Read a chunk once from end to end to see that it is whole, and map its tensors.
+
+    Raises:
+        UserError: it is missing, damaged, or something else than a chunk of mt80.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no regular file, but a folder, a pipe or a device: remove it")
+    try:
+        _check_archive(path)
+        fields = _load(path).state["_tensordict"]
+        chunk = {key: fields[key] for key in fields.keys() & _WIDTHS.keys()}
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: download it again") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check it") from error
+    except Exception as error:  # zipfile and PyTorch meet damage with dozens of kinds
+        raise UserError(
+            f"{path} is damaged or no TensorDict that torch.save wrote: download it again"
+        ) from error
+    for key, width in _WIDTHS.items():
+        _check_tensor(path, key, chunk.get(key), (_ROWS, *width))
+    if len(set(map(len, chunk.values()))) > 1:
+        raise UserError(f"{path} has not as many episodes for every key: download it again")
+    return chunk
+
+
+def _check_archive(path: Path) -> None:
+    """Compare the checksums of a file of `torch.save`, which is a zip archive.
+
+    Raises:
+        Exception: it is none, or has been changed.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise UserError(f"{path} is packed: write it again with torch.save")
+            if entry.filename.endswith(".pkl") and entry.file_size > _LARGEST:
+                raise ValueError(entry)
+        if name := archive.testzip():
+            raise ValueError(name)
+
+
+def _load(path: Path) -> _Pickled:
+    """What a file of `torch.save` holds, read without running anything that it names."""
+    names = get_unsafe_globals_in_checkpoint(path)
+    foreign = [name for name in names if not name.startswith("tensordict.")]
+    if foreign:
+        raise UserError(
+            f"{path} names {foreign[0]}, which data have no use for, so it is not read: download "
+            "it again, from TD-MPC2's own page"
+        )
+    # Early versions of tensordict kept the fields in a dict of their own kind.
+    known: list[Any] = [
+        (dict if name.endswith("._StringOnlyDict") else _Pickled, name) for name in names
+    ]
+    with safe_globals(known):
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+
+def _check_tensor(path: Path, key: str, tensor: Any, shape: tuple[int, ...]) -> None:
+    """Raise UserError where this is no tensor of numbers; `shape` is that of one episode."""
+    if not isinstance(tensor, torch.Tensor):
+        raise UserError(f"{path} has no tensor {key!r}: download it again")
+    if tensor.shape[1:] != shape:
+        raise UserError(
+            f"{path}: {key} has the shape {tuple(tensor.shape)} and "
+            f"(n, {', '.join(map(str, shape))}) is needed: give mt80, and not mt30"
+        )
+    whole = key == "task"
+    kinds = (torch.int32, torch.int64) if whole else (torch.float16, torch.float32, torch.float64)
+    if tensor.dtype not in kinds or tensor.layout != torch.strided or tensor.is_meta:
+        raise UserError(f"{path}: {key} holds no plain numbers: download it again")
+
+
+def _as_array(tensor: torch.Tensor) -> np.ndarray:
+    """A copy as float32."""
+    return tensor.detach().to(torch.float32, copy=True).numpy()

@@ -1,0 +1,354 @@
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from harmodt.data.importers import importer
+from harmodt.data.importers.tdmpc2 import FIRST, TASKS, TdMpc2Importer
+from harmodt.data.importing import ImportConfig, import_data
+from harmodt.environments import METAWORLD, family
+from harmodt.environments.metaworld_names import ALL_TASKS
+from harmodt.errors import UserError
+
+REACH, PUSH, CHEETAH_RUN = 65, 63, 3  # in TD-MPC2's list
+Fields = dict[str, Any]
+
+
+def make_fields(tasks: list[int], seed: int = 0) -> Fields:
+    """The tensors of a chunk with an episode of each task; their returns grow."""
+    rng = np.random.default_rng(seed)
+    n = len(tasks)
+    action, reward = rng.uniform(-1, 1, (n, 101, 6)), np.tile(np.arange(n)[:, None] + seed, 101)
+    action[:, 0], reward = np.nan, np.where(np.arange(101), reward, np.nan)
+    return {
+        "obs": torch.tensor(rng.normal(size=(n, 101, 39)), dtype=torch.float32),
+        "action": torch.tensor(action, dtype=torch.float32),
+        "reward": torch.tensor(reward, dtype=torch.float32),
+        "task": torch.tensor(tasks, dtype=torch.int32)[:, None].repeat(1, 101),
+    }
+
+
+def save(file: Path, fields: Any, version: str = "0.2") -> None:
+    """Write what tensordict writes today, or what the classes of its early versions came to."""
+    if version == "today":
+        tensordict = pytest.importorskip("tensordict")
+        size = [len(fields["obs"]), 101]
+        torch.save(tensordict.TensorDict(fields, batch_size=size, device="cpu"), file)
+        return
+    name = "tensordict._td" if version == "0.3" else "tensordict.tensordict"
+    whole = type("TensorDict", (), {"__module__": name})()
+    kind = type("_StringOnlyDict", (dict,), {"__module__": "tensordict.utils"})
+    whole._tensordict = fields if version == "0.1" else kind(fields)
+    whole._batch_size, whole._device = torch.Size([len(fields), 101]), torch.device("cpu")
+    modules = {
+        "tensordict": ModuleType("tensordict"),
+        name: SimpleNamespace(TensorDict=type(whole)),
+        "tensordict.utils": SimpleNamespace(_StringOnlyDict=kind),
+    }
+    with mock.patch.dict(sys.modules, modules):
+        torch.save(whole, file)
+
+
+def write_source(root: Path, chunks: dict[str, list[int]], version: str = "0.2") -> Path:
+    root.mkdir()
+    for seed, (name, tasks) in enumerate(chunks.items()):
+        save(root / name, make_fields(tasks, seed), version)
+    return root
+
+
+def configure(source: Path, *tasks: str) -> ImportConfig:
+    output = source.with_name("store")
+    return ImportConfig(source, output, tasks, prompt_episodes=1, format="td-mpc2")
+
+
+@pytest.mark.parametrize("version", ["0.1", "0.2", "0.3", "today"])
+def test_what_is_seen_in_a_row_goes_with_the_action_of_the_next(
+    tmp_path: Path, version: str
+) -> None:
+    chunks = {"chunk_10.pt": [REACH, REACH], "chunk_9.pt": [CHEETAH_RUN, PUSH, REACH, PUSH]}
+    source = write_source(tmp_path / "raw", chunks, version)
+    store = import_data(configure(source), progress=False)
+    store.verify()
+    assert store.tasks == ("push-v3", "reach-v3")
+    assert store.environment == replace(family("metaworld-repeat-2").spec, reward_version=None)
+    tenth, ninth = (make_fields(tasks, seed) for seed, tasks in enumerate(chunks.values()))
+    reach = [(ninth, 2), (tenth, 0), (tenth, 1)]  # the first has the highest return
+    for fields, number, episodes in (
+        (ninth, 2, store.task("reach-v3").prompts),
+        (ninth, 1, store.task("push-v3").train),
+    ):
+        assert episodes.lengths.tolist() == [100]
+        np.testing.assert_array_equal(episodes.observations, fields["obs"][number, :100])
+        np.testing.assert_array_equal(episodes.actions, fields["action"][number, 1:, :4])
+        np.testing.assert_array_equal(episodes.rewards, fields["reward"][number, 1:])
+    train = store.task("reach-v3").train
+    seen = np.concatenate([fields["obs"][number, :100] for fields, number in reach[1:]])
+    np.testing.assert_array_equal(train.observations, seen)
+    assert train.returns.tolist() == [0, 100]
+    assert train.successes.tolist() == [-1, -1]
+
+
+def test_the_list_is_that_of_mt80() -> None:
+    assert sorted(TASKS) == sorted(ALL_TASKS)
+    known = {30: "assembly", 44: "drawer-open", REACH: "reach", 75: "bin-picking"}
+    known |= {PUSH: "push", 79: "hand-insert"}
+    assert {number: TASKS[number - FIRST] for number in known} == {
+        number: f"{name}-v3" for number, name in known.items()
+    }
+
+
+def test_other_kinds_of_numbers_are_read(tmp_path: Path) -> None:
+    fields = make_fields([REACH, REACH])
+    halves = {key: tensor.half() for key, tensor in fields.items()} | {
+        "task": fields["task"].long(),
+        "obs": fields["obs"].double(),
+    }
+    (tmp_path / "raw").mkdir()
+    save(tmp_path / "raw" / "chunk_0.pt", halves)
+    train = import_data(configure(tmp_path / "raw"), progress=False).task("reach-v3").train
+    np.testing.assert_array_equal(train.observations, fields["obs"][0, :100])
+    np.testing.assert_array_equal(train.actions, fields["action"][0, 1:, :4].half())
+
+
+def test_chunks_stay_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = [CHEETAH_RUN] * 3000 + [REACH] * 40
+    source = write_source(tmp_path / "raw", {"chunk_0.pt": tasks})
+    size = (source / "chunk_0.pt").stat().st_size
+    measured, read = [], TdMpc2Importer.read
+
+    def measure(self: TdMpc2Importer, episode: Any) -> Any:
+        measured.append(own_memory())
+        return read(self, episode)
+
+    monkeypatch.setattr(TdMpc2Importer, "read", measure)
+    before = own_memory()
+    import_data(configure(source), progress=False)
+    assert len(measured) == 80 and size > 50e6
+    assert max(measured) - before < size / 4
+
+
+def own_memory() -> int:
+    """Bytes of this process that are no file's."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
+
+
+class Call:
+    """Calls a function when it is unpickled."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any):
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def _hostile(marker: Path) -> dict[str, Callable[[Path], None]]:
+    """Files that would make a folder if anything in them were run."""
+    call = Call(os.mkdir, str(marker))
+    whole = make_fields([REACH, REACH])
+
+    def at_once(file: Path) -> None:
+        torch.save(call, file)
+
+    def among_the_fields(file: Path) -> None:
+        save(file, {**whole, "more": call})
+
+    def as_a_tensor(file: Path) -> None:
+        save(file, {**whole, "obs": call})
+
+    def evaluated(file: Path) -> None:
+        save(file, {**whole, "more": Call(eval, f"__import__('os').mkdir({str(marker)!r})")})
+
+    def by_its_parent(file: Path) -> None:
+        """Names a function as an attribute of something in tensordict."""
+        _rewrite(file, whole, b"ctensordict.utils\nos.mkdir\n(V" + _line(marker) + b"tR.")
+
+    def by_a_newer_protocol(file: Path) -> None:
+        torch.save(call, file, pickle_protocol=4)
+
+    def before_zip_files(file: Path) -> None:
+        torch.save(call, file, _use_new_zipfile_serialization=False)
+
+    def bare(file: Path) -> None:
+        file.write_bytes(pickle.dumps(call))
+
+    found = at_once, among_the_fields, as_a_tensor, evaluated, by_its_parent
+    return {f.__name__: f for f in (*found, by_a_newer_protocol, before_zip_files, bare)}
+
+
+def _line(marker: Path) -> bytes:
+    return str(marker).encode() + b"\n"
+
+
+def _rewrite(file: Path, fields: Any, pickled: bytes) -> None:
+    """A chunk with another pickle in it."""
+    save(file, fields)
+    with zipfile.ZipFile(file) as old:
+        entries = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(file, "w") as new:
+        for name, content in entries.items():
+            new.writestr(name, pickled if name.endswith("data.pkl") else content)
+
+
+@pytest.mark.parametrize("name", _hostile(Path()))
+def test_nothing_that_a_file_names_is_run(tmp_path: Path, name: str) -> None:
+    marker = tmp_path / "marker"
+    source = write_source(tmp_path / "raw", {"chunk_0.pt": [REACH, REACH]})
+    _hostile(marker)[name](source / "chunk_1.pt")
+    with pytest.raises(UserError, match=r"chunk_1\.pt (names|is damaged or no TensorDict)"):
+        import_data(configure(source), progress=False)
+    assert not marker.exists()
+    if name == "at_once":  # the file would do it
+        torch.load(source / "chunk_1.pt", weights_only=False)
+        assert marker.exists()
+
+
+def _with(key: str, edit: Callable[[Tensor], Any]) -> Callable[[Path], None]:
+    def write(file: Path) -> None:
+        fields = make_fields([REACH, CHEETAH_RUN, REACH])
+        save(file, {**fields, key: edit(fields[key])})
+
+    return write
+
+
+def _without(key: str) -> Callable[[Path], None]:
+    fields = make_fields([REACH, REACH])
+    del fields[key]
+    return lambda file: save(file, fields)
+
+
+def _set(index: tuple[int, ...], value: float) -> Callable[[Tensor], Tensor]:
+    def edit(tensor: Tensor) -> Tensor:
+        tensor[index] = value
+        return tensor
+
+    return edit
+
+
+def _pack(file: Path) -> None:
+    with zipfile.ZipFile(file) as old:
+        entries = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
+        for name, content in entries.items():
+            new.writestr(name, content)
+
+
+def _flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1  # within the observations
+    file.write_bytes(content)
+
+
+def _of_mt30(file: Path) -> None:
+    fields = {"obs": torch.zeros(2, 501, 24), "action": torch.zeros(2, 501, 6)}
+    fields |= {"reward": torch.zeros(2, 501), "task": torch.zeros(2, 501, dtype=torch.int32)}
+    save(file, fields)
+
+
+def _nest(file: Path) -> None:
+    _rewrite(file, make_fields([REACH]), b"(" * 2**20 + b".")
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-3]), "is damaged or no TensorDict"),
+        (lambda file: file.write_bytes(file.read_bytes()[:30000]), "is damaged or no TensorDict"),
+        (lambda file: file.write_bytes(b""), "is damaged or no TensorDict"),
+        (lambda file: file.write_bytes(b"hello" * 99), "is damaged or no TensorDict"),
+        (_flip_a_byte, "is damaged or no TensorDict"),
+        (_nest, "is damaged or no TensorDict"),
+        (lambda file: torch.save(torch.zeros(3), file), "is damaged or no TensorDict"),
+        (lambda file: torch.save(make_fields([REACH]), file), "is damaged or no TensorDict"),
+        (lambda file: np.savez(file.open("wb"), obs=np.zeros(3)), "is damaged or no TensorDict"),
+        (_pack, "is packed: write it again with torch.save"),
+        (_without("obs"), "has no tensor 'obs'"),
+        (_without("task"), "has no tensor 'task'"),
+        (_with("reward", lambda t: 3), "has no tensor 'reward'"),
+        (_of_mt30, r"obs has the shape \(2, 501, 24\) and \(n, 101, 39\).* not mt30"),
+        (_with("action", lambda t: t[:, :, :4]), r"action has the shape \(3, 101, 4\)"),
+        (_with("reward", lambda t: t[:, :, None]), r"reward has the shape \(3, 101, 1\)"),
+        (_with("obs", lambda t: t[0, 0, 0]), r"obs has the shape \(\)"),
+        (_with("reward", lambda t: t[:2]), "has not as many episodes for every key"),
+        (_with("task", lambda t: t[:0]), "has not as many episodes for every key"),
+        (_with("task", lambda t: t.float()), "task holds no plain numbers"),
+        (_with("obs", lambda t: t.int()), "obs holds no plain numbers"),
+        (_with("obs", lambda t: t.to_sparse()), "obs holds no plain numbers"),
+        (_with("obs", lambda t: t.to("meta")), "obs holds no plain numbers"),
+        (_with("task", _set((1,), 80)), "task holds 80, and mt80 has 0 to 79"),
+        (_with("task", _set((1,), -1)), "task holds -1, and mt80"),
+        (_with("task", _set((2, 50), 3)), "episode 2: task changes within the episode"),
+        (_with("obs", _set((2, 0, 7), np.nan)), "episode 2: observations holds NaN or infinity"),
+        (_with("action", _set((2, 1), np.nan)), "episode 2: actions holds NaN or infinity"),
+        (_with("reward", _set((2, 100), np.inf)), "episode 2: rewards holds NaN or infinity"),
+        (_with("reward", lambda t: t.double() + 1e300), "episode 0: rewards holds NaN or infinity"),
+        (lambda file: (file.unlink(), file.symlink_to("gone")), "is missing"),
+        (lambda file: (file.unlink(), os.mkfifo(file)), "is no regular file"),
+        (lambda file: (file.unlink(), file.mkdir()), "is no regular file"),
+        (lambda file: (file.unlink(), file.symlink_to("/dev/zero")), "is no regular file"),
+    ],
+)
+def test_a_chunk_that_cannot_be_used_is_named_and_nothing_is_written(
+    tmp_path: Path, edit: Callable[[Path], None], reason: str
+) -> None:
+    chunks = {"chunk_0.pt": [REACH, PUSH], "chunk_1.pt": [REACH, REACH, CHEETAH_RUN]}
+    source = write_source(tmp_path / "raw", chunks)
+    edit(source / "chunk_1.pt")
+    with pytest.raises(UserError, match=rf"chunk_1\.pt[:,]? {reason}"):
+        import_data(configure(source, "reach"), progress=False)
+    assert not (tmp_path / "store").exists()
+
+
+def test_what_is_not_needed_may_be_anything(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "raw", {"chunk_0.pt": [REACH, REACH]})
+    fields = make_fields([CHEETAH_RUN, REACH])
+    fields["obs"][0] = np.nan
+    fields["reward"][:, 0] = fields["action"][:, 0] = 0  # NaN in some of the public chunks alone
+    save(source / "chunk_1.pt", {**fields, "episode": torch.zeros(2)})
+    store = import_data(configure(source, "reach"), progress=False)
+    assert len(store.task("reach-v3").train) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"family": METAWORLD}, "are of metaworld-repeat-2 and not of metaworld: leave --family"),
+        ({"source": "missing"}, "missing is not a folder"),
+        ({"source": "empty"}, r"empty holds no .pt file"),
+        ({"source": "control"}, "control holds no episode of Meta-World"),
+        ({"tasks": ("sweep",)}, "raw holds no episode of sweep-v3"),
+        ({"tasks": ("reech",)}, "did you mean 'reach-v3'"),
+        ({"datasets": ("a=reach",)}, "takes no --dataset"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(
+    tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    source = write_source(tmp_path / "raw", {"chunk_0.pt": [REACH, REACH]})
+    write_source(tmp_path / "control", {"chunk_0.pt": [CHEETAH_RUN]})
+    (tmp_path / "empty").mkdir()
+    if "source" in changes:
+        changes = {"source": tmp_path / changes["source"]}
+    with pytest.raises(UserError, match=reason):
+        import_data(replace(configure(source), **changes), progress=False)
+    assert not (tmp_path / "store").exists()
+
+
+def test_an_episode_tells_where_it_is(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "raw", {"chunk_0.pt": [PUSH, REACH]})
+    (episode,) = importer("td-mpc2", source).episodes("reach-v3")
+    assert str(episode) == f"{source}/chunk_0.pt, episode 1"
