@@ -209,9 +209,11 @@ def test_nothing_that_a_file_names_is_run(tmp_path: Path, name: str) -> None:
     marker = tmp_path / "marker"
     source = write_source(tmp_path / "raw", {"chunk_0.pt": [REACH, REACH]})
     _hostile(marker)[name](source / "chunk_1.pt")
+    allowed = set(torch.serialization.get_safe_globals())
     with pytest.raises(UserError, match=r"chunk_1\.pt (names|is damaged or no TensorDict)"):
         import_data(configure(source), progress=False)
     assert not marker.exists()
+    assert set(torch.serialization.get_safe_globals()) == allowed
     if name == "at_once":  # the file would do it
         torch.load(source / "chunk_1.pt", weights_only=False)
         assert marker.exists()

@@ -17,7 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch.serialization import (
+    add_safe_globals,
+    clear_safe_globals,
+    get_safe_globals,
+    get_unsafe_globals_in_checkpoint,
+)
 
 from ...environments import EnvironmentFamily
 from ...environments.metaworld import RepeatedMetaWorld
@@ -192,19 +197,22 @@ def _check_archive(path: Path) -> None:
 
 def _load(path: Path) -> _Pickled:
     """What a file of `torch.save` holds, read without running anything that it names."""
-    names = get_unsafe_globals_in_checkpoint(path)
-    foreign = [name for name in names if not name.startswith("tensordict.")]
-    if foreign:
-        raise UserError(
-            f"{path} names {foreign[0]}, which data have no use for, so it is not read: download "
-            "it again, from TD-MPC2's own page"
-        )
-    # Early versions of tensordict kept the fields in a dict of their own kind.
-    known: list[Any] = [
-        (dict if name.endswith("._StringOnlyDict") else _Pickled, name) for name in names
-    ]
-    with safe_globals(known):
+    allowed = get_safe_globals()  # of this process, such as by tensordict itself
+    clear_safe_globals()
+    try:
+        for name in get_unsafe_globals_in_checkpoint(path):
+            if not name.startswith("tensordict."):
+                raise UserError(
+                    f"{path} names {name}, which data have no use for, so it is not read: "
+                    "download it again, from TD-MPC2's own page"
+                )
+            # Early versions of tensordict kept the fields in a dict of their own kind.
+            known = dict if name.endswith("._StringOnlyDict") else _Pickled
+            add_safe_globals([(known, name)])
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    finally:
+        clear_safe_globals()
+        add_safe_globals(allowed)
 
 
 def _check_tensor(path: Path, key: str, tensor: Any, shape: tuple[int, ...]) -> None:
