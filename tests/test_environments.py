@@ -12,13 +12,20 @@ from pathlib import Path
 import metaworld
 import numpy as np
 import pytest
+from experts import ExpertPolicy
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from metaworld.policies import ENV_POLICY_MAP
 
 import harmodt
-from harmodt.environments import METAWORLD, Environment, EnvironmentSpec, family
-from harmodt.environments.metaworld import MetaWorld, MetaWorldEnvironment
+from harmodt.environments import METAWORLD, Environment, EnvironmentSpec, family, family_of
+from harmodt.environments.metaworld import (
+    MetaWorld,
+    MetaWorldEnvironment,
+    RepeatedEnvironment,
+    RepeatedMetaWorld,
+)
 from harmodt.errors import UserError
+from harmodt.rollout import Request, play
 
 TASKS = ["basketball-v3", "drawer-open-v3", "pick-out-of-hole-v3"]
 
@@ -132,6 +139,69 @@ def test_an_expert_is_metaworlds_without_its_warnings() -> None:
             warnings.simplefilter("ignore")
             np.testing.assert_array_equal(action, theirs.get_action(observation))
         observation, _, _ = environment.step(action)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_repeated_action_is_two_steps_of_metaworld(task: str) -> None:
+    actions = _actions(5, 30)
+    reference = ALL_V3_ENVIRONMENTS[task]()
+    reference.set_task(metaworld.MT1(task, seed=5).train_tasks[7])
+    expected = [reference.reset()[0]]
+    reference.step(np.zeros(4))  # TD-MPC2's episodes begin with a step at rest
+    for action in actions:
+        _, first, _, _, _ = reference.step(action)
+        observation, second, _, _, info = reference.step(action)
+        expected.append(np.append(observation, [first + second, info["success"]]))
+
+    environment = RepeatedEnvironment(task, goal_seed=5)
+    assert _same(_play(environment, environment.reset(7), actions), expected)
+    from_seed = _play(environment, environment.reset_random(3), actions)
+    assert _same(_play(environment, environment.reset(7), actions), expected)
+    assert _same(_play(environment, environment.reset_random(3), actions), from_seed)
+
+
+def test_an_episode_of_repeated_actions_has_100() -> None:
+    environment = RepeatedEnvironment("reach-v3")
+    with pytest.raises(ValueError, match="reach-v3: the episode is over"):
+        environment.step(np.zeros(4))
+    environment.reset(0)
+    with pytest.raises(ValueError, match="is not finite"):
+        environment.step(np.array([0, np.nan, 0, 0]))
+    for action in _actions(4, 100):
+        environment.step(action)
+    with pytest.raises(ValueError, match="reach-v3: the episode is over"):
+        environment.step(np.zeros(4))
+    environment.reset_random(0)
+    environment.step(np.zeros(4))
+    assert environment.scene.steps_per_second == 40
+
+
+def test_repeated_actions_are_a_family_that_has_to_be_named() -> None:
+    repeated = family("metaworld-repeat-2")
+    assert repeated.spec == EnvironmentSpec(
+        "metaworld-repeat-2", 39, 4, 100, success=True, reward_version="v2"
+    )
+    assert repeated.resolve_tasks(["mt10"]) == family(METAWORLD).resolve_tasks(["mt10"])
+    assert family_of(["reach-v3", "mt5"]) == family(METAWORLD) != repeated
+    assert pickle.loads(pickle.dumps(repeated)) == repeated
+
+
+def test_a_policy_of_repeated_actions_is_played_with_them() -> None:
+    policy = ExpertPolicy("drawer-close-v3", environment="metaworld-repeat-2")
+    result = play(policy, Request(episodes=2, workers=1))
+    assert result.protocol.environment == RepeatedMetaWorld.spec
+    assert policy.calls == 100
+    assert result.successes is not None and result.successes.all()
+    environment = MetaWorldEnvironment("drawer-close-v3", Request().goal_seed)
+    observation, expert = environment.reset(0), MetaWorld().expert("drawer-close-v3")
+    environment.step(np.zeros(4))
+    rewards = []
+    for _ in range(100):
+        action = expert(observation).clip(-1, 1)
+        for _ in range(2):
+            observation, reward, _ = environment.step(action)
+            rewards.append(reward)
+    assert result.returns[0, 0] == pytest.approx(sum(rewards), rel=1e-12)
 
 
 def test_an_unknown_family_is_answered_with_those_there_are() -> None:
