@@ -30,7 +30,8 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
-from damages import DAMAGES, cut, empty, gone, link_to_nothing, swapped
+from chunks import CHEETAH_RUN, PUSH, REACH, write_source
+from damages import DAMAGES, cut, empty, gone, link_to_nothing, of_another_version, swapped
 from runs import assert_same, small_flags
 
 from harmodt import collect, evaluate, train
@@ -82,6 +83,36 @@ def same_results(a: Path, b: Path) -> None:
     assert of_a == of_b
 
 
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """Of data to import, in whatever family they are; npz files are of each family in turn.
+
+    Attributes:
+        write: makes a data set in a folder.
+        files: patterns of what is read, below the folder.
+        words: what the import needs beside the folder's name.
+        accepts: of the damages, those that an import cannot tell, or need not.
+    """
+
+    write: Callable[[Path], object]
+    files: tuple[str, ...]
+    words: str = ""
+    accepts: tuple[Callable[[Path], None], ...] = ()
+
+
+def write_chunks(folder: Path) -> None:
+    """TD-MPC2's data: two chunks."""
+    tasks = [REACH, CHEETAH_RUN, REACH, PUSH, PUSH]
+    write_source(folder, {"chunk_0.pt": tasks, "chunk_1.pt": tasks[::-1]})
+
+
+FORMATS = {
+    # A chunk more or less, or another one, is for the person to say, and a zip file has its
+    # entries' flags twice, of which those at the end hold.
+    "td-mpc2": Format(write_chunks, ("*.pt",), accepts=(gone, swapped, of_another_version)),
+}
+
+
 def commands(family: str) -> dict[str, Command]:
     """The rows of the table."""
     tasks = " ".join(TASKS[family])
@@ -89,10 +120,15 @@ def commands(family: str) -> dict[str, Command]:
     imported = f"data import raw --family {family} --prompt-episodes 2 --min-length 1"
     if family == "metaworld":
         collected += " --episode-length 100"
+    others = {
+        f"import-{name}": f"data import {name} --format {name} --prompt-episodes 1 {format.words}"
+        for name, format in FORMATS.items()
+    }
     trained = f"train --data store {shlex.join(small_flags())} {EVALUATED} --evaluation-episodes 2"
     return {
         "collect": Command(f"{collected} --workers 1 --output made", "made", same_bytes),
         "import": Command(f"{imported} --output made", "made", same_bytes),
+        **{n: Command(f"{words} --output made", "made", same_bytes) for n, words in others.items()},
         "train": Command(f"{trained} --output made", "made", assert_same, "train --resume made"),
         "evaluate": Command("evaluate run --episodes 3 --workers 1", "run", same_results),
     }
@@ -223,6 +259,8 @@ class Bench:
             path = self.inputs / "raw" / task / f"{episode}.npz"
             path.parent.mkdir(parents=True, exist_ok=True)
             np.savez(path, **_episode(family, seed=episode))
+        for name, format in FORMATS.items():
+            format.write(self.inputs / name)
         made = (("collect", "store"), ("train", "run"))
         for name, output in made:
             run(self.commands[name].words, self.inputs).check(0)
@@ -471,6 +509,14 @@ def readers(family: str) -> dict[str, Reader]:
         "import": Reader(
             made["import"], ("raw/*/3.npz",), (("raw/*/3.npz", gone), ("raw/*/3.npz", swapped))
         ),
+        **{
+            f"import-{name}": Reader(
+                made[f"import-{name}"],
+                tuple(f"{name}/{pattern}" for pattern in format.files),
+                tuple((pattern, d) for pattern in format.files for d in format.accepts),
+            )
+            for name, format in FORMATS.items()
+        },
         "collect, continued": Reader(
             made["collect"].replace("--output made", "--output begun"),
             ("begun/unfinished.json", *(f"begun/{p}" for p in ARRAYS), "begun/parts/*/*"),
