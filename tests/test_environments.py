@@ -216,6 +216,7 @@ def test_an_unknown_family_is_answered_with_those_there_are() -> None:
         ("harmodt.environments.simulation", "metaworld mujoco gymnasium torch"),
         ("harmodt.data.store, harmodt.collect", "metaworld mujoco gymnasium torch"),
         ("harmodt.train", "metaworld mujoco gymnasium"),
+        ("harmodt.data.importers.tdmpc2", "metaworld mujoco gymnasium tensordict"),
     ],
 )
 def test_no_simulator_is_imported_before_one_is_needed(modules: str, absent: str) -> None:

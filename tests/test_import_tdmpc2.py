@@ -130,7 +130,11 @@ def _hostile(marker: Path) -> dict[str, Callable[[Path], None]]:
 
     def by_its_parent(file: Path) -> None:
         """Names a function as an attribute of something in tensordict."""
-        _rewrite(file, whole, b"ctensordict.utils\nos.mkdir\n(V" + _line(marker) + b"tR.")
+        name = str(marker).encode()
+        argument = b"X" + len(name).to_bytes(4, "little") + name
+        pickled = b"\x80\x02ctensordict.utils\nos.mkdir\n" + argument + b"\x85R."
+        save(file, whole)
+        _copy(file, pickled=pickled)
 
     def by_a_newer_protocol(file: Path) -> None:
         torch.save(call, file, pickle_protocol=4)
@@ -145,18 +149,13 @@ def _hostile(marker: Path) -> dict[str, Callable[[Path], None]]:
     return {f.__name__: f for f in (*found, by_a_newer_protocol, before_zip_files, bare)}
 
 
-def _line(marker: Path) -> bytes:
-    return str(marker).encode() + b"\n"
-
-
-def _rewrite(file: Path, fields: Any, pickled: bytes) -> None:
-    """A chunk with another pickle in it."""
-    save(file, fields)
+def _copy(file: Path, packing: int = zipfile.ZIP_STORED, pickled: bytes | None = None) -> None:
+    """Write a chunk again, packed in another way or with another pickle in it."""
     with zipfile.ZipFile(file) as old:
         entries = {name: old.read(name) for name in old.namelist()}
-    with zipfile.ZipFile(file, "w") as new:
+    with zipfile.ZipFile(file, "w", packing) as new:
         for name, content in entries.items():
-            new.writestr(name, pickled if name.endswith("data.pkl") else content)
+            new.writestr(name, pickled if pickled and name.endswith("data.pkl") else content)
 
 
 @pytest.mark.parametrize("name", _hostile(Path()))
@@ -196,14 +195,6 @@ def _set(index: tuple[int, ...], value: float) -> Callable[[Tensor], Tensor]:
     return edit
 
 
-def _pack(file: Path) -> None:
-    with zipfile.ZipFile(file) as old:
-        entries = {name: old.read(name) for name in old.namelist()}
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
-        for name, content in entries.items():
-            new.writestr(name, content)
-
-
 def _flip_a_byte(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1  # within the observations
@@ -216,10 +207,6 @@ def _of_mt30(file: Path) -> None:
     save(file, fields)
 
 
-def _nest(file: Path) -> None:
-    _rewrite(file, make_fields([REACH]), b"(" * 2**20 + b".")
-
-
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
@@ -228,11 +215,14 @@ def _nest(file: Path) -> None:
         (lambda file: file.write_bytes(b""), "is damaged or no TensorDict"),
         (lambda file: file.write_bytes(b"hello" * 99), "is damaged or no TensorDict"),
         (_flip_a_byte, "is damaged or no TensorDict"),
-        (_nest, "is damaged or no TensorDict"),
+        (lambda file: _copy(file, pickled=b"(" * 2**21), "is damaged or no TensorDict"),
         (lambda file: torch.save(torch.zeros(3), file), "is damaged or no TensorDict"),
         (lambda file: torch.save(make_fields([REACH]), file), "is damaged or no TensorDict"),
         (lambda file: np.savez(file.open("wb"), obs=np.zeros(3)), "is damaged or no TensorDict"),
-        (_pack, "is packed: write it again with torch.save"),
+        (
+            lambda file: _copy(file, zipfile.ZIP_DEFLATED),
+            "is packed: write it again with torch.save",
+        ),
         (_without("obs"), "has no tensor 'obs'"),
         (_without("task"), "has no tensor 'task'"),
         (_with("reward", lambda t: 3), "has no tensor 'reward'"),
@@ -246,6 +236,7 @@ def _nest(file: Path) -> None:
         (_with("obs", lambda t: t.int()), "obs holds no plain numbers"),
         (_with("obs", lambda t: t.to_sparse()), "obs holds no plain numbers"),
         (_with("obs", lambda t: t.to("meta")), "obs holds no plain numbers"),
+        (_with("obs", lambda t: t[:1].clone().expand(3, 101, 39)), "obs holds no plain numbers"),
         (_with("task", _set((1,), 80)), "task holds 80, and mt80 has 0 to 79"),
         (_with("task", _set((1,), -1)), "task holds -1, and mt80"),
         (_with("task", _set((2, 50), 3)), "episode 2: task changes within the episode"),
