@@ -117,6 +117,7 @@ def commands(family: str) -> dict[str, Command]:
     """The rows of the table."""
     tasks = " ".join(TASKS[family])
     collected = f"collect --family {family} --tasks {tasks} --episodes 12 --prompt-episodes 2"
+    walked = "collect --tasks cheetah-dir --episodes 12 --prompt-episodes 2 --episode-length 20"
     imported = f"data import raw --family {family} --prompt-episodes 2 --min-length 1"
     if family == "metaworld":
         collected += " --episode-length 100"
@@ -127,6 +128,8 @@ def commands(family: str) -> dict[str, Command]:
     trained = f"train --data store {shlex.join(small_flags())} {EVALUATED} --evaluation-episodes 2"
     return {
         "collect": Command(f"{collected} --workers 1 --output made", "made", same_bytes),
+        "collect-walkers": Command(f"{walked} --workers 1 --output made", "made", same_bytes),
+        "merge": Command("data merge store other --output made", "made", same_bytes),
         "import": Command(f"{imported} --output made", "made", same_bytes),
         **{n: Command(f"{words} --output made", "made", same_bytes) for n, words in others.items()},
         "train": Command(f"{trained} --output made", "made", assert_same, "train --resume made"),
@@ -261,9 +264,9 @@ class Bench:
             np.savez(path, **_episode(family, seed=episode))
         for name, format in FORMATS.items():
             format.write(self.inputs / name)
-        made = (("collect", "store"), ("train", "run"))
-        for name, output in made:
-            run(self.commands[name].words, self.inputs).check(0)
+        made = (("collect", "store", ""), ("collect", "other", " --seed 1"), ("train", "run", ""))
+        for name, output, more in made:
+            run(self.commands[name].words + more, self.inputs).check(0)
             (self.inputs / self.commands[name].output).rename(self.inputs / output)
         run(self.commands["import"].words, self.inputs, _end_before_publishing).check(9)
         (self.inputs / "made").rename(self.inputs / "begun-import")
@@ -484,12 +487,14 @@ class Reader:
         files: patterns of what it reads.
         accepts: pairs of a pattern and the damage that is no error there.
         mends: a pattern of files that may also be made again: the output is the same then.
+        begins: a store that may be left unfinished, where damage is met while it is written.
     """
 
     words: str
     files: tuple[str, ...]
     accepts: tuple[tuple[str, Callable[[Path], None]], ...] = ()
     mends: str = "nothing"
+    begins: str = "nothing"
 
 
 ARRAYS = ("*/*.npy", "*/prompts/*.npy")
@@ -525,6 +530,11 @@ def readers(family: str) -> dict[str, Reader]:
         "import, continued": Reader(
             made["import"].replace("--output made", "--output begun-import"),
             ("begun-import/unfinished.json", *(f"begun-import/{p}" for p in ARRAYS)),
+        ),
+        "merge": Reader(
+            made["merge"],
+            ("other/manifest.json", *(f"other/{pattern}" for pattern in ARRAYS)),
+            begins="made",
         ),
         "train": Reader(made["train"], store),
         "train, continued": Reader("train --resume run", (*policy, "run/metrics.jsonl"), cuts),
@@ -575,7 +585,10 @@ def check_damaged(bench: Bench, reader: Reader, where: Path, path: Path, damage:
     sentence = outcome.check(2).sentence
     assert path.name in sentence or path.parent.name in sentence, case
     assert REMEDY.search(sentence), case
-    assert contents(where) == before, case
+    after = contents(where)
+    assert f"{reader.begins}/manifest.json" not in after, case
+    kept = {name: after[name] for name in after if not name.startswith(f"{reader.begins}/")}
+    assert kept == before, case
 
 
 # The table
