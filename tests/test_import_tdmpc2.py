@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from chunks import CHEETAH_RUN, PUSH, REACH, make_fields, save, write_source
+from tiny import make_store
 from torch import Tensor
 
 from harmodt.data.importers import importer
 from harmodt.data.importers.tdmpc2 import FIRST, TASKS, TdMpc2Importer
 from harmodt.data.importing import ImportConfig, import_data
+from harmodt.data.merging import MergeConfig, merge_stores
 from harmodt.environments import METAWORLD, family
 from harmodt.environments.metaworld_names import ALL_TASKS
 from harmodt.errors import UserError
@@ -294,6 +296,15 @@ def test_a_setting_that_cannot_be_is_named(
     with pytest.raises(UserError, match=reason):
         import_data(replace(configure(source), **changes), progress=False)
     assert not (tmp_path / "store").exists()
+
+
+def test_data_of_repeated_actions_do_not_mix_with_others(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "raw", {"chunk_0.pt": [REACH, REACH]})
+    repeated = import_data(replace(configure(source), reward_version="v2"), progress=False)
+    plain = make_store(tmp_path / "plain", ["reach-v3"])
+    with pytest.raises(UserError, match="metaworld-repeat-2"):
+        merge_stores(MergeConfig((plain.path, repeated.path), tmp_path / "both"), progress=False)
+    assert not (tmp_path / "both").exists()
 
 
 def test_an_episode_tells_where_it_is(tmp_path: Path) -> None:

@@ -350,7 +350,7 @@ def test_a_family_is_found_by_its_tasks(name: str) -> None:
 
 
 def test_tasks_of_two_families_have_none() -> None:
-    with pytest.raises(UserError, match="there is no task"):
+    with pytest.raises(UserError, match="no task 'reach-v3'"):
         family_of(["ant-dir-1.000", "reach-v3"])
 
 
