@@ -112,6 +112,7 @@ setup(
             'minari>=0.5; python_version >= "3.11"',
             "h5py>=3.8",
             "pyarrow>=17",
+            "tensordict>=0.8",
             # They train an expert for a few steps.
             "stable-baselines3>=2.7",
         ],

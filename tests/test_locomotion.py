@@ -309,6 +309,7 @@ def test_goals_are_those_of_the_experiments() -> None:
         ([" Cheetah-Vel-0.65 "], ["cheetah-vel-0.650"]),
         (["ant-dir-0.70001"], ["ant-dir-0.70001"]),
         (["ant-dir-0"], ["ant-dir-0.000"]),
+        (["ant-dir-0.00001"], ["ant-dir-0.00001"]),
         (["cheetah-dir-backward"], ["cheetah-dir-backward"]),
     ],
 )

@@ -41,7 +41,12 @@ def test_an_expert_is_the_perceptron_of_its_file() -> None:
 
 @pytest.mark.parametrize(
     ("task", "least"),
-    [("cheetah-dir-forward", 850), ("cheetah-dir-backward", 850), ("cheetah-vel-1.500", -45)],
+    [
+        ("cheetah-dir-forward", 850),
+        ("cheetah-dir-backward", 850),
+        ("cheetah-vel-1.500", -45),
+        ("ant-dir-1.715", 150),
+    ],
 )
 def test_the_shipped_experts_solve_their_tasks(task: str, least: float) -> None:
     walkers = family(task.rsplit("-", 1)[0])

@@ -63,7 +63,8 @@ class Locomotion(EnvironmentFamily):
     def task_of(self, goal: float) -> str:
         """The name of the task that has a goal: three digits, or as many as there are."""
         short = f"{goal:.3f}"
-        return f"{self.spec.family}-{short if math.isclose(float(short), goal) else repr(goal)}"
+        exact = short if math.isclose(float(short), goal) else np.format_float_positional(goal)
+        return f"{self.spec.family}-{exact}"
 
     def goal_of(self, task: str) -> float:
         """The inverse of `task_of`.
