@@ -10,6 +10,7 @@ python -m harmodt.data verify DIR
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -61,8 +62,9 @@ def _info(config: InfoConfig) -> None:
 
 
 def _export(config: ExportConfig) -> None:
-    pairs = " ".join(f"{name}={task}" for name, task in export_data(config).items())
-    again = f"import {config.output} --format minari --dataset {pairs}"
+    pairs = [f"{name}={task}" for name, task in export_data(config).items()]
+    words = ["import", str(config.output), "--format", "minari", "--dataset", *pairs]
+    again = f"python -m harmodt.data {shlex.join(words)} --output STORE"
     print(printable(f"written, and read again by: {again}"))
 
 
