@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import tracemalloc
 from collections.abc import Callable
@@ -455,8 +456,8 @@ def test_the_command_says_how_to_import_again(
     out = str(tmp_path / "out")
     monkeypatch.setattr(sys, "argv", ["data", "export", str(store.path), "--output", out])
     run_command(main)
-    command = capsys.readouterr().out.partition("read again by: ")[2].split()
-    again = [*command, "--output", str(tmp_path / "again"), "--min-length", "1"]
-    monkeypatch.setattr(sys, "argv", ["data", *again, "--no-clip-actions"])
+    command = capsys.readouterr().out.partition("read again by: python -m harmodt.")[2]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [*shlex.split(command), "--no-clip-actions"])
     run_command(main)
-    assert_same(DataStore.open(tmp_path / "again"), store)
+    assert_same(DataStore.open(tmp_path / "STORE"), store)
