@@ -47,7 +47,7 @@ class Request:
     success_rule: Annotated[Literal["any", "last"], tyro.conf.arg(name="success")] = "any"
     """Count an episode as solved at any of its steps, or at its last."""
     seed: Seed = 0
-    """Of the prompts."""
+    """Of the prompts, and of a random mask."""
     goal_seed: Seed = GOAL_SEED
     """Of the goals; only results with the same one can be compared."""
     target_return: float | None = None
