@@ -169,7 +169,7 @@ def test_zeros_that_unpack_to_gigabytes_are_not_unpacked(
                 for _ in range(2**7):
                     file.write(bytes(2**20))
     with pytest.raises(UserError, match=r"observations would take 0\.1 GB of memory"):
-        NpzImporter(tmp_path, MetaWorld()).read(path)
+        NpzImporter(tmp_path, MetaWorld(), {}).read(path)
     assert used() < 2**24
 
 
@@ -179,5 +179,5 @@ def test_a_large_array_that_is_no_npz_is_not_read(tmp_path: Path, used: Callable
         zeros(file, 2**28)
         file.truncate(file.tell() + 2**28)
     with pytest.raises(UserError, match="is a single array"):
-        NpzImporter(tmp_path, MetaWorld()).read(path)
+        NpzImporter(tmp_path, MetaWorld(), {}).read(path)
     assert used() < 2**24

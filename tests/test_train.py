@@ -143,11 +143,6 @@ def test_a_task_that_is_not_there_is_named(store, tmp_path):
     assert "has no task 'sweep-v3'" in refused(store, tmp_path, "--tasks", "sweep")
 
 
-def test_an_episode_shorter_than_the_context_is_named(store, tmp_path):
-    message = refused(store, tmp_path, "--context-length", "500")
-    assert store.tasks[0] in message and "fewer than context_length 500" in message
-
-
 def test_a_damaged_store_is_named(tmp_path):
     store = make_store(tmp_path / "store", TASKS[:2])
     path = store.path / store.tasks[0] / "rewards.npy"
