@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from prompt_dt_files import GOALS, SIZES, dump, make_episode, write_source
 
 from harmodt.data.importers import pickles
 from harmodt.data.importers.pickles import Array, read_pickle
@@ -27,45 +28,7 @@ from harmodt.data.importing import ImportConfig, import_data
 from harmodt.environments import family
 from harmodt.errors import UserError
 
-SIZES = {"cheetah_dir": (20, 6), "cheetah_vel": (20, 6), "ant_dir": (27, 8)}
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
-GOALS = {
-    "cheetah_dir": [{"direction": 1}, {"direction": -1}],
-    "cheetah_vel": [{"velocity": v} for v in np.linspace(0.075, 3, 40)],
-    "ant_dir": [{"goal": angle} for angle in np.random.default_rng(5).uniform(0, 6.28, 50)],
-}
-
-
-def make_episode(environment: str, seed: int, length: int = 25) -> dict[str, np.ndarray]:
-    """An episode in the public layout, float64."""
-    rng, (observation, action) = np.random.default_rng(seed), SIZES[environment]
-    return {
-        "observations": rng.normal(size=(length, observation)),
-        "next_observations": rng.normal(size=(length, observation)),
-        "actions": rng.uniform(-1, 1, (length, action)),
-        "rewards": rng.normal(seed, 0.1, (length, 1) if seed % 2 else length),
-        "terminals": np.zeros(length, bool),
-    }
-
-
-def dump(path: Path, content: object, protocol: int = pickle.DEFAULT_PROTOCOL) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(pickle.dumps(content, protocol=protocol))
-
-
-def write_source(
-    root: Path, environment: str = "cheetah_vel", numbers: tuple[int, ...] = (0, 1)
-) -> Path:
-    """The folders data and config; three episodes and two prompts a task, seeded by its number."""
-    for number in numbers:
-        seeds = [10 * number + seed for seed in range(5)]
-        episodes = [make_episode(environment, seed) for seed in seeds]
-        data = root / "data" / environment
-        dump(data / f"{environment}-{number}-expert.pkl", episodes[:3], number % 6)
-        dump(data / f"{environment}-{number}-prompt-expert.pkl", episodes[3:])
-        goal = root / "config" / environment / f"config_{environment}_task{number}.pkl"
-        dump(goal, [GOALS[environment][number]])
-    return root / "data" / environment
 
 
 def config_of(source: Path, output: Path, *tasks: str) -> ImportConfig:
@@ -153,6 +116,13 @@ def test_a_goal_of_the_configuration_goes_before_the_known_one(tmp_path: Path) -
     dump(folder / "config_cheetah_vel_task0.pkl", [{"velocity": np.float64(1.25)}])
     store = import_data(config_of(folder, tmp_path / "store"), progress=False)
     assert store.tasks == ("cheetah-vel-1.250",)
+
+
+def test_a_goal_whose_file_is_a_link_to_nothing_is_not_known(tmp_path: Path) -> None:
+    folder = write_source(tmp_path / "raw", numbers=(0,))
+    (folder / "config_cheetah_vel_task0.pkl").symlink_to("gone")
+    with pytest.raises(UserError, match=r"config_cheetah_vel_task0\.pkl is missing: download it"):
+        import_data(config_of(folder, tmp_path / "store"), progress=False)
 
 
 def _write(name: str, content: object) -> Callable[[Path], None]:

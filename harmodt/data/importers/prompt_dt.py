@@ -14,6 +14,7 @@ A pickle is read whole, but only one at a time: memory is that of the largest ta
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -176,7 +177,7 @@ class PromptDTImporter(Importer):
         folders = [self._folder, *self._folder.absolute().parents[:2]]
         places = [f / below for f in folders for below in ("", f"config/{self._environment}")]
         for place in places:
-            if (place / file).exists():
+            if os.path.lexists(place / file):  # a link to nothing stands for some goal
                 return self._named_by_goal(place / file)
         if self.family.spec.family == "ant-dir" or number >= len(self.family.task_goals):
             raise UserError(
