@@ -16,8 +16,7 @@ import minari
 import numpy as np
 import pytest
 from gymnasium import spaces
-from minari.data_collector import EpisodeBuffer
-from minari.dataset.minari_storage import MinariStorage
+from minari_files import make_buffer, write_dataset
 from tiny import make_store
 
 from harmodt.data import export
@@ -30,37 +29,6 @@ from harmodt.environments import family
 from harmodt.errors import UserError, run_command
 
 CHEETAH = family("cheetah-vel").spec
-
-
-def make_buffer(seed: int, length: int = 25, **changes: object) -> EpisodeBuffer:
-    """An episode as Minari's collector records it; its return grows with the seed."""
-    generator = np.random.default_rng(seed)
-    values = {
-        "observations": generator.normal(size=(length + 1, 39)),
-        "actions": generator.normal(size=(length, 4)).astype(np.float32) * 2,
-        "rewards": np.full(length, seed + 1.0),
-        "terminations": np.zeros(length, bool),
-        "truncations": np.arange(length) == length - 1,
-        "infos": {"success": [0.0] * 8 + [float(seed % 2)] + [0.0] * (length - 8)},
-    }
-    return EpisodeBuffer(**values | changes)
-
-
-def write_dataset(
-    root: Path,
-    name: str = "reach-v0",
-    buffers: list[EpisodeBuffer] | None = None,
-    storage: str = "hdf5",
-    observations: spaces.Space = spaces.Box(-np.inf, np.inf, (39,), np.float64),  # noqa: B008
-    actions: spaces.Space = spaces.Box(-1, 1, (4,), np.float32),  # noqa: B008
-) -> Path:
-    """A data set by Minari's own means; returns its folder."""
-    path = root / name
-    path.mkdir(parents=True)
-    dataset = MinariStorage.new(path / "data", observations, actions, data_format=storage)
-    dataset.update_metadata({"dataset_id": name, "minari_version": minari.__version__})
-    dataset.update_episodes([make_buffer(i) for i in range(6)] if buffers is None else buffers)
-    return path
 
 
 def config_for(tmp_path: Path, *pairs: str, **changes: object) -> ImportConfig:
@@ -154,6 +122,11 @@ def _main_file(path: Path) -> Path:
     return path / "data" / "main_data.hdf5"
 
 
+def _as_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
 def _in_hdf5(change: Callable[[h5py.Group], object]) -> Callable[[Path], None]:
     """Change the group of episode 1."""
 
@@ -197,10 +170,14 @@ EPISODE = "reach-v0, episode 1:? "
         (lambda path: (path / "data/metadata.json").unlink(), "reach-v0 is damaged"),
         (lambda path: (path / "data/metadata.json").write_text("{"), "reach-v0 is damaged"),
         (lambda path: (path / "data/metadata.json").write_text("[]"), "reach-v0 is damaged"),
+        (lambda path: _as_pipe(path / "data/metadata.json"), r"metadata\.json is no regular file"),
+        (lambda path: _as_pipe(_main_file(path)), r"main_data\.hdf5 is no regular file"),
         (lambda path: (path / "data").rename(path / "date"), "there is no Minari data set"),
         (_metadata(lambda m: m.pop("action_space")), "does not say which spaces it has"),
         (_metadata(lambda m: m.update(data_format="zarr")), "reach-v0 is damaged"),
         (_metadata(lambda m: m.update(total_episodes=7)), "reach-v0, episode 6 is damaged"),
+        (_metadata(lambda m: m.update(total_episodes=10**400)), "more episodes than fit into its"),
+        (_metadata(lambda m: m.update(total_episodes=10**10)), "more episodes than fit into its"),
         (_metadata(lambda m: m.update(total_episodes="7")), "reach-v0 is damaged"),
         (_metadata(lambda m: m.update(total_episodes=0)), "reach-v0 holds no episode"),
         (_in_hdf5(lambda group: group.pop("actions")), EPISODE + "is damaged"),

@@ -26,6 +26,7 @@ from .arrays import as_float32, one_per_step, solved
 PROMPTS = "-prompts"
 """How the name of a data set of prompts ends, but for its version."""
 
+_SMALLEST = 100  # bytes on the disk of an episode; HDF5 takes more to say that there is one
 _LARGEST = 2**26  # bytes of an episode; one of Meta-World's has 180,000
 
 
@@ -121,6 +122,7 @@ class MinariImporter(Importer):
                 "D4RL/door/human-v2"
             )
         with _readable(str(path)):
+            size = _size_of(path / "data")
             # Without them, Minari would make the environment, which runs whatever it names.
             known = kind.read_raw_metadata(path / "data").keys()
             if not known >= {"observation_space", "action_space"}:
@@ -128,6 +130,11 @@ class MinariImporter(Importer):
                     f"{path} does not say which spaces it has: record it with Minari 0.5 or later"
                 )
             storage = kind.read(path / "data")
+            if storage.total_episodes * _SMALLEST > size:
+                raise UserError(
+                    f"{path} says that it has more episodes than fit into its files: download or "
+                    "record it again"
+                )
         spec = self.family.spec
         _check_space(str(path), "observation", storage.observation_space, spec.observation_size)
         _check_space(str(path), "action", storage.action_space, spec.action_size)
@@ -152,6 +159,22 @@ def minari_storage() -> Any:
 
 def _holds_prompts(name: str) -> bool:
     return re.search(rf"{PROMPTS}(-v[0-9]+)?$", name) is not None
+
+
+def _size_of(folder: Path) -> int:
+    """Bytes of all files in a folder.
+
+    Raises:
+        UserError: one is none that can be read to its end.
+    """
+    files = [file for file in folder.rglob("*") if not file.is_dir()]
+    for file in files:
+        if not file.is_file():
+            raise UserError(
+                f"{file} is no regular file, but a link to nothing, a pipe or a device: remove it "
+                "and download or record the data set again"
+            )
+    return sum(file.stat().st_size for file in files)
 
 
 def _check_size(episode: MinariEpisode) -> None:
