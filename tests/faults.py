@@ -29,6 +29,7 @@ from pathlib import Path
 # A fork of a program whose OpenMP has started threads would wait for them for ever.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import lerobot_files
 import numpy as np
 import prompt_dt_files
 from chunks import CHEETAH_RUN, PUSH, REACH, write_source
@@ -104,11 +105,13 @@ class Format:
         files: patterns of what is read, below the folder, each with those of the damages that an
             import cannot tell, or need not.
         words: what the import needs beside the folder's name.
+        whole: a folder that is downloaded as one, and may be named in place of its files.
     """
 
     write: Callable[[Path], object]
     files: dict[str, tuple[Callable[[Path], None], ...]]
     words: str = ""
+    whole: str = "nothing"
 
 
 def write_chunks(folder: Path) -> None:
@@ -129,7 +132,24 @@ FORMATS = {
             "config/*/*.pkl": (gone, of_another_version),
         },
     ),
+    "lerobot": Format(
+        lambda folder: lerobot_files.write_source(folder, lerobot_files.IDS[:2] * 2),
+        # It begins with the images, which are left alone.
+        {"meta/info.json": (), "data/*/*.parquet": (flipped, of_another_version)},
+        whole="lerobot",
+    ),
 }
+if sys.version_info >= (3, 11):  # which Minari needs
+    import minari_files
+
+    FORMATS["minari"] = Format(
+        lambda folder: minari_files.write_dataset(
+            folder, buffers=[minari_files.make_buffer(seed, 12) for seed in range(3)]
+        ),
+        {"reach-v0/data/metadata.json": (), "reach-v0/data/main_data.hdf5": (flipped,)},
+        "--dataset reach-v0=reach",
+        whole="minari/reach-v0",
+    )
 
 
 def commands(family: str) -> dict[str, Command]:
@@ -508,6 +528,7 @@ class Reader:
         accepts: pairs of a pattern and the damage that need be no error there.
         mends: a pattern of files that may also be made again: the output is the same then.
         begins: a store that may be left unfinished, where damage is met while it is written.
+        whole: a folder that may be named in place of its files.
     """
 
     words: str
@@ -515,6 +536,7 @@ class Reader:
     accepts: tuple[tuple[str, Callable[[Path], None]], ...] = ()
     mends: str = "nothing"
     begins: str = "nothing"
+    whole: str = "nothing"
 
 
 ARRAYS = ("*/*.npy", "*/prompts/*.npy")
@@ -539,6 +561,7 @@ def readers(family: str) -> dict[str, Reader]:
                 made[f"import-{name}"],
                 tuple(f"{name}/{pattern}" for pattern in format.files),
                 tuple((pattern, d) for pattern, known in format.files.items() for d in known),
+                whole=format.whole,
             )
             for name, format in FORMATS.items()
         },
@@ -604,7 +627,8 @@ def check_damaged(bench: Bench, reader: Reader, where: Path, path: Path, damage:
         assert contents(where / "begun") == contents(bench.folder / "whole-collect" / "made"), case
         return
     sentence = outcome.check(2).sentence
-    assert path.name in sentence or path.parent.name in sentence, case
+    whole = re.search(rf"{re.escape(reader.whole)}(?!/)", sentence)
+    assert path.name in sentence or path.parent.name in sentence or whole, case
     assert REMEDY.search(sentence), case
     after = contents(where)
     assert f"{reader.begins}/manifest.json" not in after, case
