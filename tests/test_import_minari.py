@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
@@ -412,6 +413,43 @@ def test_an_export_that_cannot_be_is_refused(
     config = ExportConfig(make_store(tmp_path / "store").path, tmp_path / "out")
     with pytest.raises(UserError, match=reason):
         export_data(replace(config, **changes), progress=False)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_may_be_named_from_where_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_store(tmp_path / "store")
+    monkeypatch.chdir(tmp_path)
+    exported = export_data(ExportConfig(Path("store"), Path("out")), progress=False)
+    metadata = json.loads(
+        (tmp_path / "out" / next(iter(exported)) / "data/metadata.json").read_text()
+    )
+    assert metadata["total_episodes"] == 3 and metadata["dataset_size"] >= 0
+
+
+def test_a_store_that_has_changed_is_not_exported(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store")
+    array = store.path / "push-v3" / "actions.npy"
+    content = bytearray(array.read_bytes())
+    content[-1] ^= 1
+    array.write_bytes(content)
+    with pytest.raises(UserError, match=r"push-v3/actions\.npy fails: the file has changed"):
+        export_data(ExportConfig(store.path, tmp_path / "out"), progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_is_full_is_told(tmp_path: Path) -> None:
+    """In a program of its own, which HDF5 would crash."""
+    store = make_store(tmp_path / "store")
+    words = ["-m", "harmodt.data", "export", str(store.path), "--output", str(tmp_path / "out")]
+    command = shlex.join([sys.executable, *words])
+    result = subprocess.run(
+        ["bash", "-c", f"ulimit -f 20; {command}"], capture_output=True, text=True
+    )
+    assert (result.returncode, "larger than is allowed: raise" in result.stderr) == (2, True), (
+        result
+    )
     assert not (tmp_path / "out").exists()
 
 

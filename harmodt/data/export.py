@@ -7,8 +7,10 @@ is known whether it was solved, `infos["success"]` is that at its last step and 
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +26,9 @@ from ..errors import UserError
 from ..files import owned, replace_directory
 from ..progress import progress_bar
 from .importers.minari import PROMPTS, minari_storage
-from .store import DataStore, Episodes, TaskData
+from .store import EPISODE_ARRAYS, DataStore, Episodes, TaskData
+
+_OVERHEAD = 2**15  # bytes more than the arrays that an episode may take; HDF5 takes 13,000
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,14 @@ def export_data(config: ExportConfig, progress: bool = True) -> dict[str, str]:
     """Export a store; returns the task of each data set that was written, by its id.
 
     Raises:
-        UserError: there is no such store or task, Minari is missing, or the namespace cannot be
-            one, or is there already.
+        UserError: there is no such store or task, the store is damaged, Minari is missing, or the
+            namespace cannot be one, or is there already.
     """
     store = DataStore.open(config.store)
     minari_storage()  # before anything is made
     namespace = PurePosixPath(config.namespace).as_posix()
     names = config.tasks and family(store.environment.family).resolve_tasks(config.tasks)
+    store.verify()
     parts = _parts([store.task(name) for name in names or store.tasks], namespace)
     final = config.output / namespace
     temporary = final.with_name(f".{final.name}.tmp")
@@ -69,8 +74,10 @@ def export_data(config: ExportConfig, progress: bool = True) -> dict[str, str]:
         advance = partial(bar.advance, bar.add_task("exporting", total=total))
         try:
             for name, (task, episodes) in parts.items():
-                path = temporary / name.removeprefix(f"{namespace}/")
+                # Minari adds up the sizes of its files by their whole paths.
+                path = (temporary / name.removeprefix(f"{namespace}/")).absolute()
                 path.mkdir(parents=True)
+                _check_room(path, episodes)
                 dataset = _create(path / "data", config.storage, name, task, store.environment)
                 dataset.update_episodes(_buffers(episodes, advance))
             replace_directory(temporary, final)
@@ -78,6 +85,13 @@ def export_data(config: ExportConfig, progress: bool = True) -> dict[str, str]:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
     return {name: task for name, (task, _) in parts.items()}
+
+
+def _check_room(folder: Path, episodes: Episodes) -> None:
+    """Raise OSError where a folder has no room for a data set: HDF5 would crash as it fills."""
+    size = sum(getattr(episodes, name).nbytes for name in EPISODE_ARRAYS)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, 2 * size + (len(episodes) + 1) * _OVERHEAD)
 
 
 def _parts(tasks: Sequence[TaskData], namespace: str) -> dict[str, tuple[str, Episodes]]:
