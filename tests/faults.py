@@ -68,12 +68,14 @@ class Command:
         output: the directory that it writes.
         same: asserts that two outputs are equal.
         again: what goes on with a run that exists; by default the same words.
+        last: what is there from its end on, where it refuses to be given again.
     """
 
     words: str
     output: str
     same: Callable[[Path, Path], None]
     again: str | None = None
+    last: str | None = None
 
     def next(self, folder: Path) -> str:
         """What to give after a kill."""
@@ -169,6 +171,9 @@ def commands(family: str) -> dict[str, Command]:
         "collect": Command(f"{collected} --workers 1 --output made", "made", same_bytes),
         "collect-walkers": Command(f"{walked} --workers 1 --output made", "made", same_bytes),
         "merge": Command("data merge store other --output made", "made", same_bytes),
+        "export": Command(
+            "data export store --output made", "made", same_bytes, last="made/harmodt"
+        ),
         "import": Command(f"{imported} --output made", "made", same_bytes),
         **{n: Command(f"{words} --output made", "made", same_bytes) for n, words in others.items()},
         "train": Command(f"{trained} --output made", "made", assert_same, "train --resume made"),
@@ -368,7 +373,7 @@ def kill_at_any_moment(bench: Bench, name: str, times: int, seed: int = 0) -> in
             killed = end(child, folder).status == -signal.SIGKILL
             wait_until_alone(child)
             kills += killed
-        run(command.next(folder), folder).check(0)
+        go_on(command, folder)
         bench.same(name, folder)
         shutil.rmtree(folder)
     return kills
@@ -385,11 +390,21 @@ def kill_at_writes(bench: Bench, name: str, times: int, seed: int = 0) -> int:
     for moment in chosen:
         folder = bench.fresh(f"{name}-at-{moment}")
         run(command.words, folder, lambda m=moment: PRELOADED.die_at(m)).check(9)
-        run(command.next(folder), folder, lambda: PRELOADED.die_at(20)).check(0, 9)
-        run(command.next(folder), folder).check(0)
+        go_on(command, folder, 9, before=lambda: PRELOADED.die_at(20))
+        go_on(command, folder)
         bench.same(name, folder)
         shutil.rmtree(folder)
     return len(chosen)
+
+
+def go_on(
+    command: Command, folder: Path, *statuses: int, before: Callable[[], object] = lambda: None
+) -> None:
+    """Give a command again; it ends well, or with one of some statuses, or has come to its end."""
+    ended = command.last is not None and (folder / command.last).exists()
+    outcome = run(command.next(folder), folder, before).check(2 if ended else 0, *statuses)
+    if outcome.status == 2:
+        assert command.output in outcome.sentence, outcome
 
 
 PRELOADED = ctypes.CDLL(None)
@@ -579,6 +594,7 @@ def readers(family: str) -> dict[str, Reader]:
             ("other/manifest.json", *(f"other/{pattern}" for pattern in ARRAYS)),
             begins="made",
         ),
+        "export": Reader(made["export"], store),
         "train": Reader(made["train"], store),
         "train, continued": Reader("train --resume run", (*policy, "run/metrics.jsonl"), cuts),
         "train, continued on moved data": Reader("train --resume run --data store", store),
