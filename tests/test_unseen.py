@@ -204,6 +204,22 @@ def test_a_store_of_another_family_is_refused(run: Path, tmp_path: Path) -> None
         load_policy(run, unseen=Unseen(config.output))
 
 
+def test_prompts_that_have_changed_are_refused_and_the_rest_is_not_read(
+    run: Path, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "store", UNSEEN, seed=5)
+    for file in ("actions.npy", "prompts/actions.npy"):
+        array = store.path / UNSEEN[0] / file
+        content = bytearray(array.read_bytes())
+        content[-1] ^= 1
+        array.write_bytes(content)
+        if "prompts" not in file:
+            meet(run, store)
+    with pytest.raises(UserError, match=r"door-open-v3/prompts/actions\.npy fails: the file has"):
+        meet(run, store)
+    meet(run, store, tasks=UNSEEN[1:])
+
+
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
     run_command(evaluate.main)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -190,13 +190,21 @@ class DataStore:
         """Training steps of all tasks."""
         return sum(content["steps"] for content in self.manifest["tasks"].values())
 
-    def verify(self, progress: Callable[[str], None] | None = None) -> None:
+    def verify(
+        self, progress: Callable[[str], None] | None = None, prompts_of: Sequence[str] = ()
+    ) -> None:
         """Read every array once and compare its checksum; `progress` is told each file's name.
+
+        Args:
+            prompts_of: tasks whose prompts are to be read alone.
 
         Raises:
             UserError: a file differs from what was written.
         """
+        chosen = tuple(f"{task}/{PROMPTS}/" for task in prompts_of)
         for name, entry in self.files.items():
+            if chosen and not name.startswith(chosen):
+                continue
             if progress:
                 progress(name)
             _check_size(self.path / name, entry)

@@ -120,7 +120,9 @@ def _open_unseen(unseen: Unseen, saved: SavedRun) -> tuple[list[TaskData], str]:
             "name a store of the run's family"
         )
     names = family(ours.family).resolve_tasks(unseen.tasks) if unseen.tasks else store.tasks
-    return [store.task(name) for name in names], store.checksum
+    tasks = [store.task(name) for name in names]
+    store.verify(prompts_of=names)
+    return tasks, store.checksum
 
 
 class Run:
