@@ -93,7 +93,7 @@ def same_results(a: Path, b: Path) -> None:
     of_a, of_b = contents(a), contents(b)
     for content in (of_a, of_b):
         for name in content:
-            if name.startswith("evaluation/") and name.endswith(".json"):
+            if "evaluation/" in name and name.endswith(".json"):
                 content[name] = re.sub(rb'"(seconds|crc32)": [^,}\n]*', b"", content[name])
     assert of_a == of_b
 
@@ -167,6 +167,7 @@ def commands(family: str) -> dict[str, Command]:
         for name, format in FORMATS.items()
     }
     trained = f"train --data store {shlex.join(small_flags())} {EVALUATED} --evaluation-episodes 2"
+    unseen = "evaluate run --unseen other --mask voted none --episodes 3 --workers 1"
     return {
         "collect": Command(f"{collected} --workers 1 --output made", "made", same_bytes),
         "collect-walkers": Command(f"{walked} --workers 1 --output made", "made", same_bytes),
@@ -178,6 +179,7 @@ def commands(family: str) -> dict[str, Command]:
         **{n: Command(f"{words} --output made", "made", same_bytes) for n, words in others.items()},
         "train": Command(f"{trained} --output made", "made", assert_same, "train --resume made"),
         "evaluate": Command("evaluate run --episodes 3 --workers 1", "run", same_results),
+        "evaluate, unseen": Command(unseen, ".", same_results),
     }
 
 
@@ -599,6 +601,9 @@ def readers(family: str) -> dict[str, Reader]:
         "train, continued": Reader("train --resume run", (*policy, "run/metrics.jsonl"), cuts),
         "train, continued on moved data": Reader("train --resume run --data store", store),
         "evaluate": Reader("evaluate run --episodes 1 --workers 1", policy),
+        "evaluate, unseen": Reader(
+            made["evaluate, unseen"], ("other/manifest.json", "other/*/prompts/*.npy")
+        ),
     }
 
 
