@@ -79,17 +79,18 @@ def import_checkpoint(config: ImportCheckpointConfig) -> AuthorsCheckpoint:
     settings = _settings(config, found)
     check(settings)
     with owned(config.output):
-        RunDirectory(config.output).check_empty()
-        temporary = config.output / ".import"
-        shutil.rmtree(temporary, ignore_errors=True)  # of a kill
+        made, final = RunDirectory(config.output / ".import"), RunDirectory(config.output)
+        if made.path.exists() and not final.description.exists():  # a kill among the moves below
+            shutil.rmtree(final.checkpoints, ignore_errors=True)
+        shutil.rmtree(made.path, ignore_errors=True)
+        final.check_empty()
         try:
-            _write(config, found, Run.begin(temporary, _PRESET, settings, store, tasks))
-            made, final = RunDirectory(temporary), RunDirectory(config.output)
+            _write(config, found, Run.begin(made.path, _PRESET, settings, store, tasks))
             os.rename(made.conditioning, final.conditioning)
             os.rename(made.checkpoints, final.checkpoints)
             os.rename(made.description, final.description)  # last: it makes a run of them
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(made.path, ignore_errors=True)
     return found
 
 

@@ -14,6 +14,7 @@ import pytest
 import test_public_layout as public
 import tiny
 import torch
+from authors_files import CONTEXT, HEADS, LAYERS, PROMPT, make_content
 
 from harmodt import import_checkpoint as command
 from harmodt import load_policy
@@ -24,13 +25,7 @@ from harmodt.settings import settings
 from harmodt.training.run import Run, SavedRun
 
 NAMES = tuple(task.replace("-v3", "-v2") for task in tiny.TASKS)
-STEPS = 2 * public.CONTEXT
-
-
-@pytest.fixture(autouse=True)
-def sizes_of_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(public, "OBSERVATION", tiny.SPEC.observation_size)
-    monkeypatch.setattr(public, "ACTION", tiny.SPEC.action_size)
+STEPS = 2 * CONTEXT
 
 
 @pytest.fixture
@@ -38,28 +33,9 @@ def store(tmp_path: Path) -> DataStore:
     return tiny.make_store(tmp_path / "store")
 
 
-def public_content() -> dict[str, Any]:
-    """What their code saves: weights, masks of all of them, and what no policy needs."""
-    weights = {name: torch.from_numpy(w) for name, w in public.public_weights().items()}
-    d = public.EMBED
-    for name, shape in {
-        "predict_state.weight": (tiny.SPEC.observation_size, d),
-        "predict_return.bias": (1,),
-        "prompt_predict_action.weight": (d, tiny.SPEC.action_size),
-        "transformer.wte.weight": (1, d),
-    }.items():
-        weights[name] = torch.ones(shape)
-    generator = torch.Generator().manual_seed(3)
-
-    def draw(shape: torch.Size) -> torch.Tensor:
-        return (torch.rand(shape, generator=generator) < 0.8).float()
-
-    masks = {task: {name: draw(w.shape) for name, w in weights.items()} for task in NAMES}
-    causal = torch.ones(8, 8, dtype=torch.uint8).tril()[None, None]
-    for block in range(public.LAYERS):  # buffers: masks cover parameters alone
-        weights[f"transformer.h.{block}.attn.bias"] = causal
-        weights[f"transformer.h.{block}.attn.masked_bias"] = torch.tensor(-1e4)
-    return {"model": weights, "env_masks": masks}
+def public_content(layers: int = LAYERS) -> dict[str, Any]:
+    sizes = tiny.SPEC.observation_size, tiny.SPEC.action_size
+    return make_content(NAMES, *sizes, layers)
 
 
 def write(path: Path, content: object) -> Path:
@@ -72,9 +48,9 @@ def config_of(tmp_path: Path, file: Path) -> ImportCheckpointConfig:
         file=file,
         data=tmp_path / "store",
         output=tmp_path / "run",
-        heads=public.HEADS,
-        context_length=public.CONTEXT,
-        prompt_length=public.PROMPT,
+        heads=HEADS,
+        context_length=CONTEXT,
+        prompt_length=PROMPT,
     )
 
 
@@ -95,7 +71,7 @@ class Theirs:
         self.weights = weights
         self.mean = data.observation_mean.astype(np.float64)
         self.deviation = np.maximum(data.observation_std.astype(np.float64), 1e-6)
-        best, length = int(np.argmax(data.prompts.returns)), public.PROMPT
+        best, length = int(np.argmax(data.prompts.returns)), PROMPT
         begin, end = data.prompts.episode_starts[best : best + 2]
         last = slice(end - length, end)
         self.prompt = [
@@ -115,7 +91,7 @@ class Theirs:
         empty = np.zeros(tiny.SPEC.action_size)
         step = (self.target / 1000, self._normal(observation), empty, len(self.steps))
         self.steps.append(step)
-        history = [np.array(part) for part in zip(*self.steps[-public.CONTEXT :], strict=True)]
+        history = [np.array(part) for part in zip(*self.steps[-CONTEXT:], strict=True)]
         return public.theirs(self.weights, self.prompt, history)[-1]
 
     def record(self, action: np.ndarray, reward: float) -> None:
@@ -242,6 +218,47 @@ def test_what_fails_on_the_way_leaves_nothing(
     import_checkpoint(config)
 
 
+@pytest.mark.parametrize("moves", range(5))
+def test_a_kill_on_the_way_costs_nothing(
+    tmp_path: Path, store: DataStore, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    """As the checkpoint was made, or the parts of the run moved to where they belong."""
+    config = config_of(tmp_path, write(tmp_path / "model_iter_5", public_content()))
+    left = iter(range(moves))
+
+    class Kill(BaseException):
+        pass
+
+    def move(*paths: Path) -> None:
+        if next(left, None) is None:
+            raise Kill
+        os.replace(*paths)
+
+    with monkeypatch.context() as patch, pytest.raises(Kill):
+        patch.setattr(command.os, "rename", move)
+        patch.setattr(command.shutil, "rmtree", lambda *_, **__: None)
+        import_checkpoint(config)
+        raise Kill
+    if moves < 4:
+        import_checkpoint(config)
+    else:
+        with pytest.raises(UserError, match="run is not empty"):
+            import_checkpoint(config)
+    names = {path.name for path in config.output.iterdir()}
+    assert names == {"run.json", "conditioning.safetensors", "checkpoints"}
+    assert load_policy(config.output, device="cpu").step == 5
+
+
+def test_one_flipped_bit_is_damage(tmp_path: Path, store: DataStore) -> None:
+    weight = public_content()["model"]["embed_ln.bias"].numpy().tobytes()
+    file = write(tmp_path / "model_iter_5", public_content())
+    content = bytearray(file.read_bytes())
+    content[content.index(weight)] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="model_iter_5 is damaged"):
+        import_checkpoint(config_of(tmp_path, file))
+
+
 class Command:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("touch ran",)
@@ -331,13 +348,12 @@ def test_a_setting_that_cannot_be_is_named(
 
 
 def test_heads_follow_from_the_number_of_blocks_where_the_paper_has_it(
-    tmp_path: Path, store: DataStore, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, store: DataStore
 ) -> None:
     config = config_of(tmp_path, write(tmp_path / "model_iter_5", public_content()))
     import_checkpoint(replace(config, heads=None))
     own = SavedRun.open(config.output).config.own
     assert dict(settings(own))["heads"] == 4  # as Table 3 has with 3 blocks
-    monkeypatch.setattr(public, "LAYERS", 2)
-    file = write(tmp_path / "two_6", public_content())
+    file = write(tmp_path / "two_6", public_content(layers=2))
     with pytest.raises(UserError, match=r"two_6 has 2 blocks, and how many heads .* give --heads"):
         import_checkpoint(replace(config, file=file, heads=None, output=tmp_path / "other"))

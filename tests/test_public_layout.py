@@ -11,14 +11,21 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from authors_files import (
+    ACTION,
+    CONTEXT,
+    EMBED,
+    HEADS,
+    LAYERS,
+    OBSERVATION,
+    PROMPT,
+    TIMES,
+    public_weights,
+)
 
 from harmodt.batch import Batch, Steps
 from harmodt.networks.decision_transformer import DecisionTransformer, TransformerConfig
 from harmodt_kernels import PYTORCH, REFERENCE, Backend
-
-EMBED, LAYERS, HEADS = 32, 3, 4
-OBSERVATION, ACTION, TIMES = 11, 3, 50
-PROMPT, CONTEXT = 2, 5
 
 SHARED = {
     "history_norm": "embed_ln",
@@ -50,43 +57,6 @@ NAMES = SHARED | {
     for i in range(LAYERS)
     for ours, theirs in OF_BLOCK.items()
 }
-
-
-def public_weights() -> dict[str, np.ndarray]:
-    """Random weights of GPT-2's scale in the public layout, float32; LayerNorms vary about 1."""
-    rng = np.random.default_rng(0)
-    sizes = {"return": 1, "state": OBSERVATION, "action": ACTION}
-    weights: dict[str, np.ndarray] = {}
-
-    def add(name: str, shape: tuple[int, ...], center: float = 0.0, scale: float = 0.02) -> None:
-        weights[name] = rng.normal(center, scale, shape).astype(np.float32)
-
-    def add_norm(name: str) -> None:
-        add(f"{name}.weight", (EMBED,), 1.0, 0.1)
-        add(f"{name}.bias", (EMBED,))
-
-    for prefix in ("", "prompt_"):
-        for token, size in sizes.items():
-            add(f"{prefix}embed_{token}.weight", (EMBED, size), scale=size**-0.5)
-            add(f"{prefix}embed_{token}.bias", (EMBED,))
-        add(f"{prefix}embed_timestep.weight", (TIMES, EMBED), scale=1.0)
-    add_norm("embed_ln")
-    for i in range(LAYERS):
-        block = f"transformer.h.{i}"
-        add_norm(f"{block}.ln_1")
-        add_norm(f"{block}.ln_2")
-        for name, size_in, size_out in (
-            ("attn.c_attn", EMBED, 3 * EMBED),
-            ("attn.c_proj", EMBED, EMBED),
-            ("mlp.c_fc", EMBED, 4 * EMBED),
-            ("mlp.c_proj", 4 * EMBED, EMBED),
-        ):
-            add(f"{block}.{name}.weight", (size_in, size_out))
-            add(f"{block}.{name}.bias", (size_out,))
-    add_norm("transformer.ln_f")
-    add("predict_action.0.weight", (ACTION, EMBED), scale=EMBED**-0.5)
-    add("predict_action.0.bias", (ACTION,))
-    return weights
 
 
 def convert(weights: dict[str, np.ndarray], backend: Backend) -> DecisionTransformer:

@@ -9,6 +9,7 @@ weights are [in, out].
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,9 @@ class AuthorsCheckpoint:
         if not path.is_file():
             raise UserError(f"{path} is no file: give the model_iter_<n> that their code saved")
         try:
+            with zipfile.ZipFile(path) as archive:  # PyTorch compares no checksum
+                if changed := archive.testzip():
+                    raise ValueError(changed)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # PyTorch meets damage with many kinds
             raise UserError(
