@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import dataclasses
 import itertools
+import json
 import os
 import random
 import re
@@ -32,6 +33,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import lerobot_files
 import numpy as np
 import prompt_dt_files
+import torch
+from authors_files import make_content
 from chunks import CHEETAH_RUN, PUSH, REACH, write_source
 from damages import (
     DAMAGES,
@@ -43,16 +46,24 @@ from damages import (
     of_another_version,
     swapped,
 )
-from runs import assert_same, small_flags
+from runs import assert_same, final, small_flags
+from safetensors.numpy import load_file
 
-from harmodt import collect, evaluate, train
+from harmodt import collect, evaluate, import_checkpoint, train
 from harmodt.data import __main__ as data
 from harmodt.data import writer
 from harmodt.environments import FAMILIES
+from harmodt.environments import family as family_named
 from harmodt.errors import run_command
 from harmodt.files import LOCK
 
-MAINS = {"collect": collect, "data": data, "evaluate": evaluate, "train": train}
+MAINS = {
+    "collect": collect,
+    "data": data,
+    "evaluate": evaluate,
+    "import_checkpoint": import_checkpoint,
+    "train": train,
+}
 TASKS = {"toy": ("slow", "quick"), "metaworld": ("reach-v3", "drawer-open-v3")}
 LONGEST = 300
 """Seconds after which a command is taken to wait for ever."""
@@ -96,6 +107,23 @@ def same_results(a: Path, b: Path) -> None:
             if "evaluation/" in name and name.endswith(".json"):
                 content[name] = re.sub(rb'"(seconds|crc32)": [^,}\n]*', b"", content[name])
     assert of_a == of_b
+
+
+def same_imports(a: Path, b: Path) -> None:
+    """Two runs of one checkpoint are the same but for their ids."""
+    for name, tensor in final(a).items():
+        assert torch.equal(tensor, final(b)[name]), name
+    arrays = [load_file(run / "conditioning.safetensors") for run in (a, b)]
+    np.testing.assert_equal(*arrays)
+    assert contents(a).keys() == contents(b).keys()
+    descriptions = []
+    for run in (a, b):
+        found = json.loads((run / "run.json").read_text().replace(str(run.parent), ""))
+        descriptions.append({k: v for k, v in found.items() if k not in OF_ONE_RUN})
+    assert descriptions[0] == descriptions[1]
+
+
+OF_ONE_RUN = ("id", "conditioning", "crc32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +195,8 @@ def commands(family: str) -> dict[str, Command]:
         for name, format in FORMATS.items()
     }
     trained = f"train --data store {shlex.join(small_flags())} {EVALUATED} --evaluation-episodes 2"
+    sizes = "--heads 4 --context-length 4 --prompt-length 2"
+    theirs = f"import_checkpoint theirs/model_iter_7 --data store {sizes} --output made"
     unseen = "evaluate run --unseen other --mask voted none --episodes 3 --workers 1"
     return {
         "collect": Command(f"{collected} --workers 1 --output made", "made", same_bytes),
@@ -180,6 +210,7 @@ def commands(family: str) -> dict[str, Command]:
         "train": Command(f"{trained} --output made", "made", assert_same, "train --resume made"),
         "evaluate": Command("evaluate run --episodes 3 --workers 1", "run", same_results),
         "evaluate, unseen": Command(unseen, ".", same_results),
+        "import-checkpoint": Command(theirs, "made", same_imports, last="made/run.json"),
     }
 
 
@@ -311,6 +342,10 @@ class Bench:
             np.savez(path, **_episode(family, seed=episode))
         for name, format in FORMATS.items():
             format.write(self.inputs / name)
+        spec = family_named(family).spec
+        (self.inputs / "theirs").mkdir()
+        content = make_content(TASKS[family], spec.observation_size, spec.action_size)
+        torch.save(content, self.inputs / "theirs" / "model_iter_7")
         made = (("collect", "store", ""), ("collect", "other", " --seed 1"), ("train", "run", ""))
         for name, output, more in made:
             run(self.commands[name].words + more, self.inputs).check(0)
@@ -328,7 +363,8 @@ class Bench:
         """Assert that a command's output is what it would have been."""
         command = self.commands[name]
         command.same(self.folder / f"whole-{name}" / command.output, folder / command.output)
-        temporary = list((folder / command.output).rglob(".*"))
+        hidden = (folder / command.output).rglob(".*")
+        temporary = [p for p in hidden if not (self.inputs / p.relative_to(folder)).exists()]
         assert not temporary, temporary
 
 
@@ -601,6 +637,10 @@ def readers(family: str) -> dict[str, Reader]:
         "train, continued": Reader("train --resume run", (*policy, "run/metrics.jsonl"), cuts),
         "train, continued on moved data": Reader("train --resume run --data store", store),
         "evaluate": Reader("evaluate run --episodes 1 --workers 1", policy),
+        # A zip file has its entries' flags twice, of which those at the end hold.
+        "import-checkpoint": Reader(
+            made["import-checkpoint"], ("theirs/*", *store), (("theirs/*", of_another_version),)
+        ),
         "evaluate, unseen": Reader(
             made["evaluate, unseen"], ("other/manifest.json", "other/*/prompts/*.npy")
         ),
@@ -608,7 +648,7 @@ def readers(family: str) -> dict[str, Reader]:
 
 
 REMEDY = re.compile(
-    r"\b(add|restore|make|give|delete|move|remove|train|evaluate|go on|choose|mend|put"
+    r"\b(add|copy|restore|make|give|delete|move|remove|train|evaluate|go on|choose|mend|put"
     r"|download|check)\b"
 )
 
