@@ -63,6 +63,8 @@ class PolicyOptions:
             raise UserError("an unseen task has no mask of its own: leave task out of --mask")
         if self.threshold is not None and self.unseen is None:
             raise UserError("--threshold is for unseen tasks: name a store with --unseen")
+        if self.threshold is not None and self.mask and not {"voted", "random"} & {*self.mask}:
+            raise UserError("--threshold is the voted mask's: add voted to --mask or leave it out")
 
     @property
     def fused_or_not(self) -> bool | None:

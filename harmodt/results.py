@@ -267,8 +267,9 @@ def compare_masks(results: Sequence[EvaluationResult]) -> Table:
     """Evaluations of the same tasks under several masks, a row for each task and mask."""
     first, *_ = results
     rule = "Return" if first.protocol.success_rule is None else "Success"
+    where = " on unseen tasks" if first.protocol.unseen else ""
     table = Table(
-        title=f"{rule} on unseen tasks, checkpoint {first.protocol.checkpoint}",
+        title=f"{rule}{where}, checkpoint {first.protocol.checkpoint}",
         caption=f"interval of a task: {first.summary()[0]['interval']}\n"
         f"of the average: {first.summary()[-1]['interval']}",
     )
@@ -457,7 +458,7 @@ def _odd(content: _Content, protocol: Protocol) -> str | None:
 
 
 def _number(value: float) -> str:
-    """A return with three digits or more."""
+    """A return, with a decimal below 1000."""
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.1f}"
 
 

@@ -245,6 +245,16 @@ def test_the_command_compares_masks(
     assert all(others.checksum in result.to_csv() for result in results)
 
 
+def test_masks_are_compared_on_the_runs_own_tasks_too(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluate, "play", play_nothing)
+    command(monkeypatch, run, "--episodes", 2, "--mask", "task", "voted")
+    text = capsys.readouterr().out
+    assert "Success, checkpoint 3" in text and "unseen" not in text
+    assert text.count(" task ") == 1 + len(TASKS) + 1 and text.count(" voted ") == len(TASKS) + 1
+
+
 def play_nothing(policy: DecisionPolicy, request: Any, **_: Any) -> EvaluationResult:
     from harmodt.rollout import make_protocol
 
@@ -258,6 +268,7 @@ def play_nothing(policy: DecisionPolicy, request: Any, **_: Any) -> EvaluationRe
     [
         (["--mask", "nearest"], "--mask nearest is for unseen tasks: name a store with --unseen"),
         (["--threshold", "25"], "--threshold is for unseen tasks"),
+        (["--unseen", "x", "--mask", "none", "--threshold", "2"], "add voted to --mask"),
         (["--unseen", "x", "--mask", "task"], "an unseen task has no mask of its own"),
         (["--unseen", "nowhere"], "there is no store in nowhere"),
         (["--unseen", "{store}", "--tasks", "push"], "has no task 'push-v3': it holds door-open"),
