@@ -46,7 +46,7 @@ class RandomMaskLearner(SequenceLearner):
 
     def __init__(self, setup: Setup, data: Sequence[TaskData]):
         super().__init__(setup, data)
-        settings, seed = _mask_settings(setup), setup.config.run.seed
+        settings, seed = mask_settings(setup), setup.config.run.seed
         self.bank = MaskBank.initialise(self.vector, self.task_count, settings.sparsity, seed)
 
     def masks_of(self, task_ids: Tensor, group_gradients: Tensor | None = None) -> TaskMasks:
@@ -82,7 +82,7 @@ class HarmoDTLearner(RandomMaskLearner):
 
     def __init__(self, setup: Setup, data: Sequence[TaskData], importance: Importance):
         super().__init__(setup, data)
-        masks = _mask_settings(setup)
+        masks = mask_settings(setup)
         assert isinstance(masks, LearnedMaskSettings)
         maskable = self.vector.maskable_count()
         if masks.eta_max > maskable:
@@ -133,11 +133,12 @@ def load_masks(vector: ParameterVector, checkpoint: Checkpoint, tasks: int) -> T
 
 
 def _policy(setup: Setup, model: DecisionTransformer, bits: Tensor, step: int) -> DecisionPolicy:
-    threshold = _mask_settings(setup).unseen_threshold
+    threshold = mask_settings(setup).unseen_threshold
     return decision_policy(setup, model, bits, step, unseen_threshold=threshold)
 
 
-def _mask_settings(setup: Setup) -> MaskSettings:
+def mask_settings(setup: Setup) -> MaskSettings:
+    """The run's settings of masks, which its algorithm has."""
     own = setup.config.own
     assert isinstance(own, RandomMaskSettings)
     return own.masks

@@ -121,6 +121,11 @@ def decision_policy(
     )
 
 
+def model_tensors(model: DecisionTransformer) -> dict[str, Tensor]:
+    """A model's parameters as a checkpoint names them."""
+    return {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+
+
 def load_model(setup: Setup, checkpoint: Checkpoint) -> DecisionTransformer:
     """The model of a checkpoint.
 
@@ -128,7 +133,7 @@ def load_model(setup: Setup, checkpoint: Checkpoint) -> DecisionTransformer:
         UserError: the checkpoint is of another model size.
     """
     model = build_model(setup)
-    checkpoint.copy_to({f"model.{name}": p for name, p in model.named_parameters()})
+    checkpoint.copy_to(model_tensors(model))
     return model
 
 
@@ -247,8 +252,9 @@ class SequenceLearner:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint holds, by name."""
-        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
-        return tensors | {f"optimizer.{n}": t for n, t in self.optimiser.tensors().items()}
+        return model_tensors(self.model) | {
+            f"optimizer.{n}": t for n, t in self.optimiser.tensors().items()
+        }
 
     def policy(self, step: int) -> DecisionPolicy:
         """The model as it is now, as a policy; it is put into evaluation mode."""

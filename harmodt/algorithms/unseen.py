@@ -15,20 +15,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from harmodt_kernels import pack_bits, unpack_bits
+from harmodt_kernels import unpack_bits
 
 from ..checkpoint import Checkpoint
 from ..data.inputs import TaskConditioning
 from ..data.store import TaskData
 from ..errors import UserError
-from ..masks.bank import vote
+from ..masks.bank import draw_mask, vote
 from ..masks.gradients import TaskGradients
 from ..masks.vector import ParameterVector
 from ..networks.decision_transformer import DecisionTransformer
 from ..policies.decision import DecisionPolicy
-from .harmodt import RandomMaskSettings, load_masks
+from .harmodt import RandomMaskSettings, load_masks, mask_settings
 from .learner import Setup
-from .sequence import SequenceLearner, build_model, decision_policy
+from .sequence import SequenceLearner, build_model, decision_policy, model_tensors
 
 UnseenMask = Literal["voted", "none", "random", "nearest"]
 
@@ -79,7 +79,9 @@ def unseen_policy(
         nearest = nearest_tasks(setup, checkpoint, conditioning)
         bits = _trained_masks(setup, model, checkpoint)[nearest]
     elif mask != "none":
-        bits = vote(_trained_masks(setup, model, checkpoint), _threshold(setup, unseen))
+        trained = _trained_masks(setup, model, checkpoint)
+        default = mask_settings(setup).unseen_threshold
+        bits = vote(trained, default if unseen.threshold is None else unseen.threshold)
         if mask == "random":
             bits = random_mask(model.vector, bits, unseen.seed)
         bits = bits.expand(len(conditioning), -1)
@@ -92,14 +94,9 @@ def unseen_policy(
 
 def random_mask(vector: ParameterVector, bits: Tensor, seed: int) -> Tensor:
     """A mask, int32 [P_m / 32], with as many weights of each layer as another has, at random."""
-    active = unpack_bits(bits, vector.maskable_size).cpu()
-    generator, mask = torch.Generator().manual_seed(seed), torch.zeros_like(active)
-    for slot in vector.maskable_slots:
-        chosen = torch.zeros(slot.rows * slot.columns, dtype=torch.bool)
-        count = int(slot.view(active).sum())
-        chosen[torch.randperm(len(chosen), generator=generator)[:count]] = True
-        slot.view(mask).copy_(chosen.view(slot.shape))
-    return pack_bits(mask).to(bits.device)
+    active = unpack_bits(bits, vector.maskable_size)
+    counts = [int(slot.view(active).sum()) for slot in vector.maskable_slots]
+    return draw_mask(vector, counts, seed).to(bits.device)
 
 
 def nearest_tasks(
@@ -121,7 +118,7 @@ def nearest_tasks(
     learner = SequenceLearner(
         dataclasses.replace(setup, conditioning=tasks), [_prompts_as_data(task) for task in tasks]
     )
-    checkpoint.copy_to(_parameters(learner.model))
+    checkpoint.copy_to(model_tensors(learner.model))
     learner.model.eval()
     losses = learner.losses_of_draws(checkpoint.step)
     trained = len(setup.conditioning)
@@ -140,14 +137,6 @@ def _trained_masks(setup: Setup, model: DecisionTransformer, checkpoint: Checkpo
     return load_masks(model.vector, checkpoint, len(setup.conditioning))
 
 
-def _threshold(setup: Setup, unseen: Unseen) -> float:
-    if unseen.threshold is not None:
-        return unseen.threshold
-    own = setup.config.own
-    assert isinstance(own, RandomMaskSettings)
-    return own.masks.unseen_threshold
-
-
 def _cosines(gradients: Tensor, other: Tensor) -> Tensor:
     """Of each of some gradients [U, P] with another one [P], [U]."""
     return torch.nn.functional.cosine_similarity(gradients, other[None])
@@ -161,14 +150,10 @@ def _prompts_as_data(task: TaskConditioning) -> TaskData:
 def _load_model(setup: Setup, checkpoint: Checkpoint) -> DecisionTransformer:
     """The checkpoint's model, for tasks whose embedding is the mean of the training tasks'."""
     model = build_model(setup)
-    parameters = _parameters(model)
+    parameters = model_tensors(model)
     embedding = parameters.pop("model.task_embedding.weight", None)
     checkpoint.copy_to(parameters)
     if embedding is not None:
         trained = checkpoint.tensors["model.task_embedding.weight"]
         embedding.data.copy_(trained.mean(0, keepdim=True).expand_as(embedding))
     return model
-
-
-def _parameters(model: DecisionTransformer) -> dict[str, Tensor]:
-    return {f"model.{name}": parameter for name, parameter in model.named_parameters()}

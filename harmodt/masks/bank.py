@@ -99,15 +99,12 @@ class MaskBank:
         slots = vector.maskable_slots
         densities = erk_densities([(slot.rows, slot.columns) for slot in slots], sparsity)
         bits = torch.empty(tasks, vector.maskable_size // 32, dtype=torch.int32)
+        counts = [
+            round(density * (slot.rows * slot.columns))
+            for slot, density in zip(slots, densities, strict=True)
+        ]
         for task in range(tasks):
-            mask = torch.zeros(vector.maskable_size, dtype=torch.bool)
-            for slot, density in zip(slots, densities, strict=True):
-                size = slot.rows * slot.columns
-                generator = torch.Generator().manual_seed(_mix(seed, task, slot.offset))
-                chosen = torch.zeros(size, dtype=torch.bool)
-                chosen[torch.randperm(size, generator=generator)[: round(density * size)]] = True
-                slot.view(mask).copy_(chosen.view(slot.shape))
-            bits[task] = pack_bits(mask)
+            bits[task] = draw_mask(vector, counts, seed, task)
         return cls(vector, bits.to(vector.weights.device))
 
     def for_tasks(self, task_ids: Tensor, group_gradients: Tensor | None = None) -> TaskMasks:
@@ -117,6 +114,23 @@ class MaskBank:
     def active_counts(self) -> Tensor:
         """Number of active weights of each task, int64 [T]."""
         return count_bits(self.bits)
+
+
+def draw_mask(vector: ParameterVector, counts: Sequence[int], *seed: int) -> Tensor:
+    """A random mask, int32 [P_m / 32] on the CPU.
+
+    Args:
+        counts: active weights of each of the vector's `maskable_slots`.
+        seed: one or several numbers.
+    """
+    mask = torch.zeros(vector.maskable_size, dtype=torch.bool)
+    for slot, count in zip(vector.maskable_slots, counts, strict=True):
+        size = slot.rows * slot.columns
+        generator = torch.Generator().manual_seed(_mix(*seed, slot.offset))
+        chosen = torch.zeros(size, dtype=torch.bool)
+        chosen[torch.randperm(size, generator=generator)[:count]] = True
+        slot.view(mask).copy_(chosen.view(slot.shape))
+    return pack_bits(mask)
 
 
 def vote(bits: Tensor, threshold: float = 0.5) -> Tensor:
