@@ -15,7 +15,7 @@ from typing import ClassVar
 import numpy as np
 
 from ...errors import UserError
-from .. import EnvironmentFamily, EnvironmentSpec
+from .. import EnvironmentFamily, EnvironmentSpec, family
 from .expert import load_expert
 from .simulator import EPISODE_LENGTH, DirectionAnt, DirectionCheetah, VelocityCheetah, Walker
 
@@ -35,6 +35,7 @@ class Locomotion(EnvironmentFamily):
     Attributes:
         walker: what its environments are.
         task_goals: of the tasks that it is known for.
+        goal_range: what its expert was trained on.
         unseen: the numbers of those that are not trained on.
     """
 
@@ -42,6 +43,7 @@ class Locomotion(EnvironmentFamily):
     packages = ("mujoco", "gymnasium")
     walker: ClassVar[type[Walker]]
     task_goals: ClassVar[tuple[float, ...]]
+    goal_range: ClassVar[tuple[float, float]]
     unseen: ClassVar[tuple[int, ...]]
 
     @property
@@ -100,7 +102,7 @@ class Locomotion(EnvironmentFamily):
 
     def draw_goals(self, generator: np.random.Generator, count: int) -> np.ndarray:
         """Goals to train an expert on, float64 [count]."""
-        return generator.choice(np.array(self.task_goals), count)
+        return generator.uniform(*self.goal_range, count)
 
 
 class CheetahDirection(Locomotion):
@@ -109,8 +111,13 @@ class CheetahDirection(Locomotion):
     spec = EnvironmentSpec("cheetah-dir", 20, 6, EPISODE_LENGTH, success=False)
     walker = DirectionCheetah
     task_goals = (1.0, -1.0)
+    goal_range = (-1.0, 1.0)
     unseen = (0, 1)
     _names: ClassVar = {1.0: "cheetah-dir-forward", -1.0: "cheetah-dir-backward"}
+
+    def draw_goals(self, generator: np.random.Generator, count: int) -> np.ndarray:
+        """Either end of the range."""
+        return generator.choice(np.array(self.task_goals), count)
 
     def task_of(self, goal: float) -> str:
         return self._names[goal]
@@ -131,10 +138,8 @@ class CheetahVelocity(Locomotion):
     spec = EnvironmentSpec("cheetah-vel", 20, 6, EPISODE_LENGTH, success=False)
     walker = VelocityCheetah
     task_goals = VELOCITIES
+    goal_range = (0, 3.1)
     unseen = (2, 7, 15, 23, 26)
-
-    def draw_goals(self, generator: np.random.Generator, count: int) -> np.ndarray:
-        return generator.uniform(0, 3.1, count)
 
 
 class AntDirection(Locomotion):
@@ -143,7 +148,17 @@ class AntDirection(Locomotion):
     spec = EnvironmentSpec("ant-dir", 27, 8, EPISODE_LENGTH, success=False)
     walker = DirectionAnt
     task_goals = ANGLES
+    goal_range = (0, 2 * math.pi)
     unseen = (6, 17, 23, 30, 41)
 
-    def draw_goals(self, generator: np.random.Generator, count: int) -> np.ndarray:
-        return generator.uniform(0, 2 * math.pi, count)
+
+def walkers(name: str) -> Locomotion:
+    """The family of walkers of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = family(name)
+    if not isinstance(found, Locomotion):
+        raise UserError(f"{name} is no family of walkers: name one such as cheetah-vel")
+    return found

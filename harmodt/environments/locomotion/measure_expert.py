@@ -12,11 +12,10 @@ import numpy as np
 import tyro
 from rich.table import Table
 
-from ...errors import UserError, run_command
+from ...errors import run_command
 from ...progress import PlainConsole
 from ...settings import Count, check, parse_arguments
-from .. import family as family_named
-from . import Locomotion
+from . import Locomotion, walkers
 from .expert import Expert, load_expert
 from .simulator import EPISODE_LENGTH
 
@@ -29,18 +28,6 @@ class MeasureExpertConfig:
     """cheetah-dir, cheetah-vel or ant-dir."""
     episodes: Count = 10
     """Episodes of each goal."""
-
-
-def walkers(name: str) -> Locomotion:
-    """The family of walkers of that name.
-
-    Raises:
-        UserError: there is none.
-    """
-    family = family_named(name)
-    if not isinstance(family, Locomotion):
-        raise UserError(f"{name} is no family of walkers: name one such as cheetah-vel")
-    return family
 
 
 def expert_returns(family: Locomotion, expert: Expert, episodes: int) -> np.ndarray:

@@ -30,9 +30,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from ...errors import run_command
 from ...files import write_bytes
 from ...settings import Count, Positive, Whole, check, parse_arguments
-from . import Locomotion
+from . import Locomotion, walkers
 from .expert import WEIGHTS, Expert
-from .measure_expert import expert_returns, walkers
+from .measure_expert import expert_returns
 from .simulator import EPISODE_LENGTH
 
 
