@@ -1,13 +1,41 @@
-"""What formats that record plain arrays have in common."""
+"""What formats have in common: files that cannot be read, and plain arrays."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...errors import UserError
 from . import check_array
+
+
+@contextmanager
+def reading(path: Path, damaged: str) -> Iterator[None]:
+    """Say in a sentence why a file cannot be read.
+
+    Args:
+        damaged: what is wrong, and what to do, where whatever reads the file fails inside:
+            libraries meet damage with dozens of kinds of errors.
+
+    Raises:
+        UserError: in the place of every other error.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no regular file, but a folder, a pipe or a device: remove it")
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: download it again") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check it") from error
+    except Exception as error:
+        raise UserError(f"{path} is {damaged}") from error
 
 
 def as_float32(where: str, key: str, values: Any) -> np.ndarray:

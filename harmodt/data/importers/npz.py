@@ -16,7 +16,7 @@ import numpy as np
 from ...errors import UserError
 from ..store import UNKNOWN, Episode
 from . import Importer
-from .arrays import as_float32, one_per_step, solved
+from .arrays import as_float32, one_per_step, reading, solved
 
 _LARGEST = 2**26  # bytes of one array; an episode of 500 steps has 78,000
 _ENCRYPTED = 1  # a bit of a zip entry's flags
@@ -58,11 +58,7 @@ class NpzImporter(Importer):
 
     def read(self, episode: Path) -> Episode:
         """Read one file."""
-        if episode.exists() and not episode.is_file():
-            raise UserError(
-                f"{episode} is no regular file, but a folder, a pipe or a device: remove it"
-            )
-        try:
+        with reading(episode, "truncated or no npz file: download it again or remove it"):
             # What is mapped, a single array, is not read.
             file = np.load(episode, mmap_mode="r", allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
@@ -71,16 +67,6 @@ class NpzImporter(Importer):
                 )
             with file:
                 return _read_keys(episode, file)
-        except UserError:
-            raise
-        except FileNotFoundError as error:
-            raise UserError(f"{episode} is missing: download it again") from error
-        except OSError as error:
-            raise UserError(f"{episode} cannot be read ({error.strerror}): check it") from error
-        except Exception as error:  # as below
-            raise UserError(
-                f"{episode} is truncated or no npz file: download it again or remove it"
-            ) from error
 
     def _folders(self) -> list[Path]:
         return [folder for folder in self.source.iterdir() if folder.is_dir()]

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError
+from .arrays import reading
 
 _LARGEST = 2**31  # bytes of a file; a task of 1000 episodes of 200 steps takes 80 million
 _INSTRUCTIONS = 2**22  # of a file; an episode takes some 200, and one makes 100 bytes
@@ -46,23 +47,14 @@ def read_pickle(path: Path) -> Any:
     Raises:
         UserError: it is missing, damaged, larger than 2 GiB, or holds anything else.
     """
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no regular file, but a folder, a pipe or a device: remove it")
-    try:
-        size = path.stat().st_size
-        if size > _LARGEST:
-            raise _Refusal(f"has {size / 1e9:.1f} GB, which are read at once: split it")
-        return _Machine(size).run(path.read_bytes())
-    except _Refusal as refusal:
-        raise UserError(f"{path} {refusal}") from None
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: download it again") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check it") from error
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} is truncated or no pickle: download it again or remove it"
-        ) from error
+    with reading(path, "truncated or no pickle: download it again or remove it"):
+        try:
+            size = path.stat().st_size
+            if size > _LARGEST:
+                raise _Refusal(f"has {size / 1e9:.1f} GB, which are read at once: split it")
+            return _Machine(size).run(path.read_bytes())
+        except _Refusal as refusal:
+            raise UserError(f"{path} {refusal}") from None
 
 
 class _Refusal(Exception):

@@ -29,6 +29,7 @@ from ...environments.metaworld import RepeatedMetaWorld
 from ...errors import UserError
 from ..store import UNKNOWN, Episode
 from . import Importer
+from .arrays import reading
 
 SPEC = RepeatedMetaWorld.spec
 _NAMES = (
@@ -156,22 +157,10 @@ def _open_chunk(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: it is missing, damaged, or something else than a chunk of mt80.
     """
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no regular file, but a folder, a pipe or a device: remove it")
-    try:
+    with reading(path, "damaged or no TensorDict that torch.save wrote: download it again"):
         _check_archive(path)
         fields = _load(path).state["_tensordict"]
         chunk = {key: fields[key] for key in fields.keys() & _WIDTHS.keys()}
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: download it again") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check it") from error
-    except Exception as error:  # zipfile and PyTorch meet damage with dozens of kinds
-        raise UserError(
-            f"{path} is damaged or no TensorDict that torch.save wrote: download it again"
-        ) from error
     for key, width in _WIDTHS.items():
         _check_tensor(path, key, chunk.get(key), (_ROWS, *width))
     if len(set(map(len, chunk.values()))) > 1:
