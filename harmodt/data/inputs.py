@@ -141,17 +141,21 @@ class Inputs:
             timesteps: int64 [G, ...], from 0.
             valid: bool [G, ...], False for padding.
         """
-        mean, deviation = (
-            part.view(len(task_ids), *[1] * (observations.dim() - 2), -1)
-            for part in self._statistics[task_ids].unbind(1)
-        )
         return Steps(
             returns_to_go=returns_to_go.float() / self._return_scale,
-            observations=(observations.float() - mean) / deviation,
+            observations=self.normalise(task_ids, observations),
             actions=actions.clamp(-1, 1),
             timesteps=timesteps.clamp(max=self.max_timesteps - 1),
             valid=valid,
         )
+
+    def normalise(self, task_ids: Tensor, observations: Tensor) -> Tensor:
+        """Observations [G, ..., O] of some tasks, int64 [G], by each task's statistics, float32."""
+        mean, deviation = (
+            part.view(len(task_ids), *[1] * (observations.dim() - 2), -1)
+            for part in self._statistics[task_ids].unbind(1)
+        )
+        return (observations.float() - mean) / deviation
 
     def of_episodes(
         self,
