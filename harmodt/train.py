@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from .algorithms import ALGORITHMS, preset
+from .algorithms import ALGORITHMS, find, preset
 from .collect import CollectConfig, collect
 from .config import PRESETS, TrainConfig
 from .data.store import DataStore
@@ -135,13 +135,13 @@ def _parse(arguments: Sequence[str], default: TrainConfig) -> TrainConfig:
 
 
 def _refuse_settings_of_others(arguments: Sequence[str], config: TrainConfig) -> None:
-    """Say whose a setting is that another algorithm has and this one has not."""
-    known = dict(settings(config))
+    """Say whose a setting is that another algorithm reads and this one does not."""
+    reads = find(config.algorithm).reads
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
-        if not argument.startswith("--") or name in known:
+        if not argument.startswith("--") or reads(name):
             continue
-        having = [a for a, row in ALGORITHMS.items() if name in dict(settings(row.settings()))]
+        having = [a for a, row in ALGORITHMS.items() if row.reads(name)]
         if having:
             raise UserError(
                 f"--{name.replace('_', '-')} is no setting of {config.algorithm}, but of "

@@ -56,15 +56,16 @@ def find(name: str) -> Algorithm:
 
 
 def preset(name: str, algorithm: str) -> TrainConfig:
-    """The settings of a preset for an algorithm.
+    """The settings of a preset for an algorithm, whose own defaults it stands above.
 
     Raises:
         UserError: there is no such preset or algorithm.
     """
     if name not in PRESETS:
         raise UserError(f"there is no preset {name!r}: choose from {', '.join(PRESETS)}")
-    defaults = TrainConfig(algorithm=algorithm, own=find(algorithm).settings())
-    return settings.change(defaults, PRESETS[name])
+    row = find(algorithm)
+    defaults = TrainConfig(algorithm=algorithm, own=row.settings())
+    return settings.change(defaults, {**row.defaults, **PRESETS[name]})
 
 
 def config_from_json(values: Any, where: str) -> TrainConfig:

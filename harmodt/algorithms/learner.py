@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from ..data.store import TaskData
 from ..devices import Execution
 from ..environments import EnvironmentSpec
 from ..policies import Policy
+from ..settings import settings
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,18 @@ class Algorithm:
         settings: its own settings.
         learner: builds one from a setup and the data of its tasks.
         policy: builds one from a setup and a checkpoint.
+        defaults: what other settings are where a preset does not say, by name.
+        unread: other settings that mean nothing to it, by name: nobody is to give them.
     """
 
     settings: type[AlgorithmSettings]
     learner: Callable[[Setup, Sequence[TaskData]], Learner]
     policy: Callable[[Setup, Checkpoint], Policy]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+
+    def reads(self, name: str) -> bool:
+        """Whether a setting of that name means something to it."""
+        return name in dict(settings(self.settings())) or (
+            name in dict(settings(TrainConfig())) and name not in self.unread
+        )
