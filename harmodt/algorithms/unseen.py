@@ -28,7 +28,7 @@ from ..networks.decision_transformer import DecisionTransformer
 from ..policies.decision import DecisionPolicy
 from .harmodt import RandomMaskSettings, load_masks, mask_settings
 from .learner import Setup
-from .sequence import SequenceLearner, build_model, decision_policy, model_tensors
+from .sequence import SequenceLearner, SequenceSettings, build_model, decision_policy, model_tensors
 
 UnseenMask = Literal["voted", "none", "random", "nearest"]
 
@@ -64,9 +64,15 @@ def unseen_policy(
         tasks: their data, from a store with the checksum `store`.
 
     Raises:
-        UserError: the run has no masks and one is asked for, a task has no prompt episodes of use,
-            the threshold leaves no weight, or the checkpoint is of another model size.
+        UserError: the run has no masks and one is asked for, or knows no tasks but its own, a task
+            has no prompt episodes of use, the threshold leaves no weight, or the checkpoint is of
+            another model size.
     """
+    if not isinstance(setup.config.own, SequenceSettings):
+        raise UserError(
+            f"{setup.config.algorithm} knows no tasks but its own: leave --unseen out, or evaluate "
+            "a run of a decision transformer"
+        )
     conditioning = tuple(
         TaskConditioning.of_unseen(task, setup.conditioning, setup.config) for task in tasks
     )
