@@ -10,7 +10,7 @@ from typing import Any
 from .. import settings
 from ..config import PRESETS, TrainConfig
 from ..errors import UserError
-from . import harmodt, sequence
+from . import harmodt, mlp, mtbc, mtiql, sequence
 from .learner import Algorithm, Learner, Setup, StepResult
 
 __all__ = [
@@ -36,6 +36,20 @@ ALGORITHMS: dict[str, Algorithm] = {
         sequence.PromptDTSettings, sequence.SequenceLearner, sequence.load_policy
     ),
     "mtdt": Algorithm(sequence.MTDTSettings, sequence.SequenceLearner, sequence.load_policy),
+    "mtbc": Algorithm(
+        mtbc.MTBCSettings,
+        mtbc.MTBCLearner,
+        mlp.load_policy,
+        mlp.DEFAULTS,
+        unread=("action_dropout", "return_scale", "target_return"),
+    ),
+    "mtiql": Algorithm(
+        mtiql.MTIQLSettings,
+        mtiql.MTIQLLearner,
+        mlp.load_policy,
+        mlp.DEFAULTS,
+        unread=("action_dropout", "target_return"),
+    ),
 }
 """Every algorithm by its name."""
 
