@@ -1,0 +1,51 @@
+"""Sizes of baselines beside the figures of the paper's Table 1, for 50 tasks of Meta-World."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import SPEC
+from torch import nn
+
+from harmodt.algorithms import Setup, mtiql, preset
+from harmodt.algorithms.mlp import build_actor
+from harmodt.algorithms.sequence import build_model
+from harmodt.data.inputs import TaskConditioning
+from harmodt.data.store import Episodes
+from harmodt.devices import Execution
+from harmodt.settings import change
+
+
+def setup_of(algorithm: str, **changes: Any) -> Setup:
+    """Of 50 tasks, of which nothing but their number matters."""
+    nothing = np.zeros(0, np.float32)
+    task = TaskConditioning("task", nothing, nothing, Episodes(*[nothing] * 6), 0.0)
+    config = change(preset("paper", algorithm), changes)
+    return Setup(config, SPEC, (task,) * 50, Execution.choose("cpu", False, "fp32"))
+
+
+def count(*networks: nn.Module) -> int:
+    return sum(p.numel() for network in networks for p in network.parameters())
+
+
+@pytest.mark.parametrize("told_by", ["one-hot", "multi-head"])
+def test_mtbc_has_174_million(told_by: str) -> None:
+    actor = build_actor(setup_of("mtbc", task_conditioning=told_by))
+    assert count(actor) == pytest.approx(1.74e6, rel=0.02 if told_by == "one-hot" else 0.1)
+
+
+def test_mtiql_has_174_million_without_the_targets() -> None:
+    networks = mtiql.build_networks(setup_of("mtiql"))
+    assert list(networks) == ["policy", "value", "critics"] and len(networks["critics"]) == 2
+    assert count(*networks.values()) == pytest.approx(1.74e6, rel=0.02)
+
+
+def test_mtdt_has_147_million_where_it_is_8_wider() -> None:
+    """Without a prompt's embedding it has fewer than Prompt-DT at the same width."""
+    assert count(build_model(setup_of("prompt-dt"))) == pytest.approx(1.47e6, rel=0.02)
+    assert count(build_model(setup_of("mtdt"))) == 1_327_524
+    wider = build_model(setup_of("mtdt", embed_dim=136))
+    assert count(wider) == pytest.approx(1.47e6, rel=0.02)
+    assert (wider.config.layers, wider.config.heads) == (6, 8)
