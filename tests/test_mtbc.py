@@ -144,9 +144,9 @@ def test_a_run_that_goes_on_ends_as_without_a_pause(
     np.testing.assert_array_equal(policy.act(observations), trained.act(observations))
 
 
-@pytest.mark.parametrize("algorithm", ["mtbc", "mtiql"])
+@pytest.mark.parametrize("algorithm", [("mtbc",), ("mtiql", "--temperature", "1")], ids=" ".join)
 def test_it_learns_what_each_task_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: tuple[str, ...]
 ) -> None:
     monkeypatch.setitem(environments.FAMILIES, "toy", "toy_family:Toy")
     data = CollectConfig(
@@ -155,10 +155,26 @@ def test_it_learns_what_each_task_does(
     run = tmp_path / "run"
     collected = collect(data, progress=False)
     flags = ("--steps", "150", "--learning-rate", "0.02", "--warmup-steps", "1")
-    begin(collected, run, *SMALL, *flags, algorithm=algorithm)
+    name, *own = algorithm
+    begin(collected, run, *SMALL, *flags, *own, algorithm=name)
     result = play(load_policy(run), Request(4, goal_seed=0, workers=1))
     for returns, way in zip(result.returns, (0.5 * 0.5, 2.0 * 1.0), strict=True):
         np.testing.assert_allclose(returns, 7 * way, rtol=0.1)
+    with pytest.raises(UserError, match="cannot be asked for a return"):
+        play(load_policy(run), Request(1, target_return=3.0, workers=1))
+
+
+@pytest.mark.parametrize("algorithm", ["mtbc", "mtiql"])
+def test_bf16_keeps_weights_in_fp32_and_the_loss_close(store: DataStore, algorithm: str) -> None:
+    of_heads = {"task_conditioning": "multi-head", "learning_rate": 1e-3}
+    full, half = (
+        make_trainer(store, configure_mlp(algorithm, precision=precision, **of_heads))
+        for precision in ("fp32", "bf16")
+    )
+    losses = [torch.stack([t.train_step().losses for _ in range(4)]) for t in (full, half)]
+    torch.testing.assert_close(*losses, rtol=0.02, atol=0.0)
+    assert not torch.equal(*losses)
+    assert {tensor.dtype for tensor in half.tensors().values()} == {torch.float32}
 
 
 def test_settings_that_mean_nothing_are_refused(store: DataStore, tmp_path: Path) -> None:
