@@ -2,7 +2,7 @@
 
 Nothing is remembered between draws, so a run that goes on from a checkpoint draws what it would
 have drawn: the step is all of its random state and data position. Integer arithmetic alone is used,
-so that every device draws the same.
+but for normal numbers, so that every device draws the same.
 
 The generator is Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as
 1, 2, 3", SC 2011). A 32-bit word lies in an int64.
@@ -11,13 +11,14 @@ The generator is Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-TRAIN, MASKS, INITIALISE, TASKS, DROPOUT = range(5)
+TRAIN, MASKS, INITIALISE, TASKS, DROPOUT, NOISE = range(6)
 """What a draw is for."""
 
 _WORD = 0xFFFFFFFF
@@ -105,6 +106,20 @@ def below(words: Tensor, limit: int | Tensor) -> Tensor:
 def coin(words: Tensor, probability: float) -> Tensor:
     """bool of the words' shape, True with a probability; always at 1 and never at 0."""
     return words < round(probability * 2**32)
+
+
+def normal(words: Tensor) -> Tensor:
+    """Standard normal numbers from random words, a pair from each pair (Box and Muller).
+
+    Args:
+        words: int64 [2 n, ...].
+
+    Returns:
+        float32 of their shape.
+    """
+    lengths, angles = ((words.double() + 0.5) / 2**32).chunk(2)
+    lengths, angles = (-2 * lengths.log()).sqrt(), 2 * math.pi * angles
+    return torch.cat((lengths * angles.cos(), lengths * angles.sin())).float()
 
 
 def choose(words: Tensor, count: int) -> Tensor:
