@@ -10,7 +10,7 @@ from typing import Any
 from .. import settings
 from ..config import PRESETS, TrainConfig
 from ..errors import UserError
-from . import harmodt, mlp, mtbc, mtiql, sequence
+from . import harmodt, mlp, mtbc, mtdiff, mtiql, sequence
 from .learner import Algorithm, Learner, Setup, StepResult
 
 __all__ = [
@@ -50,6 +50,8 @@ ALGORITHMS: dict[str, Algorithm] = {
         mlp.DEFAULTS,
         unread=("action_dropout", "target_return"),
     ),
+    "mtdiff-p": Algorithm(mtdiff.PromptedMTDiffSettings, mtdiff.MTDiffLearner, mtdiff.load_policy),
+    "mtdiff-p-onehot": Algorithm(mtdiff.MTDiffSettings, mtdiff.MTDiffLearner, mtdiff.load_policy),
 }
 """Every algorithm by its name."""
 

@@ -1,0 +1,163 @@
+"""The Transformer of MTDiff, which predicts the noise in a plan of actions.
+
+It is the planner's of He et al., "Diffusion Model is an Effective Planner and Data Synthesizer for
+Multi-Task Reinforcement Learning", NeurIPS 2023 (arXiv 2305.18459). The paper says of what tokens
+it reads and that a GPT-2 computes them; the widths of the embeddings, what time and return are
+multiplied with and added to, and causal attention are those of the authors' code, and come to
+5.32 M parameters at d = 256, 4 blocks, 20 steps of a prompt and 32 planned actions.
+
+Shapes: N plans, H actions of a plan, h observations before it, d embedding dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..masks.vector import ParameterVector
+
+BEFORE = 2
+"""Tokens before the task's: those of the diffusion's time and of the return."""
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """What a denoiser is made of.
+
+    Attributes:
+        observation_size, action_size: components of an observation and of an action.
+        task_size, task_length: numbers in a token that tells the task, and how many such there are.
+        context_length: h, observations that a plan is made from, the present one last.
+        horizon: H, actions of a plan, at most.
+        embed_dim, layers, heads: d, number of blocks, attention heads of each.
+        dropout: of attention and of both layers of an MLP.
+    """
+
+    observation_size: int
+    action_size: int
+    task_size: int
+    task_length: int
+    context_length: int
+    horizon: int
+    embed_dim: int
+    layers: int
+    heads: int
+    dropout: float = 0.0
+
+
+class Situation(NamedTuple):
+    """What plans are made for.
+
+    Attributes:
+        returns_to_go: float32 [N], scaled, asked for from the present on.
+        task: float32 [N, task_length, task_size], a prompt's steps or a one-hot task.
+        observations: float32 [N, h, O], normalised, the present one last.
+    """
+
+    returns_to_go: Tensor
+    task: Tensor
+    observations: Tensor
+
+
+class Denoiser(nn.Module):
+    """Predicts the noise in plans.
+
+    Tokens are the diffusion's time, the return, the task's, the observations and the actions of the
+    plan, in that order; each reads those before it. So what is predicted of an action depends on
+    none after it, and the first actions of a plan can be had without the rest.
+
+    Args:
+        config: what it is made of.
+        device: where the parameters live; they are initialised on the CPU from torch's default
+            generator.
+    """
+
+    def __init__(self, config: DenoiserConfig, device: torch.device | str = "cpu"):
+        super().__init__()
+        self.config = config
+        d = config.embed_dim
+        before = BEFORE + config.task_length + config.context_length
+        self.time_embedding = _mlp(d, 2 * d, d)
+        self.return_embedding = _mlp(1, d, 2 * d, d)
+        self.task_embedding = _mlp(config.task_size, 2 * d, 4 * d, d)
+        self.observation_embedding = _mlp(config.observation_size, 2 * d, 4 * d, d)
+        self.action_embedding = nn.Linear(config.action_size, d)
+        self.positions = nn.Parameter(torch.zeros(before + config.horizon, d))
+        self.embedding_norm = nn.LayerNorm(d)
+        block = nn.TransformerEncoderLayer(
+            d,
+            config.heads,
+            4 * d,
+            config.dropout,
+            nn.functional.mish,
+            batch_first=True,
+            norm_first=True,
+        )
+        final_norm = nn.LayerNorm(d)
+        self.blocks = nn.TransformerEncoder(
+            block, config.layers, final_norm, enable_nested_tensor=False
+        )
+        self.noise_head = nn.Linear(d, config.action_size)
+        _initialise_as_gpt2(self.blocks)
+        self.vector = ParameterVector(self, torch.device(device))
+
+    def forward(self, plans: Tensor, times: Tensor, situation: Situation, told: Tensor) -> Tensor:
+        """The noise in plans.
+
+        Args:
+            plans: float32 [N, H or fewer, A], with noise.
+            times: int64 [N], of the diffusion.
+            situation: what the plans are for.
+            told: bool [N], whether the return is told; else its embedding is 0.
+
+        Returns:
+            float32, of the plans' shape.
+        """
+        return self.predict(plans, times, self.embed(situation, told))
+
+    def embed(self, situation: Situation, told: Tensor) -> tuple[Tensor, Tensor]:
+        """What `predict` reads of a situation, whatever the time: of the return, and all tokens
+        between the time's and the plan's."""
+        returns = self.return_embedding(situation.returns_to_go[:, None, None])
+        returns = returns * told[:, None, None]
+        task = self.task_embedding(situation.task)
+        return returns, torch.cat(
+            (returns, task, self.observation_embedding(situation.observations)), dim=1
+        )
+
+    def predict(self, plans: Tensor, times: Tensor, embedded: tuple[Tensor, Tensor]) -> Tensor:
+        """The noise in plans, as `forward` gives it, from what `embed` returned."""
+        returns, context = embedded
+        time = self.time_embedding(_waves(times, self.config.embed_dim))[:, None]
+        x = torch.cat((time, context, self.action_embedding(plans)), dim=1)
+        x = self.embedding_norm(time * x + returns + self.positions[: x.shape[1]])
+        causal = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
+        x = self.blocks(x, mask=causal, is_causal=True)
+        return self.noise_head(x[:, -plans.shape[1] :]).float()
+
+
+def _mlp(*widths: int) -> nn.Sequential:
+    """Linear layers with Mish between them."""
+    layers = [layer for pair in pairwise(widths) for layer in (nn.Mish(), nn.Linear(*pair))]
+    return nn.Sequential(*layers[1:])
+
+
+def _waves(times: Tensor, size: int) -> Tensor:
+    """Sines and cosines of times [N], of wavelengths from 2 π to 20000 π: [N, size]."""
+    exponents = torch.arange(size // 2, device=times.device) / max(size // 2 - 1, 1)
+    angles = times[:, None] * torch.exp(-math.log(10_000) * exponents)
+    return torch.cat((angles.sin(), angles.cos()), dim=1)
+
+
+def _initialise_as_gpt2(blocks: nn.Module) -> None:
+    """Draw weights with a deviation of 0.02; LayerNorms keep their ones and zeros."""
+    for name, parameter in blocks.named_parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.02)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
