@@ -30,7 +30,7 @@ class PlanSettings:
     guidance: NotNegative = 1.2
     """Weight of the prediction that is told the return, against 1 - guidance of the other's."""
     temperature: Share = 0.5
-    """What the noise of each step of ddpm is multiplied by."""
+    """What noise is multiplied by: that of each step of ddpm, or that which ddim begins with."""
     replan_every: Count = 1
     """Actions of a plan that are executed before the next one."""
 
@@ -160,12 +160,16 @@ class PlanPolicy:
         def draw() -> Tensor:
             return torch.randn(shape, generator=self._generator).to(device)
 
-        ddpm = settings.sampler == "ddpm"
-        times = diffusion.times(diffusion.steps if ddpm else settings.sampling_steps)
+        def cooled() -> Tensor:
+            return settings.temperature * draw()
+
         with torch.inference_mode(), self._execution.computing():
             predict = _Guided(self.model, Situation(*move(situation, device)), settings.guidance)
-            cooled = (lambda: settings.temperature * draw()) if ddpm else None
-            return diffusion.denoised(predict, draw(), times, cooled).cpu()
+            if settings.sampler == "ddpm":
+                times = diffusion.times(diffusion.steps)
+                return diffusion.denoised(predict, draw(), times, cooled).cpu()
+            times = diffusion.times(settings.sampling_steps)
+            return diffusion.denoised(predict, cooled(), times).cpu()
 
 
 class _Guided:
