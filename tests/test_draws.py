@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from harmodt.draws import MASKS, TASKS, TRAIN, Draws, Seeds, below, choose, coin, philox
+from harmodt.draws import MASKS, TASKS, TRAIN, Draws, Seeds, below, choose, coin, normal, philox
 
 LAST = 2**32 - 1
 
@@ -154,3 +156,22 @@ def test_a_gpu_draws_the_same_words() -> None:
         on_cpu, on_gpu = (draws.words(positions.to(device)) for device in ("cpu", "cuda"))
         assert torch.equal(on_gpu.cpu(), on_cpu)
         assert torch.equal(choose(on_gpu[0], 50).cpu(), choose(on_cpu[0], 50))
+
+
+def test_normal_numbers_come_from_pairs_of_words() -> None:
+    """By the formula of Box and Muller, in Python's floats, also at the ends of what words are."""
+    rng = np.random.default_rng(0)
+    for first, second in [(0, 0), (LAST, LAST), (0, LAST), *rng.integers(2**32, size=(9, 2))]:
+        length = math.sqrt(-2 * math.log((int(first) + 0.5) / 2**32))
+        angle = 2 * math.pi * (int(second) + 0.5) / 2**32
+        found = normal(torch.tensor([int(first), int(second)]))
+        assert found.dtype == torch.float32
+        expected = [length * math.cos(angle), length * math.sin(angle)]
+        assert found.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-7)
+    words = torch.from_numpy(rng.integers(2**32, size=(4, 50_000)))
+    numbers = normal(words).double()
+    error = 1 / math.sqrt(50_000)
+    assert numbers.shape == words.shape
+    assert numbers.mean(1).abs().max() < 5 * error
+    assert (numbers.std(1) - 1).abs().max() < 5 * error / math.sqrt(2)
+    assert torch.corrcoef(numbers).fill_diagonal_(0).abs().max() < 5 * error
