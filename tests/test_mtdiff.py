@@ -660,12 +660,12 @@ def test_it_learns_to_act_as_the_data_of_each_task_do(tmp_path: Path, algorithm:
                 episode = make_episode(rng, 100)
                 add(episode._replace(actions=np.full_like(episode.actions, action)))
     trainer = trainer_of(
-        writer.finish(list(wanted)), algorithm, learning_rate=5e-3, steps=250, batch_per_task=16,
+        writer.finish(list(wanted)), algorithm, learning_rate=5e-3, steps=160, batch_per_task=16,
         context_length=1, horizon=2, layers=1, average_decay=0.95,
     )  # fmt: skip
-    for _ in range(250):
+    for _ in range(160):
         trainer.train_step()
-    policy = trainer.learner.policy(250)
+    policy = trainer.learner.policy(160)
     for sampler in ("ddpm", "ddim"):
         policy.settings = dataclasses.replace(policy.settings, sampler=sampler)
         actions = acted(policy, [0, 0, 1, 1], steps=3)
