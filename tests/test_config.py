@@ -115,9 +115,10 @@ def test_parts_of_a_size_can_be_replaced() -> None:
 def test_mtdt_has_a_task_embedding_in_place_of_the_prompt() -> None:
     own = preset("quickstart", "mtdt").own
     assert isinstance(own, SequenceSettings)
-    assert (own.prompts(), own.task_embedding()) == (None, 16)
+    assert (own.prompts(), own.task_embedding_dim) == (None, 16)
     own = preset("quickstart", "prompt-dt").own
-    assert (own.prompts().prompt_length, own.task_embedding()) == (5, 0)
+    assert (own.prompts().prompt_length, own.task_embedding_dim) == (5, 0)
+    check(change(own, {"task_embedding_dim": 16}))  # beside the prompt
 
 
 @pytest.mark.parametrize(

@@ -66,10 +66,14 @@ def test_the_loss_is_the_mean_over_valid_steps_and_components(store: DataStore) 
         assert losses[group].item() == pytest.approx(np.mean(errors), rel=1e-5)
 
 
+@pytest.mark.parametrize("embedding", [0, 5])
 def test_the_gradient_is_the_mean_of_the_masked_gradients(
-    store: DataStore, monkeypatch: pytest.MonkeyPatch
+    store: DataStore, monkeypatch: pytest.MonkeyPatch, embedding: int
 ) -> None:
-    trainer = make_trainer(store, configure(tasks_per_step=3, gradient_clip=1e9, sparsity=0.5))
+    config = configure(
+        tasks_per_step=3, gradient_clip=1e9, sparsity=0.5, task_embedding_dim=embedding
+    )
+    trainer = make_trainer(store, config)
     draw = batch, targets = windows(trainer, [0, 1, 2])
     monkeypatch.setattr(trainer.learner.feed, "batch", lambda: draw)
     expected = {name: torch.zeros_like(p) for name, p in trainer.learner.model.named_parameters()}

@@ -161,12 +161,14 @@ def test_a_random_mask_has_the_voted_ones_weights_in_each_layer(
     assert differing > 100
 
 
+@pytest.mark.parametrize("embedding", [0, 5])
 def test_the_nearest_task_is_the_one_whose_prompts_are_the_same(
-    run: Path, store: DataStore, tmp_path: Path
+    run: Path, store: DataStore, tmp_path: Path, embedding: int
 ) -> None:
     # Prompt episodes of one window: a task's gradient depends on no draw.
     one = make_store(tmp_path / "one", prompt_lengths=(6,))
-    saved = SavedRun.open(begin(tmp_path, one, action_dropout=0.0, prompt_length=6))
+    only = {"action_dropout": 0.0, "prompt_length": 6, "task_embedding_dim": embedding}
+    saved = SavedRun.open(begin(tmp_path, one, **only))
     setup, state = make_setup(one, saved.config), load_checkpoint(saved.directory)
     order = [2, 0, 1, 0]
     unseen = [dataclasses.replace(setup.conditioning[i], name=f"unseen {i}") for i in order]
@@ -176,12 +178,16 @@ def test_the_nearest_task_is_the_one_whose_prompts_are_the_same(
     assert policy.mask_bits is not None and torch.equal(policy.mask_bits, state.tensors["masks"])
 
 
-def test_mtdt_is_told_the_mean_of_its_embeddings(
-    store: DataStore, others: DataStore, tmp_path: Path
+@pytest.mark.parametrize(
+    ("algorithm", "mask"), [("mtdt", "none"), ("prompt-dt", "none"), ("harmodt-r", "voted")]
+)
+def test_a_model_with_a_task_embedding_is_told_the_mean(
+    store: DataStore, others: DataStore, tmp_path: Path, algorithm: str, mask: str
 ) -> None:
-    path = begin(tmp_path, store, "mtdt")
+    path = begin(tmp_path, store, algorithm, task_embedding_dim=5)
     policy = load_policy(path, unseen=Unseen(others.path))
-    assert isinstance(policy, DecisionPolicy) and policy.mask == "none"
+    assert isinstance(policy, DecisionPolicy) and policy.mask == mask
+    assert np.isfinite(actions(policy)).all()
     saved = SavedRun.open(path)
     state = load_checkpoint(saved.directory)
     trained = load_model(make_setup(store, saved.config), state)
@@ -191,6 +197,10 @@ def test_mtdt_is_told_the_mean_of_its_embeddings(
         policy.model.named_parameters(), trained.parameters(), strict=True
     ):
         assert name.startswith("task_embedding") or torch.equal(ours, theirs)
+
+
+def test_without_masks_none_is_voted(store: DataStore, others: DataStore, tmp_path: Path) -> None:
+    path = begin(tmp_path, store, "mtdt")
     with pytest.raises(UserError, match="mtdt has no masks: evaluate it with --mask none"):
         load_policy(path, unseen=Unseen(others.path, mask="voted"))
 

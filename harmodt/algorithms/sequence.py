@@ -35,12 +35,10 @@ class SequenceSettings(AlgorithmSettings):
     """What every algorithm has that trains a decision transformer."""
 
     model: TransformerSettings = TransformerSettings()
+    task_embedding_dim: Whole = 0
+    """Size of a learned task embedding that is told beside the observations; 0 for none."""
     harmony_every: Whole = 0
     """Steps between logs of the averaged harmony score; 0: at mask updates alone."""
-
-    def task_embedding(self) -> int:
-        """Size of the learned task embedding, 0 for an algorithm without."""
-        return 0
 
 
 @dataclass(frozen=True)
@@ -59,9 +57,6 @@ class MTDTSettings(SequenceSettings):
 
     task_embedding_dim: Count = 16
     """Size of the learned task embedding."""
-
-    def task_embedding(self) -> int:
-        return self.task_embedding_dim
 
 
 def sequence_settings(setup: Setup) -> SequenceSettings:
@@ -84,7 +79,7 @@ def build_model(setup: Setup) -> DecisionTransformer:
         heads=heads,
         max_timesteps=own.model.max_timesteps,
         prompt_length=0 if prompt is None else prompt.prompt_length,
-        task_embedding_dim=own.task_embedding(),
+        task_embedding_dim=own.task_embedding_dim,
         dropout=own.model.dropout,
         embedding_dropout=own.model.embedding_dropout,
         initialisation=own.model.initialisation,

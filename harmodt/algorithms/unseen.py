@@ -1,7 +1,8 @@
 """Acting on tasks that were not trained on: under which mask, and told the task by what.
 
 A few prompt episodes of the task are all that is taken from its data. Observations are normalised
-by the mean of the training tasks' statistics, and MTDT is told the mean of their embeddings.
+by the mean of the training tasks' statistics, and a model with a task embedding is told the mean of
+theirs.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def unseen_policy(
         TaskConditioning.of_unseen(task, setup.conditioning, setup.config) for task in tasks
     )
     setup_unseen = dataclasses.replace(setup, conditioning=conditioning)
-    model = _load_model(setup_unseen, checkpoint)
+    model = build_model(setup_unseen)
+    _load_weights(model, checkpoint)
     masked = isinstance(setup.config.own, RandomMaskSettings)
     mask = unseen.mask or ("voted" if masked else "none")
     bits = None
@@ -111,7 +113,7 @@ def nearest_tasks(
     """For each unseen task, the training task whose gradient has the largest cosine with its own.
 
     Gradients are those of the dense model over the maskable weights, on windows of the prompt
-    episodes of either task.
+    episodes of either task. A task embedding is the same for all of them, as for unseen tasks.
 
     Args:
         setup: the run's.
@@ -124,7 +126,7 @@ def nearest_tasks(
     learner = SequenceLearner(
         dataclasses.replace(setup, conditioning=tasks), [_prompts_as_data(task) for task in tasks]
     )
-    checkpoint.copy_to(model_tensors(learner.model))
+    _load_weights(learner.model, checkpoint)
     learner.model.eval()
     losses = learner.losses_of_draws(checkpoint.step)
     trained = len(setup.conditioning)
@@ -153,13 +155,11 @@ def _prompts_as_data(task: TaskConditioning) -> TaskData:
     return TaskData(task.name, task.prompts, task.prompts, task.mean, task.deviation, 0.0, 0.0)
 
 
-def _load_model(setup: Setup, checkpoint: Checkpoint) -> DecisionTransformer:
-    """The checkpoint's model, for tasks whose embedding is the mean of the training tasks'."""
-    model = build_model(setup)
+def _load_weights(model: DecisionTransformer, checkpoint: Checkpoint) -> None:
+    """Copy the checkpoint's weights; every task's embedding is the mean of the training tasks'."""
     parameters = model_tensors(model)
     embedding = parameters.pop("model.task_embedding.weight", None)
     checkpoint.copy_to(parameters)
     if embedding is not None:
         trained = checkpoint.tensors["model.task_embedding.weight"]
-        embedding.data.copy_(trained.mean(0, keepdim=True).expand_as(embedding))
-    return model
+        embedding.copy_(trained.mean(0))
