@@ -205,16 +205,17 @@ def _check(path: Path, tensors: Mapping[str, Tensor], description: Description) 
             if not bool(torch.isfinite(tensor).all()):
                 raise _damaged(path, f"{name} has numbers that are NaN or infinite")
     masks = tensors.get("masks")
-    if masks is None or description.active_weights is None:
+    if masks is None or not description.active_weights:
         return
     if masks.dtype != torch.int32 or masks.shape[:1] != (len(description.tasks),):
         raise _damaged(path, f"masks is {masks.dtype} {list(masks.shape)}")
-    for task, active in zip(description.tasks, count_bits(masks).tolist(), strict=True):
-        if active != description.active_weights:
+    found = count_bits(masks).tolist()
+    for task, active, at_first in zip(
+        description.tasks, found, description.active_weights, strict=True
+    ):
+        if active != at_first:
             raise _damaged(
-                path,
-                f"the mask of {task} has {active} active weights, and those of the run "
-                f"{description.active_weights}",
+                path, f"the mask of {task} has {active} active weights, and at first {at_first}"
             )
 
 

@@ -148,7 +148,7 @@ def _write(config: ImportCheckpointConfig, found: AuthorsCheckpoint, run: Run) -
     run.directory.update(
         {
             "config": to_json(change(run.config, places)),
-            "active_weights": None,  # theirs are drawn one by one: each mask has its own number
+            **trainer.learner.describe(),  # the numbers of active weights are of their masks
             "imported": str(config.file.absolute()),
         }
     )

@@ -21,7 +21,7 @@ from .errors import UserError
 from .files import read_sealed, write_sealed
 
 FORMAT = "harmodt-run"
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Description:
         store: the checksum of the store that it trains on.
         conditioning: the checksum of that file.
         config: all settings as JSON.
-        active_weights: of each task's mask, at every step; None without masks.
+        active_weights: of each task's mask, at every step; none without masks.
         changes: settings that were changed when it went on, with the step, before and after.
     """
 
@@ -45,8 +45,12 @@ class Description:
     store: str
     conditioning: str
     config: dict[str, Any]
-    active_weights: int | None = None
+    active_weights: tuple[int, ...] = ()
     changes: tuple[dict[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.active_weights and len(self.active_weights) != len(self.tasks):
+            raise ValueError("active_weights is of another number of tasks")
 
 
 @dataclass(frozen=True)

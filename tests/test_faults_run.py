@@ -411,8 +411,8 @@ def one_more(tensors):
     [
         (as_integers, "is torch.int32, not torch.float32"),
         (not_finite, "optimizer.first_moment has numbers that are NaN"),
-        (all_zero, "has 0 active weights, and those of the run"),
-        (one_more, "active weights, and those of the run"),
+        (all_zero, "has 0 active weights, and at first"),
+        (one_more, "active weights, and at first"),
         (lambda tensors: tensors.pop("optimizer.first_moment"), "does not have it"),
     ],
 )
@@ -428,11 +428,17 @@ def test_tensors_that_cannot_be_the_runs_are_refused(run, change, message):
     assert message in refused(run)
 
 
+def test_as_many_numbers_of_active_weights_as_tasks(run):
+    directory = RunDirectory(run)
+    directory.update({"active_weights": [directory.read().active_weights[0]]})
+    assert "is damaged (active_weights is of another number of tasks)" in refused(run)
+
+
 def test_masks_keep_their_density(run):
     """What a checkpoint is refused for does not happen by itself."""
     before = RunDirectory(run).read().active_weights
     bits = final(run)["masks"].numpy().view(np.uint8)
-    assert np.unpackbits(bits, axis=1).sum(1).tolist() == [before] * 2
+    assert np.unpackbits(bits, axis=1).sum(1).tolist() == list(before)
 
 
 # Pruning

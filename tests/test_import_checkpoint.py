@@ -140,10 +140,20 @@ def test_the_run_acts_as_their_model_does(tmp_path: Path, store: DataStore) -> N
 def test_a_run_says_what_it_is_of_and_can_be_opened_for_training(
     tmp_path: Path, store: DataStore
 ) -> None:
-    file = write(tmp_path / "weights.pt", public_content())
+    content = public_content()
+    for name, mask in content["env_masks"][NAMES[1]].items():
+        if name.endswith("ln_f.bias"):
+            mask.zero_()
+    file = write(tmp_path / "weights.pt", content)
     config = replace(config_of(tmp_path, file), step=300, target_return=4500.0)
     import_checkpoint(config)
     saved = SavedRun.open(tmp_path / "run")
+    counts = tuple(
+        int(sum(mask.sum() for name, mask in masks.items() if "ln_f" in name or ".h." in name))
+        for masks in content["env_masks"].values()
+    )
+    assert saved.directory.read().active_weights == counts
+    assert len(set(counts)) > 1
     assert [task.target_return for task in saved.conditioning] == [4500.0] * 3
     for task in saved.conditioning:
         assert task.deviation[5] == np.float32(1e-6)  # of what is constant in the data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,11 +62,11 @@ class RandomMaskLearner(SequenceLearner):
         """The model and its masks as they are now, as a policy."""
         return _policy(self.setup, self.model, self.bank.bits, step)
 
-    def describe(self) -> dict[str, int]:
+    def describe(self) -> dict[str, Any]:
         """The numbers of parameters, of those that masks cover and of each mask's active ones."""
         return super().describe() | {
             "maskable": self.vector.maskable_count(),
-            "active_weights": int(self.bank.active_counts()[0]),
+            "active_weights": self.bank.active_counts().tolist(),
             "mask_bytes": self.bank.bits.nbytes,
         }
 

@@ -67,7 +67,7 @@ class Learner(Protocol):
     def policy(self, step: int) -> Policy:
         """What was learned in `step` steps, as a policy; it shares the learner's tensors."""
 
-    def describe(self) -> dict[str, int]:
+    def describe(self) -> dict[str, Any]:
         """Numbers for the run's description: `parameters`, and what there is to say of masks."""
 
     def resume_training(self) -> None:
