@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,9 +58,9 @@ def measure(store: DataStore, tasks: int) -> dict[str, Any]:
     return {"tasks": tasks, "mask_bytes": masks, "peak_bytes": peaks}
 
 
-def _random_bank(vector: ParameterVector, tasks: int, *_: Any) -> MaskBank:
+def _random_bank(vector: ParameterVector, sparsities: Sequence[float], *_: Any) -> MaskBank:
     """In place of masks of the right densities, which take long to draw for a thousand tasks."""
-    return MaskBank(vector, random_masks(tasks, vector.maskable_size // 32))
+    return MaskBank(vector, random_masks(len(sparsities), vector.maskable_size // 32))
 
 
 def _peak(store: Any, path: str, tasks: int) -> int | None:

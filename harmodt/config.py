@@ -18,6 +18,7 @@ from .errors import UserError
 from .settings import Count, NotNegative, Positive, Share, ShareBelowOne, Whole
 
 Precision = Literal["fp32", "tf32", "bf16"]
+MaskInitialisation = Literal["erk", "uniform", "magnitude"]
 
 # Beyond any use, and soon refused: a model of more is built for hours before memory ends.
 ModelSize = Annotated[int, Meta(ge=1, le=2**16)]
@@ -122,6 +123,11 @@ class MaskSettings:
 
     sparsity: ShareBelowOne = 0.2
     """S, the share of inactive weights in each mask."""
+    mask_initialisation: MaskInitialisation = "erk"
+    """Masks begin at random with ERK densities, at random with one density for all matrices, or
+    with the largest weights, the same for every task."""
+    shared_mask: bool = False
+    """Draw one mask for all tasks: harmodt-r keeps it, and learned masks begin with it."""
     unseen_threshold: ShareBelowOne = 0.5
     """Share of tasks above which a weight is active in the mask for unseen tasks (Eq. 13)."""
 

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import zlib
+from fractions import Fraction
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +12,8 @@ from hypothesis import strategies as st
 from tiny import make_model, no_masks, unpack_masks
 
 from harmodt.errors import UserError
-from harmodt.masks.bank import MaskBank, TaskMasks, erk_densities, vote
+from harmodt.masks.bank import MaskBank, TaskMasks, vote
+from harmodt.masks.initialisation import erk_counts, erk_densities, uniform_counts
 from harmodt.masks.vector import ParameterVector
 from harmodt.networks.decision_transformer import DecisionTransformer, TransformerConfig
 from harmodt_kernels import REFERENCE, MaskedLinear, pack_bits
@@ -29,7 +34,7 @@ def make_transformer(dimension: int = 32, heads: int = 2, layers: int = 2) -> De
 
 
 def make_bank(tasks: int, sparsity: float = 0.2, seed: int = 0, dimension: int = 32) -> MaskBank:
-    return MaskBank.initialise(make_transformer(dimension).vector, tasks, sparsity, seed)
+    return MaskBank.initialise(make_transformer(dimension).vector, [sparsity] * tasks, seed)
 
 
 def unpack(bits: torch.Tensor) -> np.ndarray:
@@ -77,7 +82,7 @@ def test_a_sparsity_outside_its_range_is_refused(sparsity: float) -> None:
 @pytest.mark.parametrize(("dimension", "heads"), [(32, 2), (24, 3)])
 def test_every_mask_has_the_erk_count_in_every_tensor(sparsity, dimension, heads) -> None:
     model = make_transformer(dimension, heads)
-    bank = MaskBank.initialise(model.vector, 3, sparsity, seed=5)
+    bank = MaskBank.initialise(model.vector, [sparsity] * 3, seed=5)
     parameters = dict(model.named_parameters())
     names = [name for name in parameters if name.startswith(("blocks.", "final_norm."))]
     shapes = [tuple(parameters[name].shape) for name in names]
@@ -96,9 +101,114 @@ def test_every_mask_has_the_erk_count_in_every_tensor(sparsity, dimension, heads
     assert bank.active_counts().tolist() == [sum(counts)] * 3
 
 
+@pytest.mark.parametrize(
+    ("sizes", "tasks", "sparsity", "seed", "drawn"),
+    [
+        ((32, 2, 2), 3, 0.2, 0, 0xF0B329E0),
+        ((24, 3, 2), 2, 0.9, 7, 0x924B737D),
+        ((128, 8, 6), 2, 0.2, 0, 0x08244D2D),
+    ],
+)
+def test_a_draw_is_that_of_every_version(sizes, tasks, sparsity, seed, drawn) -> None:
+    """Runs of one seed compare across versions as long as their masks are the same."""
+    bank = MaskBank.initialise(make_transformer(*sizes).vector, [sparsity] * tasks, seed)
+    assert zlib.crc32(bank.bits.numpy().tobytes()) == drawn
+
+
+def parts(model: DecisionTransformer, bits: torch.Tensor) -> tuple[dict, dict]:
+    """A mask's matrices and its vectors, by name."""
+    masks = unpack_masks(model, bits)
+    matrices = {name: mask for name, mask in masks.items() if mask.dim() == 2}
+    return matrices, {name: mask for name, mask in masks.items() if mask.dim() == 1}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sparsity=st.floats(0, 0.95),
+    dimension=st.sampled_from([24, 32]),
+    seed=st.integers(0, 2**32),
+)
+def test_uniform_masks_have_one_density_in_all_matrices(sparsity, dimension, seed) -> None:
+    model = make_transformer(dimension)
+    initialise = partial(MaskBank.initialise, model.vector, [sparsity] * 2, seed)
+    bank, erk = initialise("uniform"), initialise("erk")
+    assert torch.equal(bank.active_counts(), erk.active_counts())
+    for bits in bank.bits:
+        matrices, vectors = parts(model, bits)
+        assert all(mask.all() for mask in vectors.values())
+        counts = {name: int(mask.sum()) for name, mask in matrices.items()}
+        whole = sum(mask.numel() for mask in matrices.values())
+        for name, mask in matrices.items():  # a share of the whole, up or down to an integer
+            assert abs(counts[name] - Fraction(mask.numel() * sum(counts.values()), whole)) < 1
+    assert torch.equal(initialise("uniform").bits, bank.bits)
+    if sparsity > 0.01:
+        assert not torch.equal(*bank.bits)
+    assert not (bank.bits & ~bank.maskable_bits).any()
+
+
+def test_what_a_uniform_share_leaves_goes_to_the_largest_remainders() -> None:
+    layer = torch.nn.ModuleList(MaskedLinear(n, m, bias=False) for n, m in ((1, 3), (2, 3), (2, 2)))
+    slots = ParameterVector(layer, torch.device("cpu")).maskable_slots
+    assert sum(erk_counts(slots, 7 / 13)) == 6
+    assert uniform_counts(slots, 7 / 13) == [1, 3, 2]  # of 1.38, 2.77 and 1.85
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    sparsities=st.lists(st.floats(0, 0.95), min_size=1, max_size=3),
+    dimension=st.sampled_from([24, 32]),
+    digits=st.sampled_from([2, 9]),  # of 0.02 deviation: many ties, or hardly one
+)
+def test_masks_by_magnitude_are_a_sort(seed, sparsities, dimension, digits) -> None:
+    model = make_transformer(dimension)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        drawn = 0.02 * torch.randn(parameter.shape, generator=generator)
+        parameter.data.copy_(drawn.round(decimals=digits))
+    bank = MaskBank.initialise(model.vector, sparsities, seed, "magnitude")
+    erk = MaskBank.initialise(model.vector, sparsities, seed)
+    assert torch.equal(bank.active_counts(), erk.active_counts())
+    parameters = dict(model.named_parameters())
+    for bits in bank.bits:
+        matrices, vectors = parts(model, bits)
+        assert all(mask.all() for mask in vectors.values())
+        theta = np.concatenate([parameters[n].detach().double().flatten() for n in matrices])
+        kept = np.concatenate([mask.numpy().ravel() for mask in matrices.values()])
+        best = sorted(range(len(theta)), key=lambda i: (-abs(theta[i]), i))[: kept.sum()]
+        assert np.flatnonzero(kept).tolist() == sorted(best)
+    assert not (bank.bits & ~bank.maskable_bits).any()
+
+
+@pytest.mark.parametrize("initialisation", ["uniform", "magnitude"])
+def test_where_vectors_alone_are_too_many_the_share_is_named(initialisation: str) -> None:
+    vector = make_transformer().vector  # 3.5 % of its maskable weights are in vectors
+    MaskBank.initialise(vector, [0.96], 0, initialisation)
+    with pytest.raises(
+        UserError, match=r"sparsity is 0\.97, but biases .* are 3\.5% of what masks"
+    ):
+        MaskBank.initialise(vector, [0.5, 0.97], 0, initialisation)
+
+
+@pytest.mark.parametrize("initialisation", ["erk", "uniform"])
+def test_a_shared_mask_is_the_first_tasks(initialisation: str) -> None:
+    vector = make_transformer().vector
+    initialise = partial(MaskBank.initialise, vector, [0.3] * 3, 5, initialisation)
+    assert torch.equal(initialise(shared=True).bits, initialise().bits[:1].expand(3, -1))
+
+
+def test_every_task_has_the_count_of_its_own_sparsity() -> None:
+    model, sparsities = make_transformer(), [0.0, 0.9, 0.2, 0.5]
+    for initialisation in ("erk", "uniform", "magnitude"):
+        bank = MaskBank.initialise(model.vector, sparsities, 3, initialisation)
+        for task, sparsity in enumerate(sparsities):
+            same = MaskBank.initialise(model.vector, [sparsity] * 4, 3, initialisation)
+            assert torch.equal(bank.bits[task], same.bits[task])
+
+
 def test_tasks_are_drawn_independently_and_evenly() -> None:
     tasks, model = 200, make_transformer()
-    bank = MaskBank.initialise(model.vector, tasks, 0.5, seed=0)
+    bank = MaskBank.initialise(model.vector, [0.5] * tasks, seed=0)
     slot = model.vector.slots["blocks.1.mlp_up.weight"]
     masks = np.stack(
         [unpack_masks(model, bits)["blocks.1.mlp_up.weight"].numpy().ravel() for bits in bank.bits]
@@ -157,7 +267,7 @@ def test_half_of_the_tasks_do_not_pass_the_default_vote() -> None:
 )
 def test_updates_keep_counts_and_padding(seed, sparsity, dimension, counts, importance) -> None:
     model = make_transformer(dimension)
-    bank = MaskBank.initialise(model.vector, 3, sparsity, seed)
+    bank = MaskBank.initialise(model.vector, [sparsity] * 3, seed)
     before = bank.active_counts()
     generator = torch.Generator().manual_seed(seed)
     size = model.vector.maskable_size
@@ -183,7 +293,7 @@ def test_updates_keep_counts_and_padding(seed, sparsity, dimension, counts, impo
 
 def test_masks_are_stored_as_bits_alone() -> None:
     model = make_transformer(128, 8, layers=6)  # the paper's
-    per_task = MaskBank.initialise(model.vector, 1, 0.2, 0).bits.nbytes
+    per_task = MaskBank.initialise(model.vector, [0.2], 0).bits.nbytes
     assert model.vector.maskable_count() > 1.18e6
     assert 1000 * per_task <= 160e6
 
@@ -204,7 +314,7 @@ def test_without_bits_every_layer_is_dense() -> None:
 
 def test_each_layer_gets_its_part_of_the_masks() -> None:
     model = make_transformer(24, 3)
-    bank = MaskBank.initialise(model.vector, 2, 0.5, seed=1)
+    bank = MaskBank.initialise(model.vector, [0.5] * 2, seed=1)
     masks = bank.for_tasks(torch.tensor([1, 1, 0]))
     unpacked = [unpack_masks(model, bits) for bits in bank.bits]
     names = {module: name for name, module in model.named_modules()}

@@ -26,7 +26,7 @@ from .sequence import SequenceLearner, SequenceSettings, decision_policy, load_m
 
 @dataclass(frozen=True)
 class RandomMaskSettings(SequenceSettings):
-    """HarmoDT-R: masks that stay as they were drawn."""
+    """HarmoDT-R: masks that stay as they were at first."""
 
     prompt: PromptSettings = PromptSettings()
     masks: MaskSettings = MaskSettings()
@@ -43,12 +43,22 @@ class HarmoDTSettings(RandomMaskSettings):
 
 
 class RandomMaskLearner(SequenceLearner):
-    """Trains under masks that stay as they were drawn."""
+    """Trains under masks that stay as they were at first.
+
+    Raises:
+        UserError: the sparsity is too high for a mask that keeps all biases and LayerNorms.
+    """
 
     def __init__(self, setup: Setup, data: Sequence[TaskData]):
         super().__init__(setup, data)
-        settings, seed = mask_settings(setup), setup.config.run.seed
-        self.bank = MaskBank.initialise(self.vector, self.task_count, settings.sparsity, seed)
+        masks, seed = mask_settings(setup), setup.config.run.seed
+        self.bank = MaskBank.initialise(
+            self.vector,
+            [masks.sparsity] * self.task_count,
+            seed,
+            masks.mask_initialisation,
+            masks.shared_mask,
+        )
 
     def masks_of(self, task_ids: Tensor, group_gradients: Tensor | None = None) -> TaskMasks:
         """Each task's mask."""

@@ -22,8 +22,9 @@ from ..checkpoint import Checkpoint
 from ..data.inputs import TaskConditioning
 from ..data.store import TaskData
 from ..errors import UserError
-from ..masks.bank import draw_mask, vote
+from ..masks.bank import vote
 from ..masks.gradients import TaskGradients
+from ..masks.initialisation import draw_mask
 from ..masks.vector import ParameterVector
 from ..networks.decision_transformer import DecisionTransformer
 from ..policies.decision import DecisionPolicy

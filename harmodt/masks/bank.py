@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from harmodt_kernels import LayerMasks, count_bits, pack_bits, unpack_bits
 from harmodt_kernels.masked_linear import WeightGradients
 
+from ..config import MaskInitialisation
 from ..errors import UserError
+from .initialisation import first_masks
 from .vector import ParameterVector
 
 
@@ -83,28 +85,15 @@ class MaskBank:
 
     @classmethod
     def initialise(
-        cls, vector: ParameterVector, tasks: int, sparsity: float, seed: int
+        cls,
+        vector: ParameterVector,
+        sparsities: Sequence[float],
+        seed: int,
+        initialisation: MaskInitialisation = "erk",
+        shared: bool = False,
     ) -> MaskBank:
-        """Draw every task's mask independently at the ERK densities (Appendix C of the paper).
-
-        Args:
-            vector: the model's parameters; the draw depends on their shapes alone.
-            tasks: number of tasks.
-            sparsity: S, the share of inactive weights, in [0, 1).
-            seed: with the task's index, the seed of its mask.
-
-        Raises:
-            UserError: the sparsity is outside [0, 1).
-        """
-        slots = vector.maskable_slots
-        densities = erk_densities([(slot.rows, slot.columns) for slot in slots], sparsity)
-        bits = torch.empty(tasks, vector.maskable_size // 32, dtype=torch.int32)
-        counts = [
-            round(density * (slot.rows * slot.columns))
-            for slot, density in zip(slots, densities, strict=True)
-        ]
-        for task in range(tasks):
-            bits[task] = draw_mask(vector, counts, seed, task)
+        """The masks that tasks begin with; arguments and errors are those of `first_masks`."""
+        bits = first_masks(vector, sparsities, seed, initialisation, shared)
         return cls(vector, bits.to(vector.weights.device))
 
     def for_tasks(self, task_ids: Tensor, group_gradients: Tensor | None = None) -> TaskMasks:
@@ -114,23 +103,6 @@ class MaskBank:
     def active_counts(self) -> Tensor:
         """Number of active weights of each task, int64 [T]."""
         return count_bits(self.bits)
-
-
-def draw_mask(vector: ParameterVector, counts: Sequence[int], *seed: int) -> Tensor:
-    """A random mask, int32 [P_m / 32] on the CPU.
-
-    Args:
-        counts: active weights of each of the vector's `maskable_slots`.
-        seed: one or several numbers.
-    """
-    mask = torch.zeros(vector.maskable_size, dtype=torch.bool)
-    for slot, count in zip(vector.maskable_slots, counts, strict=True):
-        size = slot.rows * slot.columns
-        generator = torch.Generator().manual_seed(_mix(*seed, slot.offset))
-        chosen = torch.zeros(size, dtype=torch.bool)
-        chosen[torch.randperm(size, generator=generator)[:count]] = True
-        slot.view(mask).copy_(chosen.view(slot.shape))
-    return pack_bits(mask)
 
 
 def vote(bits: Tensor, threshold: float = 0.5) -> Tensor:
@@ -158,36 +130,3 @@ def vote(bits: Tensor, threshold: float = 0.5) -> Tensor:
     for row in bits:
         votes += unpack_bits(row, len(votes))
     return pack_bits(votes > most)
-
-
-def erk_densities(shapes: Sequence[tuple[int, int]], sparsity: float) -> list[float]:
-    """Erdős–Rényi-Kernel densities whose overall density is 1 − sparsity (Appendix C).
-
-    A tensor of shape (rows, columns) gets ε (rows + columns) / (rows columns); a vector of n
-    elements, n / n = 1 times ε. Tensors whose density would pass 1 become dense and ε is solved
-    again over the rest.
-
-    Raises:
-        UserError: the sparsity is outside [0, 1).
-    """
-    if not 0.0 <= sparsity < 1.0:
-        raise UserError(f"sparsity is {sparsity}, but a share of inactive weights lies in [0, 1)")
-    sizes = [rows * columns for rows, columns in shapes]
-    scores = [(rows + columns) / (rows * columns) if rows > 1 else 1.0 for rows, columns in shapes]
-    dense: set[int] = set()
-    while True:
-        wanted = (1.0 - sparsity) * sum(sizes) - sum(sizes[i] for i in dense)
-        rest = [i for i in range(len(sizes)) if i not in dense]
-        epsilon = wanted / sum(scores[i] * sizes[i] for i in rest) if rest else 0.0
-        passing = {i for i in rest if epsilon * scores[i] > 1.0}
-        if not passing:
-            return [1.0 if i in dense else epsilon * scores[i] for i in range(len(sizes))]
-        dense |= passing
-
-
-def _mix(*numbers: int) -> int:
-    """One seed from several numbers."""
-    seed = 0
-    for number in numbers:
-        seed = (seed * 1_000_003 + number + 1) % (2**63)
-    return seed

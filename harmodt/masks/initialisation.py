@@ -1,0 +1,160 @@
+"""The masks that tasks begin with: how many weights of each tensor they have, and which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from harmodt_kernels import pack_bits
+
+from ..config import MaskInitialisation
+from ..errors import UserError
+from .vector import ParameterVector, Slot
+
+
+def first_masks(
+    vector: ParameterVector,
+    sparsities: Sequence[float],
+    seed: int,
+    initialisation: MaskInitialisation = "erk",
+    shared: bool = False,
+) -> Tensor:
+    """The masks that tasks begin with, int32 [T, P_m / 32] on the CPU.
+
+    A mask of some sparsity has as many weights whichever way it is chosen.
+
+    Args:
+        vector: the model's parameters; "magnitude" reads them, and the others their shapes alone.
+        sparsities: S of each task, the share of inactive weights, in [0, 1).
+        seed: with the task's index, the seed of its mask.
+        initialisation: erk: drawn at the ERK densities (Appendix C of the paper). uniform: all of
+            the vectors, which are biases and LayerNorms, and as large a share of each matrix. So it
+            is usual where densities are compared, as in RigL (arXiv 1911.11134), and at most
+            sparsities ERK keeps the vectors too. magnitude: the vectors and, of all matrices
+            together, the weights of largest |θ|, the first on ties; it is the same for every task.
+        shared: all tasks have the draw of the first.
+
+    Raises:
+        UserError: a sparsity is outside [0, 1), or the vectors alone are more than it leaves.
+    """
+    counted = erk_counts if initialisation == "erk" else uniform_counts
+    counts = [counted(vector.maskable_slots, sparsity) for sparsity in sparsities]
+    if initialisation == "magnitude":
+        return _largest(vector, [sum(of_task) for of_task in counts])
+    return torch.stack(
+        [draw_mask(vector, c, seed, 0 if shared else task) for task, c in enumerate(counts)]
+    )
+
+
+def erk_counts(slots: Sequence[Slot], sparsity: float) -> list[int]:
+    """Active weights of each tensor at the ERK densities, each rounded.
+
+    Raises:
+        UserError: the sparsity is outside [0, 1).
+    """
+    densities = erk_densities([(slot.rows, slot.columns) for slot in slots], sparsity)
+    return [
+        round(density * (slot.rows * slot.columns))
+        for slot, density in zip(slots, densities, strict=True)
+    ]
+
+
+def erk_densities(shapes: Sequence[tuple[int, int]], sparsity: float) -> list[float]:
+    """Erdős–Rényi-Kernel densities whose overall density is 1 − sparsity (Appendix C).
+
+    A tensor of shape (rows, columns) gets ε (rows + columns) / (rows columns); a vector of n
+    elements, n / n = 1 times ε. Tensors whose density would pass 1 become dense and ε is solved
+    again over the rest.
+
+    Raises:
+        UserError: the sparsity is outside [0, 1).
+    """
+    if not 0.0 <= sparsity < 1.0:
+        raise UserError(f"sparsity is {sparsity}, but a share of inactive weights lies in [0, 1)")
+    sizes = [rows * columns for rows, columns in shapes]
+    scores = [(rows + columns) / (rows * columns) if rows > 1 else 1.0 for rows, columns in shapes]
+    dense: set[int] = set()
+    while True:
+        wanted = (1.0 - sparsity) * sum(sizes) - sum(sizes[i] for i in dense)
+        rest = [i for i in range(len(sizes)) if i not in dense]
+        epsilon = wanted / sum(scores[i] * sizes[i] for i in rest) if rest else 0.0
+        passing = {i for i in rest if epsilon * scores[i] > 1.0}
+        if not passing:
+            return [1.0 if i in dense else epsilon * scores[i] for i in range(len(sizes))]
+        dense |= passing
+
+
+def uniform_counts(slots: Sequence[Slot], sparsity: float) -> list[int]:
+    """Active weights of each tensor, as many in all as ERK's: all of vectors, a share of matrices.
+
+    The share of a matrix is rounded down, and of what then remains one each goes to the matrices
+    that lost most (largest remainders, the first on ties).
+
+    Raises:
+        UserError: the sparsity is outside [0, 1), or the vectors alone are more than it leaves.
+    """
+    counts = [slot.rows * slot.columns for slot in slots]
+    matrices = [i for i, slot in enumerate(slots) if len(slot.shape) == 2]
+    whole = sum(counts[i] for i in matrices)
+    kept = sum(erk_counts(slots, sparsity)) - (sum(counts) - whole)
+    if kept < 0:
+        raise UserError(
+            f"sparsity is {sparsity}, but biases and LayerNorms, which uniform masks and those by "
+            f"magnitude keep, are {1 - whole / sum(counts):.1%} of what masks cover: lower it, or "
+            "begin with erk"
+        )
+    remainders = {i: counts[i] * kept % whole for i in matrices}
+    for i in matrices:
+        counts[i] = counts[i] * kept // whole
+    left = kept - sum(counts[i] for i in matrices)
+    for i in sorted(matrices, key=lambda i: -remainders[i])[:left]:
+        counts[i] += 1
+    return counts
+
+
+def draw_mask(vector: ParameterVector, counts: Sequence[int], *seed: int) -> Tensor:
+    """A random mask, int32 [P_m / 32] on the CPU.
+
+    Args:
+        counts: active weights of each of the vector's `maskable_slots`.
+        seed: one or several numbers.
+    """
+    mask = torch.zeros(vector.maskable_size, dtype=torch.bool)
+    for slot, count in zip(vector.maskable_slots, counts, strict=True):
+        size = slot.rows * slot.columns
+        generator = torch.Generator().manual_seed(_mix(*seed, slot.offset))
+        chosen = torch.zeros(size, dtype=torch.bool)
+        chosen[torch.randperm(size, generator=generator)[:count]] = True
+        slot.view(mask).copy_(chosen.view(slot.shape))
+    return pack_bits(mask)
+
+
+def _largest(vector: ParameterVector, counts: Sequence[int]) -> Tensor:
+    """Masks of all vectors and of the weights of largest |θ|, int32 [T, P_m / 32].
+
+    Args:
+        counts: active weights of each mask.
+    """
+    magnitudes = vector.weights[: vector.maskable_size].abs().cpu()
+    places = torch.arange(vector.maskable_size)
+    for slot in vector.maskable_slots:
+        if len(slot.shape) == 1:
+            slot.view(magnitudes).fill_(torch.inf)
+    elements = torch.cat([slot.view(places).flatten() for slot in vector.maskable_slots])
+    order = elements[magnitudes[elements].sort(descending=True, stable=True).indices]
+    masks = torch.empty(len(counts), vector.maskable_size // 32, dtype=torch.int32)
+    for row, count in zip(masks, counts, strict=True):
+        chosen = torch.zeros(vector.maskable_size, dtype=torch.bool)
+        chosen[order[:count]] = True
+        row.copy_(pack_bits(chosen))
+    return masks
+
+
+def _mix(*numbers: int) -> int:
+    """One seed from several numbers."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 1_000_003 + number + 1) % (2**63)
+    return seed
