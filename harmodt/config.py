@@ -7,6 +7,7 @@ over all groups: on a command line each is a flag.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -123,6 +124,11 @@ class MaskSettings:
 
     sparsity: ShareBelowOne = 0.2
     """S, the share of inactive weights in each mask."""
+    task_sparsity: tuple[str, ...] = ()
+    """TASK=SHARE: another sparsity for a task, or for all tasks of a set; the last one counts."""
+    sparsity_by_loss: tuple[ShareBelowOne, ShareBelowOne] | None = None
+    """Lowest and highest sparsity, in place of one for all: the task of highest loss under the
+    initial weights has the lowest, and those between are evenly spaced in the order of losses."""
     mask_initialisation: MaskInitialisation = "erk"
     """Masks begin at random with ERK densities, at random with one density for all matrices, or
     with the largest weights, the same for every task."""
@@ -130,6 +136,42 @@ class MaskSettings:
     """Draw one mask for all tasks: harmodt-r keeps it, and learned masks begin with it."""
     unseen_threshold: ShareBelowOne = 0.5
     """Share of tasks above which a weight is active in the mask for unseen tasks (Eq. 13)."""
+
+    def sparsities(self) -> list[tuple[str, float]]:
+        """Name and sparsity of each entry of `task_sparsity`.
+
+        Raises:
+            UserError: an entry is of another form, or its share outside [0, 1).
+        """
+        found = []
+        for entry in self.task_sparsity:
+            name, _, share = entry.rpartition("=")
+            try:
+                sparsity = float(share)
+            except ValueError:
+                sparsity = math.nan
+            if not name or not 0 <= sparsity < 1:
+                raise UserError(
+                    f"task_sparsity is {entry!r}: give TASK=SHARE with a share in [0, 1), such as "
+                    "reach=0.3"
+                )
+            found.append((name, sparsity))
+        return found
+
+    def check(self) -> None:
+        """Refuse settings that do not fit together.
+
+        Raises:
+            UserError: a sparsity that cannot be, or a setting that another one leaves no use.
+        """
+        self.sparsities()
+        names = ("shared_mask", "task_sparsity", "sparsity_by_loss")
+        given = [name for name in names if getattr(self, name)]
+        if len(given) > 1:
+            raise UserError(f"{given[0]} and {given[1]} exclude each other: leave one of them out")
+        if self.sparsity_by_loss and self.sparsity_by_loss[0] > self.sparsity_by_loss[1]:
+            low, high = self.sparsity_by_loss
+            raise UserError(f"sparsity_by_loss is {low} {high}: give the lowest first")
 
 
 @dataclass(frozen=True)
@@ -154,8 +196,9 @@ class LearnedMaskSettings(MaskSettings):
         """Refuse bounds that do not fit together.
 
         Raises:
-            UserError: eta_min is above eta_max.
+            UserError: eta_min is above eta_max, or as for masks that are not learned.
         """
+        super().check()
         if self.eta_min > self.eta_max:
             raise UserError(f"eta_min {self.eta_min} is above eta_max {self.eta_max}: lower it")
 

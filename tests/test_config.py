@@ -24,7 +24,7 @@ def test_settings_survive_json(algorithm: str, name: str) -> None:
     config = preset(name, algorithm)
     changes = {
         "data": Path("some/store"), "tasks": ("reach-v3", "mt5"), "output": Path("runs/a"),
-        "target_return": 12.5, "layers": 2,
+        "target_return": 12.5, "layers": 2, "sparsity_by_loss": (0.1, 0.3),
     }  # fmt: skip
     for each in (config, change(config, changes)):
         check(each)

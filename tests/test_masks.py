@@ -13,7 +13,12 @@ from tiny import make_model, no_masks, unpack_masks
 
 from harmodt.errors import UserError
 from harmodt.masks.bank import MaskBank, TaskMasks, vote
-from harmodt.masks.initialisation import erk_counts, erk_densities, uniform_counts
+from harmodt.masks.initialisation import (
+    erk_counts,
+    erk_densities,
+    sparsities_by_loss,
+    uniform_counts,
+)
 from harmodt.masks.vector import ParameterVector
 from harmodt.networks.decision_transformer import DecisionTransformer, TransformerConfig
 from harmodt_kernels import REFERENCE, MaskedLinear, pack_bits
@@ -204,6 +209,21 @@ def test_every_task_has_the_count_of_its_own_sparsity() -> None:
         for task, sparsity in enumerate(sparsities):
             same = MaskBank.initialise(model.vector, [sparsity] * 4, 3, initialisation)
             assert torch.equal(bank.bits[task], same.bits[task])
+
+
+@settings(deadline=None)
+@given(
+    losses=st.lists(st.integers(0, 4).map(float), min_size=1, max_size=12),
+    bounds=st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)),
+)
+def test_the_sparsity_falls_evenly_with_the_rank_of_the_loss(losses, bounds) -> None:
+    low, high = sorted(bounds)
+    found = sparsities_by_loss(torch.tensor(losses), low, high)
+    assert np.mean(found) == pytest.approx((low + high) / 2)
+    order = sorted(range(len(losses)), key=lambda i: (losses[i], i))
+    expected = np.linspace(high, low, len(losses)) if len(losses) > 1 else [(low + high) / 2]
+    np.testing.assert_allclose([found[i] for i in order], expected, atol=1e-12)
+    assert all(0 <= sparsity < 1 for sparsity in found)
 
 
 def test_tasks_are_drawn_independently_and_evenly() -> None:

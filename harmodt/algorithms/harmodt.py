@@ -14,8 +14,10 @@ from harmodt_kernels.harmony_selection import Importance
 from ..checkpoint import Checkpoint
 from ..config import LearnedMaskSettings, MaskSettings, PromptSettings
 from ..data.store import TaskData
+from ..environments import family
 from ..errors import UserError
 from ..masks.bank import MaskBank, TaskMasks
+from ..masks.initialisation import sparsities_by_loss
 from ..masks.update import MaskUpdater
 from ..masks.vector import ParameterVector
 from ..networks.decision_transformer import DecisionTransformer
@@ -46,19 +48,33 @@ class RandomMaskLearner(SequenceLearner):
     """Trains under masks that stay as they were at first.
 
     Raises:
-        UserError: the sparsity is too high for a mask that keeps all biases and LayerNorms.
+        UserError: a task's sparsity cannot be, or is given to a task that there is not.
     """
 
     def __init__(self, setup: Setup, data: Sequence[TaskData]):
         super().__init__(setup, data)
         masks, seed = mask_settings(setup), setup.config.run.seed
         self.bank = MaskBank.initialise(
-            self.vector,
-            [masks.sparsity] * self.task_count,
-            seed,
-            masks.mask_initialisation,
-            masks.shared_mask,
+            self.vector, self._sparsities(), seed, masks.mask_initialisation, masks.shared_mask
         )
+
+    def _sparsities(self) -> list[float]:
+        """S of each task's mask."""
+        bounds = mask_settings(self.setup).sparsity_by_loss
+        if bounds is None:
+            return task_sparsities(self.setup)
+        return sparsities_by_loss(self._losses_at_first(), *bounds)
+
+    def _losses_at_first(self) -> Tensor:
+        """Each task's loss, [T], under all of the initial weights on a batch of its own."""
+        losses, found = self.losses_of_draws(0), []
+        self.model.eval()
+        with torch.no_grad(), self.execution.computing():
+            for task in range(self.task_count):
+                ids = torch.tensor([task], device=self.execution.device)
+                found.append(losses([task], super().masks_of(ids)))
+        self.model.train()
+        return torch.cat(found)
 
     def masks_of(self, task_ids: Tensor, group_gradients: Tensor | None = None) -> TaskMasks:
         """Each task's mask."""
@@ -146,6 +162,25 @@ def load_masks(vector: ParameterVector, checkpoint: Checkpoint, tasks: int) -> T
 def _policy(setup: Setup, model: DecisionTransformer, bits: Tensor, step: int) -> DecisionPolicy:
     threshold = mask_settings(setup).unseen_threshold
     return decision_policy(setup, model, bits, step, unseen_threshold=threshold)
+
+
+def task_sparsities(setup: Setup) -> list[float]:
+    """S of each task's mask as the settings name it.
+
+    Raises:
+        UserError: a task is named that there is not, or that the run does not train on.
+    """
+    masks, environments = mask_settings(setup), family(setup.environment.family)
+    sparsities = {task.name: masks.sparsity for task in setup.conditioning}
+    for name, sparsity in masks.sparsities():
+        for task in environments.resolve_tasks((name,)):
+            if task not in sparsities:
+                raise UserError(
+                    f"task_sparsity names {task}, and the run trains on {', '.join(sparsities)}: "
+                    "leave it out, or train on it"
+                )
+            sparsities[task] = sparsity
+    return list(sparsities.values())
 
 
 def mask_settings(setup: Setup) -> MaskSettings:

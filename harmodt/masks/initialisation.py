@@ -131,6 +131,21 @@ def draw_mask(vector: ParameterVector, counts: Sequence[int], *seed: int) -> Ten
     return pack_bits(mask)
 
 
+def sparsities_by_loss(losses: Tensor, low: float, high: float) -> list[float]:
+    """S of each task by the rank of its loss: `low` for the highest loss, `high` for the lowest.
+
+    The ranks between are evenly spaced, so that the mean is that of `low` and `high` whatever the
+    losses; the first of equal losses counts as the lower. A single task gets the mean. This rule is
+    of this project: the paper says only that one sparsity for all tasks is a limitation.
+
+    Args:
+        losses: [T].
+    """
+    ranks = losses.argsort(stable=True).argsort().tolist()
+    last = len(ranks) - 1
+    return [high - (high - low) * (rank / last if last else 0.5) for rank in ranks]
+
+
 def _largest(vector: ParameterVector, counts: Sequence[int]) -> Tensor:
     """Masks of all vectors and of the weights of largest |θ|, int32 [T, P_m / 32].
 
