@@ -28,7 +28,8 @@ class TaskMasks:
         task_ids: int64 [G], the task of each group.
         group_gradients: [G, P_m] or None. A backward pass writes each group's gradient of the
             maskable weights to it by itself, or to [1, P_m] their sum; those weights' own gradients
-            then get nothing. To [1, P] it writes the sums of all weights' gradients.
+            then get nothing. To [G, P] or [1, P] it writes those of all weights, but for a task
+            embedding's, which autograd brings to its parameter.
         queue: where the gradients of linear layers wait to be computed together; its `finish` is to
             be called after a backward pass.
     """
@@ -59,7 +60,9 @@ class TaskMasks:
         )
 
     def gradients_of(self, module: nn.Module) -> list[Tensor] | None:
-        """Where the gradients of a module that no mask covers go: [1, *shape] for each parameter.
+        """Where the gradients of a module that no mask covers go, for each parameter.
+
+        They are [G, *shape] for those of each group, or [1, *shape] for their sums.
 
         None if group_gradients does not reach them, and they get their gradients themselves.
         """
