@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TRAIN, MASKS, INITIALISE, TASKS, DROPOUT, NOISE = range(6)
+TRAIN, MASKS, INITIALISE, TASKS, DROPOUT, NOISE, SURGERY = range(7)
 """What a draw is for."""
 
 _WORD = 0xFFFFFFFF

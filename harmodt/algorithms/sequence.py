@@ -20,7 +20,8 @@ from ..data.order import TaskOrder
 from ..data.store import TaskData
 from ..data.trajectories import choose_place
 from ..data.windows import WindowSampler
-from ..draws import MASKS, TRAIN, Seeds, dropout_seeds
+from ..draws import MASKS, SURGERY, TRAIN, Draws, Seeds, dropout_seeds
+from ..errors import UserError
 from ..masks.bank import TaskMasks
 from ..masks.gradients import TaskGradients, TaskLosses, averaged_harmony
 from ..networks.decision_transformer import DecisionTransformer, TransformerConfig
@@ -28,6 +29,7 @@ from ..policies.decision import DecisionPolicy
 from ..settings import Count, Whole
 from .learner import Setup, StepResult
 from .optimiser import Optimiser
+from .surgery import SurgerySettings, combine
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class SequenceSettings(AlgorithmSettings):
     """Size of a learned task embedding that is told beside the observations; 0 for none."""
     harmony_every: Whole = 0
     """Steps between logs of the averaged harmony score; 0: at mask updates alone."""
+    gradients: SurgerySettings = SurgerySettings()
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,9 @@ class SequenceLearner:
     Args:
         setup: the run's settings, tasks and device.
         data: one entry per task; index = task id.
+
+    Raises:
+        UserError: there is nothing to operate on, for a step has one task alone.
     """
 
     def __init__(self, setup: Setup, data: Sequence[TaskData]):
@@ -162,7 +168,23 @@ class SequenceLearner:
         self.sampler = WindowSampler(data, inputs, self.settings.model.context_length, device)
         self._seeds = Seeds(run.seed)
         self.feed = Feed(self.sampler, order, run.seed, self._of_steps)
-        self._step = setup.execution.repeated(self._compute)
+        self._of_tasks = self._places_of_tasks()
+        # CAGrad computes on the host, which no graph can hold.
+        repeats = self.settings.gradients.surgery != "cagrad"
+        self._step = setup.execution.repeated(self._compute) if repeats else self._compute
+
+    def _places_of_tasks(self) -> Tensor | None:
+        """Where a step with surgery has its tasks' gradients, float32 [G, P]; None without."""
+        surgery, tasks = self.settings.gradients.surgery, self.setup.config.data.tasks_per_step
+        if surgery == "none":
+            return None
+        if tasks == 1:
+            raise UserError(
+                f"surgery {surgery} operates on the gradients of several tasks, and tasks_per_step "
+                "is 1: give --tasks-per-step 2 or more, or --surgery none"
+            )
+        # zeros, because nothing is written to the padding
+        return self.vector.weights.new_zeros(tasks, len(self.vector.weights))
 
     def train_step(self, step: int) -> StepResult:
         """One optimiser step (Eq. 11) over some tasks."""
@@ -173,28 +195,43 @@ class SequenceLearner:
         return StepResult(task_ids, result[:-1], result[-1])
 
     def _of_steps(self, steps: range) -> list[Tensor]:
-        """What steps read beside their windows: the optimiser's rates and the seeds of dropout."""
+        """What steps read beside their windows: the optimiser's rates, seeds of dropout, number."""
         numbers = torch.arange(steps.start - 1, steps.stop - 1)
         seeds = dropout_seeds(self.setup.config.run.seed, TRAIN, numbers, self.model.dropout_places)
         # Each seed twice, so that all lie at multiples of 16 bytes.
-        return [self.optimiser.rates(steps), seeds[..., None].expand(-1, -1, 2)]
+        return [self.optimiser.rates(steps), seeds[..., None].expand(-1, -1, 2), numbers]
 
     def _compute(self) -> Tensor:
         """The step whose inputs were loaded: losses [G] and the gradient's norm, as one tensor.
 
         All of it is computed on the device, from tensors that stay where they are.
         """
-        (batch, targets), (rates, seeds) = self.feed.batch(), self.feed.more
+        (batch, targets), (rates, seeds, number) = self.feed.batch(), self.feed.more
         self.vector.gradient.zero_()
-        # Where the layers are fused, they write their gradients here; autograd would add them.
-        sums = self.vector.gradient[None] if self.setup.config.run.fused else None
+        places = self._of_tasks
+        if places is None and self.setup.config.run.fused:
+            # The layers write their gradients here; autograd would add them.
+            places = self.vector.gradient[None]
         with self.execution.computing():
-            masks = self.masks_of(batch.task_ids, sums)
+            masks = self.masks_of(batch.task_ids, places)
             losses = self.losses(batch, targets, masks, seeds[:, 0])
-            losses.mean().backward()
+            (losses.mean() if self._of_tasks is None else losses.sum()).backward()
             masks.queue.finish()
-            norm = self.optimiser.step(masks.bits, batch.task_ids, rates)
+        if self._of_tasks is not None:  # in float32 whatever the precision of the products
+            self._operate(self._of_tasks, batch.task_ids, number)
+        norm = self.optimiser.step(masks.bits, batch.task_ids, rates)
         return torch.cat((losses.detach(), norm[None]))
+
+    def _operate(self, gradients: Tensor, task_ids: Tensor, step: Tensor) -> None:
+        """Make the step's gradient of its tasks', [G, P]."""
+        if self.model.config.task_embedding_dim:
+            # Autograd has brought its gradient, whose rows are of one task each.
+            slot = self.vector.slots["task_embedding.weight"]
+            own = torch.arange(self.task_count, device=task_ids.device) == task_ids[:, None]
+            of_rows = slot.view(self.vector.gradient)
+            slot.of_groups(gradients).copy_(torch.where(own[..., None], of_rows, 0.0))
+        draws = Draws(self.setup.config.run.seed, SURGERY, step)
+        self.vector.gradient.copy_(combine(gradients, self.settings.gradients, draws))
 
     def losses(
         self, batch: Batch, targets: Tensor, masks: TaskMasks, seeds: Tensor | None = None

@@ -140,11 +140,22 @@ class TokenEmbedding(nn.Module):
 
     def forward(self, steps: Steps, masks: TaskMasks) -> Tensor:
         """Embed time steps: [G, B, 3 L, d]."""
+        gradients = masks.gradients_of(self)
+        if gradients is None or len(gradients[0]) == 1:
+            return self._embed(steps, gradients)
+        tokens = []
+        for group in range(len(gradients[0])):  # by itself, to write its own gradients
+            only = slice(group, group + 1)
+            of_group = Steps(*(values[only] for values in steps))
+            tokens.append(self._embed(of_group, [gradient[only] for gradient in gradients]))
+        return torch.cat(tokens)
+
+    def _embed(self, steps: Steps, gradients: list[Tensor] | None) -> Tensor:
         tokens = self.backend.token_embedding(
             (steps.returns_to_go[..., None], steps.observations, steps.actions),
             steps.timesteps,
             list(self.parameters()),
-            masks.gradients_of(self),
+            gradients,
         )  # [G, B, L, 3, d]
         return tokens.flatten(2, 3)
 

@@ -1,0 +1,218 @@
+"""Gradient surgery: what a step makes of its tasks' gradients in place of their mean.
+
+PCGrad (Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, arXiv 2001.06782),
+CAGrad (Liu et al., "Conflict-Averse Gradient Descent for Multi-task Learning", NeurIPS 2021, arXiv
+2110.14048) and GradDrop (Chen et al., "Just Pick a Sign", NeurIPS 2020, arXiv 2010.06808).
+
+All are on the scale of the mean of the tasks' gradients, where PCGrad's and GradDrop's papers have
+the sum: learning rate and clipping mean what they mean without surgery.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..draws import Draws
+from ..settings import Share, ShareBelowOne
+
+_COLUMNS = 1 << 16  # of the gradients that are in float64 at a time
+_DEPENDENT = 1e-9  # a gradient's squared part outside of others' span, relative, that is rounding
+
+
+@dataclass(frozen=True)
+class SurgerySettings:
+    """What a step makes of its tasks' gradients."""
+
+    surgery: Literal["none", "pcgrad", "cagrad", "graddrop"] = "none"
+    """Their mean, or surgery on the gradients of all weights, which takes several tasks per step.
+    CAGrad solves a small problem on the CPU: its steps are not one CUDA graph."""
+    cagrad_c: ShareBelowOne = 0.4
+    """CAGrad: how far from the mean gradient it looks, as a share of that one's norm."""
+    graddrop_leak: Share = 0.0
+    """GradDrop: the share of what it drops that it lets through; 1 is the mean."""
+
+
+def combine(gradients: Tensor, settings: SurgerySettings, draws: Draws) -> Tensor:
+    """The gradient of a step, float32 [P], from those of its tasks, float32 [G, P].
+
+    Args:
+        settings: which surgery, not "none".
+        draws: of the step.
+    """
+    if settings.surgery == "pcgrad":
+        return pcgrad(gradients, draws)
+    if settings.surgery == "cagrad":
+        return cagrad(gradients, settings.cagrad_c)
+    return graddrop(gradients, draws, settings.graddrop_leak)
+
+
+def pcgrad(gradients: Tensor, draws: Draws) -> Tensor:
+    """PCGrad (Algorithm 1): each task's gradient without its parts against the other tasks'.
+
+    g_i ← g_i − (g_i · g_j / ‖g_j‖²) g_j for every other task j in a random order, where the product
+    is negative; g_j is the task's own gradient throughout. Then the mean of the g_i: where no two
+    tasks conflict, that of the gradients.
+
+    Every g_i stays a sum of multiples of the gradients, so that their products decide everything.
+
+    Args:
+        gradients: [G, P].
+        draws: of the order of the others, by task.
+
+    Returns:
+        [P].
+    """
+    products = _products(gradients)
+    tasks = torch.arange(len(products), device=products.device)
+    words, *_ = draws.words(tasks, tasks[:, None])
+    multiples = torch.eye(len(products), dtype=products.dtype, device=products.device)  # of g_i
+    for others in words.argsort(stable=True, dim=1).T:
+        product = (multiples * products[others]).sum(1)
+        share = product / products[others, others]
+        conflict = (product < 0) & (others != tasks)
+        share = torch.where(conflict, share, 0.0)
+        multiples.scatter_add_(1, others[:, None], -share[:, None])
+    return _sum(multiples.sum(0), gradients) / len(gradients)
+
+
+def cagrad(gradients: Tensor, c: float) -> Tensor:
+    """CAGrad (Eq. 3): near the mean gradient, what lowers the worst task's loss the most.
+
+    d = argmax min_i g_i · d over ‖d − ḡ‖ ≤ c ‖ḡ‖, ḡ the mean; not scaled down by 1 + c, so that
+    tasks that agree entirely move by as much more. Solved exactly, in float64 on the CPU
+    (`worst_task_ascent`). Where a gradient is not finite, the result is not either.
+
+    Args:
+        gradients: [G, P].
+        c: in [0, 1).
+
+    Returns:
+        [P].
+    """
+    products = _products(gradients).cpu().numpy()
+    if not np.isfinite(products).all():
+        return gradients.mean(0)
+    multiples = 1 / len(gradients) + worst_task_ascent(products, c)
+    return _sum(torch.from_numpy(multiples).to(gradients.device), gradients)
+
+
+def worst_task_ascent(products: NDArray[np.float64], c: float) -> NDArray[np.float64]:
+    """CAGrad's way from the mean gradient, as multiples of the tasks' gradients.
+
+    The shortest way u = Σ v_i g_i, v ≥ 0, on which every task reaches g_i · (ḡ + u) ≥ t is followed
+    from the worst task's t at ḡ upwards, until it is as long as allowed or no way leads further.
+    By its optimality conditions v is linear in t as long as the same tasks are held at t, so that
+    some small linear systems give it exactly. The paper's dual problem over the simplex (Eq. 4) has
+    the solution w = v / Σ v, unless the way is shorter than allowed; then it has none.
+
+    Args:
+        products: [G, G], g_i · g_j.
+        c: the greatest length of the way, in norms of the mean gradient.
+
+    Returns:
+        v, [G].
+    """
+    above = products.mean(1) - products.mean(1).min()  # the tasks' g_i · (ḡ + u) − t
+    longest = c * c * products.mean()
+    v, held = np.zeros(len(products)), np.zeros(len(products), dtype=bool)
+    while True:
+        rise = np.zeros_like(v)  # of v, while t rises by 1
+        rise[held] = np.linalg.solve(products[held][:, held], np.ones(held.sum()))
+        fall = 1 - products @ rise
+        loses = np.divide(v, -rise, out=np.full_like(v, np.inf), where=held & (rise < 0))
+        meets = ~held & (fall > _DEPENDENT)
+        joins = np.divide(above, fall, out=np.full_like(v, np.inf), where=meets)
+        left = _to_length(rise.sum(), v.sum(), longest - v @ products @ v)
+        step = min(left, loses.min(), joins.min())
+        v, above = v + step * rise, above - step * fall
+        if step == left:
+            return v
+        if step == loses.min():
+            _let_go(v, held, int(loses.argmin()))
+        elif not _hold(products, v, held, int(joins.argmin())):
+            return v
+
+
+def _to_length(square: float, product: float, rest: float) -> float:
+    """How far to go along a line until its point's squared norm has grown by `rest`.
+
+    Args:
+        square: squared norm of the line's direction; 0 for a line that leads nowhere.
+        product: of the direction and of where the line begins, not negative.
+    """
+    if square == 0:
+        return np.inf
+    return (np.sqrt(product**2 + square * max(rest, 0.0)) - product) / square
+
+
+def _let_go(v: NDArray[np.float64], held: NDArray[np.bool_], task: int) -> None:
+    v[task], held[task] = 0.0, False
+
+
+def _hold(
+    products: NDArray[np.float64], v: NDArray[np.float64], held: NDArray[np.bool_], task: int
+) -> bool:
+    """Hold another task; in exchange for one, if its gradient is made of those of the held ones.
+
+    Returns:
+        False if there is none to exchange: then no way leads further.
+    """
+    made_of = np.zeros_like(v)
+    made_of[held] = np.linalg.solve(products[held][:, held], products[held, task])
+    rest = products[task, task] - made_of @ products[task]
+    if rest <= _DEPENDENT * products[task, task]:
+        gives = made_of > _DEPENDENT
+        if not gives.any():
+            return False
+        most = np.divide(v, made_of, out=np.full_like(v, np.inf), where=gives)
+        other = int(most.argmin())
+        v -= most[other] * made_of
+        v[task] = most[other]
+        _let_go(v, held, other)
+    held[task] = True
+    return True
+
+
+def graddrop(gradients: Tensor, draws: Draws, leak: float) -> Tensor:
+    """GradDrop (Algorithm 1): of each weight's gradients those of one sign, drawn by their purity.
+
+    P = ½ (1 + Σ_i g_i / Σ_i |g_i|). For U uniform in (0, 1) the positive ones stay if P > U, else
+    the negative ones; of what is dropped, `leak` stays as well. Then their mean over all tasks. The
+    paper does so to the gradients of a layer's outputs, which its tasks share; here, as in later
+    comparisons, to those of the weights.
+
+    Args:
+        gradients: [G, P].
+        draws: of U, by weight.
+        leak: ℓ, one for all tasks, in [0, 1].
+
+    Returns:
+        [P].
+    """
+    size = gradients.shape[1]
+    words = draws.words(torch.arange(-(-size // 4), device=gradients.device)).flatten()[:size]
+    purity = ((words >> 8 | 1) - (1 << 23)) / (1 << 23)  # 2 U − 1: 24 bits, never 0 or ±1
+    positive, negative = gradients.clamp(min=0).sum(0), gradients.clamp(max=0).sum(0)
+    total, absolute = positive + negative, positive - negative
+    kept = torch.where(total > purity * absolute, positive, negative)
+    return kept.lerp(total, leak) / len(gradients)
+
+
+def _products(gradients: Tensor) -> Tensor:
+    """The products of all pairs of gradients [G, P], float64 [G, G]."""
+    products = gradients.new_zeros(len(gradients), len(gradients), dtype=torch.float64)
+    for part in gradients.split(_COLUMNS, 1):
+        part = part.double()
+        products.addmm_(part, part.T)
+    return products
+
+
+def _sum(multiples: Tensor, gradients: Tensor) -> Tensor:
+    """Multiples [G] of gradients [G, P], added up: [P]."""
+    return multiples.to(gradients.dtype) @ gradients
