@@ -4,6 +4,7 @@ RUN/run.json                       settings, tasks, environments, backend, versi
 RUN/conditioning.safetensors       what a policy must know of each task
 RUN/checkpoints/<step>/            state.safetensors and state.json
 RUN/metrics.jsonl, RUN/tensorboard/
+RUN/costs.jsonl                    time and memory that it took
 RUN/evaluation/                    results as JSON and CSV, videos
 """
 
@@ -84,6 +85,11 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def costs(self) -> Path:
+        """Time and memory that the run took, a JSON object a line."""
+        return self.path / "costs.jsonl"
+
+    @property
     def tensorboard(self) -> Path:
         """The same for TensorBoard."""
         return self.path / "tensorboard"
@@ -148,7 +154,8 @@ class RunDirectory:
     def clear_leftovers(self) -> None:
         """Delete the temporary files of a kill; for the directory's owner."""
         names = "|".join(
-            re.escape(p.name) for p in (self.description, self.conditioning, self.metrics)
+            re.escape(p.name)
+            for p in (self.description, self.conditioning, self.metrics, self.costs)
         )
         for path in self.path.iterdir():
             if re.fullmatch(rf"\.({names})\.[0-9]+\.tmp", path.name) and path.is_file():

@@ -38,6 +38,7 @@ from ..results import EvaluationResult, versions
 from ..rollout import Request, play
 from ..rundir import RunDirectory
 from ..settings import change, from_json, settings, to_json
+from .costs import Costs
 from .metrics import Metrics
 from .stop import Output, Stop, Stopped
 from .trainer import Trainer
@@ -221,11 +222,18 @@ class Run:
         try:
             with self._stop.handled(), going_on(f"go on with: {self._command()}"):
                 self._announce()
-                with contextlib.closing(Metrics(self.directory, self.trainer.step)) as metrics:
+                with (
+                    contextlib.closing(Metrics(self.directory, self.trainer.step)) as metrics,
+                    contextlib.closing(self._open_costs()) as self._costs,
+                ):
                     result = self._train(metrics)
                 self._report(result, metrics.best)
         finally:
             output.stop = None
+
+    def _open_costs(self) -> Costs:
+        device = self.trainer.setup.execution.device
+        return Costs(self.directory, self.trainer.step, device)
 
     def _train(self, metrics: Metrics) -> EvaluationResult | None:
         """Train to the last step; returns the last evaluation, if there was one."""
@@ -292,7 +300,8 @@ class Run:
 
     def _before_step(self, metrics: Metrics) -> None:
         try:
-            values = self.trainer.before_step()
+            with self._costs.of("mask updates"):
+                values = self.trainer.before_step()
         except ValueError as error:
             self._flush(metrics)  # names the task if its loss was the first to break
             what = f"a gradient or loss of the mask update after step {self.trainer.step}"
@@ -320,6 +329,7 @@ class Run:
         rate = learning_rate(step, self.config.optimisation)
         metrics.write_steps(step, rate, self.tasks, self._unlogged, losses)
         self._unlogged = []
+        self._costs.write(step)
         return float(losses.mean())
 
     def _broken(self, what: str, changed: bool) -> str:
@@ -349,7 +359,9 @@ class Run:
             for name, tensor in tensors.items():
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                     raise UserError(self._broken(f"{name} after step {trainer.step}", True))
-            save_checkpoint(self.directory, trainer.step, tensors)
+            with self._costs.of("checkpoints"):
+                save_checkpoint(self.directory, trainer.step, tensors)
+            self._costs.write(trainer.step)
         best = metrics.best[0] if metrics.best else None
         prune_checkpoints(self.directory, self.config.run.keep_checkpoints, best)
 
@@ -358,7 +370,7 @@ class Run:
         trainer = self.trainer
         request = Request(episodes=self.config.evaluation.evaluation_episodes)
         try:
-            with self._stop.at_once():
+            with self._stop.at_once(), self._costs.of("evaluations"):
                 result = play(trainer.learner.policy(trainer.step), request, console=console)
         except Stopped:  # the checkpoint is there; the evaluation is repeated
             self._end()
@@ -368,6 +380,7 @@ class Run:
         if result.success_rate is not None:
             values["success"] = result.success_rate
         metrics.write(trainer.step, values)
+        self._costs.write(trainer.step)
         return result
 
     def _announce(self) -> None:
@@ -390,7 +403,10 @@ class Run:
             success = self.trainer.setup.environment.success
             name = "success" if success else "mean return"
             console.print(f"best {name} {best[1]:.2f} at step {best[0]}; the table is the last")
-        console.print(f"run: {self.directory.path}", soft_wrap=True)
+        run = self.directory.path
+        console.print(f"run: {run}", soft_wrap=True)
+        report = f"python -m harmodt.report {shlex.quote(str(run))}"
+        console.print(f"as a page to look at: {report}", soft_wrap=True)
 
 
 def _execution(config: TrainConfig) -> Execution:

@@ -1,0 +1,90 @@
+"""What a run has taken so far: wall-clock time, by what it went to, and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import time
+from collections.abc import Iterator
+
+import torch
+
+from ..rundir import RunDirectory
+from .records import Record, Records
+
+PARTS = ("mask updates", "evaluations", "checkpoints")
+"""What time goes to beside the steps, to which all the rest is counted."""
+
+
+class Costs:
+    """Writes RUN/costs.jsonl, apart from the metrics, which are equal whenever a run is repeated.
+
+    A line has the step, `seconds` of training up to it, of which `seconds/PART` went to each part,
+    `peak_memory`, the most bytes that the process held (not those of an evaluation's workers), and
+    on a GPU `peak_device_memory`, the most that PyTorch had allocated there. A run that goes on
+    adds to what its last checkpoint had cost: what a kill has lost is not counted.
+
+    Args:
+        run: the run's directory.
+        step: the step that the run stands at.
+        device: where it computes.
+
+    Raises:
+        UserError: a line is damaged, or the file holds others.
+    """
+
+    def __init__(self, run: RunDirectory, step: int, device: torch.device):
+        self._began = time.monotonic()
+        self._records = Records(run.costs, step, timed=True)
+        self._device = device
+        self._before: Record = self._records.kept[-1] if self._records.kept else {}
+        self._seconds = {part: self._before.get(f"seconds/{part}", 0.0) for part in PARTS}
+        self._unmeasured: list[tuple[str, _Moment, _Moment]] = []
+
+    @contextlib.contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        """Count the time of a block to a part, if it ends well; no GPU is waited for."""
+        began = self._now()
+        yield
+        self._unmeasured.append((part, began, self._now()))
+
+    def write(self, step: int) -> None:
+        """Write what the steps up to this one have cost; a GPU has finished them."""
+        for part, began, ended in self._unmeasured:
+            self._seconds[part] += _between(began, ended)
+        self._unmeasured = []
+        memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        record = {
+            "step": step,
+            "seconds": self._before.get("seconds", 0.0) + time.monotonic() - self._began,
+            **{f"seconds/{part}": seconds for part, seconds in self._seconds.items()},
+            "peak_memory": max(memory, self._before.get("peak_memory", 0)),
+        }
+        if self._device.type == "cuda":
+            allocated = torch.cuda.max_memory_allocated(self._device)
+            earlier = self._before.get("peak_device_memory", 0)
+            record["peak_device_memory"] = max(allocated, earlier)
+        self._records.write(record)
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._records.close()
+
+    def _now(self) -> _Moment:
+        if self._device.type != "cuda":
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+
+_Moment = float | torch.cuda.Event
+
+
+def _between(began: _Moment, ended: _Moment) -> float:
+    """Seconds from one moment to another."""
+    if isinstance(began, float) and isinstance(ended, float):
+        return ended - began
+    assert isinstance(began, torch.cuda.Event) and isinstance(ended, torch.cuda.Event)
+    ended.synchronize()
+    return began.elapsed_time(ended) / 1000
