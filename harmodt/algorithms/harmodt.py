@@ -117,6 +117,7 @@ class HarmoDTLearner(RandomMaskLearner):
                 f"eta_max is {masks.eta_max}, but the model has only {maskable} maskable "
                 "weights: lower it"
             )
+        self._initial_bits = self.bank.bits.clone()  # drawn again, the same, when a run goes on
         self.update_every = masks.mask_update_every
         tokens = 3 * (self.model.config.prompt_length + self.settings.model.context_length)
         self.updater = MaskUpdater(
@@ -129,12 +130,21 @@ class HarmoDTLearner(RandomMaskLearner):
         )
 
     def before_step(self, step: int) -> dict[str, float]:
-        """Update all masks at the start and then every t_m steps."""
+        """Update all masks at the start and then every t_m steps.
+
+        Logged by layer, over all tasks: `changed`, the mask bits that the update changed, and
+        `differing`, those that are others than at the start of the run.
+        """
         if step % self.update_every:
             return super().before_step(step)
+        before = self.bank.bits.clone()
         with self.execution.computing():
             update = self.updater.update(step, self.losses_of_draws(step))
-        return {"harmony": update.harmony, "moved_weights": int(update.moved.max())}
+        values = {"harmony": update.harmony, "moved_weights": int(update.moved.max())}
+        for kind, earlier in (("changed", before), ("differing", self._initial_bits)):
+            counts = self.vector.count_by_layer(self.bank.bits ^ earlier)
+            values |= {f"{kind}/{layer}": int(count.sum()) for layer, count in counts.items()}
+        return values
 
 
 def load_policy(setup: Setup, checkpoint: Checkpoint) -> DecisionPolicy:

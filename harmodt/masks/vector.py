@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from harmodt_kernels import MaskedLayerNorm, MaskedLinear, pack_bits, words_for
+from harmodt_kernels import MaskedLayerNorm, MaskedLinear, count_bits, pack_bits, words_for
 from harmodt_kernels.bits import BITS_PER_WORD
 
 MASKED_LAYERS = (MaskedLinear, MaskedLayerNorm)
@@ -101,6 +101,16 @@ class ParameterVector:
     def maskable_slots(self) -> list[Slot]:
         """The places of the parameters of masked layers, in order."""
         return [slot for slot in self.slots.values() if slot.end <= self.maskable_size]
+
+    def count_by_layer(self, mask_bits: Tensor) -> dict[str, Tensor]:
+        """Set bits of packed masks int32 [T, P_m / 32] in each masked layer: int64 [T], by name."""
+        counts: dict[str, Tensor] = {}
+        for name, slot in self.slots.items():
+            if slot.end <= self.maskable_size:
+                layer = name.rpartition(".")[0]
+                words = mask_bits[:, slot.offset // BITS_PER_WORD : slot.end // BITS_PER_WORD]
+                counts[layer] = counts.get(layer, 0) + count_bits(words)
+        return counts
 
     def valid_bits(self) -> Tensor:
         """int32 [P / 32]: 1 where the vector holds a parameter, 0 where it holds padding."""
