@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..masks.bank import MaskBank, TaskMasks
 from ..masks.initialisation import sparsities_by_loss
 from ..masks.update import MaskUpdater
-from ..masks.vector import ParameterVector
+from ..masks.vector import ParameterVector, by_layer
 from ..networks.decision_transformer import DecisionTransformer
 from ..policies.decision import DecisionPolicy
 from .learner import Setup
@@ -142,7 +142,7 @@ class HarmoDTLearner(RandomMaskLearner):
             update = self.updater.update(step, self.losses_of_draws(step))
         values = {"harmony": update.harmony, "moved_weights": int(update.moved.max())}
         for kind, earlier in (("changed", before), ("differing", self._initial_bits)):
-            counts = self.vector.count_by_layer(self.bank.bits ^ earlier)
+            counts = by_layer(self.vector.count_by_parameter(self.bank.bits ^ earlier))
             values |= {f"{kind}/{layer}": int(count.sum()) for layer, count in counts.items()}
         return values
 

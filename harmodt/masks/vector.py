@@ -8,6 +8,7 @@ whole 32-bit mask words, so that element j of the vector is bit j of the packed 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -102,15 +103,13 @@ class ParameterVector:
         """The places of the parameters of masked layers, in order."""
         return [slot for slot in self.slots.values() if slot.end <= self.maskable_size]
 
-    def count_by_layer(self, mask_bits: Tensor) -> dict[str, Tensor]:
-        """Set bits of packed masks int32 [T, P_m / 32] in each masked layer: int64 [T], by name."""
-        counts: dict[str, Tensor] = {}
-        for name, slot in self.slots.items():
-            if slot.end <= self.maskable_size:
-                layer = name.rpartition(".")[0]
-                words = mask_bits[:, slot.offset // BITS_PER_WORD : slot.end // BITS_PER_WORD]
-                counts[layer] = counts.get(layer, 0) + count_bits(words)
-        return counts
+    def count_by_parameter(self, mask_bits: Tensor) -> dict[str, Tensor]:
+        """Set bits of masks, int32 [T, P_m / 32], in each maskable parameter: int64 [T] by name."""
+        return {
+            name: count_bits(mask_bits[:, slot.offset // BITS_PER_WORD : slot.end // BITS_PER_WORD])
+            for name, slot in self.slots.items()
+            if slot.end <= self.maskable_size
+        }
 
     def valid_bits(self) -> Tensor:
         """int32 [P / 32]: 1 where the vector holds a parameter, 0 where it holds padding."""
@@ -122,6 +121,15 @@ class ParameterVector:
     def maskable_count(self) -> int:
         """Number of maskable weights, padding excluded."""
         return sum(slot.rows * slot.columns for slot in self.maskable_slots)
+
+
+def by_layer(counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sums over the parameters of each layer of what `count_by_parameter` counted."""
+    sums: dict[str, Tensor] = {}
+    for name, count in counts.items():
+        layer = name.rpartition(".")[0]
+        sums[layer] = sums[layer] + count if layer in sums else count
+    return sums
 
 
 def _place(shape: torch.Size, offset: int, maskable: bool) -> Slot:
