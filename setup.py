@@ -59,7 +59,10 @@ setup(
         *(f"harmodt_kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"harmodt_kernels": "kernels"},
-    package_data={"harmodt.environments.locomotion": ["weights/*.safetensors"]},
+    package_data={
+        "harmodt.environments.locomotion": ["weights/*.safetensors"],
+        "harmodt.report": ["page.css", "page.js"],
+    },
     ext_modules=[Extension("harmodt_kernels.native.libharmodt", [], optional=True)],
     cmdclass={"build_ext": BuildLibrary},
     install_requires=[
@@ -89,6 +92,10 @@ setup(
         # Imports and exports of Minari's data sets (it needs Python 3.11), and of LeRobot's files.
         "minari": ['minari>=0.5; python_version >= "3.11"', "h5py>=3.8"],
         "lerobot": ["pyarrow>=17"],
+        # Pages of runs: Vega-Lite with all that it needs, to be written into the page (0.9 MB, where
+        # Plotly has 4.7; SVG, which follows the page's colours and prints sharply), and the
+        # clustering of masks; SciPy is there already, with Meta-World.
+        "report": ["vl-convert-python>=1.9", "scipy>=1.13"],
         # Trains the walkers' experts again; their weights come with the package.
         "experts": ["stable-baselines3>=2.7"],
         "dev": [
@@ -113,6 +120,9 @@ setup(
             "h5py>=3.8",
             "pyarrow>=17",
             "tensordict>=0.8",
+            # They make pages of runs, and look at them in Chromium where there is one.
+            "vl-convert-python>=1.9",
+            "scipy>=1.13",
             # They train an expert for a few steps.
             "stable-baselines3>=2.7",
         ],

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +38,7 @@ class Description:
         config: all settings as JSON.
         active_weights: of each task's mask, at every step; none without masks.
         changes: settings that were changed when it went on, with the step, before and after.
+        preset, parameters, device, backend, versions: for a report: what it began with and as.
     """
 
     id: str
@@ -48,6 +49,11 @@ class Description:
     config: dict[str, Any]
     active_weights: tuple[int, ...] = ()
     changes: tuple[dict[str, Any], ...] = ()
+    preset: str = "none"
+    parameters: int | None = None
+    device: str = "unknown"
+    backend: str = "unknown"
+    versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.active_weights and len(self.active_weights) != len(self.tasks):

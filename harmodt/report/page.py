@@ -1,0 +1,396 @@
+"""The page: its sections, and everything that it needs, in one file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from ..files import clear_temporaries, write_bytes
+from . import figures, tables
+from .figures import CONFIG, Plot
+from .masks import check_clustering
+from .runs import ReportedRun, read_runs
+from .tables import text
+
+START = "<!doctype html>\n<!-- Runs of HarmoDT -->\n"
+"""How every page begins: what begins otherwise is not written over."""
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'"
+"""What a browser is told to allow: nothing from anywhere else. Vega makes functions of text."""
+
+
+def write_report(runs: Sequence[Path], output: Path) -> None:
+    """Write a page of some runs, whole or not at all; the same runs make the same page.
+
+    Args:
+        runs: their directories.
+        output: the HTML file; a page of runs that is there is replaced.
+
+    Raises:
+        UserError: a package of harmodt[report] is missing, a directory holds no run or is named
+            twice, a file of a run is damaged, or something else is in the place of the page.
+    """
+    library = _plotting_library()
+    check_clustering()
+    _check_place(output)
+    content = _page(read_runs(runs), library)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    clear_temporaries(output)
+    write_bytes(output, content.encode())
+
+
+def _plotting_library() -> str:
+    """Vega-Lite and all that it needs, as JavaScript that defines `vegaEmbed`."""
+    try:
+        import vl_convert  # an optional dependency
+    except ImportError as error:
+        raise UserError(
+            "a report needs the package vl-convert-python: pip install 'harmodt[report]'"
+        ) from error
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+
+
+def _check_place(output: Path) -> None:
+    if not output.exists():
+        return
+    start = START.encode()
+    if output.is_file():
+        with open(output, "rb") as file:
+            if file.read(len(start)) == start:
+                return
+    raise UserError(f"{output} is there and is no page of runs: name another --output")
+
+
+def _page(runs: Sequence[ReportedRun], library: str) -> str:
+    plots: list[Plot] = []
+    sections = "".join(
+        f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{title}</h2>'
+        f"{content}</section>"
+        for name, title, content in (
+            (name, title, make(runs, plots)) for name, (title, make) in SECTIONS.items()
+        )
+        if content
+    )
+    links = "".join(f'<a href="#{name}">{title}</a>' for name, (title, _) in SECTIONS.items())
+    files = resources.files(__package__)
+    style, program = (files.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    content = {
+        "config": CONFIG,
+        "names": [run.name for run in runs],
+        "plots": [_as_json(plot) for plot in plots],
+    }
+    return (
+        f'{START}<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>HarmoDT: {text(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        f'<a class="skip" href="#overview">Skip to the overview</a>\n'
+        f'<header><h1>{text(title)}</h1><nav aria-label="Sections">{links}</nav></header>\n'
+        f"{_key(runs)}\n<main>{sections}</main>\n"
+        "<noscript><p>The plots need JavaScript; the tables do not.</p></noscript>\n"
+        f'<script type="application/json" id="content">{_safe_json(content)}</script>\n'
+        f"<script>{library}</script>\n<script>\n{program}</script>\n</body>\n</html>\n"
+    )
+
+
+def _safe_json(content: Any) -> str:
+    """JSON that ends no element and opens none, whatever its names are."""
+    return json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _as_json(plot: Plot) -> dict[str, Any]:
+    variants = {
+        choice: {
+            "spec": variant.spec,
+            "columns": variant.columns,
+            "rows": variant.rows,
+            "lists": {name: list(of) for name, of in variant.lists.items()},
+        }
+        for choice, variant in plot.variants.items()
+    }
+    return {"name": plot.name, "choice": plot.choice, "variants": variants}
+
+
+def _key(runs: Sequence[ReportedRun]) -> str:
+    """The runs' colours; each button hides and shows its run in the plots."""
+    buttons = "".join(
+        f'<button type="button" aria-pressed="true" data-run="{index}">'
+        f"{tables.run_heading(index, run.name)}</button>"
+        for index, run in enumerate(runs)
+    )
+    return f'<div id="key" role="group" aria-label="Runs shown in the plots">{buttons}</div>'
+
+
+def _figure(plot: Plot | None, plots: list[Plot], title: str, caption: str) -> str:
+    """The place of a plot, which is added to those of the page; without one, nothing."""
+    if plot is None:
+        return ""
+    plots.append(plot)
+    return (
+        f'<figure><h3>{title}</h3><div class="plot" id="plot-{plot.name}" role="img" '
+        f'aria-label="{text(plot.label)}"></div><figcaption>{caption}</figcaption></figure>'
+    )
+
+
+def _notes(sentences: Sequence[str]) -> str:
+    return "".join(f'<p class="note">{text(sentence)}</p>' for sentence in sentences)
+
+
+def _lacking(
+    runs: Sequence[ReportedRun], has: Callable[[ReportedRun], Any], what: str
+) -> list[str]:
+    """A sentence on the runs that lack something, if there are any."""
+    names = [run.name for run in runs if not has(run)]
+    return [f"{what}: {', '.join(names)}."] if names else []
+
+
+def _choice(name: str, label: str, options: Sequence[tuple[str, str]]) -> str:
+    """What chooses between variants of plots; none where there is no choice."""
+    if len(options) < 2:
+        return ""
+    items = "".join(f'<option value="{value}">{text(shown)}</option>' for value, shown in options)
+    return f'<label class="choice">{label} <select data-choice="{name}">{items}</select></label>'
+
+
+# The sections
+
+
+def _overview(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
+    unevaluated = _lacking(runs, tables.final_evaluation, "Not evaluated on all of their tasks")
+    return tables.overview(runs) + _notes(unevaluated)
+
+
+def _training(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
+    timed = any(run.costs for run in runs)
+    axes = [("steps", "training steps"), ("time", "time")] if timed else []
+    found = [
+        _figure(
+            figures.over_training("loss", "loss", runs, lambda run: run.series("loss")),
+            plots,
+            "Loss",
+            "Mean over the tasks of the steps since the last record"
+            f"{'; points next to each other are put into one' if _thinned(runs) else ''}.",
+        ),
+        _figure(
+            figures.over_training(
+                "success", "success", runs, _scores("success"), unit=True, points=True
+            ),
+            plots,
+            "Success",
+            "Share of the episodes that were solved, over all tasks.",
+        ),
+        _figure(
+            figures.over_training("return", "mean return", runs, _scores("return"), points=True),
+            plots,
+            "Mean return",
+            "Of the episodes of all tasks.",
+        ),
+    ]
+    notes = _lacking(runs, lambda run: run.metrics, "No numbers over training were kept")
+    if not all(run.costs for run in runs):
+        notes += _lacking(
+            runs, lambda run: run.costs, "Time was not recorded, by an earlier version"
+        )
+    return (
+        _choice("axis", "against", axes)
+        + f'<div class="grid">{"".join(found)}</div>'
+        + _notes(notes)
+    )
+
+
+def _thinned(runs: Sequence[ReportedRun]) -> bool:
+    most = max(24, min(300, figures.POINTS // len(runs)))
+    return any(len(run.series("loss")) > most for run in runs)
+
+
+def _scores(kind: str) -> Callable[[ReportedRun], list[tuple[int, float]]]:
+    """Success, or mean return where environments know no success, at every evaluation."""
+
+    def scores(run: ReportedRun) -> list[tuple[int, float]]:
+        solves = bool(run.description.environment.get("success"))
+        if solves != (kind == "success"):
+            return []
+        found = dict(run.series("success" if solves else "mean_return"))
+        result = tables.final_evaluation(run)
+        if result is not None:
+            score = result.success_rate if solves else result.mean_return
+            assert score is not None
+            found[result.protocol.checkpoint] = score
+        return sorted(found.items())
+
+    return scores
+
+
+def _success(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
+    found = []
+    for title, columns in tables.evaluations(runs):
+        found.append(
+            f"<h3>{text(title)}</h3>{tables.success(title, columns)}"
+            f"{_notes(tables.protocol_notes(columns))}"
+        )
+    unevaluated = _lacking(runs, lambda run: run.evaluations, "Not evaluated yet")
+    caption = (
+        "Intervals are of 95 %: Wilson's of a task's success, a bootstrap's of returns and of the "
+        "average, which resamples tasks and episodes."
+    )
+    return "".join(found) + (_notes([caption]) if found else "") + _notes(unevaluated)
+
+
+def _harmony(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
+    plot = figures.over_training("harmony", "harmony", runs, lambda run: run.series("harmony"))
+    figure = _figure(
+        plot,
+        plots,
+        "Averaged harmony score",
+        "How far the tasks' gradients agree with their mean, from −1 to 1 (Definition 3.2, Figure "
+        "2a of the paper): of the masked gradients in runs with masks, of the dense ones in runs "
+        "without.",
+    )
+    lacking = _lacking(runs, lambda run: run.series("harmony"), "Not logged (--harmony-every)")
+    return f'<div class="grid">{figure}</div>{_notes(lacking)}'
+
+
+def _masks(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
+    having = [(str(i), run.name) for i, run in enumerate(runs) if run.masks is not None]
+    if not having:
+        return _notes(["None of these runs has masks, or a checkpoint with them."])
+    found = [
+        _figure(
+            figures.overlap(runs),
+            plots,
+            "Overlap between tasks",
+            "Weights that are active in both tasks, among those that are in either (Jaccard's "
+            "index); similar tasks are side by side, and columns are in the order of the rows. The "
+            "colours span the values that there are, however close they lie.",
+        ),
+        _figure(
+            figures.places(runs),
+            plots,
+            "Masks as points in a plane",
+            "Classical scaling of the Hamming distances, in place of the t-SNE of the paper's "
+            "Figure 5: distances are kept as far as two axes can.",
+        ),
+        _figure(
+            figures.density(runs),
+            plots,
+            "Density by layer and task",
+            "Share of a layer's weights that is active; columns are the tasks in the run's order.",
+        ),
+    ]
+    facts = "".join(
+        f'<p class="note" data-run="{index}">{text(_facts(run))}</p>'
+        for index, run in enumerate(runs)
+        if run.masks is not None
+    )
+    without = _lacking(runs, lambda run: run.masks is not None, "Without masks or a checkpoint")
+    grid = f'<div class="grid">{"".join(found)}</div>'
+    return _choice("run", "masks of", having) + facts + grid + _notes(without)
+
+
+def _facts(run: ReportedRun) -> str:
+    """What the plots of a run's masks come to, in a sentence or two."""
+    masks = run.masks
+    assert masks is not None
+    tasks = len(masks.tasks)
+    active = np.diag(masks.shared) / masks.sizes.sum()
+    said = f"{run.name}: {tasks} mask{'s' * (tasks > 1)} with {active.mean():.1%} active weights."
+    if tasks < 2:
+        return said
+    upper = np.triu_indices(tasks, 1)
+    overlap, beyond = masks.overlap[upper], masks.beyond_chance[upper]
+    far = int((np.abs(beyond) > 3).sum())
+    said += (
+        f" Two masks overlap by {overlap.mean():.4f} on average, from {overlap.min():.4f} to "
+        f"{overlap.max():.4f}; {far} of {len(beyond)} pairs do so by more than three standard "
+        "deviations more or less than masks that are drawn at random at these densities."
+    )
+    if tasks > 2:
+        said += f" The plane below shows {masks.places()[1]:.1%} of the masks' variance."
+    return said
+
+
+def _moved(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
+    updating = [run for run in runs if run.series("moved_weights")]
+    if not updating:
+        return _notes(["None of these runs has learned masks."])
+    found = [
+        _figure(
+            figures.over_training(
+                "moved",
+                "weights moved",
+                runs,
+                lambda run: run.series("moved_weights"),
+                from_zero=True,
+            ),
+            plots,
+            "Weights moved by each mask update",
+            "Weights that left a task's mask, and as many that entered it; of the task with most.",
+        ),
+        _figure(
+            figures.changed_by_layer(runs),
+            plots,
+            "How many ever moved, by layer",
+            "The points are the mask bits that differ from the start, so many at least did ever "
+            "change; the lines end at all changes together, more cannot have. Where there is no "
+            "line, each bit changed once at most.",
+        ),
+    ]
+    lacking = _lacking(
+        updating, figures.layer_changes, "Layers were not logged, or there is no checkpoint"
+    )
+    return tables.changes(runs) + f'<div class="grid">{"".join(found)}</div>' + _notes(lacking)
+
+
+def _costs(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
+    found = [
+        _figure(
+            figures.over_training("speed", "steps/s", runs, figures.throughput, from_zero=True),
+            plots,
+            "Throughput",
+            "Training steps in a second of the time that went to steps.",
+        ),
+        _figure(
+            figures.time_by_part(runs),
+            plots,
+            "Time by part",
+            "Wall-clock time of the steps that count: what a kill has lost is left out.",
+        ),
+    ]
+    notes = _lacking(runs, lambda run: run.costs, "Time and memory were not recorded")
+    memory = "Memory is the most that the training process held; evaluations have workers besides."
+    table = tables.costs(runs)
+    return (
+        table + f'<div class="grid">{"".join(found)}</div>' + _notes([memory] * bool(table) + notes)
+    )
+
+
+def _settings(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
+    table, different = tables.all_settings(runs)
+    if len(runs) == 1:
+        return table
+    only = (
+        '<label class="choice"><input type="checkbox" id="differences"> only the '
+        f"{different} that differ between the runs</label>"
+    )
+    return only + table
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Sequence[ReportedRun], list[Plot]], str]]] = {
+    "overview": ("Overview", _overview),
+    "training": ("Training", _training),
+    "tasks": ("Tasks", _success),
+    "harmony": ("Harmony", _harmony),
+    "masks": ("Masks", _masks),
+    "moved": ("Weights moved", _moved),
+    "costs": ("Time and memory", _costs),
+    "settings": ("Settings", _settings),
+}
+"""Title of each section, and what makes it and adds its plots."""

@@ -1,0 +1,115 @@
+"""What a run's directory has for a page: all of it read, checked, and named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..algorithms import config_from_json
+from ..checkpoint import checkpoint_steps
+from ..config import TrainConfig
+from ..errors import UserError, printable
+from ..policies.decision import DecisionPolicy
+from ..results import EvaluationResult
+from ..rundir import Description, RunDirectory
+from ..training.records import Record, read_records
+from ..training.run import load_policy
+from .masks import Masks
+
+
+@dataclass(frozen=True)
+class ReportedRun:
+    """A run as it was found.
+
+    Attributes:
+        name: tells it from the others on the page.
+        path: as it was given.
+        description: of run.json.
+        config: its settings.
+        metrics: numbers over training, in their order; of an import there are none.
+        costs: time and memory; a run of an earlier version has none.
+        evaluations: all that are in its directory.
+        masks: at its last checkpoint; None without masks or without a checkpoint.
+        step: of its last checkpoint or its last metrics.
+    """
+
+    name: str
+    path: Path
+    description: Description
+    config: TrainConfig
+    metrics: Sequence[Record]
+    costs: Sequence[Record]
+    evaluations: Sequence[EvaluationResult]
+    masks: Masks | None
+    step: int
+
+    def series(self, name: str) -> list[tuple[int, float]]:
+        """Steps and values of what the metrics have under a name."""
+        return [(int(r["step"]), r[name]) for r in self.metrics if name in r]
+
+    def by_layer(self, kind: str) -> list[tuple[int, dict[str, float]]]:
+        """Steps and values by layer of what mask updates log under KIND/LAYER."""
+        found = []
+        for record in self.metrics:
+            of_layers = {n.partition("/")[2]: v for n, v in record.items() if n.startswith(kind)}
+            if of_layers:
+                found.append((int(record["step"]), of_layers))
+        return found
+
+    def seconds_at(self, step: int) -> float | None:
+        """Seconds of training up to a step, as they stood at the first record from it on."""
+        later = (record["seconds"] for record in self.costs if record["step"] >= step)
+        return next(later, None)
+
+
+def read_runs(paths: Sequence[Path]) -> list[ReportedRun]:
+    """Read runs.
+
+    Raises:
+        UserError: one is named twice, is no run, or is damaged.
+    """
+    absolute = [path.resolve() for path in paths]
+    for path, place in zip(paths, absolute, strict=True):
+        if absolute.count(place) > 1:
+            raise UserError(f"{path} is named more than once: leave it out but once")
+    names = map(printable, _distinct_names(absolute))
+    return [_read_run(path, name) for path, name in zip(paths, names, strict=True)]
+
+
+def _distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The directories' names, with as many of those above as it takes to tell them apart."""
+    names: list[str] = []
+    for path in paths:
+        others = [other for other in paths if other != path]
+        length = 1
+        while any(other.parts[-length:] == path.parts[-length:] for other in others):
+            length += 1
+        names.append("/".join(path.parts[-length:]))
+    return names
+
+
+def _read_run(path: Path, name: str) -> ReportedRun:
+    directory = RunDirectory(path)
+    description = directory.read()
+    config = config_from_json(description.config, f"config in {directory.description}")
+    metrics = read_records(directory.metrics, timed=False)
+    masks, steps = None, checkpoint_steps(directory)
+    if steps:
+        policy = load_policy(path, device="cpu", fused=False, precision="fp32")
+        if isinstance(policy, DecisionPolicy) and policy.mask_bits is not None:
+            masks = Masks.measure(policy.tasks, policy.model.vector, policy.mask_bits)
+    last = int(metrics[-1]["step"]) if metrics else 0
+    return ReportedRun(
+        name=name,
+        path=path,
+        description=description,
+        config=config,
+        metrics=metrics,
+        costs=read_records(directory.costs, timed=True),
+        evaluations=[
+            EvaluationResult.load(file) for file in sorted(directory.evaluation.glob("step-*.json"))
+        ],
+        masks=masks,
+        step=max(last, *steps) if steps else last,
+    )

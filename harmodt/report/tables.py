@@ -1,0 +1,348 @@
+"""The page's tables: what stands in them, and how."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from ..errors import printable
+from ..results import EvaluationResult
+from ..settings import settings
+from ..training.costs import PARTS
+from . import numbers
+from .figures import COLOURS, of_steps
+from .runs import ReportedRun
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table's cell.
+
+    Attributes:
+        text: what it says.
+        value: what its row is sorted by; by default the text.
+        before, after: HTML around the text.
+    """
+
+    text: str
+    value: float | None = None
+    before: str = ""
+    after: str = ""
+
+
+def text(words: object) -> str:
+    """A name or a sentence as HTML that shows it as it is."""
+    return escape(printable(words))
+
+
+def table(
+    name: str, headings: Sequence[str], rows: Sequence[Sequence[Cell]], last: Sequence[Cell] = ()
+) -> str:
+    """A table that can be sorted by every column; its first column names the rows.
+
+    Args:
+        name: of what it shows, for those who cannot see it.
+        headings: of the columns, as HTML.
+        rows: that are sorted.
+        last: a row that stays at the end.
+    """
+    head = "".join(
+        f'<th scope="col"><button type="button">{heading}</button></th>' for heading in headings
+    )
+    body = "".join(_row(row) for row in rows)
+    foot = f"<tfoot>{_row(last)}</tfoot>" if last else ""
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{text(name)}">'
+        f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody>{foot}'
+        "</table></div>"
+    )
+
+
+def _row(cells: Sequence[Cell]) -> str:
+    found = []
+    for index, cell in enumerate(cells):
+        tag = 'th scope="row"' if index == 0 else "td"
+        value = f' data-value="{cell.value!r}"' if cell.value is not None else ""
+        number = ' class="number"' if cell.value is not None else ""
+        end = tag.partition(" ")[0]
+        found.append(f"<{tag}{value}{number}>{cell.before}{text(cell.text)}{cell.after}</{end}>")
+    return f"<tr>{''.join(found)}</tr>"
+
+
+def run_heading(index: int, name: str) -> str:
+    """A run's colour and name."""
+    return _swatch(index) + text(name)
+
+
+def _swatch(index: int) -> str:
+    return f'<span class="swatch run-{index % COLOURS}" aria-hidden="true"></span>'
+
+
+# What a run came to
+
+
+def final_evaluation(run: ReportedRun) -> EvaluationResult | None:
+    """The last evaluation on its own tasks under its own masks, of several that with most episodes.
+
+    None where there is none.
+    """
+    own = [
+        result
+        for result in run.evaluations
+        if result.protocol.unseen is None
+        and result.protocol.mask in ("task", "none")
+        and set(result.protocol.tasks) == set(run.description.tasks)
+    ]
+    return max(own, key=_latest, default=None)
+
+
+def _latest(result: EvaluationResult) -> tuple[int, int]:
+    return result.protocol.checkpoint, result.protocol.episodes
+
+
+def overview(runs: Sequence[ReportedRun]) -> str:
+    """A row for each run: what it is, came to and took."""
+    headings = ["run", "algorithm", "tasks", "steps", "parameters", "success", "mean return"]
+    headings += ["95 % interval", "loss", "time", "steps/s", "memory"]
+    rows = []
+    for index, run in enumerate(runs):
+        result = final_evaluation(run)
+        success = None if result is None else result.success_rate
+        mean_return = None if result is None else result.mean_return
+        losses, costs = run.series("loss"), run.costs[-1] if run.costs else None
+        seconds = None if costs is None else costs["seconds"]
+        speed = None if costs is None else costs["step"] / max(of_steps(costs), 1e-9)
+        memory = None if costs is None else costs.get("peak_device_memory", costs["peak_memory"])
+        rows.append(
+            [
+                Cell(run.name, before=_swatch(index)),
+                Cell(run.description.config["algorithm"]),
+                _number(len(run.description.tasks), numbers.count),
+                _number(run.step, numbers.count),
+                _number(run.description.parameters, numbers.count),
+                _number(success, _rate),
+                _number(mean_return, numbers.measured),
+                Cell(numbers.MISSING if result is None else _bounds(result)),
+                _number(losses[-1][1] if losses else None, numbers.measured),
+                _number(seconds, numbers.duration),
+                _number(speed, numbers.measured),
+                _number(memory, numbers.size),
+            ]
+        )
+    shown = [i for i in range(len(headings)) if any(row[i].text != numbers.MISSING for row in rows)]
+    kept = [[row[i] for i in shown] for row in rows]
+    return table("Overview of the runs", [headings[i] for i in shown], kept)
+
+
+def _bounds(result: EvaluationResult) -> str:
+    average = result.average
+    form = numbers.measured if result.successes is None else _rate
+    return f"{form(average.low)} – {form(average.high)}"
+
+
+def _rate(share: float | None) -> str:
+    return numbers.MISSING if share is None else f"{share:.2f}"
+
+
+def _number(value: float | None, form: Any) -> Cell:
+    return Cell(form(value), value)
+
+
+# Success by task
+
+
+@dataclass(frozen=True)
+class Column:
+    """An evaluation beside others: which run's, and what else tells it from them."""
+
+    run: int
+    label: str
+    result: EvaluationResult
+
+
+def evaluations(runs: Sequence[ReportedRun]) -> list[tuple[str, list[Column]]]:
+    """What is to be compared: evaluations of the same tasks by the same measure, with a title."""
+    groups: dict[tuple[Any, ...], list[Column]] = {}
+    for index, run in enumerate(runs):
+        chosen: dict[tuple[Any, ...], EvaluationResult] = {}
+        for result in sorted(run.evaluations, key=_latest):
+            protocol = result.protocol
+            group = (protocol.unseen is not None, protocol.success_rule, *sorted(protocol.tasks))
+            chosen[(group, protocol.mask)] = result  # the latest with most episodes
+        for (group, _), result in chosen.items():
+            groups.setdefault(group, []).append(Column(index, run.name, result))
+    found = []
+    for (unseen, rule, *tasks), columns in groups.items():
+        measure = "Mean return" if rule is None else "Success"
+        kind = "unseen tasks" if unseen else "tasks"
+        found.append((f"{measure} on {len(tasks)} {kind}", columns))
+    return found
+
+
+def success(title: str, columns: Sequence[Column]) -> str:
+    """A row for each task, a column for each evaluation, with intervals."""
+    summaries = [{row["task"]: row for row in column.result.summary()} for column in columns]
+    several = len({c.result.protocol.mask for c in columns} - {"task"}) > 0 and any(
+        column.result.protocol.unseen or column.result.protocol.mask == "voted"
+        for column in columns
+    )
+    headings = ["task"]
+    for column in columns:
+        protocol = column.result.protocol
+        mask = f", {protocol.mask} mask" if several and protocol.mask != "none" else ""
+        mask = ", no mask" if several and protocol.mask == "none" else mask
+        headings.append(
+            f"{run_heading(column.run, column.label)}<small>step {protocol.checkpoint:,}, "
+            f"{protocol.episodes} episodes{mask}</small>"
+        )
+    *tasks, average = columns[0].result.protocol.tasks, "average"
+    bounds = [_interval_of(row) for summary in summaries for row in summary.values()]
+    scale = (0.0, 1.0)
+    if columns[0].result.successes is None:
+        scale = (min(low for low, _, _ in bounds), max(high for _, _, high in bounds))
+    rows = [
+        [Cell(task), *(_interval_cell(summary[task], scale) for summary in summaries)]
+        for task in (*tasks[0], average)
+    ]
+    return table(title, headings, rows[:-1], rows[-1])
+
+
+def protocol_notes(columns: Sequence[Column]) -> list[str]:
+    """In what the evaluations were measured differently, other than in what a column says."""
+    said = ("checkpoint", "episodes", "mask", "tasks", "target_returns", "backend", "device")
+    found = [column.result.protocol.to_json() for column in columns]
+    different = [
+        name
+        for name in found[0]
+        if name not in said and any(p[name] != found[0][name] for p in found)
+    ]
+    if not different:
+        return []
+    return [f"Not all were measured in the same way: they differ in {', '.join(different)}."]
+
+
+def _interval_of(row: dict[str, Any]) -> tuple[float, float, float]:
+    if "success_rate" in row:
+        return row["success_low"], row["success_rate"], row["success_high"]
+    return row["return_low"], row["mean_return"], row["return_high"]
+
+
+def _interval_cell(row: dict[str, Any], scale: tuple[float, float]) -> Cell:
+    """The mean, its interval in words, and a mark of both on a scale."""
+    low, mean, high = _interval_of(row)
+    form = _rate if "success_rate" in row else numbers.measured
+    span = scale[1] - scale[0] or 1.0
+    left, at, right = ((x - scale[0]) / span * 100 for x in (low, mean, high))
+    after = (
+        f"<small>{text(form(low))} – {text(form(high))}</small>"
+        f'<span class="interval" aria-hidden="true" style="--low:{left:.2f}%;--at:{at:.2f}%;'
+        f'--width:{max(right - left, 0):.2f}%"><i></i><b></b></span>'
+    )
+    return Cell(form(mean), mean, after=after)
+
+
+# What it took, and with which settings
+
+
+def costs(runs: Sequence[ReportedRun]) -> str:
+    """Time by part, throughput and memory of the runs that have them."""
+    headings = ["run", "in all", "steps", *PARTS, "steps/s", "memory", "GPU memory"]
+    rows = []
+    for index, run in enumerate(runs):
+        if not run.costs:
+            continue
+        last = run.costs[-1]
+        device = last.get("peak_device_memory")
+        rows.append(
+            [
+                Cell(run.name, before=_swatch(index)),
+                _number(last["seconds"], numbers.duration),
+                _number(of_steps(last), numbers.duration),
+                *(_number(last.get(f"seconds/{part}", 0.0), numbers.duration) for part in PARTS),
+                _number(last["step"] / max(of_steps(last), 1e-9), numbers.measured),
+                _number(last["peak_memory"], numbers.size),
+                _number(device, numbers.size),
+            ]
+        )
+    if rows and all(row[-1].value is None for row in rows):
+        headings, rows = headings[:-1], [row[:-1] for row in rows]
+    return table("Time and memory of the runs", headings, rows) if rows else ""
+
+
+def changes(runs: Sequence[ReportedRun]) -> str:
+    """How much mask updates changed, in the runs that have them."""
+    headings = ["run", "mask updates", "moved per task, in all", "at most in an update"]
+    headings += ["differ from the start", "share of a mask"]
+    rows = []
+    for index, run in enumerate(runs):
+        moved = run.series("moved_weights")
+        if not moved:
+            continue
+        differing = run.by_layer("differing/")
+        tasks = len(run.description.tasks)
+        differ = sum(differing[-1][1].values()) / 2 / tasks if differing else None
+        active = run.description.active_weights
+        share = None if differ is None or not active else differ / active
+        rows.append(
+            [
+                Cell(run.name, before=_swatch(index)),
+                _number(len(moved), numbers.count),
+                _number(sum(value for _, value in moved), numbers.count),
+                _number(max(value for _, value in moved), numbers.count),
+                _number(differ, numbers.count),
+                Cell(numbers.MISSING if share is None else f"{share:.3%}", share),
+            ]
+        )
+    return table("Weights that mask updates moved", headings, rows) if rows else ""
+
+
+def all_settings(runs: Sequence[ReportedRun]) -> tuple[str, int]:
+    """Every setting of every run, as HTML, and how many of them differ between runs."""
+    values: dict[str, list[str]] = {}
+    for index, run in enumerate(runs):
+        for name, value in _settings_of(run).items():
+            values.setdefault(name, [numbers.MISSING] * len(runs))[index] = value
+    rows, different = [], 0
+    for name, row in values.items():
+        differs = len(set(row)) > 1
+        different += differs
+        mark = '<span class="differs" title="differs between the runs">≠</span>' if differs else ""
+        cells = "".join(f"<td>{text(value)}</td>" for value in row)
+        kind = ' class="different"' if differs else ""
+        rows.append(f'<tr{kind}><th scope="row">{text(name)}{mark}</th>{cells}</tr>')
+    head = "".join(
+        f'<th scope="col">{run_heading(index, run.name)}</th>' for index, run in enumerate(runs)
+    )
+    return (
+        '<div class="scroll" tabindex="0" role="region" aria-label="Settings of the runs">'
+        f'<table id="all-settings"><thead><tr><th scope="col">setting</th>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>",
+        different,
+    )
+
+
+def _settings_of(run: ReportedRun) -> dict[str, str]:
+    """Settings, and what else a run depends on, by name."""
+    description = run.description
+    found: dict[str, Any] = {"algorithm": run.config.algorithm, "preset": description.preset}
+    found |= dict(settings(run.config))
+    found["tasks"] = ", ".join(description.tasks)
+    found |= {"environment": description.environment.get("family"), "store": description.store}
+    found |= {"computed on": description.device, "kernels": description.backend}
+    found |= {f"version of {name}": value for name, value in description.versions.items()}
+    found["changed on the way"] = "; ".join(
+        f"{c.get('setting')} from {c.get('from')} to {c.get('to')} at step {c.get('step')}"
+        for c in description.changes
+    )
+    return {name: _plain(value) for name, value in found.items()}
+
+
+def _plain(value: Any) -> str:
+    if value is None or value == "" or value == ():
+        return numbers.MISSING
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return str(value) if not isinstance(value, bool) else json.dumps(value)
