@@ -92,8 +92,8 @@ setup(
         # Imports and exports of Minari's data sets (it needs Python 3.11), and of LeRobot's files.
         "minari": ['minari>=0.5; python_version >= "3.11"', "h5py>=3.8"],
         "lerobot": ["pyarrow>=17"],
-        # Pages of runs: Vega-Lite with all that it needs, to be written into the page (0.9 MB, where
-        # Plotly has 4.7; SVG, which follows the page's colours and prints sharply), and the
+        # Pages of runs: Vega-Lite with all that it needs, to be written into the page (0.9 MB,
+        # where Plotly has 4.7; SVG, which follows the page's colours and prints sharply), and the
         # clustering of masks; SciPy is there already, with Meta-World.
         "report": ["vl-convert-python>=1.9", "scipy>=1.13"],
         # Trains the walkers' experts again; their weights come with the package.

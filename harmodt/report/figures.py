@@ -63,6 +63,7 @@ class Plot:
 AXES = {"steps": "step", "time": "minutes of training"}
 
 CONFIG: Spec = {
+    "aria": False,  # a word on each of thousands of marks; the plot's place has one on all
     "background": "transparent",
     "font": "system-ui, sans-serif",
     "view": {"stroke": "var(--line)"},
@@ -317,7 +318,7 @@ def overlap(runs: Sequence[ReportedRun]) -> Plot | None:
         ]
         low, high = float(values[upper].min()), float(values[upper].max())
         spec: Spec = {
-            "height": max(120, min(18 * len(order), 720)),
+            "height": max(240, min(18 * len(order), 760)),
             "mark": {"type": "rect"},
             "encoding": {
                 "x": _tasks("x", tasks, labels=len(order) <= 12),
@@ -362,7 +363,7 @@ def places(runs: Sequence[ReportedRun]) -> Plot | None:
         masks = run.masks
         assert masks is not None
         points, _ = masks.places()
-        most = float(np.abs(points).max()) * 1.15 or 1.0
+        most = float(np.abs(points).max()) * 1.25 or 1.0
         axis = {"scale": {"domain": [-most, most], "nice": False}, "axis": None}
         rows: list[Row] = [[i, *map(few_digits, map(float, p))] for i, p in enumerate(points)]
         layers: list[Spec] = [
@@ -376,8 +377,8 @@ def places(runs: Sequence[ReportedRun]) -> Plot | None:
                 }
             )
         spec: Spec = {
-            "width": 280,
-            "height": 280,
+            "width": 360,
+            "height": 360,
             "encoding": {
                 "x": {"field": "x", "type": "quantitative", **axis},
                 "y": {"field": "y", "type": "quantitative", **axis},

@@ -46,6 +46,11 @@ def measured(number: float | None) -> str:
     return f"{number:,.{min(digits, 6)}f}"
 
 
+def percent(share: float, digits: int = 0) -> str:
+    """A share: 80.0 %."""
+    return f"{100 * share:.{digits}f} %"
+
+
 def few_digits(number: float, digits: int = 5) -> float | None:
     """A number for a plot; None where it is not finite, which JSON does not have."""
     return float(f"{number:.{digits}g}") if math.isfinite(number) else None

@@ -15,6 +15,7 @@ from ..files import clear_temporaries, write_bytes
 from . import figures, tables
 from .figures import CONFIG, Plot
 from .masks import check_clustering
+from .numbers import percent
 from .runs import ReportedRun, read_runs
 from .tables import text
 
@@ -129,14 +130,21 @@ def _key(runs: Sequence[ReportedRun]) -> str:
     return f'<div id="key" role="group" aria-label="Runs shown in the plots">{buttons}</div>'
 
 
-def _figure(plot: Plot | None, plots: list[Plot], title: str, caption: str) -> str:
-    """The place of a plot, which is added to those of the page; without one, nothing."""
+def _figure(
+    plot: Plot | None, plots: list[Plot], title: str, caption: str, kind: str = "half"
+) -> str:
+    """The place of a plot, which is added to those of the page; without one, nothing.
+
+    Args:
+        kind: of its place: "half" of the page's width, or "wide".
+    """
     if plot is None:
         return ""
     plots.append(plot)
     return (
-        f'<figure><h3>{title}</h3><div class="plot" id="plot-{plot.name}" role="img" '
-        f'aria-label="{text(plot.label)}"></div><figcaption>{caption}</figcaption></figure>'
+        f'<figure class="{kind}"><h3>{title}</h3>'
+        f'<div class="plot" id="plot-{plot.name}" role="img" aria-label="{text(plot.label)}"></div>'
+        f"<figcaption>{caption}</figcaption></figure>"
     )
 
 
@@ -283,6 +291,7 @@ def _masks(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
             plots,
             "Density by layer and task",
             "Share of a layer's weights that is active; columns are the tasks in the run's order.",
+            "wide",
         ),
     ]
     facts = "".join(
@@ -299,21 +308,19 @@ def _facts(run: ReportedRun) -> str:
     """What the plots of a run's masks come to, in a sentence or two."""
     masks = run.masks
     assert masks is not None
-    tasks = len(masks.tasks)
-    active = np.diag(masks.shared) / masks.sizes.sum()
-    said = f"{run.name}: {tasks} mask{'s' * (tasks > 1)} with {active.mean():.1%} active weights."
-    if tasks < 2:
-        return said
+    tasks, active = len(masks.tasks), np.diag(masks.shared) / masks.sizes.sum()
+    said = f"{run.name}: {tasks} masks, {percent(active.mean(), 1)} of the weights active in each."
+    if tasks == 1:
+        return said.replace("masks", "mask")
     upper = np.triu_indices(tasks, 1)
     overlap, beyond = masks.overlap[upper], masks.beyond_chance[upper]
-    far = int((np.abs(beyond) > 3).sum())
     said += (
-        f" Two masks overlap by {overlap.mean():.4f} on average, from {overlap.min():.4f} to "
-        f"{overlap.max():.4f}; {far} of {len(beyond)} pairs do so by more than three standard "
-        "deviations more or less than masks that are drawn at random at these densities."
+        f" Two masks overlap by {overlap.mean():.4f} on average, {overlap.min():.4f} to "
+        f"{overlap.max():.4f}. Of {len(beyond)} pairs, {int((np.abs(beyond) > 3).sum())} are more "
+        "than three standard deviations from what masks drawn at random at these densities share."
     )
     if tasks > 2:
-        said += f" The plane below shows {masks.places()[1]:.1%} of the masks' variance."
+        said += f" The plane shows {percent(masks.places()[1])} of the masks' variance."
     return said
 
 

@@ -39,18 +39,22 @@ def text(words: object) -> str:
 
 
 def table(
-    name: str, headings: Sequence[str], rows: Sequence[Sequence[Cell]], last: Sequence[Cell] = ()
+    name: str,
+    headings: Sequence[str | tuple[str, str]],
+    rows: Sequence[Sequence[Cell]],
+    last: Sequence[Cell] = (),
 ) -> str:
     """A table that can be sorted by every column; its first column names the rows.
 
     Args:
         name: of what it shows, for those who cannot see it.
-        headings: of the columns, as HTML.
+        headings: of the columns, as HTML, some with what stands below.
         rows: that are sorted.
         last: a row that stays at the end.
     """
     head = "".join(
-        f'<th scope="col"><button type="button">{heading}</button></th>' for heading in headings
+        f'<th scope="col"><button type="button">{heading}</button>{below}</th>'
+        for heading, below in (h if isinstance(h, tuple) else (h, "") for h in headings)
     )
     body = "".join(_row(row) for row in rows)
     foot = f"<tfoot>{_row(last)}</tfoot>" if last else ""
@@ -189,15 +193,13 @@ def success(title: str, columns: Sequence[Column]) -> str:
         column.result.protocol.unseen or column.result.protocol.mask == "voted"
         for column in columns
     )
-    headings = ["task"]
+    headings: list[str | tuple[str, str]] = ["task"]
     for column in columns:
         protocol = column.result.protocol
         mask = f", {protocol.mask} mask" if several and protocol.mask != "none" else ""
         mask = ", no mask" if several and protocol.mask == "none" else mask
-        headings.append(
-            f"{run_heading(column.run, column.label)}<small>step {protocol.checkpoint:,}, "
-            f"{protocol.episodes} episodes{mask}</small>"
-        )
+        how = f"step {protocol.checkpoint:,}, {protocol.episodes} episodes{mask}"
+        headings.append((run_heading(column.run, column.label), f"<small>{how}</small>"))
     *tasks, average = columns[0].result.protocol.tasks, "average"
     bounds = [_interval_of(row) for summary in summaries for row in summary.values()]
     scale = (0.0, 1.0)
@@ -293,7 +295,7 @@ def changes(runs: Sequence[ReportedRun]) -> str:
                 _number(sum(value for _, value in moved), numbers.count),
                 _number(max(value for _, value in moved), numbers.count),
                 _number(differ, numbers.count),
-                Cell(numbers.MISSING if share is None else f"{share:.3%}", share),
+                Cell(numbers.MISSING if share is None else numbers.percent(share, 3), share),
             ]
         )
     return table("Weights that mask updates moved", headings, rows) if rows else ""

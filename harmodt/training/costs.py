@@ -12,7 +12,7 @@ import torch
 from ..rundir import RunDirectory
 from .records import Record, Records
 
-PARTS = ("mask updates", "evaluations", "checkpoints")
+PARTS = ("masks and harmony", "evaluations", "checkpoints")
 """What time goes to beside the steps, to which all the rest is counted."""
 
 

@@ -300,7 +300,7 @@ class Run:
 
     def _before_step(self, metrics: Metrics) -> None:
         try:
-            with self._costs.of("mask updates"):
+            with self._costs.of("masks and harmony"):
                 values = self.trainer.before_step()
         except ValueError as error:
             self._flush(metrics)  # names the task if its loss was the first to break
