@@ -333,7 +333,7 @@ def overlap(runs: Sequence[ReportedRun]) -> Plot | None:
                         "nice": False,
                         "zero": False,
                     },
-                    "legend": {"format": ".4~f", "tickCount": 3},
+                    "legend": {"format": ".4~f", "tickCount": 2, "gradientLength": 200},
                 },
                 "tooltip": _tooltip(
                     {
@@ -372,7 +372,7 @@ def places(runs: Sequence[ReportedRun]) -> Plot | None:
         if len(points) <= 15:
             layers.append(
                 {
-                    "mark": {"type": "text", "dy": -11, "limit": 130},
+                    "mark": {"type": "text", "dy": -11},
                     "encoding": {"text": {"field": "task"}},
                 }
             )

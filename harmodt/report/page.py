@@ -239,11 +239,10 @@ def _scores(kind: str) -> Callable[[ReportedRun], list[tuple[int, float]]]:
 
 def _success(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
     found = []
-    for title, columns in tables.evaluations(runs):
-        found.append(
-            f"<h3>{text(title)}</h3>{tables.success(title, columns)}"
-            f"{_notes(tables.protocol_notes(columns))}"
-        )
+    for columns in tables.evaluations(runs):
+        title, table = tables.success(columns)
+        notes = _notes(tables.protocol_notes(columns))
+        found.append(f"<h3>{text(title)}</h3>{table}{notes}")
     unevaluated = _lacking(runs, lambda run: run.evaluations, "Not evaluated yet")
     caption = (
         "Intervals are of 95 %: Wilson's of a task's success, a bootstrap's of returns and of the "

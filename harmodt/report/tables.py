@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -15,6 +15,8 @@ from ..training.costs import PARTS
 from . import numbers
 from .figures import COLOURS, of_steps
 from .runs import ReportedRun
+
+Format = Callable[[float | None], str]
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def _latest(result: EvaluationResult) -> tuple[int, int]:
 def overview(runs: Sequence[ReportedRun]) -> str:
     """A row for each run: what it is, came to and took."""
     headings = ["run", "algorithm", "tasks", "steps", "parameters", "success", "mean return"]
-    headings += ["95 % interval", "loss", "time", "steps/s", "memory"]
+    headings += ["loss", "time", "steps/s", "memory"]
     rows = []
     for index, run in enumerate(runs):
         result = final_evaluation(run)
@@ -127,9 +129,8 @@ def overview(runs: Sequence[ReportedRun]) -> str:
                 _number(len(run.description.tasks), numbers.count),
                 _number(run.step, numbers.count),
                 _number(run.description.parameters, numbers.count),
-                _number(success, _rate),
-                _number(mean_return, numbers.measured),
-                Cell(numbers.MISSING if result is None else _bounds(result)),
+                _with_bounds(success, _rate, result),
+                _with_bounds(mean_return, numbers.measured, result if success is None else None),
                 _number(losses[-1][1] if losses else None, numbers.measured),
                 _number(seconds, numbers.duration),
                 _number(speed, numbers.measured),
@@ -141,17 +142,19 @@ def overview(runs: Sequence[ReportedRun]) -> str:
     return table("Overview of the runs", [headings[i] for i in shown], kept)
 
 
-def _bounds(result: EvaluationResult) -> str:
-    average = result.average
-    form = numbers.measured if result.successes is None else _rate
-    return f"{form(average.low)} – {form(average.high)}"
+def _with_bounds(value: float | None, form: Format, result: EvaluationResult | None) -> Cell:
+    """A mean, with the interval of the evaluation that it is of."""
+    if value is None or result is None:
+        return _number(value, form)
+    low, high = form(result.average.low), form(result.average.high)
+    return Cell(form(value), value, after=f"<small>{low} – {high}</small>")
 
 
 def _rate(share: float | None) -> str:
     return numbers.MISSING if share is None else f"{share:.2f}"
 
 
-def _number(value: float | None, form: Any) -> Cell:
+def _number(value: float | None, form: Format) -> Cell:
     return Cell(form(value), value)
 
 
@@ -167,63 +170,62 @@ class Column:
     result: EvaluationResult
 
 
-def evaluations(runs: Sequence[ReportedRun]) -> list[tuple[str, list[Column]]]:
-    """What is to be compared: evaluations of the same tasks by the same measure, with a title."""
-    groups: dict[tuple[Any, ...], list[Column]] = {}
+def evaluations(runs: Sequence[ReportedRun]) -> list[list[Column]]:
+    """What is to be compared: evaluations on tasks of the runs or on unseen ones, by one measure.
+
+    Of a run's evaluations on the same tasks under the same mask it is the latest, of several that
+    with most episodes.
+    """
+    groups: dict[tuple[bool, bool], list[Column]] = {}
     for index, run in enumerate(runs):
         chosen: dict[tuple[Any, ...], EvaluationResult] = {}
         for result in sorted(run.evaluations, key=_latest):
             protocol = result.protocol
-            group = (protocol.unseen is not None, protocol.success_rule, *sorted(protocol.tasks))
-            chosen[(group, protocol.mask)] = result  # the latest with most episodes
-        for (group, _), result in chosen.items():
+            chosen[(protocol.unseen, protocol.mask, frozenset(protocol.tasks))] = result
+        for result in chosen.values():
+            group = result.protocol.unseen is not None, result.successes is None
             groups.setdefault(group, []).append(Column(index, run.name, result))
-    found = []
-    for (unseen, rule, *tasks), columns in groups.items():
-        measure = "Mean return" if rule is None else "Success"
-        kind = "unseen tasks" if unseen else "tasks"
-        found.append((f"{measure} on {len(tasks)} {kind}", columns))
-    return found
+    return [groups[group] for group in sorted(groups)]
 
 
-def success(title: str, columns: Sequence[Column]) -> str:
-    """A row for each task, a column for each evaluation, with intervals."""
+def success(columns: Sequence[Column]) -> tuple[str, str]:
+    """What evaluations are compared in, and a table: a row for each task, a column for each."""
     summaries = [{row["task"]: row for row in column.result.summary()} for column in columns]
-    several = len({c.result.protocol.mask for c in columns} - {"task"}) > 0 and any(
-        column.result.protocol.unseen or column.result.protocol.mask == "voted"
-        for column in columns
-    )
-    headings: list[str | tuple[str, str]] = ["task"]
-    for column in columns:
-        protocol = column.result.protocol
-        mask = f", {protocol.mask} mask" if several and protocol.mask != "none" else ""
-        mask = ", no mask" if several and protocol.mask == "none" else mask
-        how = f"step {protocol.checkpoint:,}, {protocol.episodes} episodes{mask}"
-        headings.append((run_heading(column.run, column.label), f"<small>{how}</small>"))
-    *tasks, average = columns[0].result.protocol.tasks, "average"
+    tasks = dict.fromkeys(task for c in columns for task in c.result.protocol.tasks)
     bounds = [_interval_of(row) for summary in summaries for row in summary.values()]
+    first = columns[0].result
     scale = (0.0, 1.0)
-    if columns[0].result.successes is None:
+    if first.successes is None:
         scale = (min(low for low, _, _ in bounds), max(high for _, _, high in bounds))
     rows = [
-        [Cell(task), *(_interval_cell(summary[task], scale) for summary in summaries)]
-        for task in (*tasks[0], average)
+        [Cell(task), *(_interval_cell(summary.get(task), scale) for summary in summaries)]
+        for task in (*tasks, "average")
     ]
-    return table(title, headings, rows[:-1], rows[-1])
+    measure = "Mean return" if first.successes is None else "Success"
+    title = f"{measure} on {len(tasks)} {'unseen ' * bool(first.protocol.unseen)}tasks"
+    return title, table(title, ["task", *map(_heading, columns)], rows[:-1], rows[-1])
+
+
+def _heading(column: Column) -> tuple[str, str]:
+    """A run's name and, below it, how it was evaluated, its own masks apart."""
+    protocol = column.result.protocol
+    how = f"step {protocol.checkpoint:,}, {protocol.episodes} episodes"
+    if protocol.unseen or protocol.mask == "voted":
+        how += f", {'no' if protocol.mask == 'none' else protocol.mask} mask"
+    return run_heading(column.run, column.label), f"<small>{text(how)}</small>"
 
 
 def protocol_notes(columns: Sequence[Column]) -> list[str]:
     """In what the evaluations were measured differently, other than in what a column says."""
     said = ("checkpoint", "episodes", "mask", "tasks", "target_returns", "backend", "device")
     found = [column.result.protocol.to_json() for column in columns]
-    different = [
-        name
-        for name in found[0]
-        if name not in said and any(p[name] != found[0][name] for p in found)
-    ]
-    if not different:
-        return []
-    return [f"Not all were measured in the same way: they differ in {', '.join(different)}."]
+    first, notes = found[0], []
+    if any(set(protocol["tasks"]) != set(first["tasks"]) for protocol in found):
+        notes.append("Not all were evaluated on the same tasks: an average is over a column's own.")
+    different = [n for n in first if n not in said and any(p[n] != first[n] for p in found)]
+    if different:
+        notes.append(f"Not all were measured in one way: they differ in {', '.join(different)}.")
+    return notes
 
 
 def _interval_of(row: dict[str, Any]) -> tuple[float, float, float]:
@@ -232,8 +234,10 @@ def _interval_of(row: dict[str, Any]) -> tuple[float, float, float]:
     return row["return_low"], row["mean_return"], row["return_high"]
 
 
-def _interval_cell(row: dict[str, Any], scale: tuple[float, float]) -> Cell:
-    """The mean, its interval in words, and a mark of both on a scale."""
+def _interval_cell(row: dict[str, Any] | None, scale: tuple[float, float]) -> Cell:
+    """The mean, its interval in words, and a mark of both on a scale; empty without a row."""
+    if row is None:
+        return Cell(numbers.MISSING)
     low, mean, high = _interval_of(row)
     form = _rate if "success_rate" in row else numbers.measured
     span = scale[1] - scale[0] or 1.0
