@@ -1,7 +1,7 @@
 """What an evaluation measured and how: written as JSON and CSV, read back, averaged over seeds.
 
 Every interval is of 95 %. A task's success rate has Wilson's interval. The average over the tasks,
-and any mean return, has the percentile interval of a bootstrap (`bootstrap_means`).
+and any mean return, has the percentile interval of a bootstrap (`statistics.py`).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from .environments import EnvironmentSpec
 from .errors import UserError
 from .files import clear_temporaries, json_checksum, read_sealed, write_bytes, write_sealed
 from .settings import Count, Whole, from_json
+from .statistics import Average, average, wilson_interval
 
 FORMAT = "harmodt-evaluation"
 VERSION = 4
-RESAMPLES = 10_000
 
 _AGAIN = "evaluate the run again with `python -m harmodt.evaluate`"
 
@@ -93,15 +93,6 @@ class Protocol:
 
 
 @dataclass(frozen=True)
-class Average:
-    """A mean over tasks and the bounds of its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class EvaluationResult:
     """What every episode of an evaluation came to.
 
@@ -133,7 +124,7 @@ class EvaluationResult:
     def average(self) -> Average:
         """Success rate over the tasks, or mean return where the environments know no success.
 
-        The interval resamples tasks and each one's episodes (`bootstrap_means`).
+        The interval resamples tasks and each one's episodes.
         """
         return average_over_seeds([self])
 
@@ -243,8 +234,8 @@ class EvaluationResult:
         row = {"task": self.protocol.tasks[index], "episodes": len(returns)}
         mean = {"mean_return": float(returns.mean())}
         if self.successes is None:
-            low, high = _bootstrap_interval(returns[None, None])
-            bounds = {"return_low": low, "return_high": high}
+            found = average(returns[None, None])
+            bounds = {"return_low": found.low, "return_high": found.high}
             return row | mean | bounds | {"interval": "bootstrap over episodes"}
         solved = int(self.successes[index].sum())
         low, high = wilson_interval(solved, len(returns))
@@ -288,73 +279,35 @@ def average_over_seeds(results: Sequence[EvaluationResult]) -> Average:
     """The average of runs that differ in their training seed, and its 95 % interval.
 
     Success rate over seeds and tasks, or mean return where the environments know no success. The
-    interval resamples seeds, tasks and episodes (`bootstrap_means`). Where no two episodes differ,
-    resampling them can show nothing: the interval of a success rate of 0 or 1 is then Wilson's of
-    all episodes together.
+    interval resamples seeds, tasks and episodes (`statistics.average`).
 
     Args:
-        results: one per seed, measured by the same protocol but for checkpoint, target returns,
+        results: one per seed, as `stack` takes them.
+
+    Raises:
+        UserError: there is no result, or two were measured by different protocols.
+    """
+    return average(stack(results))
+
+
+def stack(results: Sequence[EvaluationResult]) -> np.ndarray:
+    """What several runs came to: successes, or returns where the environments know no success.
+
+    Args:
+        results: one per run, measured by the same protocol but for checkpoint, target returns,
             backend and device.
+
+    Returns:
+        bool or float64 [runs, tasks, episodes].
 
     Raises:
         UserError: there is no result, or two were measured by different protocols.
     """
     if not results:
         raise UserError("there is no result to average: name at least one evaluation")
-    first = results[0].protocol
     for result in results[1:]:
-        _check_comparable(first, result.protocol)
-    solves = first.success_rule is not None
-    values = np.stack([np.asarray(r.successes if solves else r.returns) for r in results])
-    if solves and values.min() == values.max():
-        low, high = wilson_interval(int(values.sum()), values.size)
-    else:
-        low, high = _bootstrap_interval(values)
-    return Average(float(values.mean()), low, high)
-
-
-def bootstrap_means(values: np.ndarray, resamples: int = RESAMPLES) -> np.ndarray:
-    """Means of resampled evaluations, float64 [resamples]; their spread is the mean's uncertainty.
-
-    A resample draws the seeds and the tasks with replacement, every drawn seed with every drawn
-    task, and for each such pair its episodes with replacement (a nested bootstrap; A. C. Davison
-    and D. V. Hinkley, Bootstrap Methods and their Application, 1997, section 3.8). So the interval
-    holds for other tasks of the same kind and other seeds, not for these alone. The episodes'
-    chance also moves the rates that tasks are drawn by: it counts twice, which errs towards wide;
-    that there are few tasks or seeds to draw from errs towards narrow.
-
-    Args:
-        values: bool or float [seeds, tasks, episodes].
-        resamples: how many; always the same ones.
-    """
-    rng = np.random.default_rng(0)
-    seeds, tasks, episodes = values.shape
-    means = np.empty(resamples)
-    at_once = max(1, 2**20 // values.size)  # bounds the memory
-    for first in range(0, resamples, at_once):
-        count = min(at_once, resamples - first)
-        seed = rng.integers(seeds, size=(count, seeds, 1, 1))
-        task = rng.integers(tasks, size=(count, 1, tasks, 1))
-        episode = rng.integers(episodes, size=(count, seeds, tasks, episodes))
-        means[first : first + count] = values[seed, task, episode].mean((1, 2, 3))
-    return means
-
-
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a proportion (E. B. Wilson, 1927).
-
-    Args:
-        successes: 0 to `trials`.
-        trials: at least 1.
-    """
-    z = 1.959963984540054  # 97.5 % quantile of the normal distribution
-    rate = successes / trials
-    centre = rate + z**2 / (2 * trials)
-    half_width = z * math.sqrt(rate * (1 - rate) / trials + z**2 / (4 * trials**2))
-    scale = 1 + z**2 / trials
-    low = (centre - half_width) / scale if successes else 0.0  # exactly, without rounding
-    high = (centre + half_width) / scale if successes < trials else 1.0
-    return low, high
+        _check_comparable(results[0].protocol, result.protocol)
+    return np.stack([r.returns if r.successes is None else r.successes for r in results])
 
 
 def versions(packages: Sequence[str] = ()) -> dict[str, str]:
@@ -366,11 +319,6 @@ def versions(packages: Sequence[str] = ()) -> dict[str, str]:
         except metadata.PackageNotFoundError:  # harmodt, run from a source tree
             continue
     return found
-
-
-def _bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(bootstrap_means(values), (0.025, 0.975))
-    return float(low), float(high)
 
 
 def _check_comparable(first: Protocol, other: Protocol) -> None:

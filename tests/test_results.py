@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
 import math
 import os
@@ -13,8 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 from runs import ended_process
 
@@ -24,10 +21,9 @@ from harmodt.results import (
     EvaluationResult,
     Protocol,
     average_over_seeds,
-    bootstrap_means,
     versions,
-    wilson_interval,
 )
+from harmodt.statistics import bootstrap_means, wilson_interval
 
 TASKS = ("reach-v3", "button-press-topdown-v3")
 PROTOCOL = Protocol(
@@ -49,105 +45,6 @@ def returns_alone() -> EvaluationResult:
     spec = EnvironmentSpec("toy", 3, 2, 7, success=False)
     protocol = replace(PROTOCOL, success_rule=None, environment=spec)
     return EvaluationResult(protocol, None, RETURNS, 1.0, {})
-
-
-# Table I of R. G. Newcombe, "Two-sided confidence intervals for the single proportion",
-# Statistics in Medicine 17 (1998), method 3.
-@pytest.mark.parametrize(
-    ("successes", "trials", "low", "high"),
-    [
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0000, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ],
-)
-def test_wilson_interval_matches_the_published_values(successes, trials, low, high):
-    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=5e-5)
-
-
-@given(trials=st.integers(1, 500), share=st.floats(0, 1))
-def test_wilson_bounds_are_where_the_score_test_turns(trials, share):
-    successes = round(share * trials)
-    rate = successes / trials
-    low, high = wilson_interval(successes, trials)
-    assert 0 <= low <= rate <= high <= 1
-    for bound in (low, high):
-        if bound not in (0, 1):
-            score = abs(rate - bound) / math.sqrt(bound * (1 - bound) / trials)
-            assert score == pytest.approx(1.959964, abs=1e-4)
-    mirrored = wilson_interval(trials - successes, trials)
-    assert mirrored == pytest.approx((1 - high, 1 - low), abs=1e-12)
-
-
-def bootstrap_variance(values: np.ndarray) -> float:
-    """Of the mean of a resample: analysis of variance of [seeds, tasks, episodes].
-
-    Drawing seeds, tasks and episodes each with replacement, the effect of the seeds is averaged
-    over as many draws as there are seeds, and so on.
-    """
-    seeds, tasks, episodes = values.shape
-    cells = values.mean(2)
-    seed = cells.mean(1, keepdims=True) - cells.mean()
-    task = cells.mean(0, keepdims=True) - cells.mean()
-    both = cells - cells.mean() - seed - task
-    within = values.var(2).mean() / (seeds * tasks * episodes)
-    return (
-        (seed**2).mean() / seeds + (task**2).mean() / tasks
-        + (both**2).mean() / (seeds * tasks) + within
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 20), (1, 9, 10), (1, 9, 1), (3, 1, 10), (3, 5, 4)])
-@pytest.mark.parametrize("binary", [True, False])
-def test_resampled_means_vary_as_the_analysis_of_variance_says(shape, binary):
-    rng = np.random.default_rng(1)
-    seeds, tasks, _ = shape
-    values = (
-        rng.normal(size=(seeds, 1, 1)) + rng.normal(size=(1, tasks, 1)) + rng.normal(size=shape)
-    )
-    if binary:
-        values = values > 0
-    means = bootstrap_means(values, 40_000)
-    expected = bootstrap_variance(values.astype(float))
-    # 40,000 draws give a variance to within 0.7 % (one deviation of a normal's) and a mean to
-    # within 0.5 % of its deviation.
-    assert means.var() == pytest.approx(expected, rel=0.04)
-    assert abs(means.mean() - values.mean()) < 0.025 * math.sqrt(expected)
-
-
-def test_resampled_means_are_distributed_as_if_all_resamples_were_listed():
-    values = np.array([[[0, 1], [2, 7]]], float)  # one seed, two tasks, two episodes
-    listed = []
-    for tasks in itertools.product(range(2), repeat=2):
-        for draws in itertools.product(range(2), repeat=4):
-            pairs = (draws[:2], draws[2:])
-            listed.append(
-                np.mean([values[0, t, list(e)] for t, e in zip(tasks, pairs, strict=True)])
-            )
-    found, counts = np.unique(bootstrap_means(values, 50_000), return_counts=True)
-    expected, weights = np.unique(listed, return_counts=True)
-    np.testing.assert_allclose(found, expected)
-    np.testing.assert_allclose(counts / 50_000, weights / len(listed), atol=0.01)
-
-
-def test_the_averages_interval_covers_the_mean_of_all_tasks_that_could_have_been():
-    """Tasks drawn from a population whose mean is 0.6: about 95 % of the intervals hold it.
-
-    Wilson's interval of the pooled episodes, which takes the tasks for the only ones, holds it in
-    two thirds of the cases at most.
-    """
-    rng = np.random.default_rng(2)
-    covered = pooled = 0
-    for _ in range(200):
-        rates = rng.beta(1.2, 0.8, size=(1, 30, 1))
-        solved = rng.random((1, 30, 10)) < rates
-        low, high = np.quantile(bootstrap_means(solved, 1000), (0.025, 0.975))
-        covered += low <= 0.6 <= high
-        low, high = wilson_interval(int(solved.sum()), solved.size)
-        pooled += low <= 0.6 <= high
-    assert 0.9 <= covered / 200 <= 0.99
-    assert pooled / 200 < 0.8
 
 
 def test_intervals_of_a_result_and_of_several_seeds():

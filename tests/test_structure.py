@@ -21,6 +21,7 @@ FLOORS = [
         "harmodt.graph",
         "harmodt.progress",
         "harmodt.settings",
+        "harmodt.statistics",
     },
     {"harmodt.batch", "harmodt.config", "harmodt.devices", "harmodt.rundir", "harmodt.checkpoint"},
     {"harmodt.environments", "harmodt.results"},
