@@ -62,6 +62,7 @@ setup(
     package_data={
         "harmodt.environments.locomotion": ["weights/*.safetensors"],
         "harmodt.report": ["page.css", "page.js"],
+        "harmodt.reproduce": ["paper.json"],
     },
     ext_modules=[Extension("harmodt_kernels.native.libharmodt", [], optional=True)],
     cmdclass={"build_ext": BuildLibrary},

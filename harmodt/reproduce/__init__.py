@@ -1,0 +1,1 @@
+"""The paper's tables and figures, trained and measured again: `python -m harmodt.reproduce`."""

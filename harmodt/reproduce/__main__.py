@@ -1,0 +1,143 @@
+"""Reproduce a table or figure of the paper: `python -m harmodt.reproduce NAME --budget small`.
+
+python -m harmodt.reproduce --list
+python -m harmodt.reproduce table2 --budget small --dry-run
+python -m harmodt.reproduce table2 --budget small
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from ..devices import prepare_cpu
+from ..errors import UserError, going_on, run_command
+from ..files import owned
+from ..progress import PlainConsole
+from ..settings import Count, Whole, check, parse_arguments
+from ..training.stop import Output, Stop
+from .execute import Work, command_of, find_slots
+from .experiments import BUDGETS, EXPERIMENTS
+from .jobs import Folder, Job, jobs_of
+from .overview import listing, overview
+from .plan import Plan, make_plan
+from .tables import tabulate
+
+output = Output()
+console = PlainConsole(file=output)
+
+
+@dataclass(frozen=True)
+class ReproduceConfig:
+    """Train and measure what a table or figure of the paper compares; end in its table.
+
+    An interrupted reproduction goes on when the same command is given again: what is done is
+    skipped, and what a run had come to is taken up. Experiments share a folder, and in it what they
+    have in common.
+    """
+
+    name: tyro.conf.Positional[str | None] = None
+    """What to reproduce: see --list."""
+    budget: str = "smoke"
+    """How much is spent: smoke proves the machinery in minutes, small is hours on two cores, paper
+    is the paper's own."""
+    output: Path | None = None
+    """Folder of data, runs and tables; by default runs/reproduce-BUDGET."""
+    seeds: tuple[Whole, ...] = ()
+    """Of training, in place of the budget's."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where runs are placed: one on each GPU there is, or all on the CPU."""
+    jobs: Count = 1
+    """Runs at a time on each GPU, or on the CPU."""
+    list: bool = False
+    """Show what there is to reproduce."""
+    dry_run: bool = False
+    """Show the runs and how long they would take, by a few steps of each kind taken now."""
+
+
+def main() -> None:
+    """The command line."""
+    prepare_cpu()
+    config: ReproduceConfig = parse_arguments(
+        ReproduceConfig,
+        prog="python -m harmodt.reproduce",
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    check(config)
+    if config.list:
+        console.print(listing())
+        return
+    plan = _plan(config)
+    folder = Folder(config.output or Path("runs") / f"reproduce-{config.budget}")
+    slots = find_slots(config.device, config.jobs)
+    if config.dry_run:
+        for part in overview(plan, folder, len(slots), console):
+            console.print(part)
+        return
+    _reproduce(plan, folder, slots)
+
+
+def _plan(config: ReproduceConfig) -> Plan:
+    if config.name is None:
+        raise UserError(f"no experiment is named: name one of {', '.join(EXPERIMENTS)}")
+    for kind, name, known in (
+        ("experiment", config.name, EXPERIMENTS),
+        ("budget", config.budget, BUDGETS),
+    ):
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            raise UserError(
+                f"there is no {kind} {name!r}: did you mean {nearest}? There are {', '.join(known)}"
+            )
+    return make_plan(config.name, config.budget, config.seeds)
+
+
+def _reproduce(plan: Plan, folder: Folder, slots: Sequence[Mapping[str, str]]) -> None:
+    """Do all that is not done, print and write the table, and name what failed."""
+    command = command_of(["harmodt.reproduce", *sys.argv[1:]])
+    stop = output.stop = Stop()
+    try:
+        with stop.handled(), going_on(f"go on with: {command}"), owned(folder.path):
+            jobs = jobs_of(plan, folder)
+            work = Work(jobs, slots, folder, console)
+            work.do(stop)
+            if stop.signal is not None:
+                how = f"stopped by {stop.signal.name}; go on with: {command}"
+                console.print(how, soft_wrap=True)
+                sys.exit(128 + stop.signal)
+            _report(plan, folder)
+    finally:
+        output.stop = None
+    if work.failed:
+        for job in jobs:
+            if job.name in work.failed:
+                console.print(_failure(job, work.failed[job.name], folder), soft_wrap=True)
+        sys.exit(1)
+
+
+def _report(plan: Plan, folder: Folder) -> None:
+    """Print the table, and write it beside the runs."""
+    outcome, path = tabulate(plan, folder), folder.path / plan.name
+    outcome.save(path)
+    console.print(outcome.table())
+    for note in outcome.notes:
+        console.print(note)
+    console.print(f"written to {path}.csv and .json", soft_wrap=True)
+
+
+def _failure(job: Job, why: str, folder: Folder) -> str:
+    log = folder.log(job.name)
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    said = next((line for line in reversed(lines) if line.startswith("error: ")), None)
+    parts = [f"FAILED {job.name}: {why}", *([said] if said else []), f"log: {log}"]
+    return "\n  ".join([*parts, f"repeat it with: {command_of(job.words())}"])
+
+
+if __name__ == "__main__":
+    run_command(main)

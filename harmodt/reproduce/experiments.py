@@ -1,0 +1,337 @@
+"""What there is to reproduce, and at which budgets: the definitions alone.
+
+An experiment is columns × variants, and each of these trained with every seed is a run. A new
+experiment is a row of `EXPERIMENTS`, a new budget one of `BUDGETS`. What the paper found is in
+`paper.json`, under the experiment's name and those of its variants and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..config import SIZES
+
+Composition = Literal["near-optimal", "sub-optimal"]
+
+AWAITED = frozenset(
+    {
+        *("mtbc", "mtiql", "mtdiff-p", "mtdiff-p-onehot"),
+        *("surgery", "mask_initialisation", "shared_mask"),
+    }
+)
+"""Algorithms and settings that are not there yet; variants that name one are left out."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """So many times what another setting is at the budget."""
+
+    factor: float
+    setting: str
+
+
+@dataclass(frozen=True)
+class Column:
+    """What variants are compared on.
+
+    Attributes:
+        name: in tables.
+        tasks: a set to train on.
+        composition: of its data.
+        settings: of every run, whatever the variant.
+        unseen: a set that is met in place of the one that was trained on.
+    """
+
+    name: str
+    tasks: str
+    composition: Composition = "near-optimal"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    unseen: str | None = None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is compared.
+
+    Attributes:
+        name: in tables; the paper's where it has one.
+        algorithm: its name in `ALGORITHMS`.
+        settings: that differ from the budget's: values, or `Times` of the budget's own.
+        mask: that unseen tasks are met under; by default the algorithm's own choice.
+    """
+
+    name: str
+    algorithm: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    mask: str | None = None
+
+    @property
+    def awaited(self) -> frozenset[str]:
+        """What it needs of what is not there yet."""
+        return AWAITED & {self.algorithm, *self.settings}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A table or figure.
+
+    Attributes:
+        title: one line.
+        columns, variants: what is compared on what.
+        reference: the variant that the others are compared with, seed by seed.
+        measure: success or return at the end, or the averaged harmony score over training.
+    """
+
+    title: str
+    columns: tuple[Column, ...]
+    variants: tuple[Variant, ...]
+    reference: str
+    measure: Literal["outcome", "harmony"] = "outcome"
+
+    @property
+    def present(self) -> tuple[Variant, ...]:
+        """The variants without those that are left out."""
+        return tuple(variant for variant in self.variants if not variant.awaited)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is spent on an experiment.
+
+    Attributes:
+        title: one line, which a table ends with.
+        preset: where settings come from.
+        seeds: of training.
+        episodes: of each task's data, by composition; the sub-optimal are the first half.
+        prompt_episodes: of each task, held apart.
+        episode_length: of the data; by default the environments'.
+        tasks: how many of each set, the first ones; by default all.
+        steps: of a run, by its number of tasks.
+        tasks_per_step: at most.
+        mask_updates: in a run.
+        settings: others that differ from the preset's, where an algorithm has them.
+        unseen_episodes: of each unseen task.
+    """
+
+    title: str
+    preset: str
+    seeds: tuple[int, ...]
+    episodes: Mapping[str, int]
+    prompt_episodes: int
+    steps: Callable[[int], int]
+    tasks_per_step: int
+    mask_updates: int
+    settings: Mapping[str, Any]
+    unseen_episodes: int
+    episode_length: int | None = None
+    tasks: int | None = None
+
+
+BUDGETS: dict[str, Budget] = {
+    "smoke": Budget(
+        title="two tasks of each set, a tiny model, 8 steps: proves the machinery and nothing else",
+        preset="quickstart",
+        seeds=(0,),
+        episodes={"near-optimal": 4, "sub-optimal": 2},
+        prompt_episodes=1,
+        episode_length=100,
+        tasks=2,
+        steps=lambda tasks: 8,
+        tasks_per_step=2,
+        mask_updates=2,
+        settings={
+            "embed_dim": 32,
+            "layers": 1,
+            "heads": 2,
+            "context_length": 4,
+            "prompt_length": 2,
+            "batch_per_task": 2,
+            "log_every": 4,
+            "checkpoint_every": 4,
+            "evaluation_episodes": 2,
+        },
+        unseen_episodes=2,
+    ),
+    "small": Budget(
+        title="the quickstart's recipe, 80 steps per task and 800 at least: hours on two cores",
+        preset="quickstart",
+        seeds=(0, 1),
+        episodes={"near-optimal": 60, "sub-optimal": 30},
+        prompt_episodes=6,
+        steps=lambda tasks: max(800, 80 * tasks),
+        tasks_per_step=8,
+        mask_updates=8,
+        settings={"evaluation_episodes": 20},
+        unseen_episodes=20,
+    ),
+    "paper": Budget(
+        title="the paper's settings (Table 6), a million steps and as many transitions per task",
+        preset="paper",
+        seeds=(0, 1, 2),
+        episodes={"near-optimal": 2000, "sub-optimal": 1000},
+        prompt_episodes=10,
+        steps=lambda tasks: 1_000_000,
+        tasks_per_step=1,
+        mask_updates=200,
+        settings={"evaluate_every": 250_000, "evaluation_episodes": 50},
+        unseen_episodes=50,
+    ),
+}
+"""Every budget by its name."""
+
+
+def _sets(*names: str) -> tuple[Column, ...]:
+    """Both compositions of some sets of Meta-World's tasks."""
+    compositions: tuple[Composition, ...] = ("near-optimal", "sub-optimal")
+    return tuple(
+        Column(f"{name.upper()} {composition}", name, composition)
+        for name in names
+        for composition in compositions
+    )
+
+
+def _walkers(name: str, return_scale: float) -> Column:
+    settings = {"return_scale": return_scale, "evaluation_episodes": 0}
+    return Column(name, f"{name.lower()}-train", "near-optimal", settings, f"{name.lower()}-unseen")
+
+
+def _sweep(algorithm: str, setting: str, symbol: str, *values: Any) -> tuple[Variant, ...]:
+    """A variant for each value of a setting."""
+    shown = [f"× {v.factor:g}" if isinstance(v, Times) else f"= {v:g}" for v in values]
+    return tuple(
+        Variant(f"{symbol} {text}", algorithm, {setting: value})
+        for text, value in zip(shown, values, strict=True)
+    )
+
+
+_F = Variant("HarmoDT-F", "harmodt-f")
+_M = Variant("HarmoDT-M", "harmodt-m")
+_R = Variant("HarmoDT-R", "harmodt-r")
+_PROMPT_DT = Variant("Prompt-DT", "prompt-dt")
+_MTDT = Variant("MTDT", "mtdt")
+_ETA_MAX = _sweep("harmodt-f", "eta_max", "η_max", 10, 1000, 10_000)
+_SPARSITY = _sweep("harmodt-f", "sparsity", "S", 0.1, 0.3, 0.5)
+_BALANCE = _sweep("harmodt-f", "balance", "λ", 0.1, 1.0, 100.0)
+_INTERVAL = _sweep(
+    "harmodt-f", "mask_update_every", "t_m",
+    *(Times(factor, "mask_update_every") for factor in (0.25, 4)),
+)  # fmt: skip
+_SURGERY = tuple(
+    Variant(f"{title} + {surgery}", algorithm, {"surgery": surgery.lower()})
+    for title, algorithm in (("Prompt-DT", "prompt-dt"), ("HarmoDT-F", "harmodt-f"))
+    for surgery in ("PCGrad", "CAGrad", "GradDrop")
+)
+_INITIALISATION = tuple(
+    Variant(f"{title}, {how}", algorithm, {"mask_initialisation": how})
+    for title, algorithm in (("HarmoDT-F", "harmodt-f"), ("HarmoDT-R", "harmodt-r"))
+    for how in ("uniform", "magnitude")
+)
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "table1": Experiment(
+        title="all offline methods on MT50",
+        columns=_sets("mt50"),
+        variants=(
+            Variant("MTBC", "mtbc"),
+            Variant("MTIQL", "mtiql"),
+            Variant("MTDIFF-P", "mtdiff-p"),
+            Variant("MTDIFF-P-ONEHOT", "mtdiff-p-onehot"),
+            Variant("MTDT, 0.87 M", "mtdt", {"size": "0.87M"}),
+            _MTDT,
+            Variant("Prompt-DT, 0.87 M", "prompt-dt", {"size": "0.87M"}),
+            _PROMPT_DT,
+            _R,
+            _M,
+            _F,
+        ),
+        reference="HarmoDT-F",
+    ),
+    "table2": Experiment(
+        title="5, 30 and 50 tasks, near- and sub-optimal data",
+        columns=_sets("mt5", "mt30", "mt50"),
+        variants=(Variant("MTDIFF", "mtdiff-p-onehot"), _MTDT, _PROMPT_DT, _R, _M, _F),
+        reference="HarmoDT-F",
+    ),
+    "table3": Experiment(
+        title="four sizes of the model on 30 and 50 tasks",
+        columns=tuple(
+            Column(f"{tasks.upper()}, {size[:-1]} M", tasks, settings={"size": size})
+            for tasks in ("mt30", "mt50")
+            for size in SIZES
+            if size != "5.29M"  # of Table 6
+        ),
+        variants=(_MTDT, _PROMPT_DT, _F),
+        reference="HarmoDT-F",
+    ),
+    "table4": Experiment(
+        title="unseen tasks of three families of walkers",
+        columns=(
+            _walkers("Cheetah-dir", 1000.0),
+            _walkers("Cheetah-vel", 500.0),
+            _walkers("Ant-dir", 500.0),
+        ),
+        variants=(
+            _MTDT,
+            _PROMPT_DT,
+            Variant("HarmoDT-F", "harmodt-f", mask="voted"),
+            Variant("HarmoDT-F, nearest mask", "harmodt-f", mask="nearest"),
+        ),
+        reference="HarmoDT-F",
+    ),
+    "figure2a": Experiment(
+        title="how far the tasks' gradients agree over training, with and without random masks",
+        columns=tuple(
+            Column(name.upper(), name, settings={"harmony_every": Times(0.05, "steps")})
+            for name in ("mt5", "mt50")
+        ),
+        variants=(_PROMPT_DT, _R),
+        reference="Prompt-DT",
+        measure="harmony",
+    ),
+    "figure2b": Experiment(
+        title="random masks of several sparsities on MT50",
+        columns=_sets("mt50")[:1],
+        variants=(
+            _PROMPT_DT,
+            *_sweep("harmodt-r", "sparsity", "S", 0.05, 0.1, 0.2, 0.3, 0.4, 0.5),
+        ),
+        reference="Prompt-DT",
+    ),
+    "figure4": Experiment(
+        title="η_max, t_m, S and λ, one at a time, on MT50",
+        columns=_sets("mt50")[:1],
+        variants=(_F, *_ETA_MAX, *_INTERVAL, *_SPARSITY, *_BALANCE),
+        reference="HarmoDT-F",
+    ),
+    "figure6": Experiment(
+        title="S, η_max and λ, one at a time, on 30 and 50 tasks",
+        columns=_sets("mt30", "mt50"),
+        variants=(_F, *_SPARSITY, *_ETA_MAX, *_BALANCE),
+        reference="HarmoDT-F",
+    ),
+    "surgery": Experiment(
+        title="gradient surgery beside masks, and both together, on 10 and 50 tasks",
+        columns=tuple(
+            # Surgery is between tasks of one step, of which the paper's settings have one.
+            Column(f"{name.upper()} near-optimal", name, settings={"tasks_per_step": 8})
+            for name in ("mt10", "mt50")
+        ),
+        variants=(_PROMPT_DT, *_SURGERY[:3], _F, *_SURGERY[3:]),
+        reference="Prompt-DT",
+    ),
+    "initialisation": Experiment(
+        title="what masks begin as, and one random mask for all tasks, on MT50",
+        columns=_sets("mt50"),
+        variants=(
+            _F,
+            *_INITIALISATION[:2],
+            _R,
+            *_INITIALISATION[2:],
+            Variant("HarmoDT-R, one mask for all", "harmodt-r", {"shared_mask": True}),
+        ),
+        reference="HarmoDT-F",
+    ),
+}
+"""Every experiment by its name."""

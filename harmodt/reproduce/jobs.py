@@ -1,0 +1,252 @@
+"""What is to be done for a plan, each job a command of its own, and what of it is there already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..checkpoint import checkpoint_steps
+from ..data.store import MANIFEST, DataStore
+from ..errors import UserError
+from ..results import EvaluationResult
+from ..rollout import Request
+from ..rundir import Description, RunDirectory
+from ..settings import to_json
+from .plan import Collection, Plan, Question, Run
+
+_LEFT_OPEN = ("data", "output")
+"""Settings that say where a run is, not what it is."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where everything of a budget is: data/, runs/, logs/ and the tables."""
+
+    path: Path
+
+    def data(self, collection: Collection) -> Path:
+        """A store."""
+        return self.path / "data" / collection.name
+
+    def run(self, run: Run) -> RunDirectory:
+        """A run's directory."""
+        return RunDirectory(self.path / "runs" / run.name)
+
+    @property
+    def logs(self) -> Path:
+        """What jobs printed."""
+        return self.path / "logs"
+
+    def log(self, job: str) -> Path:
+        """What a job printed."""
+        return self.logs / f"{job}.log"
+
+
+class Job(Protocol):
+    """A command to give, once or until it has come to its end.
+
+    Attributes:
+        name: of its log.
+        needs: names of the jobs that must be done before.
+        directory: that it writes.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def needs(self) -> tuple[str, ...]: ...
+    @property
+    def directory(self) -> Path: ...
+
+    def is_done(self) -> bool:
+        """Whether what it makes is there.
+
+        Raises:
+            UserError: something else is, or it is damaged.
+        """
+
+    def words(self) -> list[str]:
+        """The command, after `python -m`: what begins it or, where it was begun, goes on."""
+
+
+@dataclass(frozen=True)
+class Collect:
+    """Makes a store; one that was made from other data, such as the paper's, is taken as it is."""
+
+    folder: Folder
+    collection: Collection
+    needs: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"data-{self.collection.name}"
+
+    @property
+    def directory(self) -> Path:
+        return self.folder.data(self.collection)
+
+    def is_done(self) -> bool:
+        if not (self.directory / MANIFEST).exists():
+            return False
+        store, wanted = DataStore.open(self.directory), self.collection.wanted
+        missing = [task for task in self.collection.tasks if task not in store.tasks]
+        if missing:
+            raise UserError(
+                f"the store {self.directory} lacks {', '.join(missing)}: move it away, or name "
+                "another --output"
+            )
+        made = store.provenance.get("collect", wanted)  # or it was brought here
+        for name in wanted:
+            if made.get(name) != wanted[name]:
+                raise UserError(
+                    f"the store {self.directory} has {name} = {made.get(name)} instead of "
+                    f"{wanted[name]}: move it away, or name another --output"
+                )
+        return True
+
+    def words(self) -> list[str]:
+        words = ["harmodt.collect", "--output", str(self.directory)]
+        for name, value in self.collection.wanted.items():
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+        return words
+
+
+@dataclass(frozen=True)
+class Train:
+    """Trains a run to its last step and evaluates it, or goes on with it."""
+
+    folder: Folder
+    run: Run
+
+    @property
+    def name(self) -> str:
+        return self.run.name
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (Collect(self.folder, self.run.collection).name,)
+
+    @property
+    def directory(self) -> Path:
+        return self.folder.run(self.run).path
+
+    @property
+    def step(self) -> int | None:
+        """Of its last checkpoint, or 0; None where it has not begun.
+
+        Raises:
+            UserError: it was trained with other settings.
+        """
+        directory = self.folder.run(self.run)
+        if not directory.description.exists():
+            return None
+        self._check(directory.read())
+        return max(checkpoint_steps(directory), default=0)
+
+    def is_done(self) -> bool:
+        if self.step != self.run.steps:
+            return False
+        episodes = self.run.config.evaluation.evaluation_episodes
+        question = Question(self.run.tasks, episodes)
+        return not episodes or find_result(self.folder, self.run, question) is not None
+
+    def words(self) -> list[str]:
+        data = ["--data", str(self.folder.data(self.run.collection))]
+        if self.folder.run(self.run).description.exists():
+            return ["harmodt.train", "--resume", str(self.directory), *data]
+        begin = ["harmodt.train", "--preset", self.run.preset]
+        begin += ["--algorithm", self.run.config.algorithm, *data, *self.run.flags]
+        return [*begin, "--output", str(self.directory)]
+
+    def _check(self, found: Description) -> None:
+        """Raise UserError where a run is another than is wanted."""
+        changed = {change["setting"] for change in found.changes}
+        wanted, there = dict(_leaves(to_json(self.run.config))), dict(_leaves(found.config))
+        for name, value in wanted.items():
+            if name in _LEFT_OPEN or name in changed or there.get(name) == value:
+                continue
+            raise UserError(
+                f"the run {self.directory} was trained with {name} = {there.get(name)} instead of "
+                f"{value}: move it away, or name another --output"
+            )
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measures a run on tasks that it was not trained on."""
+
+    folder: Folder
+    run: Run
+    question: Question
+
+    @property
+    def name(self) -> str:
+        return f"{self.run.name}-unseen-{self.question.mask}"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.run.name,)
+
+    @property
+    def directory(self) -> Path:
+        return self.folder.run(self.run).path
+
+    def is_done(self) -> bool:
+        done = Train(self.folder, self.run).is_done()
+        return done and find_result(self.folder, self.run, self.question) is not None
+
+    def words(self) -> list[str]:
+        store, question = self.folder.data(self.run.collection), self.question
+        words = ["harmodt.evaluate", str(self.directory), "--episodes", str(question.episodes)]
+        words += ["--unseen", str(store), "--tasks", *question.tasks]
+        return [*words, "--mask", str(question.mask)]
+
+
+def jobs_of(plan: Plan, folder: Folder) -> list[Job]:
+    """All jobs of a plan, in the order in which they are best done; each once."""
+    jobs: list[Job] = [Collect(folder, collection) for collection in plan.collections]
+    for run in plan.runs:
+        jobs.append(Train(folder, run))
+        asked = [c.question for c in plan.cells if run in c.runs and c.question.mask is not None]
+        jobs += [Evaluate(folder, run, question) for question in dict.fromkeys(asked)]
+    return jobs
+
+
+def find_result(folder: Folder, run: Run, question: Question) -> EvaluationResult | None:
+    """What a run's last checkpoint came to, asked as `harmodt.evaluate` does by default.
+
+    Raises:
+        UserError: the evaluation is damaged, or there are two.
+    """
+    directory, default = folder.run(run).evaluation, Request()
+    unseen, masks = None, {"task", "none"}
+    if question.mask is not None:
+        unseen = DataStore.open(folder.data(run.collection)).checksum
+        masks = {question.mask}
+    asked = (question.tasks, default.seed, default.goal_seed, unseen)
+    size = f"{len(question.tasks)}x{question.episodes}"
+    found: dict[Path, EvaluationResult] = {}
+    for path in sorted(directory.glob(f"step-{run.steps}-*-{size}-*.json")):
+        result = EvaluationResult.load(path)
+        p = result.protocol
+        by_default = p.success_rule in (default.success_rule, None) and p.mask in masks
+        if by_default and (p.tasks, p.seed, p.goal_seed, p.unseen) == asked:
+            found[path] = result
+    if len(found) > 1:
+        raise UserError(
+            f"{' and '.join(path.name for path in found)} in {directory} are both of that run's "
+            "last step: move all but one away"
+        )
+    return next(iter(found.values()), None)
+
+
+def _leaves(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Name and value of every setting, as JSON, in groups at any depth."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value)
+        else:
+            yield name, list(value) if isinstance(value, tuple) else value

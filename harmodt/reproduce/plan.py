@@ -1,0 +1,219 @@
+"""What an experiment comes to at a budget: collections of data and runs, each with a name.
+
+A name follows from what is collected or trained alone, so experiments that share a folder share
+what they have in common.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..algorithms import config_from_json, preset
+from ..config import TrainConfig
+from ..environments import EnvironmentFamily, family_of
+from ..settings import change, check, settings, to_json
+from .experiments import BUDGETS, EXPERIMENTS, Budget, Column, Experiment, Times, Variant
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Data that runs train on.
+
+    Attributes:
+        name: of its store.
+        tasks: all that the store holds.
+        wanted: what `harmodt.collect` is told, by setting.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    wanted: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Something to train.
+
+    Attributes:
+        name: of its directory.
+        preset: where its settings come from.
+        config: its settings; where its data and its directory are is left open.
+        collection: its data.
+        tasks: that it trains on.
+    """
+
+    name: str
+    preset: str
+    config: TrainConfig
+    collection: Collection
+    tasks: tuple[str, ...]
+
+    @property
+    def steps(self) -> int:
+        """Its last step."""
+        return self.config.optimisation.steps
+
+    @property
+    def flags(self) -> list[str]:
+        """The settings that differ from the preset's, as `harmodt.train` takes them."""
+        default = dict(settings(preset(self.preset, self.config.algorithm)))
+        changed = {n: value for n, value in settings(self.config) if value != default[n]}
+        return [word for name, value in changed.items() for word in _flag(name, value)]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a trained run is asked.
+
+    Attributes:
+        tasks: that it plays.
+        episodes: of each.
+        mask: where they are not those that it was trained on, the mask that they are met under.
+    """
+
+    tasks: tuple[str, ...]
+    episodes: int
+    mask: str | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A variant on a column: one run for each seed, and what each of them is asked."""
+
+    column: Column
+    variant: Variant
+    runs: tuple[Run, ...]
+    question: Question
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiment at a budget, cell by cell."""
+
+    name: str
+    experiment: Experiment
+    budget_name: str
+    budget: Budget
+    seeds: tuple[int, ...]
+    cells: tuple[Cell, ...]
+
+    @property
+    def collections(self) -> tuple[Collection, ...]:
+        """All data that are needed, each once."""
+        found = {run.collection.name: run.collection for cell in self.cells for run in cell.runs}
+        return tuple(found.values())
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """All runs, each once: every cell's first seed before any second one."""
+        by_seed = zip(*(cell.runs for cell in self.cells), strict=True)
+        return tuple({run.name: run for runs in by_seed for run in runs}.values())
+
+
+def make_plan(name: str, budget_name: str, seeds: Sequence[int] = ()) -> Plan:
+    """The plan of an experiment.
+
+    Args:
+        name, budget_name: in `EXPERIMENTS` and `BUDGETS`.
+        seeds: of training, in place of the budget's.
+
+    Raises:
+        ValueError: a definition names an algorithm or a setting that there is not.
+    """
+    experiment, budget = EXPERIMENTS[name], BUDGETS[budget_name]
+    chosen = tuple(dict.fromkeys(seeds)) or budget.seeds
+    cells = tuple(
+        _cell(budget, column, variant, chosen)
+        for column in experiment.columns
+        for variant in experiment.present
+    )
+    return Plan(name, experiment, budget_name, budget, chosen, cells)
+
+
+def _cell(budget: Budget, column: Column, variant: Variant, seeds: Sequence[int]) -> Cell:
+    runs = tuple(_run(budget, column, variant, seed) for seed in seeds)
+    question = Question(runs[0].tasks, runs[0].config.evaluation.evaluation_episodes)
+    if column.unseen:
+        tasks = _first(budget, family_of([column.tasks]), column.unseen)
+        question = Question(tasks, budget.unseen_episodes, variant.mask or "none")
+    return Cell(column, variant, runs, question)
+
+
+def _run(budget: Budget, column: Column, variant: Variant, seed: int) -> Run:
+    tasks = _first(budget, family_of([column.tasks]), column.tasks)
+    base = _base(budget, column, variant, tasks, seed)
+    values = dict(settings(base))
+    chosen = {
+        name: _times(value, values) if isinstance(value, Times) else value
+        for name, value in {**column.settings, **variant.settings}.items()
+    }
+    unknown = chosen.keys() - values.keys()
+    if unknown:
+        raise ValueError(f"{variant.name}: {variant.algorithm} has no {', '.join(unknown)}")
+    if "tasks_per_step" in chosen:
+        chosen["tasks_per_step"] = min(chosen["tasks_per_step"], len(tasks))
+    config = change(base, chosen)
+    differing = [f"{name}-{_text(v)}" for name, v in chosen.items() if v != values[name]]
+    words = [column.tasks, column.composition, variant.algorithm, *differing, f"seed-{seed}"]
+    run = Run("-".join(words), budget.preset, config, _collection(budget, column), tasks)
+    config_from_json(json.loads(json.dumps(to_json(config))), run.name)  # of the right types
+    check(config)
+    return run
+
+
+def _base(
+    budget: Budget, column: Column, variant: Variant, tasks: tuple[str, ...], seed: int
+) -> TrainConfig:
+    """The budget's settings of a run, before what is particular to the column and the variant."""
+    steps = budget.steps(len(tasks))
+    values: dict[str, Any] = {
+        "tasks": (column.tasks,) if budget.tasks is None else tasks,
+        "tasks_per_step": min(budget.tasks_per_step, len(tasks)),
+        "steps": steps,
+        "mask_update_every": max(1, steps // budget.mask_updates),
+        **budget.settings,
+        "seed": seed,
+    }
+    if column.unseen:
+        values["evaluation_episodes"] = 0
+    return change(preset(budget.preset, variant.algorithm), values)
+
+
+def _collection(budget: Budget, column: Column) -> Collection:
+    """The data of all that the budget trains on in a family, whatever the column's set is."""
+    found = family_of([column.tasks])
+    tasks = dict.fromkeys(t for name in found.task_sets for t in _first(budget, found, name))
+    wanted = {
+        "tasks": list(tasks),
+        "episodes": budget.episodes[column.composition],
+        "prompt_episodes": budget.prompt_episodes,
+        "composition": column.composition,
+        "episode_length": budget.episode_length or found.spec.episode_length,
+        "seed": 0,
+    }
+    return Collection(f"{found.spec.family}-{column.composition}", tuple(tasks), wanted)
+
+
+def _first(budget: Budget, family: EnvironmentFamily, name: str) -> tuple[str, ...]:
+    """The tasks of a set that are in the budget."""
+    return family.resolve_tasks([name])[: budget.tasks]
+
+
+def _times(times: Times, values: Mapping[str, Any]) -> int:
+    return max(1, round(times.factor * values[times.setting]))
+
+
+def _text(value: Any) -> str:
+    """A setting in a name."""
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    """A setting as words of a command."""
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]

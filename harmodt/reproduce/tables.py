@@ -1,0 +1,301 @@
+"""What an experiment came to, beside what the paper found: for a terminal, as CSV and as JSON."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table, box
+from rich.text import Text
+
+from ..data.store import MANIFEST, DataStore
+from ..environments import METAWORLD, family_of
+from ..errors import UserError
+from ..files import clear_temporaries, read_bytes, write_bytes, write_sealed
+from ..results import stack, versions
+from ..statistics import Average, average, interquartile_mean, paired_difference, seed_deviation
+from .jobs import Folder, Train, find_result
+from .plan import Cell, Collection, Plan, Run
+
+FORMAT = "harmodt-reproduction"
+VERSION = 1
+
+SOLVED, RETURN, HARMONY = "success in %", "return", "averaged harmony score"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a variant came to on a column.
+
+    Attributes:
+        measure: what the numbers are: SOLVED, RETURN or HARMONY.
+        seeds: those that are there.
+        mean, deviation: over seeds, tasks and episodes; of the seeds' means.
+        middle: the interquartile mean.
+        difference: from the experiment's reference, on the seeds that both have.
+        paper: the paper's mean ± deviation, as printed.
+    """
+
+    column: str
+    variant: str
+    algorithm: str
+    settings: str
+    measure: str
+    seeds: tuple[int, ...] = ()
+    tasks: int = 0
+    episodes: int = 0
+    mean: Average | None = None
+    deviation: float | None = None
+    middle: Average | None = None
+    difference: Average | None = None
+    paper: str | None = None
+
+    def to_csv(self) -> dict[str, Any]:
+        """The row, flat: of each average its mean and bounds."""
+        row = {name: getattr(self, name) for name in ("column", "variant", "algorithm", "settings")}
+        row |= {"measure": self.measure, "seeds": " ".join(map(str, self.seeds))}
+        row |= {"tasks": self.tasks, "episodes": self.episodes}
+        for name in ("mean", "middle", "difference"):
+            found = getattr(self, name)
+            row[name] = found and found.mean
+            row |= {f"{name}_low": found and found.low, f"{name}_high": found and found.high}
+        paper = self.paper.split(" ± ") if self.paper else (None, None)
+        names = ("paper_mean", "paper_deviation")
+        return row | {"deviation": self.deviation} | dict(zip(names, paper, strict=True))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an experiment came to.
+
+    Attributes:
+        rows: a column's variants one after the other.
+        notes: how it was measured and how that differs from the paper, a sentence each.
+    """
+
+    plan: Plan
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+
+    def save(self, path: Path) -> None:
+        """Write PATH.json and PATH.csv, each whole or not at all."""
+        table, content = path.with_suffix(".csv"), path.with_suffix(".json")
+        for file in (table, content):
+            clear_temporaries(file)
+        text = io.StringIO()
+        rows = [row.to_csv() for row in self.rows]
+        writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_bytes(table, text.getvalue().encode())
+        write_sealed(content, self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain JSON values."""
+        plan = self.plan
+        packages = family_of([plan.experiment.columns[0].tasks]).packages
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "experiment": plan.name,
+            "budget": plan.budget_name,
+            "seeds": list(plan.seeds),
+            "reference": plan.experiment.reference,
+            "versions": versions(packages),
+            "runs": {
+                f"{cell.column.name}, {cell.variant.name}": [run.name for run in cell.runs]
+                for cell in plan.cells
+            },
+            "left_out": {v.name: sorted(v.awaited) for v in plan.experiment.variants if v.awaited},
+            "paper": {name: _paper()[name] for name in ("source", "units")},
+            "notes": list(self.notes),
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    def table(self) -> Table:
+        """For a terminal of 80 columns: in a cell the mean and, below it, its interval."""
+        measure, paper = self.rows[0].measure, _paper_of(self.plan.name)
+        title = f"{self.plan.name}: {self.plan.experiment.title}; {measure}"
+        table = Table(title=title, box=box.SIMPLE_HEAD)
+        table.add_column("")
+        reference = self.plan.experiment.reference
+        headings = ["mean", "interquartile mean", f"minus {reference}"]
+        if paper["variants"]:
+            headings.append(f"paper, {paper['source']}")
+        for heading in headings:
+            table.add_column(heading, justify="right")
+        for column in self.plan.experiment.columns:
+            table.add_section()
+            table.add_row(Text(column.name, style="bold"))
+            for row in self.rows:
+                if row.column == column.name:
+                    table.add_row(row.variant, *_cells(row)[: len(headings)])
+        return table
+
+
+def tabulate(plan: Plan, folder: Folder) -> Outcome:
+    """What there is of an experiment; of a run that is not done there is nothing.
+
+    Raises:
+        UserError: a result is damaged.
+    """
+    rows = []
+    for column in plan.experiment.columns:
+        cells = [cell for cell in plan.cells if cell.column == column]
+        found = {cell.variant.name: _values(plan, cell, folder) for cell in cells}
+        reference = found.get(plan.experiment.reference, {})
+        rows += [_row(plan, cell, found[cell.variant.name], reference) for cell in cells]
+    return Outcome(plan, tuple(rows), tuple(_notes(plan, folder, rows)))
+
+
+def _values(plan: Plan, cell: Cell, folder: Folder) -> dict[int, np.ndarray]:
+    """What the runs of a cell came to, by seed: [tasks, episodes], of harmony [1, times]."""
+    runs = dict(zip(plan.seeds, cell.runs, strict=True))
+    if plan.experiment.measure == "harmony":
+        return {s: _harmony(folder, run) for s, run in runs.items() if _is_trained(folder, run)}
+    results = {seed: find_result(folder, run, cell.question) for seed, run in runs.items()}
+    there = {seed: result for seed, result in results.items() if result is not None}
+    return dict(zip(there, stack(list(there.values())), strict=True)) if there else {}
+
+
+def _is_trained(folder: Folder, run: Run) -> bool:
+    return Train(folder, run).step == run.steps
+
+
+def _harmony(folder: Folder, run: Run) -> np.ndarray:
+    """The averaged harmony scores that a run logged, float64 [1, times]."""
+    path = folder.run(run).metrics
+    try:
+        records = [json.loads(line) for line in read_bytes(path).splitlines()]
+        scores = [float(record["harmony"]) for record in records if "harmony" in record]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): restore it from a copy") from None
+    return np.array([scores])
+
+
+def _row(
+    plan: Plan, cell: Cell, found: Mapping[int, np.ndarray], reference: Mapping[int, np.ndarray]
+) -> Row:
+    spec = family_of([cell.column.tasks]).spec
+    measure = HARMONY if plan.experiment.measure == "harmony" else RETURN
+    if spec.success and plan.experiment.measure == "outcome":
+        measure = SOLVED
+    described = _paper_of(plan.name)["variants"].get(cell.variant.name, {})
+    row: dict[str, Any] = {
+        "column": cell.column.name,
+        "variant": cell.variant.name,
+        "algorithm": cell.variant.algorithm,
+        "settings": " ".join(cell.runs[0].flags),
+        "measure": measure,
+        "paper": described.get("results", {}).get(cell.column.name),
+    }
+    if not found:
+        return Row(**row)
+    values = np.stack(list(found.values()))
+    both = [seed for seed in found if seed in reference]
+    difference = None
+    if both and cell.variant.name != plan.experiment.reference:
+        ours, theirs = (np.stack([of[seed] for seed in both]) for of in (found, reference))
+        difference = paired_difference(ours, theirs)
+    return Row(
+        **row,
+        seeds=tuple(found),
+        tasks=values.shape[1],
+        episodes=values.shape[2],
+        mean=average(values),
+        deviation=seed_deviation(values),
+        middle=interquartile_mean(values),
+        difference=difference,
+    )
+
+
+def _notes(plan: Plan, folder: Folder, rows: Sequence[Row]) -> Iterator[str]:
+    """What the numbers are of, and what differs from the paper."""
+    yield f"Budget {plan.budget_name}: {plan.budget.title}."
+    runs = plan.runs
+    missing = sum(len(plan.seeds) - len(row.seeds) for row in rows)
+    if missing:
+        yield f"Of {len(rows) * len(plan.seeds)} results {missing} are not there yet."
+    left_out = [variant.name for variant in plan.experiment.variants if variant.awaited]
+    if left_out:
+        yield f"Left out, for they are not there yet: {', '.join(left_out)}."
+    seeds = ", ".join(map(str, plan.seeds))
+    if plan.experiment.measure == "harmony":
+        yield f"Scores are those of {rows[0].episodes} steps spread over training; seeds {seeds}."
+    else:
+        episodes = plan.cells[0].question.episodes
+        yield (
+            f"Measured after the last step on {episodes} episodes per task, seeds {seeds}; paper: "
+            "50 episodes, three seeds."
+        )
+    steps = " or ".join(f"{n:,}" for n in sorted({run.steps for run in runs}))
+    at_once = sorted({run.config.data.tasks_per_step for run in runs})
+    yield (
+        f"Trained for {steps} steps of {' or '.join(map(str, at_once))} tasks × "
+        f"{runs[0].config.data.batch_per_task} windows, preset {plan.budget.preset}; paper: 1e6 "
+        "steps in its Table 6, 10 million in its text."
+    )
+    yield from (_data_note(folder, collection) for collection in plan.collections)
+    if any(
+        family_of([column.tasks]).spec.family == METAWORLD for column in plan.experiment.columns
+    ):
+        yield "Tasks and experts are those of Meta-World v3; the paper's tasks are those of v2."
+    yield (
+        "± is the deviation over seeds; the paper does not say what its own is. In brackets, 95 % "
+        "intervals of a bootstrap over seeds, tasks and episodes; differences are between runs of "
+        "one seed on the same goals."
+    )
+
+
+def _data_note(folder: Folder, collection: Collection) -> str:
+    made = collection.wanted
+    path = folder.data(collection)
+    if (path / MANIFEST).exists() and "collect" not in DataStore.open(path).provenance:
+        return f"Data {collection.name}: as they were brought to {path}."
+    return (
+        f"Data {collection.name}: {made['episodes']} episodes of at most {made['episode_length']} "
+        "steps per task by experts whose exploration falls; paper: 1 M transitions per task from "
+        "replay buffers of SAC, half of them where sub-optimal."
+    )
+
+
+def _cells(row: Row) -> list[str]:
+    """What stands under each heading."""
+    if row.mean is None:
+        return ["–", "–", "–", row.paper or "–"]
+    deviation = "" if row.deviation is None else f" ± {_number(row, row.deviation)}"
+    cells = [_with_interval(row, row.mean, deviation)]
+    for found in (row.middle, row.difference):
+        cells.append(_with_interval(row, found) if found else "")
+    return [*cells, row.paper or "–"]
+
+
+def _with_interval(row: Row, found: Average, deviation: str = "") -> str:
+    low, high = _number(row, found.low), _number(row, found.high)
+    return f"{_number(row, found.mean)}{deviation}\n[{low}, {high}]"
+
+
+def _number(row: Row, value: float) -> str:
+    if row.measure == SOLVED:
+        return f"{100 * value:.1f}"
+    return f"{value:.3f}" if row.measure == HARMONY else f"{value:.1f}"
+
+
+@functools.cache
+def _paper() -> dict[str, Any]:
+    """paper.json."""
+    text = resources.files(__package__).joinpath("paper.json").read_text(encoding="utf-8")
+    return json.loads(text)
+
+
+def _paper_of(experiment: str) -> dict[str, Any]:
+    """What the paper has of an experiment: its source, and variants, which may be none."""
+    return _paper()["experiments"].get(experiment, {"source": None, "variants": {}})
