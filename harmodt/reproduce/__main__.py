@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -42,7 +42,7 @@ class ReproduceConfig:
     have in common.
     """
 
-    name: tyro.conf.Positional[str | None] = None
+    name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="NAME")] = None
     """What to reproduce: see --list."""
     budget: str = "smoke"
     """How much is spent: smoke proves the machinery in minutes, small is hours on two cores, paper
@@ -125,7 +125,7 @@ def _report(plan: Plan, folder: Folder) -> None:
     """Print the table, and write it beside the runs."""
     outcome, path = tabulate(plan, folder), folder.path / plan.name
     outcome.save(path)
-    console.print(outcome.table())
+    console.print(outcome.table(console.width))
     for note in outcome.notes:
         console.print(note)
     console.print(f"written to {path}.csv and .json", soft_wrap=True)

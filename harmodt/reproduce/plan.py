@@ -208,7 +208,7 @@ def _times(times: Times, values: Mapping[str, Any]) -> int:
 
 def _text(value: Any) -> str:
     """A setting in a name."""
-    return f"{value:g}" if isinstance(value, float) else str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _flag(name: str, value: Any) -> list[str]:

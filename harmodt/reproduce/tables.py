@@ -120,24 +120,30 @@ class Outcome:
             "rows": [asdict(row) for row in self.rows],
         }
 
-    def table(self) -> Table:
-        """For a terminal of 80 columns: in a cell the mean and, below it, its interval."""
-        measure, paper = self.rows[0].measure, _paper_of(self.plan.name)
-        title = f"{self.plan.name}: {self.plan.experiment.title}; {measure}"
-        table = Table(title=title, box=box.SIMPLE_HEAD)
-        table.add_column("")
-        reference = self.plan.experiment.reference
-        headings = ["mean", "interquartile mean", f"minus {reference}"]
+    def table(self, width: int = 80) -> Table:
+        """For a terminal: in a cell a mean and, below it, its interval.
+
+        Args:
+            width: of the terminal; below 80 columns, what is found of a variant is one cell.
+        """
+        paper = _paper_of(self.plan.name)
+        headings = ["mean", "middle half", f"minus {self.plan.experiment.reference}"]
         if paper["variants"]:
             headings.append(f"paper, {paper['source']}")
-        for heading in headings:
-            table.add_column(heading, justify="right")
+        title = f"{self.plan.name}: {self.plan.experiment.title}; {self.rows[0].measure}"
+        table = Table(title=title, box=box.SIMPLE_HEAD)
+        table.add_column("")
+        for heading in headings if width >= 80 else ["found"]:
+            table.add_column(heading, justify="right", no_wrap=True)
         for column in self.plan.experiment.columns:
             table.add_section()
             table.add_row(Text(column.name, style="bold"))
-            for row in self.rows:
-                if row.column == column.name:
-                    table.add_row(row.variant, *_cells(row)[: len(headings)])
+            for row in (row for row in self.rows if row.column == column.name):
+                cells = _cells(row)[: len(headings)]
+                if width < 80:
+                    parts = zip(headings, cells, strict=True)
+                    cells = ["\n".join(f"{heading} {cell}" for heading, cell in parts if cell)]
+                table.add_row(row.variant, *cells)
         return table
 
 
@@ -243,27 +249,27 @@ def _notes(plan: Plan, folder: Folder, rows: Sequence[Row]) -> Iterator[str]:
         f"{runs[0].config.data.batch_per_task} windows, preset {plan.budget.preset}; paper: 1e6 "
         "steps in its Table 6, 10 million in its text."
     )
-    yield from (_data_note(folder, collection) for collection in plan.collections)
+    yield from dict.fromkeys(_data_note(folder, collection) for collection in plan.collections)
     if any(
         family_of([column.tasks]).spec.family == METAWORLD for column in plan.experiment.columns
     ):
         yield "Tasks and experts are those of Meta-World v3; the paper's tasks are those of v2."
     yield (
         "± is the deviation over seeds; the paper does not say what its own is. In brackets, 95 % "
-        "intervals of a bootstrap over seeds, tasks and episodes; differences are between runs of "
+        "intervals of a bootstrap over seeds, tasks and episodes (of harmony, seeds and steps). "
+        "Middle half: the interquartile mean over seeds and tasks. Differences are between runs of "
         "one seed on the same goals."
     )
 
 
 def _data_note(folder: Folder, collection: Collection) -> str:
-    made = collection.wanted
-    path = folder.data(collection)
+    made, path = collection.wanted, folder.data(collection)
     if (path / MANIFEST).exists() and "collect" not in DataStore.open(path).provenance:
-        return f"Data {collection.name}: as they were brought to {path}."
+        return f"Data: as they were brought to {path}."
     return (
-        f"Data {collection.name}: {made['episodes']} episodes of at most {made['episode_length']} "
-        "steps per task by experts whose exploration falls; paper: 1 M transitions per task from "
-        "replay buffers of SAC, half of them where sub-optimal."
+        f"Data, {made['composition']}: {made['episodes']} episodes of at most "
+        f"{made['episode_length']} steps per task by experts whose exploration falls; paper: 1 M "
+        "transitions per task from replay buffers of SAC, half of them where sub-optimal."
     )
 
 
