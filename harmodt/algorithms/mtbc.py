@@ -1,8 +1,8 @@
 """MTBC: behaviour cloning of all tasks' data by one multilayer perceptron.
 
 The papers that list it give a number of parameters and no architecture: what is here is chosen, and
-for Meta-World's 50 tasks it has 1.75 M parameters (the HarmoDT paper's Table 1: 1.74 M). With a head
-for each task and `--hidden-size 872` it has 1.73 M.
+for Meta-World's 50 tasks it has 1.75 M parameters (the HarmoDT paper's Table 1: 1.74 M), or 1.73 M
+with a head for each task and `--hidden-size 872`.
 """
 
 from __future__ import annotations
