@@ -66,14 +66,14 @@ def unseen_policy(
         tasks: their data, from a store with the checksum `store`.
 
     Raises:
-        UserError: the run has no masks and one is asked for, or knows no tasks but its own, a task
-            has no prompt episodes of use, the threshold leaves no weight, or the checkpoint is of
+        UserError: the run has no sequence model, it has no masks and one is asked for, a task has
+            no prompt episodes of use, the threshold leaves no weight, or the checkpoint is of
             another model size.
     """
     if not isinstance(setup.config.own, SequenceSettings):
         raise UserError(
-            f"{setup.config.algorithm} knows no tasks but its own: leave --unseen out, or evaluate "
-            "a run of a decision transformer"
+            f"{setup.config.algorithm} cannot meet unseen tasks, as sequence models can: leave "
+            "--unseen out"
         )
     conditioning = tuple(
         TaskConditioning.of_unseen(task, setup.conditioning, setup.config) for task in tasks
