@@ -18,6 +18,7 @@ from harmodt import load_policy, train
 from harmodt.algorithms import find, preset
 from harmodt.algorithms.mtdiff import MTDiffLearner, build_model
 from harmodt.algorithms.optimiser import learning_rate
+from harmodt.algorithms.unseen import Unseen, unseen_policy
 from harmodt.checkpoint import Checkpoint
 from harmodt.data.store import DataStore
 from harmodt.data.windows import Drawn
@@ -493,6 +494,7 @@ def test_a_step_is_that_of_the_definition(store: DataStore, algorithm: str) -> N
 def test_the_policy_acts_with_a_running_mean_of_the_weights(store: DataStore) -> None:
     trainer = trainer_of(store, average_decay=0.9, learning_rate=0.01)
     mean = trainer.learner.model.vector.weights.double()
+    assert torch.equal(trainer.learner.policy(0).model.vector.weights.double(), mean)
     for step in range(1, 16):
         trainer.train_step()
         share = max(0.1, 1 / step)
@@ -708,3 +710,10 @@ def test_a_checkpoint_of_another_size_is_refused(store: DataStore) -> None:
 def test_there_are_no_masks_to_vote(learners: dict[str, MTDiffLearner]) -> None:
     with pytest.raises(UserError, match="has no masks to vote"):
         policy_of(learners["mtdiff-p"]).use_voted_mask()
+
+
+def test_unseen_tasks_are_refused(store: DataStore) -> None:
+    setup = make_setup(store, configure("mtdiff-p", **SMALL))
+    checkpoint, unseen = Checkpoint(Path("checkpoint"), 0, {}), Unseen(Path("store"))
+    with pytest.raises(UserError, match="mtdiff-p cannot meet unseen tasks"):
+        unseen_policy(setup, checkpoint, unseen, [store.task(TASKS[0])], "")

@@ -169,6 +169,7 @@ class PlanPolicy:
                 times = diffusion.times(diffusion.steps)
                 return diffusion.denoised(predict, draw(), times, cooled).cpu()
             times = diffusion.times(settings.sampling_steps)
+            # From full noise a lightly trained model now and then ends at a bound.
             return diffusion.denoised(predict, cooled(), times).cpu()
 
 
