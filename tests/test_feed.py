@@ -76,13 +76,14 @@ def test_a_step_reads_what_is_drawn_for_it_alone(
         monkeypatch.setattr(feed_module, "gathers_late", lambda sampler: False)
     feed = make_feed(store)
     for step in (1, 2, 3, 70, 64, 65, 1):  # in turn, ahead and back
-        tasks, (rates, seeds, *batch) = read(feed, step)
+        tasks, (rates, seeds, number, *batch) = read(feed, step)
         expected = feed._sampler.sample(tasks, Draws(0, TRAIN, step - 1))
         assert tasks == feed._order.of(range(step, step + 1))[0].tolist() == batch[0].tolist()
         for ours, theirs in zip(batch, tensors_of(*expected), strict=True):
             assert torch.equal(ours, theirs)
-        (alone,), (seeds_alone,) = feed._more(range(step, step + 1))
+        (alone,), (seeds_alone,), _ = feed._more(range(step, step + 1))
         assert torch.equal(rates, alone) and torch.equal(seeds, seeds_alone)
+        assert number == step - 1
 
 
 def test_everything_is_read_at_one_place(store: DataStore) -> None:
@@ -99,7 +100,7 @@ def test_many_windows_are_drawn_for_fewer_steps_at_once(store: DataStore) -> Non
     assert make_feed(store)._steps_at_once == 64
     large = make_feed(store, batch_per_task=4000)
     assert large._steps_at_once == 2
-    assert torch.equal(read(large, 3)[1][2], torch.tensor(large.load(3)))
+    assert torch.equal(read(large, 3)[1][3], torch.tensor(large.load(3)))
 
 
 def test_tensors_come_out_of_bytes_as_they_went_in() -> None:
