@@ -1,0 +1,73 @@
+"""What gradient surgery adds to a training step, beside what learned masks add.
+
+    pytest bench/bench_surgery.py --benchmark-only
+
+All go through the kernels: "fused" is a step of Prompt-DT, then the same with each surgery, a step
+of HarmoDT-F, and an update of its masks. With the update's share, one of so many steps, a step of
+HarmoDT-F is what surgery compares with: every 100 steps is the quickstart's, 5000 the paper's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from bench_train_step import SMALL
+from measuring import DEVICE, assert_agree, fused, measure_in_turn, tiny
+from paths import STEP, make_trainer
+
+from harmodt.algorithms import preset
+from harmodt.data.store import DataStore
+from harmodt.settings import change
+from harmodt.training.trainer import Trainer
+
+TOLERANCE = {"pcgrad": 1e-3, "cagrad": 1e-3, "graddrop": 0.05}  # a few weights take another sign
+SECONDS = 10.0
+UPDATES = (100, 5000)
+
+
+def make_prompt_dt(store: DataStore, surgery: str, on_kernels: bool, **settings: Any) -> Trainer:
+    """A trainer of Prompt-DT with some surgery, in the kernels or in plain PyTorch."""
+    config = change(preset("paper", "prompt-dt"), {**STEP, "surgery": surgery, **settings})
+    config = change(config, {"fused": on_kernels, "cuda_graph": False})
+    return tiny.make_trainer(store, config, DEVICE)
+
+
+@pytest.mark.benchmark(group="training step with surgery or learned masks, d = 128, dropout 0.1")
+@pytest.mark.parametrize("tasks", [5, 50])
+def bench_surgery(benchmark: Any, store: DataStore, store_mt50: DataStore, tasks: int) -> None:
+    fused()  # or skip
+    data = store if tasks == 5 else store_mt50
+    check_agreement(store)
+    settings: dict[str, Any] = {"tasks_per_step": tasks}
+    settings |= {"batch_per_task": 1, "layers": 1} if benchmark.disabled else {}
+    calls = {
+        name: make_prompt_dt(data, surgery, True, **settings).train_step
+        for name, surgery in (("fused", "none"), *zip(TOLERANCE, TOLERANCE, strict=True))
+    }
+    masked = make_trainer(data, "fused", **settings)
+    middle = masked.setup.config.optimisation.steps // 2  # where the most weights move
+    calls["HarmoDT-F"] = masked.train_step
+    calls["a mask update"] = lambda: masked.learner.before_step(middle)
+    assert masked.learner.before_step(middle)["moved_weights"] == 100
+    measure_in_turn(benchmark, calls, SECONDS)
+    if not benchmark.disabled:
+        beside = benchmark.extra_info["beside"]
+        step, update = (beside[name]["median"] for name in ("HarmoDT-F", "a mask update"))
+        for every in UPDATES:
+            beside[f"HarmoDT-F, updated every {every}"] = {"median": step + update / every}
+
+
+def check_agreement(store: DataStore) -> None:
+    """Assert that the kernels' step goes where plain PyTorch's does."""
+    for surgery, tolerance in TOLERANCE.items():
+        gradients = (_gradient(store, surgery, on_kernels) for on_kernels in (True, False))
+        assert_agree(*gradients, tolerance)
+
+
+def _gradient(store: DataStore, surgery: str, on_kernels: bool) -> torch.Tensor:
+    """The gradient of a small model's first step."""
+    trainer = make_prompt_dt(store, surgery, on_kernels, **SMALL)
+    trainer.train_step()
+    return trainer.learner.vector.gradient
