@@ -137,7 +137,7 @@ def browser(folder: Path) -> Iterator[Page]:
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
     options += ["--remote-debugging-pipe", f"--user-data-dir={folder}", "--no-first-run"]
     process = subprocess.Popen(
-        ["sh", "-c", inherited, CHROMIUM, *options],
+        ["bash", "-c", inherited, CHROMIUM, *options],
         pass_fds=(from_us, to_us),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
