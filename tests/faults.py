@@ -56,12 +56,14 @@ from harmodt.environments import FAMILIES
 from harmodt.environments import family as family_named
 from harmodt.errors import run_command
 from harmodt.files import LOCK
+from harmodt.report import __main__ as report
 
 MAINS = {
     "collect": collect,
     "data": data,
     "evaluate": evaluate,
     "import_checkpoint": import_checkpoint,
+    "report": report,
     "train": train,
 }
 TASKS = {"toy": ("slow", "quick"), "metaworld": ("reach-v3", "drawer-open-v3")}
@@ -211,6 +213,7 @@ def commands(family: str) -> dict[str, Command]:
         "evaluate": Command("evaluate run --episodes 3 --workers 1", "run", same_results),
         "evaluate, unseen": Command(unseen, ".", same_results),
         "import-checkpoint": Command(theirs, "made", same_imports, last="made/run.json"),
+        "report": Command("report run --output made/report.html", "made", same_bytes),
     }
 
 
@@ -600,8 +603,9 @@ def readers(family: str) -> dict[str, Reader]:
     store = ("store/manifest.json", *(f"store/{pattern}" for pattern in ARRAYS))
     policy = ("run/run.json", "run/conditioning.safetensors", "run/checkpoints/00000008/*")
     made = {name: command.words for name, command in commands(family).items()}
-    # What a kill leaves of the metrics, which are a record and no more, and of a list of parts.
-    cuts = tuple(("run/metrics.jsonl", d) for d in (cut, empty, gone, link_to_nothing))
+    # What a kill leaves of the metrics and costs, which are a record and no more.
+    records = ("run/metrics.jsonl", "run/costs.jsonl")
+    cuts = tuple((r, d) for r in records for d in (cut, empty, gone, link_to_nothing))
     return {
         "info": Reader("data info store", ("store/manifest.json",)),
         "verify": Reader("data verify store", store),
@@ -634,12 +638,18 @@ def readers(family: str) -> dict[str, Reader]:
         ),
         "export": Reader(made["export"], store),
         "train": Reader(made["train"], store),
-        "train, continued": Reader("train --resume run", (*policy, "run/metrics.jsonl"), cuts),
+        "train, continued": Reader("train --resume run", (*policy, *records), cuts),
         "train, continued on moved data": Reader("train --resume run --data store", store),
         "evaluate": Reader("evaluate run --episodes 1 --workers 1", policy),
         # A zip file has its entries' flags twice, of which those at the end hold.
         "import-checkpoint": Reader(
             made["import-checkpoint"], ("theirs/*", *store), (("theirs/*", of_another_version),)
+        ),
+        "report": Reader(
+            made["report"],
+            (*policy, *records, "run/evaluation/*.json"),
+            # An evaluation less, or another one, is for the person to say.
+            (*cuts, ("run/evaluation/*", gone), ("run/evaluation/*", swapped)),
         ),
         "evaluate, unseen": Reader(
             made["evaluate, unseen"], ("other/manifest.json", "other/*/prompts/*.npy")
