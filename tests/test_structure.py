@@ -36,6 +36,7 @@ FLOORS = [
         "harmodt.data.__main__",
         "harmodt.evaluate",
         "harmodt.import_checkpoint",
+        "harmodt.report",
         "harmodt.reproduce",
         "harmodt.train",
     },
