@@ -272,7 +272,7 @@ def changed_by_layer(runs: Sequence[ReportedRun]) -> Plot | None:
                     "x": {
                         "field": "low",
                         "type": "quantitative",
-                        "title": "share of the layer's mask bits, all tasks",
+                        "title": "share of the mask bits",
                         "axis": {"format": "~%", "tickCount": 4, "labelFlush": True},
                     },
                     "x2": {"field": "high"},

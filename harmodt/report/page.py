@@ -260,6 +260,7 @@ def _harmony(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
         "How far the tasks' gradients agree with their mean, from −1 to 1 (Definition 3.2, Figure "
         "2a of the paper): of the masked gradients in runs with masks, of the dense ones in runs "
         "without.",
+        "wide",
     )
     lacking = _lacking(runs, lambda run: run.series("harmony"), "Not logged (--harmony-every)")
     return f'<div class="grid">{figure}</div>{_notes(lacking)}'
@@ -344,9 +345,9 @@ def _moved(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
             figures.changed_by_layer(runs),
             plots,
             "How many ever moved, by layer",
-            "The points are the mask bits that differ from the start, so many at least did ever "
-            "change; the lines end at all changes together, more cannot have. Where there is no "
-            "line, each bit changed once at most.",
+            "Of a layer's mask bits, all tasks together: points are those that differ from the "
+            "start, so many at least did ever change; lines end at all changes together, more "
+            "cannot have. Without a line, each bit changed once at most.",
         ),
     ]
     lacking = _lacking(
