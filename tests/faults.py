@@ -33,6 +33,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import lerobot_files
 import numpy as np
 import prompt_dt_files
+import tiny_experiment
 import torch
 from authors_files import make_content
 from chunks import CHEETAH_RUN, PUSH, REACH, write_source
@@ -52,11 +53,13 @@ from safetensors.numpy import load_file
 from harmodt import collect, evaluate, import_checkpoint, train
 from harmodt.data import __main__ as data
 from harmodt.data import writer
-from harmodt.environments import FAMILIES
 from harmodt.environments import family as family_named
 from harmodt.errors import run_command
 from harmodt.files import LOCK
 from harmodt.report import __main__ as report
+from harmodt.reproduce import __main__ as reproduce
+from harmodt.reproduce.jobs import Folder, jobs_of
+from harmodt.reproduce.plan import make_plan
 
 MAINS = {
     "collect": collect,
@@ -64,6 +67,7 @@ MAINS = {
     "evaluate": evaluate,
     "import_checkpoint": import_checkpoint,
     "report": report,
+    "reproduce": reproduce,
     "train": train,
 }
 TASKS = {"toy": ("slow", "quick"), "metaworld": ("reach-v3", "drawer-open-v3")}
@@ -199,6 +203,9 @@ def commands(family: str) -> dict[str, Command]:
     trained = f"train --data store {shlex.join(small_flags())} {EVALUATED} --evaluation-episodes 2"
     sizes = "--heads 4 --context-length 4 --prompt-length 2"
     theirs = f"import_checkpoint theirs/model_iter_7 --data store {sizes} --output made"
+    # Its runs are there: what happens to them is in the rows of their own commands.
+    toys = "reproduce toy --budget toy --output reproduction"
+    reproduced = {"reproduce": Command(toys, "reproduction", same_bytes)} if family == "toy" else {}
     unseen = "evaluate run --unseen other --mask voted none --episodes 3 --workers 1"
     return {
         "collect": Command(f"{collected} --workers 1 --output made", "made", same_bytes),
@@ -214,6 +221,7 @@ def commands(family: str) -> dict[str, Command]:
         "evaluate, unseen": Command(unseen, ".", same_results),
         "import-checkpoint": Command(theirs, "made", same_imports, last="made/run.json"),
         "report": Command("report run --output made/report.html", "made", same_bytes),
+        **reproduced,
     }
 
 
@@ -324,7 +332,8 @@ class Bench:
     """
 
     def __init__(self, folder: Path, family: str = "toy"):
-        FAMILIES["toy"] = "toy_family:Toy"
+        tiny_experiment.register()
+        os.environ.update(tiny_experiment.children())
         self.folder = folder
         self.family = family
         self.commands = commands(family)
@@ -353,6 +362,9 @@ class Bench:
         for name, output, more in made:
             run(self.commands[name].words + more, self.inputs).check(0)
             (self.inputs / self.commands[name].output).rename(self.inputs / output)
+        for job in jobs_of(make_plan("toy", "toy"), Folder(Path("reproduction"))):
+            if family == "toy":
+                run(shlex.join(job.words()).removeprefix("harmodt."), self.inputs).check(0)
         run(self.commands["import"].words, self.inputs, _end_before_publishing).check(9)
         (self.inputs / "made").rename(self.inputs / "begun-import")
         run(self.commands["collect"].words, self.inputs, _end_before_last_task).check(9)
@@ -606,7 +618,12 @@ def readers(family: str) -> dict[str, Reader]:
     # What a kill leaves of the metrics and costs, which are a record and no more.
     records = ("run/metrics.jsonl", "run/costs.jsonl")
     cuts = tuple((r, d) for r in records for d in (cut, empty, gone, link_to_nothing))
+    runs = "reproduction/runs/*"
+    # An evaluation that is not there is made again.
+    results = (f"{runs}/evaluation/*.json", gone)
+    toys = Reader(made.get("reproduce", ""), (f"{runs}/run.json", results[0]), (results,))
     return {
+        **({"reproduce": toys} if "reproduce" in made else {}),
         "info": Reader("data info store", ("store/manifest.json",)),
         "verify": Reader("data verify store", store),
         # An episode more or less, or another one, is for the person to say.

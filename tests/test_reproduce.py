@@ -534,6 +534,12 @@ def test_a_damaged_result_is_named(reproduced, monkeypatch, capsys):
     assert str(path) in message and "its checksum fails" in message
 
 
+def test_what_is_no_run_is_left_alone(reproduced, monkeypatch, capsys):
+    run = reproduced / "runs" / "both-near-optimal-harmodt-f-seed-1"
+    (run / "run.json").unlink()
+    assert refused(reproduced, monkeypatch, capsys).startswith(f"{run} is not empty")
+
+
 def test_evaluations_of_other_kinds_are_left_alone(reproduced, monkeypatch, capsys):
     """Of the same run and size, but with other goals: not the one that is asked for."""
     before = outputs(reproduced)
@@ -549,20 +555,26 @@ def test_evaluations_of_other_kinds_are_left_alone(reproduced, monkeypatch, caps
     assert "are both of that run's last step" in refused(reproduced, monkeypatch, capsys)
 
 
-def test_a_run_that_cannot_begin_is_named_and_the_rest_is_done(reproduced):
-    run = reproduced / "runs" / "both-near-optimal-prompt-dt-seed-0"
-    shutil.rmtree(run)
-    run.mkdir()
-    (run / "thesis.txt").touch()
-    last = reproduced / "runs" / "both-near-optimal-harmodt-f-seed-1"
-    shutil.rmtree(last / "evaluation")
+def test_a_run_that_fails_is_named_and_the_rest_is_done(reproduced, finished):
+    """One whose checkpoint is damaged; of the next one the evaluation was deleted."""
+    run, last = (
+        reproduced / "runs" / f"both-near-optimal-{name}"
+        for name in ("prompt-dt-seed-0", "harmodt-f-seed-1")
+    )
+    for directory in (run, last):
+        shutil.rmtree(directory / "evaluation")
+    (run / "checkpoints" / "00000008" / "state.safetensors").write_bytes(b"")
     result = reproduce(reproduced)
     assert result.returncode == 1 and "Traceback" not in result.stdout + result.stderr
     lines = result.stdout.splitlines()
     place = lines.index(f"FAILED {run.name}: ended with status 2")
-    assert lines[place + 1].startswith(f"  error: {run} is not empty: go on with --resume")
-    assert lines[place + 3].startswith("  repeat it with: python -m harmodt.train --preset")
-    assert list((last / "evaluation").glob("*.json")) and not (run / "run.json").exists()
+    assert lines[place + 1].startswith(f"  error: the checkpoint {run}/checkpoints/00000008 is")
+    assert lines[place + 3] == f"  repeat it with: python -m harmodt.evaluate {run} --episodes 2"
+    assert "Of 4 results 1 are not there yet." in lines
+    (path,) = (last / "evaluation").glob("*.json")
+    before = finished / path.relative_to(reproduced)
+    again, first = (json.loads(p.read_text())["tasks"] for p in (path, before))
+    assert again == first
 
 
 # What is printed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 from ..checkpoint import checkpoint_steps
 from ..data.store import MANIFEST, DataStore
 from ..errors import UserError
+from ..files import read_bytes
 from ..results import EvaluationResult
 from ..rollout import Request
 from ..rundir import Description, RunDirectory
@@ -138,10 +140,11 @@ class Train:
         """Of its last checkpoint, or 0; None where it has not begun.
 
         Raises:
-            UserError: it was trained with other settings.
+            UserError: it was trained with other settings, or something else is in its place.
         """
         directory = self.folder.run(self.run)
         if not directory.description.exists():
+            directory.check_empty()
             return None
         self._check(directory.read())
         return max(checkpoint_steps(directory), default=0)
@@ -155,11 +158,20 @@ class Train:
 
     def words(self) -> list[str]:
         data = ["--data", str(self.folder.data(self.run.collection))]
+        if self._is_evaluated:  # and the result is not there any more
+            episodes = self.run.config.evaluation.evaluation_episodes
+            return ["harmodt.evaluate", str(self.directory), "--episodes", str(episodes)]
         if self.folder.run(self.run).description.exists():
             return ["harmodt.train", "--resume", str(self.directory), *data]
         begin = ["harmodt.train", "--preset", self.run.preset]
         begin += ["--algorithm", self.run.config.algorithm, *data, *self.run.flags]
         return [*begin, "--output", str(self.directory)]
+
+    @property
+    def _is_evaluated(self) -> bool:
+        """Whether the run takes itself to be done with its last evaluation."""
+        records = read_metrics(self.folder.run(self.run)) if self.step == self.run.steps else []
+        return any(r.get("step") == self.run.steps and "mean_return" in r for r in records)
 
     def _check(self, found: Description) -> None:
         """Raise UserError where a run is another than is wanted."""
@@ -241,6 +253,23 @@ def find_result(folder: Folder, run: Run, question: Question) -> EvaluationResul
             "last step: move all but one away"
         )
     return next(iter(found.values()), None)
+
+
+def read_metrics(directory: RunDirectory) -> list[dict[str, Any]]:
+    """What a run logged, a record for each line; a line that a kill cut short is none.
+
+    Raises:
+        UserError: a line is damaged.
+    """
+    if not directory.metrics.exists():
+        return []
+    *lines, _cut_short = read_bytes(directory.metrics).split(b"\n")
+    try:
+        return [dict(json.loads(line)) for line in lines]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{directory.metrics} is damaged ({error}): restore it from a copy, or delete the line"
+        ) from None
 
 
 def _leaves(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:

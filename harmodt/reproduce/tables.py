@@ -6,23 +6,23 @@ import csv
 import functools
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 from rich.table import Table, box
 from rich.text import Text
 
 from ..data.store import MANIFEST, DataStore
 from ..environments import METAWORLD, family_of
-from ..errors import UserError
-from ..files import clear_temporaries, read_bytes, write_bytes, write_sealed
+from ..files import clear_temporaries, write_bytes, write_sealed
 from ..results import stack, versions
 from ..statistics import Average, average, interquartile_mean, paired_difference, seed_deviation
-from .jobs import Folder, Train, find_result
+from .jobs import Folder, Train, find_result, read_metrics
 from .plan import Cell, Collection, Plan, Run
 
 FORMAT = "harmodt-reproduction"
@@ -121,29 +121,33 @@ class Outcome:
         }
 
     def table(self, width: int = 80) -> Table:
-        """For a terminal: in a cell a mean and, below it, its interval.
+        """For a terminal of so many columns: in a cell a mean and, below it, its interval.
 
-        Args:
-            width: of the terminal; below 80 columns, what is found of a variant is one cell.
+        Where that does not fit, all that was found of a variant is one cell, a line for each.
         """
         paper = _paper_of(self.plan.name)
         headings = ["mean", "middle half", f"minus {self.plan.experiment.reference}"]
         if paper["variants"]:
             headings.append(f"paper, {paper['source']}")
+        table = self._table(headings, lambda row: _cells(row)[: len(headings)])
+        names = [row.variant for row in self.rows] + [row.column for row in self.rows]
+        wrapped = max(map(len, names)) - max(len(word) for name in names for word in name.split())
+        if Console(width=1000).measure(table).maximum - wrapped <= width:
+            return table
+        return self._table([""], lambda row: [_stacked(headings, _cells(row))])
+
+    def _table(self, headings: Sequence[str], cells: Callable[[Row], list[str]]) -> Table:
         title = f"{self.plan.name}: {self.plan.experiment.title}; {self.rows[0].measure}"
         table = Table(title=title, box=box.SIMPLE_HEAD)
         table.add_column("")
-        for heading in headings if width >= 80 else ["found"]:
-            table.add_column(heading, justify="right", no_wrap=True)
+        for heading in headings:
+            table.add_column(heading, justify="right", no_wrap=len(headings) > 1)
         for column in self.plan.experiment.columns:
             table.add_section()
             table.add_row(Text(column.name, style="bold"))
-            for row in (row for row in self.rows if row.column == column.name):
-                cells = _cells(row)[: len(headings)]
-                if width < 80:
-                    parts = zip(headings, cells, strict=True)
-                    cells = ["\n".join(f"{heading} {cell}" for heading, cell in parts if cell)]
-                table.add_row(row.variant, *cells)
+            for row in self.rows:
+                if row.column == column.name:
+                    table.add_row(row.variant, *cells(row))
         return table
 
 
@@ -178,13 +182,8 @@ def _is_trained(folder: Folder, run: Run) -> bool:
 
 def _harmony(folder: Folder, run: Run) -> np.ndarray:
     """The averaged harmony scores that a run logged, float64 [1, times]."""
-    path = folder.run(run).metrics
-    try:
-        records = [json.loads(line) for line in read_bytes(path).splitlines()]
-        scores = [float(record["harmony"]) for record in records if "harmony" in record]
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): restore it from a copy") from None
-    return np.array([scores])
+    records = read_metrics(folder.run(run))
+    return np.array([[float(r["harmony"]) for r in records if "harmony" in r]])
 
 
 def _row(
@@ -284,15 +283,21 @@ def _cells(row: Row) -> list[str]:
     return [*cells, row.paper or "–"]
 
 
+def _stacked(headings: Sequence[str], cells: Sequence[str]) -> str:
+    """All cells of a row below one another, each with its heading."""
+    parts = zip(headings, cells, strict=False)  # without the paper's, where there is nothing
+    return "\n".join(f"{name} {cell}" for name, cell in parts if cell).replace("\n[", " [")
+
+
 def _with_interval(row: Row, found: Average, deviation: str = "") -> str:
     low, high = _number(row, found.low), _number(row, found.high)
     return f"{_number(row, found.mean)}{deviation}\n[{low}, {high}]"
 
 
 def _number(row: Row, value: float) -> str:
-    if row.measure == SOLVED:
-        return f"{100 * value:.1f}"
-    return f"{value:.3f}" if row.measure == HARMONY else f"{value:.1f}"
+    digits = 3 if row.measure == HARMONY else 1
+    scaled = 100 * value if row.measure == SOLVED else value
+    return f"{round(scaled, digits) + 0.0:.{digits}f}"  # + 0, for there is no -0.0
 
 
 @functools.cache
