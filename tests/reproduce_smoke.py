@@ -32,14 +32,15 @@ def main() -> None:
     began = time.monotonic()
     for number in range(arguments.kills):
         with subprocess.Popen(words) as process:
-            time.sleep(rng.uniform(10, 40))
-            victim = process.pid if number % 2 == 0 else under_way(process.pid)
-            assert process.poll() is None, "it ended before it was killed"
-            if victim is not None:
-                os.kill(victim, signal.SIGKILL)
-                print(f"killed {victim} after {time.monotonic() - began:.0f} s", flush=True)
-            if victim != process.pid:
-                process.terminate()
+            while under_way(process.pid) is None:
+                assert process.poll() is None, "it ended before it was killed"
+                time.sleep(0.1)
+            time.sleep(rng.uniform(0, 20))
+            child = under_way(process.pid) if number % 2 else None
+            os.kill(child or process.pid, signal.SIGKILL)
+            what = "a job" if child else "the reproduction"
+            print(f"killed {what} after {time.monotonic() - began:.0f} s", flush=True)
+            process.terminate()
     last = subprocess.run(words)
     seconds = time.monotonic() - began
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
