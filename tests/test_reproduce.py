@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 
 from harmodt import train
-from harmodt.algorithms import ALGORITHMS, preset
+from harmodt.algorithms import ALGORITHMS
 from harmodt.checkpoint import checkpoint_steps
 from harmodt.environments import FAMILIES
 from harmodt.errors import UserError
@@ -31,7 +31,7 @@ from harmodt.progress import PlainConsole
 from harmodt.reproduce import __main__ as command
 from harmodt.reproduce import experiments
 from harmodt.reproduce.execute import Work, find_slots
-from harmodt.reproduce.experiments import AWAITED, BUDGETS, EXPERIMENTS, Variant
+from harmodt.reproduce.experiments import BUDGETS, EXPERIMENTS, Variant
 from harmodt.reproduce.jobs import Collect, Evaluate, Folder, Train, find_result, jobs_of
 from harmodt.reproduce.plan import make_plan
 from harmodt.reproduce.tables import tabulate
@@ -60,20 +60,12 @@ def _toys(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_definition_is_of_algorithms_and_settings_there_are(name, budget):
     found = make_plan(name, budget)
     experiment, seeds = EXPERIMENTS[name], BUDGETS[budget].seeds
-    assert len(found.cells) == len(experiment.columns) * len(experiment.present)
+    assert len(found.cells) == len(experiment.columns) * len(experiment.variants)
     assert all(len(cell.runs) == len(seeds) for cell in found.cells)
-    assert {v.algorithm for v in experiment.variants} <= ALGORITHMS.keys() | AWAITED
-    assert experiment.reference in {variant.name for variant in experiment.present}
+    assert {v.algorithm for v in experiment.variants} <= ALGORITHMS.keys()
+    assert experiment.reference in {variant.name for variant in experiment.variants}
     for names in ([v.name for v in experiment.variants], [c.name for c in experiment.columns]):
         assert len({*names}) == len(names)
-
-
-def test_what_is_awaited_is_not_there_yet():
-    """Whoever adds it takes it out of the list, which brings its rows in."""
-    known = {name for a in ALGORITHMS for name, _ in settings(preset("paper", a))}
-    assert not AWAITED & (ALGORITHMS.keys() | known)
-    named = {name for e in EXPERIMENTS.values() for v in e.variants for name in v.awaited}
-    assert named == AWAITED
 
 
 @pytest.mark.parametrize(
@@ -94,8 +86,8 @@ def test_a_definition_of_what_there_is_not_is_refused(monkeypatch, variant, erro
 
 def test_expansion_into_runs_and_data():
     found = make_plan("table2", "paper")
-    # Three sets of tasks, two compositions, three seeds, and MTDIFF is awaited.
-    assert len(found.runs) == 3 * 2 * 3 * (6 - len({"mtdiff-p-onehot"} & AWAITED))
+    # Three sets of tasks, two compositions, three seeds, six variants.
+    assert len(found.runs) == 3 * 2 * 3 * 6
     assert [c.name for c in found.collections] == [
         "metaworld-near-optimal", "metaworld-sub-optimal"
     ]  # fmt: skip

@@ -290,7 +290,7 @@ def changes(runs: Sequence[ReportedRun]) -> str:
         differing = run.by_layer("differing/")
         tasks = len(run.description.tasks)
         differ = sum(differing[-1][1].values()) / 2 / tasks if differing else None
-        active = run.description.active_weights
+        active = sum(run.description.active_weights) / tasks
         share = None if differ is None or not active else differ / active
         rows.append(
             [

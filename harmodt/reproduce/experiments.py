@@ -15,14 +15,6 @@ from ..config import SIZES
 
 Composition = Literal["near-optimal", "sub-optimal"]
 
-AWAITED = frozenset(
-    {
-        *("mtbc", "mtiql", "mtdiff-p", "mtdiff-p-onehot"),
-        *("surgery", "mask_initialisation", "shared_mask"),
-    }
-)
-"""Algorithms and settings that are not there yet; variants that name one are left out."""
-
 
 @dataclass(frozen=True)
 class Times:
@@ -67,11 +59,6 @@ class Variant:
     settings: Mapping[str, Any] = field(default_factory=dict)
     mask: str | None = None
 
-    @property
-    def awaited(self) -> frozenset[str]:
-        """What it needs of what is not there yet."""
-        return AWAITED & {self.algorithm, *self.settings}
-
 
 @dataclass(frozen=True)
 class Experiment:
@@ -89,11 +76,6 @@ class Experiment:
     variants: tuple[Variant, ...]
     reference: str
     measure: Literal["outcome", "harmony"] = "outcome"
-
-    @property
-    def present(self) -> tuple[Variant, ...]:
-        """The variants without those that are left out."""
-        return tuple(variant for variant in self.variants if not variant.awaited)
 
 
 @dataclass(frozen=True)

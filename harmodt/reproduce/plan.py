@@ -128,7 +128,7 @@ def make_plan(name: str, budget_name: str, seeds: Sequence[int] = ()) -> Plan:
     cells = tuple(
         _cell(budget, column, variant, chosen)
         for column in experiment.columns
-        for variant in experiment.present
+        for variant in experiment.variants
     )
     return Plan(name, experiment, budget_name, budget, chosen, cells)
 

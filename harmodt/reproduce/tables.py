@@ -114,7 +114,6 @@ class Outcome:
                 f"{cell.column.name}, {cell.variant.name}": [run.name for run in cell.runs]
                 for cell in plan.cells
             },
-            "left_out": {v.name: sorted(v.awaited) for v in plan.experiment.variants if v.awaited},
             "paper": {name: _paper()[name] for name in ("source", "units")},
             "notes": list(self.notes),
             "rows": [asdict(row) for row in self.rows],
@@ -229,9 +228,6 @@ def _notes(plan: Plan, folder: Folder, rows: Sequence[Row]) -> Iterator[str]:
     missing = sum(len(plan.seeds) - len(row.seeds) for row in rows)
     if missing:
         yield f"Of {len(rows) * len(plan.seeds)} results {missing} are not there yet."
-    left_out = [variant.name for variant in plan.experiment.variants if variant.awaited]
-    if left_out:
-        yield f"Left out, for they are not there yet: {', '.join(left_out)}."
     seeds = ", ".join(map(str, plan.seeds))
     if plan.experiment.measure == "harmony":
         yield f"Scores are those of {rows[0].episodes} steps spread over training; seeds {seeds}."
