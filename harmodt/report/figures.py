@@ -126,9 +126,8 @@ def over_training(
     rows = [row for row in rows if row[3] is not None]
     if not rows:
         return None
-    scale: Spec = {"zero": from_zero, "nice": True}
-    if unit:
-        scale = {"domain": [0, 1]}
+    values = [row[3] for row in rows]
+    scale = {"domain": [0, 1]} if unit else _scale(0.0 if from_zero else min(values), max(values))
     variants = {}
     for axis, column in (("steps", 1), ("time", 2)):
         shown = [[row[0], row[column], row[3]] for row in rows if row[column] is not None]
@@ -146,7 +145,7 @@ def over_training(
                     "field": "x",
                     "type": "quantitative",
                     "title": AXES[axis],
-                    "scale": {"zero": True, "nice": False},
+                    "scale": _scale(0.0, max((x for _, x, _ in shown), default=1.0), nice=False),
                     "axis": {"grid": False, "tickCount": 5, "labelFlush": True},
                 },
                 "y": {
@@ -191,6 +190,7 @@ def of_steps(costs: dict[str, float]) -> float:
 def time_by_part(runs: Sequence[ReportedRun]) -> Plot | None:
     """What the time of each run went to; None where no run has it."""
     rows: list[Row] = []
+    timed = [run for run in runs if run.costs]
     for index, run in enumerate(runs):
         if run.costs:
             last = run.costs[-1]
@@ -200,7 +200,7 @@ def time_by_part(runs: Sequence[ReportedRun]) -> Plot | None:
         return None
     parts = ("steps", *PARTS)
     spec: Spec = {
-        "height": 24 * sum(bool(run.costs) for run in runs),
+        "height": 24 * len(timed),
         "params": [_HIDDEN],
         "transform": [_SHOWN],
         "mark": {"type": "bar", "height": {"band": 0.7}},
@@ -209,6 +209,7 @@ def time_by_part(runs: Sequence[ReportedRun]) -> Plot | None:
                 "field": "minutes",
                 "type": "quantitative",
                 "title": "minutes",
+                "scale": _scale(0.0, max(run.costs[-1]["seconds"] for run in timed) / 60),
                 "axis": {"tickCount": 5, "labelFlush": True},
             },
             "y": {"field": "name", "type": "nominal", "title": None, "sort": None},
@@ -273,6 +274,7 @@ def changed_by_layer(runs: Sequence[ReportedRun]) -> Plot | None:
                         "field": "low",
                         "type": "quantitative",
                         "title": "share of the mask bits",
+                        "scale": _scale(0.0, max(high for *_, high in rows)),
                         "axis": {"format": "~%", "tickCount": 4, "labelFlush": True},
                     },
                     "x2": {"field": "high"},
@@ -449,6 +451,12 @@ def _tasks(name: str, values: Sequence[str], labels: bool) -> Spec:
         "scale": {"domain": list(values)},
         "axis": axis,
     }
+
+
+def _scale(low: float, high: float, nice: bool = True) -> Spec:
+    """A scale that stays when runs are hidden."""
+    padding = 0.0 if high > low else abs(high) * 0.1 or 1.0
+    return {"domain": [low - padding * (low != 0), high + padding], "nice": nice, "zero": False}
 
 
 def _colour(runs: Sequence[ReportedRun]) -> Spec:
