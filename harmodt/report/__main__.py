@@ -24,7 +24,7 @@ class ReportConfig:
         UserError: no run is named.
     """
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN…")]
     """Directories of the runs."""
     output: Path = Path("report.html")
     """The page."""

@@ -35,12 +35,14 @@ class Variant:
         columns: names of what is in a row.
         rows: the data.
         lists: of a column whose rows have indices, what they are indices of.
+        mirrored: whether a row with x and y stands for one with y and x as well.
     """
 
     spec: Spec
     columns: Sequence[str]
     rows: Sequence[Row]
     lists: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    mirrored: bool = False
 
 
 @dataclass(frozen=True)
@@ -350,12 +352,8 @@ def overlap(runs: Sequence[ReportedRun]) -> Plot | None:
         }
         lists = {"x": tasks, "y": tasks}
         columns = ("x", "y", "overlap", "beyond")
-        variants[str(index)] = Variant(spec, columns, rows + [_mirrored(r) for r in rows], lists)
+        variants[str(index)] = Variant(spec, columns, rows, lists, mirrored=True)
     return _of_runs("overlap", "Overlap of the masks of each two tasks", variants)
-
-
-def _mirrored(row: Row) -> Row:
-    return [row[1], row[0], *row[2:]]
 
 
 def places(runs: Sequence[ReportedRun]) -> Plot | None:

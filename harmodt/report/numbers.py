@@ -43,7 +43,7 @@ def measured(number: float | None) -> str:
     if number == 0 or not math.isfinite(number):
         return f"{number:g}"
     digits = max(0, 2 - math.floor(math.log10(abs(number))))
-    return f"{number:,.{min(digits, 6)}f}"
+    return f"{number:,.{min(digits, 6)}f}".replace("-", "−")
 
 
 def percent(share: float, digits: int = 0) -> str:

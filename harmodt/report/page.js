@@ -6,8 +6,8 @@ const hidden = new Set();
 const chosen = { none: "", axis: "steps" };
 const views = new Map();
 
-function objects({ columns, rows, lists }) {
-  return rows.map((row) => {
+function objects({ columns, rows, lists, mirrored }) {
+  const all = rows.map((row) => {
     const found = {};
     columns.forEach((column, index) => {
       found[column] = lists[column] ? lists[column][row[index]] : row[index];
@@ -15,6 +15,7 @@ function objects({ columns, rows, lists }) {
     if ("run" in found) found.name = content.names[found.run];
     return found;
   });
+  return mirrored ? all.concat(all.map((found) => ({ ...found, x: found.y, y: found.x }))) : all;
 }
 
 async function draw(plot) {

@@ -114,6 +114,7 @@ def _as_json(plot: Plot) -> dict[str, Any]:
             "columns": variant.columns,
             "rows": variant.rows,
             "lists": {name: list(of) for name, of in variant.lists.items()},
+            "mirrored": variant.mirrored,
         }
         for choice, variant in plot.variants.items()
     }
@@ -157,6 +158,8 @@ def _lacking(
 ) -> list[str]:
     """A sentence on the runs that lack something, if there are any."""
     names = [run.name for run in runs if not has(run)]
+    if len(names) == len(runs) > 1:
+        return [f"{what}: all of these runs."]
     return [f"{what}: {', '.join(names)}."] if names else []
 
 
@@ -203,10 +206,7 @@ def _training(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
         ),
     ]
     notes = _lacking(runs, lambda run: run.metrics, "No numbers over training were kept")
-    if not all(run.costs for run in runs):
-        notes += _lacking(
-            runs, lambda run: run.costs, "Time was not recorded, by an earlier version"
-        )
+    notes += _lacking(runs, lambda run: run.costs, "Time was not recorded, by an earlier version")
     return (
         _choice("axis", "against", axes)
         + f'<div class="grid">{"".join(found)}</div>'
@@ -316,8 +316,9 @@ def _facts(run: ReportedRun) -> str:
     overlap, beyond = masks.overlap[upper], masks.beyond_chance[upper]
     said += (
         f" Two masks overlap by {overlap.mean():.4f} on average, {overlap.min():.4f} to "
-        f"{overlap.max():.4f}. Of {len(beyond)} pairs, {int((np.abs(beyond) > 3).sum())} are more "
-        "than three standard deviations from what masks drawn at random at these densities share."
+        f"{overlap.max():.4f}. Pairs that share more or less than masks drawn at random at these "
+        f"densities by over three standard deviations: {int((np.abs(beyond) > 3).sum())} of "
+        f"{len(beyond)}."
     )
     if tasks > 2:
         said += f" The plane shows {percent(masks.places()[1])} of the masks' variance."
