@@ -62,6 +62,7 @@ def test_every_definition_is_of_algorithms_and_settings_there_are(name, budget):
     experiment, seeds = EXPERIMENTS[name], BUDGETS[budget].seeds
     assert len(found.cells) == len(experiment.columns) * len(experiment.variants)
     assert all(len(cell.runs) == len(seeds) for cell in found.cells)
+    assert all(run.config.data.tasks_per_step <= len(run.tasks) for run in found.runs)
     assert {v.algorithm for v in experiment.variants} <= ALGORITHMS.keys()
     assert experiment.reference in {variant.name for variant in experiment.variants}
     for names in ([v.name for v in experiment.variants], [c.name for c in experiment.columns]):
@@ -132,11 +133,10 @@ def test_one_name_is_one_run_in_all_experiments():
     assert len(found) < sum(len(make_plan(name, "small").runs) for name in NAMES)
 
 
-@pytest.mark.parametrize("budget", ["smoke", "paper"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_runs_command_means_its_settings(name, budget):
+def test_a_runs_command_means_its_settings(name):
     """As `harmodt.train` reads it; of each variant the run on the first column."""
-    cells = make_plan(name, budget).cells
+    cells = make_plan(name, "smoke").cells
     first = {cell.variant.name: cell.runs[0] for cell in reversed(cells)}
     for run in first.values():
         job = Train(Folder(Path("x")), run)
@@ -397,7 +397,8 @@ def test_a_reproduction_ends_in_a_table_of_its_runs(finished):
         assert row["mean"]["mean"] == pytest.approx(returns.mean())
         assert row["deviation"] == pytest.approx(abs(np.diff(returns.mean((1, 2)))[0]) / 2**0.5)
         assert (row["tasks"], row["episodes"], row["seeds"]) == (2, 2, [0, 1])
-        assert f"{returns.mean():.1f} ± {row['deviation']:.1f}" in text
+        mean = f"{returns.mean():.1f}".replace("-0.0", "0.0")
+        assert f"{mean} ± {row['deviation']:.1f}" in text
     first, second = content["rows"]
     assert first["difference"] is None
     gained = second["mean"]["mean"] - first["mean"]["mean"]
@@ -428,7 +429,6 @@ def test_a_kill_loses_nothing(finished, reproduced, what):
     run = reproduced / "runs" / "both-near-optimal-harmodt-f-seed-0"
     shutil.rmtree(run / "checkpoints" / "00000008")
     shutil.rmtree(run / "evaluation")
-    shutil.rmtree(reproduced / "runs" / "both-near-optimal-prompt-dt-seed-1")
     log = Folder(reproduced).log(run.name)
     log.unlink()
     with begin(reproduced) as process:
