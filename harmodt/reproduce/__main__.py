@@ -20,6 +20,7 @@ from ..devices import prepare_cpu
 from ..errors import UserError, going_on, run_command
 from ..files import owned
 from ..progress import PlainConsole
+from ..report import write_report
 from ..settings import Count, Whole, check, parse_arguments
 from ..training.stop import Output, Stop
 from .execute import Work, command_of, find_slots
@@ -122,13 +123,23 @@ def _reproduce(plan: Plan, folder: Folder, slots: Sequence[Mapping[str, str]]) -
 
 
 def _report(plan: Plan, folder: Folder) -> None:
-    """Print the table, and write it beside the runs."""
+    """Print the table, and write it and a page of the runs beside them."""
     outcome, path = tabulate(plan, folder), folder.path / plan.name
     outcome.save(path)
     console.print(outcome.table(console.width))
     for note in outcome.notes:
         console.print(note)
     console.print(f"written to {path}.csv and .json", soft_wrap=True)
+    runs = [folder.run(run).path for run in plan.runs if folder.run(run).description.exists()]
+    if not runs:
+        return
+    page = path.with_suffix(".html")
+    try:
+        write_report(runs, page)
+    except UserError as error:  # the table is there
+        console.print(f"no page of the runs: {error}", soft_wrap=True)
+    else:
+        console.print(f"all runs side by side: {page}", soft_wrap=True)
 
 
 def _failure(job: Job, why: str, folder: Folder) -> str:
