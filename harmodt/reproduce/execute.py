@@ -54,7 +54,7 @@ def find_slots(device: str, jobs: int) -> Sequence[Mapping[str, str]]:
     if device == "cuda":
         raise UserError("there is no GPU here: leave --device out, or name cpu")
     slot: dict[str, str] = {"CUDA_VISIBLE_DEVICES": ""}
-    if jobs > 1:
+    if jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
         slot["OMP_NUM_THREADS"] = str(max(1, available_cores() // jobs))
     return [slot] * jobs
 
