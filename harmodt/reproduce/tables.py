@@ -67,9 +67,11 @@ class Row:
             found = getattr(self, name)
             row[name] = found and found.mean
             row |= {f"{name}_low": found and found.low, f"{name}_high": found and found.high}
+            if name == "mean":
+                row["deviation"] = self.deviation
         paper = self.paper.split(" ± ") if self.paper else (None, None)
         names = ("paper_mean", "paper_deviation")
-        return row | {"deviation": self.deviation} | dict(zip(names, paper, strict=True))
+        return row | dict(zip(names, paper, strict=True))
 
 
 @dataclass(frozen=True)
