@@ -37,6 +37,7 @@ from harmodt.reproduce.plan import make_plan
 from harmodt.reproduce.tables import tabulate
 from harmodt.rundir import RunDirectory
 from harmodt.settings import change, settings
+from harmodt.training.records import Records
 from harmodt.training.stop import Stop
 
 NAMES = tuple(EXPERIMENTS)
@@ -407,6 +408,8 @@ def test_a_reproduction_ends_in_a_table_of_its_runs(finished):
     with open(finished / "toy.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["variant"] for row in rows] == ["Prompt-DT", "HarmoDT-F"]
+    page = (finished / "toy.html").read_text()
+    assert all(path.name in page for path in (finished / "runs").iterdir())
     assert float(rows[1]["difference_low"]) == second["difference"]["low"]
 
 
@@ -614,13 +617,12 @@ def test_harmony_is_averaged_over_training(tmp_path, monkeypatch):
         for seed, run in enumerate(cell.runs):
             path = folder.run(run).metrics
             path.parent.mkdir(parents=True)
-            scores = [0.1 + seed, 0.3 + seed + (cell.variant.algorithm == "harmodt-f")]
-            lines = [
-                {"step": 0, "harmony": scores[0]},
-                {"step": 1, "loss": 3},
-                {"harmony": scores[1]},
-            ]
-            path.write_text("\n".join(map(json.dumps, lines)))
+            records = Records(path, 0, timed=False)
+            records.write({"step": 0, "harmony": 0.1 + seed})
+            records.write({"step": 1, "loss": 3.0})
+            last = 0.3 + seed + (cell.variant.algorithm == "harmodt-f")
+            records.write({"step": 4, "harmony": last})
+            records.close()
     prompt_dt, harmodt_f = tabulate(found, folder).rows
     assert prompt_dt.mean.mean == pytest.approx(0.7)
     assert harmodt_f.difference.mean == pytest.approx(0.5)

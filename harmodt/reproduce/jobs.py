@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any, Protocol
 from ..checkpoint import checkpoint_steps
 from ..data.store import MANIFEST, DataStore
 from ..errors import UserError
-from ..files import read_bytes
 from ..results import EvaluationResult
 from ..rollout import Request
 from ..rundir import Description, RunDirectory
 from ..settings import to_json
+from ..training.records import read_records
 from .plan import Collection, Plan, Question, Run
 
 _LEFT_OPEN = ("data", "output")
@@ -170,8 +169,10 @@ class Train:
     @property
     def _is_evaluated(self) -> bool:
         """Whether the run takes itself to be done with its last evaluation."""
-        records = read_metrics(self.folder.run(self.run)) if self.step == self.run.steps else []
-        return any(r.get("step") == self.run.steps and "mean_return" in r for r in records)
+        if self.step != self.run.steps:
+            return False
+        records = read_records(self.folder.run(self.run).metrics, timed=False)
+        return any(r["step"] == self.run.steps and "mean_return" in r for r in records)
 
     def _check(self, found: Description) -> None:
         """Raise UserError where a run is another than is wanted."""
@@ -253,23 +254,6 @@ def find_result(folder: Folder, run: Run, question: Question) -> EvaluationResul
             "last step: move all but one away"
         )
     return next(iter(found.values()), None)
-
-
-def read_metrics(directory: RunDirectory) -> list[dict[str, Any]]:
-    """What a run logged, a record for each line; a line that a kill cut short is none.
-
-    Raises:
-        UserError: a line is damaged.
-    """
-    if not directory.metrics.exists():
-        return []
-    *lines, _cut_short = read_bytes(directory.metrics).split(b"\n")
-    try:
-        return [dict(json.loads(line)) for line in lines]
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{directory.metrics} is damaged ({error}): restore it from a copy, or delete the line"
-        ) from None
 
 
 def _leaves(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -22,7 +22,8 @@ from ..environments import METAWORLD, family_of
 from ..files import clear_temporaries, write_bytes, write_sealed
 from ..results import stack, versions
 from ..statistics import Average, average, interquartile_mean, paired_difference, seed_deviation
-from .jobs import Folder, Train, find_result, read_metrics
+from ..training.records import read_records
+from .jobs import Folder, Train, find_result
 from .plan import Cell, Collection, Plan, Run
 
 FORMAT = "harmodt-reproduction"
@@ -183,7 +184,7 @@ def _is_trained(folder: Folder, run: Run) -> bool:
 
 def _harmony(folder: Folder, run: Run) -> np.ndarray:
     """The averaged harmony scores that a run logged, float64 [1, times]."""
-    records = read_metrics(folder.run(run))
+    records = read_records(folder.run(run).metrics, timed=False)
     return np.array([[float(r["harmony"]) for r in records if "harmony" in r]])
 
 
