@@ -48,10 +48,10 @@ class MTIQLSettings(MLPSettings):
     """γ, what a reward one step later is worth."""
     expectile: Annotated[float, Meta(gt=0, lt=1)] = 0.7
     """τ, which expectile of the critics' values the value is: 0.5 is the mean, 1 the largest."""
-    temperature: NotNegative = 500.0
+    temperature: NotNegative = 100.0
     """β, by which an advantage is multiplied in an action's weight exp(β A), which is at most 100:
     0 imitates all actions alike. Advantages are divided by --return-scale, as rewards are: at 1000
-    and Meta-World's rewards of about 5 a step, one step's reward makes exp(2.5)."""
+    and Meta-World's rewards of about 5 a step, one step's reward makes exp(0.5)."""
     target_rate: Annotated[float, Meta(gt=0, le=1)] = 0.02
     """Share of the way that the critics' targets go to the critics in each step. After n steps of
     training rewards are known from about n times as many steps ahead; IQL's is 0.005."""
