@@ -54,7 +54,13 @@ def steps(trainer: Trainer, count: int) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("implementation", "changes"),
-    [("triton", {}), ("triton", {"algorithm": "prompt-dt"}), ("cpu", {})],
+    [
+        ("triton", {}),
+        ("triton", {"algorithm": "prompt-dt"}),
+        ("cpu", {}),
+        ("cpu", {"surgery": "pcgrad"}),
+        ("cpu", {"algorithm": "prompt-dt", "surgery": "graddrop"}),
+    ],
     indirect=["implementation"],
 )
 def test_a_recorded_step_repeats_as_the_next_steps(store: DataStore, device, changes) -> None:
@@ -124,9 +130,13 @@ def test_a_number_that_changes_is_found_out() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("surgery", ["none", "pcgrad", "graddrop"])
 @pytest.mark.parametrize("algorithm", ["harmodt-f", "prompt-dt"])
-def test_a_cuda_graph_computes_the_same_steps(store: DataStore, algorithm: str) -> None:
-    settings = SIZES | {"dropout": 0.2, "mask_update_every": 3}
+def test_a_cuda_graph_computes_the_same_steps(
+    store: DataStore, algorithm: str, surgery: str
+) -> None:
+    settings = SIZES | {"dropout": 0.2, "surgery": surgery}
+    settings |= {"mask_update_every": 3} if algorithm == "harmodt-f" else {}
     usual, captured = (
         make_trainer(store, configure(algorithm, fused=True, cuda_graph=graph, **settings), "cuda")
         for graph in (False, True)

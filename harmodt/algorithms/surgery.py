@@ -215,4 +215,4 @@ def _products(gradients: Tensor) -> Tensor:
 
 def _sum(multiples: Tensor, gradients: Tensor) -> Tensor:
     """Multiples [G] of gradients [G, P], added up: [P]."""
-    return multiples.to(gradients.dtype) @ gradients
+    return torch.mv(gradients.T, multiples.to(gradients.dtype))
