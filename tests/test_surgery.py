@@ -191,6 +191,7 @@ def test_graddrop_keeps_one_sign_as_often_as_it_is_pure(leak: float) -> None:
         assert (computed[j] == mean[j]).all()
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", SURGERIES)
 def test_what_is_not_finite_is_not_hidden(name: str, value: float) -> None:
