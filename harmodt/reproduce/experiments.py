@@ -193,6 +193,7 @@ _M = Variant("HarmoDT-M", "harmodt-m")
 _R = Variant("HarmoDT-R", "harmodt-r")
 _PROMPT_DT = Variant("Prompt-DT", "prompt-dt")
 _MTDT = Variant("MTDT", "mtdt")
+_WIDER_MTDT = Variant("MTDT", "mtdt", {"embed_dim": 136})  # 1.49 M parameters, the others' 1.47 M
 _ETA_MAX = _sweep("harmodt-f", "eta_max", "η_max", 10, 1000, 10_000)
 _SPARSITY = _sweep("harmodt-f", "sparsity", "S", 0.1, 0.3, 0.5)
 _BALANCE = _sweep("harmodt-f", "balance", "λ", 0.1, 1.0, 100.0)
@@ -221,7 +222,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             Variant("MTDIFF-P", "mtdiff-p"),
             Variant("MTDIFF-P-ONEHOT", "mtdiff-p-onehot"),
             Variant("MTDT, 0.87 M", "mtdt", {"size": "0.87M"}),
-            _MTDT,
+            _WIDER_MTDT,
             Variant("Prompt-DT, 0.87 M", "prompt-dt", {"size": "0.87M"}),
             _PROMPT_DT,
             _R,
@@ -233,7 +234,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "table2": Experiment(
         title="5, 30 and 50 tasks, near- and sub-optimal data",
         columns=_sets("mt5", "mt30", "mt50"),
-        variants=(Variant("MTDIFF", "mtdiff-p-onehot"), _MTDT, _PROMPT_DT, _R, _M, _F),
+        variants=(Variant("MTDIFF", "mtdiff-p-onehot"), _WIDER_MTDT, _PROMPT_DT, _R, _M, _F),
         reference="HarmoDT-F",
     ),
     "table3": Experiment(
