@@ -118,7 +118,7 @@ def over_training(
         unit: whether it ends at 1 as well.
         points: whether each measurement is marked.
     """
-    most = max(24, min(300, POINTS // max(len(runs), 1)))
+    most = points_each(runs)
     rows: list[Row] = []
     for index, run in enumerate(runs):
         for step, value in thinned(series(run), most):
@@ -133,37 +133,53 @@ def over_training(
     variants = {}
     for axis, column in (("steps", 1), ("time", 2)):
         shown = [[row[0], row[column], row[3]] for row in rows if row[column] is not None]
-        spec: Spec = {
-            "height": 240,
-            "params": [_HIDDEN],
-            "transform": [_SHOWN],
-            "mark": {
-                "type": "line",
-                "interpolate": "linear",
-                "point": {"size": 36, "opacity": 1 if points else 0, "filled": True},
-            },
-            "encoding": {
-                "x": {
-                    "field": "x",
-                    "type": "quantitative",
-                    "title": AXES[axis],
-                    "scale": _scale(0.0, max((x for _, x, _ in shown), default=1.0), nice=False),
-                    "axis": {"grid": False, "tickCount": 5, "labelFlush": True},
-                },
-                "y": {
-                    "field": "value",
-                    "type": "quantitative",
-                    "title": title,
-                    "scale": scale,
-                    "axis": {"tickCount": 5},
-                },
-                "color": _colour(runs),
-                "strokeDash": _dashes(runs),
-                "tooltip": _tooltip({"name": "run", "x": AXES[axis], "value": title}),
-            },
-        }
+        spec = _lines(title, AXES[axis], runs, shown, scale, points)
         variants[axis] = Variant(spec, ("run", "x", "value"), shown)
     return Plot(name, f"{title} over training, a line for each run", "axis", variants)
+
+
+def _lines(
+    title: str,
+    axis: str,
+    runs: Sequence[ReportedRun],
+    rows: Sequence[Row],
+    scale: Spec,
+    points: bool,
+) -> Spec:
+    """A line of rows [run, x, value] for each run."""
+    return {
+        "height": 240,
+        "params": [_HIDDEN],
+        "transform": [_SHOWN],
+        "mark": {
+            "type": "line",
+            "point": {"size": 36, "opacity": 1 if points else 0, "filled": True},
+        },
+        "encoding": {
+            "x": {
+                "field": "x",
+                "type": "quantitative",
+                "title": axis,
+                "scale": _scale(0.0, max((x for _, x, _ in rows), default=1.0), nice=False),
+                "axis": {"grid": False, "tickCount": 5, "labelFlush": True},
+            },
+            "y": {
+                "field": "value",
+                "type": "quantitative",
+                "title": title,
+                "scale": scale,
+                "axis": {"tickCount": 5},
+            },
+            "color": _colour(runs),
+            "strokeDash": _dashes(runs),
+            "tooltip": _tooltip({"name": "run", "x": axis, "value": title}),
+        },
+    }
+
+
+def points_each(runs: Sequence[ReportedRun]) -> int:
+    """How many points a line of each run has at most."""
+    return max(24, min(300, POINTS // len(runs)))
 
 
 def thinned(series: Sequence[tuple[int, float]], most: int) -> list[tuple[int, float]]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from ..errors import UserError
 from ..masks.vector import ParameterVector
 
 
@@ -119,17 +118,3 @@ def count_shared(bits: np.ndarray) -> np.ndarray:
         counts = np.bitwise_count(bits[row:] & mask).sum(1, dtype=np.int64)
         shared[row, row:] = shared[row:, row] = counts
     return shared
-
-
-def check_clustering() -> None:
-    """Check that masks can be clustered.
-
-    Raises:
-        UserError: SciPy is missing.
-    """
-    try:
-        import scipy.cluster.hierarchy  # noqa: F401 (an optional dependency)
-    except ImportError as error:
-        raise UserError(
-            "a report needs the package scipy: pip install 'harmodt[report]'"
-        ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -14,7 +15,6 @@ from ..errors import UserError
 from ..files import clear_temporaries, write_bytes
 from . import figures, tables
 from .figures import CONFIG, Plot
-from .masks import check_clustering
 from .numbers import percent
 from .runs import ReportedRun, read_runs
 from .tables import text
@@ -24,6 +24,9 @@ START = "<!doctype html>\n<!-- Runs of HarmoDT -->\n"
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'"
 """What a browser is told to allow: nothing from anywhere else. Vega makes functions of text."""
+
+PACKAGES = {"vl_convert": "vl-convert-python", "scipy.cluster.hierarchy": "scipy"}
+"""What draws plots and clusters masks: modules, and the packages that have them."""
 
 
 def write_report(runs: Sequence[Path], output: Path) -> None:
@@ -37,24 +40,22 @@ def write_report(runs: Sequence[Path], output: Path) -> None:
         UserError: a package of harmodt[report] is missing, a directory holds no run or is named
             twice, a file of a run is damaged, or something else is in the place of the page.
     """
-    library = _plotting_library()
-    check_clustering()
+    _check_packages()
     _check_place(output)
-    content = _page(read_runs(runs), library)
+    content = _page(read_runs(runs))
     output.parent.mkdir(parents=True, exist_ok=True)
     clear_temporaries(output)
     write_bytes(output, content.encode())
 
 
-def _plotting_library() -> str:
-    """Vega-Lite and all that it needs, as JavaScript that defines `vegaEmbed`."""
-    try:
-        import vl_convert  # an optional dependency
-    except ImportError as error:
-        raise UserError(
-            "a report needs the package vl-convert-python: pip install 'harmodt[report]'"
-        ) from error
-    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+def _check_packages() -> None:
+    for module, package in PACKAGES.items():
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UserError(
+                f"a report needs the package {package}: pip install 'harmodt[report]'"
+            ) from error
 
 
 def _check_place(output: Path) -> None:
@@ -68,7 +69,9 @@ def _check_place(output: Path) -> None:
     raise UserError(f"{output} is there and is no page of runs: name another --output")
 
 
-def _page(runs: Sequence[ReportedRun], library: str) -> str:
+def _page(runs: Sequence[ReportedRun]) -> str:
+    import vl_convert  # an optional dependency
+
     plots: list[Plot] = []
     sections = "".join(
         f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{title}</h2>'
@@ -81,6 +84,7 @@ def _page(runs: Sequence[ReportedRun], library: str) -> str:
     links = "".join(f'<a href="#{name}">{title}</a>' for name, (title, _) in SECTIONS.items())
     files = resources.files(__package__)
     style, program = (files.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    library = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     content = {
         "config": CONFIG,
@@ -215,8 +219,7 @@ def _training(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
 
 
 def _thinned(runs: Sequence[ReportedRun]) -> bool:
-    most = max(24, min(300, figures.POINTS // len(runs)))
-    return any(len(run.series("loss")) > most for run in runs)
+    return any(len(run.series("loss")) > figures.points_each(runs) for run in runs)
 
 
 def _scores(kind: str) -> Callable[[ReportedRun], list[tuple[int, float]]]:
