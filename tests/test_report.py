@@ -18,6 +18,7 @@ import vl_convert
 from browser import CHROMIUM, Page, browser
 from runs import begin, final, small_flags
 from safetensors.numpy import load_file
+from scipy.stats import hypergeom
 from tiny import TASKS, make_store
 
 from harmodt import train
@@ -258,6 +259,10 @@ def test_masks_drawn_at_random_do_not_overlap_beyond_chance():
     )
     beyond = masks.beyond_chance
     assert beyond[0, 1] > 8
+    chance = [hypergeom(n, k, k) for n, k in zip(sizes[:2], counts[:2], strict=True)]
+    excess = shared[2, 3] - sizes[2] - sum(part.mean() for part in chance)
+    assert beyond[2, 3] == pytest.approx(excess / np.sqrt(sum(part.var() for part in chance)))
+    assert excess
     by_chance = beyond[2:, 2:][np.triu_indices(38, 1)]
     assert abs(by_chance.mean()) < 0.15 and abs(by_chance.std() - 1) < 0.15
     order = masks.order()
