@@ -69,7 +69,10 @@ def read_records(path: Path, timed: bool) -> list[Record]:
     Raises:
         UserError: a line is damaged, or the file is of the other kind.
     """
-    return [record for record, _ in _read(path, timed)] if path.exists() else []
+    try:
+        return [record for record, _ in _read(path, timed)]
+    except FileNotFoundError:
+        return []
 
 
 def _read(path: Path, timed: bool) -> list[tuple[Record, bytes]]:
