@@ -1,7 +1,7 @@
 """HarmoDT: one decision transformer for many tasks, with a learned weight mask for each.
 
 Command lines: `python -m harmodt.collect`, `harmodt.data`, `harmodt.train`, `harmodt.evaluate`,
-`harmodt.import_checkpoint`.
+`harmodt.import_checkpoint`, `harmodt.report`, `harmodt.reproduce`.
 From Python, `harmodt.load_policy(run)` is what a run has learned.
 """
 
