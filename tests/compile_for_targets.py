@@ -1,6 +1,6 @@
 """Compiles every kernel for GPUs that need not be there, and tabulates what came out.
 
-    python tests/compile_for_targets.py [--output build/kernels.md]
+    python tests/compile_for_targets.py [--output build/kernels.md] [--all]
 
 The operations are called on CPU tensors with the shapes and strides of the model. In place of
 running a kernel, its launcher compiles it, so that Triton specialises it as it would on the GPU.
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -56,6 +56,8 @@ TARGETS = {
 
 # Those for which Triton compiles as for another, but that have less shared memory.
 ALIKE = ("sm_86", "sm_89", "sm_120")
+# Those whose smaller tiles are compiled where all is asked for: sm_90 stands for them otherwise.
+ON_DEMAND = ("sm_80", "sm_100")
 
 # In PTX and in AMD's assembly; wide loads are of 16 bytes or more per thread.
 INSTRUCTIONS = {
@@ -88,7 +90,8 @@ class Case(NamedTuple):
     """A use of an operation, such as those of the model.
 
     Attributes:
-        largest: whether its tiles are the largest there are. `ALIKE` gets these cases alone.
+        largest: whether its tiles are the largest there are. `ALIKE` gets these cases alone, and
+            `ON_DEMAND` if not all is asked for.
     """
 
     use: str
@@ -439,8 +442,8 @@ class TargetDriver:
         return TARGETS[self._target]
 
 
-def compile_operation(operation: str, target: str) -> Compilation:
-    """Compile all cases of an operation for a target."""
+def compile_operation(operation: str, target: str, largest: bool) -> Compilation:
+    """Compile the cases of an operation for a target, all or those of the largest tiles."""
     torch.set_num_threads(1)
     triton.runtime.driver.set_active(TargetDriver(target))
     registration.interpreted = lambda: True  # what sends tensors of a CPU to the launchers
@@ -466,7 +469,7 @@ def compile_operation(operation: str, target: str) -> Compilation:
     switch = torch.backends.cuda.matmul
     usual = switch.fp32_precision
     for case in CASES[operation]():
-        if target in ALIKE and not case.largest:
+        if largest and not case.largest:
             continue
         switch.fp32_precision = "tf32" if case.precision == "tf32" else "ieee"
         try:
@@ -518,15 +521,19 @@ def of_amdgcn(code: str) -> tuple[int, list[int]]:
     return registers, spills
 
 
-def compile_all() -> Compilation:
-    """Compile every operation for every target, with nothing from Triton's usual cache."""
+def compile_for(few: Container[str]) -> Compilation:
+    """Compile every operation for every target, with nothing from Triton's usual cache.
+
+    Args:
+        few: targets for which the largest tiles alone are compiled.
+    """
     os.environ.pop("TRITON_INTERPRET", None)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         # Fresh processes, because Triton reads whether to interpret when it is imported.
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(PROCESSES, spawn) as pool:
-            jobs = itertools.product(CASES, TARGETS)
+            jobs = [(case, target, target in few) for case in CASES for target in TARGETS]
             parts = list(pool.map(compile_operation, *zip(*jobs, strict=True)))
     return Compilation(
         parts[0].kernels,
@@ -560,8 +567,10 @@ def markdown(compilation: Compilation) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help="the Markdown file to write")
-    output = parser.parse_args().output
-    compilation = compile_all()
+    parser.add_argument("--all", action="store_true", help=f"small tiles of {ON_DEMAND} as well")
+    arguments = parser.parse_args()
+    output = arguments.output
+    compilation = compile_for(ALIKE if arguments.all else ALIKE + ON_DEMAND)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(markdown(compilation), encoding="utf-8")
     output.with_suffix(".json").write_text(json.dumps(asdict(compilation)), encoding="utf-8")
