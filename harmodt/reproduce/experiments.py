@@ -211,6 +211,8 @@ _INITIALISATION = tuple(
     for title, algorithm in (("HarmoDT-F", "harmodt-f"), ("HarmoDT-R", "harmodt-r"))
     for how in ("uniform", "magnitude")
 )
+_EMBEDDING = {"task_embedding_dim": 16}
+_ONE_MASK = Variant("HarmoDT-R, one mask for all", "harmodt-r", {"shared_mask": True})
 
 EXPERIMENTS: dict[str, Experiment] = {
     "table1": Experiment(
@@ -312,9 +314,42 @@ EXPERIMENTS: dict[str, Experiment] = {
             *_INITIALISATION[:2],
             _R,
             *_INITIALISATION[2:],
-            Variant("HarmoDT-R, one mask for all", "harmodt-r", {"shared_mask": True}),
+            _ONE_MASK,
         ),
         reference="HarmoDT-F",
+    ),
+    "controls": Experiment(
+        title="what a mask adds beyond telling the task, on 10 tasks",
+        columns=_sets("mt10"),
+        variants=(
+            _WIDER_MTDT,
+            _PROMPT_DT,
+            Variant("Prompt-DT, embedding", "prompt-dt", _EMBEDDING),
+            _ONE_MASK,
+            _R,
+            *_sweep("harmodt-r", "sparsity", "random, S", 0.05, 0.5),
+            Variant("HarmoDT-R, embedding", "harmodt-r", _EMBEDDING),
+            _F,
+            Variant("HarmoDT-F, embedding", "harmodt-f", _EMBEDDING),
+        ),
+        reference="HarmoDT-R",
+    ),
+    "movement": Experiment(
+        title="learned masks that move more weights, beside masks that move none, on 10 tasks",
+        columns=_sets("mt10"),
+        variants=(
+            _R,
+            _F,
+            _INTERVAL[0],
+            *_ETA_MAX[1:],
+            Variant(  # up to a sixth of a mask of 1.47 M's, over a run of eight updates at t_m
+                "η_max = 10000, t_m × 0.25",
+                "harmodt-f",
+                {"eta_max": 10_000, "mask_update_every": Times(0.25, "mask_update_every")},
+            ),
+            Variant("HarmoDT-F, one mask at first", "harmodt-f", {"shared_mask": True}),
+        ),
+        reference="HarmoDT-R",
     ),
 }
 """Every experiment by its name."""
