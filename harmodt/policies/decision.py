@@ -10,12 +10,12 @@ from ..batch import Layout, Steps, move
 from ..data.inputs import Inputs
 from ..devices import Execution
 from ..environments import EnvironmentSpec
-from ..errors import UserError
 from ..masks.bank import TaskMasks, vote
 from ..networks.decision_transformer import DecisionTransformer, PromptCache
+from .trained import TrainedPolicy
 
 
-class DecisionPolicy:
+class DecisionPolicy(TrainedPolicy):
     """Acts in N episodes in lock-step, one model call per time step; a `Policy`.
 
     An episode's history starts empty; its return-to-go starts at the task's target and falls by
@@ -43,20 +43,12 @@ class DecisionPolicy:
         step: int = 0,
         unseen_threshold: float = 0.5,
     ):
+        super().__init__(inputs, environment, execution, step)
         self.model = model.eval()
         self.mask_bits = mask_bits
-        self.mask = "none" if mask_bits is None else "task"
-        self.unseen: str | None = None
-        self.environment = environment
-        self.step = step
-        self.tasks = tuple(task.name for task in inputs.conditioning)
-        self.target_returns = np.array([task.target_return for task in inputs.conditioning])
-        self.backend = execution.backend.name
-        self.precision: str = execution.precision
-        self.device = str(execution.device)
-        self._inputs = inputs
+        if mask_bits is not None:
+            self.mask = "task"
         self._context_length = context_length
-        self._execution = execution
         self._unseen_threshold = unseen_threshold
 
     def use_voted_mask(self) -> None:
@@ -66,7 +58,8 @@ class DecisionPolicy:
             UserError: the run has no masks.
         """
         if self.mask_bits is None:
-            raise UserError("the run's algorithm has no masks to vote: leave --mask out")
+            super().use_voted_mask()
+            return
         voted = vote(self.mask_bits, self._unseen_threshold)
         self.mask_bits = voted.expand_as(self.mask_bits)
         self.mask = "voted"

@@ -13,10 +13,10 @@ from ..batch import Steps, move
 from ..data.inputs import Inputs
 from ..devices import Execution
 from ..environments import EnvironmentSpec
-from ..errors import UserError
 from ..networks.denoiser import Denoiser, Situation
 from ..networks.diffusion import Diffusion
 from ..settings import Count, NotNegative, Share
+from .trained import TrainedPolicy
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class PlanSettings:
     """Actions of a plan that are executed before the next one."""
 
 
-class PlanPolicy:
+class PlanPolicy(TrainedPolicy):
     """Acts in N episodes in lock-step by plans of actions; a `Policy`.
 
     What is asked for in an episode starts at the task's target return and falls by each reward.
@@ -62,28 +62,10 @@ class PlanPolicy:
         settings: PlanSettings,
         step: int = 0,
     ):
+        super().__init__(inputs, environment, execution, step)
         self.model = model.eval()
-        self.mask = "none"
-        self.unseen: str | None = None
-        self.environment = environment
         self.settings = settings
-        self.step = step
-        self.tasks = tuple(task.name for task in inputs.conditioning)
-        self.target_returns = np.array([task.target_return for task in inputs.conditioning])
-        self.backend = execution.backend.name
-        self.precision: str = execution.precision
-        self.device = str(execution.device)
         self._diffusion = diffusion
-        self._inputs = inputs
-        self._execution = execution
-
-    def use_voted_mask(self) -> None:
-        """There are no masks to vote.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError("the run's algorithm has no masks to vote: leave --mask out")
 
     def start(
         self, task_ids: np.ndarray, seed: int = 0, target_returns: np.ndarray | None = None

@@ -11,9 +11,10 @@ from ..devices import Execution
 from ..environments import EnvironmentSpec
 from ..errors import UserError
 from ..networks.task_mlp import Actor
+from .trained import TrainedPolicy
 
 
-class ReactivePolicy:
+class ReactivePolicy(TrainedPolicy):
     """Acts in N episodes in lock-step, without history, prompt or return; a `Policy`.
 
     Args:
@@ -24,9 +25,6 @@ class ReactivePolicy:
         step: training steps of the weights.
     """
 
-    mask = "none"
-    unseen: str | None = None
-
     def __init__(
         self,
         actor: Actor,
@@ -35,24 +33,8 @@ class ReactivePolicy:
         execution: Execution,
         step: int = 0,
     ):
+        super().__init__(inputs, environment, execution, step)
         self.actor = actor
-        self.environment = environment
-        self.step = step
-        self.tasks = tuple(task.name for task in inputs.conditioning)
-        self.target_returns = np.array([task.target_return for task in inputs.conditioning])
-        self.backend = execution.backend.name
-        self.precision: str = execution.precision
-        self.device = str(execution.device)
-        self._inputs = inputs
-        self._execution = execution
-
-    def use_voted_mask(self) -> None:
-        """Refuse: there are no masks.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError("the run's algorithm has no masks to vote: leave --mask out")
 
     def start(
         self, task_ids: np.ndarray, seed: int = 0, target_returns: np.ndarray | None = None
