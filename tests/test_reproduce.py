@@ -68,6 +68,8 @@ def test_every_definition_is_of_algorithms_and_settings_there_are(name, budget):
     assert experiment.reference in {variant.name for variant in experiment.variants}
     for names in ([v.name for v in experiment.variants], [c.name for c in experiment.columns]):
         assert len({*names}) == len(names)
+    known = {n for cell in found.cells for n, _ in settings(cell.runs[0].config)}
+    assert {n for column in experiment.columns for n in column.settings} <= known
 
 
 @pytest.mark.parametrize(
@@ -100,6 +102,14 @@ def test_expansion_into_runs_and_data():
     assert {len(run.tasks) for run in found.runs} == {5, 30, 50}
     assert {run.steps for run in found.runs} == {1_000_000}
     assert make_plan("table2", "paper", seeds=[7, 7]).seeds == (7,)
+
+
+def test_a_columns_settings_are_of_the_algorithms_that_have_them():
+    runs = {cell.variant.name: cell.runs[0] for cell in make_plan("methods", "small").cells}
+    assert {name for name, run in runs.items() if "size" not in dict(settings(run.config))} == {
+        "MTBC", "MTIQL"
+    }  # fmt: skip
+    assert {dict(settings(run.config)).get("size", "0.48M") for run in runs.values()} == {"0.48M"}
 
 
 def test_the_budgets_settings_are_scaled_to_the_tasks():

@@ -8,7 +8,7 @@ experiment is a row of `EXPERIMENTS`, a new budget one of `BUDGETS`. What the pa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ..config import SIZES
@@ -32,7 +32,7 @@ class Column:
         name: in tables.
         tasks: a set to train on.
         composition: of its data.
-        settings: of every run, whatever the variant.
+        settings: of every run whose algorithm has them.
         unseen: a set that is met in place of the one that was trained on.
     """
 
@@ -164,11 +164,11 @@ BUDGETS: dict[str, Budget] = {
 """Every budget by its name."""
 
 
-def _sets(*names: str) -> tuple[Column, ...]:
+def _sets(*names: str, **settings: Any) -> tuple[Column, ...]:
     """Both compositions of some sets of Meta-World's tasks."""
     compositions: tuple[Composition, ...] = ("near-optimal", "sub-optimal")
     return tuple(
-        Column(f"{name.upper()} {composition}", name, composition)
+        Column(f"{name.upper()} {composition}", name, composition, settings)
         for name in names
         for composition in compositions
     )
@@ -213,6 +213,7 @@ _INITIALISATION = tuple(
 )
 _EMBEDDING = {"task_embedding_dim": 16}
 _ONE_MASK = Variant("HarmoDT-R, one mask for all", "harmodt-r", {"shared_mask": True})
+_MT10_SMALLEST = _sets("mt10", size="0.48M")  # where masks do most, by the paper's Table 3
 
 EXPERIMENTS: dict[str, Experiment] = {
     "table1": Experiment(
@@ -318,11 +319,27 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
         reference="HarmoDT-F",
     ),
-    "controls": Experiment(
-        title="what a mask adds beyond telling the task, on 10 tasks",
-        columns=_sets("mt10"),
+    "methods": Experiment(
+        title="every kind of method on 10 tasks, transformers of the smallest size",
+        columns=_MT10_SMALLEST,
         variants=(
-            _WIDER_MTDT,
+            Variant("MTBC", "mtbc"),
+            Variant("MTIQL", "mtiql"),
+            _MTDT,
+            _PROMPT_DT,
+            _SURGERY[0],
+            _ONE_MASK,
+            _R,
+            _M,
+            _F,
+        ),
+        reference="HarmoDT-F",
+    ),
+    "controls": Experiment(
+        title="what a mask adds beyond telling the task, on 10 tasks at the smallest size",
+        columns=_MT10_SMALLEST,
+        variants=(
+            _MTDT,
             _PROMPT_DT,
             Variant("Prompt-DT, embedding", "prompt-dt", _EMBEDDING),
             _ONE_MASK,
@@ -335,20 +352,29 @@ EXPERIMENTS: dict[str, Experiment] = {
         reference="HarmoDT-R",
     ),
     "movement": Experiment(
-        title="learned masks that move more weights, beside masks that move none, on 10 tasks",
-        columns=_sets("mt10"),
+        title="masks that move more weights, and none, on 10 tasks at the smallest size",
+        columns=_MT10_SMALLEST,
         variants=(
             _R,
             _F,
             _INTERVAL[0],
             *_ETA_MAX[1:],
-            Variant(  # up to a sixth of a mask of 1.47 M's, over a run of eight updates at t_m
+            Variant(
                 "η_max = 10000, t_m × 0.25",
                 "harmodt-f",
                 {"eta_max": 10_000, "mask_update_every": Times(0.25, "mask_update_every")},
             ),
             Variant("HarmoDT-F, one mask at first", "harmodt-f", {"shared_mask": True}),
         ),
+        reference="HarmoDT-R",
+    ),
+    "sizes": Experiment(
+        title="learned masks, random ones and none on 50 tasks, at the smallest and usual size",
+        columns=(
+            *(replace(c, name=f"{c.name}, 0.48 M") for c in _sets("mt50", size="0.48M")),
+            Column("MT50 near-optimal, 1.47 M", "mt50"),
+        ),
+        variants=(_MTDT, _PROMPT_DT, _R, _F),
         reference="HarmoDT-R",
     ),
 }

@@ -146,9 +146,10 @@ def _run(budget: Budget, column: Column, variant: Variant, seed: int) -> Run:
     tasks = _first(budget, family_of([column.tasks]), column.tasks)
     base = _base(budget, column, variant, tasks, seed)
     values = dict(settings(base))
+    of_column = {name: value for name, value in column.settings.items() if name in values}
     chosen = {
         name: _times(value, values) if isinstance(value, Times) else value
-        for name, value in {**column.settings, **variant.settings}.items()
+        for name, value in {**of_column, **variant.settings}.items()
     }
     unknown = chosen.keys() - values.keys()
     if unknown:
