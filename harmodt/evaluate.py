@@ -12,12 +12,12 @@ from . import load_policy
 from .devices import prepare_cpu
 from .environments.video import find_backend
 from .errors import UserError, printable, run_command
-from .policies import Policy
+from .policies import Policy, Sampler
 from .progress import PlainConsole
 from .results import EvaluationResult, compare_masks
 from .rollout import Request, play
 from .rundir import RunDirectory
-from .settings import NotNegative, Whole, check, parse_arguments
+from .settings import Count, NotNegative, Whole, check, parse_arguments
 
 Mask = Literal["task", "voted", "none", "random", "nearest"]
 
@@ -43,6 +43,11 @@ class PolicyOptions:
     the training task whose gradient on its prompts agrees most. Several are compared."""
     threshold: NotNegative | None = None
     """Of the voted mask: a share of the training tasks, or their number; by default the run's."""
+    sampler: Sampler | None = None
+    """How MTDiff's plans are drawn: through all steps of the diffusion (ddpm) or some (ddim); by
+    default the run's."""
+    sampling_steps: Count | None = None
+    """Steps of ddim; by default the run's."""
     device: str | None = None
     """PyTorch device, such as cpu, cuda or cuda:1; by default the run's."""
     precision: Literal["fp32", "tf32", "bf16"] | None = None
@@ -135,6 +140,8 @@ def _load(config: EvaluateConfig, mask: Mask | None) -> Policy:
     )
     if unseen is None and mask == "voted":
         policy.use_voted_mask()
+    if options.sampler is not None or options.sampling_steps is not None:
+        policy.draw_plans_by(options.sampler, options.sampling_steps)
     return policy
 
 

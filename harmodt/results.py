@@ -58,6 +58,8 @@ class Protocol:
         precision: of the policy's matrix products.
         backend: name of the kernels that computed the actions.
         device: PyTorch's name of where they ran.
+        plans: how they were drawn, by the names of `PlanSettings`; None where the policy does not
+            plan, or the evaluation is of before that was recorded.
     """
 
     tasks: Annotated[tuple[str, ...], Meta(min_length=1)]
@@ -74,6 +76,7 @@ class Protocol:
     precision: str
     backend: str
     device: str
+    plans: dict[str, str | int | float] | None = None
 
     @property
     def name(self) -> str:
@@ -89,7 +92,10 @@ class Protocol:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return asdict(self) | {"environment": self.environment.to_json()}
+        values = asdict(self) | {"environment": self.environment.to_json()}
+        if self.plans is None:
+            del values["plans"]
+        return values
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,8 @@ class EvaluationResult:
             UserError: there is no such file, it is no evaluation of this version, or it is damaged.
         """
         content = _read(path)
-        protocol = from_json(Protocol, content.protocol, f"protocol in {path}")
+        written = {"plans": None} | content.protocol
+        protocol = from_json(Protocol, written, f"protocol in {path}")
         odd = _odd(content, protocol)
         if odd:
             raise UserError(f"{path} is damaged ({odd}): {_AGAIN}")
@@ -182,6 +189,7 @@ class EvaluationResult:
             "family": environment.family,
             "reward_version": environment.reward_version,
         }
+        measured |= self.protocol.plans or {}
         rows = [row | measured for row in self.summary()]
         text = io.StringIO()
         writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
@@ -326,7 +334,7 @@ def _check_comparable(first: Protocol, other: Protocol) -> None:
         name: getattr(first, name) for name in ("checkpoint", "target_returns", "backend", "device")
     }
     a, b = first.to_json(), replace(other, **free).to_json()
-    different = [name for name in a if a[name] != b[name]]
+    different = [name for name in a | b if a.get(name) != b.get(name)]
     if different:
         raise UserError(
             f"the results differ in {', '.join(different)}: only those of one protocol can be "

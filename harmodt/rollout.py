@@ -136,6 +136,7 @@ def make_protocol(policy: Policy, request: Request) -> Protocol:
         precision=policy.precision,
         backend=policy.backend,
         device=policy.device,
+        plans=policy.plans,
     )
 
 

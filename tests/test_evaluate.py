@@ -150,6 +150,8 @@ def test_help_groups_the_settings(monkeypatch, capsys):
         (["--device", "cuda:77"], "cuda:77.*cpu"),
         (["--device", "abacus"], "abacus.*cpu"),
         (["--precision", "tf32"], "tf32.*GPU"),
+        (["--sampler", "ddpm"], "does not plan: leave --sampler and --sampling-steps out"),
+        (["--sampling-steps", "0"], "sampling_steps is 0: give 1 or more"),
         (["--episodes", "0"], "episodes is 0: give 1 or more"),
         (["--workers", "0"], "workers is 0"),
         (["--environments", "0"], "environments is 0"),

@@ -675,6 +675,25 @@ def test_it_learns_to_act_as_the_data_of_each_task_do(tmp_path: Path, algorithm:
         torch.testing.assert_close(actions, expected, rtol=0, atol=0.15)
 
 
+def test_plans_are_drawn_as_an_evaluation_says(learners: dict[str, MTDiffLearner]) -> None:
+    policy = policy_of(learners["mtdiff-p"])
+    own = {"sampler": "ddim", "sampling_steps": 4, "guidance": 1.2, "temperature": 0.5}
+    assert policy.plans == own | {"replan_every": 1}
+    policy.draw_plans_by(None, 2)
+    assert policy.plans["sampling_steps"] == 2
+    quicker = acted(policy, [0, 1])
+    assert torch.equal(quicker, acted(policy_of(learners["mtdiff-p"], sampling_steps=2), [0, 1]))
+    policy.draw_plans_by("ddpm", None)
+    assert (policy.plans["sampler"], policy.plans["sampling_steps"]) == ("ddpm", 16)
+    assert not torch.equal(quicker, acted(policy, [0, 1]))
+    with pytest.raises(UserError, match=r"ddpm goes through all 16 steps.*--sampler ddim"):
+        policy.draw_plans_by(None, 3)
+    with pytest.raises(UserError, match="sampling_steps 17 is above the run's diffusion_steps 16"):
+        policy.draw_plans_by("ddim", 17)
+    policy.draw_plans_by("ddim", None)
+    assert torch.equal(quicker, acted(policy, [0, 1]))
+
+
 # What is refused
 
 

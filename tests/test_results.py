@@ -70,7 +70,10 @@ def test_episodes_that_are_all_alike_do_not_make_certain(solved):
 
 @pytest.mark.parametrize(
     "change",
-    [{"success_rule": "last"}, {"goal_seed": 1}, {"precision": "bf16"}, {"tasks": TASKS[::-1]}],
+    [
+        *({"success_rule": "last"}, {"goal_seed": 1}, {"precision": "bf16"}),
+        *({"tasks": TASKS[::-1]}, {"plans": {"sampler": "ddpm"}}),
+    ],
 )
 def test_only_results_of_one_protocol_are_averaged(change):
     with pytest.raises(UserError, match=f"differ in {next(iter(change))}:"):
@@ -82,7 +85,14 @@ def test_no_result_has_no_average():
         average_over_seeds([])
 
 
-@pytest.mark.parametrize("result", [make_result(), returns_alone()], ids=["success", "return"])
+PLANS = {"sampler": "ddim", "sampling_steps": 10, "guidance": 1.2}
+
+
+@pytest.mark.parametrize(
+    "result",
+    [make_result(), returns_alone(), make_result(plans=PLANS)],
+    ids=["success", "return", "plans"],
+)
 def test_a_result_is_read_back_as_it_was_written(result, tmp_path):
     result = replace(result, returns=result.returns / 3)  # not round numbers
     path = result.save(tmp_path / "evaluation")
@@ -97,6 +107,15 @@ def test_a_result_is_read_back_as_it_was_written(result, tmp_path):
         np.testing.assert_array_equal(again.successes, result.successes)
     assert (again.seconds, again.versions) == (result.seconds, result.versions)
     assert again.summary() == result.summary()
+
+
+def test_plans_are_told_where_there_are_some(tmp_path):
+    without, planned = make_result(), make_result(plans=PLANS)
+    assert "plans" not in without.to_json()["protocol"]
+    assert without.protocol.name != planned.protocol.name
+    row = next(csv.DictReader(io.StringIO(planned.to_csv())))
+    assert (row["sampler"], row["sampling_steps"], row["guidance"]) == ("ddim", "10", "1.2")
+    assert "sampler" not in without.to_csv()
 
 
 def refused(path: Path) -> str:

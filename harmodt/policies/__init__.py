@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from ..environments import EnvironmentSpec
+
+Sampler = Literal["ddpm", "ddim"]
 
 
 class Policy(Protocol):
@@ -33,11 +35,26 @@ class Policy(Protocol):
     precision: str
     device: str
 
+    @property
+    def plans(self) -> dict[str, str | int | float] | None:
+        """How they are drawn, by the names of `PlanSettings`, if it plans."""
+
     def use_voted_mask(self) -> None:
         """Act in every task under the mask for unseen tasks (Eq. 13).
 
         Raises:
             UserError: there are no masks to vote.
+        """
+
+    def draw_plans_by(self, sampler: Sampler | None, sampling_steps: int | None) -> None:
+        """Draw plans in another way than the run's settings say.
+
+        Args:
+            sampler: by default as before.
+            sampling_steps: of ddim; by default as before.
+
+        Raises:
+            UserError: the policy does not plan, or not in so many steps.
         """
 
     def start(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -13,9 +12,11 @@ from ..batch import Steps, move
 from ..data.inputs import Inputs
 from ..devices import Execution
 from ..environments import EnvironmentSpec
+from ..errors import UserError
 from ..networks.denoiser import Denoiser, Situation
 from ..networks.diffusion import Diffusion
 from ..settings import Count, NotNegative, Share
+from . import Sampler
 from .trained import TrainedPolicy
 
 
@@ -23,7 +24,7 @@ from .trained import TrainedPolicy
 class PlanSettings:
     """How plans are drawn at evaluation; training does not depend on it."""
 
-    sampler: Literal["ddpm", "ddim"] = "ddim"
+    sampler: Sampler = "ddim"
     """Through all steps of the diffusion with noise in each, or some of them without."""
     sampling_steps: Count = 10
     """Steps of ddim."""
@@ -66,6 +67,38 @@ class PlanPolicy(TrainedPolicy):
         self.model = model.eval()
         self.settings = settings
         self._diffusion = diffusion
+
+    @property
+    def plans(self) -> dict[str, str | int | float]:
+        """How they are drawn, by the names of `PlanSettings`."""
+        steps = {"sampling_steps": self._diffusion.steps} if self.settings.sampler == "ddpm" else {}
+        return asdict(self.settings) | steps
+
+    def draw_plans_by(self, sampler: Sampler | None, sampling_steps: int | None) -> None:
+        """Draw plans in another way than the run's settings say.
+
+        Args:
+            sampler: by default as before.
+            sampling_steps: of ddim; by default as before.
+
+        Raises:
+            UserError: ddpm has no number of steps to choose, or the diffusion has not so many.
+        """
+        old = self.settings
+        settings = replace(old, sampler=sampler or old.sampler)
+        if sampling_steps is not None:
+            if settings.sampler == "ddpm":
+                raise UserError(
+                    f"ddpm goes through all {self._diffusion.steps} steps of the diffusion: leave "
+                    "--sampling-steps out, or give --sampler ddim"
+                )
+            if sampling_steps > self._diffusion.steps:
+                raise UserError(
+                    f"sampling_steps {sampling_steps} is above the run's diffusion_steps "
+                    f"{self._diffusion.steps}: lower it"
+                )
+            settings = replace(settings, sampling_steps=sampling_steps)
+        self.settings = settings
 
     def start(
         self, task_ids: np.ndarray, seed: int = 0, target_returns: np.ndarray | None = None

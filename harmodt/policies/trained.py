@@ -8,6 +8,7 @@ from ..data.inputs import Inputs
 from ..devices import Execution
 from ..environments import EnvironmentSpec
 from ..errors import UserError
+from . import Sampler
 
 
 class TrainedPolicy:
@@ -35,6 +36,11 @@ class TrainedPolicy:
         self._inputs = inputs
         self._execution = execution
 
+    @property
+    def plans(self) -> dict[str, str | int | float] | None:
+        """How they are drawn, by the names of `PlanSettings`, if the policy plans."""
+        return None
+
     def use_voted_mask(self) -> None:
         """Refuse: there are no masks to vote.
 
@@ -42,3 +48,13 @@ class TrainedPolicy:
             UserError: always.
         """
         raise UserError("the run's algorithm has no masks to vote: leave --mask out")
+
+    def draw_plans_by(self, sampler: Sampler | None, sampling_steps: int | None) -> None:
+        """Refuse: nothing is planned.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            "the run's algorithm does not plan: leave --sampler and --sampling-steps out"
+        )

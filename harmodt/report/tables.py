@@ -173,15 +173,16 @@ class Column:
 def evaluations(runs: Sequence[ReportedRun]) -> list[list[Column]]:
     """What is to be compared: evaluations on tasks of the runs or on unseen ones, by one measure.
 
-    Of a run's evaluations on the same tasks under the same mask it is the latest, of several that
-    with most episodes.
+    Of a run's evaluations on the same tasks under the same mask and with plans drawn in the same
+    way it is the latest, of several that with most episodes.
     """
     groups: dict[tuple[bool, bool], list[Column]] = {}
     for index, run in enumerate(runs):
         chosen: dict[tuple[Any, ...], EvaluationResult] = {}
         for result in sorted(run.evaluations, key=_latest):
             protocol = result.protocol
-            chosen[(protocol.unseen, protocol.mask, frozenset(protocol.tasks))] = result
+            plans = frozenset((protocol.plans or {}).items())
+            chosen[(protocol.unseen, protocol.mask, plans, frozenset(protocol.tasks))] = result
         for result in chosen.values():
             group = result.protocol.unseen is not None, result.successes is None
             groups.setdefault(group, []).append(Column(index, run.name, result))
@@ -212,12 +213,17 @@ def _heading(column: Column) -> tuple[str, str]:
     how = f"step {protocol.checkpoint:,}, {protocol.episodes} episodes"
     if protocol.unseen or protocol.mask == "voted":
         how += f", {'no' if protocol.mask == 'none' else protocol.mask} mask"
+    if protocol.plans:
+        how += f", {protocol.plans['sampler']} of {protocol.plans['sampling_steps']} steps"
     return run_heading(column.run, column.label), f"<small>{text(how)}</small>"
 
 
 def protocol_notes(columns: Sequence[Column]) -> list[str]:
     """In what the evaluations were measured differently, other than in what a column says."""
-    said = ("checkpoint", "episodes", "mask", "tasks", "target_returns", "backend", "device")
+    said = (
+        *("checkpoint", "episodes", "mask", "plans"),
+        *("tasks", "target_returns", "backend", "device"),
+    )
     found = [column.result.protocol.to_json() for column in columns]
     first, notes = found[0], []
     if any(set(protocol["tasks"]) != set(first["tasks"]) for protocol in found):
