@@ -21,6 +21,7 @@ from harmodt.checkpoint import Checkpoint
 from harmodt.data.store import DataStore
 from harmodt.draws import SURGERY, Draws
 from harmodt.errors import UserError
+from harmodt.settings import check
 from harmodt.training.trainer import Trainer
 
 Rows = list[list[float]]
@@ -374,3 +375,13 @@ def test_what_reads_on_the_host_is_never_made_a_graph(
     monkeypatch.setattr(execution, lambda self, function: asked.append(function) or function)
     make_trainer(store, configure(surgery=name)).train_step()
     assert len(asked) == graphs
+
+
+@pytest.mark.parametrize(
+    ("surgery", "changed", "reader"),
+    [("none", "cagrad_c", "cagrad"), ("cagrad", "graddrop_leak", "graddrop")],
+)
+def test_a_setting_that_is_not_read_is_refused(surgery: str, changed: str, reader: str) -> None:
+    check(configure("prompt-dt", surgery=reader, **{changed: 0.3}))
+    with pytest.raises(UserError, match=f"{changed} is read by {reader} alone"):
+        check(configure("prompt-dt", surgery=surgery, **{changed: 0.3}))

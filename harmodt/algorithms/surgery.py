@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..draws import Draws
+from ..errors import UserError
 from ..settings import Share, ShareBelowOne
 
 _COLUMNS = 1 << 16  # of the gradients that are in float64 at a time
@@ -36,6 +37,17 @@ class SurgerySettings:
     """CAGrad: how far from the mean gradient it looks, as a share of that one's norm."""
     graddrop_leak: Share = 0.0
     """GradDrop: the share of what it drops that it lets through; 1 is the mean."""
+
+    def check(self) -> None:
+        """Refuse what the chosen surgery does not read.
+
+        Raises:
+            UserError: a setting of another surgery was changed.
+        """
+        for name, reader in (("cagrad_c", "cagrad"), ("graddrop_leak", "graddrop")):
+            changed = getattr(self, name) != getattr(SurgerySettings, name)
+            if changed and self.surgery != reader:
+                raise UserError(f"{name} is read by {reader} alone: add --surgery {reader}")
 
 
 def combine(gradients: Tensor, settings: SurgerySettings, draws: Draws) -> Tensor:
