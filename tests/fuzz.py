@@ -52,12 +52,15 @@ with atheris.instrument_imports(include=["harmodt", "zipfile"]):
     from harmodt.data.writer import make_or_open
     from harmodt.devices import Execution
     from harmodt.errors import describe
+    from harmodt.report import figures, tables
+    from harmodt.report.runs import read_runs
     from harmodt.results import EvaluationResult
     from harmodt.rollout import Request
     from harmodt.rundir import RunDirectory
-    from harmodt.training import metrics, run
+    from harmodt.training import costs, metrics, run
 
 import numpy as np
+import torch
 from numpy.lib import _format_impl
 
 for function in (_format_impl._read_array_header, _format_impl.read_array):
@@ -341,6 +344,21 @@ def metrics_lines(folder: Path) -> Target:
     return Target([seed], read, mutate_lines)
 
 
+def costs_lines(folder: Path) -> Target:
+    """costs.jsonl, as a run that goes on and a page read it."""
+    directory = _small_run(folder)
+
+    def read(content: bytes) -> None:
+        directory.costs.write_bytes(content)
+        (found,) = read_runs([directory.path])
+        figures.throughput(found), figures.time_by_part([found])
+        tables.costs([found]), tables.overview([found])
+        with contextlib.closing(costs.Costs(directory, 12, torch.device("cpu"))) as going_on:
+            going_on.write(12)
+
+    return Target([directory.costs.read_bytes()], read, mutate_lines)
+
+
 def npz(folder: Path) -> Target:
     """A file of an import."""
     path = folder / "reach-v2" / "0.npz"
@@ -378,6 +396,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "state": state,
     "tensors": tensors,
     "metrics": metrics_lines,
+    "costs": costs_lines,
     "npz": npz,
     "evaluation": evaluation,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -24,7 +25,7 @@ from harmodt.files import checksum
 from harmodt.rundir import RunDirectory
 from harmodt.training import run as module
 from harmodt.training.costs import PARTS, Costs
-from harmodt.training.records import read_records
+from harmodt.training.records import Records, read_records
 from harmodt.training.trainer import Trainer
 
 NAP = 0.05
@@ -132,6 +133,23 @@ def test_a_damaged_line_is_named(store, tmp_path):
     path.write_bytes(path.read_bytes().replace(b'"step": 4', b'"step": 5', 1))
     with pytest.raises(UserError, match=f"line 2 of {path} is damaged"):
         train.main(["--resume", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"step": 1, "seconds": 2.0},
+        {"step": 1, "seconds": math.nan, "peak_memory": 5},
+        {"step": 1, "seconds": 2.0, "peak_memory": math.inf},
+    ],
+)
+def test_what_was_not_measured_is_refused(tmp_path, record):
+    path = tmp_path / "costs.jsonl"
+    with contextlib.closing(Records(path, 0, timed=True)) as records:
+        records.write({"step": 0, "seconds": 1.0, "peak_memory": 4})
+        records.write(record)
+    with pytest.raises(UserError, match=f"line 2 of {path} is damaged .it lacks the memory, or"):
+        read_records(path, timed=True)
 
 
 def test_a_line_ends_with_the_checksum_of_the_rest(tmp_path):

@@ -6,6 +6,7 @@ The last entry of a line is `crc32`, of the object without it, eight hexadecimal
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,6 +89,11 @@ def _read(path: Path, timed: bool) -> list[tuple[Record, bytes]]:
             )
         if ("seconds" in record) != timed:
             raise UserError(f"{path} holds the numbers of another file: restore it from a copy")
+        if timed and not ("peak_memory" in record and all(map(math.isfinite, record.values()))):
+            raise UserError(
+                f"line {number} of {path} is damaged (it lacks the memory, or a number is not "
+                "finite): delete that line, or restore the file from a copy"
+            )
         found.append((record, line + b"\n"))
     return found
 
