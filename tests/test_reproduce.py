@@ -390,7 +390,7 @@ def in_process(monkeypatch, capsys, folder: Path, *more: str) -> str:
 
 
 def outputs(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in ("toy.json", "toy.csv")}
+    return {name: (folder / name).read_bytes() for name in ("toy.json", "toy.csv", "toy.md")}
 
 
 def test_a_reproduction_ends_in_a_table_of_its_runs(finished):
@@ -409,6 +409,8 @@ def test_a_reproduction_ends_in_a_table_of_its_runs(finished):
         assert row["mean"]["mean"] == pytest.approx(returns.mean())
         assert row["deviation"] == pytest.approx(abs(np.diff(returns.mean((1, 2)))[0]) / 2**0.5)
         assert (row["tasks"], row["episodes"], row["seeds"]) == (2, 2, [0, 1])
+        means = dict(zip(cell.question.tasks, returns.mean(2).T.tolist(), strict=True))
+        assert row["by_task"] == means and len(means) == 2
         mean = f"{returns.mean():.1f}".replace("-0.0", "0.0")
         assert f"{mean} ± {row['deviation']:.1f}" in text
     first, second = content["rows"]
@@ -426,6 +428,7 @@ def test_a_reproduction_ends_in_a_table_of_its_runs(finished):
 def test_what_is_done_is_skipped(reproduced, monkeypatch, capsys):
     before = outputs(reproduced)
     (reproduced / "toy.csv").unlink()
+    (reproduced / "toy.md").unlink()
     assert "HarmoDT-F" in in_process(monkeypatch, capsys, reproduced)
     assert outputs(reproduced) == before
 
@@ -598,22 +601,31 @@ def test_a_table_reads_well_in_eighty_columns_and_in_fifty(finished):
 
 
 def test_success_is_shown_in_percent_beside_the_papers(monkeypatch):
-    """Of table2, with results made up: two seeds of 2 × 4 episodes in each cell."""
+    """Of table2, with results made up: every other task is solved in three episodes of four."""
     from test_results import PROTOCOL, SUCCESSES, EvaluationResult
 
     def found(folder, run, question):
-        successes = SUCCESSES if "harmodt-f" in run.name else SUCCESSES & False
+        successes = np.resize(SUCCESSES, (len(question.tasks), 4)) & ("harmodt-f" in run.name)
         return EvaluationResult(PROTOCOL, successes, successes * 9.0, 1.0, {})
 
     monkeypatch.setattr("harmodt.reproduce.tables.find_result", found)
     outcome = tabulate(make_plan("table2", "small"), Folder(Path("nowhere")))
-    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(outcome.table())
+    console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(outcome.table(100))
     text = console.export_text()
     row = re.search(r"  HarmoDT-F +37\.5 ± 0\.0 +37\.5 +82\.20 ± 0\.40", text)
     assert row, text
     assert "paper, Table 2" in text and "success in %" in text
-    mtdt = next(row for row in outcome.rows if row.variant == "MTDT")
+    lines = outcome.to_markdown().splitlines()
+    assert lines[0].startswith("# table2: ") and lines[0].endswith("; success in %")
+    head = lines.index(
+        "| MT30 sub-optimal | mean | middle half | minus HarmoDT-F | paper, Table 2 |"
+    )
+    assert lines[head + 1] == "| --- | --: | --: | --: | --: |"
+    assert lines[head + 2 : head + 8][-1].startswith("| HarmoDT-F | 37.5 ± 0.0 [")
+    assert lines[head + 7].endswith(" |  | 65.00 ± 0.92 |") and lines[head + 8] == ""
+    assert lines[-1] == f"- {outcome.notes[-1]}"
+    mtdt = next(row for row in outcome.rows if (row.variant, row.tasks) == ("MTDT", 30))
     assert mtdt.mean.mean == 0 and mtdt.difference.mean == -0.375
     assert any("Meta-World v3" in note for note in outcome.notes)
 

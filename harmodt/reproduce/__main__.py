@@ -129,7 +129,7 @@ def _report(plan: Plan, folder: Folder) -> None:
     console.print(outcome.table(console.width))
     for note in outcome.notes:
         console.print(note)
-    console.print(f"written to {path}.csv and .json", soft_wrap=True)
+    console.print(f"written to {path}.md, .csv and .json", soft_wrap=True)
     runs = [folder.run(run).path for run in plan.runs if folder.run(run).description.exists()]
     if not runs:
         return

@@ -1,4 +1,4 @@
-"""What an experiment came to, beside what the paper found: for a terminal, as CSV and as JSON."""
+"""What an experiment came to, beside what the paper found: for a terminal, and as files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class Row:
         middle: the interquartile mean.
         difference: from the experiment's reference, on the seeds that both have.
         paper: the paper's mean ± deviation, as printed.
+        by_task: mean over episodes of each task, by seed; of harmony there is none.
     """
 
     column: str
@@ -58,6 +59,7 @@ class Row:
     middle: Average | None = None
     difference: Average | None = None
     paper: str | None = None
+    by_task: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def to_csv(self) -> dict[str, Any]:
         """The row, flat: of each average its mean and bounds."""
@@ -89,9 +91,9 @@ class Outcome:
     notes: tuple[str, ...]
 
     def save(self, path: Path) -> None:
-        """Write PATH.json and PATH.csv, each whole or not at all."""
-        table, content = path.with_suffix(".csv"), path.with_suffix(".json")
-        for file in (table, content):
+        """Write PATH.json, PATH.csv and PATH.md, each whole or not at all."""
+        table, readable, content = (path.with_suffix(kind) for kind in (".csv", ".md", ".json"))
+        for file in (table, readable, content):
             clear_temporaries(file)
         text = io.StringIO()
         rows = [row.to_csv() for row in self.rows]
@@ -99,6 +101,7 @@ class Outcome:
         writer.writeheader()
         writer.writerows(rows)
         write_bytes(table, text.getvalue().encode())
+        write_bytes(readable, self.to_markdown().encode())
         write_sealed(content, self.to_json())
 
     def to_json(self) -> dict[str, Any]:
@@ -122,15 +125,36 @@ class Outcome:
             "rows": [asdict(row) for row in self.rows],
         }
 
+    def to_markdown(self) -> str:
+        """Title, a table for each column, and the notes."""
+        headings, lines = self._headings, [f"# {self._title}", ""]
+        for column in self.plan.experiment.columns:
+            lines.append(f"| {column.name} | {' | '.join(headings)} |")
+            lines.append("| --- |" + " --: |" * len(headings))
+            for row in self.rows:
+                if row.column == column.name:
+                    cells = " | ".join(_cells(row)[: len(headings)]).replace("\n", " ")
+                    lines.append(f"| {row.variant} | {cells} |")
+            lines.append("")
+        return "\n".join([*lines, *(f"- {note}" for note in self.notes), ""])
+
+    @property
+    def _title(self) -> str:
+        return f"{self.plan.name}: {self.plan.experiment.title}; {self.rows[0].measure}"
+
+    @property
+    def _headings(self) -> list[str]:
+        """Of what stands in `_cells`; of the paper where it has something."""
+        paper = _paper_of(self.plan.name)
+        headings = ["mean", "middle half", f"minus {self.plan.experiment.reference}"]
+        return headings + ([f"paper, {paper['source']}"] if paper["variants"] else [])
+
     def table(self, width: int = 80) -> Table:
         """For a terminal of so many columns: in a cell a mean and, below it, its interval.
 
         Where that does not fit, all that was found of a variant is one cell, a line for each.
         """
-        paper = _paper_of(self.plan.name)
-        headings = ["mean", "middle half", f"minus {self.plan.experiment.reference}"]
-        if paper["variants"]:
-            headings.append(f"paper, {paper['source']}")
+        headings = self._headings
         table = self._table(headings, lambda row: _cells(row)[: len(headings)])
         names = [row.variant for row in self.rows] + [row.column for row in self.rows]
         wrapped = max(map(len, names)) - max(len(word) for name in names for word in name.split())
@@ -139,8 +163,7 @@ class Outcome:
         return self._table([""], lambda row: [_stacked(headings, _cells(row))])
 
     def _table(self, headings: Sequence[str], cells: Callable[[Row], list[str]]) -> Table:
-        title = f"{self.plan.name}: {self.plan.experiment.title}; {self.rows[0].measure}"
-        table = Table(title=title, box=box.SIMPLE_HEAD)
+        table = Table(title=self._title, box=box.SIMPLE_HEAD)
         table.add_column("")
         for heading in headings:
             table.add_column(heading, justify="right", no_wrap=len(headings) > 1)
@@ -212,6 +235,9 @@ def _row(
     if both and cell.variant.name != plan.experiment.reference:
         ours, theirs = (np.stack([of[seed] for seed in both]) for of in (found, reference))
         difference = paired_difference(ours, theirs)
+    if measure != HARMONY:
+        means = values.mean(2).T.tolist()
+        row["by_task"] = dict(zip(cell.question.tasks, means, strict=True))
     return Row(
         **row,
         seeds=tuple(found),
