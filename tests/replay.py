@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,6 +39,19 @@ REFUSED = {
 NO_KERNEL = {"_unsafe_view", "_reshape_alias", "promote_types", "detach"}
 
 
+Launch = Callable[..., None]
+
+
+@contextlib.contextmanager
+def launching(wrap: Callable[[Launch], Launch]) -> Iterator[None]:
+    """Launch kernels by what `wrap` makes of the function that launches them."""
+    with contextlib.ExitStack() as patches:
+        for module in LAUNCHERS:
+            if hasattr(module, "launch"):
+                patches.enter_context(mock.patch.object(module, "launch", wrap(module.launch)))
+        yield
+
+
 class NotForGraphs(AssertionError):
     """The computation does what a CUDA graph cannot hold."""
 
@@ -53,10 +66,7 @@ class Recording(TorchDispatchMode):
         self._patches = contextlib.ExitStack()
 
     def __enter__(self) -> Recording:
-        for module in LAUNCHERS:
-            if hasattr(module, "launch"):
-                noting = mock.patch.object(module, "launch", self._noting(module.launch))
-                self._patches.enter_context(noting)
+        self._patches.enter_context(launching(self._noting))
         return super().__enter__()
 
     def __exit__(
@@ -93,7 +103,7 @@ class Recording(TorchDispatchMode):
             self._calls.append((func, *operands, made))
         return result
 
-    def _noting(self, launch: Callable[..., None]) -> Callable[..., None]:
+    def _noting(self, launch: Launch) -> Launch:
         def note(*args: Any, **kwargs: Any) -> None:
             self._calls.append((launch, args, kwargs, []))
             self._launching = True
