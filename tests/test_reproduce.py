@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from harmodt.reproduce import __main__ as command
 from harmodt.reproduce import experiments
 from harmodt.reproduce.execute import Work, find_slots
 from harmodt.reproduce.experiments import BUDGETS, EXPERIMENTS, Variant
+from harmodt.reproduce.figure import describe
 from harmodt.reproduce.jobs import Collect, Evaluate, Folder, Train, find_result, jobs_of
 from harmodt.reproduce.plan import make_plan
 from harmodt.reproduce.tables import tabulate
@@ -390,7 +392,9 @@ def in_process(monkeypatch, capsys, folder: Path, *more: str) -> str:
 
 
 def outputs(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in ("toy.json", "toy.csv", "toy.md")}
+    return {
+        name: (folder / name).read_bytes() for name in ("toy.json", "toy.csv", "toy.md", "toy.svg")
+    }
 
 
 def test_a_reproduction_ends_in_a_table_of_its_runs(finished):
@@ -420,6 +424,10 @@ def test_a_reproduction_ends_in_a_table_of_its_runs(finished):
     with open(finished / "toy.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["variant"] for row in rows] == ["Prompt-DT", "HarmoDT-F"]
+    figure = ElementTree.parse(finished / "toy.svg").getroot()
+    drawn = "".join(figure.itertext())
+    assert all(name in drawn for name in ("Points", "Prompt-DT", "HarmoDT-F", "toy: "))
+    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", (finished / "toy.svg").read_text())
     page = (finished / "toy.html").read_text()
     assert all(path.name in page for path in (finished / "runs").iterdir())
     assert float(rows[1]["difference_low"]) == second["difference"]["low"]
@@ -429,6 +437,7 @@ def test_what_is_done_is_skipped(reproduced, monkeypatch, capsys):
     before = outputs(reproduced)
     (reproduced / "toy.csv").unlink()
     (reproduced / "toy.md").unlink()
+    (reproduced / "toy.svg").unlink()
     assert "HarmoDT-F" in in_process(monkeypatch, capsys, reproduced)
     assert outputs(reproduced) == before
 
@@ -625,6 +634,14 @@ def test_success_is_shown_in_percent_beside_the_papers(monkeypatch):
     assert lines[head + 2 : head + 8][-1].startswith("| HarmoDT-F | 37.5 ± 0.0 [")
     assert lines[head + 7].endswith(" |  | 65.00 ± 0.92 |") and lines[head + 8] == ""
     assert lines[-1] == f"- {outcome.notes[-1]}"
+    drawn = [p for p in describe(outcome)["data"]["values"] if p["column"] == "MT30 sub-optimal"]
+    assert [point["variant"] for point in drawn] == [row.variant for row in outcome.rows[18:24]]
+    assert drawn[-1] == {
+        "column": "MT30 sub-optimal", "variant": "HarmoDT-F", "mean": "37.5", "zero": 0,
+        "difference": 0,
+    }  # fmt: skip
+    assert drawn[-2]["difference"] == -37.5 and drawn[-2]["paper"] == pytest.approx(63.67 - 65)
+    assert drawn[-2]["low"] < -37.5 < drawn[-2]["high"] < 0
     mtdt = next(row for row in outcome.rows if (row.variant, row.tasks) == ("MTDT", 30))
     assert mtdt.mean.mean == 0 and mtdt.difference.mean == -0.375
     assert any("Meta-World v3" in note for note in outcome.notes)

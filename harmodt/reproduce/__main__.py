@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,6 +25,7 @@ from ..settings import Count, Whole, check, parse_arguments
 from ..training.stop import Output, Stop
 from .execute import Work, command_of, find_slots
 from .experiments import BUDGETS, EXPERIMENTS
+from .figure import write_figure
 from .jobs import Folder, Job, jobs_of
 from .overview import listing, overview
 from .plan import Plan, make_plan
@@ -123,23 +124,28 @@ def _reproduce(plan: Plan, folder: Folder, slots: Sequence[Mapping[str, str]]) -
 
 
 def _report(plan: Plan, folder: Folder) -> None:
-    """Print the table, and write it and a page of the runs beside them."""
+    """Print the table, and write it, a figure of it and a page of the runs beside them."""
     outcome, path = tabulate(plan, folder), folder.path / plan.name
     outcome.save(path)
     console.print(outcome.table(console.width))
     for note in outcome.notes:
         console.print(note)
     console.print(f"written to {path}.md, .csv and .json", soft_wrap=True)
+    figure, page = path.with_suffix(".svg"), path.with_suffix(".html")
+    _draw("figure", figure, lambda: write_figure(outcome, figure))
     runs = [folder.run(run).path for run in plan.runs if folder.run(run).description.exists()]
-    if not runs:
-        return
-    page = path.with_suffix(".html")
+    if runs:
+        _draw("all runs side by side", page, lambda: write_report(runs, page))
+
+
+def _draw(what: str, path: Path, draw: Callable[[], None]) -> None:
+    """Write a file and say so, or why not: the table is there without it."""
     try:
-        write_report(runs, page)
-    except UserError as error:  # the table is there
-        console.print(f"no page of the runs: {error}", soft_wrap=True)
+        draw()
+    except UserError as error:
+        console.print(f"{what}: {error}", soft_wrap=True)
     else:
-        console.print(f"all runs side by side: {page}", soft_wrap=True)
+        console.print(f"{what}: {path}", soft_wrap=True)
 
 
 def _failure(job: Job, why: str, folder: Folder) -> str:

@@ -301,7 +301,7 @@ def _cells(row: Row) -> list[str]:
     """What stands under each heading."""
     if row.mean is None:
         return ["–", "–", "–", row.paper or "–"]
-    deviation = "" if row.deviation is None else f" ± {_number(row, row.deviation)}"
+    deviation = "" if row.deviation is None else f" ± {number(row, row.deviation)}"
     cells = [_with_interval(row, row.mean, deviation)]
     for found in (row.middle, row.difference):
         cells.append(_with_interval(row, found) if found else "")
@@ -315,11 +315,11 @@ def _stacked(headings: Sequence[str], cells: Sequence[str]) -> str:
 
 
 def _with_interval(row: Row, found: Average, deviation: str = "") -> str:
-    low, high = _number(row, found.low), _number(row, found.high)
-    return f"{_number(row, found.mean)}{deviation}\n[{low}, {high}]"
+    low, high = number(row, found.low), number(row, found.high)
+    return f"{number(row, found.mean)}{deviation}\n[{low}, {high}]"
 
 
-def _number(row: Row, value: float) -> str:
+def number(row: Row, value: float) -> str:
     digits = 3 if row.measure == HARMONY else 1
     scaled = 100 * value if row.measure == SOLVED else value
     return f"{round(scaled, digits) + 0.0:.{digits}f}"  # + 0, for there is no -0.0

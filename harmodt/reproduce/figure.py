@@ -1,0 +1,121 @@
+"""An experiment as a figure: what each variant has more than the reference, with intervals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..files import clear_temporaries, write_bytes
+from .tables import SOLVED, Outcome, Row, number
+
+# Legible on white and on black.
+_INK, _OURS, _GRID = "#6e7781", "#1f7ae0", "#8b949e55"
+_WIDTH = 270
+
+Spec = dict[str, Any]
+
+
+def write_figure(outcome: Outcome, path: Path) -> None:
+    """Write an SVG file, whole or not at all.
+
+    Raises:
+        UserError: the package that draws is missing.
+    """
+    try:
+        import vl_convert  # an optional dependency
+    except ImportError as error:
+        raise UserError(
+            "a figure needs the package vl-convert-python: pip install 'harmodt[report]'"
+        ) from error
+    clear_temporaries(path)
+    write_bytes(path, vl_convert.vegalite_to_svg(describe(outcome)).encode())
+
+
+def describe(outcome: Outcome) -> Spec:
+    """The figure as Vega-Lite has it: a panel for each column, a line for each variant."""
+    experiment = outcome.plan.experiment
+    references = {r.column: r for r in outcome.rows if r.variant == experiment.reference}
+    points = [_point(row, references[row.column]) for row in outcome.rows]
+    legend = "paired differences with 95 % intervals; at the right, means"
+    if any("paper" in point for point in points):
+        legend += "; ◇ the paper's differences, at its own budget"
+    title = f"{outcome.rows[0].measure}, minus {experiment.reference}"
+    panel = [
+        _layer("rule", "zero", title, strokeDash=[2, 3], color=_INK),
+        _layer("rule", "low", title, x2={"field": "high"}, strokeWidth=2, color=_OURS, opacity=0.6),
+        _layer("point", "difference", title, filled=True, size=60, color=_OURS, opacity=1),
+        _layer("point", "paper", title, shape="diamond", size=50, color=_INK),
+        {
+            "mark": {"type": "text", "x": _WIDTH + 8, "align": "left", "color": _INK},
+            "encoding": {"text": {"field": "mean"}},
+        },
+    ]
+    lines = {
+        "field": "variant",
+        "sort": [variant.name for variant in experiment.variants],
+        "title": None,
+    }
+    return {
+        "title": {"text": f"{outcome.plan.name}: {experiment.title}", "subtitle": legend},
+        "data": {"values": points},
+        "facet": {
+            "field": "column",
+            "sort": [column.name for column in experiment.columns],
+            "title": None,
+        },
+        "columns": 2,
+        "spacing": 60,
+        "spec": {
+            "width": _WIDTH,
+            "height": {"step": 22},
+            "encoding": {"y": lines},
+            "layer": panel,
+        },
+        "config": {
+            "background": None,
+            "font": "sans-serif",
+            "title": {"anchor": "start", "color": _INK, "subtitleColor": _INK, "offset": 12},
+            "header": {"labelColor": _INK, "labelFontSize": 12, "labelFontWeight": "bold"},
+            "view": {"stroke": _GRID},
+            "axis": {
+                "labelColor": _INK,
+                "titleColor": _INK,
+                "titleFontWeight": "normal",
+                "gridColor": _GRID,
+                "domainColor": _GRID,
+                "tickColor": _GRID,
+                "labelLimit": 260,
+            },
+        },
+    }
+
+
+def _point(row: Row, reference: Row) -> Spec:
+    """What is drawn of a row: what there is not is left out."""
+    scale = 100 if row.measure == SOLVED else 1
+    point: Spec = {"column": row.column, "variant": row.variant, "mean": "–"}
+    if row is reference:
+        point["zero"] = point["difference"] = 0
+    if row.mean is not None:
+        point["mean"] = number(row, row.mean.mean)
+    if row.difference is not None:
+        found = row.difference
+        point |= {"difference": scale * found.mean}
+        point |= {"low": scale * found.low, "high": scale * found.high}
+    if row.paper and reference.paper and row is not reference:
+        theirs, of_reference = (float(p.partition(" ± ")[0]) for p in (row.paper, reference.paper))
+        point["paper"] = theirs - of_reference
+    return point
+
+
+def _layer(mark: str, field: str, title: str, x2: Spec | None = None, **style: Any) -> Spec:
+    """Marks where there is a value of a field, across all lines that of the reference alone."""
+    encoding: Spec = {"x": {"field": field, "type": "quantitative", "title": title}}
+    encoding |= {"x2": x2} if x2 else {}
+    encoding |= {"y": None} if field == "zero" else {}
+    return {
+        "transform": [{"filter": f"isValid(datum.{field})"}],
+        "mark": {"type": mark, **style},
+        "encoding": encoding,
+    }
