@@ -43,6 +43,7 @@ from harmodt.results import versions
 ROOT = Path(__file__).parents[1]
 BENCH = "bench"
 LOGGED = 40  # last lines of what a part prints
+STEP_TESTS = ("graph", "costs", "draws", "feed", "windows")
 SPARE = 60  # seconds of a part's limit for a benchmark that has begun before it
 
 
@@ -93,6 +94,13 @@ def all_parts(train_minutes: int = 0, output: Path = Path("results")) -> list[Pa
             420,
             ("-m", "pytest", "-q", *tests),
             ("-k", "words_for"),
+        ),
+        Part(
+            "step-tests",
+            "is a recorded step the next one, and are draws the same?",
+            120,
+            ("-m", "pytest", "-q", *(f"tests/test_{name}.py" for name in STEP_TESTS)),
+            ("-k", "refused"),
         ),
         Part(
             "errors",
@@ -149,6 +157,14 @@ def all_parts(train_minutes: int = 0, output: Path = Path("results")) -> list[Pa
             (f"{BENCH}/training.py", "--seconds", "40", "--output", "RESULT"),
             ("--seconds", "1"),
             training.table,
+        ),
+        Part(
+            "surgery",
+            "what does gradient surgery cost?",
+            90,
+            benchmarks(90, "surgery"),
+            ("-k", "5 and not 50"),
+            report.tables,
         ),
     ]
     real = Part(
