@@ -267,11 +267,13 @@ def _notes(plan: Plan, folder: Folder, rows: Sequence[Row]) -> Iterator[str]:
             "50 episodes, three seeds."
         )
     steps = " or ".join(f"{n:,}" for n in sorted({run.steps for run in runs}))
-    at_once = sorted({run.config.data.tasks_per_step for run in runs})
+    batches = (
+        {getattr(r.config.data, n) for r in runs} for n in ("tasks_per_step", "batch_per_task")
+    )
+    at_once, windows = (" or ".join(map(str, sorted(counts))) for counts in batches)
     yield (
-        f"Trained for {steps} steps of {' or '.join(map(str, at_once))} tasks × "
-        f"{runs[0].config.data.batch_per_task} windows, preset {plan.budget.preset}; paper: 1e6 "
-        "steps in its Table 6, 10 million in its text."
+        f"Trained for {steps} steps of {at_once} tasks × {windows} windows (MLPs: single steps), "
+        f"preset {plan.budget.preset}; paper: 1e6 steps in its Table 6, 10 million in its text."
     )
     yield from dict.fromkeys(_data_note(folder, collection) for collection in plan.collections)
     if any(
