@@ -85,22 +85,16 @@ def all_parts(train_minutes: int = 0, output: Path = Path("results")) -> list[Pa
     """
     found = (f"tests/{path.name}" for path in (ROOT / "tests").glob("test_kernels_*.py"))
     tests = sorted({*found} - {"tests/test_kernels_targets.py"})  # which needs no GPU
+    tests += [f"tests/test_{name}.py" for name in STEP_TESTS]
     run = output.resolve() / "mt5-run"
     start = ("--output", str(run)) if not run.exists() else ("--resume", str(run))
     parts = [
         Part(
             "tests",
-            "are the kernels right?",
+            "are the kernels right, and the step that is made of them?",
             420,
             ("-m", "pytest", "-q", *tests),
             ("-k", "words_for"),
-        ),
-        Part(
-            "step-tests",
-            "is a recorded step the next one, and are draws the same?",
-            120,
-            ("-m", "pytest", "-q", *(f"tests/test_{name}.py" for name in STEP_TESTS)),
-            ("-k", "refused"),
         ),
         Part(
             "errors",
@@ -122,7 +116,7 @@ def all_parts(train_minutes: int = 0, output: Path = Path("results")) -> list[Pa
             "steps",
             "how fast is a training step?",
             240,
-            (*benchmarks(240, "train_step"), "-k", "not graph"),
+            (*benchmarks(240, "train_step", "surgery"), "-k", "not graph"),
             ("-k", "sampling"),
             report.tables,
         ),
@@ -157,14 +151,6 @@ def all_parts(train_minutes: int = 0, output: Path = Path("results")) -> list[Pa
             (f"{BENCH}/training.py", "--seconds", "40", "--output", "RESULT"),
             ("--seconds", "1"),
             training.table,
-        ),
-        Part(
-            "surgery",
-            "what does gradient surgery cost?",
-            90,
-            benchmarks(90, "surgery"),
-            ("-k", "5 and not 50"),
-            report.tables,
         ),
     ]
     real = Part(

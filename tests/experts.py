@@ -16,6 +16,7 @@ class ExpertPolicy:
     backend = "reference"
     precision = "fp32"
     device = "cpu"
+    plans = None
 
     def __init__(self, *tasks: str, environment: str = METAWORLD) -> None:
         self.tasks = tasks
