@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .algorithms.unseen import Unseen
     from .config import Precision
-    from .policies import Policy
+    from .policies import Policy, Sampler
 
 __version__ = "0.1.0"
 
@@ -36,6 +36,8 @@ def load_policy(
     fused: bool | None = None,
     precision: Precision | None = None,
     unseen: Unseen | None = None,
+    sampler: Sampler | None = None,
+    sampling_steps: int | None = None,
 ) -> Policy:
     """What a run has learned, as a policy that acts in many episodes at once.
 
@@ -45,13 +47,24 @@ def load_policy(
         device, fused, precision: as the run was trained where they are None.
         unseen: tasks that it was not trained on, to act on them in place of its own: a
             `harmodt.algorithms.unseen.Unseen`.
+        sampler: how MTDiff's plans are drawn, "ddpm" or "ddim", by default as the run's settings
+            say.
+        sampling_steps: of ddim.
 
     Raises:
         UserError: no such run, checkpoint or device, a checkpoint of another model size, no fused
-            kernels for the device although they are asked for, or unseen tasks that cannot be met.
+            kernels for the device although they are asked for, unseen tasks that cannot be met, or
+            plans of an algorithm that makes none, or in more steps than the diffusion has.
     """
     from .training.run import load_policy  # imports PyTorch
 
     return load_policy(
-        Path(run), checkpoint, device=device, fused=fused, precision=precision, unseen=unseen
+        Path(run),
+        checkpoint,
+        device=device,
+        fused=fused,
+        precision=precision,
+        unseen=unseen,
+        sampler=sampler,
+        sampling_steps=sampling_steps,
     )

@@ -47,7 +47,7 @@ class PolicyOptions:
     """How MTDiff's plans are drawn: through all steps of the diffusion (ddpm) or some (ddim); by
     default the run's."""
     sampling_steps: Count | None = None
-    """Steps of ddim; by default the run's."""
+    """Draw them in so many steps of ddim; by default as many as the run's."""
     device: str | None = None
     """PyTorch device, such as cpu, cuda or cuda:1; by default the run's."""
     precision: Literal["fp32", "tf32", "bf16"] | None = None
@@ -66,6 +66,10 @@ class PolicyOptions:
             )
         if self.unseen is not None and "task" in self.mask:
             raise UserError("an unseen task has no mask of its own: leave task out of --mask")
+        if self.sampler == "ddpm" and self.sampling_steps is not None:
+            raise UserError(
+                "--sampler ddpm goes through all steps of the diffusion: leave --sampling-steps out"
+            )
         if self.threshold is not None and self.unseen is None:
             raise UserError("--threshold is for unseen tasks: name a store with --unseen")
         if self.threshold is not None and self.mask and not {"voted", "random"} & {*self.mask}:
@@ -137,11 +141,11 @@ def _load(config: EvaluateConfig, mask: Mask | None) -> Policy:
         fused=options.fused_or_not,
         precision=options.precision,
         unseen=unseen,
+        sampler=options.sampler,
+        sampling_steps=options.sampling_steps,
     )
     if unseen is None and mask == "voted":
         policy.use_voted_mask()
-    if options.sampler is not None or options.sampling_steps is not None:
-        policy.draw_plans_by(options.sampler, options.sampling_steps)
     return policy
 
 

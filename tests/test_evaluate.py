@@ -98,12 +98,17 @@ def loaded(monkeypatch):
             ["--device", "cuda", "--precision", "bf16"],
             {"device": "cuda", "fused": None, "precision": "bf16"},
         ),
+        (
+            ["--sampler", "ddim", "--sampling-steps", "3"],
+            {"device": None, "fused": None, "precision": None}
+            | {"sampler": "ddim", "sampling_steps": 3},
+        ),
     ],
 )
 def test_what_is_not_said_follows_the_run(monkeypatch, played, loaded, arguments, options):
     with pytest.raises(Stop):
         command(monkeypatch, "runs/one", *arguments)
-    assert loaded == [options | {"unseen": None}]
+    assert loaded == [{"unseen": None, "sampler": None, "sampling_steps": None} | options]
 
 
 def test_a_run_is_evaluated_as_it_was_trained(run, monkeypatch, played):
@@ -152,6 +157,7 @@ def test_help_groups_the_settings(monkeypatch, capsys):
         (["--precision", "tf32"], "tf32.*GPU"),
         (["--sampler", "ddpm"], "does not plan: leave --sampler and --sampling-steps out"),
         (["--sampling-steps", "0"], "sampling_steps is 0: give 1 or more"),
+        (["--sampler", "ddpm", "--sampling-steps", "3"], "all steps .*: leave --sampling-steps"),
         (["--episodes", "0"], "episodes is 0: give 1 or more"),
         (["--workers", "0"], "workers is 0"),
         (["--environments", "0"], "environments is 0"),

@@ -120,8 +120,6 @@ def test_the_policy_refuses_what_it_cannot_do(store: DataStore) -> None:
     with pytest.raises(UserError, match="no masks to vote"):
         policy.use_voted_mask()
     assert policy.plans is None
-    with pytest.raises(UserError, match="does not plan: leave --sampler and --sampling-steps out"):
-        policy.draw_plans_by("ddim", 3)
 
 
 @pytest.mark.parametrize("algorithm", ["mtbc", "mtiql"])

@@ -675,23 +675,23 @@ def test_it_learns_to_act_as_the_data_of_each_task_do(tmp_path: Path, algorithm:
         torch.testing.assert_close(actions, expected, rtol=0, atol=0.15)
 
 
-def test_plans_are_drawn_as_an_evaluation_says(learners: dict[str, MTDiffLearner]) -> None:
-    policy = policy_of(learners["mtdiff-p"])
-    own = {"sampler": "ddim", "sampling_steps": 4, "guidance": 1.2, "temperature": 0.5}
-    assert policy.plans == own | {"replan_every": 1}
-    policy.draw_plans_by(None, 2)
-    assert policy.plans["sampling_steps"] == 2
-    quicker = acted(policy, [0, 1])
-    assert torch.equal(quicker, acted(policy_of(learners["mtdiff-p"], sampling_steps=2), [0, 1]))
-    policy.draw_plans_by("ddpm", None)
-    assert (policy.plans["sampler"], policy.plans["sampling_steps"]) == ("ddpm", 16)
-    assert not torch.equal(quicker, acted(policy, [0, 1]))
-    with pytest.raises(UserError, match=r"ddpm goes through all 16 steps.*--sampler ddim"):
-        policy.draw_plans_by(None, 3)
-    with pytest.raises(UserError, match="sampling_steps 17 is above the run's diffusion_steps 16"):
-        policy.draw_plans_by("ddim", 17)
-    policy.draw_plans_by("ddim", None)
-    assert torch.equal(quicker, acted(policy, [0, 1]))
+def test_plans_are_drawn_as_is_asked_of_a_run(store: DataStore, tmp_path: Path) -> None:
+    sizes = ("--horizon", "4", "--diffusion-steps", "8", "--sampling-steps", "4")
+    runs.begin(store, tmp_path / "run", *sizes, algorithm="mtdiff-p")
+    asked = ({}, {"sampling_steps": 2}, {"sampler": "ddpm"})
+    policies = [load_policy(tmp_path / "run", **options) for options in asked]
+    own = {"guidance": 1.2, "temperature": 0.5, "replan_every": 1}
+    assert [policy.plans for policy in policies] == [
+        own | {"sampler": "ddim", "sampling_steps": 4},
+        own | {"sampler": "ddim", "sampling_steps": 2},
+        own | {"sampler": "ddpm", "sampling_steps": 8},
+    ]
+    first, second, third = (acted(policy, [0, 1]) for policy in policies)
+    policies[0].settings = dataclasses.replace(policies[0].settings, sampling_steps=2)
+    assert torch.equal(acted(policies[0], [0, 1]), second)
+    assert not torch.equal(first, second) and not torch.equal(second, third)
+    with pytest.raises(UserError, match="sampling_steps 9 is above diffusion_steps 8: lower it"):
+        load_policy(tmp_path / "run", sampling_steps=9)
 
 
 # What is refused

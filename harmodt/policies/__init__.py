@@ -46,17 +46,6 @@ class Policy(Protocol):
             UserError: there are no masks to vote.
         """
 
-    def draw_plans_by(self, sampler: Sampler | None, sampling_steps: int | None) -> None:
-        """Draw plans in another way than the run's settings say.
-
-        Args:
-            sampler: by default as before.
-            sampling_steps: of ddim; by default as before.
-
-        Raises:
-            UserError: the policy does not plan, or not in so many steps.
-        """
-
     def start(
         self, task_ids: np.ndarray, seed: int = 0, target_returns: np.ndarray | None = None
     ) -> None:

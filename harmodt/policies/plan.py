@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -12,7 +12,6 @@ from ..batch import Steps, move
 from ..data.inputs import Inputs
 from ..devices import Execution
 from ..environments import EnvironmentSpec
-from ..errors import UserError
 from ..networks.denoiser import Denoiser, Situation
 from ..networks.diffusion import Diffusion
 from ..settings import Count, NotNegative, Share
@@ -73,32 +72,6 @@ class PlanPolicy(TrainedPolicy):
         """How they are drawn, by the names of `PlanSettings`."""
         steps = {"sampling_steps": self._diffusion.steps} if self.settings.sampler == "ddpm" else {}
         return asdict(self.settings) | steps
-
-    def draw_plans_by(self, sampler: Sampler | None, sampling_steps: int | None) -> None:
-        """Draw plans in another way than the run's settings say.
-
-        Args:
-            sampler: by default as before.
-            sampling_steps: of ddim; by default as before.
-
-        Raises:
-            UserError: ddpm has no number of steps to choose, or the diffusion has not so many.
-        """
-        old = self.settings
-        settings = replace(old, sampler=sampler or old.sampler)
-        if sampling_steps is not None:
-            if settings.sampler == "ddpm":
-                raise UserError(
-                    f"ddpm goes through all {self._diffusion.steps} steps of the diffusion: leave "
-                    "--sampling-steps out, or give --sampler ddim"
-                )
-            if sampling_steps > self._diffusion.steps:
-                raise UserError(
-                    f"sampling_steps {sampling_steps} is above the run's diffusion_steps "
-                    f"{self._diffusion.steps}: lower it"
-                )
-            settings = replace(settings, sampling_steps=sampling_steps)
-        self.settings = settings
 
     def start(
         self, task_ids: np.ndarray, seed: int = 0, target_returns: np.ndarray | None = None

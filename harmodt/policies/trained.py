@@ -8,7 +8,6 @@ from ..data.inputs import Inputs
 from ..devices import Execution
 from ..environments import EnvironmentSpec
 from ..errors import UserError
-from . import Sampler
 
 
 class TrainedPolicy:
@@ -48,13 +47,3 @@ class TrainedPolicy:
             UserError: always.
         """
         raise UserError("the run's algorithm has no masks to vote: leave --mask out")
-
-    def draw_plans_by(self, sampler: Sampler | None, sampling_steps: int | None) -> None:
-        """Refuse: nothing is planned.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(
-            "the run's algorithm does not plan: leave --sampler and --sampling-steps out"
-        )

@@ -32,12 +32,12 @@ from ..data.store import DataStore, TaskData
 from ..devices import Execution
 from ..environments import EnvironmentSpec, family
 from ..errors import UserError, going_on
-from ..policies import Policy
+from ..policies import Policy, Sampler
 from ..progress import PlainConsole, progress_bar
 from ..results import EvaluationResult, versions
 from ..rollout import Request, play
 from ..rundir import RunDirectory
-from ..settings import change, from_json, settings, to_json
+from ..settings import change, check, from_json, settings, to_json
 from .costs import Costs
 from .metrics import Metrics
 from .stop import Output, Stop, Stopped
@@ -94,9 +94,11 @@ def load_policy(
     fused: bool | None = None,
     precision: Precision | None = None,
     unseen: Unseen | None = None,
+    sampler: Sampler | None = None,
+    sampling_steps: int | None = None,
 ) -> Policy:
     """What a run has learned; the same as `harmodt.load_policy`, which describes it."""
-    saved = SavedRun.open(path)
+    saved = _with_plans(SavedRun.open(path), sampler, sampling_steps)
     trained = saved.config.run
     execution = Execution.choose(
         trained.device if device is None else device,
@@ -109,6 +111,20 @@ def load_policy(
     if unseen is None:
         return find(saved.config.algorithm).policy(setup, state)
     return unseen_policy(setup, state, unseen, *_open_unseen(unseen, saved))
+
+
+def _with_plans(saved: SavedRun, sampler: Sampler | None, steps: int | None) -> SavedRun:
+    """The run with its plans drawn in the way that is asked for, if any is."""
+    if sampler is None and steps is None:
+        return saved
+    asked = {"sampler": sampler or "ddim"} | ({} if steps is None else {"sampling_steps": steps})
+    if asked.keys() - dict(settings(saved.config)).keys():
+        raise UserError(
+            "the run's algorithm does not plan: leave --sampler and --sampling-steps out"
+        )
+    config = change(saved.config, asked)
+    check(config)
+    return replace(saved, config=config)
 
 
 def _open_unseen(unseen: Unseen, saved: SavedRun) -> tuple[list[TaskData], str]:
