@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from harmodt.data.store import DataStore
 from harmodt.environments import METAWORLD, family
 from harmodt.errors import UserError
 from harmodt.report import __main__ as command
-from harmodt.report import write_report
+from harmodt.report import tables, write_report
 from harmodt.report.masks import Masks, count_shared
 from harmodt.results import EvaluationResult
 from harmodt.rollout import make_protocol
@@ -175,6 +176,18 @@ def test_results_are_those_of_the_last_evaluation(runs, page):
             assert row[0] == task["task"]
             rate, low, high = (task[f"success_{name}"] for name in ("rate", "low", "high"))
             assert row[column] == f"{rate:.2f}{low:.2f} – {high:.2f}"
+
+
+def test_evaluations_whose_plans_were_drawn_otherwise_stand_side_by_side():
+    from test_results import PLANS, make_result
+
+    ways = [PLANS, PLANS | {"sampling_steps": 2}]
+    run = SimpleNamespace(name="run", evaluations=[make_result(plans=plans) for plans in ways])
+    (columns,) = tables.evaluations([run])
+    assert [column.result.protocol.plans for column in columns] == ways
+    _, html = tables.success(columns)
+    assert "4 episodes, ddim of 10 steps<" in html and "4 episodes, ddim of 2 steps<" in html
+    assert tables.protocol_notes(columns) == []
 
 
 def test_the_overview_has_what_each_run_is_and_took(runs, page):

@@ -36,7 +36,7 @@ from harmodt.reproduce.experiments import BUDGETS, EXPERIMENTS, Variant
 from harmodt.reproduce.figure import describe
 from harmodt.reproduce.jobs import Collect, Evaluate, Folder, Train, find_result, jobs_of
 from harmodt.reproduce.plan import make_plan
-from harmodt.reproduce.tables import tabulate
+from harmodt.reproduce.tables import Outcome, tabulate
 from harmodt.rundir import RunDirectory
 from harmodt.settings import change, settings
 from harmodt.training.records import Records
@@ -609,8 +609,9 @@ def test_a_table_reads_well_in_eighty_columns_and_in_fifty(finished):
     assert outcome.notes[0] == "Budget toy: a few steps of points on a line."
 
 
-def test_success_is_shown_in_percent_beside_the_papers(monkeypatch):
-    """Of table2, with results made up: every other task is solved in three episodes of four."""
+@pytest.fixture
+def table2(monkeypatch) -> Outcome:
+    """With results made up: HarmoDT-F solves every other task in three episodes of four."""
     from test_results import PROTOCOL, SUCCESSES, EvaluationResult
 
     def found(folder, run, question):
@@ -618,33 +619,52 @@ def test_success_is_shown_in_percent_beside_the_papers(monkeypatch):
         return EvaluationResult(PROTOCOL, successes, successes * 9.0, 1.0, {})
 
     monkeypatch.setattr("harmodt.reproduce.tables.find_result", found)
-    outcome = tabulate(make_plan("table2", "small"), Folder(Path("nowhere")))
+    return tabulate(make_plan("table2", "small"), Folder(Path("nowhere")))
+
+
+def test_success_is_shown_in_percent_beside_the_papers(table2):
     console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(outcome.table(100))
+    console.print(table2.table(100))
     text = console.export_text()
     row = re.search(r"  HarmoDT-F +37\.5 ± 0\.0 +37\.5 +82\.20 ± 0\.40", text)
     assert row, text
     assert "paper, Table 2" in text and "success in %" in text
-    lines = outcome.to_markdown().splitlines()
+    mtdt = next(row for row in table2.rows if (row.variant, row.tasks) == ("MTDT", 30))
+    assert mtdt.mean.mean == 0 and mtdt.difference.mean == -0.375
+    assert any("Meta-World v3" in note for note in table2.notes)
+
+
+def test_a_table_in_markdown_has_a_part_for_each_column(table2):
+    lines = table2.to_markdown().splitlines()
     assert lines[0].startswith("# table2: ") and lines[0].endswith("; success in %")
     head = lines.index(
         "| MT30 sub-optimal | mean | middle half | minus HarmoDT-F | paper, Table 2 |"
     )
     assert lines[head + 1] == "| --- | --: | --: | --: | --: |"
-    assert lines[head + 2 : head + 8][-1].startswith("| HarmoDT-F | 37.5 ± 0.0 [")
+    assert lines[head + 7].startswith("| HarmoDT-F | 37.5 ± 0.0 [")
     assert lines[head + 7].endswith(" |  | 65.00 ± 0.92 |") and lines[head + 8] == ""
-    assert lines[-1] == f"- {outcome.notes[-1]}"
-    drawn = [p for p in describe(outcome)["data"]["values"] if p["column"] == "MT30 sub-optimal"]
-    assert [point["variant"] for point in drawn] == [row.variant for row in outcome.rows[18:24]]
+    assert lines[-1] == f"- {table2.notes[-1]}"
+
+
+def test_a_figure_has_the_differences_from_the_reference(table2):
+    drawn = [p for p in describe(table2)["data"]["values"] if p["column"] == "MT30 sub-optimal"]
+    assert [point["variant"] for point in drawn] == [row.variant for row in table2.rows[18:24]]
     assert drawn[-1] == {
         "column": "MT30 sub-optimal", "variant": "HarmoDT-F", "mean": "37.5", "zero": 0,
         "difference": 0,
     }  # fmt: skip
     assert drawn[-2]["difference"] == -37.5 and drawn[-2]["paper"] == pytest.approx(63.67 - 65)
     assert drawn[-2]["low"] < -37.5 < drawn[-2]["high"] < 0
-    mtdt = next(row for row in outcome.rows if (row.variant, row.tasks) == ("MTDT", 30))
-    assert mtdt.mean.mean == 0 and mtdt.difference.mean == -0.375
-    assert any("Meta-World v3" in note for note in outcome.notes)
+
+
+def test_without_what_draws_there_is_the_table(reproduced, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    for kind in (".svg", ".html"):
+        (reproduced / f"toy{kind}").unlink()
+    text = in_process(monkeypatch, capsys, reproduced)
+    missing = "plots need the package vl-convert-python: pip install 'harmodt[report]'"
+    assert f"figure: {missing}" in text and f"all runs side by side: {missing}" in text
+    assert (reproduced / "toy.csv").exists() and not (reproduced / "toy.svg").exists()
 
 
 def test_harmony_is_averaged_over_training(tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ def write_report(runs: Sequence[Path], output: Path) -> None:
         UserError: a package of harmodt[report] is missing, a directory holds no run or is named
             twice, a file of a run is damaged, or something else is in the place of the page.
     """
-    _check_packages()
+    check_packages()
     _check_place(output)
     content = _page(read_runs(runs))
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -48,13 +48,14 @@ def write_report(runs: Sequence[Path], output: Path) -> None:
     write_bytes(output, content.encode())
 
 
-def _check_packages() -> None:
+def check_packages() -> None:
+    """Raise UserError where a package of harmodt[report] is missing."""
     for module, package in PACKAGES.items():
         try:
             importlib.import_module(module)
         except ImportError as error:
             raise UserError(
-                f"a report needs the package {package}: pip install 'harmodt[report]'"
+                f"plots need the package {package}: pip install 'harmodt[report]'"
             ) from error
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
 from ..files import clear_temporaries, write_bytes
+from ..report.page import check_packages
 from .tables import SOLVED, Outcome, Row, number
 
 # Legible on white and on black.
@@ -15,19 +15,33 @@ _WIDTH = 270
 
 Spec = dict[str, Any]
 
+_CONFIG: Spec = {
+    "background": None,
+    "font": "sans-serif",
+    "title": {"anchor": "start", "color": _INK, "subtitleColor": _INK, "offset": 12},
+    "header": {"labelColor": _INK, "labelFontSize": 12, "labelFontWeight": "bold"},
+    "view": {"stroke": _GRID},
+    "axis": {
+        "labelColor": _INK,
+        "titleColor": _INK,
+        "titleFontWeight": "normal",
+        "gridColor": _GRID,
+        "domainColor": _GRID,
+        "tickColor": _GRID,
+        "labelLimit": 260,
+    },
+}
+
 
 def write_figure(outcome: Outcome, path: Path) -> None:
     """Write an SVG file, whole or not at all.
 
     Raises:
-        UserError: the package that draws is missing.
+        UserError: a package of harmodt[report] is missing.
     """
-    try:
-        import vl_convert  # an optional dependency
-    except ImportError as error:
-        raise UserError(
-            "a figure needs the package vl-convert-python: pip install 'harmodt[report]'"
-        ) from error
+    check_packages()
+    import vl_convert
+
     clear_temporaries(path)
     write_bytes(path, vl_convert.vegalite_to_svg(describe(outcome)).encode())
 
@@ -72,22 +86,7 @@ def describe(outcome: Outcome) -> Spec:
             "encoding": {"y": lines},
             "layer": panel,
         },
-        "config": {
-            "background": None,
-            "font": "sans-serif",
-            "title": {"anchor": "start", "color": _INK, "subtitleColor": _INK, "offset": 12},
-            "header": {"labelColor": _INK, "labelFontSize": 12, "labelFontWeight": "bold"},
-            "view": {"stroke": _GRID},
-            "axis": {
-                "labelColor": _INK,
-                "titleColor": _INK,
-                "titleFontWeight": "normal",
-                "gridColor": _GRID,
-                "domainColor": _GRID,
-                "tickColor": _GRID,
-                "labelLimit": 260,
-            },
-        },
+        "config": _CONFIG,
     }
 
 
