@@ -344,7 +344,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             Variant("Prompt-DT, embedding", "prompt-dt", _EMBEDDING),
             _ONE_MASK,
             _R,
-            *_sweep("harmodt-r", "sparsity", "random, S", 0.05, 0.5),
+            *_sweep("harmodt-r", "sparsity", "HarmoDT-R, S", 0.05, 0.5),
             Variant("HarmoDT-R, embedding", "harmodt-r", _EMBEDDING),
             _F,
             Variant("HarmoDT-F, embedding", "harmodt-f", _EMBEDDING),
