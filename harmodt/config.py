@@ -248,8 +248,8 @@ class RunSettings:
     device: str = "auto"
     """PyTorch device, such as cpu, cuda or cuda:1; auto is a GPU where there is one."""
     data_device: Literal["auto", "cpu", "same"] = "auto"
-    """Data are read from disk (cpu) or kept whole on the run's device (same); auto is the latter
-    where that is a GPU and they take no more than half of its free memory."""
+    """Data are read from disk (cpu) or kept on the run's device (same), if need be without what
+    repeats; auto is the latter where that is a GPU and they take at most half its free memory."""
     fused: bool = True
     """Compute with fused kernels; --no-fused is the reference path in plain PyTorch."""
     cuda_graph: bool = True

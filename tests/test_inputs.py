@@ -176,7 +176,7 @@ def test_an_observed_step_is_the_same_input_as_a_stored_one(store: DataStore) ->
     data = [store.task(name) for name in store.tasks]
     for row in range(2):
         data[tasks[row]] = dataclasses.replace(data[tasks[row]], train=played[row])
-    sampler = WindowSampler(data, inputs, context)
+    sampler = WindowSampler(Trajectories([task.train for task in data]), inputs, context)
     batch, _ = sampler.sample(tasks.tolist(), Draws(0, TRAIN, 0))
     scale = config.data.return_scale
     for row in range(2):

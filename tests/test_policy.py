@@ -13,6 +13,7 @@ from harmodt import load_policy
 from harmodt.batch import Batch, Steps
 from harmodt.checkpoint import save_checkpoint
 from harmodt.data.store import DataStore, Episode
+from harmodt.data.trajectories import Trajectories
 from harmodt.data.windows import WindowSampler
 from harmodt.data.writer import StoreWriter
 from harmodt.draws import TRAIN, Draws
@@ -103,7 +104,7 @@ def test_the_history_is_a_window_of_the_same_trajectory(
     data = [writer.finish(TASKS[:2]).task(name) for name in TASKS[:2]]
     inputs = policy._inputs
     inputs.settings = change(inputs.settings, {"batch_per_task": 300})
-    sampler = WindowSampler(data, inputs, 6)
+    sampler = WindowSampler(Trajectories([task.train for task in data]), inputs, 6)
     batch, _ = sampler.sample((0, 1), Draws(0, TRAIN, 0))
     for row in range(2):
         found = set()

@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_leaves
 from harmodt.batch import Batch, Steps, move
 from harmodt.config import TrainConfig
 from harmodt.data.inputs import Inputs, TaskConditioning
+from harmodt.data.repeats import Repeats, find_repeats
 from harmodt.data.store import DataStore, Episodes
-from harmodt.data.trajectories import choose_place
+from harmodt.data.trajectories import Trajectories
 from harmodt.data.windows import WindowSampler
 from harmodt.draws import MASKS, TRAIN, Draws, _key, philox
-from harmodt.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +32,13 @@ def make_sampler(
     config: TrainConfig,
     place: torch.device | None = None,
     device: torch.device | str = "cpu",
+    repeats: Repeats | None = None,
 ) -> WindowSampler:
     data, own = [store.task(name) for name in store.tasks], config.own
     conditioning = [TaskConditioning.from_data(task, config) for task in data]
     inputs = Inputs(conditioning, config.data, own.model.max_timesteps, own.prompts(), place)
-    return WindowSampler(data, inputs, own.model.context_length, device)
+    episodes = Trajectories([task.train for task in data], place, repeats)
+    return WindowSampler(episodes, inputs, own.model.context_length, device)
 
 
 def sample(
@@ -271,6 +273,8 @@ def test_data_in_memory_give_the_same_batches_as_data_on_disk(
     config = configure(**changes)
     mapped, whole = (make_sampler(store, config, place) for place in (None, torch.device("cpu")))
     moved = make_sampler(store, config, None, "cpu:0")  # a device of another name
+    repeats = find_repeats([store.task(name).train for name in store.tasks])
+    compact = make_sampler(store, config, torch.device("cpu"), repeats=repeats)
     for arrays in mapped.episodes._arrays:  # nothing is copied before it is gathered
         assert all(isinstance(array.base, np.memmap) for array in arrays)
     assert whole.episodes._arrays == []
@@ -279,6 +283,7 @@ def test_data_in_memory_give_the_same_batches_as_data_on_disk(
         expected = mapped.sample((2, 0), draws)
         assert _equal(whole.sample((2, 0), draws), expected)
         assert _equal(moved.sample((2, 0), draws), expected)
+        assert _equal(compact.sample((2, 0), draws), expected)
 
 
 class _Integers(TorchDispatchMode):
@@ -343,34 +348,6 @@ def test_a_batch_is_moved_in_one_piece_as_it_is(store: DataStore) -> None:
     assert len({tensor.untyped_storage().data_ptr() for tensor in moved}) == 1
     for ours, theirs in zip(moved, tensors, strict=True):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize(
-    ("setting", "device", "free", "place"),
-    [
-        ("auto", "cpu", 0, None),
-        ("same", "cpu", 0, "cpu"),
-        ("auto", "cuda", 2.0, "cuda"),
-        ("auto", "cuda", 1.9, None),
-        ("auto", "cuda", 0.5, None),
-        ("cpu", "cuda", 100.0, None),
-        ("same", "cuda", 1.0, "cuda"),
-        ("same", "cuda", 0.9, UserError),
-    ],
-)
-def test_the_place_of_the_data(
-    store: DataStore, monkeypatch: pytest.MonkeyPatch, setting: Any, device: str, free: float,
-    place: Any,
-) -> None:  # fmt: skip
-    data = [store.task(name) for name in store.tasks]
-    size = sum(4 * (39 + 4 + 1) * len(task.train.rewards) for task in data)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (round(free * size), 0))
-    if place is UserError:
-        with pytest.raises(UserError, match=r"the data take .* with --data-device cpu"):
-            choose_place(setting, data, torch.device(device))
-    else:
-        expected = None if place is None else torch.device(place)
-        assert choose_place(setting, data, torch.device(device)) == expected
 
 
 def _equal(a: tuple[Batch, Tensor], b: tuple[Batch, Tensor]) -> bool:

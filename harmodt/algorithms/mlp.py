@@ -17,7 +17,7 @@ from ..data.feed import Feed
 from ..data.inputs import Inputs
 from ..data.order import TaskOrder
 from ..data.store import TaskData
-from ..data.trajectories import choose_place
+from ..data.trajectories import lay_out
 from ..data.windows import WindowSampler
 from ..masks.vector import ParameterVector
 from ..networks.task_mlp import Actor, ToldBy
@@ -123,8 +123,9 @@ class MLPLearner:
             name: Optimiser(vector, optimisation, backend) for name, vector in self.vectors.items()
         }
         order = TaskOrder(setup.config.data, len(data), run.seed)
-        inputs = inputs_of(setup, choose_place(run.data_device, data, device))
-        sampler = WindowSampler(data, inputs, window, device)
+        episodes = lay_out(run.data_device, data, device)
+        inputs = inputs_of(setup, episodes.place)
+        sampler = WindowSampler(episodes, inputs, window, device)
         rates = self.optimisers[POLICY].rates  # the same for all
         self.feed = Feed(sampler, order, run.seed, lambda steps: [rates(steps)])
         self._step = setup.execution.repeated(self.compute)

@@ -31,7 +31,7 @@ from ..data.feed import Feed
 from ..data.inputs import Inputs
 from ..data.order import TaskOrder
 from ..data.store import TaskData
-from ..data.trajectories import choose_place
+from ..data.trajectories import Trajectories, lay_out
 from ..data.windows import Drawn, WindowSampler
 from ..draws import NOISE, TRAIN, Draws, Seeds, below, coin, normal
 from ..errors import UserError
@@ -181,7 +181,7 @@ class PlanSampler(WindowSampler):
     than the episode's first step is that step again.
 
     Args:
-        data: one entry per task; index = task id.
+        episodes: those to train on, of each task.
         inputs: of the same tasks.
         settings: lengths of plans and of what comes before.
         device: where the batches go.
@@ -189,12 +189,12 @@ class PlanSampler(WindowSampler):
 
     def __init__(
         self,
-        data: Sequence[TaskData],
+        episodes: Trajectories,
         inputs: Inputs,
         settings: DenoiserSettings,
         device: torch.device | str = "cpu",
     ):
-        super().__init__(data, inputs, settings.horizon, device)
+        super().__init__(episodes, inputs, settings.horizon, device)
         self._back = torch.arange(1 - settings.context_length, 0, device=self.episodes.device)
 
     def draw(self, task_ids: Tensor, draws: Draws) -> Drawn:
@@ -228,8 +228,9 @@ class MTDiffLearner:
             self.model.vector, setup.config.optimisation, setup.execution.backend
         )
         order = TaskOrder(setup.config.data, len(data), run.seed)
-        inputs = inputs_of(setup, choose_place(run.data_device, data, device))
-        self.sampler = PlanSampler(data, inputs, self.settings, device)
+        episodes = lay_out(run.data_device, data, device)
+        inputs = inputs_of(setup, episodes.place)
+        self.sampler = PlanSampler(episodes, inputs, self.settings, device)
         self._seeds = Seeds(run.seed)
         self.feed = Feed(self.sampler, order, run.seed, self._of_steps)
 

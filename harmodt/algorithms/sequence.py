@@ -18,7 +18,7 @@ from ..data.feed import Feed
 from ..data.inputs import Inputs
 from ..data.order import TaskOrder
 from ..data.store import TaskData
-from ..data.trajectories import choose_place
+from ..data.trajectories import lay_out
 from ..data.windows import WindowSampler
 from ..draws import MASKS, SURGERY, TRAIN, Draws, Seeds, dropout_seeds
 from ..errors import UserError
@@ -164,8 +164,9 @@ class SequenceLearner:
         self.optimiser = Optimiser(self.vector, setup.config.optimisation, setup.execution.backend)
         run, device = setup.config.run, setup.execution.device
         order = TaskOrder(setup.config.data, len(data), run.seed)
-        inputs = inputs_of(setup, choose_place(run.data_device, data, device))
-        self.sampler = WindowSampler(data, inputs, self.settings.model.context_length, device)
+        episodes = lay_out(run.data_device, data, device)
+        inputs = inputs_of(setup, episodes.place)
+        self.sampler = WindowSampler(episodes, inputs, self.settings.model.context_length, device)
         self._seeds = Seeds(run.seed)
         self.feed = Feed(self.sampler, order, run.seed, self._of_steps)
         self._of_tasks = self._places_of_tasks()

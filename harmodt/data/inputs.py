@@ -174,8 +174,7 @@ class Inputs:
             times: int64 [G, B, L], steps from the beginning of the episode.
             valid: bool [G, B, L].
         """
-        steps = trajectories.starts[episodes][..., None] + times
-        returns_to_go, observations, actions = trajectories.gather(task_ids, steps)
+        returns_to_go, observations, actions = trajectories.gather(task_ids, episodes, times)
         return self.steps(task_ids, returns_to_go, observations, actions, times, valid)
 
     def hidden(self, words: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from torch import Tensor
 from ..batch import Batch, batch_of, move, tensors_of
 from ..draws import Draws, below
 from .inputs import Inputs
-from .store import TaskData
 from .trajectories import Trajectories
 
 _WORDS = 4  # that a draw has for each place
@@ -48,15 +47,15 @@ class WindowSampler:
     of the batch, and a window not on their number.
 
     Args:
-        data: one entry per task; index = task id.
-        inputs: of the same tasks; the training episodes lie where its prompts do.
+        episodes: those to train on, of each task.
+        inputs: of the same tasks, with its prompts where the episodes lie.
         context_length: K, steps of a window.
         device: where the batches go.
     """
 
     def __init__(
         self,
-        data: Sequence[TaskData],
+        episodes: Trajectories,
         inputs: Inputs,
         context_length: int,
         device: torch.device | str = "cpu",
@@ -64,7 +63,7 @@ class WindowSampler:
         self.inputs = inputs
         self.context_length = context_length
         self.device = torch.device(device)
-        self.episodes = Trajectories([task.train for task in data], inputs.place)
+        self.episodes = episodes
         self._starts = _Starts(self.episodes, inputs.settings.window_start_bias)
         place = self.episodes.device
         self._windows = torch.arange(inputs.settings.batch_per_task, device=place)
