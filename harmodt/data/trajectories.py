@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .repeats import CompactObservations, Repeats, find_repeats
+from .repeats import CompactSteps, Repeats, columns_of, find_repeats
 from .store import Episodes, TaskData
 
 DEVICE_SHARE = 0.5
@@ -26,7 +26,7 @@ class Trajectories:
         tasks: one entry per task; index = task id.
         place: a device that all steps are copied to, or None: they are read where they are, which
             may be a memory-mapped file, and go to the CPU.
-        repeats: of their observations, which are copied without them; None copies them as they are.
+        repeats: of these tasks, which a copy is to be without; None copies steps as they are.
 
     Attributes:
         place: as above.
@@ -50,16 +50,11 @@ class Trajectories:
         self.starts = self._tensor(np.cumsum([0, *lengths]))
         self.lengths = self._tensor(lengths)
         self._first_step = self.starts[self.first_episode]
-        arrays = {name: [np.asarray(getattr(task, name)) for task in tasks] for name in _GATHERED}
-        self._arrays = list(zip(*arrays.values(), strict=True))
-        self._whole: list[Tensor | CompactObservations] | None = None
+        self._arrays = [[np.asarray(getattr(task, name)) for name in _GATHERED] for task in tasks]
+        self._widths = [int(np.prod(array.shape[1:])) for array in self._arrays[0]]
+        self._steps: Tensor | CompactSteps | None = None
         if place is not None:
-            self._whole = [
-                CompactObservations(tasks, repeats, place)
-                if repeats is not None and name == "observations"
-                else self._copied(parts)
-                for name, parts in arrays.items()
-            ]
+            self._steps = CompactSteps(tasks, repeats, place) if repeats else self._copied(tasks)
             self._arrays = []
 
     def episode_range(self, task_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +71,7 @@ class Trajectories:
         """The episode that each of some steps, int64 [...] in [0, S), is of."""
         return torch.searchsorted(self.starts, steps, right=True) - 1
 
-    def gather(self, task_ids: Tensor, episodes: Tensor, times: Tensor) -> list[Tensor]:
+    def gather(self, task_ids: Tensor, episodes: Tensor, times: Tensor) -> Sequence[Tensor]:
         """What is stored of some steps.
 
         Args:
@@ -88,17 +83,18 @@ class Trajectories:
             Returns-to-go [G, B, L], observations [G, B, L, O] and actions [G, B, L, A], float32.
         """
         steps = self.starts[episodes][..., None] + times
-        if self._whole is None:
+        if self._steps is None:
             return self._read(task_ids, steps)
-        return [
-            array.gather(steps, episodes[..., None])
-            if isinstance(array, CompactObservations)
-            else array[steps]
-            for array in self._whole
-        ]
+        columns = (
+            self._steps[steps]
+            if isinstance(self._steps, Tensor)
+            else self._steps.gather(steps, episodes[..., None])
+        )
+        returns_to_go, observations, actions = columns.split(self._widths, -1)
+        return returns_to_go.squeeze(-1), observations, actions
 
     def _read(self, task_ids: Tensor, steps: Tensor) -> list[Tensor]:
-        """What `gather` returns, of steps [G, B, L] in [0, S), from where the arrays are."""
+        """What `gather` returns, of steps [G, B, L] in [0, S), from the arrays where they are."""
         found = [
             torch.empty(*steps.shape, *array.shape[1:], dtype=torch.float32)
             for array in self._arrays[0]
@@ -114,13 +110,13 @@ class Trajectories:
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
 
-    def _copied(self, parts: Sequence[np.ndarray]) -> Tensor:
-        """The arrays of all tasks as one tensor; of one task at a time there is a second copy."""
-        shape = (sum(map(len, parts)), *parts[0].shape[1:])
-        whole = torch.empty(shape, dtype=torch.float32, device=self.device)
-        for to, part in zip(whole.split([len(part) for part in parts]), parts, strict=True):
-            to.copy_(torch.from_numpy(np.array(part)))
-        return whole
+    def _copied(self, tasks: Sequence[Episodes]) -> Tensor:
+        """All steps as `columns_of` has them; of one task at a time there is a second copy."""
+        counts = [len(task.observations) for task in tasks]
+        steps = torch.empty(sum(counts), sum(self._widths), device=self.device)
+        for to, task in zip(steps.split(counts), tasks, strict=True):
+            to.copy_(torch.from_numpy(columns_of(task)))
+        return steps
 
 
 def lay_out(
@@ -130,6 +126,7 @@ def lay_out(
 
     Args:
         setting: `data_device` of the run.
+        data: one entry per task; index = task id.
         device: of the run.
 
     Raises:
@@ -142,30 +139,25 @@ def lay_out(
 def choose_place(
     setting: Literal["auto", "cpu", "same"], tasks: Sequence[Episodes], device: torch.device
 ) -> tuple[torch.device | None, Repeats | None]:
-    """Where data lie, and what of their observations is left out there, as `Trajectories` takes it.
+    """Where data lie, and what repeats in them and is left out there, as `Trajectories` takes it.
 
-    It is left out where they would not fit otherwise. Settings and errors are those of `lay_out`.
+    It is left out where they take more than their share of the free memory as they are. Arguments
+    and errors are those of `lay_out`.
     """
     if setting == "cpu" or (setting == "auto" and device.type != "cuda"):
         return None, None
     if device.type != "cuda":
         return device, None
     free, _ = torch.cuda.mem_get_info(device)
-    room = free * (1 if setting == "same" else DEVICE_SHARE)
-    others = sum(_nbytes(tasks, name) for name in _GATHERED if name != "observations")
-    if others + _nbytes(tasks, "observations") <= room:
+    size = sum(getattr(task, name).nbytes for task in tasks for name in _GATHERED)
+    if size <= DEVICE_SHARE * free:
         return device, None
-    repeats = find_repeats(tasks)
-    needed = others + repeats.nbytes(tasks)
-    if needed <= room:
+    repeats = find_repeats(tasks, free if setting == "same" else DEVICE_SHARE * free)
+    if repeats is not None:
         return device, repeats
     if setting == "same":
         raise UserError(
-            f"the data take {needed / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB free: "
-            "leave them on disk with --data-device cpu"
+            f"the data take {size / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB free, too "
+            "little even without what repeats in them: leave them on disk with --data-device cpu"
         )
     return None, None
-
-
-def _nbytes(tasks: Sequence[Episodes], name: str) -> int:
-    return sum(getattr(task, name).nbytes for task in tasks)
