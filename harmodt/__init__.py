@@ -54,7 +54,7 @@ def load_policy(
     Raises:
         UserError: no such run, checkpoint or device, a checkpoint of another model size, no fused
             kernels for the device although they are asked for, unseen tasks that cannot be met, or
-            plans of an algorithm that makes none, or in more steps than the diffusion has.
+            plans of an algorithm that makes none, in an unknown way, or in other steps than it has.
     """
     from .training.run import load_policy  # imports PyTorch
 

@@ -66,10 +66,6 @@ class PolicyOptions:
             )
         if self.unseen is not None and "task" in self.mask:
             raise UserError("an unseen task has no mask of its own: leave task out of --mask")
-        if self.sampler == "ddpm" and self.sampling_steps is not None:
-            raise UserError(
-                "--sampler ddpm goes through all steps of the diffusion: leave --sampling-steps out"
-            )
         if self.threshold is not None and self.unseen is None:
             raise UserError("--threshold is for unseen tasks: name a store with --unseen")
         if self.threshold is not None and self.mask and not {"voted", "random"} & {*self.mask}:

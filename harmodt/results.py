@@ -58,8 +58,8 @@ class Protocol:
         precision: of the policy's matrix products.
         backend: name of the kernels that computed the actions.
         device: PyTorch's name of where they ran.
-        plans: how they were drawn, by the names of `PlanSettings`; None where the policy does not
-            plan, or the evaluation is of before that was recorded.
+        plans: how the policy's plans were drawn, by the names of `PlanSettings`; None where it does
+            not plan, or the evaluation is of before that was recorded.
     """
 
     tasks: Annotated[tuple[str, ...], Meta(min_length=1)]

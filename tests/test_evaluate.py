@@ -157,7 +157,7 @@ def test_help_groups_the_settings(monkeypatch, capsys):
         (["--precision", "tf32"], "tf32.*GPU"),
         (["--sampler", "ddpm"], "does not plan: leave --sampler and --sampling-steps out"),
         (["--sampling-steps", "0"], "sampling_steps is 0: give 1 or more"),
-        (["--sampler", "ddpm", "--sampling-steps", "3"], "all steps .*: leave --sampling-steps"),
+        (["--sampler", "ddpm", "--sampling-steps", "3"], "all steps .*: leave sampling_steps out"),
         (["--episodes", "0"], "episodes is 0: give 1 or more"),
         (["--workers", "0"], "workers is 0"),
         (["--environments", "0"], "environments is 0"),

@@ -692,6 +692,10 @@ def test_plans_are_drawn_as_is_asked_of_a_run(store: DataStore, tmp_path: Path) 
     assert not torch.equal(first, second) and not torch.equal(second, third)
     with pytest.raises(UserError, match="sampling_steps 9 is above diffusion_steps 8: lower it"):
         load_policy(tmp_path / "run", sampling_steps=9)
+    with pytest.raises(UserError, match="all steps of the diffusion: leave sampling_steps out"):
+        load_policy(tmp_path / "run", sampler="ddpm", sampling_steps=2)
+    with pytest.raises(UserError, match="sampler is 'DDPM': give ddpm or ddim"):
+        load_policy(tmp_path / "run", sampler="DDPM")
 
 
 # What is refused

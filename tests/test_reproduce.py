@@ -36,7 +36,8 @@ from harmodt.reproduce.experiments import BUDGETS, EXPERIMENTS, Variant
 from harmodt.reproduce.figure import describe
 from harmodt.reproduce.jobs import Collect, Evaluate, Folder, Train, find_result, jobs_of
 from harmodt.reproduce.plan import make_plan
-from harmodt.reproduce.tables import Outcome, tabulate
+from harmodt.reproduce.tables import Outcome, _batches, tabulate
+from harmodt.rollout import Request
 from harmodt.rundir import RunDirectory
 from harmodt.settings import change, settings
 from harmodt.training.records import Records
@@ -70,8 +71,11 @@ def test_every_definition_is_of_algorithms_and_settings_there_are(name, budget):
     assert experiment.reference in {variant.name for variant in experiment.variants}
     for names in ([v.name for v in experiment.variants], [c.name for c in experiment.columns]):
         assert len({*names}) == len(names)
-    known = {n for cell in found.cells for n, _ in settings(cell.runs[0].config)}
-    assert {n for column in experiment.columns for n in column.settings} <= known
+    for cell in found.cells:
+        values = dict(settings(cell.runs[0].config))
+        unread = cell.column.settings.keys() - values.keys()
+        assert unread <= ({"size"} if cell.variant.algorithm in ("mtbc", "mtiql") else set())
+        assert values.get("surgery", "none") == "none" or values["tasks_per_step"] > 1
 
 
 @pytest.mark.parametrize(
@@ -108,10 +112,15 @@ def test_expansion_into_runs_and_data():
 
 def test_a_columns_settings_are_of_the_algorithms_that_have_them():
     runs = {cell.variant.name: cell.runs[0] for cell in make_plan("methods", "small").cells}
-    assert {name for name, run in runs.items() if "size" not in dict(settings(run.config))} == {
-        "MTBC", "MTIQL"
-    }  # fmt: skip
-    assert {dict(settings(run.config)).get("size", "0.48M") for run in runs.values()} == {"0.48M"}
+    sizes = {name: dict(settings(run.config)).get("size") for name, run in runs.items()}
+    assert [sizes.pop(name) for name in ("MTBC", "MTIQL")] == [None, None]
+    assert {*sizes.values()} == {"0.48M"}
+
+
+def test_a_note_says_which_methods_read_what_in_a_step():
+    mlps = "MTBC, MTIQL: 8 tasks × 160 single steps"
+    assert _batches(make_plan("methods", "small")) == f"8 tasks × 8 windows ({mlps})"
+    assert _batches(make_plan("table3", "paper")) == "1 task × 8 windows"
 
 
 def test_the_budgets_settings_are_scaled_to_the_tasks():
@@ -550,6 +559,33 @@ def test_a_damaged_result_is_named(reproduced, monkeypatch, capsys):
     path.write_text(path.read_text().replace("0", "1", 1))
     message = refused(reproduced, monkeypatch, capsys)
     assert str(path) in message and "its checksum fails" in message
+
+
+def test_plans_that_were_drawn_in_another_way_are_left_alone(tmp_path):
+    from test_results import PROTOCOL, RETURNS, SUCCESSES, EvaluationResult
+
+    found = make_plan("table2", "small")
+    cell = next(cell for cell in found.cells if cell.variant.name == "MTDIFF")
+    (run, *_), tasks, folder = cell.runs, cell.question.tasks, Folder(tmp_path)
+    names = ("sampler", "sampling_steps", "guidance", "temperature", "replan_every")
+    own = {name: dict(settings(run.config))[name] for name in names}
+    assert own["sampler"] == "ddim"
+
+    def save(plans):
+        protocol = replace(
+            PROTOCOL, tasks=tasks, target_returns=(1.0,) * len(tasks), checkpoint=run.steps,
+            episodes=cell.question.episodes, mask="none", plans=plans,
+            seed=Request().seed, goal_seed=Request().goal_seed,
+        )  # fmt: skip
+        shape = (len(tasks), cell.question.episodes)
+        values = np.resize(SUCCESSES, shape), np.resize(RETURNS, shape)
+        EvaluationResult(protocol, *values, 1.0, {}).save(folder.run(run).evaluation)
+
+    for plans in (own | {"sampling_steps": 2}, own | {"sampler": "ddpm", "sampling_steps": 200}):
+        save(plans)
+        assert find_result(folder, run, cell.question) is None
+    save(own)
+    assert find_result(folder, run, cell.question).protocol.plans == own
 
 
 def test_what_is_no_run_is_left_alone(reproduced, monkeypatch, capsys):

@@ -47,7 +47,9 @@ class SurgerySettings:
         for name, reader in (("cagrad_c", "cagrad"), ("graddrop_leak", "graddrop")):
             changed = getattr(self, name) != getattr(SurgerySettings, name)
             if changed and self.surgery != reader:
-                raise UserError(f"{name} is read by {reader} alone: add --surgery {reader}")
+                raise UserError(
+                    f"{name} is read by {reader} alone: leave it out, or choose --surgery {reader}"
+                )
 
 
 def combine(gradients: Tensor, settings: SurgerySettings, draws: Draws) -> Tensor:

@@ -69,7 +69,7 @@ class PlanPolicy(TrainedPolicy):
 
     @property
     def plans(self) -> dict[str, str | int | float]:
-        """How they are drawn, by the names of `PlanSettings`."""
+        """How plans are drawn, by the names of `PlanSettings`."""
         steps = {"sampling_steps": self._diffusion.steps} if self.settings.sampler == "ddpm" else {}
         return asdict(self.settings) | steps
 

@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..results import EvaluationResult
 from ..rollout import Request
 from ..rundir import Description, RunDirectory
-from ..settings import to_json
+from ..settings import settings, to_json
 from ..training.records import read_records
 from .plan import Collection, Plan, Question, Run
 
@@ -246,6 +246,7 @@ def find_result(folder: Folder, run: Run, question: Question) -> EvaluationResul
         result = EvaluationResult.load(path)
         p = result.protocol
         by_default = p.success_rule in (default.success_rule, None) and p.mask in masks
+        by_default &= _is_planned_as_trained(p.plans, dict(settings(run.config)))
         if by_default and (p.tasks, p.seed, p.goal_seed, p.unseen) == asked:
             found[path] = result
     if len(found) > 1:
@@ -254,6 +255,14 @@ def find_result(folder: Folder, run: Run, question: Question) -> EvaluationResul
             "last step: move all but one away"
         )
     return next(iter(found.values()), None)
+
+
+def _is_planned_as_trained(plans: dict[str, Any] | None, of_run: dict[str, Any]) -> bool:
+    """Whether an evaluation drew plans, if at all, as its run's settings say."""
+    if plans is None:
+        return True
+    unread = {"sampling_steps"} if plans["sampler"] == "ddpm" else set()
+    return all(of_run[name] == value for name, value in plans.items() if name not in unread)
 
 
 def _leaves(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:

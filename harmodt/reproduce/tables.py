@@ -21,6 +21,7 @@ from ..data.store import MANIFEST, DataStore
 from ..environments import METAWORLD, family_of
 from ..files import clear_temporaries, write_bytes, write_sealed
 from ..results import stack, versions
+from ..settings import settings
 from ..statistics import Average, average, interquartile_mean, paired_difference, seed_deviation
 from ..training.records import read_records
 from .jobs import Folder, Train, find_result
@@ -250,6 +251,20 @@ def _row(
     )
 
 
+def _batches(plan: Plan) -> str:
+    """Tasks and windows of a step, and whose they are if they are not the same for all."""
+    variants: dict[str, list[str]] = {}
+    for cell in plan.cells:
+        values = dict(settings(cell.runs[0].config))
+        kind = "windows" if "context_length" in values else "single steps"
+        tasks = values["tasks_per_step"]
+        batch = f"{tasks} task{'s'[: tasks > 1]} × {values['batch_per_task']} {kind}"
+        variants.setdefault(batch, []).append(cell.variant.name)
+    usual, *others = sorted(variants, key=lambda batch: -len(variants[batch]))
+    named = [f"{', '.join(dict.fromkeys(variants[batch]))}: {batch}" for batch in others]
+    return usual + (f" ({'; '.join(named)})" if named else "")
+
+
 def _notes(plan: Plan, folder: Folder, rows: Sequence[Row]) -> Iterator[str]:
     """What the numbers are of, and what differs from the paper."""
     yield f"Budget {plan.budget_name}: {plan.budget.title}."
@@ -267,13 +282,9 @@ def _notes(plan: Plan, folder: Folder, rows: Sequence[Row]) -> Iterator[str]:
             "50 episodes, three seeds."
         )
     steps = " or ".join(f"{n:,}" for n in sorted({run.steps for run in runs}))
-    batches = (
-        {getattr(r.config.data, n) for r in runs} for n in ("tasks_per_step", "batch_per_task")
-    )
-    at_once, windows = (" or ".join(map(str, sorted(counts))) for counts in batches)
     yield (
-        f"Trained for {steps} steps of {at_once} tasks × {windows} windows (MLPs: single steps), "
-        f"preset {plan.budget.preset}; paper: 1e6 steps in its Table 6, 10 million in its text."
+        f"Trained for {steps} steps of {_batches(plan)}, preset {plan.budget.preset}; paper: 1e6 "
+        "steps in its Table 6, 10 million in its text."
     )
     yield from dict.fromkeys(_data_note(folder, collection) for collection in plan.collections)
     if any(

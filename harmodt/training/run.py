@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 from rich.filesize import decimal
@@ -117,6 +117,10 @@ def _with_plans(saved: SavedRun, sampler: Sampler | None, steps: int | None) -> 
     """The run with its plans drawn in the way that is asked for, if any is."""
     if sampler is None and steps is None:
         return saved
+    if sampler not in (None, *get_args(Sampler)):
+        raise UserError(f"sampler is {sampler!r}: give {' or '.join(get_args(Sampler))}")
+    if sampler == "ddpm" and steps is not None:
+        raise UserError("ddpm goes through all steps of the diffusion: leave sampling_steps out")
     asked = {"sampler": sampler or "ddim"} | ({} if steps is None else {"sampling_steps": steps})
     if asked.keys() - dict(settings(saved.config)).keys():
         raise UserError(
