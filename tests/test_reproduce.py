@@ -693,6 +693,23 @@ def test_a_figure_has_the_differences_from_the_reference(table2):
     assert drawn[-2]["low"] < -37.5 < drawn[-2]["high"] < 0
 
 
+def test_the_others_are_compared_with_the_variant_that_is_asked_for(
+    reproduced, monkeypatch, capsys
+):
+    before = outputs(reproduced)
+    text = in_process(monkeypatch, capsys, reproduced, "--reference", "HarmoDT-F")
+    usual, _ = read_sealed(reproduced / "toy.json")
+    asked, _ = read_sealed(reproduced / "toy-minus-harmodt-f.json")
+    assert outputs(reproduced) == before and "minus HarmoDT-F" in text
+    assert (usual["reference"], asked["reference"]) == ("Prompt-DT", "HarmoDT-F")
+    differences = [
+        {row["variant"]: row["difference"] for row in content["rows"]} for content in (usual, asked)
+    ]
+    assert differences[0]["Prompt-DT"] is differences[1]["HarmoDT-F"] is None
+    forth, back = differences[0]["HarmoDT-F"], differences[1]["Prompt-DT"]
+    assert forth["mean"] == pytest.approx(-back["mean"]) and forth["mean"] != 0
+
+
 def test_without_what_draws_there_is_the_table(reproduced, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     for kind in (".svg", ".html"):
@@ -746,8 +763,9 @@ def test_the_list_has_every_experiment(monkeypatch, capsys):
     ("words", "says"),
     [
         ([], "no experiment is named: name one of table1"),
-        (["tabel2"], "no experiment 'tabel2': did you mean table2?"),
-        (["table2", "--budget", "papers"], "no budget 'papers': did you mean paper?"),
+        (["tabel2"], "no experiment 'tabel2': did you mean 'table2'?"),
+        (["table2", "--budget", "papers"], "no budget 'papers': did you mean 'paper'?"),
+        (["table2", "--reference", "prompt-dt"], "of table2 'prompt-dt': did you mean 'Prompt-DT'"),
         (["table2", "--jobs", "0"], "jobs is 0: give 1 or more"),
         (["table2", "--seeds", "-1"], "seeds is -1: give 0 or more"),
     ],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -53,6 +53,9 @@ class ReproduceConfig:
     """Folder of data, runs and tables; by default runs/reproduce-BUDGET."""
     seeds: tuple[Whole, ...] = ()
     """Of training, in place of the budget's."""
+    reference: str | None = None
+    """Variant that the others are compared with, in place of the experiment's own; its name is in
+    those of the table's files."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where runs are placed: one on each GPU there is, or all on the CPU."""
     jobs: Count = 1
@@ -88,16 +91,20 @@ def main() -> None:
 def _plan(config: ReproduceConfig) -> Plan:
     if config.name is None:
         raise UserError(f"no experiment is named: name one of {', '.join(EXPERIMENTS)}")
-    for kind, name, known in (
-        ("experiment", config.name, EXPERIMENTS),
-        ("budget", config.budget, BUDGETS),
-    ):
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-            raise UserError(
-                f"there is no {kind} {name!r}: did you mean {nearest}? There are {', '.join(known)}"
-            )
-    return make_plan(config.name, config.budget, config.seeds)
+    _find("experiment", config.name, EXPERIMENTS)
+    _find("budget", config.budget, BUDGETS)
+    if config.reference is not None:
+        variants = [variant.name for variant in EXPERIMENTS[config.name].variants]
+        _find(f"variant of {config.name}", config.reference, variants)
+    return make_plan(config.name, config.budget, config.seeds, config.reference)
+
+
+def _find(kind: str, name: str, known: Collection[str]) -> None:
+    """Refuse a name that there is not, with the nearest that there is."""
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+        names = ", ".join(map(repr, known))
+        raise UserError(f"there is no {kind} {name!r}: did you mean {nearest!r}? There are {names}")
 
 
 def _reproduce(plan: Plan, folder: Folder, slots: Sequence[Mapping[str, str]]) -> None:
@@ -125,7 +132,7 @@ def _reproduce(plan: Plan, folder: Folder, slots: Sequence[Mapping[str, str]]) -
 
 def _report(plan: Plan, folder: Folder) -> None:
     """Print the table, and write it, a figure of it and a page of the runs beside them."""
-    outcome, path = tabulate(plan, folder), folder.path / plan.name
+    outcome, path = tabulate(plan, folder), folder.path / plan.table_name
     outcome.save(path)
     console.print(outcome.table(console.width))
     for note in outcome.notes:

@@ -7,8 +7,9 @@ what they have in common.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..algorithms import config_from_json, preset
@@ -101,6 +102,14 @@ class Plan:
     cells: tuple[Cell, ...]
 
     @property
+    def table_name(self) -> str:
+        """Of the table's files: the experiment's, and of a reference that is not its own."""
+        if self.experiment.reference == EXPERIMENTS[self.name].reference:
+            return self.name
+        words = re.findall(r"\w+", self.experiment.reference.lower())
+        return "-".join([self.name, "minus", *words])
+
+    @property
     def collections(self) -> tuple[Collection, ...]:
         """All data that are needed, each once."""
         found = {run.collection.name: run.collection for cell in self.cells for run in cell.runs}
@@ -113,17 +122,22 @@ class Plan:
         return tuple({run.name: run for runs in by_seed for run in runs}.values())
 
 
-def make_plan(name: str, budget_name: str, seeds: Sequence[int] = ()) -> Plan:
+def make_plan(
+    name: str, budget_name: str, seeds: Sequence[int] = (), reference: str | None = None
+) -> Plan:
     """The plan of an experiment.
 
     Args:
         name, budget_name: in `EXPERIMENTS` and `BUDGETS`.
         seeds: of training, in place of the budget's.
+        reference: the name of a variant, in place of the experiment's.
 
     Raises:
         ValueError: a definition names an algorithm or a setting that there is not.
     """
     experiment, budget = EXPERIMENTS[name], BUDGETS[budget_name]
+    if reference is not None:
+        experiment = replace(experiment, reference=reference)
     chosen = tuple(dict.fromkeys(seeds)) or budget.seeds
     cells = tuple(
         _cell(budget, column, variant, chosen)
