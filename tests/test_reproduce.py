@@ -36,7 +36,7 @@ from harmodt.reproduce.experiments import BUDGETS, EXPERIMENTS, Variant
 from harmodt.reproduce.figure import describe
 from harmodt.reproduce.jobs import Collect, Evaluate, Folder, Train, find_result, jobs_of
 from harmodt.reproduce.plan import make_plan
-from harmodt.reproduce.tables import Outcome, _batches, tabulate
+from harmodt.reproduce.tables import Outcome, _training, tabulate
 from harmodt.rollout import Request
 from harmodt.rundir import RunDirectory
 from harmodt.settings import change, settings
@@ -74,7 +74,8 @@ def test_every_definition_is_of_algorithms_and_settings_there_are(name, budget):
     for cell in found.cells:
         values = dict(settings(cell.runs[0].config))
         unread = cell.column.settings.keys() - values.keys()
-        assert unread <= ({"size"} if cell.variant.algorithm in ("mtbc", "mtiql") else set())
+        sizeless = cell.variant.algorithm in ("mtbc", "mtiql", "mtdiff-p")
+        assert unread <= ({"size"} if sizeless else set())
         assert values.get("surgery", "none") == "none" or values["tasks_per_step"] > 1
 
 
@@ -113,14 +114,16 @@ def test_expansion_into_runs_and_data():
 def test_a_columns_settings_are_of_the_algorithms_that_have_them():
     runs = {cell.variant.name: cell.runs[0] for cell in make_plan("methods", "small").cells}
     sizes = {name: dict(settings(run.config)).get("size") for name, run in runs.items()}
-    assert [sizes.pop(name) for name in ("MTBC", "MTIQL")] == [None, None]
+    assert {sizes.pop(name) for name in ("MTBC", "MTIQL", "MTDIFF-P, 1.15 M")} == {None}
     assert {*sizes.values()} == {"0.48M"}
 
 
 def test_a_note_says_which_methods_read_what_in_a_step():
-    mlps = "MTBC, MTIQL: 8 tasks × 160 single steps"
-    assert _batches(make_plan("methods", "small")) == f"8 tasks × 8 windows ({mlps})"
-    assert _batches(make_plan("table3", "paper")) == "1 task × 8 windows"
+    mlps = "MTBC, MTIQL: 800 steps of 8 tasks × 160 single steps"
+    diffusion = "MTDIFF-P, 1.15 M: 2,000 steps of 8 tasks × 16 windows"
+    said = f"800 steps of 8 tasks × 8 windows ({mlps}; {diffusion})"
+    assert _training(make_plan("methods", "small")) == said
+    assert _training(make_plan("table3", "paper")) == "1,000,000 steps of 1 task × 8 windows"
 
 
 def test_the_budgets_settings_are_scaled_to_the_tasks():

@@ -215,6 +215,15 @@ _EMBEDDING = {"task_embedding_dim": 16}
 _ONE_MASK = Variant("HarmoDT-R, one mask for all", "harmodt-r", {"shared_mask": True})
 # Where masks do most, by the paper's Table 3; of several tasks a step, between which surgery is.
 _MT10_SMALLEST = _sets("mt10", size="0.48M", tasks_per_step=8)
+# What two cores train; its own 5.32 M parameters take hours.
+_SMALL_MTDIFF = Variant(
+    "MTDIFF-P, 1.15 M",
+    "mtdiff-p",
+    {
+        **{"embed_dim": 128, "layers": 3, "horizon": 8, "prompt_length": 5, "batch_per_task": 16},
+        **{"learning_rate": 1e-3, "sampling_steps": 5, "steps": Times(2.5, "steps")},
+    },
+)
 
 EXPERIMENTS: dict[str, Experiment] = {
     "table1": Experiment(
@@ -326,6 +335,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         variants=(
             Variant("MTBC", "mtbc"),
             Variant("MTIQL", "mtiql"),
+            _SMALL_MTDIFF,
             _MTDT,
             _PROMPT_DT,
             _SURGERY[0],

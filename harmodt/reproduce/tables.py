@@ -251,24 +251,28 @@ def _row(
     )
 
 
-def _batches(plan: Plan) -> str:
-    """Tasks and windows of a step, and whose they are if they are not the same for all."""
-    variants: dict[str, list[str]] = {}
+def _training(plan: Plan) -> str:
+    """Steps, and tasks and windows of each; and whose, if they are not the same for all."""
+    cells: dict[str, list[Cell]] = {}
     for cell in plan.cells:
         values = dict(settings(cell.runs[0].config))
         kind = "windows" if "context_length" in values else "single steps"
         tasks = values["tasks_per_step"]
         batch = f"{tasks} task{'s'[: tasks > 1]} × {values['batch_per_task']} {kind}"
-        variants.setdefault(batch, []).append(cell.variant.name)
-    usual, *others = sorted(variants, key=lambda batch: -len(variants[batch]))
-    named = [f"{', '.join(dict.fromkeys(variants[batch]))}: {batch}" for batch in others]
-    return usual + (f" ({'; '.join(named)})" if named else "")
+        cells.setdefault(batch, []).append(cell)
+    usual, *others = sorted(cells, key=lambda batch: -len(cells[batch]))
+    steps = {
+        batch: " or ".join(f"{n:,}" for n in sorted({cell.runs[0].steps for cell in of_batch}))
+        for batch, of_batch in cells.items()
+    }
+    names = {b: dict.fromkeys(cell.variant.name for cell in cells[b]) for b in others}
+    named = [f"{', '.join(names[b])}: {steps[b]} steps of {b}" for b in others]
+    return f"{steps[usual]} steps of {usual}" + (f" ({'; '.join(named)})" if named else "")
 
 
 def _notes(plan: Plan, folder: Folder, rows: Sequence[Row]) -> Iterator[str]:
     """What the numbers are of, and what differs from the paper."""
     yield f"Budget {plan.budget_name}: {plan.budget.title}."
-    runs = plan.runs
     missing = sum(len(plan.seeds) - len(row.seeds) for row in rows)
     if missing:
         yield f"Of {len(rows) * len(plan.seeds)} results {missing} are not there yet."
@@ -281,9 +285,8 @@ def _notes(plan: Plan, folder: Folder, rows: Sequence[Row]) -> Iterator[str]:
             f"Measured after the last step on {episodes} episodes per task, seeds {seeds}; paper: "
             "50 episodes, three seeds."
         )
-    steps = " or ".join(f"{n:,}" for n in sorted({run.steps for run in runs}))
     yield (
-        f"Trained for {steps} steps of {_batches(plan)}, preset {plan.budget.preset}; paper: 1e6 "
+        f"Trained for {_training(plan)}, preset {plan.budget.preset}; paper: 1e6 "
         "steps in its Table 6, 10 million in its text."
     )
     yield from dict.fromkeys(_data_note(folder, collection) for collection in plan.collections)
