@@ -17,6 +17,7 @@ Spec = dict[str, Any]
 
 _CONFIG: Spec = {
     "background": None,
+    "padding": {"left": 24, "top": 5, "right": 12, "bottom": 5},  # a viewer's font may be wider
     "font": "sans-serif",
     "title": {"anchor": "start", "color": _INK, "subtitleColor": _INK, "offset": 12},
     "header": {"labelColor": _INK, "labelFontSize": 12, "labelFontWeight": "bold"},
@@ -29,6 +30,8 @@ _CONFIG: Spec = {
         "domainColor": _GRID,
         "tickColor": _GRID,
         "labelLimit": 260,
+        "labelFlush": False,
+        "labelOverlap": True,
     },
 }
 
