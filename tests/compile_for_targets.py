@@ -57,7 +57,7 @@ TARGETS = {
 # Those for which Triton compiles as for another, but that have less shared memory.
 ALIKE = ("sm_86", "sm_89", "sm_120")
 # Those whose smaller tiles are compiled where all is asked for: sm_90 stands for them otherwise.
-ON_DEMAND = ("sm_80", "sm_100", "gfx942")
+ON_DEMAND = ("sm_80", "sm_100")
 
 # In PTX and in AMD's assembly; wide loads are of 16 bytes or more per thread.
 INSTRUCTIONS = {

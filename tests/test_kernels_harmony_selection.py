@@ -158,7 +158,7 @@ def check(problem: Problem, backend: Backend, device: torch.device, count: int, 
     np.testing.assert_array_equal(masks.sum(1), problem.masks.sum(1))
 
 
-@settings(max_examples=25, **examples)
+@settings(max_examples=50, **examples)
 @given(
     seed=st.integers(0, 2**32),
     tasks=st.sampled_from([1, 2, 4, 9]),
@@ -212,7 +212,7 @@ def test_selection_of_any_scores(
     check(problem, backend, device, count, ("magnitude", "paper"))
 
 
-@settings(max_examples=20, **examples)
+@settings(max_examples=40, **examples)
 @given(
     values=st.lists(
         st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=300
@@ -235,7 +235,7 @@ def test_the_smallest_of_a_row_are_those_of_a_stable_sort(
         np.testing.assert_array_equal(row, np.sort(np.argsort(of_row, kind="stable")[:wanted]))
 
 
-@settings(max_examples=15, **examples)
+@settings(max_examples=30, **examples)
 @given(seed=st.integers(0, 2**32), count=st.integers(0, 40), kind=st.sampled_from(RULES))
 def test_what_leaves_does_not_come_back_in_the_same_update(
     backend, device, seed, count, kind
@@ -267,7 +267,7 @@ def random_floats(seed: int, tasks: int, words: int) -> Problem:
     )
 
 
-@settings(max_examples=6, **examples)
+@settings(max_examples=10, **examples)
 @given(seed=st.integers(0, 2**32), kind=st.sampled_from(RULES))
 def test_random_floats_keep_the_number_of_active_weights(backend, device, seed, kind) -> None:
     problem = random_floats(seed, 3, 4)
@@ -283,7 +283,7 @@ def as_sets(selection: Selection) -> list[Tensor]:
     return [leaving.sort(-1).values, entering.sort(-1).values, *of_tasks]
 
 
-@settings(max_examples=20, **examples)
+@settings(max_examples=40, **examples)
 @given(
     seed=st.integers(0, 2**32),
     words=st.sampled_from([3, 40]),
