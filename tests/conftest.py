@@ -7,11 +7,9 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-# Workers of pytest-xdist, and the commands that tests start, share the processors: else each has a
-# thread for every one of them, which wait for one another. It is read when PyTorch is imported.
-if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
-    threads = max(1, len(os.sched_getaffinity(0)) // int(workers))
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+# Workers of pytest-xdist, and commands that tests start, have a thread for every processor each, so
+# that kernels are tried in parallel: idle ones are not to spin. Read when PyTorch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis
 import pytest
