@@ -63,7 +63,7 @@ def find_repeats(tasks: Sequence[Episodes], room: float = np.inf) -> Repeats | N
         some = np.flatnonzero(_is_later(task))[:_SAMPLE]
         now, before = (columns_of(task, steps).view(np.int32) for steps in (some, some - 1))
         follows &= (now[:, :, None] == before[:, None, :]).all(0)
-    if _sorted(follows).nbytes(tasks) > room:
+    if _partition(follows).nbytes(tasks) > room:
         return None
     for task in tasks:
         columns = np.ascontiguousarray(columns_of(task).T).view(np.int32)
@@ -71,7 +71,7 @@ def find_repeats(tasks: Sequence[Episodes], room: float = np.inf) -> Repeats | N
         for column, source in np.argwhere(follows).tolist():
             same = columns[column, 1:] == columns[source, :-1]
             follows[column, source] = (same | first).all()
-    repeats = _sorted(follows)
+    repeats = _partition(follows)
     return repeats if repeats.nbytes(tasks) <= room else None
 
 
@@ -82,7 +82,7 @@ def _is_later(task: Episodes) -> np.ndarray:
     return later
 
 
-def _sorted(follows: np.ndarray) -> Repeats:
+def _partition(follows: np.ndarray) -> Repeats:
     """The columns by what must be stored, from what follows what, bool [W, W]."""
     constant = tuple(np.flatnonzero(follows.diagonal()).tolist())
     previous: dict[int, int] = {}
