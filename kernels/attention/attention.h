@@ -4,8 +4,6 @@
 // register for each key or element. So sums over keys and maxima need no shuffles.
 #pragma once
 
-#include <type_traits>
-
 #include "dropout_add/dropout_add.h"
 #include "native/kernels.h"
 #include "native/simd.h"
@@ -13,6 +11,9 @@
 namespace {
 
 constexpr int kKeys = 8;  // keys at a time in a product
+// Heads that a thread comes to later are fetched from memory while it works on one: the next would
+// come too soon.
+constexpr int64_t kHeadsAhead = 2;
 
 inline Vec exponential(Vec x) {
   // exp(x) = 2^n exp(r), |r| <= ln 2 / 2; below the normal numbers it is 0.
@@ -30,26 +31,37 @@ inline Vec exponential(Vec x) {
   return vanishes ? Vec{} : (Vec)((IntVec)p + power);
 }
 
-// scores[j] = sum over d of queries[d] * keys[j][d]
+// log(x) of x >= 1, by Newton's steps, each of which squares the error, from the exponent and a line
+// for the rest: 0.06 off at most.
+inline Vec logarithm(Vec x) {
+  IntVec exponent = ((IntVec)x >> 23) - 127;
+  Vec rest = (Vec)((IntVec)x - (exponent << 23));  // in [1, 2)
+  Vec y = (__builtin_convertvector(exponent, Vec) + rest - 0.957f) * 0.69314718f;
+  for (int i = 0; i < 2; ++i) y += fused_multiply_add(x, exponential(-y), splat(-1.0f));
+  return y;
+}
+
+// Sums are set to 0 one by one, because = {} would do so in memory.
+
+// scores[j] = sum over d of queries[d] * keys[j][d], for whole tiles of keys
 void dots(const float* queries, const float* keys, int64_t count, int64_t size, float* scores) {
-  auto some = [&](int64_t j, auto tile) {
-    Vec total[tile.value] = {};
+  for (int64_t j = 0; j < count; j += kKeys) {
+    Vec total[kKeys];
+    for (int i = 0; i < kKeys; ++i) total[i] = Vec{};
     for (int64_t d = 0; d < size; ++d) {
       Vec query = load(queries + d * kWidth);
-      for (int i = 0; i < tile.value; ++i)
+      for (int i = 0; i < kKeys; ++i)
         total[i] = fused_multiply_add(splat(keys[(j + i) * size + d]), query, total[i]);
     }
-    for (int i = 0; i < tile.value; ++i) store(scores + (j + i) * kWidth, total[i]);
-  };
-  int64_t j = 0;
-  for (; j + kKeys <= count; j += kKeys) some(j, std::integral_constant<int, kKeys>{});
-  for (; j < count; ++j) some(j, std::integral_constant<int, 1>{});
+    for (int i = 0; i < kKeys; ++i) store(scores + (j + i) * kWidth, total[i]);
+  }
 }
 
 // out[d] = sum over j of weights[j] * rows[j][d]
 void weighted_sums(const float* weights, const float* rows, int64_t count, int64_t size, float* out) {
   for (int64_t d = 0; d < size; d += kWidth) {
-    Vec total[kWidth] = {};
+    Vec total[kWidth];
+    for (int i = 0; i < kWidth; ++i) total[i] = Vec{};
     for (int64_t j = 0; j < count; ++j) {
       Vec weight = load(weights + j * kWidth);
       for (int i = 0; i < kWidth; ++i)
@@ -90,32 +102,35 @@ void transpose_back(const float* transposed, int64_t size, float* rows) {
 }
 
 // One sequence and head. What is read many times is copied to `memory`, padded with zeros to whole
-// registers.
+// registers and tiles of keys.
 struct Head {
   harmodt_attention_shape s;
   int64_t sequence, head;
   int64_t total;   // keys: past and present tokens
+  int64_t places;  // for them, in whole tiles
   int64_t size;    // of a padded row
   int64_t stride;  // from token to token of qkv
   int64_t offset;  // of the first token's query; key and value lie `part` and 2 `part` further
   int64_t part;
   float scale;
-  float *keys, *values, *d_keys, *d_values;    // [total][size]
+  float *keys, *values, *d_keys, *d_values;    // [places][size]
   float *queries, *d_out, *rows;               // of a block, [kWidth][size]
   float *queries_t, *d_out_t, *transposed;     // of a block, [size][kWidth]
-  float *scores, *gradients;                   // of a block, [total][kWidth]
+  float *scores, *gradients;                   // of a block, [places][kWidth]
 
   static int64_t padded(const harmodt_attention_shape& s) {
     return (s.head_size + kWidth - 1) / kWidth * kWidth;
   }
+  static int64_t tiles(int64_t keys) { return (keys + kKeys - 1) / kKeys * kKeys; }
   static uint64_t memory(const harmodt_attention_shape& s) {
-    int64_t total = s.past + s.tokens;
-    return sizeof(float) * (total * (4 * padded(s) + 2 * kWidth) + 6 * kWidth * padded(s));
+    int64_t places = tiles(s.past + s.tokens);
+    return sizeof(float) * (places * (4 * padded(s) + 2 * kWidth) + 6 * kWidth * padded(s));
   }
 
   Head(const harmodt_attention_shape& shape, int64_t item, float* memory)
       : s(shape), sequence(item / shape.heads), head(item % shape.heads), size(padded(shape)) {
     total = s.past + s.tokens;
+    places = tiles(total);
     part = s.heads * s.head_size;
     stride = 3 * part;
     offset = sequence * s.tokens * stride + head * s.head_size;
@@ -123,7 +138,7 @@ struct Head {
     float** of_tokens[] = {&keys, &values, &d_keys, &d_values};
     for (float** matrix : of_tokens) {
       *matrix = memory;
-      memory += total * size;
+      memory += places * size;
     }
     float** of_block[] = {&queries, &d_out, &rows, &queries_t, &d_out_t, &transposed};
     for (float** matrix : of_block) {
@@ -131,7 +146,7 @@ struct Head {
       memory += kWidth * size;
     }
     scores = memory;
-    gradients = scores + total * kWidth;
+    gradients = scores + places * kWidth;
   }
 
   // A row of the head between tensors, where it has head_size elements, and here.
@@ -153,20 +168,36 @@ struct Head {
       get(qkv + offset + j * stride + part, keys + (s.past + j) * size);
       get(qkv + offset + j * stride + 2 * part, values + (s.past + j) * size);
     }
+    for (int64_t i = total * size; i < places * size; i += kWidth) {
+      store(keys + i, Vec{});
+      store(values + i, Vec{});
+    }
+  }
+
+  // Begin to read, or to write, rows [from, to) of this head in a matrix. Into the second-level
+  // cache: the rows are so far apart that they share few sets of the first. Inlined, because GCC drops
+  // calls of what only prefetches, for lack of an effect.
+  template <bool Written = false>
+  __attribute__((always_inline)) inline void fetch(const float* matrix, int64_t row_stride, int64_t from, int64_t to) const {
+    for (int64_t i = from; i < to; ++i)
+      for (int64_t d = 0; d < s.head_size; d += 16)
+        __builtin_prefetch(matrix + i * row_stride + d, Written, 2);
   }
 
   int64_t token(int64_t query) const { return s.first_query + query * s.query_step; }
   int64_t row(int64_t query) const { return (sequence * s.queries + query) * s.heads + head; }
 };
 
-// The queries `first` and later, kWidth of them; after the last one, it is repeated.
+// The queries `first` and later, kWidth of them; after the last one, it is repeated. In the course of
+// its work it fetches its share of a later head, some rows at a time: more at once would queue.
 struct Block {
-  Head h;
+  Head h, later;
   int64_t first, queries;
   int64_t keys;  // that some query may see
   IntVec positions, places;  // among the keys; for dropout
 
-  Block(const Head& head, int64_t first_query) : h(head), first(first_query) {
+  Block(const Head& head, const Head& later_head, int64_t first_query)
+      : h(head), later(later_head), first(first_query) {
     queries = smaller(kWidth, h.s.queries - first);
     for (int i = 0; i < kWidth; ++i) {
       positions[i] = static_cast<int32_t>(h.s.past + h.token(query(i)));
@@ -181,6 +212,18 @@ struct Block {
       h.get(qkv + h.offset + h.token(query(i)) * h.stride, h.queries + i * h.size);
     transpose_rows(h.queries, h.size, h.queries_t);
   }
+  // Of queries (0), keys (1) or values (2); and of the output.
+  template <bool Written = false>
+  __attribute__((always_inline)) inline void fetch(const float* qkv, int part) const {
+    later.fetch<Written>(qkv + later.offset + part * later.part, later.stride,
+                         h.s.tokens * first / h.s.queries,
+                         h.s.tokens * (first + queries) / h.s.queries);
+  }
+  template <bool Written = false>
+  __attribute__((always_inline)) inline void fetch_outputs(const float* out) const {
+    later.fetch<Written>(out + later.row(0) * h.s.head_size, later.part, first, first + queries);
+  }
+
   // All ones where a query may see key j.
   IntVec allowed(int64_t j) const { return splat(static_cast<int32_t>(j)) <= positions; }
   // The factor of key j's weight.
@@ -190,9 +233,11 @@ struct Block {
 };
 
 template <bool Dropout>
-void attention_of(Block block, float* out, float* log_sums) {
+void attention_of(Block block, const float* qkv, float* out, float* log_sums) {
   Head h = block.h;
+  block.fetch(qkv, 0);
   dots(h.queries_t, h.keys, block.keys, h.size, h.scores);
+  block.fetch(qkv, 1);
   Vec most = splat(-__builtin_inff()), total{};
   for (int64_t j = 0; j < block.keys; ++j) {
     Vec x = load(h.scores + j * kWidth) * h.scale;
@@ -205,36 +250,42 @@ void attention_of(Block block, float* out, float* log_sums) {
     total += e;
     store(h.scores + j * kWidth, Dropout ? e * block.dropout(j) : e);
   }
+  block.fetch(qkv, 2);
   weighted_sums(h.scores, h.values, block.keys, h.size, h.transposed);
+  block.fetch_outputs<true>(out);
+  Vec share = 1 / total, log_sum = most + logarithm(total);
   for (int64_t d = 0; d < h.size; ++d)
-    store(h.transposed + d * kWidth, load(h.transposed + d * kWidth) / total);
+    store(h.transposed + d * kWidth, load(h.transposed + d * kWidth) * share);
   transpose_back(h.transposed, h.size, h.rows);
   for (int64_t i = 0; i < block.queries; ++i) {
     int64_t row = h.row(block.query(i));
     h.put(h.rows + i * h.size, out + row * h.s.head_size);
-    log_sums[row] = most[i] + __builtin_logf(total[i]);
+    log_sums[row] = log_sum[i];
   }
 }
 
 void attention(const harmodt_attention_shape& s, const float* qkv, float* out, float* log_sums,
                int threads) {
+  int64_t items = s.sequences * s.heads;
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t item = 0; item < s.sequences * s.heads; ++item) {
-    Head h(s, item, static_cast<float*>(scratch(Head::memory(s))));
+  for (int64_t item = 0; item < items; ++item) {
+    auto* memory = static_cast<float*>(scratch(Head::memory(s)));
+    Head h(s, item, memory), later(s, smaller(item + kHeadsAhead, items - 1), memory);
     h.get_keys_and_values(qkv);
     for (int64_t first = 0; first < s.queries; first += kWidth) {
-      Block block(h, first);
+      Block block(h, later, first);
       block.get_queries(qkv);
-      (s.dropout > 0 ? attention_of<true> : attention_of<false>)(block, out, log_sums);
+      (s.dropout > 0 ? attention_of<true> : attention_of<false>)(block, qkv, out, log_sums);
     }
   }
 }
 
 // Adds to d_keys and d_values, and puts the queries' gradients into d_qkv.
 template <bool Dropout>
-void attention_gradient_of(Block block, const float* d_out, const float* out,
+void attention_gradient_of(Block block, const float* d_out, const float* qkv, const float* out,
                            const float* log_sums, float* d_qkv) {
   Head h = block.h;
+  block.fetch(qkv, 0);
   Vec log_sum{}, dot{};
   for (int64_t i = 0; i < kWidth; ++i) {
     int64_t row = h.row(block.query(i));
@@ -250,8 +301,11 @@ void attention_gradient_of(Block block, const float* d_out, const float* out,
   transpose_rows(h.rows, h.size, h.transposed);
   for (int64_t d = 0; d < h.size; ++d)
     dot += load(h.transposed + d * kWidth) * load(h.d_out_t + d * kWidth);
+  block.fetch(qkv, 1);
   dots(h.queries_t, h.keys, block.keys, h.size, h.scores);
+  block.fetch(qkv, 2);
   dots(h.d_out_t, h.values, block.keys, h.size, h.gradients);
+  block.fetch_outputs(out);
   for (int64_t j = 0; j < block.keys; ++j) {
     float *score = h.scores + j * kWidth, *gradient = h.gradients + j * kWidth;
     Vec p = exponential(load(score) * h.scale - log_sum), dp = load(gradient);
@@ -260,9 +314,13 @@ void attention_gradient_of(Block block, const float* d_out, const float* out,
     store(score, p * factor);
     store(gradient, p * (dp * factor - dot) * h.scale);
   }
+  block.fetch_outputs(d_out);
   add_outer(h.scores, h.d_out, block.keys, h.size, h.d_values);
+  block.fetch<true>(d_qkv, 0);
   add_outer(h.gradients, h.queries, block.keys, h.size, h.d_keys);
+  block.fetch<true>(d_qkv, 1);
   weighted_sums(h.gradients, h.keys, block.keys, h.size, h.transposed);
+  block.fetch<true>(d_qkv, 2);
   transpose_back(h.transposed, h.size, h.rows);
   for (int64_t i = 0; i < block.queries; ++i)
     h.put(h.rows + i * h.size, d_qkv + h.offset + h.token(block.query(i)) * h.stride);
@@ -270,9 +328,11 @@ void attention_gradient_of(Block block, const float* d_out, const float* out,
 
 void attention_gradient(const harmodt_attention_shape& s, const float* d_out, const float* qkv,
                         const float* out, const float* log_sums, float* d_qkv, int threads) {
+  int64_t items = s.sequences * s.heads;
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t item = 0; item < s.sequences * s.heads; ++item) {
-    Head h(s, item, static_cast<float*>(scratch(Head::memory(s))));
+  for (int64_t item = 0; item < items; ++item) {
+    auto* memory = static_cast<float*>(scratch(Head::memory(s)));
+    Head h(s, item, memory), later(s, smaller(item + kHeadsAhead, items - 1), memory);
     h.get_keys_and_values(qkv);
     for (int64_t i = 0; i < s.tokens * h.size; i += kWidth) {
       store(h.d_keys + i, Vec{});
@@ -283,10 +343,10 @@ void attention_gradient(const harmodt_attention_shape& s, const float* d_out, co
       for (int64_t j = 0; j < s.tokens; ++j)
         for (int64_t d = 0; d < s.head_size; ++d) d_query[j * h.stride + d] = 0;
     for (int64_t first = 0; first < s.queries; first += kWidth) {
-      Block block(h, first);
+      Block block(h, later, first);
       block.get_queries(qkv);
       auto gradient = s.dropout > 0 ? attention_gradient_of<true> : attention_gradient_of<false>;
-      gradient(block, d_out, out, log_sums, d_qkv);
+      gradient(block, d_out, qkv, out, log_sums, d_qkv);
     }
     for (int64_t j = 0; j < s.tokens; ++j) {
       h.put(h.d_keys + j * h.size, d_query + j * h.stride + h.part);

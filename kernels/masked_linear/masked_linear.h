@@ -65,7 +65,9 @@ struct InStrip {
 template <int Rows, int Ahead = 0, class Left, class T>
 inline void multiply(Left left, const T* panel, int64_t panel_stride, int64_t depth,
                      Vec (&total)[Rows][kPanelVecs]) {
-  Vec sums[Rows][kPanelVecs] = {};
+  Vec sums[Rows][kPanelVecs];  // not = {}, which would zero memory
+  for (int i = 0; i < Rows; ++i)
+    for (int j = 0; j < kPanelVecs; ++j) sums[i][j] = Vec{};
   for (int64_t k = 0; k < depth; ++k) {
     decltype(load(panel)) right[kPanelVecs];
     for (int j = 0; j < kPanelVecs; ++j) {
@@ -80,15 +82,6 @@ inline void multiply(Left left, const T* panel, int64_t panel_stride, int64_t de
   }
   for (int i = 0; i < Rows; ++i)
     for (int j = 0; j < kPanelVecs; ++j) total[i][j] = sums[i][j];
-}
-
-// The same for a panel that may lie far apart in memory. Not inlined: what surrounds it would keep
-// registers that the sums need.
-template <int Rows, class T>
-__attribute__((noinline)) void multiply_strip(InStrip<T> strip, const T* panel,
-                                              int64_t panel_stride, int64_t depth,
-                                              Vec (&total)[Rows][kPanelVecs]) {
-  multiply<Rows, kAhead>(strip, panel, panel_stride, depth, total);
 }
 
 // From row to row of a packed left operand.
@@ -187,15 +180,33 @@ void pack_rows(const float* left, const float* y, int64_t rows, int64_t columns,
   }
 }
 
-// out[i][j] = sums[i][j] (+ bias[j]), then ReLU
-inline void finish(const Vec* sums, const float* bias, bool relu, float* out, int64_t columns) {
+// out[i][j] = sums[i][j] (+ bias[j]), then ReLU, for the columns that there are
+template <int Rows>
+inline void finish(const Vec (&sums)[Rows][kPanelVecs], const float* bias, bool relu, float* out,
+                   int64_t out_stride, int64_t columns) {
   for (int j = 0; j < kPanelVecs; ++j) {
-    Vec v = sums[j];
-    if (bias) v += load(bias + j * kWidth);
-    if (relu) v = v <= 0 ? Vec{} : v;  // NaN stays
     uint32_t inside = lanes_left(columns - j * kWidth);
-    if (inside) store(out + j * kWidth, v, inside);
+    if (!inside) return;
+    for (int i = 0; i < Rows; ++i) {
+      Vec v = sums[i][j];
+      if (bias) v += load(bias + j * kWidth);
+      if (relu) v = v <= 0 ? Vec{} : v;  // NaN stays
+      store(out + i * out_stride + j * kWidth, v, inside);
+    }
   }
+}
+
+// The rows of a block times a panel. Not inlined: what surrounds it would keep registers that the sums
+// need.
+template <int Rows, class T>
+__attribute__((noinline)) void rows_of_block(InRows<T> left, const T* panel, int64_t depth,
+                                             const float* bias, bool relu, float* out,
+                                             int64_t out_stride, int64_t columns) {
+  for (int i = 0; i < Rows; ++i)
+    for (int j = 0; j < kPanelVecs; ++j) __builtin_prefetch(out + i * out_stride + j * kWidth, 1);
+  Vec total[Rows][kPanelVecs];
+  multiply<Rows>(left, panel, kPanel, depth, total);
+  finish(total, bias, relu, out, out_stride, columns);
 }
 
 // out[i][j] = left[i] · panel column j (+ bias[j]) for a block of rows, then ReLU
@@ -204,19 +215,15 @@ void block_times_panel(const Element<Pairs>* left, int64_t left_stride, int64_t 
                        int64_t depth, const Element<Pairs>* panel, const float* bias, bool relu,
                        float* out, int64_t out_stride, int64_t columns) {
   if constexpr (kTiles<Pairs>) {
-    Vec total[kTileRows][kPanelVecs];
-    multiply_tiles(left, left_stride, panel, depth, total);
-    for (int64_t i = 0; i < rows; ++i) finish(total[i], bias, relu, out + i * out_stride, columns);
+    Vec total[kTileRows][1][kPanelVecs];
+    multiply_tiles(left, left_stride, panel, depth, &total[0][0]);
+    for (int64_t i = 0; i < rows; ++i)
+      finish(total[i], bias, relu, out + i * out_stride, out_stride, columns);
     return;
   }
   with_rows(rows, [&](auto count) {
-    Vec total[count.value][kPanelVecs];
-    for (int i = 0; i < count.value; ++i)
-      for (int j = 0; j < kPanelVecs; ++j)
-        __builtin_prefetch(out + i * out_stride + j * kWidth, 1);
-    multiply<count.value>(InRows<Element<Pairs>>{left, left_stride}, panel, kPanel, depth, total);
-    for (int i = 0; i < count.value; ++i)
-      finish(total[i], bias, relu, out + i * out_stride, columns);
+    rows_of_block<count.value>(InRows<Element<Pairs>>{left, left_stride}, panel, depth, bias, relu,
+                               out, out_stride, columns);
   });
 }
 
@@ -364,18 +371,32 @@ struct GroupGradient {
   bool add;
 };
 
-// A row of the gradient within a panel, masked and put or added to its place.
-inline void finish_gradient(const harmodt_linear_shape& s, const Vec* sums, int64_t row, int64_t k,
-                            int64_t columns, const GroupGradient& out, int64_t row_stride) {
-  const int32_t* bits = out.weight_bits + row * s.weight_bits_row_stride;
-  float* to = out.weight + row * row_stride + k;
+// Rows of the gradient within a panel, masked and put or added to their place.
+template <int Rows>
+inline void finish_gradient(const Vec (&sums)[Rows][kPanelVecs], const int32_t* bits,
+                            int64_t bits_stride, int64_t k, int64_t columns, bool add, float* out,
+                            int64_t out_stride) {
   for (int j = 0; j < kPanelVecs; ++j) {
     uint32_t inside = lanes_left(columns - j * kWidth);
-    if (!inside) continue;
-    Vec v = keep(sums[j], bits_at(bits, k + j * kWidth));
-    if (out.add) v += load(to + j * kWidth, inside);
-    store(to + j * kWidth, v, inside);
+    if (!inside) return;
+    for (int i = 0; i < Rows; ++i) {
+      float* to = out + i * out_stride + k + j * kWidth;
+      Vec v = keep(sums[i][j], bits_at(bits + i * bits_stride, k + j * kWidth));
+      if (add) v += load(to, inside);
+      store(to, v, inside);
+    }
   }
+}
+
+// The rows of a strip times a panel that may lie far apart in memory. Not inlined, as above.
+template <int Rows, class T>
+__attribute__((noinline)) void rows_of_strip(InStrip<T> strip, const T* panel, int64_t panel_stride,
+                                             int64_t depth, const int32_t* bits,
+                                             int64_t bits_stride, int64_t k, int64_t columns,
+                                             bool add, float* out, int64_t out_stride) {
+  Vec total[Rows][kPanelVecs];
+  multiply<Rows, kAhead>(strip, panel, panel_stride, depth, total);
+  finish_gradient(total, bits, bits_stride, k, columns, add, out, out_stride);
 }
 
 // A strip of dy, packed, times a panel of x: rows [n, n + height) and columns [k, k + columns).
@@ -384,20 +405,22 @@ void strip_times_panel(const harmodt_linear_shape& s, const Element<Pairs>* stri
                        int64_t height, const Element<Pairs>* panel, int64_t panel_stride,
                        int64_t k, int64_t columns, int64_t depth, const GroupGradient& out,
                        int64_t row_stride) {
+  int64_t bits_stride = s.weight_bits_row_stride;
+  const int32_t* bits = out.weight_bits + n * bits_stride;
+  float* to = out.weight + n * row_stride;
   if constexpr (kTiles<Pairs>) {
-    Vec total[kTileRows][kPanelVecs];
-    multiply_tiles(strip, depth, panel, depth, total);
+    Vec total[kTileRows][1][kPanelVecs];
+    multiply_tiles(strip, depth, panel, depth, &total[0][0]);
     for (int64_t i = 0; i < height; ++i)
-      finish_gradient(s, total[i], n + i, k, columns, out, row_stride);
+      finish_gradient(total[i], bits + i * bits_stride, bits_stride, k, columns, out.add,
+                      to + i * row_stride, row_stride);
     return;
   }
-  for (int64_t i0 = 0; i0 < height; i0 += kRows)
-    with_rows(smaller(kRows, height - i0), [&](auto count) {
-      Vec total[count.value][kPanelVecs];
-      multiply_strip<count.value>(InStrip<Element<Pairs>>{strip + i0}, panel, panel_stride, depth,
-                                  total);
-      for (int i = 0; i < count.value; ++i)
-        finish_gradient(s, total[i], n + i0 + i, k, columns, out, row_stride);
+  for (int64_t i = 0; i < height; i += kRows)
+    with_rows(smaller(kRows, height - i), [&](auto count) {
+      rows_of_strip<count.value>(InStrip<Element<Pairs>>{strip + i}, panel, panel_stride, depth,
+                                 bits + i * bits_stride, bits_stride, k, columns, out.add,
+                                 to + i * row_stride, row_stride);
     });
 }
 
