@@ -22,7 +22,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
     with contextlib.suppress(ModuleNotFoundError):
-        import triton  # noqa: F401
+        import interpreter
+
+        interpreter.replace_once()
 
 from harmodt_kernels import PYTORCH, REFERENCE, Backend, fused_backend  # noqa: E402
 from harmodt_kernels.native import library  # noqa: E402
