@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,18 +81,25 @@ def check(group: Any) -> None:
     Raises:
         UserError: names the setting and what it may be.
     """
-    hints = get_type_hints(type(group), include_extras=True)
+    kind: type = type(group)
     for field in dataclasses.fields(group):
         value = getattr(group, field.name)
         if dataclasses.is_dataclass(value):
             check(value)
         elif value is not None:
             values = value if isinstance(value, tuple) else (value,)
-            for bounds in _bounds(hints[field.name]):
+            for bounds in _bounds_of(kind)[field.name]:
                 for number in values:
                     _check_bounds(field.name, number, bounds)
     if hasattr(group, "check"):
         group.check()
+
+
+@functools.cache
+def _bounds_of(kind: type) -> dict[str, tuple[Meta, ...]]:
+    """The bounds of each setting of a group; read once, because reading types takes long."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {field.name: tuple(_bounds(hints[field.name])) for field in dataclasses.fields(kind)}
 
 
 def _bounds(hint: Any) -> Iterator[Meta]:
