@@ -33,10 +33,12 @@ constexpr int64_t kStrip = kTiles<Pairs> ? kTileRows : 8 * kRows;
 // Most rows of a group at a time, so that what is packed of them stays in a core's cache.
 constexpr int64_t kMostRows = 1024;
 // The same of the weight gradient, where they are the depth.
-constexpr int64_t kMostDepth = 320;
+template <bool Pairs>
+constexpr int64_t kMostDepth = Pairs ? 640 : 320;
 
-// Rows of a panel of x that are fetched ahead: they may be far apart in memory.
-constexpr int kAhead = 8;
+// Rows of a panel of x that are fetched ahead, and columns of a weight: rows may be far apart in
+// memory.
+constexpr int kAhead = 8, kColumnsAhead = 32;
 
 template <bool Pairs>
 using Element = std::conditional_t<Pairs, int32_t, float>;
@@ -107,6 +109,7 @@ struct MaskedWeight {
   // Elements [row][column...] within `columns`, 0 where the bit is not set.
   Vec at(int64_t row, int64_t column, int64_t columns) const {
     if (column >= columns) return Vec{};
+    __builtin_prefetch(weight + row * stride + column + kColumnsAhead);
     uint32_t kept = bits_at(bits + row * bits_stride, column) & lanes_left(columns - column);
     return load(weight + row * stride + column, kept);
   }
@@ -196,8 +199,8 @@ inline void finish(const Vec (&sums)[Rows][kPanelVecs], const float* bias, bool 
   }
 }
 
-// The rows of a block times a panel. Not inlined: what surrounds it would keep registers that the sums
-// need.
+// The rows of a block times a panel. Not inlined: what surrounds it could keep registers that the
+// sums need.
 template <int Rows, class T>
 __attribute__((noinline)) void rows_of_block(InRows<T> left, const T* panel, int64_t depth,
                                              const float* bias, bool relu, float* out,
@@ -394,6 +397,9 @@ __attribute__((noinline)) void rows_of_strip(InStrip<T> strip, const T* panel, i
                                              int64_t depth, const int32_t* bits,
                                              int64_t bits_stride, int64_t k, int64_t columns,
                                              bool add, float* out, int64_t out_stride) {
+  for (int i = 0; i < Rows; ++i)
+    for (int j = 0; j < kPanelVecs; ++j)
+      __builtin_prefetch(out + i * out_stride + k + j * kWidth, 1);
   Vec total[Rows][kPanelVecs];
   multiply<Rows, kAhead>(strip, panel, panel_stride, depth, total);
   finish_gradient(total, bits, bits_stride, k, columns, add, out, out_stride);
@@ -471,7 +477,7 @@ void masked_linear_weight_gradient(const harmodt_linear_shape& s, const float* d
                                    int threads) {
   constexpr int64_t block = kBlock<Pairs>;
   int64_t blocks = (s.outputs + block - 1) / block;
-  int64_t chunks = (s.rows + kMostDepth - 1) / kMostDepth;
+  int64_t chunks = (s.rows + kMostDepth<Pairs> - 1) / kMostDepth<Pairs>;
   int64_t chunk = s.rows ? (s.rows + chunks - 1) / chunks : 1;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t thread = 0; thread < threads; ++thread) {
