@@ -685,6 +685,24 @@ def test_a_table_in_markdown_has_a_part_for_each_column(table2):
     assert lines[-1] == f"- {table2.notes[-1]}"
 
 
+def test_averages_of_the_columns_stand_beside_the_papers(monkeypatch):
+    from test_results import PROTOCOL, EvaluationResult
+
+    def found(folder, run, question):
+        if "ant-dir" in run.name and "mtdt" in run.name:
+            return None
+        each = {"cheetah-dir": 10.0, "cheetah-vel": -40.0, "ant-dir": 60.0}
+        value = next(value for name, value in each.items() if name in run.name)
+        value += 3.0 * ("harmodt" in run.name)
+        returns = np.full((len(question.tasks), 2), value)
+        return EvaluationResult(PROTOCOL, None, returns, 1.0, {})
+
+    monkeypatch.setattr("harmodt.reproduce.tables.find_result", found)
+    notes = tabulate(make_plan("table4", "small"), Folder(Path("nowhere"))).notes
+    (averages,) = (note for note in notes if note.startswith("Average"))
+    assert averages.endswith("MTDT – (219.2), Prompt-DT 10.0 (362.1), HarmoDT-F 13.0 (396.8).")
+
+
 def test_a_figure_has_the_differences_from_the_reference(table2):
     drawn = [p for p in describe(table2)["data"]["values"] if p["column"] == "MT30 sub-optimal"]
     assert [point["variant"] for point in drawn] == [row.variant for row in table2.rows[18:24]]

@@ -294,12 +294,27 @@ def _notes(plan: Plan, folder: Folder, rows: Sequence[Row]) -> Iterator[str]:
         family_of([column.tasks]).spec.family == METAWORLD for column in plan.experiment.columns
     ):
         yield "Tasks and experts are those of Meta-World v3; the paper's tasks are those of v2."
+    yield from _averages(plan, rows)
     yield (
         "± is the deviation over seeds; the paper does not say what its own is. In brackets, 95 % "
         "intervals of a bootstrap over seeds, tasks and episodes (of harmony, seeds and steps). "
         "Middle half: the interquartile mean over seeds and tasks. Differences are between runs of "
         "one seed on the same goals."
     )
+
+
+def _averages(plan: Plan, rows: Sequence[Row]) -> Iterator[str]:
+    """Over all columns, where the paper prints such averages; of columns without results, none."""
+    parts = []
+    for name, variant in _paper_of(plan.name)["variants"].items():
+        if "average" in variant:
+            of_variant = [row for row in rows if row.variant == name]
+            means = [row.mean.mean for row in of_variant if row.mean]
+            whole = len(means) == len(of_variant)
+            ours = number(rows[0], sum(means) / len(means)) if whole else "–"
+            parts.append(f"{name} {ours} ({variant['average']})")
+    if parts:
+        yield f"Average of the columns, in brackets the paper's: {', '.join(parts)}."
 
 
 def _data_note(folder: Folder, collection: Collection) -> str:
