@@ -11,8 +11,8 @@
 namespace {
 
 constexpr int kKeys = 8;  // keys at a time in a product
-// Heads that a thread comes to later are fetched from memory while it works on one: the next would
-// come too soon.
+// While a thread works on a head, it fetches this one after it: of the next one memory would still be
+// awaited.
 constexpr int64_t kHeadsAhead = 2;
 
 inline Vec exponential(Vec x) {
@@ -31,8 +31,8 @@ inline Vec exponential(Vec x) {
   return vanishes ? Vec{} : (Vec)((IntVec)p + power);
 }
 
-// log(x) of x >= 1, by Newton's steps, each of which squares the error, from the exponent and a line
-// for the rest: 0.06 off at most.
+// log(x) of x >= 1: the exponent and a line for the rest, which is 0.03 off at most, then Newton's
+// steps, each of which leaves half of the error's square.
 inline Vec logarithm(Vec x) {
   IntVec exponent = ((IntVec)x >> 23) - 127;
   Vec rest = (Vec)((IntVec)x - (exponent << 23));  // in [1, 2)
@@ -178,7 +178,8 @@ struct Head {
   // cache: the rows are so far apart that they share few sets of the first. Inlined, because GCC drops
   // calls of what only prefetches, for lack of an effect.
   template <bool Written = false>
-  __attribute__((always_inline)) inline void fetch(const float* matrix, int64_t row_stride, int64_t from, int64_t to) const {
+  __attribute__((always_inline)) inline void fetch(const float* matrix, int64_t row_stride,
+                                                   int64_t from, int64_t to) const {
     for (int64_t i = from; i < to; ++i)
       for (int64_t d = 0; d < s.head_size; d += 16)
         __builtin_prefetch(matrix + i * row_stride + d, Written, 2);
