@@ -55,6 +55,19 @@ def test_equals_the_definition(backend, device) -> None:
     check()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("part", range(3), ids=["query", "key", "value"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_nan_and_infinity_are_not_hidden(backend, device, value, part) -> None:
+    qkv = attention_operands(2, 20, 2, 16)
+    qkv[1, 4, part, 1, 3] = value
+    out = backend.attention(qkv.to(device), slice(None), 0.0)
+    expected = reference.attention(qkv.double().to(device), slice(None), 0.0)
+    spoiled = ~expected.isfinite()
+    assert spoiled.any() and not out[spoiled].isfinite().any()
+    assert out[0].isfinite().all()
+
+
 def equals_the_definition(backend: Backend, qkv: Tensor, queries: slice, drop: float = 0.0) -> None:
     leaf, exact = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
     seed = torch.tensor([7], device=qkv.device)

@@ -16,11 +16,11 @@ constexpr int kKeys = 8;  // keys at a time in a product
 constexpr int64_t kHeadsAhead = 2;
 
 inline Vec exponential(Vec x) {
-  // exp(x) = 2^n exp(r), |r| <= ln 2 / 2; below the normal numbers it is 0.
+  // exp(x) = 2^n exp(r), |r| <= ln 2 / 2; below the normal numbers it is 0, and NaN stays.
   IntVec vanishes = x < -87.0f;
-  x = x > -87.0f ? x : splat(-87.0f);
+  x = vanishes ? splat(-87.0f) : x;
   Vec n = fused_multiply_add(x, splat(1.44269504f), splat(12582912.0f));  // integer in the low bits
-  IntVec power = (IntVec)n << 23;
+  Vec power = (Vec)(((IntVec)n << 23) + 0x3f800000);
   n -= 12582912.0f;
   Vec r = fused_multiply_add(n, splat(-0.693359375f), x);
   r = fused_multiply_add(n, splat(2.12194440e-4f), r);
@@ -28,7 +28,7 @@ inline Vec exponential(Vec x) {
   const float more[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
                         1.6666665459e-1f, 5.0000001201e-1f, 1.0f, 1.0f};
   for (float c : more) p = fused_multiply_add(p, r, splat(c));
-  return vanishes ? Vec{} : (Vec)((IntVec)p + power);
+  return vanishes ? Vec{} : p * power;
 }
 
 // log(x) of x >= 1: the exponent and a line for the rest, which is 0.03 off at most, then Newton's
