@@ -10,7 +10,7 @@ from triton.runtime import interpreter
 
 
 def replace_once() -> None:
-    """Let what kernels call be replaced for the interpreter once a launch.
+    """Let what kernels call be replaced for the interpreter at most once a launch.
 
     Triton looks through all of its language each time that a function calls another, in which
     nothing is left to replace: a third to a half of the time of these tests. Another version of

@@ -310,7 +310,7 @@ def _averages(plan: Plan, rows: Sequence[Row]) -> Iterator[str]:
         if "average" in variant:
             of_variant = [row for row in rows if row.variant == name]
             means = [row.mean.mean for row in of_variant if row.mean]
-            whole = len(means) == len(of_variant)
+            whole = means and len(means) == len(of_variant)
             ours = number(rows[0], sum(means) / len(means)) if whole else "–"
             parts.append(f"{name} {ours} ({variant['average']})")
     if parts:

@@ -11,8 +11,8 @@
 namespace {
 
 constexpr int kKeys = 8;  // keys at a time in a product
-// While a thread works on a head, it fetches this one after it: of the next one memory would still be
-// awaited.
+// While a thread works on a head, it fetches this one after it: of the next one memory would still
+// be awaited.
 constexpr int64_t kHeadsAhead = 2;
 
 inline Vec exponential(Vec x) {
@@ -107,30 +107,30 @@ struct Head {
   harmodt_attention_shape s;
   int64_t sequence, head;
   int64_t total;   // keys: past and present tokens
-  int64_t places;  // for them, in whole tiles
+  int64_t padded_keys;  // in whole tiles
   int64_t size;    // of a padded row
   int64_t stride;  // from token to token of qkv
   int64_t offset;  // of the first token's query; key and value lie `part` and 2 `part` further
   int64_t part;
   float scale;
-  float *keys, *values, *d_keys, *d_values;    // [places][size]
+  float *keys, *values, *d_keys, *d_values;    // [padded_keys][size]
   float *queries, *d_out, *rows;               // of a block, [kWidth][size]
   float *queries_t, *d_out_t, *transposed;     // of a block, [size][kWidth]
-  float *scores, *gradients;                   // of a block, [places][kWidth]
+  float *scores, *gradients;                   // of a block, [padded_keys][kWidth]
 
   static int64_t padded(const harmodt_attention_shape& s) {
     return (s.head_size + kWidth - 1) / kWidth * kWidth;
   }
   static int64_t tiles(int64_t keys) { return (keys + kKeys - 1) / kKeys * kKeys; }
   static uint64_t memory(const harmodt_attention_shape& s) {
-    int64_t places = tiles(s.past + s.tokens);
-    return sizeof(float) * (places * (4 * padded(s) + 2 * kWidth) + 6 * kWidth * padded(s));
+    int64_t keys = tiles(s.past + s.tokens);
+    return sizeof(float) * (keys * (4 * padded(s) + 2 * kWidth) + 6 * kWidth * padded(s));
   }
 
   Head(const harmodt_attention_shape& shape, int64_t item, float* memory)
       : s(shape), sequence(item / shape.heads), head(item % shape.heads), size(padded(shape)) {
     total = s.past + s.tokens;
-    places = tiles(total);
+    padded_keys = tiles(total);
     part = s.heads * s.head_size;
     stride = 3 * part;
     offset = sequence * s.tokens * stride + head * s.head_size;
@@ -138,7 +138,7 @@ struct Head {
     float** of_tokens[] = {&keys, &values, &d_keys, &d_values};
     for (float** matrix : of_tokens) {
       *matrix = memory;
-      memory += places * size;
+      memory += padded_keys * size;
     }
     float** of_block[] = {&queries, &d_out, &rows, &queries_t, &d_out_t, &transposed};
     for (float** matrix : of_block) {
@@ -146,7 +146,7 @@ struct Head {
       memory += kWidth * size;
     }
     scores = memory;
-    gradients = scores + places * kWidth;
+    gradients = scores + padded_keys * kWidth;
   }
 
   // A row of the head between tensors, where it has head_size elements, and here.
@@ -168,29 +168,28 @@ struct Head {
       get(qkv + offset + j * stride + part, keys + (s.past + j) * size);
       get(qkv + offset + j * stride + 2 * part, values + (s.past + j) * size);
     }
-    for (int64_t i = total * size; i < places * size; i += kWidth) {
+    for (int64_t i = total * size; i < padded_keys * size; i += kWidth) {
       store(keys + i, Vec{});
       store(values + i, Vec{});
     }
   }
 
-  // Begin to read, or to write, rows [from, to) of this head in a matrix. Into the second-level
-  // cache: the rows are so far apart that they share few sets of the first. Inlined, because GCC drops
-  // calls of what only prefetches, for lack of an effect.
-  template <bool Written = false>
+  // Begin to read rows [from, to) of this head in a matrix. Into the second-level cache: the rows are
+  // so far apart that they share few sets of the first. Inlined, because GCC drops calls of what only
+  // prefetches, for lack of an effect.
   __attribute__((always_inline)) inline void fetch(const float* matrix, int64_t row_stride,
                                                    int64_t from, int64_t to) const {
     for (int64_t i = from; i < to; ++i)
       for (int64_t d = 0; d < s.head_size; d += 16)
-        __builtin_prefetch(matrix + i * row_stride + d, Written, 2);
+        __builtin_prefetch(matrix + i * row_stride + d, 0, 2);
   }
 
   int64_t token(int64_t query) const { return s.first_query + query * s.query_step; }
   int64_t row(int64_t query) const { return (sequence * s.queries + query) * s.heads + head; }
 };
 
-// The queries `first` and later, kWidth of them; after the last one, it is repeated. In the course of
-// its work it fetches its share of a later head, some rows at a time: more at once would queue.
+// The queries `first` and later, kWidth of them; after the last one, it is repeated. In the course
+// of its work it fetches its share of a later head, some rows at a time: more at once would queue.
 struct Block {
   Head h, later;
   int64_t first, queries;
@@ -214,15 +213,12 @@ struct Block {
     transpose_rows(h.queries, h.size, h.queries_t);
   }
   // Of queries (0), keys (1) or values (2); and of the output.
-  template <bool Written = false>
   __attribute__((always_inline)) inline void fetch(const float* qkv, int part) const {
-    later.fetch<Written>(qkv + later.offset + part * later.part, later.stride,
-                         h.s.tokens * first / h.s.queries,
-                         h.s.tokens * (first + queries) / h.s.queries);
+    later.fetch(qkv + later.offset + part * later.part, later.stride,
+                h.s.tokens * first / h.s.queries, h.s.tokens * (first + queries) / h.s.queries);
   }
-  template <bool Written = false>
   __attribute__((always_inline)) inline void fetch_outputs(const float* out) const {
-    later.fetch<Written>(out + later.row(0) * h.s.head_size, later.part, first, first + queries);
+    later.fetch(out + later.row(0) * h.s.head_size, later.part, first, first + queries);
   }
 
   // All ones where a query may see key j.
@@ -253,7 +249,7 @@ void attention_of(Block block, const float* qkv, float* out, float* log_sums) {
   }
   block.fetch(qkv, 2);
   weighted_sums(h.scores, h.values, block.keys, h.size, h.transposed);
-  block.fetch_outputs<true>(out);
+  block.fetch_outputs(out);
   Vec share = 1 / total, log_sum = most + logarithm(total);
   for (int64_t d = 0; d < h.size; ++d)
     store(h.transposed + d * kWidth, load(h.transposed + d * kWidth) * share);
@@ -317,11 +313,11 @@ void attention_gradient_of(Block block, const float* d_out, const float* qkv, co
   }
   block.fetch_outputs(d_out);
   add_outer(h.scores, h.d_out, block.keys, h.size, h.d_values);
-  block.fetch<true>(d_qkv, 0);
+  block.fetch(d_qkv, 0);
   add_outer(h.gradients, h.queries, block.keys, h.size, h.d_keys);
-  block.fetch<true>(d_qkv, 1);
+  block.fetch(d_qkv, 1);
   weighted_sums(h.gradients, h.keys, block.keys, h.size, h.transposed);
-  block.fetch<true>(d_qkv, 2);
+  block.fetch(d_qkv, 2);
   transpose_back(h.transposed, h.size, h.rows);
   for (int64_t i = 0; i < block.queries; ++i)
     h.put(h.rows + i * h.size, d_qkv + h.offset + h.token(block.query(i)) * h.stride);

@@ -219,7 +219,7 @@ void block_times_panel(const Element<Pairs>* left, int64_t left_stride, int64_t 
                        float* out, int64_t out_stride, int64_t columns) {
   if constexpr (kTiles<Pairs>) {
     Vec total[kTileRows][1][kPanelVecs];
-    multiply_tiles(left, left_stride, panel, depth, &total[0][0]);
+    multiply_tiles(left, left_stride, panel, depth, reinterpret_cast<Vec(*)[kPanelVecs]>(total));
     for (int64_t i = 0; i < rows; ++i)
       finish(total[i], bias, relu, out + i * out_stride, out_stride, columns);
     return;
@@ -416,7 +416,7 @@ void strip_times_panel(const harmodt_linear_shape& s, const Element<Pairs>* stri
   float* to = out.weight + n * row_stride;
   if constexpr (kTiles<Pairs>) {
     Vec total[kTileRows][1][kPanelVecs];
-    multiply_tiles(strip, depth, panel, depth, &total[0][0]);
+    multiply_tiles(strip, depth, panel, depth, reinterpret_cast<Vec(*)[kPanelVecs]>(total));
     for (int64_t i = 0; i < height; ++i)
       finish_gradient(total[i], bits + i * bits_stride, bits_stride, k, columns, out.add,
                       to + i * row_stride, row_stride);
