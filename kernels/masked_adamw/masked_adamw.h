@@ -29,18 +29,22 @@ void masked_adamw(const harmodt_adamw_operands& s, int threads) {
     const uint32_t of_word = active_in_step(s, word);
     if (!of_word) continue;
     for (int64_t at = word * 32; at < smaller(word * 32 + 32, s.size); at += kWidth) {
-      uint32_t active = of_word >> (at & 31) & lanes_left(s.size - at);
-      Vec w = load(s.weights + at, active), g = load(s.gradient + at, active);
-      Vec m = load(s.first_moment + at, active), v = load(s.second_moment + at, active);
-      g *= s.scale;
+      // All lanes are stored, those of inactive weights as they were: memory takes whole cache lines
+      // faster than parts of them.
+      uint32_t inside = lanes_left(s.size - at);
+      IntVec active = expand(of_word >> (at & 31));
+      const Vec old_w = load(s.weights + at, inside), old_m = load(s.first_moment + at, inside);
+      const Vec old_v = load(s.second_moment + at, inside);
+      Vec g = load(s.gradient + at, inside) * s.scale, w = old_w, m = old_m, v = old_v;
       m = lerp(m, g, s.first_rate);
       v = lerp(v, g * g, s.second_rate);
       Vec denominator = square_root(v) * s.second_correction + s.epsilon;
       Vec update = m / denominator * s.first_correction;
       update = fused_multiply_add(splat(s.weight_decay), w, update);
-      store(s.weights + at, fused_multiply_add(splat(-s.learning_rate), update, w), active);
-      store(s.first_moment + at, m, active);
-      store(s.second_moment + at, v, active);
+      w = fused_multiply_add(splat(-s.learning_rate), update, w);
+      store(s.weights + at, active ? w : old_w, inside);
+      store(s.first_moment + at, active ? m : old_m, inside);
+      store(s.second_moment + at, active ? v : old_v, inside);
     }
   }
 }

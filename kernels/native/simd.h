@@ -51,7 +51,10 @@ inline IntVec expand(uint32_t bits) {
 #if defined(__AVX512F__)
 inline Vec keep(Vec v, uint32_t bits) { return (Vec)_mm512_maskz_mov_ps(bits, (__m512)v); }
 inline Vec load(const float* p, uint32_t bits) { return (Vec)_mm512_maskz_loadu_ps(bits, p); }
-inline void store(float* p, Vec v, uint32_t bits) { _mm512_mask_storeu_ps(p, bits, (__m512)v); }
+inline void store(float* p, Vec v, uint32_t bits) {
+  if ((bits & 0xffff) == 0xffff) return store(p, v);  // masked stores are slow on some processors
+  _mm512_mask_storeu_ps(p, bits, (__m512)v);
+}
 #else
 inline Vec keep(Vec v, uint32_t bits) { return (Vec)((IntVec)v & expand(bits)); }
 #if defined(__AVX2__)
@@ -59,7 +62,7 @@ inline Vec load(const float* p, uint32_t bits) {
   return (Vec)_mm256_maskload_ps(p, (__m256i)expand(bits));
 }
 inline void store(float* p, Vec v, uint32_t bits) {
-  if ((bits & 0xff) == 0xff) return store(p, v);  // masked stores are slow on some processors
+  if ((bits & 0xff) == 0xff) return store(p, v);  // as above
   _mm256_maskstore_ps(p, (__m256i)expand(bits), (__m256)v);
 }
 #else
