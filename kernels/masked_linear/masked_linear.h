@@ -32,7 +32,7 @@ template <bool Pairs>
 constexpr int64_t kStrip = kTiles<Pairs> ? kTileRows : 8 * kRows;
 // Most rows of a group at a time, so that what is packed of them stays in a core's cache.
 constexpr int64_t kMostRows = 1024;
-// The same of the weight gradient, where they are the depth.
+// The same of the weight gradient, where they are the depth; pairs of bf16 take half of the memory.
 template <bool Pairs>
 constexpr int64_t kMostDepth = Pairs ? 640 : 320;
 
