@@ -1,4 +1,4 @@
-"""What the kernels are timed beside: the copies W ⊙ M by their Triton kernels, and the paths."""
+"""What the kernels are measured beside: masked copies, paths of a step, results in float64."""
 
 from __future__ import annotations
 
@@ -64,3 +64,14 @@ def test_a_step_on_masked_copies_is_that_of_the_definition(tmp_path, monkeypatch
     assert (changes["masked copies"] - expected).norm() <= 1e-3 * expected.norm()
     assert torch.equal(changes["masked copies"] == 0, expected == 0)
     assert (changes["dense"] - expected).norm() > 0.1 * expected.norm()
+
+
+@pytest.mark.usefixtures("native")
+def test_the_errors_of_every_operation_are_small_and_not_all_zero() -> None:
+    import errors
+
+    rows = errors.measure("fp32", rows=8)
+    assert {row["operation"] for row in rows} == set(errors.operations(1))
+    assert max(row["error"] for row in rows) < 1e-5 and max(row["pytorch"] for row in rows) < 1e-5
+    assert sum(row["error"] > 1e-9 for row in rows) > len(rows) // 2
+    assert all(row["operation"] in errors.table(rows) for row in rows)
