@@ -714,6 +714,18 @@ def test_a_figure_has_the_differences_from_the_reference(table2):
     assert drawn[-2]["low"] < -37.5 < drawn[-2]["high"] < 0
 
 
+def test_a_figures_title_is_no_wider_than_its_panels(table2):
+    def title(columns: int) -> dict[str, list[str]]:
+        plan = table2.plan
+        few = replace(
+            plan.experiment, columns=plan.experiment.columns[:columns], title="word " * 60
+        )
+        return describe(replace(table2, plan=replace(plan, experiment=few)))["title"]
+
+    assert 40 < max(map(len, title(1)["text"])) <= 56 < max(map(len, title(2)["text"])) <= 112
+    assert max(map(len, title(1)["subtitle"])) <= 56
+
+
 def test_the_others_are_compared_with_the_variant_that_is_asked_for(
     reproduced, monkeypatch, capsys
 ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from ..files import clear_temporaries, write_bytes
@@ -12,6 +13,7 @@ from .tables import SOLVED, Outcome, Row, number
 # Legible on white and on black.
 _INK, _OURS, _GRID = "#6e7781", "#1f7ae0", "#8b949e55"
 _WIDTH = 270
+_LETTERS = 56  # of a title above a panel and its labels
 
 Spec = dict[str, Any]
 
@@ -57,6 +59,7 @@ def describe(outcome: Outcome) -> Spec:
     legend = "paired differences with 95 % intervals; at the right, means"
     if any("paper" in point for point in points):
         legend += "; ◇ the paper's differences, at its own budget"
+    letters = _LETTERS * min(2, len(experiment.columns))  # what is wider would be cut off
     title = f"{outcome.rows[0].measure}, minus {experiment.reference}"
     panel = [
         _layer("rule", "zero", title, strokeDash=[2, 3], color=_INK),
@@ -74,7 +77,10 @@ def describe(outcome: Outcome) -> Spec:
         "title": None,
     }
     return {
-        "title": {"text": f"{outcome.plan.name}: {experiment.title}", "subtitle": legend},
+        "title": {
+            "text": wrap(f"{outcome.plan.name}: {experiment.title}", letters),
+            "subtitle": wrap(legend, letters),
+        },
         "data": {"values": points},
         "facet": {
             "field": "column",
