@@ -8,7 +8,7 @@ experiment is a row of `EXPERIMENTS`, a new budget one of `BUDGETS`. What the pa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ..config import SIZES
@@ -215,6 +215,7 @@ _EMBEDDING = {"task_embedding_dim": 16}
 _ONE_MASK = Variant("HarmoDT-R, one mask for all", "harmodt-r", {"shared_mask": True})
 # Where masks do most, by the paper's Table 3; of several tasks a step, between which surgery is.
 _MT10_SMALLEST = _sets("mt10", size="0.48M", tasks_per_step=8)
+_LONGER = {"steps": Times(10, "steps")}
 # What two cores train; its own 5.32 M parameters take hours.
 _SMALL_MTDIFF = Variant(
     "MTDIFF-P, 1.15 M",
@@ -376,6 +377,15 @@ EXPERIMENTS: dict[str, Experiment] = {
                 {"eta_max": 10_000, "mask_update_every": Times(0.25, "mask_update_every")},
             ),
             Variant("HarmoDT-F, one mask at first", "harmodt-f", {"shared_mask": True}),
+        ),
+        reference="HarmoDT-R",
+    ),
+    "longer": Experiment(
+        title="ten times as many steps and mask updates, on 10 tasks at the smallest size",
+        columns=_MT10_SMALLEST[1:],
+        variants=tuple(
+            replace(variant, settings={**variant.settings, **_LONGER})
+            for variant in (_PROMPT_DT, _ONE_MASK, _R, _F)
         ),
         reference="HarmoDT-R",
     ),
