@@ -50,8 +50,8 @@ class LinearArithmetic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().partition(".")[0].removeprefix("harmodt::")
-        if name == "masked_linear":
-            x, weight = args[:2]
+        if name in ("masked_linear", "norm_linear"):
+            x, weight = args[0], args[1 if name == "masked_linear" else 5]
             self.operations += 2 * x.numel() * len(weight)
         elif name == "masked_linear_input_gradient":
             dy, _, weight = args[:3]

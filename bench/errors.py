@@ -21,7 +21,7 @@ from report import plain_table
 from torch import Tensor
 
 from harmodt.files import write_json
-from harmodt_kernels import PYTORCH, REFERENCE, Backend, fused_backend
+from harmodt_kernels import PYTORCH, REFERENCE, Backend, LayerMasks, fused_backend
 
 PRECISIONS = ("bf16", "tf32", "fp32") if ON_GPU else ("bf16", "fp32")
 Results = dict[str, Tensor]
@@ -88,6 +88,7 @@ def operations(rows: int) -> dict[str, Operation]:
         **{f"masked linear, {layer}": _linear(layer, rows) for layer in ("qkv", "down")},
         "masked linear with ReLU, up": _linear("up", rows),
         "linear and residual, down": _residual("down", rows),
+        "LayerNorm and linear, qkv": _norm_linear("qkv", rows),
         "masked LayerNorm": _layer_norm(rows),
         "attention": _attention(),
     }
@@ -120,6 +121,23 @@ def _residual(layer: str, rows: int) -> Operation:
         y = backend.linear_residual(x, weight, bias, *problem.masks, residual, 0.0)
         dx, d_weight, d_bias = torch.autograd.grad(y, (x, weight, bias), problem.dy.to(y.dtype))
         return {"y": y, "dx": dx, "dW": d_weight, "db": d_bias}
+
+    return run
+
+
+def _norm_linear(layer: str, rows: int) -> Operation:
+    problem, of_norm = _exact_in_bf16(layer, rows), _exact_in_bf16("out", rows)
+    masks = LayerMasks(*problem.masks)
+    norm_masks = LayerMasks(of_norm.bias_bits, of_norm.bias_bits, problem.task_ids)
+
+    def run(backend: Backend, activations: torch.dtype, weights: torch.dtype) -> Results:
+        operands = [
+            t.to(weights).requires_grad_()
+            for t in (problem.x, of_norm.weight[0], of_norm.bias, problem.weight, problem.bias)
+        ]
+        y, _ = backend.norm_linear(*operands, norm_masks, masks)
+        gradients = torch.autograd.grad(y, operands, problem.dy.to(y.dtype))
+        return dict(zip(("y", "dx", "dgain", "dshift", "dW", "db"), (y, *gradients), strict=True))
 
     return run
 

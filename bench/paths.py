@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from harmodt.settings import change
 from harmodt.training.trainer import Trainer
 from harmodt_kernels import PYTORCH, Backend, MaskedLinear, pack_bits, unpack_bits
 from harmodt_kernels.dropout_add.pytorch import dropout_mask
+from harmodt_kernels.norm_linear.reference import in_parts
 
 DENSE = ("dense", "compiled") if ON_GPU else ("dense", "dense, oneDNN", "compiled")
 PATHS = ("fused", "masked copies", "reference", *DENSE)
@@ -132,6 +134,7 @@ class MaskedCopies:
             self._kernels,
             name="masked copies",
             masked_linear=self._masked_linear,
+            norm_linear=partial(in_parts, self._kernels.masked_layer_norm, self._masked_linear),
             linear_residual=self._linear_residual,
             masked_adamw=self._masked_adamw,
         )

@@ -32,7 +32,7 @@ STEPS = 20
 
 # Part of the step to the names of its operations.
 PARTS = {
-    "linear layers, forward": ("harmodt::masked_linear",),
+    "linear layers, forward": ("harmodt::masked_linear", "harmodt::norm_linear"),
     "linear layers, gradient of x": ("harmodt::masked_linear_input_gradient",),
     "linear layers, gradient of W and b": ("harmodt::masked_linear_weight_gradients",),
     "products of other layers, or of the reference": (

@@ -31,6 +31,9 @@ from .masked_linear import operation as linear_operation
 from .masked_linear import pytorch as linear_pytorch
 from .masked_linear import reference as linear_reference
 from .native import library
+from .norm_linear import operation as norm_linear_operation
+from .norm_linear import pytorch as norm_linear_pytorch
+from .norm_linear import reference as norm_linear_reference
 from .registration import check_available, kernels_for
 from .token_embedding import operation as embedding_operation
 from .token_embedding import reference as embedding_reference
@@ -54,6 +57,7 @@ class Backend:
     masked_linear: Callable[..., Tensor]
     linear_residual: Callable[..., Tensor]
     masked_layer_norm: Callable[..., tuple[Tensor, Tensor]]
+    norm_linear: Callable[..., tuple[Tensor, Tensor]]
     attention: Callable[..., Tensor]
     dropout_add: Callable[..., Tensor]
     token_embedding: Callable[..., Tensor]
@@ -124,6 +128,11 @@ _OPERATIONS = {
         norm_reference.masked_layer_norm,
         norm_pytorch.masked_layer_norm,
         norm_operation.masked_layer_norm,
+    ),
+    "norm_linear": _Operation(
+        norm_linear_reference.norm_linear,
+        norm_linear_pytorch.norm_linear,
+        norm_linear_operation.norm_linear,
     ),
     "attention": _Operation(
         attention_reference.attention,

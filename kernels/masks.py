@@ -36,6 +36,11 @@ class LayerMasks:
     group_gradients: tuple[Tensor, Tensor | None] | None = None
     queue: WeightGradients | None = None
 
+    @property
+    def bits(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The operands that say which weights are active."""
+        return self.weight_bits, self.bias_bits, self.task_ids
+
 
 def copies_of_groups(
     values: Tensor,

@@ -33,12 +33,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 import harmodt_kernels
-from harmodt_kernels import masked_adamw, masked_linear, registration, words_for
+from harmodt_kernels import LayerMasks, masked_adamw, masked_linear, registration, words_for
 from harmodt_kernels.attention import attention
 from harmodt_kernels.dropout_add import dropout_add
 from harmodt_kernels.linear_residual import linear_residual
 from harmodt_kernels.masked_layer_norm import masked_layer_norm
 from harmodt_kernels.masked_linear.gradients import LayerGradients, write
+from harmodt_kernels.norm_linear import norm_linear
 from harmodt_kernels.token_embedding import token_embedding
 
 OUTPUT = Path(__file__).parents[1] / "build" / "kernels.md"
@@ -235,6 +236,43 @@ def linear_residual_case(precision: str, rows: int, inputs: int, outputs: int) -
     return Case(f"5 × {rows} rows, {inputs} to {outputs}, dropout, residual", run, precision)
 
 
+def norm_linear_cases() -> Iterator[Case]:
+    yield norm_linear_case("fp32", 600, 128, 384)
+    yield norm_linear_case("bf16, fp32 weights", 600, 128, 384)
+    for precision in TRAINING:
+        yield norm_linear_case(precision, 4800, 256, 1024, relu=True)._replace(largest=True)
+
+
+def norm_linear_case(
+    precision: str, rows: int, inputs: int, outputs: int, *, relu: bool = False
+) -> Case:
+    """Forward and backward pass under autocast, whose x is of float32."""
+    dtype, _ = PRECISIONS[precision]
+
+    def run() -> None:
+        gain, shift = torch.empty(2, inputs, requires_grad=True)
+        of_inputs = torch.zeros(3, words_for(inputs), dtype=torch.int32)
+        ids = torch.zeros(5, dtype=torch.int64)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            y, x = norm_linear(
+                torch.empty(5, rows, inputs, requires_grad=True),
+                *(gain, shift),
+                torch.empty(outputs, inputs, requires_grad=True),
+                torch.empty(outputs, requires_grad=True),
+                LayerMasks(of_inputs, of_inputs, ids),
+                LayerMasks(
+                    torch.zeros(3, outputs, words_for(inputs), dtype=torch.int32),
+                    torch.zeros(3, words_for(outputs), dtype=torch.int32),
+                    ids,
+                ),
+                relu=relu,
+            )
+        torch.autograd.backward((y, x), (torch.empty_like(y), torch.empty_like(x)))
+
+    use = f"5 × {rows} rows, LayerNorm, {inputs} to {outputs}"
+    return Case(f"{use}, ReLU" if relu else use, run, precision)
+
+
 def weight_gradients_cases() -> Iterator[Case]:
     # Few, because each takes seconds; with dropout, which takes the most registers.
     for precision in TRAINING:
@@ -246,7 +284,9 @@ def weight_gradients_case(precision: str, d: int, groups: int, *, drop: float) -
     """The layers of a block together, as the model has them: rows after one another in vectors."""
     dtype, weight_dtype = PRECISIONS[precision]
 
-    def layer(inputs: int, outputs: int, relu: bool, drop: float) -> LayerGradients:
+    def layer(
+        inputs: int, outputs: int, normalised: bool, relu: bool, drop: float
+    ) -> LayerGradients:
         size = outputs * (inputs + 1)
         bits = torch.zeros(3, WEIGHTS // 32, dtype=torch.int32)[:, : size // 32]
         gradients = torch.empty(1, WEIGHTS, dtype=weight_dtype)[:, :size]
@@ -254,7 +294,7 @@ def weight_gradients_case(precision: str, d: int, groups: int, *, drop: float) -
         return LayerGradients(
             dy=dy,
             y=dy if relu else None,
-            x=torch.empty(groups, 600, inputs, dtype=dtype),
+            x=torch.empty(groups, 600, inputs, dtype=torch.float32 if normalised else dtype),
             weight_bits=bits[:, : -outputs // 32].unflatten(1, (outputs, inputs // 32)),
             bias_bits=bits[:, -outputs // 32 :],
             task_ids=torch.zeros(groups, dtype=torch.int64),
@@ -262,11 +302,14 @@ def weight_gradients_case(precision: str, d: int, groups: int, *, drop: float) -
             bias_out=gradients[:, -outputs:],
             drop=drop,
             seed=torch.zeros(1, dtype=torch.int64) if drop else None,
+            statistics=torch.empty(groups, 600, 2) if normalised else None,
+            affine=torch.empty(groups, 2, inputs) if normalised else None,
         )
 
     def run() -> None:
-        sizes = (d, 3 * d, False, 0.0), (d, d, False, drop), (d, 4 * d, True, 0.0)
-        write([layer(*size) for size in (*sizes, (4 * d, d, False, drop))])
+        qkv, out = (d, 3 * d, True, False, 0.0), (d, d, False, False, drop)
+        up, down = (d, 4 * d, True, True, 0.0), (4 * d, d, False, False, drop)
+        write([layer(*size) for size in (down, up, out, qkv)])
 
     return Case(f"a block of {d}, {groups} × 600 rows, dropout", run, precision)
 
@@ -416,6 +459,7 @@ def masked_adamw_case(size: int) -> Case:
 CASES = {
     "masked_linear": masked_linear_cases,
     "linear_residual": linear_residual_cases,
+    "norm_linear": norm_linear_cases,
     "weight_gradients": weight_gradients_cases,
     "masked_layer_norm": masked_layer_norm_cases,
     "attention": attention_cases,

@@ -99,6 +99,18 @@ def native(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
+@pytest.fixture(params=["amx", "avx512bf16", "avx512", "avx2", "portable"])
+def cpu(request: pytest.FixtureRequest, native: None) -> Iterator[Backend]:
+    """The CPU kernels held to an instruction set."""
+    best = fused_backend("cpu").name.removeprefix("cpu-")
+    if not library.library().harmodt_use_isa(request.param.encode()):
+        pytest.skip(f"this machine has no {request.param}")
+    backend = fused_backend("cpu")
+    assert backend.name == f"cpu-{request.param}"
+    yield backend
+    library.library().harmodt_use_isa(best.encode())
+
+
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that PyTorch hands out holds NaN."""

@@ -85,12 +85,12 @@ def test_an_algorithm_without_masks_goes_through_the_kernels(
         make_trainer(store, config, device, backend) for backend in (counted, REFERENCE)
     )
     torch.testing.assert_close(losses(fused, 2), losses(definition, 2), rtol=1e-4, atol=0.0)
-    # A block has two LayerNorms and four linear layers, of which two end a residual branch. There
-    # are a LayerNorm before and one after the blocks, and the head.
+    # A block's residual branches begin with a LayerNorm and a linear layer and end with another.
+    # There are a LayerNorm before and one after the blocks, and the head.
     embeddings = 2 if config.own.prompts() else 1
     assert calls == {
-        "token_embedding": 2 * embeddings, "masked_linear": 2 * 3, "linear_residual": 2 * 2,
-        "masked_layer_norm": 2 * 4, "attention": 2, "masked_adamw": 2,
+        "token_embedding": 2 * embeddings, "masked_linear": 2, "norm_linear": 2 * 2,
+        "linear_residual": 2 * 2, "masked_layer_norm": 2 * 2, "attention": 2, "masked_adamw": 2,
     }  # fmt: skip
 
 

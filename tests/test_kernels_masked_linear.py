@@ -288,6 +288,8 @@ def operands_of_ops(device: torch.device) -> dict[str, tuple]:
             [x.new_empty(2, 4)],
             [0.0, 0.0],
             [None, None],
+            [None, x.new_ones(2, 5, 2)],
+            [None, x.new_ones(2, 2, 39)],
         ),
     }
 

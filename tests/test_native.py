@@ -29,19 +29,6 @@ from harmodt_kernels import (
 from harmodt_kernels.native import library
 
 CPU = torch.device("cpu")
-ISAS = ["amx", "avx512bf16", "avx512", "avx2", "portable"]
-
-
-@pytest.fixture(params=ISAS)
-def cpu(request: pytest.FixtureRequest, native: None) -> Iterator[Backend]:
-    """The CPU kernels held to an instruction set."""
-    best = fused_backend(CPU).name.removeprefix("cpu-")
-    if not library.library().harmodt_use_isa(request.param.encode()):
-        pytest.skip(f"this machine has no {request.param}")
-    backend = fused_backend(CPU)
-    assert backend.name == f"cpu-{request.param}"
-    yield backend
-    library.library().harmodt_use_isa(best.encode())
 
 
 @pytest.mark.parametrize("relu", [False, True])

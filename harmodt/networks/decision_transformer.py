@@ -50,6 +50,7 @@ class TransformerConfig:
 
 
 DROPOUT_PLACES = 3  # of a block
+NO_MASKS = LayerMasks(None, None, None)
 
 PromptCache = list[tuple[Tensor, Tensor]]  # keys and values [G B, H, 3 K*, d / H] of every block
 
@@ -86,20 +87,38 @@ class Block(nn.Module):
             seeds: of dropout in the attention and after the two branches.
         """
         groups, windows, length, d = x.shape
-        of, backend = masks.of, self.backend
-        normalised, rows = self.attention_norm(x.flatten(1, 2), of(self.attention_norm))
-        qkv = self.qkv(normalised, of(self.qkv))
+        qkv, rows = self._begin(x.flatten(1, 2), self.attention_norm, self.qkv, masks)
         qkv = qkv.view(groups * windows, length, 3, self.heads, d // self.heads)
         rows = rows.view(x.shape)[:, :, wanted].flatten(1, 2)  # [G, B T, d]
         drop = self.dropout if self.training else 0.0
         of_attention, *of_branches = seeds
-        attended = backend.attention(qkv, wanted, drop, past, of_attention).reshape(rows.shape)
+        attended = self.backend.attention(qkv, wanted, drop, past, of_attention).reshape(rows.shape)
         rows = self._add(rows, self.attention_out, attended, masks, of_branches[0])
-        normalised, rows = self.mlp_norm(rows, of(self.mlp_norm))
-        hidden = self.mlp_up(normalised, of(self.mlp_up), relu=True)
+        hidden, rows = self._begin(rows, self.mlp_norm, self.mlp_up, masks, relu=True)
         rows = self._add(rows, self.mlp_down, hidden, masks, of_branches[1])
         _, keys, values = qkv.permute(2, 0, 3, 1, 4)  # each [G B, H, T, d / H]
         return rows.view(groups, windows, -1, d), (keys, values)
+
+    def _begin(
+        self,
+        rows: Tensor,
+        norm: MaskedLayerNorm,
+        layer: MaskedLinear,
+        masks: TaskMasks,
+        relu: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Begin a residual branch: layer(norm(rows)), [G, R, N]; and the rows, to add to it."""
+        return self.backend.norm_linear(
+            rows,
+            norm.weight,
+            norm.bias,
+            layer.weight,
+            layer.bias,
+            masks.of(norm) or NO_MASKS,
+            masks.of(layer) or NO_MASKS,
+            epsilon=norm.eps,
+            relu=relu,
+        )
 
     def _add(
         self,
@@ -110,14 +129,12 @@ class Block(nn.Module):
         seed: Tensor | None,
     ) -> Tensor:
         """End a residual branch: rows + dropout(layer(x)), [G, R, d]."""
-        of_layer = masks.of(layer) or LayerMasks(None, None, None)
+        of_layer = masks.of(layer) or NO_MASKS
         return self.backend.linear_residual(
             x,
             layer.weight,
             layer.bias,
-            of_layer.weight_bits,
-            of_layer.bias_bits,
-            of_layer.task_ids,
+            *of_layer.bits,
             rows,
             self.dropout if self.training else 0.0,
             seed=seed,

@@ -35,6 +35,34 @@ inline const int32_t* bias_bits_of(const harmodt_layer_norm_shape& s, int64_t gr
   return s.bias_bits + s.task_ids[group] * s.bias_bits_task_stride;
 }
 
+// Mean and inverse deviation of a row.
+struct Statistics {
+  float mean, scale;
+};
+
+inline Statistics statistics_of(const float* row, int64_t size, float epsilon) {
+  Vec total{}, squares{};
+  for (int64_t j = 0; j < size; j += kWidth) total += load(row + j, lanes_left(size - j));
+  float mean = sum(total) / size;
+  for (int64_t j = 0; j < size; j += kWidth) {
+    uint32_t inside = lanes_left(size - j);
+    Vec v = keep(load(row + j, inside) - mean, inside);
+    squares = fused_multiply_add(v, v, squares);
+  }
+  return {mean, 1 / __builtin_sqrtf(sum(squares) / size + epsilon)};
+}
+
+// Those of all rows, [groups][rows][2].
+void layer_norm_statistics(const harmodt_layer_norm_shape& s, const float* x, float* statistics,
+                           int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < s.groups * s.rows; ++row) {
+    Statistics of_row = statistics_of(x + row * s.size, s.size, s.epsilon);
+    statistics[2 * row] = of_row.mean;
+    statistics[2 * row + 1] = of_row.scale;
+  }
+}
+
 // y = normalised x times gain plus bias; statistics are each row's mean and inverse deviation.
 void masked_layer_norm(const harmodt_layer_norm_shape& s, const float* x, const float* weight,
                        const float* bias, float* y, float* statistics, int threads) {
@@ -45,15 +73,7 @@ void masked_layer_norm(const harmodt_layer_norm_shape& s, const float* x, const 
     MaskedRow shift{bias, bias_bits_of(s, group), s.size};
     const float* in = x + row * s.size;
     float* out = y + row * s.size;
-    Vec total{}, squares{};
-    for (int64_t j = 0; j < s.size; j += kWidth) total += load(in + j, lanes_left(s.size - j));
-    float mean = sum(total) / s.size;
-    for (int64_t j = 0; j < s.size; j += kWidth) {
-      uint32_t inside = lanes_left(s.size - j);
-      Vec v = keep(load(in + j, inside) - mean, inside);
-      squares = fused_multiply_add(v, v, squares);
-    }
-    float scale = 1 / __builtin_sqrtf(sum(squares) / s.size + s.epsilon);
+    auto [mean, scale] = statistics_of(in, s.size, s.epsilon);
     for (int64_t j = 0; j < s.size; j += kWidth) {
       uint32_t inside = lanes_left(s.size - j);
       Vec v = (load(in + j, inside) - mean) * scale;

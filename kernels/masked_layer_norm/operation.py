@@ -60,9 +60,9 @@ def masked_layer_norm(
         return _without_masks(x, weight, bias, epsilon, dtype, group_gradients)
     if bias_bits is None or task_ids is None:
         raise ValueError("weight_bits needs bias_bits and task_ids: give all of them or none")
-    _check_operands(x, weight, bias, weight_bits, bias_bits, task_ids)
+    check_operands(x, weight, bias, weight_bits, bias_bits, task_ids)
     weight_out, bias_out = group_gradients or (None, None)
-    _check_outputs(len(x), weight, weight_out, bias_out)
+    check_outputs(len(x), weight, weight_out, bias_out)
     masks = weight_bits, bias_bits, task_ids
     return _MaskedLayerNorm.apply(
         x, weight, bias, *masks, epsilon, dtype or x.dtype, weight_out, bias_out
@@ -92,14 +92,20 @@ def _without_masks(
     )
 
 
-def _check_operands(
+def check_operands(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
     weight_bits: Tensor,
     bias_bits: Tensor,
     task_ids: Tensor,
+    names: tuple[str, str] = ("weight", "bias"),
 ) -> None:
+    """Raise TypeError or ValueError if operands of `masked_layer_norm` do not fit together.
+
+    Args:
+        names: of weight and bias, for who calls them otherwise.
+    """
     if len(x) == 0:
         raise ValueError("x has no groups: give at least one")
     size, words = x.shape[-1], words_for(x.shape[-1])
@@ -107,10 +113,10 @@ def _check_operands(
     taken = FLOATS if kernels_for(x.device) == "triton" else (torch.float32,)
     expected: list[tuple[str, Tensor, torch.dtype, tuple[int, ...] | None]] = [
         ("x", x, x.dtype if x.dtype in taken else torch.float32, None),
-        ("weight", weight, torch.float32, (size,)),
-        ("bias", bias, torch.float32, (size,)),
-        ("weight_bits", weight_bits, torch.int32, (tasks, words)),
-        ("bias_bits", bias_bits, torch.int32, (tasks, words)),
+        (names[0], weight, torch.float32, (size,)),
+        (names[1], bias, torch.float32, (size,)),
+        (f"{names[0]}_bits", weight_bits, torch.int32, (tasks, words)),
+        (f"{names[1]}_bits", bias_bits, torch.int32, (tasks, words)),
         ("task_ids", task_ids, torch.int64, (len(x),)),
     ]
     for name, tensor, dtype, shape in expected:
@@ -129,9 +135,10 @@ def _check_operands(
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}")
 
 
-def _check_outputs(
+def check_outputs(
     groups: int, weight: Tensor, weight_out: Tensor | None, bias_out: Tensor | None
 ) -> None:
+    """Raise ValueError if its gradients cannot be written there."""
     for tensor in (weight_out, bias_out):
         if tensor is None:
             continue

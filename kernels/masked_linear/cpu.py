@@ -25,7 +25,7 @@ def masked_linear(
     task_ids: Tensor,
     relu: bool,
 ) -> Tensor:
-    dtype = check_dtype(x)
+    dtype = check_dtype(x.dtype)
     operand = as_float(x)
     y = operand.new_empty(*x.shape[:2], len(weight))
     weight, bias = weight.float(), None if bias is None else bias.float()
@@ -45,7 +45,7 @@ def masked_linear(
 def masked_linear_input_gradient(
     dy: Tensor, y: Tensor | None, weight: Tensor, weight_bits: Tensor, task_ids: Tensor
 ) -> Tensor:
-    dtype = check_dtype(dy)
+    dtype = check_dtype(dy.dtype)
     dy, y, weight = as_float(dy), None if y is None else as_float(y), weight.float()
     dx = dy.new_empty(*dy.shape[:2], weight.shape[1])
     shape = shape_of(dx, weight, dy, weight_bits, None, task_ids, dtype)
@@ -61,7 +61,7 @@ def masked_linear_weight_gradients(*operands: list) -> None:
 
 
 def write_gradients(layer: LayerGradients) -> None:
-    weight_out, bias_out, dtype = layer.weight_out, layer.bias_out, check_dtype(layer.x)
+    weight_out, bias_out, dtype = layer.weight_out, layer.bias_out, check_dtype(layer.dtype)
     if weight_out.dtype != torch.float32:
         raise TypeError(f"group_gradients are {weight_out.dtype}: on a CPU they must be float32")
     if layer.drop:
@@ -77,14 +77,17 @@ def write_gradients(layer: LayerGradients) -> None:
         bias_group_stride=0 if bias_out is None else bias_out.stride(0),
     )
     library().harmodt_masked_linear_weight_gradient(
-        byref(shape), pointer(dy), pointer(y), pointer(x), byref(out), threads()
+        byref(shape),
+        *map(pointer, (dy, y, x, layer.statistics, layer.affine)),
+        byref(out),
+        threads(),
     )
 
 
-def check_dtype(x: Tensor) -> torch.dtype:
-    if x.dtype == torch.float16:
+def check_dtype(dtype: torch.dtype) -> torch.dtype:
+    if dtype == torch.float16:
         raise TypeError("x is float16, and the CPU kernels take float32 or bfloat16")
-    return x.dtype
+    return dtype
 
 
 def as_float(x: Tensor) -> Tensor:

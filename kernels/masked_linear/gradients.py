@@ -23,6 +23,9 @@ class LayerGradients(NamedTuple):
         bias_out: [G, N] or [1, N], likewise, or None without a bias.
         drop, seed: of the dropout behind the layer, which is applied to dy; the seed is None iff
             `drop` is 0.
+        statistics, affine: of the LayerNorm before the layer, which is applied to x: float32
+            [G, R, 2], each row's mean and inverse deviation, and [G, 2, K], gain and bias under the
+            groups' masks; both None without one.
     """
 
     dy: Tensor
@@ -35,21 +38,30 @@ class LayerGradients(NamedTuple):
     bias_out: Tensor | None
     drop: float = 0.0
     seed: Tensor | None = None
+    statistics: Tensor | None = None
+    affine: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which dy and x are multiplied."""
+        return self.x.dtype if self.statistics is None else self.dy.dtype
+
+
+_BIAS_OUT = LayerGradients._fields.index("bias_out")
 
 
 def write(layers: Sequence[LayerGradients]) -> None:
     """Write the gradients of some layers: on a GPU, of all of them at once."""
-    *operands, bias_out, drop, seed = map(list, zip(*layers, strict=True))
-    biases = [out for out in bias_out if out is not None]
-    torch.ops.harmodt.masked_linear_weight_gradients(*operands, biases, drop, seed)
+    columns = [list(column) for column in zip(*layers, strict=True)]
+    columns[_BIAS_OUT] = [out for out in columns[_BIAS_OUT] if out is not None]
+    torch.ops.harmodt.masked_linear_weight_gradients(*columns)
 
 
 def layers_of(*operands: list) -> list[LayerGradients]:
     """The layers from the operation's arguments; biases are only of those that have one."""
-    *others, bias_bits, task_ids, weight_out, biases, drop, seed = operands
-    of_layers = iter(biases)
-    bias_out = [None if bits is None else next(of_layers) for bits in bias_bits]
-    columns = *others, bias_bits, task_ids, weight_out, bias_out, drop, seed
+    columns, of_layers = list(operands), iter(operands[_BIAS_OUT])
+    bias_bits = columns[LayerGradients._fields.index("bias_bits")]
+    columns[_BIAS_OUT] = [None if bits is None else next(of_layers) for bits in bias_bits]
     return [LayerGradients(*layer) for layer in zip(*columns, strict=True)]
 
 

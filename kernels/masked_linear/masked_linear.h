@@ -9,6 +9,7 @@
 
 #include <type_traits>
 
+#include "masked_layer_norm/masked_layer_norm.h"
 #include "masked_linear/tiles.h"
 #include "native/kernels.h"
 #include "native/simd.h"
@@ -155,32 +156,66 @@ void pack_straight(const MaskedWeight& w, int64_t first, int64_t inputs, int64_t
     }
 }
 
-// Elements of dy within `columns`; where the layer had a ReLU (y is given), only where y > 0.
-inline Vec of_gradient(const float* dy, const float* y, int64_t column, int64_t columns) {
-  uint32_t inside = lanes_left(columns - column);
-  if (!inside) return Vec{};
-  Vec v = load(dy + column, inside);
-  return y && inside ? (load(y + column, inside) <= 0 ? Vec{} : v) : v;
-}
+// Columns of rows `stride` apart; elements beyond them are 0.
+struct Rows {
+  const float* values;
+  int64_t stride, columns;
 
-// packed[i][d] = rows of a left operand [..][columns], as pairs or as they are.
-template <bool Pairs>
-void pack_rows(const float* left, const float* y, int64_t rows, int64_t columns,
-               Element<Pairs>* packed) {
+  void prefetch(int64_t row, int64_t column) const {
+    __builtin_prefetch(values + row * stride + column);
+  }
+  Vec at(int64_t row, int64_t column) const {
+    uint32_t inside = lanes_left(columns - column);
+    return inside ? load(values + row * stride + column, inside) : Vec{};
+  }
+};
+
+// The same of dy; where the layer had a ReLU (y is given), only elements where y > 0.
+struct GradientRows {
+  Rows dy;
+  const float* y;
+
+  void prefetch(int64_t row, int64_t column) const {
+    dy.prefetch(row, column);
+    if (y) __builtin_prefetch(y + row * dy.stride + column);
+  }
+  Vec at(int64_t row, int64_t column) const {
+    Vec v = dy.at(row, column);
+    if (!y) return v;
+    return Rows{y, dy.stride, dy.columns}.at(row, column) <= 0 ? Vec{} : v;
+  }
+};
+
+// Whole rows of x as the LayerNorm before the layer leaves them.
+struct NormalisedRows {
+  Rows x;
+  const float* statistics;  // of each row: mean and inverse deviation
+  const float* affine;      // gain and bias with masks, [2][columns]
+
+  void prefetch(int64_t row, int64_t column) const { x.prefetch(row, column); }
+  Vec at(int64_t row, int64_t column) const {
+    uint32_t inside = lanes_left(x.columns - column);
+    if (!inside) return Vec{};
+    Vec v = (x.at(row, column) - statistics[2 * row]) * statistics[2 * row + 1];
+    v = fused_multiply_add(v, load(affine + column, inside),
+                           load(affine + x.columns + column, inside));
+    return keep(v, inside);
+  }
+};
+
+// packed[i][d] = rows of a left operand with so many columns, as pairs or as they are.
+template <bool Pairs, class Left>
+void pack_rows(const Left& left, int64_t rows, int64_t columns, Element<Pairs>* packed) {
   int64_t stride = packed_stride<Pairs>(columns);
-  for (int64_t i = 0; i < rows; ++i) {
-    const float* row = left + i * columns;
-    const float* y_row = y ? y + i * columns : nullptr;
+  for (int64_t i = 0; i < rows; ++i)
     for (int64_t d = 0; d < stride; d += kWidth) {
       if constexpr (Pairs) {
         store(packed + i * stride + d,
-              pair_neighbours(of_gradient(row, y_row, 2 * d, columns),
-                              of_gradient(row, y_row, 2 * d + kWidth, columns)));
+              pair_neighbours(left.at(i, 2 * d), left.at(i, 2 * d + kWidth)));
       } else {
-        store(packed + i * stride + d, of_gradient(row, y_row, d, columns));
+        store(packed + i * stride + d, left.at(i, d));
       }
     }
-  }
 }
 
 // out[i][j] = sums[i][j] (+ bias[j]), then ReLU, for the columns that there are
@@ -268,29 +303,43 @@ MaskedWeight weight_of(const harmodt_linear_shape& s, const float* weight, int64
 }
 
 // The rows of an item times the panel that `pack` fills; `out` has the panel's columns. Rows that
-// are not multiplied as they are get packed once for all panels.
-template <bool Pairs, class Pack>
-void rows_times_panel(const Item& item, const float* left, const float* y, int64_t size,
+// are not multiplied as they stand in memory (`in_place`) get packed once for all panels.
+template <bool Pairs, class Left, class Pack>
+void rows_times_panel(const Item& item, const Left& left, const float* in_place, int64_t size,
                       const Pack& pack, const float* bias, bool relu, float* out,
                       int64_t out_stride, int64_t columns) {
   int64_t depth = depth_of<Pairs>(size), rows = item.last - item.first, stride = size;
-  bool packs = Pairs || y;
+  bool packs = Pairs || !in_place;
   if (packs) stride = packed_stride<Pairs>(size);
   auto* panel = static_cast<Element<Pairs>*>(
       scratch(4 * (depth * kPanel + (packs ? (rows + kBlock<Pairs>) * stride : 0))));
   auto* packed = panel + depth * kPanel;
   pack(panel);
-  if (packs && !item.same_rows) pack_rows<Pairs>(left, y, rows, size, packed);
-  auto* from = packs ? packed : reinterpret_cast<const Element<Pairs>*>(left);
+  if (packs && !item.same_rows) pack_rows<Pairs>(left, rows, size, packed);
+  auto* from = packs ? packed : reinterpret_cast<const Element<Pairs>*>(in_place);
   TileConfiguration<Pairs> configuration;
   for (int64_t r = 0; r < rows; r += kBlock<Pairs>)
     block_times_panel<Pairs>(from + r * stride, stride, smaller(kBlock<Pairs>, rows - r), depth,
                              panel, bias, relu, out + r * out_stride, out_stride, columns);
 }
 
+// The LayerNorm before a layer: statistics [groups][rows][2], affine [groups][2][inputs].
+struct Norm {
+  const float* statistics;
+  const float* affine;
+  explicit operator bool() const { return affine; }
+};
+
+// Rows of x from one on, which belongs to a group, normalised.
+NormalisedRows normalised(const harmodt_linear_shape& s, const Norm& norm, const float* x,
+                          int64_t group, int64_t row) {
+  return {{x + row * s.inputs, s.inputs, s.inputs}, norm.statistics + 2 * row,
+          norm.affine + group * 2 * s.inputs};
+}
+
 template <bool Pairs>
-void masked_linear(const harmodt_linear_shape& s, const float* x, const float* weight,
-                   const float* bias, bool relu, float* y, int threads) {
+void masked_linear(const harmodt_linear_shape& s, const Norm& norm, const float* x,
+                   const float* weight, const float* bias, bool relu, float* y, int threads) {
   for_panels(s, s.outputs, threads, [&](const Item& item) {
     int64_t n = item.column, columns = smaller(kPanel, s.outputs - n);
     alignas(64) float masked_bias[kPanel] = {};
@@ -300,12 +349,19 @@ void masked_linear(const harmodt_linear_shape& s, const float* x, const float* w
         if (bits[(n + j) >> 5] >> ((n + j) & 31) & 1) masked_bias[j] = bias[n + j];
     }
     int64_t row = item.group * s.rows + item.first;
-    rows_times_panel<Pairs>(
-        item, x + row * s.inputs, nullptr, s.inputs,
-        [&](Element<Pairs>* panel) {
-          pack_transposed<Pairs>(weight_of(s, weight, item.group), n, columns, s.inputs, panel);
-        },
-        bias ? masked_bias : nullptr, relu, y + row * s.outputs + n, s.outputs, columns);
+    auto times_panel = [&](const auto& left, const float* in_place) {
+      rows_times_panel<Pairs>(
+          item, left, in_place, s.inputs,
+          [&](Element<Pairs>* panel) {
+            pack_transposed<Pairs>(weight_of(s, weight, item.group), n, columns, s.inputs, panel);
+          },
+          bias ? masked_bias : nullptr, relu, y + row * s.outputs + n, s.outputs, columns);
+    };
+    Rows rows{x + row * s.inputs, s.inputs, s.inputs};
+    if (norm)
+      times_panel(normalised(s, norm, x, item.group, row), nullptr);
+    else
+      times_panel(rows, rows.values);
   });
 }
 
@@ -314,8 +370,9 @@ void masked_linear_input_gradient(const harmodt_linear_shape& s, const float* dy
                                   const float* weight, float* dx, int threads) {
   for_panels(s, s.inputs, threads, [&](const Item& item) {
     int64_t k = item.column, row = item.group * s.rows + item.first;
+    GradientRows left{{dy + row * s.outputs, s.outputs, s.outputs}, y ? y + row * s.outputs : nullptr};
     rows_times_panel<Pairs>(
-        item, dy + row * s.outputs, y ? y + row * s.outputs : nullptr, s.outputs,
+        item, left, y ? nullptr : left.dy.values, s.outputs,
         [&](Element<Pairs>* panel) {
           pack_straight<Pairs>(weight_of(s, weight, item.group), k, s.inputs, s.outputs, panel);
         },
@@ -323,22 +380,20 @@ void masked_linear_input_gradient(const harmodt_linear_shape& s, const float* dy
   });
 }
 
-// Columns of a matrix, along its rows as depth, in strips of Width: packed[strip][d][j], or where
-// they are `Transposed` packed[j][d]. Rows are read once and in the order of memory. Where y is
-// given only elements with y > 0 count; sums, if given, are over the rows.
-template <bool Pairs, int64_t Width, bool Transposed>
-void pack_columns(const float* left, const float* y, int64_t stride, int64_t rows, int64_t columns,
-                  Element<Pairs>* packed, float* sums) {
+// Columns of a matrix, along its rows as depth, in strips of Width: packed[strip][d][j],
+// or where they are `Transposed` packed[j][d]. Rows are read once and in the order of memory; sums,
+// if given, are over them.
+template <bool Pairs, int64_t Width, bool Transposed, class Source>
+void pack_columns(const Source& source, int64_t rows, int64_t columns, Element<Pairs>* packed,
+                  float* sums) {
   constexpr int64_t per_lane = Pairs ? 2 : 1, ahead = per_lane * kWidth;
   int64_t depth = depth_of<Pairs>(rows), width = (columns + Width - 1) / Width * Width;
   for (int64_t j = 0; sums && j < width; j += kWidth) store(sums + j, Vec{});
   for (int64_t d = 0; d < depth; d += kWidth)
     for (int64_t j = 0; j < width; j += kWidth) {
       auto row = [&](int64_t r) {
-        __builtin_prefetch(left + (r + ahead) * stride + j);
-        if (y) __builtin_prefetch(y + (r + ahead) * stride + j);
-        return r < rows ? of_gradient(left + r * stride, y ? y + r * stride : nullptr, j, columns)
-                        : Vec{};
+        source.prefetch(r + ahead, j);
+        return r < rows ? source.at(r, j) : Vec{};
       };
       IntVec block[kWidth];
       Vec sum{};
@@ -437,11 +492,12 @@ bool multiplies_in_place(int64_t inputs) {
   return !Pairs && kWidth == 16 && inputs % kPanel == 0 && inputs <= 512;
 }
 
-// The gradient of weight rows [from, to) of one group, of some rows of its dy and x.
-template <bool Pairs>
+// The gradient of weight rows [from, to) of one group, of some rows of its dy and x. Panels of x
+// are packed, unless they are multiplied where they lie (`in_place`).
+template <bool Pairs, class Right>
 void weight_gradient_of(const harmodt_linear_shape& s, const float* dy, const float* y,
-                        const float* x, int64_t rows, int64_t from, int64_t to,
-                        const GroupGradient& out, int64_t row_stride) {
+                        const Right& x, const float* in_place, int64_t rows, int64_t from,
+                        int64_t to, const GroupGradient& out, int64_t row_stride) {
   constexpr int64_t strip = kStrip<Pairs>;
   int64_t depth = depth_of<Pairs>(rows), strips = (to - from + strip - 1) / strip;
   int64_t panels = (s.inputs + kPanel - 1) / kPanel, panel_stride = kPanel, panel_step = depth;
@@ -450,15 +506,16 @@ void weight_gradient_of(const harmodt_linear_shape& s, const float* dy, const fl
   auto* sums = reinterpret_cast<float*>(packed + depth * strips * strip);
   auto* packed_x = reinterpret_cast<Element<Pairs>*>(sums + strips * strip);
   const Element<Pairs>* panel = packed_x;
-  if (multiplies_in_place<Pairs>(s.inputs)) {
-    panel = reinterpret_cast<const Element<Pairs>*>(x);
+  if (in_place) {
+    panel = reinterpret_cast<const Element<Pairs>*>(in_place);
     panel_stride = s.inputs;
     panel_step = 1;
   } else {
-    pack_columns<Pairs, kPanel, false>(x, nullptr, s.inputs, rows, s.inputs, packed_x, nullptr);
+    pack_columns<Pairs, kPanel, false>(x, rows, s.inputs, packed_x, nullptr);
   }
-  pack_columns<Pairs, strip, kTiles<Pairs>>(dy + from, y ? y + from : nullptr, s.outputs, rows,
-                                            to - from, packed, out.bias ? sums : nullptr);
+  GradientRows left{{dy + from, s.outputs, to - from}, y ? y + from : nullptr};
+  pack_columns<Pairs, strip, kTiles<Pairs>>(left, rows, to - from, packed,
+                                            out.bias ? sums : nullptr);
   for (int64_t n = from; out.bias && n < to; ++n) {
     bool kept = out.bias_bits[n >> 5] >> (n & 31) & 1;
     out.bias[n] = (out.add ? out.bias[n] : 0) + (kept ? sums[n - from] : 0);
@@ -472,9 +529,9 @@ void weight_gradient_of(const harmodt_linear_shape& s, const float* dy, const fl
 }
 
 template <bool Pairs>
-void masked_linear_weight_gradient(const harmodt_linear_shape& s, const float* dy, const float* y,
-                                   const float* x, const harmodt_weight_gradient& out,
-                                   int threads) {
+void masked_linear_weight_gradient(const harmodt_linear_shape& s, const Norm& norm,
+                                   const float* dy, const float* y, const float* x,
+                                   const harmodt_weight_gradient& out, int threads) {
   constexpr int64_t block = kBlock<Pairs>;
   int64_t blocks = (s.outputs + block - 1) / block;
   int64_t chunks = (s.rows + kMostDepth<Pairs> - 1) / kMostDepth<Pairs>;
@@ -493,9 +550,16 @@ void masked_linear_weight_gradient(const harmodt_linear_shape& s, const float* d
             s.weight_bits + task * s.weight_bits_task_stride,
             s.bias_bits ? s.bias_bits + task * s.bias_bits_task_stride : nullptr,
             first > 0 || (group > 0 && !out.per_group)};
-        weight_gradient_of<Pairs>(s, dy + row * s.outputs, y ? y + row * s.outputs : nullptr,
-                                  x + row * s.inputs, smaller(chunk, s.rows - first), from, to,
-                                  of_group, out.weight_row_stride);
+        auto of_rows = [&](const auto& right, const float* in_place) {
+          weight_gradient_of<Pairs>(s, dy + row * s.outputs, y ? y + row * s.outputs : nullptr,
+                                    right, in_place, smaller(chunk, s.rows - first), from, to,
+                                    of_group, out.weight_row_stride);
+        };
+        Rows rows{x + row * s.inputs, s.inputs, s.inputs};
+        if (norm)
+          of_rows(normalised(s, norm, x, group, row), nullptr);
+        else
+          of_rows(rows, multiplies_in_place<Pairs>(s.inputs) ? rows.values : nullptr);
       }
     }
   }

@@ -275,6 +275,6 @@ register(
     # of several layers, in the order of `LayerGradients`; bias_out of those that have a bias
     "(Tensor[] dy, Tensor?[] y, Tensor[] x, Tensor[] weight_bits, Tensor?[] bias_bits, "
     "Tensor[] task_ids, Tensor(a!)[] weight_out, Tensor(b!)[] bias_out, float[] drop, "
-    "Tensor?[] seed) -> ()",
+    "Tensor?[] seed, Tensor?[] statistics, Tensor?[] affine) -> ()",
     _weight_gradients_fake,
 )

@@ -43,6 +43,58 @@ def load_dy(
     return dy_tile
 
 
+class Norm(NamedTuple):
+    """A LayerNorm before the layer, as the forward kernel takes it; and what it writes."""
+
+    gain: Tensor  # [inputs]
+    shift: Tensor  # [inputs]
+    gain_bits: Tensor  # int32 [tasks, words], gain_task_stride apart
+    shift_bits: Tensor  # int32 [tasks, words], shift_task_stride apart
+    gain_task_stride: int
+    shift_task_stride: int
+    epsilon: float
+    statistics: Tensor  # float32 [groups, rows, 2]: mean and inverse deviation
+    affine: Tensor  # float32 [groups, 2, inputs]: gain and shift under the masks
+    arrivals: Tensor  # int32 [groups]: 0, for the programs of the LayerNorm's gradient to count
+
+
+@triton.jit
+def row_statistics(x, row, inputs, epsilon, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Mean and inverse deviation of some rows, which two passes read from the cache."""
+    total = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    for k0 in range(0, inputs, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        place = row[:, None] * inputs + k[None, :]
+        total += tl.load(x + place, mask=(k < inputs)[None, :], other=0.0).to(tl.float32)
+    mean = tl.sum(total, 1) / inputs
+    squares = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    for k0 in range(0, inputs, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        place = row[:, None] * inputs + k[None, :]
+        values = tl.load(x + place, mask=(k < inputs)[None, :], other=0.0).to(tl.float32)
+        centred = tl.where((k < inputs)[None, :], values - mean[:, None], 0.0)
+        squares += centred * centred
+    variance = tl.sum(squares, 1) / inputs
+    return mean, tl.rsqrt(variance + tl.cast(epsilon, tl.float32))
+
+
+@triton.jit
+def gain_and_shift(norm, task, k, inputs):
+    """Those of a LayerNorm, for inputs k under a task's mask."""
+    gain = tl.load(norm.gain + k, mask=k < inputs, other=0.0)
+    gain = masked_vector(gain, norm.gain_bits + task * norm.gain_task_stride, k, inputs)
+    shift = tl.load(norm.shift + k, mask=k < inputs, other=0.0)
+    shift = masked_vector(shift, norm.shift_bits + task * norm.shift_task_stride, k, inputs)
+    return gain, shift
+
+
+@triton.jit
+def normalised(x_tile, mean, scale, gain, shift):
+    """A tile of rows as the LayerNorm leaves them, float32."""
+    centred = x_tile.to(tl.float32) - mean[:, None]
+    return centred * scale[:, None] * gain[None, :] + shift[None, :]
+
+
 @triton.jit
 def tile_of(row_tiles, column_tiles):
     """Row tile and column tile of this program.
@@ -78,6 +130,7 @@ def masked_linear_kernel(
     seed,  # int64 [1], or None
     threshold,
     factor,  # of elements that dropout keeps
+    norm,  # a Norm, or None
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
@@ -87,7 +140,7 @@ def masked_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y of one tile. A launch takes no structures: what a kernel needs is an argument each."""
+    """y of one tile. What it needs is an argument each; of a LayerNorm before it, one together."""
     tiles_of_group = tl.cdiv(rows, BLOCK_R)
     row_tile, column_tile = tile_of(groups * tiles_of_group, tl.cdiv(outputs, BLOCK_N))
     group = row_tile // tiles_of_group
@@ -106,6 +159,20 @@ def masked_linear_kernel(
     weight_bits += task * task_stride
     if DROPOUT:
         seed = tl.load(seed).to(tl.uint32)
+    if norm is not None:
+        mean, scale = row_statistics(x, x_row, inputs, norm.epsilon, BLOCK_R, BLOCK_K)
+        if column_tile == 0:
+            statistics = norm.statistics + (start + row) * 2
+            tl.store(statistics, mean, mask=in_rows)
+            tl.store(statistics + 1, scale, mask=in_rows)
+        if (first == 0) & (column_tile == 0):
+            tl.store(norm.arrivals + group, 0)
+            affine = norm.affine + group.to(tl.int64) * 2 * inputs
+            for k0 in range(0, inputs, BLOCK_K):
+                k = k0 + tl.arange(0, BLOCK_K)
+                gain, shift = gain_and_shift(norm, task, k, inputs)
+                tl.store(affine + k, gain, mask=k < inputs)
+                tl.store(affine + inputs + k, shift, mask=k < inputs)
     total = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     for k0 in range(0, inputs, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
@@ -125,6 +192,9 @@ def masked_linear_kernel(
             mask=(k < inputs)[None, :],
             other=0.0,
         )
+        if norm is not None:
+            gain, shift = gain_and_shift(norm, task, k, inputs)
+            x_tile = normalised(x_tile, mean, scale, gain, shift).to(y.dtype.element_ty)
         w = tl.where(bits_of(words, BLOCK_N, BLOCK_K), w, 0.0).to(x_tile.dtype)
         total = tl.dot(w, tl.trans(x_tile), total, input_precision=PRECISION)
     if HAS_BIAS:
@@ -248,6 +318,8 @@ class Layer(NamedTuple):
     seed: Tensor | None  # int64 [1]; None without dropout
     threshold: int
     factor: float  # of elements that dropout keeps
+    statistics: Tensor | None  # of the LayerNorm before the layer: as `LayerGradients` has them
+    affine: Tensor | None
 
 
 @triton.jit
@@ -315,6 +387,8 @@ def weight_gradient_tile(
     first = part * layer.groups_of_program
     for group in range(first, tl.minimum(first + layer.groups_of_program, layer.groups)):
         start = group * layer.rows
+        if layer.statistics is not None:
+            affine = layer.affine + group * 2 * layer.inputs
         of_group = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         for r0 in range(0, layer.rows, BLOCK_R):
             # Rows beyond the last are read as the last, and x or dy is 0 there. dy is read
@@ -330,11 +404,19 @@ def weight_gradient_tile(
                 y_tile = tl.load(
                     layer.y + dy_before + dy_place, mask=in_outputs[:, None], other=0.0
                 )
-                dy_tile = tl.where((y_tile <= 0.0) | ~in_rows[None, :], 0.0, dy_tile)
+                dy_tile = tl.where(y_tile <= 0.0, 0.0, dy_tile)
+            if (layer.y is not None) | (layer.statistics is not None):
+                dy_tile = tl.where(in_rows[None, :], dy_tile, 0.0)
             else:
                 x_mask = x_mask & in_rows[:, None]
             x_before = (start + r0) * layer.inputs
             x_tile = tl.load(layer.x + x_before + x_place, mask=x_mask, other=0.0)
+            if layer.statistics is not None:
+                statistics = layer.statistics + (start + r0) * 2 + near * 2
+                mean, scale = tl.load(statistics), tl.load(statistics + 1)
+                gain = tl.load(affine + k, mask=in_inputs, other=0.0)
+                shift = tl.load(affine + layer.inputs + k, mask=in_inputs, other=0.0)
+                x_tile = normalised(x_tile, mean, scale, gain, shift).to(layer.dy.dtype.element_ty)
             if layer.seed is not None:
                 draw = dy_before.to(tl.uint32) + dy_place.to(tl.uint32)
                 dy_tile = dy_tile.to(tl.float32) * kept(draw, seed, layer.threshold, layer.factor)
@@ -462,7 +544,7 @@ INPUT_GRADIENT = {
 # Rows are outputs, columns inputs. With 64 rows wgmma would be used, whose operands of TF32 must be
 # transposed in shared memory: they would be copied there 4 bytes at a time.
 WEIGHT_GRADIENT = {
-    "ieee": (Tile(64, 64, 16, 8, 3), Tile(32, 32, 16, 4, 3)),
+    "ieee": (Tile(64, 64, 16, 4, 3), Tile(32, 32, 16, 4, 3)),
     "tf32": (Tile(32, 32, 32, 4, 2),),
     "half": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 4)),
 }
@@ -490,14 +572,20 @@ def masked_linear(
     residual: Tensor | None = None,
     drop: float = 0.0,
     seed: Tensor | None = None,
+    norm: Norm | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`harmodt::masked_linear`; residual and dropout are further arguments for linear_residual."""
+    """`harmodt::masked_linear`, and what the operations that begin and end a branch add to it.
+
+    Those are the arguments residual, drop and seed of `linear_residual`, norm and dtype of
+    `norm_linear`.
+    """
     x = x.contiguous()
     groups, rows, inputs = x.shape
-    outputs = len(weight)
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    y = torch.empty(groups, rows, outputs, dtype=dtype, device=x.device)
-    precision, tile = product_tile(FORWARD, x, x.dtype, outputs)
+    outputs, dtype = len(weight), dtype or x.dtype
+    of_sum = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
+    y = torch.empty(groups, rows, outputs, dtype=of_sum, device=x.device)
+    precision, tile = product_tile(FORWARD, x, dtype, outputs)
     threshold, factor = rate(drop)
     launch(
         masked_linear_kernel,
@@ -521,6 +609,7 @@ def masked_linear(
         seed=seed,
         threshold=threshold,
         factor=factor,
+        norm=norm,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         RELU=relu,
@@ -638,6 +727,8 @@ def describe(layer: LayerGradients, parts: int) -> Layer:
         seed=layer.seed,
         threshold=threshold,
         factor=factor,
+        statistics=layer.statistics,
+        affine=layer.affine,
     )
 
 
@@ -690,7 +781,7 @@ def weight_gradient_plan(layers: list[LayerGradients]) -> tuple[str, Tile, int]:
     groups they are divided among programs, `GROUPS_OF_PART` each at least, and so that all parts
     take no more memory than the layers' inputs do.
     """
-    dtypes = {layer.x.dtype for layer in layers}
+    dtypes = {layer.dtype for layer in layers}
     precision = precision_of(torch.float32 if torch.float32 in dtypes else dtypes.pop())
     groups = min(len(layer.x) for layer in layers)
     sizes = 4 * sum(layer.weight_out[0].numel() for layer in layers)

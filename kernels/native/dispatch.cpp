@@ -111,8 +111,17 @@ void harmodt_masked_linear_input_gradient(const harmodt_linear_shape* shape, con
 
 void harmodt_masked_linear_weight_gradient(const harmodt_linear_shape* shape, const float* dy,
                                            const float* y, const float* x,
+                                           const float* statistics, const float* affine,
                                            const harmodt_weight_gradient* out, int threads) {
-  in_use->masked_linear_weight_gradient(*shape, dy, y, x, *out, threads);
+  in_use->masked_linear_weight_gradient(*shape, dy, y, x, statistics, affine, *out, threads);
+}
+
+void harmodt_norm_linear(const harmodt_linear_shape* shape, const harmodt_layer_norm_shape* norm,
+                         const float* x, const float* gain, const float* shift,
+                         const float* weight, const float* bias, int relu, float* y,
+                         float* statistics, float* affine, int threads) {
+  in_use->norm_linear(*shape, *norm, x, gain, shift, weight, bias, relu, y, statistics, affine,
+                      threads);
 }
 
 void harmodt_masked_adamw(const harmodt_adamw_operands* operands, int threads) {

@@ -110,12 +110,22 @@ HARMODT_API void harmodt_masked_linear(const harmodt_linear_shape* shape, const 
 HARMODT_API void harmodt_masked_linear_input_gradient(const harmodt_linear_shape* shape,
                                                       const float* dy, const float* y,
                                                       const float* weight, float* dx, int threads);
-// dy^T x with mask, and the sums of dy with mask.
+// dy^T x with mask, and the sums of dy with mask. Where statistics and affine are given, those of
+// harmodt_norm_linear, x is normalised first.
 HARMODT_API void harmodt_masked_linear_weight_gradient(const harmodt_linear_shape* shape,
                                                        const float* dy, const float* y,
-                                                       const float* x,
+                                                       const float* x, const float* statistics,
+                                                       const float* affine,
                                                        const harmodt_weight_gradient* out,
                                                        int threads);
+
+// A masked LayerNorm, then the layer as above. For the gradient: statistics, [groups][rows][2], of
+// x, and affine, [groups][2][inputs], gain and shift under the masks.
+HARMODT_API void harmodt_norm_linear(const harmodt_linear_shape* shape,
+                                     const harmodt_layer_norm_shape* norm, const float* x,
+                                     const float* gain, const float* shift, const float* weight,
+                                     const float* bias, int relu, float* y, float* statistics,
+                                     float* affine, int threads);
 
 // The indices that leave and enter each task's mask, [tasks][count] in order of their scores, -1
 // after those that move. counts are [tasks][3]: those, signs of the masked gradient that agree with

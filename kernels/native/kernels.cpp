@@ -10,6 +10,7 @@
 #include "masked_layer_norm/masked_layer_norm.h"
 #include "masked_linear/masked_linear.h"
 #include "native/peak.h"
+#include "norm_linear/norm_linear.h"
 
 #define NAME_(isa) kernels_##isa
 #define NAME(isa) NAME_(isa)
@@ -21,7 +22,8 @@ const Kernels NAME(HARMODT_ISA) = {
     TEXT(HARMODT_ISA),
     [](const harmodt_linear_shape& s, const float* x, const float* weight, const float* bias,
        bool relu, float* y, int threads) {
-      (s.bf16 ? masked_linear<true> : masked_linear<false>)(s, x, weight, bias, relu, y, threads);
+      auto layer = s.bf16 ? masked_linear<true> : masked_linear<false>;
+      layer(s, {}, x, weight, bias, relu, y, threads);
     },
     [](const harmodt_linear_shape& s, const float* dy, const float* y, const float* weight,
        float* dx, int threads) {
@@ -30,10 +32,17 @@ const Kernels NAME(HARMODT_ISA) = {
       gradient(s, dy, y, weight, dx, threads);
     },
     [](const harmodt_linear_shape& s, const float* dy, const float* y, const float* x,
-       const harmodt_weight_gradient& out, int threads) {
+       const float* statistics, const float* affine, const harmodt_weight_gradient& out,
+       int threads) {
       auto gradient =
           s.bf16 ? masked_linear_weight_gradient<true> : masked_linear_weight_gradient<false>;
-      gradient(s, dy, y, x, out, threads);
+      gradient(s, {statistics, affine}, dy, y, x, out, threads);
+    },
+    [](const harmodt_linear_shape& s, const harmodt_layer_norm_shape& norm, const float* x,
+       const float* gain, const float* shift, const float* weight, const float* bias, bool relu,
+       float* y, float* statistics, float* affine, int threads) {
+      (s.bf16 ? norm_linear<true> : norm_linear<false>)(s, norm, x, gain, shift, weight, bias,
+                                                         relu, y, statistics, affine, threads);
     },
     attention,
     attention_gradient,

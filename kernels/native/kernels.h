@@ -14,8 +14,13 @@ struct Kernels {
   void (*masked_linear_input_gradient)(const harmodt_linear_shape&, const float* dy, const float* y,
                                        const float* weight, float* dx, int threads);
   void (*masked_linear_weight_gradient)(const harmodt_linear_shape&, const float* dy,
-                                        const float* y, const float* x,
-                                        const harmodt_weight_gradient&, int threads);
+                                        const float* y, const float* x, const float* statistics,
+                                        const float* affine, const harmodt_weight_gradient&,
+                                        int threads);
+  void (*norm_linear)(const harmodt_linear_shape&, const harmodt_layer_norm_shape&, const float* x,
+                      const float* gain, const float* shift, const float* weight,
+                      const float* bias, bool relu, float* y, float* statistics, float* affine,
+                      int threads);
   void (*attention)(const harmodt_attention_shape&, const float* qkv, float* out, float* log_sums,
                     int threads);
   void (*attention_gradient)(const harmodt_attention_shape&, const float* d_out, const float* qkv,

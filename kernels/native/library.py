@@ -145,7 +145,16 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     ),
     "harmodt_masked_linear_weight_gradient": (
         None,
-        [POINTER(LinearShape), _P, _P, _P, POINTER(WeightGradient), _THREADS],
+        [POINTER(LinearShape), _P, _P, _P, _P, _P, POINTER(WeightGradient), _THREADS],
+    ),
+    "harmodt_norm_linear": (
+        None,
+        [
+            POINTER(LinearShape),
+            POINTER(LayerNormShape),
+            *(_P, _P, _P, _P, _P, c_int, _P, _P, _P),
+            _THREADS,
+        ],
     ),
     "harmodt_masked_layer_norm": (None, [POINTER(LayerNormShape), _P, _P, _P, _P, _P, _THREADS]),
     "harmodt_masked_layer_norm_gradient": (

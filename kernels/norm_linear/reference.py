@@ -1,0 +1,63 @@
+"""The definition of the masked linear layer behind a masked LayerNorm, in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..masked_layer_norm.reference import masked_layer_norm
+from ..masked_linear.reference import masked_linear
+from ..masks import LayerMasks
+
+
+def in_parts(
+    layer_norm: Callable[..., tuple[Tensor, Tensor]],
+    linear: Callable[..., Tensor],
+    x: Tensor,
+    gain: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_masks: LayerMasks,
+    masks: LayerMasks,
+    *,
+    epsilon: float = 1e-5,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """linear(layer_norm(x)), with which a residual branch begins.
+
+    Args:
+        layer_norm, linear: `masked_layer_norm` and `masked_linear` of some implementation. All
+            other arguments are those of `norm_linear`, of every implementation.
+        x: [G, R, K], one task per group.
+        gain, shift: [K], weight and bias of the LayerNorm.
+        weight, bias: [N, K] and [N] or None, of the linear layer.
+        norm_masks, masks: of the two, with the same `task_ids`.
+        epsilon: added to the variance.
+        relu: apply max(0, y) to the output.
+
+    Returns:
+        y, [G, R, N], in the dtype of x, under autocast in the autocast dtype; and x itself, for the
+        residual sum of the branch.
+    """
+    autocast = torch.is_autocast_enabled(x.device.type)
+    normalised, x = layer_norm(
+        x,
+        gain,
+        shift,
+        *norm_masks.bits,
+        epsilon=epsilon,
+        dtype=torch.get_autocast_dtype(x.device.type) if autocast else None,
+        group_gradients=norm_masks.group_gradients,
+    )
+    out, queue = masks.group_gradients, masks.queue
+    operands = normalised, weight, bias, *masks.bits
+    return linear(*operands, relu=relu, group_gradients=out, queue=queue), x
+
+
+def norm_linear(*operands: Any, **settings: Any) -> tuple[Tensor, Tensor]:
+    """`in_parts` of this implementation."""
+    return in_parts(masked_layer_norm, masked_linear, *operands, **settings)
