@@ -113,6 +113,7 @@ class Compiled:
         shared: bytes of shared memory per block.
         spills: bytes of stack per thread (NVIDIA), or vector and scalar registers spilled (AMD).
         instructions: how often each of `INSTRUCTIONS` stands in its code.
+        loop: instructions of PTX per product of matrices, in the smallest loop with any.
     """
 
     kernel: str
@@ -125,6 +126,7 @@ class Compiled:
     shared: int
     spills: list[int]
     instructions: dict[str, int]
+    loop: float | None
 
 
 @dataclass
@@ -208,6 +210,46 @@ def masked_linear_case(
     return Case(", ".join([size, *(name for name, on in options if on)]), run, precision)
 
 
+def stationary_cases() -> Iterator[Case]:
+    # Of so many tasks that a program goes through several tiles of rows; the kernels that do.
+    for drop in (0.0, 0.1):
+        yield stationary_case("bf16, fp32 weights", drop)._replace(largest=True)
+
+
+def stationary_case(precision: str, drop: float) -> Case:
+    """Forward with a LayerNorm or with a residual, and the gradient of a deep layer's x."""
+    dtype, weight_dtype = PRECISIONS[precision]
+    groups, rows, d = 50, 600, 128
+
+    def layer(inputs: int, outputs: int) -> tuple[Tensor, Tensor, LayerMasks]:
+        weight, bias = torch.empty(outputs, inputs), torch.empty(outputs)
+        bits = torch.zeros(3, outputs, words_for(inputs), dtype=torch.int32)
+        ids = torch.zeros(groups, dtype=torch.int64)
+        masks = LayerMasks(bits, torch.zeros(3, words_for(outputs), dtype=torch.int32), ids)
+        return weight.to(weight_dtype), bias.to(weight_dtype), masks
+
+    def run() -> None:
+        weight, bias, masks = layer(4 * d, d)
+        x = torch.empty(groups, rows, 4 * d, dtype=dtype, requires_grad=True)
+        if drop:
+            y = linear_residual(x, weight, bias, *masks.bits, torch.empty(groups, rows, d), drop)
+        else:
+            y = masked_linear(x, weight, bias, *masks.bits)
+        y.backward(torch.empty_like(y))
+        with torch.no_grad(), torch.autocast("cpu", dtype):
+            weight, bias, masks = layer(d, 4 * d)
+            rows_of_x = torch.empty(groups, rows, d)
+            bits = torch.zeros(3, words_for(d), dtype=torch.int32)
+            norm_masks = LayerMasks(bits, bits, masks.task_ids)
+            norm_linear(rows_of_x, *torch.empty(2, d), weight, bias, norm_masks, masks, relu=True)
+            weight, bias, masks = layer(d, d)
+            operands = rows_of_x.to(dtype), weight, bias, *masks.bits
+            linear_residual(*operands, rows_of_x, drop)
+
+    use = f"{groups} × {rows} rows, d = {d}"
+    return Case(f"{use}, dropout" if drop else use, run, precision)
+
+
 def linear_residual_cases() -> Iterator[Case]:
     for precision in ("fp32", "bf16, fp32 weights"):
         yield linear_residual_case(precision, 600, 512, 128)
@@ -215,25 +257,28 @@ def linear_residual_cases() -> Iterator[Case]:
     yield case._replace(largest=True)
 
 
-def linear_residual_case(precision: str, rows: int, inputs: int, outputs: int) -> Case:
+def linear_residual_case(
+    precision: str, rows: int, inputs: int, outputs: int, *, groups: int = 5
+) -> Case:
     """Forward and backward pass with dropout, beside a residual of float32."""
     dtype, weight_dtype = PRECISIONS[precision]
 
     def run() -> None:
         bits = torch.zeros(3, outputs, words_for(inputs), dtype=torch.int32)
         y = linear_residual(
-            torch.empty(5, rows, inputs, dtype=dtype, requires_grad=True),
+            torch.empty(groups, rows, inputs, dtype=dtype, requires_grad=True),
             torch.empty(outputs, inputs, dtype=weight_dtype, requires_grad=True),
             torch.empty(outputs, dtype=weight_dtype, requires_grad=True),
             bits,
             torch.zeros(3, words_for(outputs), dtype=torch.int32),
-            torch.zeros(5, dtype=torch.int64),
-            torch.empty(5, rows, outputs),
+            torch.zeros(groups, dtype=torch.int64),
+            torch.empty(groups, rows, outputs),
             0.1,
         )
         y.backward(torch.empty_like(y))
 
-    return Case(f"5 × {rows} rows, {inputs} to {outputs}, dropout, residual", run, precision)
+    use = f"{groups} × {rows} rows, {inputs} to {outputs}, dropout, residual"
+    return Case(use, run, precision)
 
 
 def norm_linear_cases() -> Iterator[Case]:
@@ -244,7 +289,7 @@ def norm_linear_cases() -> Iterator[Case]:
 
 
 def norm_linear_case(
-    precision: str, rows: int, inputs: int, outputs: int, *, relu: bool = False
+    precision: str, rows: int, inputs: int, outputs: int, *, relu: bool = False, groups: int = 5
 ) -> Case:
     """Forward and backward pass under autocast, whose x is of float32."""
     dtype, _ = PRECISIONS[precision]
@@ -252,10 +297,10 @@ def norm_linear_case(
     def run() -> None:
         gain, shift = torch.empty(2, inputs, requires_grad=True)
         of_inputs = torch.zeros(3, words_for(inputs), dtype=torch.int32)
-        ids = torch.zeros(5, dtype=torch.int64)
+        ids = torch.zeros(groups, dtype=torch.int64)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             y, x = norm_linear(
-                torch.empty(5, rows, inputs, requires_grad=True),
+                torch.empty(groups, rows, inputs, requires_grad=True),
                 *(gain, shift),
                 torch.empty(outputs, inputs, requires_grad=True),
                 torch.empty(outputs, requires_grad=True),
@@ -269,7 +314,7 @@ def norm_linear_case(
             )
         torch.autograd.backward((y, x), (torch.empty_like(y), torch.empty_like(x)))
 
-    use = f"5 × {rows} rows, LayerNorm, {inputs} to {outputs}"
+    use = f"{groups} × {rows} rows, LayerNorm, {inputs} to {outputs}"
     return Case(f"{use}, ReLU" if relu else use, run, precision)
 
 
@@ -458,6 +503,7 @@ def masked_adamw_case(size: int) -> Case:
 
 CASES = {
     "masked_linear": masked_linear_cases,
+    "stationary": stationary_cases,
     "linear_residual": linear_residual_cases,
     "norm_linear": norm_linear_cases,
     "weight_gradients": weight_gradients_cases,
@@ -542,7 +588,24 @@ def describe(compiled: Any, case: Case, target: str, constants: dict[str, Any]) 
         instructions={
             name: len(re.findall(pattern, code)) for name, pattern in INSTRUCTIONS.items()
         },
+        loop=of_loop(code) if of_nvidia else None,
     )
+
+
+def of_loop(ptx: str) -> float | None:
+    """Instructions per product of matrices in the smallest loop with any."""
+    lines = [line.strip() for line in ptx.splitlines()]
+    starts = ((i, re.match(r"(\$L__BB\w+):", line)) for i, line in enumerate(lines))
+    labels = {label[1]: i for i, label in starts if label}
+    found = []
+    for end, line in enumerate(lines):
+        target = re.search(r"\bbra(?:\.uni)?\s+(\$L__BB\w+);", line)
+        if target and labels.get(target[1], end) < end:
+            body = [text for text in lines[labels[target[1]] : end + 1] if text.endswith(";")]
+            products = sum(bool(re.search(INSTRUCTIONS["matrix"], text)) for text in body)
+            if products:
+                found.append((len(body), len(body) / products))
+    return min(found)[1] if found else None
 
 
 def of_cubin(cubin: bytes) -> tuple[int, list[int]]:
@@ -592,18 +655,21 @@ def markdown(compilation: Compilation) -> str:
         "",
         f"By Triton {triton.__version__} under PyTorch {torch.__version__}. Registers are per "
         "thread, shared memory is in bytes per block. Spills are bytes of stack per thread on "
-        "NVIDIA, and vector + scalar registers on AMD. The last four columns count instructions in "
-        "the code: matrix products, float32 multiply-adds, asynchronous copies, and loads of 16 "
-        "bytes or more.",
+        "NVIDIA, and vector + scalar registers on AMD. Then instructions in the code: matrix "
+        "products, float32 multiply-adds, asynchronous copies, and loads of 16 bytes or more; and "
+        "in the loop of the matrix products, instructions of PTX for each.",
     ]
     for kernel in compilation.kernels:
         lines += ["", f"## {kernel}", ""]
-        header = "first use|precision|options|target|registers|shared|spills|matrix|FMA|async|wide"
-        lines += [f"| {header.replace('|', ' | ')} |", "|---" * 4 + "|--:" * 7 + "|"]
+        header = (
+            "first use|precision|options|target|registers|shared|spills|matrix|FMA|async|wide|loop"
+        )
+        lines += [f"| {header.replace('|', ' | ')} |", "|---" * 4 + "|--:" * 8 + "|"]
         for row in compilation.compiled:
             if row.kernel == kernel:
                 cells = [row.use, row.precision, row.options, row.target, row.registers, row.shared]
                 cells += [" + ".join(map(str, row.spills)), *row.instructions.values()]
+                cells.append("" if row.loop is None else round(row.loop))
                 lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 

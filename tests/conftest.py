@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 # Workers of pytest-xdist, and commands that tests start, have a thread for every processor each, so
 # that kernels are tried in parallel: idle ones are not to spin. Read when PyTorch is imported.
@@ -109,6 +110,23 @@ def cpu(request: pytest.FixtureRequest, native: None) -> Iterator[Backend]:
     assert backend.name == f"cpu-{request.param}"
     yield backend
     library.library().harmodt_use_isa(best.encode())
+
+
+@pytest.fixture
+def stationary(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Programs go through several tiles of rows, as of many tasks, also where there are few."""
+    kernels = pytest.importorskip("harmodt_kernels.masked_linear.triton")
+    plan, plans = kernels.product_plan, []
+
+    def remembered(*operands: Any) -> Any:
+        plans.append(plan(*operands))
+        return plans[-1]
+
+    monkeypatch.setattr(kernels, "ENOUGH", 1)
+    monkeypatch.setattr(kernels, "product_plan", remembered)
+    yield
+    several = [plan for plan in plans if plan.tiles_of_program is not None]
+    assert several and all(plan.tiles_of_program > 1 for plan in several)
 
 
 @pytest.fixture

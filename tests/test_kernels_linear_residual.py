@@ -101,10 +101,14 @@ def test_without_masks_every_weight_is_active(backend, device, masked) -> None:
 @pytest.mark.parametrize("implementation", ["triton"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("drop", [0.0, 0.3])
-def test_halves_beside_a_residual_of_float32(backend, device, dtype, drop) -> None:
+@pytest.mark.parametrize("tiles", ["one tile of rows", "several"])
+def test_halves_beside_a_residual_of_float32(backend, device, dtype, drop, tiles, request) -> None:
     if dtype == torch.bfloat16 and device.type == "cpu":
         pytest.skip("Triton's interpreter multiplies bf16 wrongly")
-    problem = LinearProblem.random(2, 37, 60, 40).rounded(dtype)
+    if tiles == "several":
+        request.getfixturevalue("stationary")
+    rows = 150 if tiles == "several" else 37
+    problem = LinearProblem.random(2, rows, 60, 40).rounded(dtype)
     exact = results(backend, problem, device, drop)
     for name, values in results(backend, problem, device, drop, dtype).items():
         assert values.dtype == (dtype if name == "x" else torch.float32), name

@@ -173,6 +173,23 @@ def test_errs_at_most_twice_as_much_as_dense_layers(
         assert largest_error(values, expected[name]) <= bound, name
 
 
+@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("of_groups", [False, True])
+def test_a_program_goes_through_several_tiles_of_rows(
+    backend, device, of_groups, relu, stationary
+) -> None:
+    problem = LinearProblem.random(3, 150, 39, 70).rounded(torch.float16)
+    how = {"weight_dtype": torch.float32, "relu": relu, "of_groups": of_groups}
+    computed = problem.computed(backend, device, torch.float16, **how)
+    passed = computed["y"].cpu().numpy() > 0 if relu else None
+    expected = problem.expected(relu, passed)
+    for name, values in computed.items():
+        # as many tiles of rows as there are, and a result that is rounded to float16 once
+        bound = 2e-3 * np.abs(expected[name]).max()
+        assert largest_error(values, expected[name]) <= bound, name
+
+
 @pytest.mark.parametrize("sizes", SIZES[1:4])
 def test_autocast_errs_at_most_twice_as_much_as_dense_layers(backend, device, sizes) -> None:
     _skip_what_is_not_computed(backend, torch.bfloat16)

@@ -214,10 +214,13 @@ def test_threads_do_not_change_the_result() -> None:
 
 @pytest.mark.parametrize("implementation", ["triton"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_products_of_halves_beside_x_of_float32(backend, device, dtype) -> None:
+@pytest.mark.parametrize("tiles", ["one tile of rows", "several"])
+def test_products_of_halves_beside_x_of_float32(backend, device, dtype, tiles, request) -> None:
     if dtype == torch.bfloat16 and device.type == "cpu":
         pytest.skip("Triton's interpreter multiplies bf16 wrongly")
-    problem = Problem.random(2, 37, 60, 40)
+    if tiles == "several":
+        request.getfixturevalue("stationary")
+    problem = Problem.random(2, 150 if tiles == "several" else 37, 60, 40)
     exact = computed(REFERENCE, problem, torch.device("cpu"), torch.float64)
     for name, values in computed(backend, problem, device, autocast=dtype).items():
         assert values.dtype == (dtype if name == "y" else torch.float32), name

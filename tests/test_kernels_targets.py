@@ -83,6 +83,19 @@ def test_matrix_units_multiply(compiled: list[Compiled], target: str) -> None:
     assert labels(c for c in products if c["instructions"]["matrix"] == 0) == []
 
 
+@pytest.mark.parametrize("target", NVIDIA)
+def test_a_stationary_weight_is_not_masked_again_for_each_product(
+    compiled: list[Compiled], target: str
+) -> None:
+    mine = [c for c in compiled if c["target"] == target and c["kernel"].startswith("stationary_")]
+    assert len(mine) >= 4
+    # mma.sync's products are smaller. Dropout, LayerNorm and storing are in these loops as well.
+    alone, with_others = (40, 170) if target in ("sm_90", "sm_100") else (6, 24)
+    assert labels(c for c in mine if c["loop"] > with_others) == []
+    by_itself = [c for c in mine if "gradient" in c["kernel"] and "dropout" not in c["use"]]
+    assert by_itself and labels(c for c in by_itself if c["loop"] > alone) == []
+
+
 def test_float32_products_are_not_rounded_to_tf32(compiled: list[Compiled]) -> None:
     products = [
         c for c in compiled if c["target"] in NVIDIA and c["dot"] and c["precision"] == "fp32"

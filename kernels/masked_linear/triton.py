@@ -12,7 +12,7 @@ brings it into their layout through shared memory, in every turn of the loop.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,77 +22,20 @@ from torch import Tensor
 from ..device_functions import bits_of, kept, masked_vector
 from ..dropout import rate
 from ..launch import launch, precision_of
+from .device_functions import (
+    Norm,
+    begin_group,
+    gain_and_shift,
+    load_dy,
+    load_x,
+    masked_weight,
+    normalised,
+    row_statistics,
+    store_statistics,
+    store_y,
+    tile_statistics,
+)
 from .gradients import LayerGradients, layers_of
-
-
-@triton.jit
-def load_dy(
-    dy, y, start, place, mask, seed, threshold, factor, RELU: tl.constexpr, DROPOUT: tl.constexpr
-):
-    """dy where ReLU and dropout let y pass, else 0.
-
-    Tensors, a place in them and a draw of dropout are an argument each.
-    """
-    dy_tile = tl.load(dy + start + place, mask=mask, other=0.0)
-    if RELU:
-        y_tile = tl.load(y + start + place, mask=mask, other=0.0)
-        dy_tile = tl.where(y_tile <= 0.0, 0.0, dy_tile)
-    if DROPOUT:
-        draw = start.to(tl.uint32) + place.to(tl.uint32)
-        dy_tile = dy_tile.to(tl.float32) * kept(draw, seed, threshold, factor)
-    return dy_tile
-
-
-class Norm(NamedTuple):
-    """A LayerNorm before the layer, as the forward kernel takes it; and what it writes."""
-
-    gain: Tensor  # [inputs]
-    shift: Tensor  # [inputs]
-    gain_bits: Tensor  # int32 [tasks, words], gain_task_stride apart
-    shift_bits: Tensor  # int32 [tasks, words], shift_task_stride apart
-    gain_task_stride: int
-    shift_task_stride: int
-    epsilon: float
-    statistics: Tensor  # float32 [groups, rows, 2]: mean and inverse deviation
-    affine: Tensor  # float32 [groups, 2, inputs]: gain and shift under the masks
-    arrivals: Tensor  # int32 [groups]: 0, for the programs of the LayerNorm's gradient to count
-
-
-@triton.jit
-def row_statistics(x, row, inputs, epsilon, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Mean and inverse deviation of some rows, which two passes read from the cache."""
-    total = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
-    for k0 in range(0, inputs, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        place = row[:, None] * inputs + k[None, :]
-        total += tl.load(x + place, mask=(k < inputs)[None, :], other=0.0).to(tl.float32)
-    mean = tl.sum(total, 1) / inputs
-    squares = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
-    for k0 in range(0, inputs, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        place = row[:, None] * inputs + k[None, :]
-        values = tl.load(x + place, mask=(k < inputs)[None, :], other=0.0).to(tl.float32)
-        centred = tl.where((k < inputs)[None, :], values - mean[:, None], 0.0)
-        squares += centred * centred
-    variance = tl.sum(squares, 1) / inputs
-    return mean, tl.rsqrt(variance + tl.cast(epsilon, tl.float32))
-
-
-@triton.jit
-def gain_and_shift(norm, task, k, inputs):
-    """Those of a LayerNorm, for inputs k under a task's mask."""
-    gain = tl.load(norm.gain + k, mask=k < inputs, other=0.0)
-    gain = masked_vector(gain, norm.gain_bits + task * norm.gain_task_stride, k, inputs)
-    shift = tl.load(norm.shift + k, mask=k < inputs, other=0.0)
-    shift = masked_vector(shift, norm.shift_bits + task * norm.shift_task_stride, k, inputs)
-    return gain, shift
-
-
-@triton.jit
-def normalised(x_tile, mean, scale, gain, shift):
-    """A tile of rows as the LayerNorm leaves them, float32."""
-    centred = x_tile.to(tl.float32) - mean[:, None]
-    return centred * scale[:, None] * gain[None, :] + shift[None, :]
 
 
 @triton.jit
@@ -107,6 +50,19 @@ def tile_of(row_tiles, column_tiles):
     height = tl.minimum(row_tiles - first, 8)
     within = program % (8 * column_tiles)
     return first + within % height, within // height
+
+
+@triton.jit
+def place_of_rows(groups, rows, tiles_of_program, column_tiles, BLOCK_R: tl.constexpr):
+    """Group, first row, row after the last, and column tile of a program with some tiles of rows.
+
+    Programs with the same rows are next to each other.
+    """
+    height = tiles_of_program * BLOCK_R
+    parts = tl.cdiv(rows, height)
+    part, column_tile = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
+    first = part % parts * height
+    return part // parts, first, tl.minimum(first + height, rows), column_tile
 
 
 @triton.jit(do_not_specialize=["groups", "rows", "seed", "threshold"])
@@ -147,70 +103,44 @@ def masked_linear_kernel(
     first = row_tile % tiles_of_group * BLOCK_R
     task = tl.load(task_ids + group)
     row = tl.arange(0, BLOCK_R)
+    near = tl.minimum(row, rows - 1 - first)  # rows beyond the last are computed as the last
     n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_rows, in_outputs = first + row < rows, n < outputs
-    # Rows and outputs beyond the last are computed as the last and not stored.
-    x_row = tl.minimum(row, rows - 1 - first)
-    w_row = tl.minimum(n, outputs - 1)
     start = group.to(tl.int64) * rows + first
     x += start * inputs
-    before = start * outputs
-    y += before
     weight_bits += task * task_stride
     if DROPOUT:
         seed = tl.load(seed).to(tl.uint32)
     if norm is not None:
-        mean, scale = row_statistics(x, x_row, inputs, norm.epsilon, BLOCK_R, BLOCK_K)
+        mean, scale = row_statistics(x, near, inputs, norm.epsilon, BLOCK_R, BLOCK_K)
         if column_tile == 0:
-            statistics = norm.statistics + (start + row) * 2
-            tl.store(statistics, mean, mask=in_rows)
-            tl.store(statistics + 1, scale, mask=in_rows)
+            store_statistics(norm, start, row, rows - first, mean, scale)
         if (first == 0) & (column_tile == 0):
-            tl.store(norm.arrivals + group, 0)
-            affine = norm.affine + group.to(tl.int64) * 2 * inputs
-            for k0 in range(0, inputs, BLOCK_K):
-                k = k0 + tl.arange(0, BLOCK_K)
-                gain, shift = gain_and_shift(norm, task, k, inputs)
-                tl.store(affine + k, gain, mask=k < inputs)
-                tl.store(affine + inputs + k, shift, mask=k < inputs)
+            begin_group(norm, group, task, inputs, BLOCK_K)
     total = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     for k0 in range(0, inputs, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         word = k0 // 32 + tl.arange(0, BLOCK_K // 32)
-        w = tl.load(
-            weight + w_row[:, None] * weight_stride + k[None, :],
-            mask=(k < inputs)[None, :],
-            other=0.0,
+        w = masked_weight(
+            *(weight, weight_bits, n, k, word, outputs, inputs, weight_stride, bits_stride),
+            BLOCK_N=BLOCK_N,
+            BLOCK_K=BLOCK_K,
         )
-        words = tl.load(
-            weight_bits + w_row[:, None] * bits_stride + word[None, :],
-            mask=(word * 32 < inputs)[None, :],
-            other=0,
-        )
-        x_tile = tl.load(
-            x + x_row[:, None] * inputs + k[None, :],
-            mask=(k < inputs)[None, :],
-            other=0.0,
-        )
+        x_tile = load_x(x, near, k, inputs)
         if norm is not None:
             gain, shift = gain_and_shift(norm, task, k, inputs)
             x_tile = normalised(x_tile, mean, scale, gain, shift).to(y.dtype.element_ty)
-        w = tl.where(bits_of(words, BLOCK_N, BLOCK_K), w, 0.0).to(x_tile.dtype)
-        total = tl.dot(w, tl.trans(x_tile), total, input_precision=PRECISION)
+        total = tl.dot(w.to(x_tile.dtype), tl.trans(x_tile), total, input_precision=PRECISION)
+    b = 0.0
     if HAS_BIAS:
-        b = tl.load(bias + n, mask=in_outputs, other=0.0).to(tl.float32)
-        total += masked_vector(b, bias_bits + task * bias_task_stride, n, outputs)[:, None]
-    if RELU:
-        total = tl.where(total <= 0.0, 0.0, total)  # NaN stays
-    result = tl.trans(total)
-    place = row[:, None] * outputs + n[None, :]
-    inside = in_rows[:, None] & in_outputs[None, :]
-    if DROPOUT:
-        draw = before.to(tl.uint32) + place.to(tl.uint32)
-        result *= kept(draw, seed, threshold, factor)
-    if HAS_RESIDUAL:
-        result += tl.load(residual + before + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + place, result.to(y.dtype.element_ty), mask=inside)
+        b = tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)
+        b = masked_vector(b, bias_bits + task * bias_task_stride, n, outputs)
+    store_y(
+        *(total, y, residual, start, row, n, rows - first, outputs, b, seed, threshold, factor),
+        HAS_BIAS=HAS_BIAS,
+        HAS_RESIDUAL=HAS_RESIDUAL,
+        RELU=RELU,
+        DROPOUT=DROPOUT,
+    )
 
 
 @triton.jit(do_not_specialize=["groups", "rows", "seed", "threshold"])
@@ -288,6 +218,143 @@ def masked_linear_input_gradient_kernel(
         tl.trans(total).to(dx.dtype.element_ty),
         mask=in_rows[:, None] & in_inputs[None, :],
     )
+
+
+@triton.jit(do_not_specialize=["groups", "rows", "tiles_of_program", "seed", "threshold"])
+def stationary_linear_kernel(
+    x,  # [groups, rows, inputs]
+    weight,  # [outputs, inputs], rows weight_stride apart
+    bias,  # [outputs], or None
+    weight_bits,  # int32 [tasks, outputs, words], task_stride and bits_stride apart
+    bias_bits,  # int32 [tasks, words], bias_task_stride apart, or None
+    task_ids,  # int64 [groups]
+    residual,  # as y, or None
+    y,  # [groups, rows, outputs]
+    groups,
+    rows,
+    inputs,
+    outputs,
+    weight_stride,
+    task_stride,
+    bits_stride,
+    bias_task_stride,
+    seed,  # int64 [1], or None
+    threshold,
+    factor,  # of elements that dropout keeps
+    norm,  # a Norm, or None
+    tiles_of_program,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y of some tiles of a group's rows, one after the other, with the same tile of W ⊙ M.
+
+    That holds all inputs. Its arguments are those of `masked_linear_kernel`.
+    """
+    place = place_of_rows(groups, rows, tiles_of_program, tl.cdiv(outputs, BLOCK_N), BLOCK_R)
+    group, first, end, column_tile = place
+    task = tl.load(task_ids + group)
+    k, word = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_K // 32)
+    n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    weight_bits += task * task_stride
+    w = masked_weight(
+        *(weight, weight_bits, n, k, word, outputs, inputs, weight_stride, bits_stride),
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+    ).to(y.dtype.element_ty if norm is not None else x.dtype.element_ty)
+    b = 0.0
+    if HAS_BIAS:
+        b = tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)
+        b = masked_vector(b, bias_bits + task * bias_task_stride, n, outputs)
+    if DROPOUT:
+        seed = tl.load(seed).to(tl.uint32)
+    if norm is not None:
+        gain, shift = gain_and_shift(norm, task, k, inputs)
+        if (first == 0) & (column_tile == 0):
+            begin_group(norm, group, task, inputs, BLOCK_K)
+    row = tl.arange(0, BLOCK_R)
+    for r0 in range(first, end, BLOCK_R):
+        start = group.to(tl.int64) * rows + r0
+        # Rows beyond the last are computed as the last.
+        x_tile = load_x(x + start * inputs, tl.minimum(row, rows - 1 - r0), k, inputs)
+        if norm is not None:
+            mean, scale = tile_statistics(x_tile, k, inputs, norm.epsilon)
+            left = tl.where(column_tile == 0, rows - r0, 0)
+            store_statistics(norm, start, row, left, mean, scale)
+            x_tile = normalised(x_tile, mean, scale, gain, shift).to(w.dtype)
+        total = tl.dot(w, tl.trans(x_tile))
+        store_y(
+            *(total, y, residual, start, row, n, rows - r0, outputs, b, seed, threshold, factor),
+            HAS_BIAS=HAS_BIAS,
+            HAS_RESIDUAL=HAS_RESIDUAL,
+            RELU=RELU,
+            DROPOUT=DROPOUT,
+        )
+
+
+@triton.jit(do_not_specialize=["groups", "rows", "tiles_of_program", "seed", "threshold"])
+def stationary_input_gradient_kernel(
+    dy,  # [groups, rows, outputs]
+    y,  # as dy, or None
+    weight,  # [outputs, inputs], rows weight_stride apart
+    weight_bits,  # int32 [tasks, outputs, words], task_stride and bits_stride apart
+    task_ids,  # int64 [groups]
+    dx,  # [groups, rows, inputs]
+    groups,
+    rows,
+    inputs,
+    outputs,
+    weight_stride,
+    task_stride,
+    bits_stride,
+    seed,  # int64 [1], or None
+    threshold,
+    factor,  # of elements that dropout keeps
+    tiles_of_program,
+    RELU: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dx of some tiles of a group's rows, one after the other, with the same tile of W ⊙ M.
+
+    That holds all outputs. Its arguments are those of the kernel for one tile.
+    """
+    place = place_of_rows(groups, rows, tiles_of_program, tl.cdiv(inputs, BLOCK_K), BLOCK_R)
+    group, first, end, column_tile = place
+    n = tl.arange(0, BLOCK_N)
+    k = column_tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    word = column_tile * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
+    weight_bits += tl.load(task_ids + group) * task_stride
+    w = masked_weight(
+        *(weight, weight_bits, n, k, word, outputs, inputs, weight_stride, bits_stride),
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+    )
+    w = tl.trans(w.to(dx.dtype.element_ty))
+    if DROPOUT:
+        seed = tl.load(seed).to(tl.uint32)
+    row = tl.arange(0, BLOCK_R)
+    for r0 in range(first, end, BLOCK_R):
+        near = tl.minimum(row, rows - 1 - r0)  # rows beyond the last are not stored
+        start = group.to(tl.int64) * rows + r0
+        of_dy, mask = near[:, None] * outputs + n[None, :], (n < outputs)[None, :]
+        dy_tile = load_dy(
+            *(dy, y, start * outputs, of_dy, mask, seed, threshold, factor),
+            RELU=RELU,
+            DROPOUT=DROPOUT,
+        )
+        total = tl.dot(w, tl.trans(dy_tile.to(w.dtype)))
+        tl.store(
+            dx + start * inputs + row[:, None] * inputs + k[None, :],
+            tl.trans(total).to(dx.dtype.element_ty),
+            mask=(r0 + row < rows)[:, None] & (k < inputs)[None, :],
+        )
 
 
 class Layer(NamedTuple):
@@ -541,6 +608,9 @@ INPUT_GRADIENT = {
     "tf32": (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
     "half": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 4)),
 }
+# For sums of up to `depth` products of 16-bit numbers, where every program gets several tiles of
+# rows: by the bytes of an element of x or dy, which are made 16-bit numbers after they are loaded.
+STATIONARY = {2: Tile(64, 64, 128, 4, 3), 4: Tile(64, 64, 128, 4, 2)}
 # Rows are outputs, columns inputs. With 64 rows wgmma would be used, whose operands of TF32 must be
 # transposed in shared memory: they would be copied there 4 bytes at a time.
 WEIGHT_GRADIENT = {
@@ -585,11 +655,11 @@ def masked_linear(
     outputs, dtype = len(weight), dtype or x.dtype
     of_sum = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
     y = torch.empty(groups, rows, outputs, dtype=of_sum, device=x.device)
-    precision, tile = product_tile(FORWARD, x, dtype, outputs)
+    plan = product_plan(FORWARD, x, dtype, inputs, outputs)
     threshold, factor = rate(drop)
     launch(
-        masked_linear_kernel,
-        (groups * triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.columns),),
+        masked_linear_kernel if plan.tiles_of_program is None else stationary_linear_kernel,
+        (plan.programs,),
         x=x,
         weight=weight,
         bias=bias,
@@ -614,13 +684,10 @@ def masked_linear(
         HAS_RESIDUAL=residual is not None,
         RELU=relu,
         DROPOUT=drop > 0,
-        PRECISION="tf32" if precision == "tf32" else "ieee",
-        BLOCK_R=tile.rows,
-        BLOCK_N=tile.columns,
-        BLOCK_K=tile.depth,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        enable_fp_fusion=True,
+        BLOCK_R=plan.tile.rows,
+        BLOCK_N=plan.tile.columns,
+        BLOCK_K=plan.tile.depth,
+        **plan.options(),
     )
     return y
 
@@ -639,11 +706,12 @@ def masked_linear_input_gradient(
     groups, rows, outputs = dy.shape
     inputs = weight.shape[1]
     dx = torch.empty(groups, rows, inputs, dtype=dtype or dy.dtype, device=dy.device)
-    precision, tile = product_tile(INPUT_GRADIENT, dy, dx.dtype, inputs)
+    plan = product_plan(INPUT_GRADIENT, dy, dx.dtype, outputs, inputs)
+    by_tile, stationary = masked_linear_input_gradient_kernel, stationary_input_gradient_kernel
     threshold, factor = rate(drop)
     launch(
-        masked_linear_input_gradient_kernel,
-        (groups * triton.cdiv(rows, tile.rows) * triton.cdiv(inputs, tile.columns),),
+        by_tile if plan.tiles_of_program is None else stationary,
+        (plan.programs,),
         dy=dy,
         y=y,
         weight=weight,
@@ -662,13 +730,10 @@ def masked_linear_input_gradient(
         factor=factor,
         RELU=y is not None,
         DROPOUT=drop > 0,
-        PRECISION="tf32" if precision == "tf32" else "ieee",
-        BLOCK_R=tile.rows,
-        BLOCK_K=tile.columns,
-        BLOCK_N=tile.depth,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        enable_fp_fusion=True,
+        BLOCK_R=plan.tile.rows,
+        BLOCK_K=plan.tile.columns,
+        BLOCK_N=plan.tile.depth,
+        **plan.options(),
     )
     return dx
 
@@ -755,13 +820,47 @@ def add_parts(layers: list[LayerGradients], described: list[Layer]) -> None:
     )
 
 
-def product_tile(
-    table: dict[str, tuple[Tile, ...]], x: Tensor, dtype: torch.dtype, columns: int
-) -> tuple[str, Tile]:
-    """Precision of products of a dtype, and tile for a result with the groups and rows of x."""
+class Plan(NamedTuple):
+    """How a product is divided among programs.
+
+    Attributes:
+        tiles_of_program: of rows of a group, that it computes with a tile of the weight that
+            stays; None where it computes one tile, and goes through the weight for it.
+    """
+
+    precision: str
+    tile: Tile
+    programs: int
+    tiles_of_program: int | None
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of a launch that only one of the kernels has, and those of every launch."""
+        more: dict[str, Any]
+        if self.tiles_of_program is None:
+            more = {"PRECISION": "tf32" if self.precision == "tf32" else "ieee"}
+        else:
+            more = {"tiles_of_program": self.tiles_of_program}
+        warps, stages = self.tile.warps, self.tile.stages
+        return {**more, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
+def product_plan(
+    table: dict[str, tuple[Tile, ...]], x: Tensor, dtype: torch.dtype, depth: int, columns: int
+) -> Plan:
+    """Of products of a dtype with the groups and rows of x, so many columns, and sums so deep."""
     precision = precision_of(dtype)
     groups, rows, _ = x.shape
-    return precision, largest_tile(table[precision], 2 * ENOUGH, groups, rows, columns)
+    tile = STATIONARY[x.element_size()]
+    if precision == "half" and depth <= tile.depth:
+        of_group, others = triton.cdiv(rows, tile.rows), groups * triton.cdiv(columns, tile.columns)
+        parts = triton.cdiv(2 * ENOUGH, others)
+        if 2 * parts <= of_group:
+            each = triton.cdiv(of_group, parts)
+            tile = tile._replace(depth=max(32, triton.next_power_of_2(depth)))
+            return Plan(precision, tile, others * triton.cdiv(of_group, each), each)
+    tile = largest_tile(table[precision], 2 * ENOUGH, groups, rows, columns)
+    tiles = groups * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+    return Plan(precision, tile, tiles, None)
 
 
 def largest_tile(

@@ -1,0 +1,185 @@
+"""What the Triton kernels of the masked linear layer do to tiles, inside.
+
+Shapes are those of triton.py.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..device_functions import bits_of, kept, masked_vector
+
+
+@triton.jit
+def masked_weight(
+    weight,
+    weight_bits,
+    n,
+    k,
+    word,
+    outputs,
+    inputs,
+    weight_stride,
+    bits_stride,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """W ⊙ M of outputs n and inputs k, whose masks are in these words; 0 beyond the last.
+
+    A tile and the places of weight and mask are an argument each.
+    """
+    in_outputs, near = (n < outputs)[:, None], tl.minimum(n, outputs - 1)[:, None]
+    w = tl.load(weight + near * weight_stride + k[None, :], mask=(k < inputs)[None, :], other=0.0)
+    words = tl.load(
+        weight_bits + n[:, None] * bits_stride + word[None, :],
+        mask=in_outputs & (word * 32 < inputs)[None, :],
+        other=0,
+    )
+    return tl.where(bits_of(words, BLOCK_N, BLOCK_K), w, 0.0)
+
+
+@triton.jit
+def load_x(x, row, k, inputs):
+    """Rows of x, 0 where there are no inputs k."""
+    return tl.load(x + row[:, None] * inputs + k[None, :], mask=(k < inputs)[None, :], other=0.0)
+
+
+@triton.jit
+def load_dy(
+    dy, y, start, place, mask, seed, threshold, factor, RELU: tl.constexpr, DROPOUT: tl.constexpr
+):
+    """dy where ReLU and dropout let y pass, else 0.
+
+    Tensors, a place in them and a draw of dropout are an argument each.
+    """
+    dy_tile = tl.load(dy + start + place, mask=mask, other=0.0)
+    if RELU:
+        y_tile = tl.load(y + start + place, mask=mask, other=0.0)
+        dy_tile = tl.where(y_tile <= 0.0, 0.0, dy_tile)
+    if DROPOUT:
+        draw = start.to(tl.uint32) + place.to(tl.uint32)
+        dy_tile = dy_tile.to(tl.float32) * kept(draw, seed, threshold, factor)
+    return dy_tile
+
+
+@triton.jit
+def store_y(
+    total,
+    y,
+    residual,
+    start,
+    row,
+    n,
+    rows_left,
+    outputs,
+    b,
+    seed,
+    threshold,
+    factor,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    """Finish sums [outputs, rows] and store them: bias, ReLU, dropout, residual.
+
+    Tensors, a place in them, what is applied and a draw of dropout are an argument each.
+    """
+    if HAS_BIAS:
+        total += b[:, None]
+    if RELU:
+        total = tl.where(total <= 0.0, 0.0, total)  # NaN stays
+    result = tl.trans(total)
+    before = start * outputs
+    place = row[:, None] * outputs + n[None, :]
+    inside = (row < rows_left)[:, None] & (n < outputs)[None, :]
+    if DROPOUT:
+        draw = before.to(tl.uint32) + place.to(tl.uint32)
+        result *= kept(draw, seed, threshold, factor)
+    if HAS_RESIDUAL:
+        result += tl.load(residual + before + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + before + place, result.to(y.dtype.element_ty), mask=inside)
+
+
+class Norm(NamedTuple):
+    """A LayerNorm before the layer, as the forward kernel takes it; and what it writes."""
+
+    gain: Tensor  # [inputs]
+    shift: Tensor  # [inputs]
+    gain_bits: Tensor  # int32 [tasks, words], gain_task_stride apart
+    shift_bits: Tensor  # int32 [tasks, words], shift_task_stride apart
+    gain_task_stride: int
+    shift_task_stride: int
+    epsilon: float
+    statistics: Tensor  # float32 [groups, rows, 2]: mean and inverse deviation
+    affine: Tensor  # float32 [groups, 2, inputs]: gain and shift under the masks
+    arrivals: Tensor  # int32 [groups]: 0, for the programs of the LayerNorm's gradient to count
+
+
+@triton.jit
+def row_statistics(x, row, inputs, epsilon, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Mean and inverse deviation of some rows, which two passes read from the cache."""
+    total = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    for k0 in range(0, inputs, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        total += load_x(x, row, k, inputs).to(tl.float32)
+    mean = tl.sum(total, 1) / inputs
+    squares = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    for k0 in range(0, inputs, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        centred = load_x(x, row, k, inputs).to(tl.float32) - mean[:, None]
+        centred = tl.where((k < inputs)[None, :], centred, 0.0)
+        squares += centred * centred
+    variance = tl.sum(squares, 1) / inputs
+    return mean, tl.rsqrt(variance + tl.cast(epsilon, tl.float32))
+
+
+@triton.jit
+def tile_statistics(x_tile, k, inputs, epsilon):
+    """Mean and inverse deviation of rows that lie in a tile whole, 0 beyond inputs k."""
+    values = x_tile.to(tl.float32)
+    mean = tl.sum(values, 1) / inputs
+    centred = tl.where((k < inputs)[None, :], values - mean[:, None], 0.0)
+    variance = tl.sum(centred * centred, 1) / inputs
+    return mean, tl.rsqrt(variance + tl.cast(epsilon, tl.float32))
+
+
+@triton.jit
+def store_statistics(norm, start, row, rows_left, mean, scale):
+    """Keep those of some rows for the gradients."""
+    place = norm.statistics + (start + row) * 2
+    tl.store(place, mean, mask=row < rows_left)
+    tl.store(place + 1, scale, mask=row < rows_left)
+
+
+@triton.jit
+def gain_and_shift(norm, task, k, inputs):
+    """Those of a LayerNorm, for inputs k under a task's mask."""
+    gain = tl.load(norm.gain + k, mask=k < inputs, other=0.0)
+    gain = masked_vector(gain, norm.gain_bits + task * norm.gain_task_stride, k, inputs)
+    shift = tl.load(norm.shift + k, mask=k < inputs, other=0.0)
+    shift = masked_vector(shift, norm.shift_bits + task * norm.shift_task_stride, k, inputs)
+    return gain, shift
+
+
+@triton.jit
+def begin_group(norm, group, task, inputs, BLOCK_K: tl.constexpr):
+    """Write what a group has once for the gradients: gain and shift, and a counter of 0."""
+    tl.store(norm.arrivals + group, 0)
+    affine = norm.affine + group.to(tl.int64) * 2 * inputs
+    for k0 in range(0, inputs, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        gain, shift = gain_and_shift(norm, task, k, inputs)
+        tl.store(affine + k, gain, mask=k < inputs)
+        tl.store(affine + inputs + k, shift, mask=k < inputs)
+
+
+@triton.jit
+def normalised(x_tile, mean, scale, gain, shift):
+    """A tile of rows as the LayerNorm leaves them, float32."""
+    centred = x_tile.to(tl.float32) - mean[:, None]
+    return centred * scale[:, None] * gain[None, :] + shift[None, :]
