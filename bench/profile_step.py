@@ -32,7 +32,10 @@ STEPS = 20
 
 # Part of the step to the names of its operations.
 PARTS = {
-    "linear layers, forward": ("harmodt::masked_linear", "harmodt::norm_linear"),
+    "linear layers, forward, with the LayerNorm before": (
+        "harmodt::masked_linear",
+        "harmodt::norm_linear",
+    ),
     "linear layers, gradient of x": ("harmodt::masked_linear_input_gradient",),
     "linear layers, gradient of W and b": ("harmodt::masked_linear_weight_gradients",),
     "products of other layers, or of the reference": (
@@ -44,7 +47,7 @@ PARTS = {
     "attention, forward": ("harmodt::attention",),
     "attention, gradient": ("harmodt::attention_gradient",),
     "softmax": ("aten::_softmax", "aten::_softmax_backward_data"),
-    "LayerNorm, forward": ("harmodt::masked_layer_norm", "aten::native_layer_norm"),
+    "other LayerNorms, forward": ("harmodt::masked_layer_norm", "aten::native_layer_norm"),
     "LayerNorm, gradient": (
         "harmodt::masked_layer_norm_gradient",
         "aten::native_layer_norm_backward",

@@ -217,7 +217,7 @@ def stationary_cases() -> Iterator[Case]:
 
 
 def stationary_case(precision: str, drop: float) -> Case:
-    """Forward with a LayerNorm or with a residual, and the gradient of a deep layer's x."""
+    """Forward behind a LayerNorm and beside a residual, and gradients of a deep layer's x."""
     dtype, weight_dtype = PRECISIONS[precision]
     groups, rows, d = 50, 600, 128
 
@@ -231,11 +231,11 @@ def stationary_case(precision: str, drop: float) -> Case:
     def run() -> None:
         weight, bias, masks = layer(4 * d, d)
         x = torch.empty(groups, rows, 4 * d, dtype=dtype, requires_grad=True)
-        if drop:
-            y = linear_residual(x, weight, bias, *masks.bits, torch.empty(groups, rows, d), drop)
-        else:
-            y = masked_linear(x, weight, bias, *masks.bits)
-        y.backward(torch.empty_like(y))
+        operands = x, weight, bias, *masks.bits
+        ends = [linear_residual(*operands, torch.empty(groups, rows, d), drop)]
+        if not drop:
+            ends.append(masked_linear(*operands, relu=True))
+        torch.autograd.backward(ends, [torch.empty_like(end) for end in ends])
         with torch.no_grad(), torch.autocast("cpu", dtype):
             weight, bias, masks = layer(d, 4 * d)
             rows_of_x = torch.empty(groups, rows, d)
@@ -257,50 +257,54 @@ def linear_residual_cases() -> Iterator[Case]:
     yield case._replace(largest=True)
 
 
-def linear_residual_case(
-    precision: str, rows: int, inputs: int, outputs: int, *, groups: int = 5
-) -> Case:
+def linear_residual_case(precision: str, rows: int, inputs: int, outputs: int) -> Case:
     """Forward and backward pass with dropout, beside a residual of float32."""
     dtype, weight_dtype = PRECISIONS[precision]
 
     def run() -> None:
         bits = torch.zeros(3, outputs, words_for(inputs), dtype=torch.int32)
         y = linear_residual(
-            torch.empty(groups, rows, inputs, dtype=dtype, requires_grad=True),
+            torch.empty(5, rows, inputs, dtype=dtype, requires_grad=True),
             torch.empty(outputs, inputs, dtype=weight_dtype, requires_grad=True),
             torch.empty(outputs, dtype=weight_dtype, requires_grad=True),
             bits,
             torch.zeros(3, words_for(outputs), dtype=torch.int32),
-            torch.zeros(groups, dtype=torch.int64),
-            torch.empty(groups, rows, outputs),
+            torch.zeros(5, dtype=torch.int64),
+            torch.empty(5, rows, outputs),
             0.1,
         )
         y.backward(torch.empty_like(y))
 
-    use = f"{groups} × {rows} rows, {inputs} to {outputs}, dropout, residual"
-    return Case(use, run, precision)
+    return Case(f"5 × {rows} rows, {inputs} to {outputs}, dropout, residual", run, precision)
 
 
 def norm_linear_cases() -> Iterator[Case]:
     yield norm_linear_case("fp32", 600, 128, 384)
     yield norm_linear_case("bf16, fp32 weights", 600, 128, 384)
     for precision in TRAINING:
-        yield norm_linear_case(precision, 4800, 256, 1024, relu=True)._replace(largest=True)
+        case = norm_linear_case(precision, 4800, 256, 1024, relu=True, backward=False)
+        yield case._replace(largest=True)
 
 
 def norm_linear_case(
-    precision: str, rows: int, inputs: int, outputs: int, *, relu: bool = False, groups: int = 5
+    precision: str,
+    rows: int,
+    inputs: int,
+    outputs: int,
+    *,
+    relu: bool = False,
+    backward: bool = True,
 ) -> Case:
-    """Forward and backward pass under autocast, whose x is of float32."""
+    """Forward, and backward pass if asked for, under autocast; x is of float32."""
     dtype, _ = PRECISIONS[precision]
 
     def run() -> None:
         gain, shift = torch.empty(2, inputs, requires_grad=True)
         of_inputs = torch.zeros(3, words_for(inputs), dtype=torch.int32)
-        ids = torch.zeros(groups, dtype=torch.int64)
+        ids = torch.zeros(5, dtype=torch.int64)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             y, x = norm_linear(
-                torch.empty(groups, rows, inputs, requires_grad=True),
+                torch.empty(5, rows, inputs, requires_grad=True),
                 *(gain, shift),
                 torch.empty(outputs, inputs, requires_grad=True),
                 torch.empty(outputs, requires_grad=True),
@@ -312,9 +316,10 @@ def norm_linear_case(
                 ),
                 relu=relu,
             )
-        torch.autograd.backward((y, x), (torch.empty_like(y), torch.empty_like(x)))
+        if backward:
+            torch.autograd.backward((y, x), (torch.empty_like(y), torch.empty_like(x)))
 
-    use = f"{groups} × {rows} rows, LayerNorm, {inputs} to {outputs}"
+    use = f"5 × {rows} rows, LayerNorm, {inputs} to {outputs}"
     return Case(f"{use}, ReLU" if relu else use, run, precision)
 
 

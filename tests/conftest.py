@@ -122,7 +122,7 @@ def stationary(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         plans.append(plan(*operands))
         return plans[-1]
 
-    monkeypatch.setattr(kernels, "ENOUGH", 1)
+    monkeypatch.setattr(kernels, "ENOUGH", 3)  # more than one program for the rows of a group
     monkeypatch.setattr(kernels, "product_plan", remembered)
     yield
     several = [plan for plan in plans if plan.tiles_of_program is not None]

@@ -107,7 +107,7 @@ def test_halves_beside_a_residual_of_float32(backend, device, dtype, drop, tiles
         pytest.skip("Triton's interpreter multiplies bf16 wrongly")
     if tiles == "several":
         request.getfixturevalue("stationary")
-    rows = 150 if tiles == "several" else 37
+    rows = 389 if tiles == "several" else 37
     problem = LinearProblem.random(2, rows, 60, 40).rounded(dtype)
     exact = results(backend, problem, device, drop)
     for name, values in results(backend, problem, device, drop, dtype).items():

@@ -111,7 +111,9 @@ def check(
 
 @pytest.mark.parametrize("of_groups", [False, True, "summed"])
 @pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("sizes", [(1, 75, 39, 96), (3, 70, 64, 33), (2, 7, 160, 5)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(1, 75, 39, 96), (3, 70, 64, 33), (2, 7, 160, 5), (2, 0, 40, 33)], ids=str
+)
 def test_equals_the_definition(backend, device, sizes, relu, of_groups) -> None:
     problem = Problem.random(*sizes)
     found = computed(backend, problem, device, relu=relu, of_groups=of_groups)
@@ -213,6 +215,21 @@ def test_threads_do_not_change_the_result() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["triton"], indirect=True)
+def test_weights_may_be_of_autocasts_type(backend, device) -> None:
+    problem, half = Problem.random(2, 9, 40, 8), torch.float16
+    operands = [
+        getattr(problem, name).to(device, half if name in ("weight", "bias") else torch.float32)
+        for name in ("x", "gain", "shift", "weight", "bias")
+    ]
+    results = []
+    for apply in (backend.norm_linear, REFERENCE.norm_linear):
+        with torch.autocast(device.type, half):
+            results.append(apply(*operands, *problem.masks_on(device))[0])
+    assert results[0].dtype == results[1].dtype == half
+    torch.testing.assert_close(*results, rtol=4e-3, atol=4e-3)
+
+
+@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tiles", ["one tile of rows", "several"])
 def test_products_of_halves_beside_x_of_float32(backend, device, dtype, tiles, request) -> None:
@@ -220,7 +237,7 @@ def test_products_of_halves_beside_x_of_float32(backend, device, dtype, tiles, r
         pytest.skip("Triton's interpreter multiplies bf16 wrongly")
     if tiles == "several":
         request.getfixturevalue("stationary")
-    problem = Problem.random(2, 150 if tiles == "several" else 37, 60, 40)
+    problem = Problem.random(2, 389 if tiles == "several" else 37, 60, 40)
     exact = computed(REFERENCE, problem, torch.device("cpu"), torch.float64)
     for name, values in computed(backend, problem, device, autocast=dtype).items():
         assert values.dtype == (dtype if name == "y" else torch.float32), name
@@ -236,8 +253,9 @@ def test_results_repeat_bit_for_bit(backend, device) -> None:
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-def test_every_output_is_written(device) -> None:
-    problem = Problem.random(3, 37, 39, 70)
+@pytest.mark.parametrize("rows", [37, 0])
+def test_every_output_is_written(device, rows) -> None:
+    problem = Problem.random(3, rows, 39, 70)
     check(problem, computed(fused_backend(device), problem, device))
 
 

@@ -24,8 +24,8 @@ class LayerGradients(NamedTuple):
         drop, seed: of the dropout behind the layer, which is applied to dy; the seed is None iff
             `drop` is 0.
         statistics, affine: of the LayerNorm before the layer, which is applied to x: float32
-            [G, R, 2], each row's mean and inverse deviation, and [G, 2, K], gain and bias under the
-            groups' masks; both None without one.
+            [G, R, 2], each row's mean and inverse deviation, and [G, 2, K], gain and shift under
+            the groups' masks; both None without one.
     """
 
     dy: Tensor

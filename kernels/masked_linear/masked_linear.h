@@ -190,7 +190,7 @@ struct GradientRows {
 struct NormalisedRows {
   Rows x;
   const float* statistics;  // of each row: mean and inverse deviation
-  const float* affine;      // gain and bias with masks, [2][columns]
+  const float* affine;      // gain and shift with masks, [2][columns]
 
   void prefetch(int64_t row, int64_t column) const { x.prefetch(row, column); }
   Vec at(int64_t row, int64_t column) const {

@@ -106,15 +106,21 @@ def check_operands(
     bias_bits: Tensor | None,
     task_ids: Tensor | None,
     group_gradients: tuple[Tensor, Tensor | None] | None,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Raise TypeError or ValueError if the arguments of `masked_linear` do not fit together."""
+    """Raise TypeError or ValueError if the arguments of `masked_linear` do not fit together.
+
+    Args:
+        dtype: of the products, if x is made another one.
+    """
     weight_out, bias_out = group_gradients or (None, None)
-    _check_types(x, weight, bias, weight_bits, bias_bits, task_ids)
+    _check_types(x, dtype or x.dtype, weight, bias, weight_bits, bias_bits, task_ids)
     _check_layout(x, weight, bias, weight_bits, bias_bits, task_ids, weight_out, bias_out)
 
 
 def _check_types(
     x: Tensor,
+    dtype: torch.dtype,
     weight: Tensor,
     bias: Tensor | None,
     weight_bits: Tensor,
@@ -126,8 +132,8 @@ def _check_types(
             f"x is {x.dtype}, and the fused masked linear takes float32, float16 or bfloat16; "
             "the reference takes any"
         )
-    if weight.dtype not in (torch.float32, x.dtype):
-        raise TypeError(f"weight is {weight.dtype}: it must be float32 or x's {x.dtype}")
+    if weight.dtype not in (torch.float32, dtype):
+        raise TypeError(f"weight is {weight.dtype}: it must be float32 or x's {dtype}")
     if bias is not None and bias.dtype != weight.dtype:
         raise TypeError(f"bias is {bias.dtype} and weight {weight.dtype}: they must be the same")
     for name, bits in (("weight_bits", weight_bits), ("bias_bits", bias_bits)):

@@ -6,7 +6,7 @@ is in registers, so that neither W ⊙ M nor an unpacked mask exists in memory.
 
 The masked weight is the left operand of its products, whose results are hence transposed: matrix
 units can take that operand from registers (wgmma) or from tensor memory (tcgen05). Triton still
-brings it into their layout through shared memory, in every turn of the loop.
+brings it into their layout through shared memory, once for every time that it is masked.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def tile_of(row_tiles, column_tiles):
 
 
 @triton.jit
-def place_of_rows(groups, rows, tiles_of_program, column_tiles, BLOCK_R: tl.constexpr):
+def place_of_rows(rows, tiles_of_program, column_tiles, BLOCK_R: tl.constexpr):
     """Group, first row, row after the last, and column tile of a program with some tiles of rows.
 
     Programs with the same rows are next to each other.
@@ -96,7 +96,7 @@ def masked_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y of one tile. What it needs is an argument each; of a LayerNorm before it, one together."""
+    """y of one tile. What it needs is an argument each, and a LayerNorm before it is one more."""
     tiles_of_group = tl.cdiv(rows, BLOCK_R)
     row_tile, column_tile = tile_of(groups * tiles_of_group, tl.cdiv(outputs, BLOCK_N))
     group = row_tile // tiles_of_group
@@ -168,7 +168,10 @@ def masked_linear_input_gradient_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dx of one tile. A launch takes no structures: what a kernel needs is an argument each."""
+    """dx of one tile. What a kernel needs is an argument each.
+
+    Its loads of W stand here, though `masked_weight` has the same: with that, registers spill.
+    """
     tiles_of_group = tl.cdiv(rows, BLOCK_R)
     row_tile, column_tile = tile_of(groups * tiles_of_group, tl.cdiv(inputs, BLOCK_K))
     group = row_tile // tiles_of_group
@@ -255,7 +258,7 @@ def stationary_linear_kernel(
 
     That holds all inputs. Its arguments are those of `masked_linear_kernel`.
     """
-    place = place_of_rows(groups, rows, tiles_of_program, tl.cdiv(outputs, BLOCK_N), BLOCK_R)
+    place = place_of_rows(rows, tiles_of_program, tl.cdiv(outputs, BLOCK_N), BLOCK_R)
     group, first, end, column_tile = place
     task = tl.load(task_ids + group)
     k, word = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_K // 32)
@@ -325,7 +328,7 @@ def stationary_input_gradient_kernel(
 
     That holds all outputs. Its arguments are those of the kernel for one tile.
     """
-    place = place_of_rows(groups, rows, tiles_of_program, tl.cdiv(inputs, BLOCK_K), BLOCK_R)
+    place = place_of_rows(rows, tiles_of_program, tl.cdiv(inputs, BLOCK_K), BLOCK_R)
     group, first, end, column_tile = place
     n = tl.arange(0, BLOCK_N)
     k = column_tile * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -855,7 +858,7 @@ def product_plan(
         of_group, others = triton.cdiv(rows, tile.rows), groups * triton.cdiv(columns, tile.columns)
         parts = triton.cdiv(2 * ENOUGH, others)
         if 2 * parts <= of_group:
-            each = triton.cdiv(of_group, parts)
+            each = of_group // parts
             tile = tile._replace(depth=max(32, triton.next_power_of_2(depth)))
             return Plan(precision, tile, others * triton.cdiv(of_group, each), each)
     tile = largest_tile(table[precision], 2 * ENOUGH, groups, rows, columns)
@@ -884,7 +887,7 @@ def weight_gradient_plan(layers: list[LayerGradients]) -> tuple[str, Tile, int]:
     precision = precision_of(torch.float32 if torch.float32 in dtypes else dtypes.pop())
     groups = min(len(layer.x) for layer in layers)
     sizes = 4 * sum(layer.weight_out[0].numel() for layer in layers)
-    room = sum(layer.x.nbytes for layer in layers) // sizes
+    room = sum(layer.x.numel() * layer.dtype.itemsize for layer in layers) // sizes
     most = max(1, min(groups // GROUPS_OF_PART, room))
     for tile in WEIGHT_GRADIENT[precision]:
         of_layers = [tiles_of(layer, tile) for layer in layers]

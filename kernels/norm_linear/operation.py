@@ -65,10 +65,10 @@ def norm_linear(
     layer_norm.check_operands(x, gain, shift, gain_bits, shift_bits, task_ids, ("gain", "shift"))
     of_norm = norm_masks.group_gradients or (None, None)
     layer_norm.check_outputs(len(x), gain, *of_norm)
-    out = masks.group_gradients
-    linear.check_operands(x, weight, bias, weight_bits, bias_bits, task_ids, out)
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    out = masks.group_gradients
+    linear.check_operands(x, weight, bias, weight_bits, bias_bits, task_ids, out, dtype)
     bits = gain_bits, shift_bits, weight_bits, bias_bits, task_ids
     outs, rest = (*of_norm, *(out or (None, None))), (epsilon, relu, dtype, masks.queue)
     return _NormLinear.apply(x, weight, bias, gain, shift, *outs, *bits, *rest)

@@ -35,7 +35,8 @@ def norm_linear(
         epsilon=epsilon,
         statistics=torch.empty(groups, rows, 2, device=x.device),
         affine=torch.empty(groups, 2, inputs, device=x.device),
-        arrivals=torch.empty(groups, dtype=torch.int32, device=x.device),
+        # Without rows no program begins a group.
+        arrivals=(torch.empty if rows else torch.zeros)(groups, dtype=torch.int32, device=x.device),
     )
     masks = weight_bits, bias_bits, task_ids
     y = layer.masked_linear(x, weight, bias, *masks, relu, norm=norm, dtype=dtype)
