@@ -108,7 +108,11 @@ def all_parts(train_minutes: int = 0, output: Path = Path("results")) -> list[Pa
             "kernels",
             "how fast are the kernels?",
             300,
-            benchmarks(300, "masked_adamw", "harmony_selection", "mask_update", "masked_linear"),
+            benchmarks(
+                300,
+                *("norm_linear", "masked_adamw", "harmony_selection"),
+                *("mask_update", "masked_linear"),
+            ),
             ("-k", "masked_adamw and 1458720"),
             report.tables,
         ),
