@@ -612,7 +612,7 @@ INPUT_GRADIENT = {
     "half": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 4)),
 }
 # For sums of up to `depth` products of 16-bit numbers, where every program gets several tiles of
-# rows: by the bytes of an element of x or dy, which are made 16-bit numbers after they are loaded.
+# rows: by the bytes that are loaded for an element of x, or of dy and y.
 STATIONARY = {2: Tile(64, 64, 128, 4, 3), 4: Tile(64, 64, 128, 4, 2)}
 # Rows are outputs, columns inputs. With 64 rows wgmma would be used, whose operands of TF32 must be
 # transposed in shared memory: they would be copied there 4 bytes at a time.
@@ -658,7 +658,7 @@ def masked_linear(
     outputs, dtype = len(weight), dtype or x.dtype
     of_sum = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
     y = torch.empty(groups, rows, outputs, dtype=of_sum, device=x.device)
-    plan = product_plan(FORWARD, x, dtype, inputs, outputs)
+    plan = product_plan(FORWARD, x, dtype, inputs, outputs, x.element_size())
     threshold, factor = rate(drop)
     launch(
         masked_linear_kernel if plan.tiles_of_program is None else stationary_linear_kernel,
@@ -709,7 +709,8 @@ def masked_linear_input_gradient(
     groups, rows, outputs = dy.shape
     inputs = weight.shape[1]
     dx = torch.empty(groups, rows, inputs, dtype=dtype or dy.dtype, device=dy.device)
-    plan = product_plan(INPUT_GRADIENT, dy, dx.dtype, outputs, inputs)
+    loaded = dy.element_size() + (0 if y is None else y.element_size())
+    plan = product_plan(INPUT_GRADIENT, dy, dx.dtype, outputs, inputs, loaded)
     by_tile, stationary = masked_linear_input_gradient_kernel, stationary_input_gradient_kernel
     threshold, factor = rate(drop)
     launch(
@@ -848,13 +849,22 @@ class Plan(NamedTuple):
 
 
 def product_plan(
-    table: dict[str, tuple[Tile, ...]], x: Tensor, dtype: torch.dtype, depth: int, columns: int
+    table: dict[str, tuple[Tile, ...]],
+    x: Tensor,
+    dtype: torch.dtype,
+    depth: int,
+    columns: int,
+    loaded: int,
 ) -> Plan:
-    """Of products of a dtype with the groups and rows of x, so many columns, and sums so deep."""
+    """Of products of a dtype with the groups and rows of x, so many columns, and sums so deep.
+
+    Args:
+        loaded: bytes for each element of x.
+    """
     precision = precision_of(dtype)
     groups, rows, _ = x.shape
-    tile = STATIONARY[x.element_size()]
-    if precision == "half" and depth <= tile.depth:
+    tile = STATIONARY.get(loaded)
+    if tile is not None and precision == "half" and depth <= tile.depth:
         of_group, others = triton.cdiv(rows, tile.rows), groups * triton.cdiv(columns, tile.columns)
         parts = triton.cdiv(2 * ENOUGH, others)
         if 2 * parts <= of_group:
