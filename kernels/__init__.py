@@ -13,10 +13,11 @@ from .harmony_selection import Selection, move_weights, select_harmony
 from .masked_adamw import masked_adamw, rates_of_step
 from .masked_layer_norm import MaskedLayerNorm
 from .masked_linear import MaskedLinear, masked_linear
-from .masks import LayerMasks
+from .masks import NO_MASKS, LayerMasks
 from .registration import BackendUnavailable
 
 __all__ = [
+    "NO_MASKS",
     "PYTORCH",
     "REFERENCE",
     "Backend",

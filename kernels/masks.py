@@ -42,6 +42,10 @@ class LayerMasks:
         return self.weight_bits, self.bias_bits, self.task_ids
 
 
+NO_MASKS = LayerMasks(None, None, None)
+"""Of a layer whose weights are all active."""
+
+
 def copies_of_groups(
     values: Tensor,
     bits: Tensor | None,

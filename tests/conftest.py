@@ -125,7 +125,7 @@ def stationary(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(kernels, "ENOUGH", 3)  # more than one program for the rows of a group
     monkeypatch.setattr(kernels, "product_plan", remembered)
     yield
-    several = [plan for plan in plans if plan.tiles_of_program is not None]
+    several = [plan for plan in plans if plan.stationary]
     assert several and all(plan.tiles_of_program > 1 for plan in several)
 
 

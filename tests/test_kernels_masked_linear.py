@@ -190,6 +190,27 @@ def test_a_program_goes_through_several_tiles_of_rows(
         assert largest_error(values, expected[name]) <= bound, name
 
 
+@pytest.mark.parametrize(
+    ("groups", "depth", "columns", "stationary"),
+    [
+        *((50, 128, 384, True), (50, 128, 128, True), (50, 128, 512, True)),
+        *((50, 512, 128, False), (1, 128, 384, False), (5, 128, 384, False)),
+    ],
+)
+def test_a_program_goes_through_several_where_enough_are_left(
+    groups, depth, columns, stationary
+) -> None:
+    kernels = pytest.importorskip("harmodt_kernels.masked_linear.triton")
+    x, half = torch.empty(groups, 600, depth, device="meta"), torch.bfloat16
+    plan = kernels.product_plan(kernels.FORWARD, x, half, depth, columns, loaded=2)
+    assert plan.stationary == stationary == (plan.tiles_of_program > 1)
+    single = kernels.product_plan(kernels.FORWARD, x, torch.float32, depth, columns, loaded=4)
+    assert not single.stationary
+    if stationary:
+        tiles = groups * -(-600 // plan.tile.rows) * -(-columns // plan.tile.columns)
+        assert 2 * 132 <= plan.programs < tiles <= plan.programs * plan.tiles_of_program
+
+
 @pytest.mark.parametrize("sizes", SIZES[1:4])
 def test_autocast_errs_at_most_twice_as_much_as_dense_layers(backend, device, sizes) -> None:
     _skip_what_is_not_computed(backend, torch.bfloat16)

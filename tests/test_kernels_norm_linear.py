@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from problems import LinearProblem
 from torch import Tensor
 
-from harmodt_kernels import REFERENCE, Backend, LayerMasks, fused_backend, pack_bits, unpack_bits
+from harmodt_kernels import (
+    NO_MASKS,
+    REFERENCE,
+    Backend,
+    LayerMasks,
+    fused_backend,
+    pack_bits,
+    unpack_bits,
+)
 from harmodt_kernels.masked_linear.gradients import WeightGradients
 from harmodt_kernels.norm_linear.reference import in_parts
 
@@ -130,8 +138,7 @@ def test_a_layer_without_a_bias(backend, device) -> None:
 
 def test_without_masks_every_weight_is_active(backend, device) -> None:
     problem = Problem.random(2, 9, 40, 8)
-    none = LayerMasks(None, None, None)
-    problem = replace(problem, norm_masks=none, masks=none)
+    problem = replace(problem, norm_masks=NO_MASKS, masks=NO_MASKS)
     check(problem, computed(backend, problem, device))
 
 

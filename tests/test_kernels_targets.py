@@ -87,12 +87,12 @@ def test_matrix_units_multiply(compiled: list[Compiled], target: str) -> None:
 # beside wgmma and tcgen05, and a tenth beside mma.sync, whose products are smaller. By kernel and
 # what is in the loop; forward, a ReLU stands for a LayerNorm as well.
 STATIONARY_LOOPS = {
-    ("stationary_linear_kernel", "RELU"): (165, 21),
-    ("stationary_linear_kernel", "HAS_RESIDUAL"): (50, 7),
-    ("stationary_linear_kernel", "HAS_RESIDUAL", "DROPOUT"): (110, 14),
-    ("stationary_input_gradient_kernel",): (45, 7),
-    ("stationary_input_gradient_kernel", "RELU"): (60, 15),
-    ("stationary_input_gradient_kernel", "DROPOUT"): (170, 22),
+    ("masked_linear_kernel", "RELU"): (165, 21),
+    ("masked_linear_kernel", "HAS_RESIDUAL"): (50, 7),
+    ("masked_linear_kernel", "HAS_RESIDUAL", "DROPOUT"): (110, 14),
+    ("masked_linear_input_gradient_kernel",): (45, 7),
+    ("masked_linear_input_gradient_kernel", "RELU"): (60, 15),
+    ("masked_linear_input_gradient_kernel", "DROPOUT"): (170, 22),
 }
 
 
@@ -102,7 +102,7 @@ def test_a_stationary_weight_is_not_masked_again_for_each_product(
 ) -> None:
     found = set()
     for c in compiled:
-        if c["target"] == target and c["kernel"].startswith("stationary_"):
+        if c["target"] == target and "STATIONARY=True" in c["options"]:
             parts = ("HAS_RESIDUAL", "RELU", "DROPOUT")
             kind = (c["kernel"], *(part for part in parts if f"{part}=True" in c["options"]))
             most = STATIONARY_LOOPS[kind][0 if target in ("sm_90", "sm_100") else 1]

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from harmodt_kernels import Backend, LayerMasks, MaskedLayerNorm, MaskedLinear
+from harmodt_kernels import NO_MASKS, Backend, MaskedLayerNorm, MaskedLinear
 
 from ..batch import Batch, Steps
 from ..masks.bank import TaskMasks
@@ -50,7 +50,6 @@ class TransformerConfig:
 
 
 DROPOUT_PLACES = 3  # of a block
-NO_MASKS = LayerMasks(None, None, None)
 
 PromptCache = list[tuple[Tensor, Tensor]]  # keys and values [G B, H, 3 K*, d / H] of every block
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..masks import LayerMasks
+from ..masks import NO_MASKS, LayerMasks
 from .operation import masked_layer_norm
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class MaskedLayerNorm(nn.LayerNorm):
         # What follows is a product, which would convert y.
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else None
-        of_layer = masks or LayerMasks(None, None, None)
+        of_layer = masks or NO_MASKS
         return apply(
             x,
             self.weight,

@@ -43,6 +43,13 @@ def masked_weight(
 
 
 @triton.jit
+def masked_bias(bias, bits, n, outputs):
+    """The bias of outputs n under a task's mask, float32."""
+    b = tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)
+    return masked_vector(b, bits, n, outputs)
+
+
+@triton.jit
 def load_x(x, row, k, inputs):
     """Rows of x, 0 where there are no inputs k."""
     return tl.load(x + row[:, None] * inputs + k[None, :], mask=(k < inputs)[None, :], other=0.0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..masks import LayerMasks
+from ..masks import NO_MASKS, LayerMasks
 from .operation import masked_linear
 
 if TYPE_CHECKING:
@@ -54,14 +54,13 @@ class MaskedLinear(nn.Linear):
             BackendUnavailable: there is no fused kernel for the device.
         """
         apply = masked_linear if self.backend is None else self.backend.masked_linear
-        if masks is None:
-            return apply(x, self.weight, self.bias, None, None, None, relu=relu)
+        of_layer = masks or NO_MASKS
         return apply(
             x,
             self.weight,
             self.bias,
-            *masks.bits,
+            *of_layer.bits,
             relu=relu,
-            group_gradients=masks.group_gradients,
-            queue=masks.queue,
+            group_gradients=of_layer.group_gradients,
+            queue=of_layer.queue,
         )

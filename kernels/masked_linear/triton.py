@@ -28,6 +28,7 @@ from .device_functions import (
     gain_and_shift,
     load_dy,
     load_x,
+    masked_bias,
     masked_weight,
     normalised,
     row_statistics,
@@ -65,7 +66,7 @@ def place_of_rows(rows, tiles_of_program, column_tiles, BLOCK_R: tl.constexpr):
     return part // parts, first, tl.minimum(first + height, rows), column_tile
 
 
-@triton.jit(do_not_specialize=["groups", "rows", "seed", "threshold"])
+@triton.jit(do_not_specialize=["groups", "rows", "tiles_of_program", "seed", "threshold"])
 def masked_linear_kernel(
     x,  # [groups, rows, inputs]
     weight,  # [outputs, inputs], rows weight_stride apart
@@ -87,63 +88,110 @@ def masked_linear_kernel(
     threshold,
     factor,  # of elements that dropout keeps
     norm,  # a Norm, or None
+    tiles_of_program,  # if it is STATIONARY
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    STATIONARY: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y of one tile. What it needs is an argument each, and a LayerNorm before it is one more."""
-    tiles_of_group = tl.cdiv(rows, BLOCK_R)
-    row_tile, column_tile = tile_of(groups * tiles_of_group, tl.cdiv(outputs, BLOCK_N))
-    group = row_tile // tiles_of_group
-    first = row_tile % tiles_of_group * BLOCK_R
-    task = tl.load(task_ids + group)
-    row = tl.arange(0, BLOCK_R)
-    near = tl.minimum(row, rows - 1 - first)  # rows beyond the last are computed as the last
-    n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    start = group.to(tl.int64) * rows + first
-    x += start * inputs
-    weight_bits += task * task_stride
-    if DROPOUT:
-        seed = tl.load(seed).to(tl.uint32)
-    if norm is not None:
-        mean, scale = row_statistics(x, near, inputs, norm.epsilon, BLOCK_R, BLOCK_K)
-        if column_tile == 0:
-            store_statistics(norm, start, row, rows - first, mean, scale)
-        if (first == 0) & (column_tile == 0):
-            begin_group(norm, group, task, inputs, BLOCK_K)
-    total = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-    for k0 in range(0, inputs, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        word = k0 // 32 + tl.arange(0, BLOCK_K // 32)
+    """y of one tile, or of some tiles of a group's rows, one after the other (`STATIONARY`).
+
+    A tile of W ⊙ M that holds all inputs stays for all of those. What a kernel needs is an argument
+    each, and a LayerNorm before it is one more.
+    """
+    if STATIONARY:
+        place = place_of_rows(rows, tiles_of_program, tl.cdiv(outputs, BLOCK_N), BLOCK_R)
+        group, first, end, column_tile = place
+        task = tl.load(task_ids + group)
+        k, word = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_K // 32)
+        n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        weight_bits += task * task_stride
         w = masked_weight(
             *(weight, weight_bits, n, k, word, outputs, inputs, weight_stride, bits_stride),
             BLOCK_N=BLOCK_N,
             BLOCK_K=BLOCK_K,
-        )
-        x_tile = load_x(x, near, k, inputs)
+        ).to(y.dtype.element_ty if norm is not None else x.dtype.element_ty)
+        b = 0.0
+        if HAS_BIAS:
+            b = masked_bias(bias, bias_bits + task * bias_task_stride, n, outputs)
+        if DROPOUT:
+            seed = tl.load(seed).to(tl.uint32)
         if norm is not None:
             gain, shift = gain_and_shift(norm, task, k, inputs)
-            x_tile = normalised(x_tile, mean, scale, gain, shift).to(y.dtype.element_ty)
-        total = tl.dot(w.to(x_tile.dtype), tl.trans(x_tile), total, input_precision=PRECISION)
-    b = 0.0
-    if HAS_BIAS:
-        b = tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)
-        b = masked_vector(b, bias_bits + task * bias_task_stride, n, outputs)
-    store_y(
-        *(total, y, residual, start, row, n, rows - first, outputs, b, seed, threshold, factor),
-        HAS_BIAS=HAS_BIAS,
-        HAS_RESIDUAL=HAS_RESIDUAL,
-        RELU=RELU,
-        DROPOUT=DROPOUT,
-    )
+            if (first == 0) & (column_tile == 0):
+                begin_group(norm, group, task, inputs, BLOCK_K)
+        row = tl.arange(0, BLOCK_R)
+        for r0 in range(first, end, BLOCK_R):
+            start = group.to(tl.int64) * rows + r0
+            # Rows beyond the last are computed as the last.
+            x_tile = load_x(x + start * inputs, tl.minimum(row, rows - 1 - r0), k, inputs)
+            if norm is not None:
+                mean, scale = tile_statistics(x_tile, k, inputs, norm.epsilon)
+                left = tl.where(column_tile == 0, rows - r0, 0)
+                store_statistics(norm, start, row, left, mean, scale)
+                x_tile = normalised(x_tile, mean, scale, gain, shift).to(w.dtype)
+            total = tl.dot(w, tl.trans(x_tile), input_precision=PRECISION)
+            store_y(
+                *(total, y, residual, start, row, n, rows - r0, outputs, b),
+                *(seed, threshold, factor),
+                HAS_BIAS=HAS_BIAS,
+                HAS_RESIDUAL=HAS_RESIDUAL,
+                RELU=RELU,
+                DROPOUT=DROPOUT,
+            )
+    else:
+        tiles_of_group = tl.cdiv(rows, BLOCK_R)
+        row_tile, column_tile = tile_of(groups * tiles_of_group, tl.cdiv(outputs, BLOCK_N))
+        group = row_tile // tiles_of_group
+        first = row_tile % tiles_of_group * BLOCK_R
+        task = tl.load(task_ids + group)
+        row = tl.arange(0, BLOCK_R)
+        near = tl.minimum(row, rows - 1 - first)  # rows beyond the last are computed as the last
+        n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        start = group.to(tl.int64) * rows + first
+        x += start * inputs
+        weight_bits += task * task_stride
+        if DROPOUT:
+            seed = tl.load(seed).to(tl.uint32)
+        if norm is not None:
+            mean, scale = row_statistics(x, near, inputs, norm.epsilon, BLOCK_R, BLOCK_K)
+            if column_tile == 0:
+                store_statistics(norm, start, row, rows - first, mean, scale)
+            if (first == 0) & (column_tile == 0):
+                begin_group(norm, group, task, inputs, BLOCK_K)
+        total = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+        for k0 in range(0, inputs, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            word = k0 // 32 + tl.arange(0, BLOCK_K // 32)
+            w = masked_weight(
+                *(weight, weight_bits, n, k, word, outputs, inputs, weight_stride, bits_stride),
+                BLOCK_N=BLOCK_N,
+                BLOCK_K=BLOCK_K,
+            )
+            x_tile = load_x(x, near, k, inputs)
+            if norm is not None:
+                gain, shift = gain_and_shift(norm, task, k, inputs)
+                x_tile = normalised(x_tile, mean, scale, gain, shift).to(y.dtype.element_ty)
+            total = tl.dot(w.to(x_tile.dtype), tl.trans(x_tile), total, input_precision=PRECISION)
+        b = 0.0
+        if HAS_BIAS:
+            b = masked_bias(bias, bias_bits + task * bias_task_stride, n, outputs)
+        store_y(
+            *(total, y, residual, start, row, n, rows - first, outputs, b),
+            *(seed, threshold, factor),
+            HAS_BIAS=HAS_BIAS,
+            HAS_RESIDUAL=HAS_RESIDUAL,
+            RELU=RELU,
+            DROPOUT=DROPOUT,
+        )
 
 
-@triton.jit(do_not_specialize=["groups", "rows", "seed", "threshold"])
+@triton.jit(do_not_specialize=["groups", "rows", "tiles_of_program", "seed", "threshold"])
 def masked_linear_input_gradient_kernel(
     dy,  # [groups, rows, outputs]
     y,  # as dy, or None
@@ -161,202 +209,101 @@ def masked_linear_input_gradient_kernel(
     seed,  # int64 [1], or None
     threshold,
     factor,  # of elements that dropout keeps
+    tiles_of_program,  # if it is STATIONARY
     RELU: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    STATIONARY: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dx of one tile. What a kernel needs is an argument each.
+    """dx of one tile, or of some tiles of a group's rows, one after the other (`STATIONARY`).
 
-    Its loads of W stand here, though `masked_weight` has the same: with that, registers spill.
+    A tile of W ⊙ M that holds all outputs stays for all of those. For one tile W is loaded here,
+    though `masked_weight` does the same: with that, registers spill. What a kernel needs is an
+    argument each.
     """
-    tiles_of_group = tl.cdiv(rows, BLOCK_R)
-    row_tile, column_tile = tile_of(groups * tiles_of_group, tl.cdiv(inputs, BLOCK_K))
-    group = row_tile // tiles_of_group
-    first = row_tile % tiles_of_group * BLOCK_R
-    task = tl.load(task_ids + group)
-    row = tl.arange(0, BLOCK_R)
-    k = column_tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    word = column_tile * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
-    in_rows, in_inputs = first + row < rows, k < inputs
-    dy_row = tl.minimum(row, rows - 1 - first)  # rows beyond the last are not stored
-    start = group.to(tl.int64) * rows + first
-    dx += start * inputs
-    weight_bits += task * task_stride
-    if DROPOUT:
-        seed = tl.load(seed).to(tl.uint32)
-    total = tl.zeros([BLOCK_K, BLOCK_R], tl.float32)
-    for n0 in range(0, outputs, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        in_outputs = n < outputs
-        w = tl.load(
-            weight + tl.minimum(n, outputs - 1)[:, None] * weight_stride + k[None, :],
-            mask=in_inputs[None, :],
-            other=0.0,
+    if STATIONARY:
+        place = place_of_rows(rows, tiles_of_program, tl.cdiv(inputs, BLOCK_K), BLOCK_R)
+        group, first, end, column_tile = place
+        n = tl.arange(0, BLOCK_N)
+        k = column_tile * BLOCK_K + tl.arange(0, BLOCK_K)
+        word = column_tile * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
+        weight_bits += tl.load(task_ids + group) * task_stride
+        w = masked_weight(
+            *(weight, weight_bits, n, k, word, outputs, inputs, weight_stride, bits_stride),
+            BLOCK_N=BLOCK_N,
+            BLOCK_K=BLOCK_K,
         )
-        words = tl.load(
-            weight_bits + n[:, None] * bits_stride + word[None, :],
-            mask=in_outputs[:, None] & (word * 32 < inputs)[None, :],
-            other=0,
-        )
-        place = dy_row[:, None] * outputs + n[None, :]
-        dy_tile = load_dy(
-            dy,
-            y,
-            start * outputs,
-            place,
-            in_outputs[None, :],
-            seed,
-            threshold,
-            factor,
-            RELU=RELU,
-            DROPOUT=DROPOUT,
-        ).to(dx.dtype.element_ty)
-        w = tl.where(bits_of(words, BLOCK_N, BLOCK_K), w, 0.0).to(dy_tile.dtype)
-        total = tl.dot(tl.trans(w), tl.trans(dy_tile), total, input_precision=PRECISION)
-    tl.store(
-        dx + row[:, None] * inputs + k[None, :],
-        tl.trans(total).to(dx.dtype.element_ty),
-        mask=in_rows[:, None] & in_inputs[None, :],
-    )
-
-
-@triton.jit(do_not_specialize=["groups", "rows", "tiles_of_program", "seed", "threshold"])
-def stationary_linear_kernel(
-    x,  # [groups, rows, inputs]
-    weight,  # [outputs, inputs], rows weight_stride apart
-    bias,  # [outputs], or None
-    weight_bits,  # int32 [tasks, outputs, words], task_stride and bits_stride apart
-    bias_bits,  # int32 [tasks, words], bias_task_stride apart, or None
-    task_ids,  # int64 [groups]
-    residual,  # as y, or None
-    y,  # [groups, rows, outputs]
-    groups,
-    rows,
-    inputs,
-    outputs,
-    weight_stride,
-    task_stride,
-    bits_stride,
-    bias_task_stride,
-    seed,  # int64 [1], or None
-    threshold,
-    factor,  # of elements that dropout keeps
-    norm,  # a Norm, or None
-    tiles_of_program,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    RELU: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """y of some tiles of a group's rows, one after the other, with the same tile of W ⊙ M.
-
-    That holds all inputs. Its arguments are those of `masked_linear_kernel`.
-    """
-    place = place_of_rows(rows, tiles_of_program, tl.cdiv(outputs, BLOCK_N), BLOCK_R)
-    group, first, end, column_tile = place
-    task = tl.load(task_ids + group)
-    k, word = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_K // 32)
-    n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    weight_bits += task * task_stride
-    w = masked_weight(
-        *(weight, weight_bits, n, k, word, outputs, inputs, weight_stride, bits_stride),
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
-    ).to(y.dtype.element_ty if norm is not None else x.dtype.element_ty)
-    b = 0.0
-    if HAS_BIAS:
-        b = tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)
-        b = masked_vector(b, bias_bits + task * bias_task_stride, n, outputs)
-    if DROPOUT:
-        seed = tl.load(seed).to(tl.uint32)
-    if norm is not None:
-        gain, shift = gain_and_shift(norm, task, k, inputs)
-        if (first == 0) & (column_tile == 0):
-            begin_group(norm, group, task, inputs, BLOCK_K)
-    row = tl.arange(0, BLOCK_R)
-    for r0 in range(first, end, BLOCK_R):
-        start = group.to(tl.int64) * rows + r0
-        # Rows beyond the last are computed as the last.
-        x_tile = load_x(x + start * inputs, tl.minimum(row, rows - 1 - r0), k, inputs)
-        if norm is not None:
-            mean, scale = tile_statistics(x_tile, k, inputs, norm.epsilon)
-            left = tl.where(column_tile == 0, rows - r0, 0)
-            store_statistics(norm, start, row, left, mean, scale)
-            x_tile = normalised(x_tile, mean, scale, gain, shift).to(w.dtype)
-        total = tl.dot(w, tl.trans(x_tile))
-        store_y(
-            *(total, y, residual, start, row, n, rows - r0, outputs, b, seed, threshold, factor),
-            HAS_BIAS=HAS_BIAS,
-            HAS_RESIDUAL=HAS_RESIDUAL,
-            RELU=RELU,
-            DROPOUT=DROPOUT,
-        )
-
-
-@triton.jit(do_not_specialize=["groups", "rows", "tiles_of_program", "seed", "threshold"])
-def stationary_input_gradient_kernel(
-    dy,  # [groups, rows, outputs]
-    y,  # as dy, or None
-    weight,  # [outputs, inputs], rows weight_stride apart
-    weight_bits,  # int32 [tasks, outputs, words], task_stride and bits_stride apart
-    task_ids,  # int64 [groups]
-    dx,  # [groups, rows, inputs]
-    groups,
-    rows,
-    inputs,
-    outputs,
-    weight_stride,
-    task_stride,
-    bits_stride,
-    seed,  # int64 [1], or None
-    threshold,
-    factor,  # of elements that dropout keeps
-    tiles_of_program,
-    RELU: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """dx of some tiles of a group's rows, one after the other, with the same tile of W ⊙ M.
-
-    That holds all outputs. Its arguments are those of the kernel for one tile.
-    """
-    place = place_of_rows(rows, tiles_of_program, tl.cdiv(inputs, BLOCK_K), BLOCK_R)
-    group, first, end, column_tile = place
-    n = tl.arange(0, BLOCK_N)
-    k = column_tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    word = column_tile * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
-    weight_bits += tl.load(task_ids + group) * task_stride
-    w = masked_weight(
-        *(weight, weight_bits, n, k, word, outputs, inputs, weight_stride, bits_stride),
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
-    )
-    w = tl.trans(w.to(dx.dtype.element_ty))
-    if DROPOUT:
-        seed = tl.load(seed).to(tl.uint32)
-    row = tl.arange(0, BLOCK_R)
-    for r0 in range(first, end, BLOCK_R):
-        near = tl.minimum(row, rows - 1 - r0)  # rows beyond the last are not stored
-        start = group.to(tl.int64) * rows + r0
-        of_dy, mask = near[:, None] * outputs + n[None, :], (n < outputs)[None, :]
-        dy_tile = load_dy(
-            *(dy, y, start * outputs, of_dy, mask, seed, threshold, factor),
-            RELU=RELU,
-            DROPOUT=DROPOUT,
-        )
-        total = tl.dot(w, tl.trans(dy_tile.to(w.dtype)))
+        w = tl.trans(w.to(dx.dtype.element_ty))
+        if DROPOUT:
+            seed = tl.load(seed).to(tl.uint32)
+        row = tl.arange(0, BLOCK_R)
+        for r0 in range(first, end, BLOCK_R):
+            near = tl.minimum(row, rows - 1 - r0)  # rows beyond the last are not stored
+            start = group.to(tl.int64) * rows + r0
+            of_dy, mask = near[:, None] * outputs + n[None, :], (n < outputs)[None, :]
+            dy_tile = load_dy(
+                *(dy, y, start * outputs, of_dy, mask, seed, threshold, factor),
+                RELU=RELU,
+                DROPOUT=DROPOUT,
+            )
+            total = tl.dot(w, tl.trans(dy_tile.to(w.dtype)), input_precision=PRECISION)
+            tl.store(
+                dx + start * inputs + row[:, None] * inputs + k[None, :],
+                tl.trans(total).to(dx.dtype.element_ty),
+                mask=(r0 + row < rows)[:, None] & (k < inputs)[None, :],
+            )
+    else:
+        tiles_of_group = tl.cdiv(rows, BLOCK_R)
+        row_tile, column_tile = tile_of(groups * tiles_of_group, tl.cdiv(inputs, BLOCK_K))
+        group = row_tile // tiles_of_group
+        first = row_tile % tiles_of_group * BLOCK_R
+        task = tl.load(task_ids + group)
+        row = tl.arange(0, BLOCK_R)
+        k = column_tile * BLOCK_K + tl.arange(0, BLOCK_K)
+        word = column_tile * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
+        in_rows, in_inputs = first + row < rows, k < inputs
+        dy_row = tl.minimum(row, rows - 1 - first)  # rows beyond the last are not stored
+        start = group.to(tl.int64) * rows + first
+        dx += start * inputs
+        weight_bits += task * task_stride
+        if DROPOUT:
+            seed = tl.load(seed).to(tl.uint32)
+        total = tl.zeros([BLOCK_K, BLOCK_R], tl.float32)
+        for n0 in range(0, outputs, BLOCK_N):
+            n = n0 + tl.arange(0, BLOCK_N)
+            in_outputs = n < outputs
+            w = tl.load(
+                weight + tl.minimum(n, outputs - 1)[:, None] * weight_stride + k[None, :],
+                mask=in_inputs[None, :],
+                other=0.0,
+            )
+            words = tl.load(
+                weight_bits + n[:, None] * bits_stride + word[None, :],
+                mask=in_outputs[:, None] & (word * 32 < inputs)[None, :],
+                other=0,
+            )
+            place = dy_row[:, None] * outputs + n[None, :]
+            dy_tile = load_dy(
+                dy,
+                y,
+                start * outputs,
+                place,
+                in_outputs[None, :],
+                seed,
+                threshold,
+                factor,
+                RELU=RELU,
+                DROPOUT=DROPOUT,
+            ).to(dx.dtype.element_ty)
+            w = tl.where(bits_of(words, BLOCK_N, BLOCK_K), w, 0.0).to(dy_tile.dtype)
+            total = tl.dot(tl.trans(w), tl.trans(dy_tile), total, input_precision=PRECISION)
         tl.store(
-            dx + start * inputs + row[:, None] * inputs + k[None, :],
+            dx + row[:, None] * inputs + k[None, :],
             tl.trans(total).to(dx.dtype.element_ty),
-            mask=(r0 + row < rows)[:, None] & (k < inputs)[None, :],
+            mask=in_rows[:, None] & in_inputs[None, :],
         )
 
 
@@ -661,7 +608,7 @@ def masked_linear(
     plan = product_plan(FORWARD, x, dtype, inputs, outputs, x.element_size())
     threshold, factor = rate(drop)
     launch(
-        masked_linear_kernel if plan.tiles_of_program is None else stationary_linear_kernel,
+        masked_linear_kernel,
         (plan.programs,),
         x=x,
         weight=weight,
@@ -711,10 +658,9 @@ def masked_linear_input_gradient(
     dx = torch.empty(groups, rows, inputs, dtype=dtype or dy.dtype, device=dy.device)
     loaded = dy.element_size() + (0 if y is None else y.element_size())
     plan = product_plan(INPUT_GRADIENT, dy, dx.dtype, outputs, inputs, loaded)
-    by_tile, stationary = masked_linear_input_gradient_kernel, stationary_input_gradient_kernel
     threshold, factor = rate(drop)
     launch(
-        by_tile if plan.tiles_of_program is None else stationary,
+        masked_linear_input_gradient_kernel,
         (plan.programs,),
         dy=dy,
         y=y,
@@ -828,24 +774,26 @@ class Plan(NamedTuple):
     """How a product is divided among programs.
 
     Attributes:
-        tiles_of_program: of rows of a group, that it computes with a tile of the weight that
-            stays; None where it computes one tile, and goes through the weight for it.
+        stationary: whether a program keeps its tile of the weight for some tiles of a group's rows.
+        tiles_of_program: how many, else 1.
     """
 
     precision: str
     tile: Tile
     programs: int
-    tiles_of_program: int | None
+    stationary: bool = False
+    tiles_of_program: int = 1
 
     def options(self) -> dict[str, Any]:
-        """Arguments of a launch that only one of the kernels has, and those of every launch."""
-        more: dict[str, Any]
-        if self.tiles_of_program is None:
-            more = {"PRECISION": "tf32" if self.precision == "tf32" else "ieee"}
-        else:
-            more = {"tiles_of_program": self.tiles_of_program}
-        warps, stages = self.tile.warps, self.tile.stages
-        return {**more, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+        """Arguments of a launch."""
+        return {
+            "tiles_of_program": self.tiles_of_program,
+            "PRECISION": "tf32" if self.precision == "tf32" else "ieee",
+            "STATIONARY": self.stationary,
+            "num_warps": self.tile.warps,
+            "num_stages": self.tile.stages,
+            "enable_fp_fusion": True,
+        }
 
 
 def product_plan(
@@ -870,10 +818,10 @@ def product_plan(
         if 2 * parts <= of_group:
             each = of_group // parts
             tile = tile._replace(depth=max(32, triton.next_power_of_2(depth)))
-            return Plan(precision, tile, others * triton.cdiv(of_group, each), each)
+            return Plan(precision, tile, others * triton.cdiv(of_group, each), True, each)
     tile = largest_tile(table[precision], 2 * ENOUGH, groups, rows, columns)
     tiles = groups * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
-    return Plan(precision, tile, tiles, None)
+    return Plan(precision, tile, tiles)
 
 
 def largest_tile(
