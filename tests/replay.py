@@ -113,14 +113,18 @@ class Recording(TorchDispatchMode):
         return note
 
     def kernels(self) -> tuple[Counter[str], Counter[str]]:
-        """The kernels that were launched, by name: those of Triton, and PyTorch's."""
+        """The kernels that were launched, by name: those of Triton, and PyTorch's.
+
+        Those that keep a tile of the weight have "stationary" before their name.
+        """
         of_triton: Counter[str] = Counter()
         of_pytorch: Counter[str] = Counter()
-        for call, args, _, _ in self._calls:
+        for call, args, kwargs, _ in self._calls:
             if isinstance(call, torch._ops.OpOverload):
                 of_pytorch[call.name().partition(".")[0].partition("::")[2]] += 1
             else:
-                of_triton[args[0].__name__] += 1
+                kind = "stationary " if kwargs.get("STATIONARY") else ""
+                of_triton[kind + args[0].__name__] += 1
         for name in NO_KERNEL:
             del of_pytorch[name]
         return of_triton, of_pytorch

@@ -19,7 +19,11 @@ from harmodt.data.repeats import find_repeats
 )
 def test_a_step_launches_no_more_kernels_than_it_did(groups, dropout, precision, most) -> None:
     of_triton, of_pytorch = step_launches(groups, dropout, precision=precision)
-    assert of_triton["masked_linear_kernel"] == 25 and of_triton["attention_kernel"] == 6
+    stationary = of_triton["stationary masked_linear_kernel"]
+    # three layers of each block; the last block's attention ends in too few rows for one
+    assert stationary == (17 if groups == 50 and precision == "bf16" else 0)
+    assert of_triton["masked_linear_kernel"] == 25 - stationary
+    assert of_triton["attention_kernel"] == 6
     assert of_triton.total() + of_pytorch.total() <= most
 
 
