@@ -32,7 +32,7 @@ STEPS = 20
 
 # Part of the step to the names of its operations.
 PARTS = {
-    "linear layers, forward, with the LayerNorm before": (
+    "linear layers, forward, with LayerNorm before and residual after": (
         "harmodt::masked_linear",
         "harmodt::norm_linear",
     ),

@@ -1,9 +1,8 @@
 """Registers the fused operations with PyTorch, which dispatches them by device.
 
 Each operation `harmodt::NAME` is the function NAME of the `triton.py` beside its `operation.py` on
-a GPU, and of the `cpu.py` on a CPU; its registration says which of the two there are. They are
-imported at the first call, so that importing the package needs neither Triton nor a GPU nor the C
-library.
+a GPU, and of the `cpu.py` on a CPU. They are imported at the first call, so that importing the
+package needs neither Triton nor a GPU nor the C library.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
@@ -35,13 +34,7 @@ _LIBRARY = torch.library.Library("harmodt", "DEF")
 _OLDEST_CAPABILITY = (8, 0)
 
 
-def register(
-    package: str,
-    name: str,
-    schema: str,
-    fake: Callable[..., Any],
-    kernels: tuple[Kernels, ...] = ("triton", "cpu"),
-) -> None:
+def register(package: str, name: str, schema: str, fake: Callable[..., Any]) -> None:
     """Define `harmodt::NAME` with the function NAME of `PACKAGE.triton` and of `PACKAGE.cpu`.
 
     Args:
@@ -49,10 +42,10 @@ def register(
         name: of the operation and of the function.
         schema: its arguments and results, in PyTorch's schema language.
         fake: gives results of the right shape and dtype without computing them.
-        kernels: which of the two there are. Where one is lacking, the operation raises
-            BackendUnavailable.
     """
-    run_triton, run_native = (_caller(package, name, kind, kernels) for kind in get_args(Kernels))
+
+    def run_triton(*arguments: Any) -> Any:
+        return _function(f"{package}.triton", name)(*arguments)
 
     def run_on_cpu(*arguments: Any) -> Any:
         if interpreted():
@@ -60,7 +53,7 @@ def register(
         missing = library.why_missing()
         if missing is not None:
             raise BackendUnavailable(missing)
-        return run_native(*arguments)
+        return _function(f"{package}.cpu", name)(*arguments)
 
     _LIBRARY.define(f"{name}{schema}")
     _LIBRARY.impl(name, run_triton, "CUDA")
@@ -71,25 +64,6 @@ def register(
 def kernels_for(device: torch.device) -> Kernels:
     """Which kernels run on a device."""
     return "cpu" if device.type == "cpu" and not interpreted() else "triton"
-
-
-def _caller(
-    package: str, name: str, kind: Kernels, kernels: tuple[Kernels, ...]
-) -> Callable[..., Any]:
-    """What calls the function NAME of `PACKAGE.KIND`, or says that there is none."""
-    module = f"{package}.{kind}"
-
-    def run(*arguments: Any) -> Any:
-        return _function(module, name)(*arguments)
-
-    def refuse(*_: Any) -> Any:
-        where = "a GPU" if kind == "triton" else "a CPU"
-        raise BackendUnavailable(
-            f"{name} has no kernel for {where}: take it from fused_backend(device), which does it "
-            "in parts there"
-        )
-
-    return run if kind in kernels else refuse
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from problems import LinearProblem
 from torch import Tensor
 
-from harmodt_kernels import REFERENCE, Backend, BackendUnavailable, fused_backend
+from harmodt_kernels import REFERENCE, Backend, fused_backend
 from harmodt_kernels.linear_residual import linear_residual
 
 
@@ -88,14 +89,65 @@ def equals_the_definition(
     return computed
 
 
+@pytest.mark.parametrize("of_groups", [False, True, "summed"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_without_masks_every_weight_is_active(backend, device, masked) -> None:
+def test_without_masks_every_weight_is_active(backend, device, masked, of_groups) -> None:
     problem = LinearProblem.random(2, 7, 39, 5)
     problem.weight_mask[:] = problem.bias_mask[:] = True
     problem.masked = masked
-    expected = results(REFERENCE, problem, device, 0.0, torch.float64, torch.float64)
-    for name, values in results(backend, problem, device).items():
+    exact = torch.float64
+    expected = results(REFERENCE, problem, device, 0.0, exact, exact, of_groups)
+    for name, values in results(backend, problem, device, of_groups=of_groups).items():
         torch.testing.assert_close(values.double(), expected[name], rtol=1e-5, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("of_groups", [False, True, "summed"])
+def test_without_masks_the_same_is_dropped(device, of_groups) -> None:
+    problem = LinearProblem.random(3, 7, 39, 5)
+    problem.weight_mask[:] = problem.bias_mask[:] = True
+    problem.masked = False
+    exact = torch.float64
+    expected = results(REFERENCE, problem, device, 0.3, exact, exact, of_groups)
+    for name, values in results(
+        fused_backend(device), problem, device, 0.3, of_groups=of_groups
+    ).items():
+        torch.testing.assert_close(values.double(), expected[name], rtol=1e-5, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_without_rows_there_are_none(backend, device, masked) -> None:
+    problem = LinearProblem.random(3, 0, 39, 5)
+    problem.masked = masked
+    found = results(backend, problem, device)
+    assert found["y"].shape == (3, 0, 5) and found["x"].shape == (3, 0, 39)
+    assert not found["weight"].any()
+
+
+def in_parts(backend: Backend) -> Backend:
+    """The same, but that the layer, dropout and the sum come one after the other."""
+
+    def linear_residual(*operands: Any, seed: Tensor, group_gradients: Any) -> Tensor:
+        *layer, residual, drop = operands
+        branch = backend.masked_linear(*layer, group_gradients=group_gradients)
+        return backend.dropout_add(residual, branch, drop, seed)
+
+    return replace(backend, linear_residual=linear_residual)
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_on_a_cpu_it_is_its_parts_bit_for_bit(cpu: Backend, precision, drop) -> None:
+    device = torch.device("cpu")
+    # rows in two chunks of the weight's gradient; columns that end within a register
+    for sizes in ((2, 700, 128, 70), (3, 50, 39, 130)):
+        problem = LinearProblem.random(*sizes)
+        for of_groups in (True, "summed"):
+            with cpu.precision(precision, device):
+                fused, parts = (
+                    results(backend, problem, device, drop, of_groups=of_groups)
+                    for backend in (cpu, in_parts(cpu))
+                )
+            assert all(torch.equal(fused[name], values) for name, values in parts.items())
 
 
 @pytest.mark.parametrize("implementation", ["triton"], indirect=True)
@@ -130,41 +182,26 @@ def test_every_output_is_written(device) -> None:
         assert values.isfinite().all(), name
 
 
-def operands_of_ops(device: torch.device) -> dict[str, tuple]:
+def test_operands_that_do_not_fit_are_named(device) -> None:
     problem = LinearProblem.random(2, 5, 39, 4)
-    x, weight, bias, dy = (
+    x, weight, bias, residual = (
         torch.from_numpy(v).to(device, torch.float32)
         for v in (problem.x, problem.weight, problem.bias, problem.output_gradient)
     )
     masks = [t.to(device) for t in (*problem.bits, torch.from_numpy(problem.task_ids))]
-    draw = 0.3, torch.tensor([7], device=device)
-    return {
-        "linear_residual": (x, weight, bias, *masks, dy, *draw),
-        "linear_residual_input_gradient": (dy, weight, masks[0], masks[2], x.dtype, *draw),
-    }
-
-
-@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
-@pytest.mark.parametrize("name", list(operands_of_ops(torch.device("cpu"))))
-def test_the_registered_operations_keep_pytorchs_rules(device, name: str) -> None:
-    torch.library.opcheck(getattr(torch.ops.harmodt, name), operands_of_ops(device)[name])
-
-
-@pytest.mark.usefixtures("native")
-def test_an_operation_without_a_kernel_there_says_so() -> None:
-    operands = operands_of_ops(torch.device("cpu"))["linear_residual"]
-    with pytest.raises(BackendUnavailable, match="linear_residual has no kernel for a CPU: take"):
-        torch.ops.harmodt.linear_residual(*operands)
-
-
-@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
-def test_operands_that_do_not_fit_are_named(device) -> None:
-    *operands, residual, drop, _ = operands_of_ops(device)["linear_residual"]
-    with pytest.raises(
-        ValueError, match=r"residual \[2, 4, 4\] must be as the output, \[2, 5, 4\]"
-    ):
-        linear_residual(*operands, residual[:, 1:], drop)
-    with pytest.raises(TypeError, match=r"residual is torch\.float64"):
-        linear_residual(*operands, residual.double(), drop)
-    with pytest.raises(ValueError, match="weight has shape"):
-        linear_residual(operands[0][..., 1:], *operands[1:], residual, drop)
+    for of_layer in (masks, [None] * 3):
+        layer = x, weight, bias, *of_layer
+        with pytest.raises(
+            ValueError, match=r"residual \[2, 4, 4\] must be as the output, \[2, 5, 4\]"
+        ):
+            linear_residual(*layer, residual[:, 1:], 0.3)
+        with pytest.raises(TypeError, match=r"residual is torch\.float64"):
+            linear_residual(*layer, residual.double(), 0.3)
+        with pytest.raises(ValueError, match="weight has shape"):
+            linear_residual(x[..., 1:], *layer[1:], residual, 0.3)
+        with pytest.raises(ValueError, match=r"x must be .* and has shape \[5, 39\]"):
+            linear_residual(x[0], *layer[1:], residual, 0.3)
+        with pytest.raises(ValueError, match="x has no groups"):
+            linear_residual(x[:0], *layer[1:], residual, 0.3)
+    with pytest.raises(ValueError, match="bias_bits is given without weight_bits"):
+        linear_residual(x, weight, bias, None, masks[1], None, residual, 0.3)

@@ -303,6 +303,22 @@ def test_every_output_is_written(device) -> None:
     problem.check(computed, 2e-4)
 
 
+def test_a_bias_keeps_its_type_beside_a_rounded_weight(device) -> None:
+    problem = LinearProblem.random(2, 60, 39, 5).rounded(torch.bfloat16)
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float32):
+        x, weight, bias, dy = (
+            torch.from_numpy(v).to(device, torch.float32)
+            for v in (problem.x, problem.weight, problem.bias, problem.output_gradient)
+        )
+        weight, bias = weight.to(dtype).requires_grad_(), bias.requires_grad_()
+        masks = [t.to(device) for t in (*problem.bits, torch.from_numpy(problem.task_ids))]
+        masked_linear(x.to(dtype), weight, bias, *masks).backward(dy.to(dtype))
+        assert weight.grad.dtype == dtype
+        gradients.append(bias.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)  # sums of the same numbers
+
+
 def operands_of_ops(device: torch.device) -> dict[str, tuple]:
     problem = LinearProblem.random(2, 5, 39, 4)
     x, weight, bias, dy = (
@@ -312,9 +328,13 @@ def operands_of_ops(device: torch.device) -> dict[str, tuple]:
     weight_bits, bias_bits = (bits.to(device) for bits in problem.bits)
     ids = torch.from_numpy(problem.task_ids).to(device)
     y = dy.roll(1, 1)
+    layer, gradient = (x, weight, bias, weight_bits, bias_bits, ids), (weight, weight_bits, ids)
+    draw = 0.3, torch.tensor([7], device=device)
     return {
-        "masked_linear": (x, weight, bias, weight_bits, bias_bits, ids, True),
-        "masked_linear_input_gradient": (dy, y, weight, weight_bits, ids),
+        "masked_linear": (*layer, True),
+        "masked_linear with what ends a branch": (*layer, False, dy, *draw),
+        "masked_linear_input_gradient": (dy, y, *gradient, x.dtype),
+        "masked_linear_input_gradient with dropout": (dy, None, *gradient, x.dtype, *draw),
         "masked_linear_weight_gradients": (
             [dy, dy],
             [y, None],
@@ -324,8 +344,8 @@ def operands_of_ops(device: torch.device) -> dict[str, tuple]:
             [ids, ids],
             [x.new_empty(2, 4, 39), x.new_empty(1, 4, 39)],
             [x.new_empty(2, 4)],
-            [0.0, 0.0],
-            [None, None],
+            [0.0, draw[0]],
+            [None, draw[1]],
             [None, x.new_ones(2, 5, 2)],
             [None, x.new_ones(2, 2, 39)],
         ),
@@ -334,7 +354,8 @@ def operands_of_ops(device: torch.device) -> dict[str, tuple]:
 
 @pytest.mark.parametrize("name", list(operands_of_ops(torch.device("cpu"))))
 def test_the_registered_operations_keep_pytorchs_rules(device, name: str) -> None:
-    torch.library.opcheck(getattr(torch.ops.harmodt, name), operands_of_ops(device)[name])
+    operation = getattr(torch.ops.harmodt, name.partition(" ")[0])
+    torch.library.opcheck(operation, operands_of_ops(device)[name])
 
 
 @pytest.mark.parametrize("relu", [False, True])

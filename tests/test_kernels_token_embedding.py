@@ -99,14 +99,12 @@ def test_every_output_is_written(device) -> None:
     problem.check(problem.computed(fused_backend(device), device))
 
 
-@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
-def test_products_stay_in_float32_under_autocast(backend, device) -> None:
+def test_products_stay_in_float32_under_autocast(device) -> None:
     problem = Problem.random((3, 5), (1, 39, 4), 40)
     with torch.autocast(device.type, torch.bfloat16):
-        problem.check(problem.computed(backend, device))
+        problem.check(problem.computed(fused_backend(device), device))
 
 
-@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
 def test_the_registered_operations_keep_pytorchs_rules(device) -> None:
     problem = Problem.random((2, 3), (1, 39, 4), 40)
     inputs, parameters = (
@@ -120,6 +118,31 @@ def test_the_registered_operations_keep_pytorchs_rules(device) -> None:
     )
 
 
+@pytest.mark.parametrize("time", [-1, 40])
+@pytest.mark.parametrize("step", [0, 5])
+def test_a_time_without_a_row_is_refused(cpu: Backend, time: int, step: int) -> None:
+    problem = Problem.random((2, 3), (1, 39, 4), 40)
+    problem.timesteps.view(-1)[step] = time
+    with pytest.raises(IndexError, match=f"timesteps holds {time}, and the table has 40 rows"):
+        cpu.token_embedding(problem.inputs, problem.timesteps, problem.parameters)
+
+
+@pytest.mark.parametrize("sizes", [((2, 3, 61), (1, 39, 4), 136), ((300,), (2, 7, 5), 9)])
+def test_results_do_not_depend_on_the_number_of_threads(cpu: Backend, sizes) -> None:
+    problem = Problem.random(*sizes)  # more steps than are summed up at a time
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(problem.computed(cpu, torch.device("cpu"), in_place=True))
+    finally:
+        torch.set_num_threads(before)
+    problem.check(results[0])
+    for tokens, _, _, _, *of_parameters in results[1:]:  # PyTorch multiplies those of inputs
+        assert torch.equal(tokens, results[0][0])
+        assert all(map(torch.equal, of_parameters, results[0][4:]))
+
+
 def test_compiles_to_one_graph(device) -> None:
     problem = Problem.random((2, 3), (1, 39, 4), 40)
     backend = fused_backend(device)
@@ -127,7 +150,6 @@ def test_compiles_to_one_graph(device) -> None:
     problem.check(problem.computed(replace(backend, token_embedding=compiled), device))
 
 
-@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
 def test_operands_that_do_not_fit_are_named(device) -> None:
     problem = Problem.random((2, 3), (1, 39, 4), 40)
     problem.timesteps = problem.timesteps.to(device)
@@ -149,3 +171,12 @@ def test_operands_that_do_not_fit_are_named(device) -> None:
         token_embedding(inputs[:2], problem.timesteps, parameters)
     with pytest.raises(TypeError, match=r"timesteps is torch\.int32"):
         token_embedding(inputs, problem.timesteps.int(), parameters)
+
+
+def test_tokens_are_float32_whatever_the_default_is(device) -> None:
+    problem = Problem.random((2, 3), (1, 39, 4), 40)
+    torch.set_default_dtype(torch.float64)
+    try:
+        problem.check(problem.computed(fused_backend(device), device))
+    finally:
+        torch.set_default_dtype(torch.float32)

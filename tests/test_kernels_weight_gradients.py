@@ -138,14 +138,3 @@ def test_a_block_keeps_a_gpu_busy_in_two_launches(monkeypatch, d, groups, precis
         assert programs >= 132  # multiprocessors of NVIDIA's H100
         assert [name for name, _ in more] in ([], ["sum_of_parts_kernel"])
         assert not (more and (of_groups or groups < 50))
-
-
-@pytest.mark.usefixtures("native")
-def test_a_cpu_does_not_drop_again() -> None:
-    problem = LinearProblem.random(2, 5, 39, 4)
-    dy, x = (torch.from_numpy(v).float() for v in (problem.output_gradient, problem.x))
-    masks = *problem.bits, torch.from_numpy(problem.task_ids)
-    outs = torch.zeros(1, 4, 39), torch.zeros(1, 4)
-    layer = LayerGradients(dy, None, x, *masks, *outs, 0.3, torch.tensor([1]))
-    with pytest.raises(ValueError, match=r"drop is 0\.3: on a CPU it must be 0"):
-        write([layer])

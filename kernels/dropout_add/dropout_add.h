@@ -26,16 +26,28 @@ inline Vec kept(IntVec place, float drop, uint32_t seed) {
   return (draw & 0x7fffffff) < threshold ? Vec{} : splat(1 / (1 - drop));
 }
 
+// What is dropped of a tensor.
+struct Dropout {
+  float drop;
+  uint32_t seed;
+  explicit operator bool() const { return drop > 0; }
+
+  // Neighbours of which the first is at a place, dropped or rescaled.
+  Vec of(Vec v, int64_t place) const {
+    IntVec lane;
+    for (int i = 0; i < kWidth; ++i) lane[i] = i;
+    return v * kept(lane + static_cast<int32_t>(place), drop, seed);
+  }
+};
+
 // out = x + branch, elements of the branch dropped or rescaled; x may be null.
-void dropout_add(int64_t size, const float* x, const float* branch, float* out, float drop,
-                 uint32_t seed, int threads) {
-  IntVec lane;
-  for (int i = 0; i < kWidth; ++i) lane[i] = i;
+void dropout_add(int64_t size, const float* x, const float* branch, float* out,
+                 const Dropout& dropout, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t block = 0; block < (size + 1023) / 1024; ++block)
     for (int64_t i = block * 1024; i < smaller(size, (block + 1) * 1024); i += kWidth) {
       uint32_t inside = lanes_left(size - i);
-      Vec v = load(branch + i, inside) * kept(lane + static_cast<int32_t>(i), drop, seed);
+      Vec v = dropout.of(load(branch + i, inside), i);
       store(out + i, x ? load(x + i, inside) + v : v, inside);
     }
 }

@@ -41,7 +41,8 @@ uint8_t refusal_of(const harmodt_selection_operands& s, int64_t task, const uint
   if (!std::isfinite(s.losses[task])) reasons.push_back(kLoss);
   if (s.fisher && s.paper && !(s.losses[task] > 0)) reasons.push_back(kZeroLoss);
   reasons.erase(std::remove(reasons.begin(), reasons.end(), kFine), reasons.end());
-  return reasons.empty() ? kFine : *std::min_element(reasons.begin(), reasons.end());
+  if (reasons.empty()) return kFine;
+  return *std::min_element(reasons.begin(), reasons.end());
 }
 
 // All tasks with the workspace for them.

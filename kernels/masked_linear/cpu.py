@@ -24,33 +24,48 @@ def masked_linear(
     bias_bits: Tensor | None,
     task_ids: Tensor,
     relu: bool,
+    residual: Tensor | None = None,
+    drop: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
+    """`harmodt::masked_linear`, whose arguments, one by one, are those of its schema."""
     dtype = check_dtype(x.dtype)
-    operand = as_float(x)
+    operand, added = as_float(x), None if residual is None else as_float(residual)
     y = operand.new_empty(*x.shape[:2], len(weight))
     weight, bias = weight.float(), None if bias is None else bias.float()
     shape = shape_of(operand, weight, y, weight_bits, bias_bits, task_ids, dtype)
     library().harmodt_masked_linear(
         byref(shape),
-        pointer(operand),
-        pointer(weight),
-        pointer(bias),
+        *map(pointer, (operand, weight, bias)),
         relu,
+        pointer(added),
+        *draw_of(drop, seed),
         pointer(y),
         threads(),
     )
-    return y.to(dtype)
+    return y.to(dtype if residual is None else torch.promote_types(dtype, residual.dtype))
 
 
 def masked_linear_input_gradient(
-    dy: Tensor, y: Tensor | None, weight: Tensor, weight_bits: Tensor, task_ids: Tensor
+    dy: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    weight_bits: Tensor,
+    task_ids: Tensor,
+    dtype: torch.dtype,
+    drop: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
-    dtype = check_dtype(dy.dtype)
+    check_dtype(dtype)
     dy, y, weight = as_float(dy), None if y is None else as_float(y), weight.float()
     dx = dy.new_empty(*dy.shape[:2], weight.shape[1])
     shape = shape_of(dx, weight, dy, weight_bits, None, task_ids, dtype)
     library().harmodt_masked_linear_input_gradient(
-        byref(shape), pointer(dy), pointer(y), pointer(weight), pointer(dx), threads()
+        byref(shape),
+        *map(pointer, (dy, y)),
+        *draw_of(drop, seed),
+        *map(pointer, (weight, dx)),
+        threads(),
     )
     return dx.to(dtype)
 
@@ -64,8 +79,6 @@ def write_gradients(layer: LayerGradients) -> None:
     weight_out, bias_out, dtype = layer.weight_out, layer.bias_out, check_dtype(layer.dtype)
     if weight_out.dtype != torch.float32:
         raise TypeError(f"group_gradients are {weight_out.dtype}: on a CPU they must be float32")
-    if layer.drop:
-        raise ValueError(f"drop is {layer.drop}: on a CPU it must be 0, and dy be dropped before")
     dy, x, y = as_float(layer.dy), as_float(layer.x), None if layer.y is None else as_float(layer.y)
     shape = shape_of(x, None, dy, layer.weight_bits, layer.bias_bits, layer.task_ids, dtype)
     out = WeightGradient(
@@ -78,7 +91,9 @@ def write_gradients(layer: LayerGradients) -> None:
     )
     library().harmodt_masked_linear_weight_gradient(
         byref(shape),
-        *map(pointer, (dy, y, x, layer.statistics, layer.affine)),
+        *map(pointer, (dy, y)),
+        *draw_of(layer.drop, layer.seed),
+        *map(pointer, (x, layer.statistics, layer.affine)),
         byref(out),
         threads(),
     )
@@ -88,6 +103,11 @@ def check_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype == torch.float16:
         raise TypeError("x is float16, and the CPU kernels take float32 or bfloat16")
     return dtype
+
+
+def draw_of(drop: float, seed: Tensor | None) -> tuple[float, int]:
+    """Dropout as the library takes it."""
+    return drop, 0 if seed is None else int(seed)
 
 
 def as_float(x: Tensor) -> Tensor:

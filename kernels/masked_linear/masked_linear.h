@@ -9,6 +9,7 @@
 
 #include <type_traits>
 
+#include "dropout_add/dropout_add.h"
 #include "masked_layer_norm/masked_layer_norm.h"
 #include "masked_linear/tiles.h"
 #include "native/kernels.h"
@@ -170,10 +171,13 @@ struct Rows {
   }
 };
 
-// The same of dy; where the layer had a ReLU (y is given), only elements where y > 0.
+// The same of dy, from a place of it on. Where the layer had a ReLU (y is given), only elements
+// where y > 0; where it had dropout, those that were not dropped.
 struct GradientRows {
   Rows dy;
   const float* y;
+  Dropout dropout;
+  int64_t place;
 
   void prefetch(int64_t row, int64_t column) const {
     dy.prefetch(row, column);
@@ -181,8 +185,21 @@ struct GradientRows {
   }
   Vec at(int64_t row, int64_t column) const {
     Vec v = dy.at(row, column);
-    if (!y) return v;
-    return Rows{y, dy.stride, dy.columns}.at(row, column) <= 0 ? Vec{} : v;
+    if (y) v = Rows{y, dy.stride, dy.columns}.at(row, column) <= 0 ? Vec{} : v;
+    return dropout ? dropout.of(v, place + row * dy.stride + column) : v;
+  }
+};
+
+// What the gradients of a layer follow from: dy, its output if that went through a ReLU, else null,
+// and what was dropped of it.
+struct OutputGradient {
+  const float* dy;
+  const float* y;
+  Dropout dropout;
+
+  // Rows from a place on.
+  GradientRows from(int64_t place, int64_t stride, int64_t columns) const {
+    return {{dy + place, stride, columns}, y ? y + place : nullptr, dropout, place};
   }
 };
 
@@ -218,50 +235,80 @@ void pack_rows(const Left& left, int64_t rows, int64_t columns, Element<Pairs>* 
     }
 }
 
-// out[i][j] = sums[i][j] (+ bias[j]), then ReLU, for the columns that there are
-template <int Rows>
-inline void finish(const Vec (&sums)[Rows][kPanelVecs], const float* bias, bool relu, float* out,
-                   int64_t out_stride, int64_t columns) {
+// Where the products of some rows and a panel go, and what becomes of them on the way: a bias is
+// added (bias[j], or null), a ReLU applied; or they are dropped and added to a residual, which lies
+// as they do (or is null).
+struct Out {
+  float* rows;
+  int64_t stride, columns;
+  const float* bias = nullptr;
+  bool relu = false;
+  const float* residual = nullptr;
+  Dropout dropout = {};
+  int64_t place = 0;  // of the first element, for dropout
+
+  Out from_row(int64_t row) const {
+    Out later = *this;
+    later.rows += row * stride;
+    if (residual) later.residual += row * stride;
+    later.place += row * stride;
+    return later;
+  }
+};
+
+// `Ends`: they end a branch, with dropout or a residual.
+template <int Rows, bool Ends>
+inline void finish_as(const Vec (&sums)[Rows][kPanelVecs], Out out) {
   for (int j = 0; j < kPanelVecs; ++j) {
-    uint32_t inside = lanes_left(columns - j * kWidth);
+    uint32_t inside = lanes_left(out.columns - j * kWidth);
     if (!inside) return;
     for (int i = 0; i < Rows; ++i) {
+      int64_t at = i * out.stride + j * kWidth;
       Vec v = sums[i][j];
-      if (bias) v += load(bias + j * kWidth);
-      if (relu) v = v <= 0 ? Vec{} : v;  // NaN stays
-      store(out + i * out_stride + j * kWidth, v, inside);
+      if (out.bias) v += load(out.bias + j * kWidth);
+      if (out.relu) v = v <= 0 ? Vec{} : v;  // NaN stays
+      if (Ends && out.dropout) v = out.dropout.of(v, out.place + at);
+      if (Ends && out.residual) v = load(out.residual + at, inside) + v;
+      store(out.rows + at, v, inside);
     }
   }
+}
+
+// `out` is copied: stores could change one that others see, and it would be read again after each.
+template <int Rows>
+inline void finish(const Vec (&sums)[Rows][kPanelVecs], const Out& out) {
+  if (out.residual || out.dropout) return finish_as<Rows, true>(sums, out);
+  finish_as<Rows, false>(sums, out);
 }
 
 // The rows of a block times a panel. Not inlined: what surrounds it could keep registers that the
 // sums need.
 template <int Rows, class T>
 __attribute__((noinline)) void rows_of_block(InRows<T> left, const T* panel, int64_t depth,
-                                             const float* bias, bool relu, float* out,
-                                             int64_t out_stride, int64_t columns) {
+                                             const Out& out) {
   for (int i = 0; i < Rows; ++i)
-    for (int j = 0; j < kPanelVecs; ++j) __builtin_prefetch(out + i * out_stride + j * kWidth, 1);
+    for (int j = 0; j < kPanelVecs; ++j)
+      __builtin_prefetch(out.rows + i * out.stride + j * kWidth, 1);
+  for (int i = 0; out.residual && i < Rows; ++i)
+    for (int j = 0; j < kPanelVecs; ++j)
+      __builtin_prefetch(out.residual + i * out.stride + j * kWidth);
   Vec total[Rows][kPanelVecs];
   multiply<Rows>(left, panel, kPanel, depth, total);
-  finish(total, bias, relu, out, out_stride, columns);
+  finish(total, out);
 }
 
-// out[i][j] = left[i] · panel column j (+ bias[j]) for a block of rows, then ReLU
+// out[i][j] = left[i] · panel column j for a block of rows, and what `out` makes of it
 template <bool Pairs>
 void block_times_panel(const Element<Pairs>* left, int64_t left_stride, int64_t rows,
-                       int64_t depth, const Element<Pairs>* panel, const float* bias, bool relu,
-                       float* out, int64_t out_stride, int64_t columns) {
+                       int64_t depth, const Element<Pairs>* panel, const Out& out) {
   if constexpr (kTiles<Pairs>) {
     Vec total[kTileRows][1][kPanelVecs];
     multiply_tiles(left, left_stride, panel, depth, reinterpret_cast<Vec(*)[kPanelVecs]>(total));
-    for (int64_t i = 0; i < rows; ++i)
-      finish(total[i], bias, relu, out + i * out_stride, out_stride, columns);
+    for (int64_t i = 0; i < rows; ++i) finish(total[i], out.from_row(i));
     return;
   }
   with_rows(rows, [&](auto count) {
-    rows_of_block<count.value>(InRows<Element<Pairs>>{left, left_stride}, panel, depth, bias, relu,
-                               out, out_stride, columns);
+    rows_of_block<count.value>(InRows<Element<Pairs>>{left, left_stride}, panel, depth, out);
   });
 }
 
@@ -302,12 +349,11 @@ MaskedWeight weight_of(const harmodt_linear_shape& s, const float* weight, int64
           s.weight_bits_row_stride};
 }
 
-// The rows of an item times the panel that `pack` fills; `out` has the panel's columns. Rows that
+// The rows of an item times the panel that `pack` fills, whose columns `out` has. Rows that
 // are not multiplied as they stand in memory (`in_place`) get packed once for all panels.
 template <bool Pairs, class Left, class Pack>
 void rows_times_panel(const Item& item, const Left& left, const float* in_place, int64_t size,
-                      const Pack& pack, const float* bias, bool relu, float* out,
-                      int64_t out_stride, int64_t columns) {
+                      const Pack& pack, const Out& out) {
   int64_t depth = depth_of<Pairs>(size), rows = item.last - item.first, stride = size;
   bool packs = Pairs || !in_place;
   if (packs) stride = packed_stride<Pairs>(size);
@@ -320,7 +366,7 @@ void rows_times_panel(const Item& item, const Left& left, const float* in_place,
   TileConfiguration<Pairs> configuration;
   for (int64_t r = 0; r < rows; r += kBlock<Pairs>)
     block_times_panel<Pairs>(from + r * stride, stride, smaller(kBlock<Pairs>, rows - r), depth,
-                             panel, bias, relu, out + r * out_stride, out_stride, columns);
+                             panel, out.from_row(r));
 }
 
 // The LayerNorm before a layer: statistics [groups][rows][2], affine [groups][2][inputs].
@@ -337,9 +383,16 @@ NormalisedRows normalised(const harmodt_linear_shape& s, const Norm& norm, const
           norm.affine + group * 2 * s.inputs};
 }
 
+// The residual sum behind a layer: rows as the layer's output, or null, and what of that is dropped.
+struct Residual {
+  const float* rows;
+  Dropout dropout;
+};
+
 template <bool Pairs>
 void masked_linear(const harmodt_linear_shape& s, const Norm& norm, const float* x,
-                   const float* weight, const float* bias, bool relu, float* y, int threads) {
+                   const float* weight, const float* bias, bool relu, const Residual& residual,
+                   float* y, int threads) {
   for_panels(s, s.outputs, threads, [&](const Item& item) {
     int64_t n = item.column, columns = smaller(kPanel, s.outputs - n);
     alignas(64) float masked_bias[kPanel] = {};
@@ -348,14 +401,14 @@ void masked_linear(const harmodt_linear_shape& s, const Norm& norm, const float*
       for (int64_t j = 0; j < columns; ++j)
         if (bits[(n + j) >> 5] >> ((n + j) & 31) & 1) masked_bias[j] = bias[n + j];
     }
-    int64_t row = item.group * s.rows + item.first;
+    int64_t row = item.group * s.rows + item.first, place = row * s.outputs + n;
+    Out out{y + place, s.outputs, columns, bias ? masked_bias : nullptr, relu,
+            residual.rows ? residual.rows + place : nullptr, residual.dropout, place};
     auto times_panel = [&](const auto& left, const float* in_place) {
-      rows_times_panel<Pairs>(
-          item, left, in_place, s.inputs,
-          [&](Element<Pairs>* panel) {
-            pack_transposed<Pairs>(weight_of(s, weight, item.group), n, columns, s.inputs, panel);
-          },
-          bias ? masked_bias : nullptr, relu, y + row * s.outputs + n, s.outputs, columns);
+      auto pack = [&](Element<Pairs>* panel) {
+        pack_transposed<Pairs>(weight_of(s, weight, item.group), n, columns, s.inputs, panel);
+      };
+      rows_times_panel<Pairs>(item, left, in_place, s.inputs, pack, out);
     };
     Rows rows{x + row * s.inputs, s.inputs, s.inputs};
     if (norm)
@@ -366,17 +419,17 @@ void masked_linear(const harmodt_linear_shape& s, const Norm& norm, const float*
 }
 
 template <bool Pairs>
-void masked_linear_input_gradient(const harmodt_linear_shape& s, const float* dy, const float* y,
+void masked_linear_input_gradient(const harmodt_linear_shape& s, const OutputGradient& dy,
                                   const float* weight, float* dx, int threads) {
   for_panels(s, s.inputs, threads, [&](const Item& item) {
     int64_t k = item.column, row = item.group * s.rows + item.first;
-    GradientRows left{{dy + row * s.outputs, s.outputs, s.outputs}, y ? y + row * s.outputs : nullptr};
-    rows_times_panel<Pairs>(
-        item, left, y ? nullptr : left.dy.values, s.outputs,
-        [&](Element<Pairs>* panel) {
-          pack_straight<Pairs>(weight_of(s, weight, item.group), k, s.inputs, s.outputs, panel);
-        },
-        nullptr, false, dx + row * s.inputs + k, s.inputs, smaller(kPanel, s.inputs - k));
+    GradientRows left = dy.from(row * s.outputs, s.outputs, s.outputs);
+    auto pack = [&](Element<Pairs>* panel) {
+      pack_straight<Pairs>(weight_of(s, weight, item.group), k, s.inputs, s.outputs, panel);
+    };
+    const float* in_place = dy.y || dy.dropout ? nullptr : left.dy.values;
+    rows_times_panel<Pairs>(item, left, in_place, s.outputs, pack,
+                            Out{dx + row * s.inputs + k, s.inputs, smaller(kPanel, s.inputs - k)});
   });
 }
 
@@ -495,9 +548,9 @@ bool multiplies_in_place(int64_t inputs) {
 // The gradient of weight rows [from, to) of one group, of some rows of its dy and x. Panels of x
 // are packed, unless they are multiplied where they lie (`in_place`).
 template <bool Pairs, class Right>
-void weight_gradient_of(const harmodt_linear_shape& s, const float* dy, const float* y,
-                        const Right& x, const float* in_place, int64_t rows, int64_t from,
-                        int64_t to, const GroupGradient& out, int64_t row_stride) {
+void weight_gradient_of(const harmodt_linear_shape& s, const GradientRows& dy, const Right& x,
+                        const float* in_place, int64_t rows, int64_t from, int64_t to,
+                        const GroupGradient& out, int64_t row_stride) {
   constexpr int64_t strip = kStrip<Pairs>;
   int64_t depth = depth_of<Pairs>(rows), strips = (to - from + strip - 1) / strip;
   int64_t panels = (s.inputs + kPanel - 1) / kPanel, panel_stride = kPanel, panel_step = depth;
@@ -513,8 +566,7 @@ void weight_gradient_of(const harmodt_linear_shape& s, const float* dy, const fl
   } else {
     pack_columns<Pairs, kPanel, false>(x, rows, s.inputs, packed_x, nullptr);
   }
-  GradientRows left{{dy + from, s.outputs, to - from}, y ? y + from : nullptr};
-  pack_columns<Pairs, strip, kTiles<Pairs>>(left, rows, to - from, packed,
+  pack_columns<Pairs, strip, kTiles<Pairs>>(dy, rows, to - from, packed,
                                             out.bias ? sums : nullptr);
   for (int64_t n = from; out.bias && n < to; ++n) {
     bool kept = out.bias_bits[n >> 5] >> (n & 31) & 1;
@@ -530,7 +582,7 @@ void weight_gradient_of(const harmodt_linear_shape& s, const float* dy, const fl
 
 template <bool Pairs>
 void masked_linear_weight_gradient(const harmodt_linear_shape& s, const Norm& norm,
-                                   const float* dy, const float* y, const float* x,
+                                   const OutputGradient& dy, const float* x,
                                    const harmodt_weight_gradient& out, int threads) {
   constexpr int64_t block = kBlock<Pairs>;
   int64_t blocks = (s.outputs + block - 1) / block;
@@ -544,6 +596,7 @@ void masked_linear_weight_gradient(const harmodt_linear_shape& s, const Norm& no
       int64_t place = out.per_group ? group : 0, task = s.task_ids[group];
       for (int64_t first = 0; first < s.rows || first == 0; first += chunk) {
         int64_t row = group * s.rows + first;
+        GradientRows left = dy.from(row * s.outputs + from, s.outputs, to - from);
         GroupGradient of_group{
             out.weight + place * out.weight_group_stride,
             out.bias ? out.bias + place * out.bias_group_stride : nullptr,
@@ -551,9 +604,8 @@ void masked_linear_weight_gradient(const harmodt_linear_shape& s, const Norm& no
             s.bias_bits ? s.bias_bits + task * s.bias_bits_task_stride : nullptr,
             first > 0 || (group > 0 && !out.per_group)};
         auto of_rows = [&](const auto& right, const float* in_place) {
-          weight_gradient_of<Pairs>(s, dy + row * s.outputs, y ? y + row * s.outputs : nullptr,
-                                    right, in_place, smaller(chunk, s.rows - first), from, to,
-                                    of_group, out.weight_row_stride);
+          weight_gradient_of<Pairs>(s, left, right, in_place, smaller(chunk, s.rows - first), from,
+                                    to, of_group, out.weight_row_stride);
         };
         Rows rows{x + row * s.inputs, s.inputs, s.inputs};
         if (norm)

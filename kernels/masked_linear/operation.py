@@ -59,43 +59,58 @@ def masked_linear(
         IndexError: on a CPU, there is no such task.
         BackendUnavailable: there are no fused kernels for the device.
     """
+    given = x, weight, bias, weight_bits, bias_bits, task_ids
+    layer = operands_of(given, group_gradients)
+    y = differentiable((*layer, relu, None, 0.0, None), group_gradients, queue)
+    return y if weight_bits is not None else y.view(*x.shape[:2], len(weight))
+
+
+def operands_of(
+    given: tuple[Any, ...], group_gradients: tuple[Tensor, Tensor | None] | None
+) -> tuple[Any, ...]:
+    """A layer as `harmodt::masked_linear` takes it: with masks, and x in the dtype of autocast.
+
+    Args:
+        given: the first six arguments of `masked_linear`.
+
+    Raises:
+        TypeError, ValueError: they do not fit together.
+    """
+    x, weight, bias, weight_bits, bias_bits, task_ids = given
     if weight_bits is None:
-        if bias_bits is not None:
-            raise ValueError("bias_bits is given without weight_bits: give both or neither")
-        return _without_masks(x, weight, bias, relu, group_gradients, queue)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    operands = x, weight, bias, weight_bits, bias_bits, task_ids
-    check_operands(*operands, group_gradients)
-    weight_out, bias_out = group_gradients or (None, None)
-    if not torch.is_grad_enabled():
-        return torch.ops.harmodt.masked_linear(*operands, relu)
-    return _MaskedLinear.apply(*operands, relu, weight_out, bias_out, queue)
+        x, weight_bits, bias_bits, task_ids = _without_masks(
+            x, weight, bias, bias_bits, group_gradients
+        )
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    layer = x, weight, bias, weight_bits, bias_bits, task_ids
+    check_operands(*layer, group_gradients)
+    return layer
 
 
 def _without_masks(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    relu: bool,
+    bias_bits: Tensor | None,
     group_gradients: tuple[Tensor, Tensor | None] | None,
-    queue: WeightGradients | None,
-) -> Tensor:
-    """The layer under a mask of all weights: of the batch as one group, or of each group."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The batch as one group, or each group if its gradients are wanted, and a mask of all weights.
+
+    Returns:
+        [1, G R, K] or [G, R, K], weight_bits, bias_bits and task_ids.
+
+    Raises:
+        ValueError: there are masks of the bias alone, or x is no batch of groups.
+    """
+    if bias_bits is not None:
+        raise ValueError("bias_bits is given without weight_bits: give both or neither")
+    _check_groups(x)
     by_group = group_gradients and len(group_gradients[0]) == len(x)
-    operands = x if by_group else x.flatten(0, 1)[None]
-    y = masked_linear(
-        operands,
-        weight,
-        bias,
-        all_active(weight.shape, x.device),
-        None if bias is None else all_active(bias.shape, x.device),
-        first_task(len(operands), x.device),
-        relu=relu,
-        group_gradients=group_gradients,
-        queue=queue,
-    )
-    return y.view(*x.shape[:2], -1)
+    rows = x if by_group else x.flatten(0, 1)[None]
+    of_bias = None if bias is None else all_active(bias.shape, x.device)
+    return rows, all_active(weight.shape, x.device), of_bias, first_task(len(rows), x.device)
 
 
 def check_operands(
@@ -134,8 +149,8 @@ def _check_types(
         )
     if weight.dtype not in (torch.float32, dtype):
         raise TypeError(f"weight is {weight.dtype}: it must be float32 or x's {dtype}")
-    if bias is not None and bias.dtype != weight.dtype:
-        raise TypeError(f"bias is {bias.dtype} and weight {weight.dtype}: they must be the same")
+    if bias is not None and bias.dtype not in (torch.float32, dtype):
+        raise TypeError(f"bias is {bias.dtype}: it must be float32 or x's {dtype}")
     for name, bits in (("weight_bits", weight_bits), ("bias_bits", bias_bits)):
         if bits is not None and bits.dtype != torch.int32:
             raise ValueError(f"{name} is {bits.dtype}: masks are packed in int32 (pack_bits)")
@@ -145,6 +160,13 @@ def _check_types(
         raise ValueError(f"task_ids is {task_ids.dtype}: it must be int64")
     if (bias is None) != (bias_bits is None):
         raise ValueError("bias and bias_bits go together: give both or neither")
+
+
+def _check_groups(x: Tensor) -> None:
+    if x.dim() != 3:
+        raise ValueError(f"x must be [groups, rows, inputs] and has shape {list(x.shape)}")
+    if len(x) == 0:
+        raise ValueError("x has no groups: give at least one")
 
 
 def _check_layout(
@@ -157,11 +179,8 @@ def _check_layout(
     weight_out: Tensor | None,
     bias_out: Tensor | None,
 ) -> None:
-    if x.dim() != 3:
-        raise ValueError(f"x must be [groups, rows, inputs] and has shape {list(x.shape)}")
+    _check_groups(x)
     groups, _, inputs = x.shape
-    if groups == 0:
-        raise ValueError("x has no groups: give at least one")
     outputs, tasks = len(weight), len(weight_bits)
     sums = 1 if weight_out is not None and len(weight_out) == 1 else groups
     if weight_out is not None and (bias is None) != (bias_out is None):
@@ -189,6 +208,17 @@ def _check_layout(
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}")
 
 
+def differentiable(
+    operands: tuple[Any, ...],
+    group_gradients: tuple[Tensor, Tensor | None] | None,
+    queue: WeightGradients | None,
+) -> Tensor:
+    """`harmodt::masked_linear` of all its operands, with gradients where they are recorded."""
+    if not torch.is_grad_enabled():
+        return torch.ops.harmodt.masked_linear(*operands)
+    return _MaskedLinear.apply(*operands, *(group_gradients or (None, None)), queue)
+
+
 class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -200,30 +230,36 @@ class _MaskedLinear(torch.autograd.Function):
         bias_bits: Tensor | None,
         task_ids: Tensor,
         relu: bool,
+        residual: Tensor | None,
+        drop: float,
+        seed: Tensor | None,
         weight_out: Tensor | None,
         bias_out: Tensor | None,
         queue: WeightGradients | None,
     ) -> Tensor:
         """Its arguments stand one by one, because autograd looks for tensors among them."""
-        y = torch.ops.harmodt.masked_linear(x, weight, bias, weight_bits, bias_bits, task_ids, relu)
-        ctx.save_for_backward(x, weight, weight_bits, bias_bits, task_ids, y if relu else None)
-        ctx.group_gradients, ctx.queue = (weight_out, bias_out), queue
+        masks = weight_bits, bias_bits, task_ids
+        y = torch.ops.harmodt.masked_linear(x, weight, bias, *masks, relu, residual, drop, seed)
+        ctx.save_for_backward(x, weight, *masks, y if relu else None, seed)
+        ctx.group_gradients, ctx.queue, ctx.drop = (weight_out, bias_out), queue, drop
+        ctx.of_residual = None if residual is None else residual.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, weight_bits, bias_bits, task_ids, y = ctx.saved_tensors
+        x, weight, weight_bits, bias_bits, task_ids, y, seed = ctx.saved_tensors
+        masks, (weight_out, bias_out) = (weight_bits, bias_bits, task_ids), ctx.group_gradients
         # The gradient of x comes last: it takes the memory that the weights' sums have left.
-        masks = weight_bits, bias_bits, task_ids
-        of_weights = weight_gradients(
-            ctx, weight, LayerGradients(dy, y, x, *masks, *ctx.group_gradients)
-        )
-        dx = None
+        layer = LayerGradients(dy, y, x, *masks, weight_out, bias_out, ctx.drop, seed)
+        of_weights = weight_gradients(ctx, weight, layer)
+        dx = d_residual = None
         if ctx.needs_input_grad[0]:
             dx = torch.ops.harmodt.masked_linear_input_gradient(
-                dy, y, weight, weight_bits, task_ids
+                dy, y, weight, weight_bits, task_ids, x.dtype, ctx.drop, seed
             )
-        return dx, *of_weights, *[None] * 7
+        if ctx.of_residual is not None:
+            d_residual = dy.to(ctx.of_residual)
+        return dx, *of_weights, *[None] * 4, d_residual, *[None] * 5
 
 
 def weight_gradients(
@@ -247,15 +283,18 @@ def weight_gradients(
     d_weight = weight.new_empty(1, *weight.shape, dtype=torch.float32)
     d_bias = None if layer.bias_bits is None else d_weight.new_empty(1, len(weight))
     write([layer._replace(weight_out=d_weight, bias_out=d_bias)])
-    return d_weight[0].to(weight.dtype), None if d_bias is None else d_bias[0].to(weight.dtype)
+    # Autograd rounds the bias's: it may be of another type than the weight.
+    return d_weight[0].to(weight.dtype), None if d_bias is None else d_bias[0]
 
 
-def _masked_linear_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(*x.shape[:2], len(weight))
+def _masked_linear_fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    residual = rest[5] if len(rest) > 5 else None
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return x.new_empty(*x.shape[:2], len(weight), dtype=dtype)
 
 
-def _input_gradient_fake(dy: Tensor, y: Tensor | None, weight: Tensor, *_: Any) -> Tensor:
-    return dy.new_empty(*dy.shape[:2], weight.shape[1])
+def _input_gradient_fake(dy: Tensor, y: Tensor | None, weight: Tensor, *rest: Any) -> Tensor:
+    return dy.new_empty(*dy.shape[:2], weight.shape[1], dtype=rest[2])
 
 
 def _weight_gradients_fake(*_: Any) -> None:
@@ -265,14 +304,17 @@ def _weight_gradients_fake(*_: Any) -> None:
 register(
     __package__,
     "masked_linear",
+    # with the dropout and the residual sum that end a branch
     "(Tensor x, Tensor weight, Tensor? bias, Tensor weight_bits, Tensor? bias_bits, "
-    "Tensor task_ids, bool relu) -> Tensor",
+    "Tensor task_ids, bool relu, Tensor? residual=None, float drop=0.0, Tensor? seed=None) "
+    "-> Tensor",
     _masked_linear_fake,
 )
 register(
     __package__,
     "masked_linear_input_gradient",
-    "(Tensor dy, Tensor? y, Tensor weight, Tensor weight_bits, Tensor task_ids) -> Tensor",
+    "(Tensor dy, Tensor? y, Tensor weight, Tensor weight_bits, Tensor task_ids, "
+    "ScalarType dtype, float drop=0.0, Tensor? seed=None) -> Tensor",
     _input_gradient_fake,
 )
 register(

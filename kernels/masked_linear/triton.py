@@ -595,11 +595,7 @@ def masked_linear(
     norm: Norm | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`harmodt::masked_linear`, and what the operations that begin and end a branch add to it.
-
-    Those are the arguments residual, drop and seed of `linear_residual`, norm and dtype of
-    `norm_linear`.
-    """
+    """`harmodt::masked_linear`, and the last two arguments: those of `harmodt::norm_linear`."""
     x = x.contiguous()
     groups, rows, inputs = x.shape
     outputs, dtype = len(weight), dtype or x.dtype
@@ -648,16 +644,16 @@ def masked_linear_input_gradient(
     weight: Tensor,
     weight_bits: Tensor,
     task_ids: Tensor,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype,
     drop: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
     dy = dy.contiguous()
     groups, rows, outputs = dy.shape
     inputs = weight.shape[1]
-    dx = torch.empty(groups, rows, inputs, dtype=dtype or dy.dtype, device=dy.device)
+    dx = torch.empty(groups, rows, inputs, dtype=dtype, device=dy.device)
     loaded = dy.element_size() + (0 if y is None else y.element_size())
-    plan = product_plan(INPUT_GRADIENT, dy, dx.dtype, outputs, inputs, loaded)
+    plan = product_plan(INPUT_GRADIENT, dy, dtype, outputs, inputs, loaded)
     threshold, factor = rate(drop)
     launch(
         masked_linear_input_gradient_kernel,

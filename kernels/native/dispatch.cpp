@@ -79,6 +79,7 @@ int64_t harmodt_size_of(const char* structure) {
       SIZE_OF(harmodt_linear_shape),       SIZE_OF(harmodt_weight_gradient),
       SIZE_OF(harmodt_selection_operands), SIZE_OF(harmodt_adamw_operands),
       SIZE_OF(harmodt_attention_shape),    SIZE_OF(harmodt_layer_norm_shape),
+      SIZE_OF(harmodt_embedding_shape),
 #undef SIZE_OF
   };
   for (const auto& known : sizes)
@@ -99,21 +100,24 @@ int harmodt_use_isa(const char* name) {
 }
 
 void harmodt_masked_linear(const harmodt_linear_shape* shape, const float* x, const float* weight,
-                           const float* bias, int relu, float* y, int threads) {
-  in_use->masked_linear(*shape, x, weight, bias, relu, y, threads);
+                           const float* bias, int relu, const float* residual, float drop,
+                           uint32_t seed, float* y, int threads) {
+  in_use->masked_linear(*shape, x, weight, bias, relu, residual, drop, seed, y, threads);
 }
 
 void harmodt_masked_linear_input_gradient(const harmodt_linear_shape* shape, const float* dy,
-                                          const float* y, const float* weight, float* dx,
-                                          int threads) {
-  in_use->masked_linear_input_gradient(*shape, dy, y, weight, dx, threads);
+                                          const float* y, float drop, uint32_t seed,
+                                          const float* weight, float* dx, int threads) {
+  in_use->masked_linear_input_gradient(*shape, dy, y, drop, seed, weight, dx, threads);
 }
 
 void harmodt_masked_linear_weight_gradient(const harmodt_linear_shape* shape, const float* dy,
-                                           const float* y, const float* x,
-                                           const float* statistics, const float* affine,
+                                           const float* y, float drop, uint32_t seed,
+                                           const float* x, const float* statistics,
+                                           const float* affine,
                                            const harmodt_weight_gradient* out, int threads) {
-  in_use->masked_linear_weight_gradient(*shape, dy, y, x, statistics, affine, *out, threads);
+  in_use->masked_linear_weight_gradient(*shape, dy, y, drop, seed, x, statistics, affine, *out,
+                                        threads);
 }
 
 void harmodt_norm_linear(const harmodt_linear_shape* shape, const harmodt_layer_norm_shape* norm,
@@ -156,6 +160,16 @@ void harmodt_masked_layer_norm_gradient(const harmodt_layer_norm_shape* shape, c
 void harmodt_dropout_add(int64_t size, const float* x, const float* branch, float* out, float drop,
                          uint32_t seed, int threads) {
   in_use->dropout_add(size, x, branch, out, drop, seed, threads);
+}
+
+int64_t harmodt_token_embedding(const harmodt_embedding_shape* shape,
+                                const float* const* parameters, float* tokens, int threads) {
+  return in_use->token_embedding(*shape, parameters, tokens, threads);
+}
+
+void harmodt_token_embedding_gradient(const harmodt_embedding_shape* shape, const float* d_tokens,
+                                      float* const* gradients, int threads) {
+  in_use->token_embedding_gradient(*shape, d_tokens, gradients, threads);
 }
 
 int64_t harmodt_multiply_adds(int64_t repeats, int bf16, int threads) {

@@ -94,6 +94,14 @@ typedef struct {
   float epsilon;
 } harmodt_layer_norm_shape;
 
+// Operands of the token embedding: inputs of three kinds, and the row of each step in a table.
+typedef struct {
+  int64_t steps, size, rows;      // elements of a token, rows of the table
+  const int64_t* timesteps;       // [steps]
+  const float* x[3];              // [steps][inputs]
+  int64_t inputs[3];
+} harmodt_embedding_shape;
+
 // The size in bytes of a structure above, by its name, for who mirrors it; 0 if there is none.
 HARMODT_API int64_t harmodt_size_of(const char* structure);
 
@@ -102,19 +110,24 @@ HARMODT_API const char* harmodt_isa(void);
 // Use another one; returns 0 if this machine does not have it, or the name is none.
 HARMODT_API int harmodt_use_isa(const char* name);
 
-// y = x (W with mask)^T + bias with mask, then max(0, y) if relu; bias may be null.
+// y = x (W with mask)^T + bias with mask, then max(0, y) if relu; bias may be null. Where drop is
+// above 0, elements of that are dropped or divided by 1 - drop; where residual is given, it is added.
 HARMODT_API void harmodt_masked_linear(const harmodt_linear_shape* shape, const float* x,
-                                       const float* weight, const float* bias, int relu, float* y,
+                                       const float* weight, const float* bias, int relu,
+                                       const float* residual, float drop, uint32_t seed, float* y,
                                        int threads);
-// dx = dy (W with mask). Where y is given, the layer had a ReLU: dy counts where y > 0.
+// dx = dy (W with mask). Where y is given, the layer had a ReLU: dy counts where y > 0. Where drop
+// is above 0, dy counts where the layer dropped nothing, and is divided by 1 - drop.
 HARMODT_API void harmodt_masked_linear_input_gradient(const harmodt_linear_shape* shape,
-                                                      const float* dy, const float* y,
-                                                      const float* weight, float* dx, int threads);
-// dy^T x with mask, and the sums of dy with mask. Where statistics and affine are given, those of
-// harmodt_norm_linear, x is normalised first.
+                                                      const float* dy, const float* y, float drop,
+                                                      uint32_t seed, const float* weight,
+                                                      float* dx, int threads);
+// dy^T x with mask, and the sums of dy with mask; dy counts as above. Where statistics and affine
+// are given, those of harmodt_norm_linear, x is normalised first.
 HARMODT_API void harmodt_masked_linear_weight_gradient(const harmodt_linear_shape* shape,
-                                                       const float* dy, const float* y,
-                                                       const float* x, const float* statistics,
+                                                       const float* dy, const float* y, float drop,
+                                                       uint32_t seed, const float* x,
+                                                       const float* statistics,
                                                        const float* affine,
                                                        const harmodt_weight_gradient* out,
                                                        int threads);
@@ -165,6 +178,17 @@ HARMODT_API void harmodt_masked_layer_norm_gradient(const harmodt_layer_norm_sha
 // x may be null.
 HARMODT_API void harmodt_dropout_add(int64_t size, const float* x, const float* branch, float* out,
                                      float drop, uint32_t seed, int threads);
+
+// tokens [steps][3][size]: of each kind W x + bias, and the row of the step's time. Parameters are the
+// weight [size][inputs] and the bias of each kind in turn, then the table [rows][size]. Returns -1, or
+// the first step whose time has no row; there are no tokens then.
+HARMODT_API int64_t harmodt_token_embedding(const harmodt_embedding_shape* shape,
+                                            const float* const* parameters, float* tokens,
+                                            int threads);
+// Gradients lie as the parameters.
+HARMODT_API void harmodt_token_embedding_gradient(const harmodt_embedding_shape* shape,
+                                                  const float* d_tokens, float* const* gradients,
+                                                  int threads);
 
 // Multiply-adds of the kind that products use, on zeros in registers, to measure the peak of this
 // machine. Returns how many floating-point operations they were, over all threads.

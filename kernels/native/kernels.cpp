@@ -11,6 +11,7 @@
 #include "masked_linear/masked_linear.h"
 #include "native/peak.h"
 #include "norm_linear/norm_linear.h"
+#include "token_embedding/token_embedding.h"
 
 #define NAME_(isa) kernels_##isa
 #define NAME(isa) NAME_(isa)
@@ -21,22 +22,22 @@ extern const Kernels NAME(HARMODT_ISA);
 const Kernels NAME(HARMODT_ISA) = {
     TEXT(HARMODT_ISA),
     [](const harmodt_linear_shape& s, const float* x, const float* weight, const float* bias,
-       bool relu, float* y, int threads) {
+       bool relu, const float* residual, float drop, uint32_t seed, float* y, int threads) {
       auto layer = s.bf16 ? masked_linear<true> : masked_linear<false>;
-      layer(s, {}, x, weight, bias, relu, y, threads);
+      layer(s, {}, x, weight, bias, relu, {residual, {drop, seed}}, y, threads);
     },
-    [](const harmodt_linear_shape& s, const float* dy, const float* y, const float* weight,
-       float* dx, int threads) {
+    [](const harmodt_linear_shape& s, const float* dy, const float* y, float drop, uint32_t seed,
+       const float* weight, float* dx, int threads) {
       auto gradient =
           s.bf16 ? masked_linear_input_gradient<true> : masked_linear_input_gradient<false>;
-      gradient(s, dy, y, weight, dx, threads);
+      gradient(s, {dy, y, {drop, seed}}, weight, dx, threads);
     },
-    [](const harmodt_linear_shape& s, const float* dy, const float* y, const float* x,
-       const float* statistics, const float* affine, const harmodt_weight_gradient& out,
-       int threads) {
+    [](const harmodt_linear_shape& s, const float* dy, const float* y, float drop, uint32_t seed,
+       const float* x, const float* statistics, const float* affine,
+       const harmodt_weight_gradient& out, int threads) {
       auto gradient =
           s.bf16 ? masked_linear_weight_gradient<true> : masked_linear_weight_gradient<false>;
-      gradient(s, {statistics, affine}, dy, y, x, out, threads);
+      gradient(s, {statistics, affine}, {dy, y, {drop, seed}}, x, out, threads);
     },
     [](const harmodt_linear_shape& s, const harmodt_layer_norm_shape& norm, const float* x,
        const float* gain, const float* shift, const float* weight, const float* bias, bool relu,
@@ -48,7 +49,10 @@ const Kernels NAME(HARMODT_ISA) = {
     attention_gradient,
     masked_layer_norm,
     masked_layer_norm_gradient,
-    dropout_add,
+    [](int64_t size, const float* x, const float* branch, float* out, float drop, uint32_t seed,
+       int threads) { dropout_add(size, x, branch, out, {drop, seed}, threads); },
+    token_embedding,
+    token_embedding_gradient,
     select_harmony,
     masked_adamw,
     [](int64_t repeats, bool bf16, int threads) {

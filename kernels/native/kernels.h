@@ -10,13 +10,15 @@
 struct Kernels {
   const char* isa;
   void (*masked_linear)(const harmodt_linear_shape&, const float* x, const float* weight,
-                        const float* bias, bool relu, float* y, int threads);
+                        const float* bias, bool relu, const float* residual, float drop,
+                        uint32_t seed, float* y, int threads);
   void (*masked_linear_input_gradient)(const harmodt_linear_shape&, const float* dy, const float* y,
-                                       const float* weight, float* dx, int threads);
+                                       float drop, uint32_t seed, const float* weight, float* dx,
+                                       int threads);
   void (*masked_linear_weight_gradient)(const harmodt_linear_shape&, const float* dy,
-                                        const float* y, const float* x, const float* statistics,
-                                        const float* affine, const harmodt_weight_gradient&,
-                                        int threads);
+                                        const float* y, float drop, uint32_t seed, const float* x,
+                                        const float* statistics, const float* affine,
+                                        const harmodt_weight_gradient&, int threads);
   void (*norm_linear)(const harmodt_linear_shape&, const harmodt_layer_norm_shape&, const float* x,
                       const float* gain, const float* shift, const float* weight,
                       const float* bias, bool relu, float* y, float* statistics, float* affine,
@@ -33,6 +35,10 @@ struct Kernels {
                                      const harmodt_weight_gradient&, int threads);
   void (*dropout_add)(int64_t size, const float* x, const float* branch, float* out, float drop,
                       uint32_t seed, int threads);
+  int64_t (*token_embedding)(const harmodt_embedding_shape&, const float* const* parameters,
+                             float* tokens, int threads);
+  void (*token_embedding_gradient)(const harmodt_embedding_shape&, const float* d_tokens,
+                                   float* const* gradients, int threads);
   // Each task in `parts`; keys are [tasks][parts][2][capacity], counts [tasks][parts][4].
   void (*select_harmony)(const harmodt_selection_operands&, int64_t parts, int64_t capacity,
                          int64_t* keys, int64_t* counts, uint8_t* refused, int threads);

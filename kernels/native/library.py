@@ -124,6 +124,17 @@ class LayerNormShape(Structure):
     ]
 
 
+class EmbeddingShape(Structure):
+    """`harmodt_embedding_shape`."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("steps", "size", "rows")),
+        ("timesteps", c_void_p),
+        ("x", c_void_p * 3),
+        ("inputs", c_int64 * 3),
+    ]
+
+
 _STRUCTURES: dict[str, type[Structure]] = {
     "harmodt_linear_shape": LinearShape,
     "harmodt_weight_gradient": WeightGradient,
@@ -131,21 +142,26 @@ _STRUCTURES: dict[str, type[Structure]] = {
     "harmodt_adamw_operands": AdamWOperands,
     "harmodt_attention_shape": AttentionShape,
     "harmodt_layer_norm_shape": LayerNormShape,
+    "harmodt_embedding_shape": EmbeddingShape,
 }
 
 _P, _THREADS = c_void_p, c_int
+_DROPOUT = c_float, c_uint32  # its probability and seed
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "harmodt_size_of": (c_int64, [c_char_p]),
     "harmodt_isa": (c_char_p, []),
     "harmodt_use_isa": (c_int, [c_char_p]),
-    "harmodt_masked_linear": (None, [POINTER(LinearShape), _P, _P, _P, c_int, _P, _THREADS]),
+    "harmodt_masked_linear": (
+        None,
+        [POINTER(LinearShape), _P, _P, _P, c_int, _P, *_DROPOUT, _P, _THREADS],
+    ),
     "harmodt_masked_linear_input_gradient": (
         None,
-        [POINTER(LinearShape), _P, _P, _P, _P, _THREADS],
+        [POINTER(LinearShape), _P, _P, *_DROPOUT, _P, _P, _THREADS],
     ),
     "harmodt_masked_linear_weight_gradient": (
         None,
-        [POINTER(LinearShape), _P, _P, _P, _P, _P, POINTER(WeightGradient), _THREADS],
+        [POINTER(LinearShape), _P, _P, *_DROPOUT, *(_P, _P, _P), POINTER(WeightGradient), _THREADS],
     ),
     "harmodt_norm_linear": (
         None,
@@ -166,7 +182,15 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         None,
         [POINTER(AttentionShape), _P, _P, _P, _P, _P, _THREADS],
     ),
-    "harmodt_dropout_add": (None, [c_int64, _P, _P, _P, c_float, c_uint32, _THREADS]),
+    "harmodt_dropout_add": (None, [c_int64, _P, _P, _P, *_DROPOUT, _THREADS]),
+    "harmodt_token_embedding": (
+        c_int64,
+        [POINTER(EmbeddingShape), POINTER(_P), _P, _THREADS],
+    ),
+    "harmodt_token_embedding_gradient": (
+        None,
+        [POINTER(EmbeddingShape), _P, POINTER(_P), _THREADS],
+    ),
     "harmodt_select_harmony": (c_int, [POINTER(SelectionOperands), _P, _P, _P, _P, _THREADS]),
     "harmodt_move_weights": (None, [_P, c_int64, _P, c_int64, c_int64]),
     "harmodt_masked_adamw": (None, [POINTER(AdamWOperands), _THREADS]),

@@ -22,7 +22,7 @@ void norm_linear(const harmodt_linear_shape& s, const harmodt_layer_norm_shape& 
     copy({gain, weight_bits_of(norm, group), s.inputs}, of_group);
     copy({shift, bias_bits_of(norm, group), s.inputs}, of_group + s.inputs);
   }
-  masked_linear<Pairs>(s, {statistics, affine}, x, weight, bias, relu, y, threads);
+  masked_linear<Pairs>(s, {statistics, affine}, x, weight, bias, relu, {}, y, threads);
 }
 
 }  // namespace

@@ -124,7 +124,7 @@ class _NormLinear(torch.autograd.Function):
             ctx, weight, layer._replace(statistics=statistics, affine=affine)
         )
         d_normalised = torch.ops.harmodt.masked_linear_input_gradient(
-            dy, y, weight, weight_bits, task_ids
+            dy, y, weight, weight_bits, task_ids, dy.dtype
         )
         gradient = torch.ops.harmodt.masked_layer_norm_gradient
         operands = d_normalised, d_residual, *of_norm, task_ids

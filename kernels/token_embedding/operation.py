@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..registration import kernels_for, register
-from . import reference
+from ..registration import register
 
 
 def token_embedding(
@@ -20,9 +19,8 @@ def token_embedding(
 ) -> Tensor:
     """Three tokens of each time step: a linear layer's output of each input, plus the time's row.
 
-    The fused form of `reference.token_embedding`: one pass on a GPU, and another one for the
-    gradients of all parameters; products are of float32 in any precision, and results repeat bit
-    for bit. On a CPU it is the definition.
+    The fused form of `reference.token_embedding`: one pass, and another one for the gradients of
+    all parameters; products are of float32 in any precision, and results repeat bit for bit.
 
     Args:
         inputs: three tensors, float32 [..., I] with an I of each.
@@ -38,10 +36,9 @@ def token_embedding(
     Raises:
         TypeError: something is not float32, or timesteps are not int64.
         ValueError: shapes or devices do not fit together, or a parameter is not contiguous.
+        IndexError: on a CPU, the table has no row for a time step.
         BackendUnavailable: there are no fused kernels for the device.
     """
-    if kernels_for(timesteps.device) == "cpu":
-        return reference.token_embedding(inputs, timesteps, parameters, gradients)
     _check_operands(inputs, timesteps, parameters, gradients or [])
     return _TokenEmbedding.apply(timesteps, *inputs, *parameters, *(gradients or []))
 
@@ -119,12 +116,10 @@ register(
     "token_embedding",
     "(Tensor[] inputs, Tensor timesteps, Tensor[] parameters) -> Tensor",
     _token_embedding_fake,
-    kernels=("triton",),
 )
 register(
     __package__,
     "token_embedding_gradient",
     "(Tensor d_tokens, Tensor[] inputs, Tensor timesteps, Tensor(a!)[] outs) -> ()",
     _gradient_fake,
-    kernels=("triton",),
 )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -144,7 +143,7 @@ def token_embedding(
 ) -> Tensor:
     table, steps = parameters[-1], timesteps.numel()
     size = table.shape[1]
-    tokens = torch.empty(*timesteps.shape, len(inputs), size, device=table.device)
+    tokens = table.new_empty(*timesteps.shape, len(inputs), size)
     block_s, block_d, block_k = TILE
     launch(
         token_embedding_kernel,

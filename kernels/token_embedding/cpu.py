@@ -1,0 +1,52 @@
+"""The token embedding on a CPU: passes tensors to the C library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import Array, byref, c_void_p
+
+from torch import Tensor
+
+from ..native.library import EmbeddingShape, library, pointer, threads
+
+
+def token_embedding(
+    inputs: Sequence[Tensor], timesteps: Tensor, parameters: Sequence[Tensor]
+) -> Tensor:
+    rows, size = parameters[-1].shape
+    inputs, timesteps = [x.contiguous() for x in inputs], timesteps.contiguous()
+    tokens = parameters[-1].new_empty(*timesteps.shape, len(inputs), size)
+    shape = shape_of(inputs, timesteps, rows, size)
+    beyond = library().harmodt_token_embedding(
+        byref(shape), pointers(parameters), pointer(tokens), threads()
+    )
+    if beyond >= 0:
+        raise IndexError(
+            f"timesteps holds {int(timesteps.view(-1)[beyond])}, and the table has {rows} rows"
+        )
+    return tokens
+
+
+def token_embedding_gradient(
+    d_tokens: Tensor, inputs: Sequence[Tensor], timesteps: Tensor, outs: Sequence[Tensor]
+) -> None:
+    inputs, timesteps = [x.contiguous() for x in inputs], timesteps.contiguous()
+    shape, d_tokens = shape_of(inputs, timesteps, *outs[-1].shape[1:]), d_tokens.contiguous()
+    library().harmodt_token_embedding_gradient(
+        byref(shape), pointer(d_tokens), pointers(outs), threads()
+    )
+
+
+def shape_of(inputs: Sequence[Tensor], timesteps: Tensor, rows: int, size: int) -> EmbeddingShape:
+    return EmbeddingShape(
+        steps=timesteps.numel(),
+        size=size,
+        rows=rows,
+        timesteps=pointer(timesteps),
+        x=pointers(inputs),
+        inputs=tuple(x.shape[-1] for x in inputs),
+    )
+
+
+def pointers(tensors: Sequence[Tensor]) -> Array[c_void_p]:
+    return (c_void_p * len(tensors))(*map(pointer, tensors))

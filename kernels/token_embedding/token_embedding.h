@@ -1,0 +1,149 @@
+// The token embedding: three tokens of each time step. A thread has some columns of the tokens, and
+// of the weights a panel of them, [inputs][kTokenColumns], in its cache.
+#pragma once
+
+#include "native/kernels.h"
+#include "native/simd.h"
+
+namespace {
+
+constexpr int kTokenVecs = 4, kKinds = 3;
+constexpr int64_t kTokenColumns = kTokenVecs * kWidth;
+// Time steps of a thread at a time, and those whose gradients are summed up before they are added to
+// the others'.
+constexpr int64_t kSteps = 256;
+
+// Some columns of a row, those beyond the size 0.
+struct TokenColumns {
+  Vec at[kTokenVecs];
+
+  static TokenColumns load(const float* row, int64_t columns) {
+    TokenColumns c;
+    for (int j = 0; j < kTokenVecs; ++j) {
+      uint32_t inside = lanes_left(columns - j * kWidth);
+      c.at[j] = inside ? ::load(row + j * kWidth, inside) : Vec{};
+    }
+    return c;
+  }
+  void store(float* row, int64_t columns) const {
+    for (int j = 0; j < kTokenVecs; ++j) {
+      uint32_t inside = lanes_left(columns - j * kWidth);
+      if (inside) ::store(row + j * kWidth, at[j], inside);
+    }
+  }
+  void add(const TokenColumns& other) {
+    for (int j = 0; j < kTokenVecs; ++j) at[j] += other.at[j];
+  }
+  void add(float factor, const TokenColumns& other) {
+    for (int j = 0; j < kTokenVecs; ++j)
+      at[j] = fused_multiply_add(splat(factor), other.at[j], at[j]);
+  }
+};
+
+// The first step whose time has no row in the table, or -1.
+int64_t step_beyond_table(const harmodt_embedding_shape& s) {
+  for (int64_t step = 0; step < s.steps; ++step)
+    if (s.timesteps[step] < 0 || s.timesteps[step] >= s.rows) return step;
+  return -1;
+}
+
+// Columns of the tokens of steps [from, to).
+void embed_steps(const harmodt_embedding_shape& s, const float* const* parameters, int64_t column,
+                 int64_t from, int64_t to, float* tokens) {
+  int64_t columns = smaller(kTokenColumns, s.size - column);
+  const float* table = parameters[2 * kKinds];
+  for (int kind = 0; kind < kKinds; ++kind) {
+    int64_t inputs = s.inputs[kind];
+    const float* weight = parameters[2 * kind] + column * inputs;
+    auto* panel = static_cast<TokenColumns*>(scratch(sizeof(TokenColumns) * (inputs + 1)));
+    for (int64_t k = 0; k < inputs; ++k) {
+      alignas(64) float row[kTokenColumns] = {};
+      for (int64_t j = 0; j < columns; ++j) row[j] = weight[j * inputs + k];
+      panel[k] = TokenColumns::load(row, kTokenColumns);
+    }
+    TokenColumns bias = TokenColumns::load(parameters[2 * kind + 1] + column, columns);
+    for (int64_t step = from; step < to; ++step) {
+      const float* x = s.x[kind] + step * inputs;
+      TokenColumns token{};
+      for (int64_t k = 0; k < inputs; ++k) token.add(x[k], panel[k]);
+      token.add(bias);
+      token.add(TokenColumns::load(table + s.timesteps[step] * s.size + column, columns));
+      token.store(tokens + (step * kKinds + kind) * s.size + column, columns);
+    }
+  }
+}
+
+int64_t token_embedding(const harmodt_embedding_shape& s, const float* const* parameters,
+                        float* tokens, int threads) {
+  int64_t beyond = step_beyond_table(s);
+  if (beyond >= 0) return beyond;
+  int64_t blocks = (s.size + kTokenColumns - 1) / kTokenColumns;
+  int64_t chunks = (s.steps + kSteps - 1) / kSteps;
+  int64_t steps = chunks ? (s.steps + chunks - 1) / chunks : 0;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t item = 0; item < blocks * chunks; ++item) {
+    int64_t from = item / blocks * steps;
+    embed_steps(s, parameters, item % blocks * kTokenColumns, from, smaller(s.steps, from + steps),
+                tokens);
+  }
+  return -1;
+}
+
+// Sums over steps [from, to), of the columns that d_tokens has from its first one on: of dy x, of
+// each input [inputs + 1], then of dy. They are added to d_weight, [size][inputs], and d_bias, unless
+// `first`.
+void sum_of_kind(const harmodt_embedding_shape& s, const float* d_tokens, int kind, int64_t columns,
+                 int64_t from, int64_t to, bool first, float* d_weight, float* d_bias) {
+  int64_t inputs = s.inputs[kind];
+  auto* sums = static_cast<TokenColumns*>(scratch(sizeof(TokenColumns) * (inputs + 1)));
+  for (int64_t k = 0; k <= inputs; ++k) sums[k] = TokenColumns{};
+  for (int64_t step = from; step < to; ++step) {
+    const float* x = s.x[kind] + step * inputs;
+    auto dy = TokenColumns::load(d_tokens + (step * kKinds + kind) * s.size, columns);
+    for (int64_t k = 0; k < inputs; ++k) sums[k].add(x[k], dy);
+    sums[inputs].add(dy);
+  }
+  for (int64_t k = 0; k <= inputs; ++k) {
+    alignas(64) float row[kTokenColumns];
+    sums[k].store(row, kTokenColumns);
+    for (int64_t j = 0; j < columns; ++j) {
+      float* to = k < inputs ? d_weight + j * inputs + k : d_bias + j;
+      *to = (first ? 0 : *to) + row[j];
+    }
+  }
+}
+
+// Columns of the table's gradient: of each row the sum over its steps' tokens.
+void sum_of_table(const harmodt_embedding_shape& s, const float* d_tokens, int64_t columns,
+                  float* d_table) {
+  for (int64_t row = 0; row < s.rows; ++row) TokenColumns{}.store(d_table + row * s.size, columns);
+  for (int64_t step = 0; step < s.steps; ++step) {
+    float* of_row = d_table + s.timesteps[step] * s.size;
+    auto total = TokenColumns::load(of_row, columns);
+    for (int kind = 0; kind < kKinds; ++kind)
+      total.add(TokenColumns::load(d_tokens + (step * kKinds + kind) * s.size, columns));
+    total.store(of_row, columns);
+  }
+}
+
+void token_embedding_gradient(const harmodt_embedding_shape& s, const float* d_tokens,
+                              float* const* gradients, int threads) {
+  int64_t blocks = (s.size + kTokenColumns - 1) / kTokenColumns;
+  // Columns of a kind or of the table, of which some take much longer: a thread takes the next one.
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t item = 0; item < blocks * (kKinds + 1); ++item) {
+    int kind = static_cast<int>(item / blocks);
+    int64_t column = item % blocks * kTokenColumns;
+    int64_t columns = smaller(kTokenColumns, s.size - column);
+    if (kind == kKinds) {
+      sum_of_table(s, d_tokens + column, columns, gradients[2 * kKinds] + column);
+      continue;
+    }
+    for (int64_t from = 0; from < s.steps || from == 0; from += kSteps)
+      sum_of_kind(s, d_tokens + column, kind, columns, from, smaller(s.steps, from + kSteps),
+                  from == 0, gradients[2 * kind] + column * s.inputs[kind],
+                  gradients[2 * kind + 1] + column);
+  }
+}
+
+}  // namespace
