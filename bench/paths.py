@@ -316,7 +316,9 @@ class LibraryAdamW:
         epsilon: float,
         weight_decay: float,
         max_norm: float = math.inf,
+        rounded: None = None,
     ) -> Tensor:
+        assert rounded is None
         learning_rate = rest[-1][0]  # the first of a step's rates
         if self._optimiser is None:
             self._vector = nn.Parameter(weights)

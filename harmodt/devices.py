@@ -59,6 +59,15 @@ class Execution:
         return self.backend.precision(self.precision, self.device)
 
     @property
+    def rounded_to(self) -> torch.dtype | None:
+        """The type in which products read a copy of the weights; None where none is kept.
+
+        Triton's kernels would round the weights at every tile; the CPU's do as they pack them.
+        """
+        kept = self.precision == "bf16" and self.backend.name.startswith("triton")
+        return torch.bfloat16 if kept else None
+
+    @property
     def captures(self) -> bool:
         """Whether `repeated` makes graphs: of the fused kernels on a GPU."""
         return self.cuda_graph and self.device.type == "cuda" and self.backend.name == "triton"

@@ -28,6 +28,8 @@ class LayerMasks:
             bias) to which a backward pass writes the gradient of each group by itself, or of one
             row, [1, ...], to which it writes their sum; weight and bias then get none.
         queue: where a linear layer's gradients wait for those of other layers, or None.
+        rounded: [N, K], a linear layer's weight in the type of its products, which is read in place
+            of the weight where its gradients go to `group_gradients`; or None.
     """
 
     weight_bits: Tensor | None
@@ -35,11 +37,24 @@ class LayerMasks:
     task_ids: Tensor | None
     group_gradients: tuple[Tensor, Tensor | None] | None = None
     queue: WeightGradients | None = None
+    rounded: Tensor | None = None
 
     @property
     def bits(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The operands that say which weights are active."""
         return self.weight_bits, self.bias_bits, self.task_ids
+
+    def operand_for(self, weight: Tensor) -> Tensor:
+        """What a linear layer multiplies with for its weight.
+
+        Raises:
+            ValueError: that is the rounded one, and there is no place for its gradient.
+        """
+        if self.rounded is None:
+            return weight
+        if self.group_gradients is None:
+            raise ValueError("a rounded weight gets no gradient: give group_gradients as well")
+        return self.rounded
 
 
 NO_MASKS = LayerMasks(None, None, None)

@@ -71,20 +71,23 @@ INSTRUCTIONS = {
 # What is given to a launch beside the kernel's own arguments.
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
-# The types of x and of the weights.
+# The types of x, of the weights and of biases.
 PRECISIONS = {
-    "fp32": (torch.float32, torch.float32),
-    "tf32": (torch.float32, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "fp16": (torch.float16, torch.float16),
-    "bf16, fp32 weights": (torch.bfloat16, torch.float32),
-    "fp16, fp32 weights": (torch.float16, torch.float32),
+    "fp32": (torch.float32,) * 3,
+    "tf32": (torch.float32,) * 3,
+    "bf16": (torch.bfloat16,) * 3,
+    "fp16": (torch.float16,) * 3,
+    "bf16, rounded weights": (torch.bfloat16, torch.bfloat16, torch.float32),
+    "bf16, fp32 weights": (torch.bfloat16, torch.float32, torch.float32),
+    "fp16, fp32 weights": (torch.float16, torch.float32, torch.float32),
 }
 # Maskable weights of the model of 1.47 million.
 WEIGHTS = 1_189_888
 
-# Those of a training run; the others are compiled for fewer sizes.
+# Those of a training run; the others are compiled for fewer sizes. Steps in bf16 read weights that
+# the optimiser has rounded, mask updates and policies the weights themselves.
 TRAINING = ("fp32", "tf32", "bf16, fp32 weights")
+ROUNDED = "bf16, rounded weights"
 
 
 class Case(NamedTuple):
@@ -142,6 +145,8 @@ def masked_linear_cases() -> Iterator[Case]:
     small, large = (5, 600, 128, 512), (5, 4800, 256, 1024)
     for precision in PRECISIONS:
         # The rest takes the same tiles; each case takes seconds.
+        if precision == ROUNDED:
+            continue  # every layer of a step begins a branch or ends one
         if precision in ("fp32", "bf16, fp32 weights"):
             for d, rows in ((128, 600), (256, 4800)):
                 if d == 128 or precision != "fp32":
@@ -172,7 +177,7 @@ def masked_linear_case(
 ) -> Case:
     """Forward and backward pass of a layer whose tensors are views of flat vectors."""
     groups, rows, inputs, outputs = shape
-    dtype, weight_dtype = PRECISIONS[precision]
+    dtype, weight_dtype, bias_dtype = PRECISIONS[precision]
     words = words_for(inputs)
     weight_words = outputs * words
     end = weight_words + words_for(outputs)
@@ -187,14 +192,15 @@ def masked_linear_case(
         return vectors[..., weight_words * 32 :][..., :outputs]
 
     def run() -> None:
-        vector = torch.empty(all_words * 32, dtype=weight_dtype)
+        weights = torch.empty(all_words * 32, dtype=weight_dtype)
+        biases = torch.empty(all_words * 32, dtype=bias_dtype)
         mask_bits = torch.zeros(3, all_words, dtype=torch.int32)
-        gradients = torch.empty(groups, all_words * 32, dtype=weight_dtype)
+        gradients = torch.empty(groups, all_words * 32, dtype=bias_dtype)
         x = torch.empty(groups, rows, inputs, dtype=dtype, requires_grad=True)
         y = masked_linear(
             x,
-            weights_of(vector).requires_grad_(),
-            None if no_bias else biases_of(vector).requires_grad_(),
+            weights_of(weights).requires_grad_(),
+            None if no_bias else biases_of(biases).requires_grad_(),
             mask_bits[:, :weight_words].unflatten(1, (outputs, words)),
             None if no_bias else mask_bits[:, weight_words:end],
             torch.zeros(groups, dtype=torch.int64),
@@ -214,11 +220,12 @@ def stationary_cases() -> Iterator[Case]:
     # Of so many tasks that a program goes through several tiles of rows; the kernels that do.
     for drop in (0.0, 0.1):
         yield stationary_case("bf16, fp32 weights", drop)._replace(largest=True)
+        yield stationary_case(ROUNDED, drop)._replace(largest=True)
 
 
 def stationary_case(precision: str, drop: float) -> Case:
     """Forward behind a LayerNorm and beside a residual, and gradients of a deep layer's x."""
-    dtype, weight_dtype = PRECISIONS[precision]
+    dtype, weight_dtype, bias_dtype = PRECISIONS[precision]
     groups, rows, d = 50, 600, 128
 
     def layer(inputs: int, outputs: int) -> tuple[Tensor, Tensor, LayerMasks]:
@@ -226,7 +233,7 @@ def stationary_case(precision: str, drop: float) -> Case:
         bits = torch.zeros(3, outputs, words_for(inputs), dtype=torch.int32)
         ids = torch.zeros(groups, dtype=torch.int64)
         masks = LayerMasks(bits, torch.zeros(3, words_for(outputs), dtype=torch.int32), ids)
-        return weight.to(weight_dtype), bias.to(weight_dtype), masks
+        return weight.to(weight_dtype), bias.to(bias_dtype), masks
 
     def run() -> None:
         weight, bias, masks = layer(4 * d, d)
@@ -251,22 +258,23 @@ def stationary_case(precision: str, drop: float) -> Case:
 
 
 def linear_residual_cases() -> Iterator[Case]:
-    for precision in ("fp32", "bf16, fp32 weights"):
+    for precision in ("fp32", "bf16, fp32 weights", ROUNDED):
         yield linear_residual_case(precision, 600, 512, 128)
-    case = linear_residual_case("bf16, fp32 weights", 4800, 1024, 256)
-    yield case._replace(largest=True)
+    for precision in ("bf16, fp32 weights", ROUNDED):
+        case = linear_residual_case(precision, 4800, 1024, 256)
+        yield case._replace(largest=True)
 
 
 def linear_residual_case(precision: str, rows: int, inputs: int, outputs: int) -> Case:
     """Forward and backward pass with dropout, beside a residual of float32."""
-    dtype, weight_dtype = PRECISIONS[precision]
+    dtype, weight_dtype, bias_dtype = PRECISIONS[precision]
 
     def run() -> None:
         bits = torch.zeros(3, outputs, words_for(inputs), dtype=torch.int32)
         y = linear_residual(
             torch.empty(5, rows, inputs, dtype=dtype, requires_grad=True),
             torch.empty(outputs, inputs, dtype=weight_dtype, requires_grad=True),
-            torch.empty(outputs, dtype=weight_dtype, requires_grad=True),
+            torch.empty(outputs, dtype=bias_dtype, requires_grad=True),
             bits,
             torch.zeros(3, words_for(outputs), dtype=torch.int32),
             torch.zeros(5, dtype=torch.int64),
@@ -281,7 +289,8 @@ def linear_residual_case(precision: str, rows: int, inputs: int, outputs: int) -
 def norm_linear_cases() -> Iterator[Case]:
     yield norm_linear_case("fp32", 600, 128, 384)
     yield norm_linear_case("bf16, fp32 weights", 600, 128, 384)
-    for precision in TRAINING:
+    yield norm_linear_case(ROUNDED, 600, 128, 384)
+    for precision in (*TRAINING, ROUNDED):
         case = norm_linear_case(precision, 4800, 256, 1024, relu=True, backward=False)
         yield case._replace(largest=True)
 
@@ -296,7 +305,7 @@ def norm_linear_case(
     backward: bool = True,
 ) -> Case:
     """Forward, and backward pass if asked for, under autocast; x is of float32."""
-    dtype, _ = PRECISIONS[precision]
+    dtype, weight_dtype, bias_dtype = PRECISIONS[precision]
 
     def run() -> None:
         gain, shift = torch.empty(2, inputs, requires_grad=True)
@@ -306,8 +315,8 @@ def norm_linear_case(
             y, x = norm_linear(
                 torch.empty(5, rows, inputs, requires_grad=True),
                 *(gain, shift),
-                torch.empty(outputs, inputs, requires_grad=True),
-                torch.empty(outputs, requires_grad=True),
+                torch.empty(outputs, inputs, dtype=weight_dtype, requires_grad=True),
+                torch.empty(outputs, dtype=bias_dtype, requires_grad=True),
                 LayerMasks(of_inputs, of_inputs, ids),
                 LayerMasks(
                     torch.zeros(3, outputs, words_for(inputs), dtype=torch.int32),
@@ -332,14 +341,14 @@ def weight_gradients_cases() -> Iterator[Case]:
 
 def weight_gradients_case(precision: str, d: int, groups: int, *, drop: float) -> Case:
     """The layers of a block together, as the model has them: rows after one another in vectors."""
-    dtype, weight_dtype = PRECISIONS[precision]
+    dtype, _, of_gradients = PRECISIONS[precision]
 
     def layer(
         inputs: int, outputs: int, normalised: bool, relu: bool, drop: float
     ) -> LayerGradients:
         size = outputs * (inputs + 1)
         bits = torch.zeros(3, WEIGHTS // 32, dtype=torch.int32)[:, : size // 32]
-        gradients = torch.empty(1, WEIGHTS, dtype=weight_dtype)[:, :size]
+        gradients = torch.empty(1, WEIGHTS, dtype=of_gradients)[:, :size]
         dy = torch.empty(groups, 600, outputs, dtype=dtype)
         return LayerGradients(
             dy=dy,
@@ -372,7 +381,7 @@ def masked_layer_norm_cases() -> Iterator[Case]:
 
 def masked_layer_norm_case(precision: str, rows: int, size: int) -> Case:
     """Forward and backward pass of a layer in flat vectors, whose x is of float32."""
-    dtype, _ = PRECISIONS[precision]
+    dtype, *_ = PRECISIONS[precision]
 
     def run() -> None:
         gain, bias = torch.empty(2, 32 * words_for(size))[:, :size]
@@ -398,7 +407,7 @@ def attention_cases() -> Iterator[Case]:
 
 def attention_case(precision: str, tokens: int, size: int) -> Case:
     """Forward and backward pass with dropout, and acting with tokens of the past."""
-    dtype, _ = PRECISIONS[precision]
+    dtype, *_ = PRECISIONS[precision]
 
     def run() -> None:
         qkv = torch.empty(8, tokens, 3, 2, size, dtype=dtype, requires_grad=True)
@@ -419,7 +428,7 @@ def dropout_add_cases() -> Iterator[Case]:
 
 def dropout_add_case(precision: str, size: int) -> Case:
     """A branch of 16 bits, where there is one, beside float32."""
-    dtype, _ = PRECISIONS[precision]
+    dtype, *_ = PRECISIONS[precision]
 
     def run() -> None:
         out = dropout_add(
@@ -488,9 +497,10 @@ def harmony_selection_case(tasks: int, size: int, count: int, importance: str, r
 def masked_adamw_cases() -> Iterator[Case]:
     for size in (1_300_000, 39, 1):
         yield masked_adamw_case(size)._replace(largest=size > 39)
+    yield masked_adamw_case(1_300_000, rounded=WEIGHTS)._replace(largest=True)
 
 
-def masked_adamw_case(size: int) -> Case:
+def masked_adamw_case(size: int, rounded: int = 0) -> Case:
     def run() -> None:
         masked_adamw(
             *torch.zeros(4, size),
@@ -501,9 +511,10 @@ def masked_adamw_case(size: int) -> Case:
             epsilon=1e-8,
             weight_decay=1e-4,
             max_norm=0.25,
+            rounded=torch.zeros(rounded, dtype=torch.bfloat16) if rounded else None,
         )
 
-    return Case(f"{size:,} weights", run)
+    return Case(f"{size:,} weights{', rounded' if rounded else ''}", run)
 
 
 CASES = {

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import configure, make_store, make_trainer
+from tiny import configure, make_setup, make_store, make_trainer
 from torch import Tensor
 
 from harmodt import load_policy, train
 from harmodt.data.store import DataStore
+from harmodt.devices import Execution
 from harmodt.errors import UserError
 from harmodt.training.trainer import Trainer
 from harmodt_kernels import PYTORCH, REFERENCE, Backend, count_bits, fused_backend
@@ -61,6 +65,65 @@ def test_training_follows_the_reference(store: DataStore, device, algorithm: str
     assert (moved == 40).all()  # 20 out and 20 in
     # Rounding may decide between two weights of nearly the same harmony.
     assert (count_bits(fused.learner.bank.bits ^ reference.learner.bank.bits) <= moved // 20).all()
+
+
+@dataclasses.dataclass(frozen=True)
+class Halves(Execution):
+    """In float16, which the interpreter rounds rightly, with a copy of the weights or without."""
+
+    copy: bool = True
+
+    @property
+    def rounded_to(self) -> torch.dtype | None:
+        return torch.float16 if self.copy else None
+
+    def computing(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.float16, cache_enabled=False)
+
+
+@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
+@pytest.mark.parametrize(
+    ("algorithm", "more"),
+    [
+        ("harmodt-f", {"dropout": 0.1}),
+        ("harmodt-r", {"tasks_per_step": 2, "surgery": "cagrad"}),
+        ("prompt-dt", {}),
+    ],
+)
+def test_steps_from_rounded_weights_come_to_the_same_bits(store, device, algorithm, more) -> None:
+    config, results = configure(algorithm, fused=True, **SIZES, **more), []
+    for copy in (True, False):
+        setup = make_setup(store, config, device)
+        execution = Halves(device, setup.execution.backend, cuda_graph=False, copy=copy)
+        setup = dataclasses.replace(setup, execution=execution)
+        trainer = Trainer(setup, [store.task(name) for name in store.tasks])
+        results.append([losses(trainer, 2), *(t.clone() for t in trainer.tensors().values())])
+        rounded, vector = trainer.learner.optimiser.rounded, trainer.learner.vector
+        assert (rounded is not None) == copy
+        if copy:
+            assert torch.equal(rounded, vector.weights[: vector.maskable_size].half())
+            rounded.fill_(torch.nan)  # they are what is read
+            assert trainer.train_step().losses.isnan().all()
+    assert all(map(torch.equal, *results))
+
+
+def test_the_weights_of_a_step_in_bf16_are_rounded_where_products_read_them_so(
+    store: DataStore, device
+) -> None:
+    for precision in ("fp32", "bf16"):
+        trainer = make_trainer(store, configure(fused=True, precision=precision, **SIZES), device)
+        learner, weights = trainer.learner, trainer.learner.vector.weights
+        task = torch.tensor([0], device=device)
+        for brings in (torch.zeros_like, torch.randn_like):  # of a checkpoint, at any time
+            new = brings(weights)
+            copy_to = partial(lambda vector, change, _: vector.add_(change), weights, new)
+            trainer.load(SimpleNamespace(step=0, copy_to=copy_to))
+            rounded = learner._masks_of_step(task).rounded
+            if precision == "fp32" or learner.execution.backend.rounds_inside:
+                assert rounded is None
+            else:
+                assert rounded is learner.optimiser.rounded
+                assert torch.equal(rounded, weights[: len(rounded)].bfloat16())
 
 
 @pytest.mark.parametrize("implementation", ["cpu"], indirect=True)

@@ -224,6 +224,21 @@ def test_backends_agree_rounding_for_rounding(
     torch.testing.assert_close(weights, states[1][0], rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("covered", [0, 64, 90, 100])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_first_weights_are_written_rounded(backend, device, dtype, covered) -> None:
+    if backend.name == "triton-interpreter" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter rounds to bf16 wrongly")
+    state = _random_state(100, device)
+    alone = [tensor.clone() for tensor in state]
+    rounded = torch.full((120,), 7.0, dtype=dtype, device=device)
+    backend.masked_adamw(*state, max_norm=0.25, rounded=rounded[:covered], **ADAMW)
+    backend.masked_adamw(*alone, max_norm=0.25, **ADAMW)
+    assert all(map(torch.equal, state, alone))
+    assert torch.equal(rounded[:covered], state[0][:covered].to(dtype))  # inactive ones as well
+    assert (rounded[covered:] == 7).all()
+
+
 def test_five_runs_give_the_same(device) -> None:
     results = []
     for _ in range(5):
@@ -238,7 +253,9 @@ def test_the_operation_composes(device) -> None:
     state = _random_state(100, device)
     norm = torch.linalg.vector_norm(state[1])
     floats = (0.25, 0.1, 0.001, 1e-8, 0.1)
-    torch.library.opcheck(torch.ops.harmodt.masked_adamw.default, (*state, norm, *floats))
+    operation, rounded = torch.ops.harmodt.masked_adamw.default, state[0][:64].half()
+    torch.library.opcheck(operation, (*state, norm, *floats))
+    torch.library.opcheck(operation, (*state, norm, *floats, rounded))
 
 
 def test_it_compiles_into_one_graph(device) -> None:
@@ -271,6 +288,14 @@ def test_operands_that_do_not_fit_are_refused(device) -> None:
         wrong = [other if i == place else operand for i, operand in enumerate(state)]
         with pytest.raises(error, match=message):
             fused_backend(device).masked_adamw(*wrong, **ADAMW)
+    for rounded, error, message in (
+        (torch.zeros(64, dtype=torch.int16), TypeError, "rounded is torch.int16"),
+        (torch.zeros(65), ValueError, r"rounded has shape \[65\]: it must be \[at most 64\]"),
+        (torch.zeros(64)[::2], ValueError, "rounded has gaps"),
+        (torch.zeros(64, device="meta"), ValueError, "rounded is on meta"),
+    ):
+        with pytest.raises(error, match=message):
+            fused_backend(device).masked_adamw(*state, rounded=rounded, **ADAMW)
 
 
 def test_a_weight_is_active_in_any_task_of_the_step_and_beyond_the_masks(backend, device) -> None:

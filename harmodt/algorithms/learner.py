@@ -62,7 +62,10 @@ class Learner(Protocol):
         """
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint holds, by name; what is copied into them is taken up."""
+        """Everything that a checkpoint holds, by name.
+
+        What is copied into them is taken up by `resume_training`.
+        """
 
     def policy(self, step: int) -> Policy:
         """What was learned in `step` steps, as a policy; it shares the learner's tensors."""
@@ -71,7 +74,7 @@ class Learner(Protocol):
         """Numbers for the run's description: `parameters`, and what there is to say of masks."""
 
     def resume_training(self) -> None:
-        """Take up training after the policy was used."""
+        """Take up training after the policy was used, or from tensors that were copied here."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ The learner here is also what HarmoDT adds its masks to.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -161,7 +161,12 @@ class SequenceLearner:
         self.settings = sequence_settings(setup)
         self.model = build_model(setup)
         self.vector = self.model.vector
-        self.optimiser = Optimiser(self.vector, setup.config.optimisation, setup.execution.backend)
+        self.optimiser = Optimiser(
+            self.vector,
+            setup.config.optimisation,
+            setup.execution.backend,
+            setup.execution.rounded_to,
+        )
         run, device = setup.config.run, setup.execution.device
         order = TaskOrder(setup.config.data, len(data), run.seed)
         episodes = lay_out(run.data_device, data, device)
@@ -170,6 +175,7 @@ class SequenceLearner:
         self._seeds = Seeds(run.seed)
         self.feed = Feed(self.sampler, order, run.seed, self._of_steps)
         self._of_tasks = self._places_of_tasks()
+        self._masks: TaskMasks | None = None
         # CAGrad computes on the host, which no graph can hold.
         repeats = self.settings.gradients.surgery != "cagrad"
         self._step = setup.execution.repeated(self._compute) if repeats else self._compute
@@ -209,12 +215,8 @@ class SequenceLearner:
         """
         (batch, targets), (rates, seeds, number) = self.feed.batch(), self.feed.more
         self.vector.gradient.zero_()
-        places = self._of_tasks
-        if places is None and self.setup.config.run.fused:
-            # The layers write their gradients here; autograd would add them.
-            places = self.vector.gradient[None]
+        masks = self._masks_of_step(batch.task_ids)
         with self.execution.computing():
-            masks = self.masks_of(batch.task_ids, places)
             losses = self.losses(batch, targets, masks, seeds[:, 0])
             (losses.mean() if self._of_tasks is None else losses.sum()).backward()
             masks.queue.finish()
@@ -222,6 +224,17 @@ class SequenceLearner:
             self._operate(self._of_tasks, batch.task_ids, number)
         norm = self.optimiser.step(masks.bits, batch.task_ids, rates)
         return torch.cat((losses.detach(), norm[None]))
+
+    def _masks_of_step(self, task_ids: Tensor) -> TaskMasks:
+        """Those of some tasks, int64 [G], with the place where the step has its gradients."""
+        if self._masks is None:
+            places = self._of_tasks
+            if places is None and self.setup.config.run.fused:
+                # The layers write their gradients here; autograd would add them.
+                places = self.vector.gradient[None]
+            masks = self.masks_of(task_ids, places)
+            self._masks = replace(masks, rounded=self.optimiser.rounded)
+        return self._masks.with_tasks(task_ids)
 
     def _operate(self, gradients: Tensor, task_ids: Tensor, step: Tensor) -> None:
         """Make the step's gradient of its tasks', [G, P]."""
@@ -294,8 +307,9 @@ class SequenceLearner:
         return decision_policy(self.setup, self.model, None, step)
 
     def resume_training(self) -> None:
-        """Put the model into training mode again."""
+        """Put the model into training mode again, with its weights as they are now."""
         self.model.train()
+        self.optimiser.round_weights()
 
     def describe(self) -> dict[str, int]:
         """The number of parameters."""

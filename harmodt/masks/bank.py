@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from harmodt_kernels import LayerMasks, count_bits, pack_bits, unpack_bits
+from harmodt_kernels import LayerMasks, MaskedLinear, count_bits, pack_bits, unpack_bits
 from harmodt_kernels.masked_linear import WeightGradients
 
 from ..config import MaskInitialisation
@@ -32,6 +33,8 @@ class TaskMasks:
             embedding's, which autograd brings to its parameter.
         queue: where the gradients of linear layers wait to be computed together; its `finish` is to
             be called after a backward pass.
+        rounded: [P_m], the maskable weights in the type of matrix products, which linear layers
+            read in their place; or None. It needs group_gradients: the weights get no gradient.
     """
 
     vector: ParameterVector
@@ -39,25 +42,47 @@ class TaskMasks:
     task_ids: Tensor
     group_gradients: Tensor | None = None
     queue: WeightGradients = field(default_factory=WeightGradients)
+    rounded: Tensor | None = None
+    _parts: dict[nn.Module, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.rounded is not None and self.group_gradients is None:
+            raise ValueError("rounded weights get no gradient: give group_gradients as well")
+
+    def with_tasks(self, task_ids: Tensor) -> TaskMasks:
+        """The same for a batch of other tasks; what layers have of them is not looked up again."""
+        others = replace(self, task_ids=task_ids, queue=WeightGradients())
+        object.__setattr__(others, "_parts", self._parts)
+        return others
 
     def of(self, layer: nn.Module) -> LayerMasks | None:
         """A masked layer's part of them."""
         if self.bits is None and self.group_gradients is None:
             return None
+        if layer not in self._parts:
+            of_layer = self._bits_of(layer), self._masked_gradients_of(layer)
+            self._parts[layer] = *of_layer, self._rounded_of(layer)
+        (weight_bits, bias_bits), gradients, rounded = self._parts[layer]
+        return LayerMasks(weight_bits, bias_bits, self.task_ids, gradients, self.queue, rounded)
+
+    def _bits_of(self, layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+        if self.bits is None:
+            return None, None
         weight, bias = self.vector.layers[layer]
+        return weight.bits(self.bits), None if bias is None else bias.bits(self.bits)
+
+    def _masked_gradients_of(self, layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
         gradients = self.group_gradients
-        return LayerMasks(
-            weight_bits=None if self.bits is None else weight.bits(self.bits),
-            bias_bits=None if self.bits is None or bias is None else bias.bits(self.bits),
-            task_ids=self.task_ids,
-            group_gradients=None
-            if gradients is None
-            else (
-                weight.of_groups(gradients),
-                None if bias is None else bias.of_groups(gradients),
-            ),
-            queue=self.queue,
-        )
+        if gradients is None:
+            return None
+        weight, bias = self.vector.layers[layer]
+        return weight.of_groups(gradients), None if bias is None else bias.of_groups(gradients)
+
+    def _rounded_of(self, layer: nn.Module) -> Tensor | None:
+        if self.rounded is None or not isinstance(layer, MaskedLinear):
+            return None
+        weight, _ = self.vector.layers[layer]
+        return weight.view(self.rounded)
 
     def gradients_of(self, module: nn.Module) -> list[Tensor] | None:
         """Where the gradients of a module that no mask covers go, for each parameter.
@@ -67,9 +92,12 @@ class TaskMasks:
         None if group_gradients does not reach them, and they get their gradients themselves.
         """
         gradients = self.group_gradients
-        if gradients is None or gradients.shape[1] < len(self.vector.weights):
+        if gradients is None or gradients.shape[1] < self.vector.weights.numel():
             return None
-        return [slot.of_groups(gradients) for slot in self.vector.shared[module]]
+        if module not in self._parts:
+            slots = self.vector.shared[module]
+            self._parts[module] = [slot.of_groups(gradients) for slot in slots]
+        return self._parts[module]
 
 
 class MaskBank:

@@ -107,14 +107,15 @@ class Block(nn.Module):
         relu: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Begin a residual branch: layer(norm(rows)), [G, R, N]; and the rows, to add to it."""
+        of_layer = masks.of(layer) or NO_MASKS
         return self.backend.norm_linear(
             rows,
             norm.weight,
             norm.bias,
-            layer.weight,
+            of_layer.operand_for(layer.weight),
             layer.bias,
             masks.of(norm) or NO_MASKS,
-            masks.of(layer) or NO_MASKS,
+            of_layer,
             epsilon=norm.eps,
             relu=relu,
         )
@@ -131,7 +132,7 @@ class Block(nn.Module):
         of_layer = masks.of(layer) or NO_MASKS
         return self.backend.linear_residual(
             x,
-            layer.weight,
+            of_layer.operand_for(layer.weight),
             layer.bias,
             *of_layer.bits,
             rows,

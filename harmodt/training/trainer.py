@@ -62,4 +62,5 @@ class Trainer:
             UserError: it is of another model size.
         """
         checkpoint.copy_to(self.tensors())
+        self.learner.resume_training()
         self.step = checkpoint.step

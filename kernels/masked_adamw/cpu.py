@@ -23,6 +23,7 @@ def masked_adamw(
     second_rate: float,
     epsilon: float,
     weight_decay: float,
+    rounded: Tensor | None = None,
 ) -> None:
     """`harmodt::masked_adamw`, whose arguments, one by one, are those of its schema."""
     # As `torch.nn.utils.clip_grad_norm_`; NaN stays NaN.
@@ -46,3 +47,5 @@ def masked_adamw(
         operands.tasks = len(task_ids)
         operands.task_ids = pointer_to_ids(task_ids, len(mask_bits))
     library().harmodt_masked_adamw(byref(operands), threads())
+    if rounded is not None:
+        rounded.copy_(weights[: len(rounded)])

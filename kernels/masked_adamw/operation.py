@@ -25,6 +25,7 @@ def masked_adamw(
     epsilon: float,
     weight_decay: float,
     max_norm: float = math.inf,
+    rounded: Tensor | None = None,
 ) -> Tensor:
     """Clip the gradient's norm, then AdamW on the active weights; all else stays bit for bit.
 
@@ -41,6 +42,8 @@ def masked_adamw(
         rates: float32 [3], what changes from step to step: `rates_of_step`. A GPU reads them when
             the kernel runs.
         max_norm: the gradient is scaled to at most this global norm.
+        rounded: of another floating-point type [≤ P], where the first weights are written, rounded
+            to it; or None.
 
     Returns:
         The norm of the gradient, float32 [].
@@ -53,6 +56,8 @@ def masked_adamw(
     _check_vectors(weights, gradient, first_moment, second_moment, rates)
     if mask_bits is not None:
         _check_masks(mask_bits, task_ids, words_for(weights.numel()))
+    if rounded is not None:
+        _check_rounded(rounded, weights)
     norm = torch.linalg.vector_norm(gradient)
     beta1, beta2 = betas
     torch.ops.harmodt.masked_adamw(
@@ -69,6 +74,7 @@ def masked_adamw(
         1 - beta2,
         epsilon,
         weight_decay,
+        rounded,
     )
     return norm
 
@@ -107,6 +113,19 @@ def _check_masks(mask_bits: Tensor, task_ids: Tensor | None, words: int) -> None
         raise ValueError("mask_bits needs the tasks of the step as task_ids, int64 [G]")
 
 
+def _check_rounded(rounded: Tensor, weights: Tensor) -> None:
+    if not rounded.is_floating_point():
+        raise TypeError(f"rounded is {rounded.dtype}: it must be a floating-point type")
+    if rounded.dim() != 1 or rounded.numel() > weights.numel():
+        raise ValueError(
+            f"rounded has shape {list(rounded.shape)}: it must be [at most {weights.numel()}]"
+        )
+    if not rounded.is_contiguous():
+        raise ValueError("rounded has gaps between its elements")
+    if rounded.device != weights.device:
+        raise ValueError(f"rounded is on {rounded.device} and weights on {weights.device}")
+
+
 def _masked_adamw_fake(*_: Any) -> None:
     return None
 
@@ -116,6 +135,7 @@ register(
     "masked_adamw",
     "(Tensor(a!) weights, Tensor gradient, Tensor(b!) first_moment, Tensor(c!) second_moment, "
     "Tensor? mask_bits, Tensor? task_ids, Tensor rates, Tensor norm, float max_norm, "
-    "float first_rate, float second_rate, float epsilon, float weight_decay) -> ()",
+    "float first_rate, float second_rate, float epsilon, float weight_decay, "
+    "Tensor(d!)? rounded=None) -> ()",
     _masked_adamw_fake,
 )

@@ -23,6 +23,7 @@ def masked_adamw(
     epsilon: float,
     weight_decay: float,
     max_norm: float = math.inf,
+    rounded: Tensor | None = None,
 ) -> Tensor:
     """Clip the gradient's norm, then AdamW on the active weights; all else stays bit for bit.
 
@@ -39,6 +40,7 @@ def masked_adamw(
             read without masks.
         rates: [3], what changes from step to step: `rates_of_step`.
         max_norm: the gradient is scaled to at most this global norm.
+        rounded: [≤ P], where the first weights are written, rounded to its type; or None.
 
     Returns:
         The norm of the gradient as it was, a tensor of one element.
@@ -53,6 +55,8 @@ def masked_adamw(
     update = (first_moment / denominator).mul_(first_correction)
     update.add_(weights, alpha=weight_decay)
     _replace(weights, active, torch.addcmul(weights, update, -learning_rate))
+    if rounded is not None:
+        rounded.copy_(weights[: len(rounded)])
     return norm
 
 

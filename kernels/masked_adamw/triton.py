@@ -42,7 +42,9 @@ def masked_adamw_kernel(
     task_ids,  # int64 [tasks]
     rates,  # [3]: learning rate, 1 / (1 - β₁ᵗ), 1 / √(1 - β₂ᵗ)
     norm,  # of the gradient, []
+    rounded,  # [rounded_size]
     size,
+    rounded_size,
     mask_words,
     mask_stride,
     tasks,
@@ -52,6 +54,7 @@ def masked_adamw_kernel(
     epsilon,
     weight_decay,
     MASKED: tl.constexpr,
+    ROUNDED: tl.constexpr,
     WORDS: tl.constexpr,
 ):
     """The step of the weights of some words.
@@ -88,9 +91,13 @@ def masked_adamw_kernel(
     update = tl.fma(tl.cast(weight_decay, tl.float32), w, update)
     new_w = tl.fma(-tl.load(rates), update, w)
     # Selecting copies bits, so that whole vectors can be written.
-    tl.store(weights, tl.where(active, new_w, w), mask=inside)
+    new_w = tl.where(active, new_w, w)
+    tl.store(weights, new_w, mask=inside)
     tl.store(first_moment, tl.where(active, new_m, m), mask=inside)
     tl.store(second_moment, tl.where(active, new_v, v), mask=inside)
+    if ROUNDED:
+        new_w = new_w.to(rounded.dtype.element_ty)
+        tl.store(rounded + start + element, new_w, mask=element < rounded_size - start)
 
 
 def masked_adamw(
@@ -107,6 +114,7 @@ def masked_adamw(
     second_rate: float,
     epsilon: float,
     weight_decay: float,
+    rounded: Tensor | None = None,
 ) -> None:
     """`harmodt::masked_adamw`, whose arguments, one by one, are those of its schema."""
     size = weights.numel()
@@ -121,7 +129,9 @@ def masked_adamw(
         task_ids=task_ids,
         rates=rates,
         norm=norm,
+        rounded=rounded,
         size=size,
+        rounded_size=0 if rounded is None else rounded.numel(),
         mask_words=0 if mask_bits is None else mask_bits.shape[1],
         mask_stride=0 if mask_bits is None else mask_bits.stride(0),
         tasks=0 if task_ids is None else len(task_ids),
@@ -131,6 +141,7 @@ def masked_adamw(
         epsilon=epsilon,
         weight_decay=weight_decay,
         MASKED=mask_bits is not None,
+        ROUNDED=rounded is not None,
         WORDS=WORDS,
         num_warps=NUM_WARPS,
         enable_fp_fusion=False,

@@ -57,7 +57,7 @@ class MaskedLinear(nn.Linear):
         of_layer = masks or NO_MASKS
         return apply(
             x,
-            self.weight,
+            of_layer.operand_for(self.weight),
             self.bias,
             *of_layer.bits,
             relu=relu,
