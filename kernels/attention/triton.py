@@ -36,7 +36,9 @@ def load_keys(present, past_rows, j, column, past, tokens, size, stride, HAS_PAS
     """
     row = present + (j - past) * stride
     if HAS_PAST:
-        row = tl.where(j < past, past_rows + j * size, row)
+        # As numbers, because Triton 3.7 cannot compile a choice of pointers for AMD's GPUs.
+        earlier = (past_rows + j * size).to(tl.int64)
+        row = tl.where(j < past, earlier, row.to(tl.int64)).to(row.dtype)
     inside = (j < past + tokens)[:, None] & (column < size)[None, :]
     return tl.load(row[:, None] + column[None, :], mask=inside, other=0.0)
 
