@@ -39,7 +39,7 @@ NUM_WARPS = 4
 INDICES = 128
 # Of one program that finds the smallest of a row: values at a time, warps.
 VALUES = 2048
-VALUES_WARPS = 8
+VALUES_WARPS = 16
 
 # The images of all finite scores lie between these.
 REFUSED = tl.constexpr(-(2**31))  # and the number of a refusal

@@ -554,7 +554,7 @@ FORWARD = {
 }
 # Columns are inputs.
 INPUT_GRADIENT = {
-    "ieee": (Tile(64, 64, 16, 4, 4),),
+    "ieee": (Tile(64, 64, 16, 8, 4),),
     "tf32": (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
     "half": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 4)),
 }
@@ -564,9 +564,9 @@ STATIONARY = {2: Tile(64, 64, 128, 4, 3), 4: Tile(64, 64, 128, 4, 2)}
 # Rows are outputs, columns inputs. With 64 rows wgmma would be used, whose operands of TF32 must be
 # transposed in shared memory: they would be copied there 4 bytes at a time.
 WEIGHT_GRADIENT = {
-    "ieee": (Tile(64, 64, 16, 4, 3), Tile(32, 32, 16, 4, 3)),
+    "ieee": (Tile(64, 64, 16, 4, 4), Tile(32, 32, 16, 4, 3)),
     "tf32": (Tile(32, 32, 32, 4, 2),),
-    "half": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 4)),
+    "half": (Tile(128, 128, 16, 8, 4), Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 4)),
 }
 
 # Programs that keep a GPU busy: one for each multiprocessor of NVIDIA's H100.
