@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 # Bytes of shared memory that a block can have on every NVIDIA GPU since compute capability 8.0
 # (CUDA's programming guide, technical specifications), and on AMD's: tiles are the same everywhere.
@@ -94,6 +94,8 @@ STATIONARY_LOOPS = {
     ("masked_linear_input_gradient_kernel", "RELU"): (60, 15),
     ("masked_linear_input_gradient_kernel", "DROPOUT"): (170, 22),
 }
+# In Triton 3.7 LLVM packs what dropout keeps into words and unpacks it, which takes a fifth more.
+PACKED = 1.2 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 1.0
 
 
 @pytest.mark.parametrize("target", NVIDIA)
@@ -106,6 +108,7 @@ def test_a_stationary_weight_is_not_masked_again_for_each_product(
             parts = ("HAS_RESIDUAL", "RELU", "DROPOUT")
             kind = (c["kernel"], *(part for part in parts if f"{part}=True" in c["options"]))
             most = STATIONARY_LOOPS[kind][0 if target in ("sm_90", "sm_100") else 1]
+            most *= PACKED if "DROPOUT" in kind else 1.0
             assert c["loop"] <= most, labels([c])
             found.add(kind)
     assert found == set(STATIONARY_LOOPS)
