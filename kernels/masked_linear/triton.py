@@ -459,6 +459,7 @@ def weight_gradient_tile(
 @triton.jit
 def masked_linear_weight_gradients_kernel(
     layers,  # a Layer each
+    LAYERS: tl.constexpr,  # how many: of tuples with None in them Triton 3.6 finds no length
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -469,7 +470,7 @@ def masked_linear_weight_gradients_kernel(
     The programs of a layer follow those of the one before.
     """
     program = tl.program_id(0)
-    for i in tl.static_range(len(layers)):
+    for i in tl.static_range(LAYERS):
         layer = layers[i]
         columns = columns_of(layer, BLOCK_K)
         tiles = tl.cdiv(layer.outputs, BLOCK_N) * columns
@@ -694,6 +695,7 @@ def masked_linear_weight_gradients(*operands: list) -> None:
         masked_linear_weight_gradients_kernel,
         (sum(n * len(of.weight_out) for n, of in zip(tiles, described, strict=True)),),
         layers=tuple(described),
+        LAYERS=len(described),
         PRECISION="tf32" if precision == "tf32" else "ieee",
         BLOCK_N=tile.rows,
         BLOCK_K=tile.columns,
