@@ -95,7 +95,7 @@ STATIONARY_LOOPS = {
     ("masked_linear_input_gradient_kernel", "DROPOUT"): (170, 22),
 }
 # In Triton 3.7 and 3.8 LLVM packs what dropout keeps into words and unpacks it: a fifth more.
-PACKED = 1.2 if triton.__version__.startswith(("3.7.", "3.8.")) else 1.0
+MORE_IN_DROPOUT = 1.2 if triton.__version__.startswith(("3.7.", "3.8.")) else 1.0
 
 
 @pytest.mark.parametrize("target", NVIDIA)
@@ -108,7 +108,7 @@ def test_a_stationary_weight_is_not_masked_again_for_each_product(
             parts = ("HAS_RESIDUAL", "RELU", "DROPOUT")
             kind = (c["kernel"], *(part for part in parts if f"{part}=True" in c["options"]))
             most = STATIONARY_LOOPS[kind][0 if target in ("sm_90", "sm_100") else 1]
-            most *= PACKED if "DROPOUT" in kind else 1.0
+            most *= MORE_IN_DROPOUT if "DROPOUT" in kind else 1.0
             assert c["loop"] <= most, labels([c])
             found.add(kind)
     assert found == set(STATIONARY_LOOPS)
