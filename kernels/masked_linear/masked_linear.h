@@ -40,6 +40,7 @@ constexpr int64_t kMostDepth = Pairs ? 640 : 320;
 
 // Rows of a panel of x that are fetched ahead, and columns of a weight: rows may be far apart in
 // memory.
+constexpr int64_t kTogether = 4;
 constexpr int kAhead = 8, kColumnsAhead = 32;
 
 template <bool Pairs>
@@ -65,27 +66,37 @@ struct InStrip {
   T at(int64_t row, int64_t k) const { return first[k * kStrip<false> + row]; }
 };
 
-// total[i][j] = sum over k of left.at(i, k) * panel[k * panel_stride + j]
+// Sums of products: of Rows rows and the columns of a panel.
+template <int Rows>
+using Sums = Vec[Rows][kPanelVecs];
+
+// body(row, register) for each of the sums.
+template <int Rows, class Body>
+HARMODT_INLINE void for_sums(const Body& body) {
+  unrolled<Rows>([&](auto i) HARMODT_ALWAYS {
+    unrolled<kPanelVecs>([&](auto j) HARMODT_ALWAYS { body(i, j); });
+  });
+}
+
+// sums[i][j] = sum over k of left.at(i, k) * panel[k * panel_stride + j]
 template <int Rows, int Ahead = 0, class Left, class T>
-inline void multiply(Left left, const T* panel, int64_t panel_stride, int64_t depth,
-                     Vec (&total)[Rows][kPanelVecs]) {
-  Vec sums[Rows][kPanelVecs];  // not = {}, which would zero memory
-  for (int i = 0; i < Rows; ++i)
-    for (int j = 0; j < kPanelVecs; ++j) sums[i][j] = Vec{};
+HARMODT_INLINE void multiply(Left left, const T* panel, int64_t panel_stride, int64_t depth,
+                             Sums<Rows>& sums) {
+  for_sums<Rows>([&](auto i, auto j) HARMODT_ALWAYS { sums[i][j] = Vec{}; });
   for (int64_t k = 0; k < depth; ++k) {
     decltype(load(panel)) right[kPanelVecs];
-    for (int j = 0; j < kPanelVecs; ++j) {
+    unrolled<kPanelVecs>([&](auto j) HARMODT_ALWAYS {
       right[j] = load(panel + k * panel_stride + j * kWidth);
       if (Ahead) __builtin_prefetch(panel + (k + Ahead) * panel_stride + j * kWidth);
-    }
-    for (int i = 0; i < Rows; ++i) {
+    });
+    unrolled<Rows>([&](auto i) HARMODT_ALWAYS {
       auto value = splat(left.at(i, k));
       asm volatile("" : "+x"(value));  // one broadcast, not one in each product
-      for (int j = 0; j < kPanelVecs; ++j) sums[i][j] = multiply_add(sums[i][j], value, right[j]);
-    }
+      unrolled<kPanelVecs>([&](auto j) HARMODT_ALWAYS {
+        sums[i][j] = multiply_add(sums[i][j], value, right[j]);
+      });
+    });
   }
-  for (int i = 0; i < Rows; ++i)
-    for (int j = 0; j < kPanelVecs; ++j) total[i][j] = sums[i][j];
 }
 
 // From row to row of a packed left operand.
@@ -258,25 +269,26 @@ struct Out {
 
 // `Ends`: they end a branch, with dropout or a residual.
 template <int Rows, bool Ends>
-inline void finish_as(const Vec (&sums)[Rows][kPanelVecs], Out out) {
-  for (int j = 0; j < kPanelVecs; ++j) {
+HARMODT_INLINE void finish_as(const Sums<Rows>& sums, const Out& out) {
+  unrolled<kPanelVecs>([&](auto j) HARMODT_ALWAYS {
     uint32_t inside = lanes_left(out.columns - j * kWidth);
     if (!inside) return;
-    for (int i = 0; i < Rows; ++i) {
+    Vec bias = out.bias ? load(out.bias + j * kWidth) : Vec{};
+    unrolled<Rows>([&](auto i) HARMODT_ALWAYS {
       int64_t at = i * out.stride + j * kWidth;
       Vec v = sums[i][j];
-      if (out.bias) v += load(out.bias + j * kWidth);
+      if (out.bias) v += bias;
       if (out.relu) v = v <= 0 ? Vec{} : v;  // NaN stays
       if (Ends && out.dropout) v = out.dropout.of(v, out.place + at);
       if (Ends && out.residual) v = load(out.residual + at, inside) + v;
       store(out.rows + at, v, inside);
-    }
-  }
+    });
+  });
 }
 
 // `out` is copied: stores could change one that others see, and it would be read again after each.
 template <int Rows>
-inline void finish(const Vec (&sums)[Rows][kPanelVecs], const Out& out) {
+HARMODT_INLINE void finish(const Sums<Rows>& sums, Out out) {
   if (out.residual || out.dropout) return finish_as<Rows, true>(sums, out);
   finish_as<Rows, false>(sums, out);
 }
@@ -292,9 +304,9 @@ __attribute__((noinline)) void rows_of_block(InRows<T> left, const T* panel, int
   for (int i = 0; out.residual && i < Rows; ++i)
     for (int j = 0; j < kPanelVecs; ++j)
       __builtin_prefetch(out.residual + i * out.stride + j * kWidth);
-  Vec total[Rows][kPanelVecs];
-  multiply<Rows>(left, panel, kPanel, depth, total);
-  finish(total, out);
+  Sums<Rows> sums;
+  multiply<Rows>(left, panel, kPanel, depth, sums);
+  finish<Rows>(sums, out);
 }
 
 // out[i][j] = left[i] · panel column j for a block of rows, and what `out` makes of it
@@ -304,7 +316,7 @@ void block_times_panel(const Element<Pairs>* left, int64_t left_stride, int64_t 
   if constexpr (kTiles<Pairs>) {
     Vec total[kTileRows][1][kPanelVecs];
     multiply_tiles(left, left_stride, panel, depth, reinterpret_cast<Vec(*)[kPanelVecs]>(total));
-    for (int64_t i = 0; i < rows; ++i) finish(total[i], out.from_row(i));
+    for (int64_t i = 0; i < rows; ++i) finish<1>(total[i], out.from_row(i));
     return;
   }
   with_rows(rows, [&](auto count) {
@@ -439,18 +451,19 @@ void masked_linear_input_gradient(const harmodt_linear_shape& s, const OutputGra
 template <bool Pairs, int64_t Width, bool Transposed, class Source>
 void pack_columns(const Source& source, int64_t rows, int64_t columns, Element<Pairs>* packed,
                   float* sums) {
-  constexpr int64_t per_lane = Pairs ? 2 : 1, ahead = per_lane * kWidth;
+  constexpr int64_t together = Transposed ? kWidth : kTogether;
+  constexpr int64_t per_lane = Pairs ? 2 : 1, ahead = per_lane * together;
   int64_t depth = depth_of<Pairs>(rows), width = (columns + Width - 1) / Width * Width;
   for (int64_t j = 0; sums && j < width; j += kWidth) store(sums + j, Vec{});
-  for (int64_t d = 0; d < depth; d += kWidth)
+  for (int64_t d = 0; d < depth; d += together)
     for (int64_t j = 0; j < width; j += kWidth) {
       auto row = [&](int64_t r) {
         source.prefetch(r + ahead, j);
         return r < rows ? source.at(r, j) : Vec{};
       };
-      IntVec block[kWidth];
+      IntVec block[together];
       Vec sum{};
-      for (int64_t i = 0; i < kWidth; ++i) {
+      for (int64_t i = 0; i < together; ++i) {
         Vec first = row(per_lane * (d + i));
         if constexpr (Pairs) {
           Vec second = row(2 * (d + i) + 1);
@@ -468,7 +481,7 @@ void pack_columns(const Source& source, int64_t rows, int64_t columns, Element<P
         for (int64_t i = 0; i < kWidth; ++i) store(to + (j + i) * depth + d, block[i]);
       } else {
         to += (j / Width * depth + d) * Width + j % Width;
-        for (int64_t i = 0; i < smaller(kWidth, depth - d); ++i) store(to + i * Width, block[i]);
+        for (int64_t i = 0; i < smaller(together, depth - d); ++i) store(to + i * Width, block[i]);
       }
     }
 }
@@ -484,19 +497,19 @@ struct GroupGradient {
 
 // Rows of the gradient within a panel, masked and put or added to their place.
 template <int Rows>
-inline void finish_gradient(const Vec (&sums)[Rows][kPanelVecs], const int32_t* bits,
-                            int64_t bits_stride, int64_t k, int64_t columns, bool add, float* out,
-                            int64_t out_stride) {
-  for (int j = 0; j < kPanelVecs; ++j) {
+HARMODT_INLINE void finish_gradient(const Sums<Rows>& sums, const int32_t* bits,
+                                    int64_t bits_stride, int64_t k, int64_t columns, bool add,
+                                    float* out, int64_t out_stride) {
+  unrolled<kPanelVecs>([&](auto j) HARMODT_ALWAYS {
     uint32_t inside = lanes_left(columns - j * kWidth);
     if (!inside) return;
-    for (int i = 0; i < Rows; ++i) {
+    unrolled<Rows>([&](auto i) HARMODT_ALWAYS {
       float* to = out + i * out_stride + k + j * kWidth;
       Vec v = keep(sums[i][j], bits_at(bits + i * bits_stride, k + j * kWidth));
       if (add) v += load(to, inside);
       store(to, v, inside);
-    }
-  }
+    });
+  });
 }
 
 // The rows of a strip times a panel that may lie far apart in memory. Not inlined, as above.
@@ -508,9 +521,9 @@ __attribute__((noinline)) void rows_of_strip(InStrip<T> strip, const T* panel, i
   for (int i = 0; i < Rows; ++i)
     for (int j = 0; j < kPanelVecs; ++j)
       __builtin_prefetch(out + i * out_stride + k + j * kWidth, 1);
-  Vec total[Rows][kPanelVecs];
-  multiply<Rows, kAhead>(strip, panel, panel_stride, depth, total);
-  finish_gradient(total, bits, bits_stride, k, columns, add, out, out_stride);
+  Sums<Rows> sums;
+  multiply<Rows, kAhead>(strip, panel, panel_stride, depth, sums);
+  finish_gradient<Rows>(sums, bits, bits_stride, k, columns, add, out, out_stride);
 }
 
 // A strip of dy, packed, times a panel of x: rows [n, n + height) and columns [k, k + columns).
@@ -526,7 +539,7 @@ void strip_times_panel(const harmodt_linear_shape& s, const Element<Pairs>* stri
     Vec total[kTileRows][1][kPanelVecs];
     multiply_tiles(strip, depth, panel, depth, reinterpret_cast<Vec(*)[kPanelVecs]>(total));
     for (int64_t i = 0; i < height; ++i)
-      finish_gradient(total[i], bits + i * bits_stride, bits_stride, k, columns, out.add,
+      finish_gradient<1>(total[i], bits + i * bits_stride, bits_stride, k, columns, out.add,
                       to + i * row_stride, row_stride);
     return;
   }

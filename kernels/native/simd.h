@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -117,6 +119,20 @@ inline Vec square_root(Vec v) {
 inline Vec magnitude(Vec v) { return (Vec)((IntVec)v & 0x7fffffff); }
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+#define HARMODT_ALWAYS __attribute__((always_inline))  // of a lambda
+#define HARMODT_INLINE inline HARMODT_ALWAYS
+
+// body(i) for i < Count, each a constant of its own: an array of registers at places that the
+// compiler knows from the start never gets a place in memory.
+template <class Body, int... I>
+HARMODT_INLINE void call_each(const Body& body, std::integer_sequence<int, I...>) {
+  (body(std::integral_constant<int, I>{}), ...);
+}
+template <int Count, class Body>
+HARMODT_INLINE void unrolled(const Body& body) {
+  call_each(body, std::make_integer_sequence<int, Count>{});
+}
 
 // Transpose kWidth registers in place.
 template <int Half = kWidth / 2>
