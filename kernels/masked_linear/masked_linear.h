@@ -34,6 +34,8 @@ template <bool Pairs>
 constexpr int64_t kStrip = kTiles<Pairs> ? kTileRows : 8 * kRows;
 // Most rows of a group at a time, so that what is packed of them stays in a core's cache.
 constexpr int64_t kMostRows = 1024;
+// Fewer rows would not be worth another packing of their panels.
+constexpr int64_t kFewestRows = 256;
 // The same of the weight gradient, where they are the depth; pairs of bf16 take half of the memory.
 template <bool Pairs>
 constexpr int64_t kMostDepth = Pairs ? 640 : 320;
@@ -324,12 +326,15 @@ void block_times_panel(const Element<Pairs>* left, int64_t left_stride, int64_t 
   });
 }
 
-// Parts of the rows of each group, so that every thread has as much to do and packed rows stay few.
-int64_t row_parts(int64_t items, int64_t rows, int threads) {
+// Parts of the rows of each group, so that every thread has as much to do and packed rows stay few;
+// and so that threads that share a group's few panels read rows of their own.
+int64_t row_parts(int64_t groups, int64_t panels, int64_t rows, int threads) {
   int64_t parts = rows > 0 ? (rows + kMostRows - 1) / kMostRows : 1;
+  if (groups < threads && panels <= 2 * threads)
+    parts = larger(parts, smaller(threads, rows / kFewestRows));
+  int64_t items = groups * panels * parts;
   if (items % threads == 0 || items >= 8 * threads) return parts;
-  int64_t for_threads = smaller(threads, (rows + 8 * kRows - 1) / (8 * kRows));
-  return parts > for_threads ? parts : for_threads;
+  return larger(parts, smaller(threads, (rows + 8 * kRows - 1) / (8 * kRows)));
 }
 
 // A panel of a group times some of the group's rows.
@@ -342,7 +347,7 @@ struct Item {
 template <class Body>
 void for_panels(const harmodt_linear_shape& s, int64_t width, int threads, const Body& body) {
   int64_t panels = (width + kPanel - 1) / kPanel;
-  int64_t parts = row_parts(s.groups * panels, s.rows, threads);
+  int64_t parts = row_parts(s.groups, panels, s.rows, threads);
   int64_t rows = (s.rows + parts - 1) / parts;
   int64_t items = s.groups * parts * panels;
 #pragma omp parallel for num_threads(threads) schedule(static)

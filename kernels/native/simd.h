@@ -119,6 +119,7 @@ inline Vec square_root(Vec v) {
 inline Vec magnitude(Vec v) { return (Vec)((IntVec)v & 0x7fffffff); }
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 #define HARMODT_ALWAYS __attribute__((always_inline))  // of a lambda
 #define HARMODT_INLINE inline HARMODT_ALWAYS
