@@ -34,15 +34,16 @@ template <bool Pairs>
 constexpr int64_t kStrip = kTiles<Pairs> ? kTileRows : 8 * kRows;
 // Most rows of a group at a time, so that what is packed of them stays in a core's cache.
 constexpr int64_t kMostRows = 1024;
-// Fewer rows would not be worth another packing of their panels.
-constexpr int64_t kFewestRows = 256;
 // The same of the weight gradient, where they are the depth; pairs of bf16 take half of the memory.
 template <bool Pairs>
 constexpr int64_t kMostDepth = Pairs ? 640 : 320;
+// Fewest rows of a group that are worth another packing of their panels.
+constexpr int64_t kFewestRows = 256;
+// Rows that are packed as columns at a time: more, a power of two apart, share few of a cache's sets.
+constexpr int64_t kTogether = 4;
 
 // Rows of a panel of x that are fetched ahead, and columns of a weight: rows may be far apart in
 // memory.
-constexpr int64_t kTogether = 4;
 constexpr int kAhead = 8, kColumnsAhead = 32;
 
 template <bool Pairs>
@@ -72,19 +73,13 @@ struct InStrip {
 template <int Rows>
 using Sums = Vec[Rows][kPanelVecs];
 
-// body(row, register) for each of the sums.
-template <int Rows, class Body>
-HARMODT_INLINE void for_sums(const Body& body) {
-  unrolled<Rows>([&](auto i) HARMODT_ALWAYS {
-    unrolled<kPanelVecs>([&](auto j) HARMODT_ALWAYS { body(i, j); });
-  });
-}
-
 // sums[i][j] = sum over k of left.at(i, k) * panel[k * panel_stride + j]
 template <int Rows, int Ahead = 0, class Left, class T>
 HARMODT_INLINE void multiply(Left left, const T* panel, int64_t panel_stride, int64_t depth,
                              Sums<Rows>& sums) {
-  for_sums<Rows>([&](auto i, auto j) HARMODT_ALWAYS { sums[i][j] = Vec{}; });
+  unrolled<Rows>([&](auto i) HARMODT_ALWAYS {
+    unrolled<kPanelVecs>([&](auto j) HARMODT_ALWAYS { sums[i][j] = Vec{}; });
+  });
   for (int64_t k = 0; k < depth; ++k) {
     decltype(load(panel)) right[kPanelVecs];
     unrolled<kPanelVecs>([&](auto j) HARMODT_ALWAYS {
