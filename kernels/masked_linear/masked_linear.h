@@ -39,7 +39,7 @@ template <bool Pairs>
 constexpr int64_t kMostDepth = Pairs ? 640 : 320;
 // Fewest rows of a group that are worth another packing of their panels.
 constexpr int64_t kFewestRows = 256;
-// Rows that are packed as columns at a time: more, a power of two apart, share few of a cache's sets.
+// Rows that are packed as columns at a time: more of them would share few of a cache's sets.
 constexpr int64_t kTogether = 4;
 
 // Rows of a panel of x that are fetched ahead, and columns of a weight: rows may be far apart in
@@ -75,21 +75,21 @@ using Sums = Vec[Rows][kPanelVecs];
 
 // sums[i][j] = sum over k of left.at(i, k) * panel[k * panel_stride + j]
 template <int Rows, int Ahead = 0, class Left, class T>
-HARMODT_INLINE void multiply(Left left, const T* panel, int64_t panel_stride, int64_t depth,
-                             Sums<Rows>& sums) {
-  unrolled<Rows>([&](auto i) HARMODT_ALWAYS {
-    unrolled<kPanelVecs>([&](auto j) HARMODT_ALWAYS { sums[i][j] = Vec{}; });
+HARMODT_ALWAYS_INLINE inline void multiply(Left left, const T* panel, int64_t panel_stride,
+                                           int64_t depth, Sums<Rows>& sums) {
+  unrolled<Rows>([&](auto i) HARMODT_ALWAYS_INLINE {
+    unrolled<kPanelVecs>([&](auto j) HARMODT_ALWAYS_INLINE { sums[i][j] = Vec{}; });
   });
   for (int64_t k = 0; k < depth; ++k) {
     decltype(load(panel)) right[kPanelVecs];
-    unrolled<kPanelVecs>([&](auto j) HARMODT_ALWAYS {
+    unrolled<kPanelVecs>([&](auto j) HARMODT_ALWAYS_INLINE {
       right[j] = load(panel + k * panel_stride + j * kWidth);
       if (Ahead) __builtin_prefetch(panel + (k + Ahead) * panel_stride + j * kWidth);
     });
-    unrolled<Rows>([&](auto i) HARMODT_ALWAYS {
+    unrolled<Rows>([&](auto i) HARMODT_ALWAYS_INLINE {
       auto value = splat(left.at(i, k));
       asm volatile("" : "+x"(value));  // one broadcast, not one in each product
-      unrolled<kPanelVecs>([&](auto j) HARMODT_ALWAYS {
+      unrolled<kPanelVecs>([&](auto j) HARMODT_ALWAYS_INLINE {
         sums[i][j] = multiply_add(sums[i][j], value, right[j]);
       });
     });
@@ -266,12 +266,12 @@ struct Out {
 
 // `Ends`: they end a branch, with dropout or a residual.
 template <int Rows, bool Ends>
-HARMODT_INLINE void finish_as(const Sums<Rows>& sums, const Out& out) {
-  unrolled<kPanelVecs>([&](auto j) HARMODT_ALWAYS {
+HARMODT_ALWAYS_INLINE inline void finish_as(const Sums<Rows>& sums, const Out& out) {
+  unrolled<kPanelVecs>([&](auto j) HARMODT_ALWAYS_INLINE {
     uint32_t inside = lanes_left(out.columns - j * kWidth);
     if (!inside) return;
     Vec bias = out.bias ? load(out.bias + j * kWidth) : Vec{};
-    unrolled<Rows>([&](auto i) HARMODT_ALWAYS {
+    unrolled<Rows>([&](auto i) HARMODT_ALWAYS_INLINE {
       int64_t at = i * out.stride + j * kWidth;
       Vec v = sums[i][j];
       if (out.bias) v += bias;
@@ -285,7 +285,7 @@ HARMODT_INLINE void finish_as(const Sums<Rows>& sums, const Out& out) {
 
 // `out` is copied: stores could change one that others see, and it would be read again after each.
 template <int Rows>
-HARMODT_INLINE void finish(const Sums<Rows>& sums, Out out) {
+HARMODT_ALWAYS_INLINE inline void finish(const Sums<Rows>& sums, Out out) {
   if (out.residual || out.dropout) return finish_as<Rows, true>(sums, out);
   finish_as<Rows, false>(sums, out);
 }
@@ -497,13 +497,13 @@ struct GroupGradient {
 
 // Rows of the gradient within a panel, masked and put or added to their place.
 template <int Rows>
-HARMODT_INLINE void finish_gradient(const Sums<Rows>& sums, const int32_t* bits,
-                                    int64_t bits_stride, int64_t k, int64_t columns, bool add,
-                                    float* out, int64_t out_stride) {
-  unrolled<kPanelVecs>([&](auto j) HARMODT_ALWAYS {
+HARMODT_ALWAYS_INLINE inline void finish_gradient(const Sums<Rows>& sums, const int32_t* bits,
+                                                  int64_t bits_stride, int64_t k, int64_t columns,
+                                                  bool add, float* out, int64_t out_stride) {
+  unrolled<kPanelVecs>([&](auto j) HARMODT_ALWAYS_INLINE {
     uint32_t inside = lanes_left(columns - j * kWidth);
     if (!inside) return;
-    unrolled<Rows>([&](auto i) HARMODT_ALWAYS {
+    unrolled<Rows>([&](auto i) HARMODT_ALWAYS_INLINE {
       float* to = out + i * out_stride + k + j * kWidth;
       Vec v = keep(sums[i][j], bits_at(bits + i * bits_stride, k + j * kWidth));
       if (add) v += load(to, inside);

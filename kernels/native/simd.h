@@ -121,17 +121,17 @@ inline Vec magnitude(Vec v) { return (Vec)((IntVec)v & 0x7fffffff); }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-#define HARMODT_ALWAYS __attribute__((always_inline))  // of a lambda
-#define HARMODT_INLINE inline HARMODT_ALWAYS
+// Of functions, where `inline` is no more than a hint, and of lambdas.
+#define HARMODT_ALWAYS_INLINE __attribute__((always_inline))
 
 // body(i) for i < Count, each a constant of its own: an array of registers at places that the
 // compiler knows from the start never gets a place in memory.
 template <class Body, int... I>
-HARMODT_INLINE void call_each(const Body& body, std::integer_sequence<int, I...>) {
+HARMODT_ALWAYS_INLINE inline void call_each(const Body& body, std::integer_sequence<int, I...>) {
   (body(std::integral_constant<int, I>{}), ...);
 }
 template <int Count, class Body>
-HARMODT_INLINE void unrolled(const Body& body) {
+HARMODT_ALWAYS_INLINE inline void unrolled(const Body& body) {
   call_each(body, std::make_integer_sequence<int, Count>{});
 }
 
