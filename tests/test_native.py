@@ -149,7 +149,7 @@ def test_selection_and_adamw(cpu: Backend) -> None:
         torch.testing.assert_close(computed, expected, rtol=2e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize(("groups", "rows"), [(2, 100), (1, 600)])  # of one, they share the rows
+@pytest.mark.parametrize(("groups", "rows"), [(2, 100), (1, 600)])  # one: threads split its rows
 @pytest.mark.parametrize("products", ["float32", "bf16"])
 def test_results_do_not_depend_on_the_number_of_threads(
     cpu: Backend, products, groups, rows, request
