@@ -175,20 +175,26 @@ class MaskSettings:
 
 
 @dataclass(frozen=True)
-class LearnedMaskSettings(MaskSettings):
+class UpdatedMaskSettings(MaskSettings):
+    """The masks of the tasks, and when they are updated."""
+
+    mask_update_every: Count = 100
+    """t_m, steps between mask updates."""
+    mask_update_gb: NotNegative = 4.0
+    """GB for a mask update, which computes as many tasks at a time as fit; if all tasks' gradients
+    do not, they are computed twice."""
+
+
+@dataclass(frozen=True)
+class LearnedMaskSettings(UpdatedMaskSettings):
     """The masks of the tasks, and how they are learned (Algorithm 2)."""
 
     balance: NotNegative = 10.0
     """λ, the weight of importance against agreement."""
-    mask_update_every: Count = 100
-    """t_m, steps between mask updates."""
     eta_min: Whole = 0
     """Fewest weights moved per task and mask update."""
     eta_max: Whole = 100
     """Most weights moved per task and mask update."""
-    mask_update_gb: NotNegative = 4.0
-    """GB for a mask update, which computes as many tasks at a time as fit; if all tasks' gradients
-    do not, they are computed twice."""
     harmony_rule: Literal["paper", "upstream-score"] = "paper"
     """Harmony as in the paper (A + λI), or scored as in the authors' code (λA + I, unscaled I)."""
 
@@ -201,6 +207,33 @@ class LearnedMaskSettings(MaskSettings):
         super().check()
         if self.eta_min > self.eta_max:
             raise UserError(f"eta_min {self.eta_min} is above eta_max {self.eta_max}: lower it")
+
+
+@dataclass(frozen=True)
+class SoftMaskSettings(UpdatedMaskSettings):
+    """Masks of values between 0 and 1, and how they are learned."""
+
+    mask_levels: Annotated[int, Meta(ge=2, le=16)] = 2
+    """L: a mask's values are 0, 1/L, 2/L, ... and 1; a step costs about as much as L steps."""
+    fence_min: NotNegative = 1.5
+    """How many interquartile ranges above the third quartile the threshold of conflict and harmony
+    lies where it is lowest."""
+    fence_max: NotNegative = 3.0
+    """The same where it is highest: at the start and at the end of the run."""
+    fence_peak: Annotated[float, Meta(gt=0, lt=1)] = 0.25
+    """Share of the run after which the threshold is lowest."""
+
+    def check(self) -> None:
+        """Refuse bounds that do not fit together.
+
+        Raises:
+            UserError: fence_min is above fence_max, or as for masks that are not learned.
+        """
+        super().check()
+        if self.fence_min > self.fence_max:
+            raise UserError(
+                f"fence_min {self.fence_min} is above fence_max {self.fence_max}: lower it"
+            )
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ class Description:
         store: the checksum of the store that it trains on.
         conditioning: the checksum of that file.
         config: all settings as JSON.
-        active_weights: of each task's mask, at every step; none without masks.
+        active_weights: of each task's mask, at every step; none where their number changes, and
+            without masks.
         changes: settings that were changed when it went on, with the step, before and after.
         preset, parameters, device, backend, versions: for a report: what it began with and as.
     """

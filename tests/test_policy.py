@@ -307,7 +307,7 @@ def test_the_voted_mask_takes_the_place_of_every_tasks_own(store: DataStore) -> 
         dense.use_voted_mask()
 
 
-@pytest.mark.parametrize("algorithm", ["harmodt-f", "prompt-dt", "mtdt"])
+@pytest.mark.parametrize("algorithm", ["harmodt-f", "soco-dt", "prompt-dt", "mtdt"])
 def test_a_loaded_policy_acts_as_the_one_that_was_saved(
     store: DataStore, tmp_path: Path, algorithm: str
 ) -> None:

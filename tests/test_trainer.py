@@ -17,7 +17,7 @@ from harmodt.draws import TRAIN, Draws
 from harmodt.errors import UserError
 from harmodt.training.trainer import Trainer
 
-ALGORITHMS = ["harmodt-f", "harmodt-m", "harmodt-r", "prompt-dt", "mtdt"]
+ALGORITHMS = ["harmodt-f", "harmodt-m", "harmodt-r", "soco-dt", "prompt-dt", "mtdt"]
 
 
 @pytest.fixture(scope="module")

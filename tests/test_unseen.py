@@ -296,3 +296,30 @@ def test_what_cannot_be_is_refused_in_a_sentence(
         command(monkeypatch, run, *(word.format(store=others.path) for word in arguments))
     assert end.value.code == 2
     assert reason in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("mask", ["voted", "random", "nearest"])
+def test_soft_masks_meet_an_unseen_task_level_by_level(
+    tmp_path: Path, store: DataStore, others: DataStore, mask: Any
+) -> None:
+    run = begin(tmp_path, store, "soco-dt")
+    saved = load_checkpoint(SavedRun.open(run).directory)
+    full = saved.tensors["higher_masks"]
+    full &= 0x55555555  # of every other active weight the value is 1, of the rest 1/2
+    save_checkpoint(SavedRun.open(run).directory, 4, saved.tensors)
+    policy = meet(run, others, mask=mask)
+    assert policy.mask_bits is not None
+    active, higher = policy.mask_bits.chunk(2)
+    assert len(active) == len(higher) == len(UNSEEN)
+    if mask == "voted":
+        assert torch.equal(active, vote(saved.tensors["masks"]).repeat(2, 1))
+        assert torch.equal(higher, vote(full).repeat(2, 1))
+    elif mask == "nearest":
+        for row, above in zip(active, higher, strict=True):
+            assert (row == saved.tensors["masks"]).all(1).any()
+            assert torch.equal(above, row & 0x55555555)
+    else:
+        for rows, trained in ((active, saved.tensors["masks"]), (higher, full)):
+            counted = policy.model.vector.count_by_parameter(torch.stack((rows[0], vote(trained))))
+            assert all(own == other for own, other in counted.values())
+    assert np.isfinite(actions(policy)).all()

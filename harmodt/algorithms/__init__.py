@@ -10,7 +10,7 @@ from typing import Any
 from .. import settings
 from ..config import PRESETS, TrainConfig
 from ..errors import UserError
-from . import harmodt, mlp, mtbc, mtdiff, mtiql, sequence
+from . import harmodt, mlp, mtbc, mtdiff, mtiql, sequence, soco_dt
 from .learner import Algorithm, Learner, Setup, StepResult
 
 __all__ = [
@@ -32,6 +32,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "harmodt-r": Algorithm(
         harmodt.RandomMaskSettings, harmodt.RandomMaskLearner, harmodt.load_policy
     ),
+    "soco-dt": Algorithm(soco_dt.SoCoDTSettings, soco_dt.SoCoDTLearner, harmodt.load_policy),
     "prompt-dt": Algorithm(
         sequence.PromptDTSettings, sequence.SequenceLearner, sequence.load_policy
     ),

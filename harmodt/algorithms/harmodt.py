@@ -12,7 +12,7 @@ from torch import Tensor
 from harmodt_kernels.harmony_selection import Importance
 
 from ..checkpoint import Checkpoint
-from ..config import LearnedMaskSettings, MaskSettings, PromptSettings
+from ..config import LearnedMaskSettings, MaskSettings, PromptSettings, UpdatedMaskSettings
 from ..data.store import TaskData
 from ..environments import family
 from ..errors import UserError
@@ -23,7 +23,13 @@ from ..masks.vector import ParameterVector, by_layer
 from ..networks.decision_transformer import DecisionTransformer
 from ..policies.decision import DecisionPolicy
 from .learner import Setup
-from .sequence import SequenceLearner, SequenceSettings, decision_policy, load_model
+from .sequence import (
+    SequenceLearner,
+    SequenceSettings,
+    decision_policy,
+    load_model,
+    sequence_settings,
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,12 @@ class RandomMaskLearner(SequenceLearner):
         super().__init__(setup, data)
         masks, seed = mask_settings(setup), setup.config.run.seed
         self.bank = MaskBank.initialise(
-            self.vector, self._sparsities(), seed, masks.mask_initialisation, masks.shared_mask
+            self.vector,
+            self._sparsities(),
+            seed,
+            masks.mask_initialisation,
+            masks.shared_mask,
+            self.settings.mask_levels,
         )
 
     def _sparsities(self) -> list[float]:
@@ -82,7 +93,7 @@ class RandomMaskLearner(SequenceLearner):
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint holds, by name."""
-        return super().tensors() | {"masks": self.bank.bits}
+        return super().tensors() | self.bank.tensors()
 
     def policy(self, step: int) -> DecisionPolicy:
         """The model and its masks as they are now, as a policy."""
@@ -97,7 +108,45 @@ class RandomMaskLearner(SequenceLearner):
         }
 
 
-class HarmoDTLearner(RandomMaskLearner):
+class UpdatedMaskLearner(RandomMaskLearner):
+    """Trains under masks that it updates every t_m steps.
+
+    Attributes:
+        rows_of_task: of its batch in a masked layer, samples × tokens.
+    """
+
+    def __init__(self, setup: Setup, data: Sequence[TaskData]):
+        super().__init__(setup, data)
+        masks = mask_settings(setup)
+        assert isinstance(masks, UpdatedMaskSettings)
+        self._initial_bits = self.bank.bits.clone()  # drawn again, the same, when a run goes on
+        self.update_every = masks.mask_update_every
+        tokens = 3 * (self.model.config.prompt_length + self.settings.model.context_length)
+        self.rows_of_task = setup.config.data.batch_per_task * tokens
+
+    def before_step(self, step: int) -> dict[str, float]:
+        """Update all masks at the start and then every t_m steps.
+
+        Logged by layer, over all tasks: `changed`, the mask bits that the update changed, and
+        `differing`, those that are others than at the start of the run.
+        """
+        if step % self.update_every:
+            return super().before_step(step)
+        before = self.bank.bits.clone()
+        with self.execution.computing():
+            values = self.update_masks(step)
+        for kind, earlier in (("changed", before), ("differing", self._initial_bits)):
+            changed = (self.bank.bits ^ earlier)[: self.bank.tasks]  # of soft masks, what is active
+            counts = by_layer(self.vector.count_by_parameter(changed))
+            values |= {f"{kind}/{layer}": int(count.sum()) for layer, count in counts.items()}
+        return values
+
+    def update_masks(self, step: int) -> dict[str, float]:
+        """Update all masks after `step` steps; returns what is to be logged."""
+        raise NotImplementedError
+
+
+class HarmoDTLearner(UpdatedMaskLearner):
     """Trains under masks that it updates every t_m steps (Algorithm 2).
 
     Args:
@@ -117,34 +166,19 @@ class HarmoDTLearner(RandomMaskLearner):
                 f"eta_max is {masks.eta_max}, but the model has only {maskable} maskable "
                 "weights: lower it"
             )
-        self._initial_bits = self.bank.bits.clone()  # drawn again, the same, when a run goes on
-        self.update_every = masks.mask_update_every
-        tokens = 3 * (self.model.config.prompt_length + self.settings.model.context_length)
         self.updater = MaskUpdater(
             self.bank,
             setup.execution.backend,
             masks,
             importance,
             setup.config.optimisation.steps,
-            rows=setup.config.data.batch_per_task * tokens,
+            self.rows_of_task,
         )
 
-    def before_step(self, step: int) -> dict[str, float]:
-        """Update all masks at the start and then every t_m steps.
-
-        Logged by layer, over all tasks: `changed`, the mask bits that the update changed, and
-        `differing`, those that are others than at the start of the run.
-        """
-        if step % self.update_every:
-            return super().before_step(step)
-        before = self.bank.bits.clone()
-        with self.execution.computing():
-            update = self.updater.update(step, self.losses_of_draws(step))
-        values = {"harmony": update.harmony, "moved_weights": int(update.moved.max())}
-        for kind, earlier in (("changed", before), ("differing", self._initial_bits)):
-            counts = by_layer(self.vector.count_by_parameter(self.bank.bits ^ earlier))
-            values |= {f"{kind}/{layer}": int(count.sum()) for layer, count in counts.items()}
-        return values
+    def update_masks(self, step: int) -> dict[str, float]:
+        """Move weights out of and into every task's mask."""
+        update = self.updater.update(step, self.losses_of_draws(step))
+        return {"harmony": update.harmony, "moved_weights": int(update.moved.max())}
 
 
 def load_policy(setup: Setup, checkpoint: Checkpoint) -> DecisionPolicy:
@@ -154,18 +188,20 @@ def load_policy(setup: Setup, checkpoint: Checkpoint) -> DecisionPolicy:
         UserError: the checkpoint is of another model size.
     """
     model = load_model(setup, checkpoint)
-    bits = load_masks(model.vector, checkpoint, len(setup.conditioning))
+    bits = load_masks(setup, model.vector, checkpoint)
     return _policy(setup, model, bits, checkpoint.step)
 
 
-def load_masks(vector: ParameterVector, checkpoint: Checkpoint, tasks: int) -> Tensor:
-    """The masks of a checkpoint, int32 [tasks, P_m / 32].
+def load_masks(setup: Setup, vector: ParameterVector, checkpoint: Checkpoint) -> Tensor:
+    """The masks of a checkpoint, as `MaskBank` has them.
 
     Raises:
         UserError: the checkpoint is of another model size.
     """
-    bits = vector.weights.new_zeros(tasks, vector.maskable_size // 32, dtype=torch.int32)
-    checkpoint.copy_to({"masks": bits})
+    levels = sequence_settings(setup).mask_levels
+    rows, words = levels * len(setup.conditioning), vector.maskable_size // 32
+    bits = vector.weights.new_zeros(rows, words, dtype=torch.int32)
+    checkpoint.copy_to(MaskBank(vector, bits, levels).tensors())
     return bits
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from harmodt_kernels.soft_masks import soft_masks
+
 from ..batch import Batch, move
 from ..checkpoint import Checkpoint
 from ..config import AlgorithmSettings, PromptSettings, TransformerSettings
@@ -42,6 +44,11 @@ class SequenceSettings(AlgorithmSettings):
     harmony_every: Whole = 0
     """Steps between logs of the averaged harmony score; 0: at mask updates alone."""
     gradients: SurgerySettings = SurgerySettings()
+
+    @property
+    def mask_levels(self) -> int:
+        """L, of soft masks; 1 for masks of bits and where there are none."""
+        return 1
 
 
 @dataclass(frozen=True)
@@ -87,8 +94,10 @@ def build_model(setup: Setup) -> DecisionTransformer:
         embedding_dropout=own.model.embedding_dropout,
         initialisation=own.model.initialisation,
     )
-    execution = setup.execution
-    return DecisionTransformer(config, len(setup.conditioning), execution.backend, execution.device)
+    backend, device = setup.execution.backend, setup.execution.device
+    if own.mask_levels > 1:
+        backend = soft_masks(backend, own.mask_levels)
+    return DecisionTransformer(config, len(setup.conditioning), backend, device)
 
 
 def inputs_of(setup: Setup, place: torch.device | None = None) -> Inputs:
@@ -106,7 +115,7 @@ def inputs_of(setup: Setup, place: torch.device | None = None) -> Inputs:
 def decision_policy(
     setup: Setup, model: DecisionTransformer, mask_bits: Tensor | None, step: int, **more: float
 ) -> DecisionPolicy:
-    """A model and its masks as a policy."""
+    """A model and its masks, as `MaskBank` has them, as a policy."""
     return DecisionPolicy(
         model,
         mask_bits,

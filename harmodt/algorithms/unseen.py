@@ -22,7 +22,7 @@ from ..checkpoint import Checkpoint
 from ..data.inputs import TaskConditioning
 from ..data.store import TaskData
 from ..errors import UserError
-from ..masks.bank import vote
+from ..masks.bank import voted_masks
 from ..masks.gradients import TaskGradients
 from ..masks.initialisation import draw_mask
 from ..masks.vector import ParameterVector
@@ -82,18 +82,21 @@ def unseen_policy(
     model = build_model(setup_unseen)
     _load_weights(model, checkpoint)
     masked = isinstance(setup.config.own, RandomMaskSettings)
+    levels = setup.config.own.mask_levels
     mask = unseen.mask or ("voted" if masked else "none")
     bits = None
     if mask == "nearest":
         nearest = nearest_tasks(setup, checkpoint, conditioning)
-        bits = _trained_masks(setup, model, checkpoint)[nearest]
+        trained = _trained_masks(setup, model, checkpoint)
+        bits = torch.cat([of_level[nearest] for of_level in trained.chunk(levels)])
     elif mask != "none":
         trained = _trained_masks(setup, model, checkpoint)
         default = mask_settings(setup).unseen_threshold
-        bits = vote(trained, default if unseen.threshold is None else unseen.threshold)
+        threshold = default if unseen.threshold is None else unseen.threshold
+        bits = voted_masks(trained, threshold, levels, len(conditioning))
         if mask == "random":
-            bits = random_mask(model.vector, bits, unseen.seed)
-        bits = bits.expand(len(conditioning), -1)
+            drawn = [random_mask(model.vector, row, unseen.seed) for row in bits[:: len(tasks)]]
+            bits = torch.stack(drawn).repeat_interleave(len(tasks), 0)
     policy = decision_policy(setup_unseen, model, bits, checkpoint.step)
     own_threshold = unseen.threshold is not None and mask in ("voted", "random")
     policy.mask = f"{mask}>{unseen.threshold:g}" if own_threshold else mask
@@ -140,10 +143,10 @@ def nearest_tasks(
 
 
 def _trained_masks(setup: Setup, model: DecisionTransformer, checkpoint: Checkpoint) -> Tensor:
-    """The masks of the training tasks, int32 [T, P_m / 32]."""
+    """The masks of the training tasks, as `MaskBank` has them."""
     if not isinstance(setup.config.own, RandomMaskSettings):
         raise UserError(f"{setup.config.algorithm} has no masks: evaluate it with --mask none")
-    return load_masks(model.vector, checkpoint, len(setup.conditioning))
+    return load_masks(setup, model.vector, checkpoint)
 
 
 def _cosines(gradients: Tensor, other: Tensor) -> Tensor:

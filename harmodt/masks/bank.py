@@ -1,4 +1,4 @@
-"""One binary mask per task over the maskable weights, kept as packed bits."""
+"""One mask per task over the maskable weights, kept as packed bits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class TaskMasks:
 
     Attributes:
         vector: of the model whose layers are masked.
-        bits: int32 [T, P_m / 32], the masks of all tasks, or None for the dense model.
+        bits: int32 [T, P_m / 32], the masks of all tasks, or None for the dense model; for a model
+            of soft masks int32 [L T, P_m / 32], as in `MaskBank`.
         task_ids: int64 [G], the task of each group.
         group_gradients: [G, P_m] or None. A backward pass writes each group's gradient of the
             maskable weights to it by itself, or to [1, P_m] their sum; those weights' own gradients
@@ -101,17 +102,20 @@ class TaskMasks:
 
 
 class MaskBank:
-    """The masks of all tasks: P_m / 8 bytes each.
+    """The masks of all tasks: P_m / 8 bytes each, or L times that where they are soft.
 
     Attributes:
         vector: of the model whose layers are masked.
         bits: int32 [T, P_m / 32], one row per task; bit j is element j of the parameter vector.
+            Soft masks have L T rows: l T + i is 1 where the value in task i is above l / L.
+        levels: L; 1 for masks of bits.
         maskable_bits: int32 [P_m / 32], 1 where an element is a weight and 0 where it is padding.
     """
 
-    def __init__(self, vector: ParameterVector, bits: Tensor):
+    def __init__(self, vector: ParameterVector, bits: Tensor, levels: int = 1):
         self.vector = vector
         self.bits = bits
+        self.levels = levels
         self.maskable_bits = vector.valid_bits()[: vector.maskable_size // 32]
 
     @classmethod
@@ -122,18 +126,46 @@ class MaskBank:
         seed: int,
         initialisation: MaskInitialisation = "erk",
         shared: bool = False,
+        levels: int = 1,
     ) -> MaskBank:
-        """The masks that tasks begin with; arguments and errors are those of `first_masks`."""
+        """The masks that tasks begin with, soft ones with values of 0 and 1.
+
+        Other arguments and errors are those of `first_masks`.
+        """
         bits = first_masks(vector, sparsities, seed, initialisation, shared)
-        return cls(vector, bits.to(vector.weights.device))
+        return cls(vector, bits.to(vector.weights.device).repeat(levels, 1), levels)
 
     def for_tasks(self, task_ids: Tensor, group_gradients: Tensor | None = None) -> TaskMasks:
         """The masks of a batch whose groups belong to these tasks, int64 [G]."""
         return TaskMasks(self.vector, self.bits, task_ids, group_gradients)
 
+    @property
+    def tasks(self) -> int:
+        """Number of tasks."""
+        return len(self.bits) // self.levels
+
     def active_counts(self) -> Tensor:
         """Number of active weights of each task, int64 [T]."""
-        return count_bits(self.bits)
+        return count_bits(self.bits[: self.tasks])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The masks as a checkpoint names them: of soft masks, first which weights are active."""
+        active, higher = self.bits[: self.tasks], self.bits[self.tasks :]
+        return {"masks": active} | ({"higher_masks": higher} if len(higher) else {})
+
+
+def voted_masks(bits: Tensor, threshold: float, levels: int, tasks: int) -> Tensor:
+    """The voted mask for each of some tasks, from bits as `MaskBank` has them.
+
+    Args:
+        threshold: as `vote` takes it. Soft masks are voted level by level.
+        tasks: U.
+
+    Returns:
+        int32 [L U, P_m / 32].
+    """
+    voted = torch.stack([vote(of_level, threshold) for of_level in bits.chunk(levels)])
+    return voted.repeat_interleave(tasks, 0)
 
 
 def vote(bits: Tensor, threshold: float = 0.5) -> Tensor:

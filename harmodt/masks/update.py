@@ -12,14 +12,8 @@ from harmodt_kernels import Backend, Selection
 from harmodt_kernels.harmony_selection import Importance
 
 from ..config import LearnedMaskSettings
-from .bank import MaskBank, TaskMasks
-from .gradients import TaskGradients, TaskLosses, harmony_score
-
-PASS_BYTES = 8
-"""Bytes that a pass forward and backward keeps for each output of each row in a masked layer.
-
-Those of the fused kernels are about 3.5, those of plain PyTorch up to 7.8 (d = 128 and 256).
-"""
+from .bank import MaskBank
+from .gradients import TaskGradients, TaskLosses, harmony_score, of_all_tasks
 
 
 @dataclass(frozen=True)
@@ -86,7 +80,8 @@ class MaskUpdater:
         """
         settings = self._settings
         count = weights_to_move(step, self._steps, settings.eta_min, settings.eta_max)
-        masked, dense = self._gradients(losses)
+        memory = settings.mask_update_gb * 1e9
+        masked, dense = of_all_tasks(self._bank, losses, memory, self._rows)
         mean = masked.mean()
         selections = [
             self._select(part, count, mean, masked, dense) for part in range(len(masked.parts))
@@ -95,33 +90,6 @@ class MaskUpdater:
         # Here the host waits and refuses what is not finite, of any task, before anything moves.
         self._backend.move_weights(self._bank.bits, selection)
         return MaskUpdate(selection.moved, harmony_score(selection.agreeing, selection.differing))
-
-    def _gradients(self, losses: TaskLosses) -> tuple[TaskGradients, TaskGradients]:
-        """ḡ_i = ∇L_i(θ ⊙ M^i) ⊙ M^i, and g_i = ∇L_i(θ), which are needed once."""
-        bank = self._bank
-        at_once, keep = self._plan()
-        task_ids = range(len(bank.bits))
-        parts = [task_ids[i : i + at_once] for i in task_ids[::at_once]]
-
-        def without_masks(task_ids: Tensor, group_gradients: Tensor) -> TaskMasks:
-            return TaskMasks(bank.vector, None, task_ids, group_gradients)
-
-        masked = TaskGradients(bank.vector, losses, bank.for_tasks, parts, keep)
-        return masked, TaskGradients(bank.vector, losses, without_masks, parts)
-
-    def _plan(self) -> tuple[int, bool]:
-        """How many tasks are computed at a time, and whether all masked gradients are kept."""
-        vector, tasks = self._bank.vector, len(self._bank.bits)
-        outputs = sum(weight.shape[0] for weight, _ in vector.layers.values())
-        gradient = 4 * vector.maskable_size
-        of_pass = PASS_BYTES * self._rows * outputs
-        memory = self._settings.mask_update_gb * 1e9
-        keep = tasks * gradient + gradient + of_pass <= memory
-        if keep:
-            at_once = (memory - tasks * gradient) // (gradient + of_pass)
-        else:
-            at_once = memory // (2 * gradient + of_pass)
-        return min(max(int(at_once), 1), tasks), keep
 
     def _select(
         self, part: int, count: int, mean: Tensor, masked: TaskGradients, dense: TaskGradients

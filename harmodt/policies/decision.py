@@ -10,7 +10,7 @@ from ..batch import Layout, Steps, move
 from ..data.inputs import Inputs
 from ..devices import Execution
 from ..environments import EnvironmentSpec
-from ..masks.bank import TaskMasks, vote
+from ..masks.bank import TaskMasks, voted_masks
 from ..networks.decision_transformer import DecisionTransformer, PromptCache
 from .trained import TrainedPolicy
 
@@ -23,7 +23,7 @@ class DecisionPolicy(TrainedPolicy):
 
     Args:
         model: the model, on its device; it is put into evaluation mode.
-        mask_bits: int32 [T, P_m / 32], the tasks' masks, or None for a model without masks.
+        mask_bits: the tasks' masks as `MaskBank` has them, or None for a model without masks.
         inputs: of the tasks; index = task id.
         context_length: K, steps of history.
         environment: what the tasks are tasks of.
@@ -60,8 +60,9 @@ class DecisionPolicy(TrainedPolicy):
         if self.mask_bits is None:
             super().use_voted_mask()
             return
-        voted = vote(self.mask_bits, self._unseen_threshold)
-        self.mask_bits = voted.expand_as(self.mask_bits)
+        tasks = len(self.tasks)
+        levels = len(self.mask_bits) // tasks
+        self.mask_bits = voted_masks(self.mask_bits, self._unseen_threshold, levels, tasks)
         self.mask = "voted"
 
     def start(

@@ -98,7 +98,8 @@ def _read_run(path: Path, name: str) -> ReportedRun:
     if steps:
         policy = load_policy(path, device="cpu", fused=False, precision="fp32")
         if isinstance(policy, DecisionPolicy) and policy.mask_bits is not None:
-            masks = Masks.measure(policy.tasks, policy.model.vector, policy.mask_bits)
+            active = policy.mask_bits[: len(policy.tasks)]  # the lowest level of soft masks
+            masks = Masks.measure(policy.tasks, policy.model.vector, active)
     last = int(metrics[-1]["step"]) if metrics else 0
     return ReportedRun(
         name=name,

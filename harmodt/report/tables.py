@@ -295,9 +295,9 @@ def changes(runs: Sequence[ReportedRun]) -> str:
             continue
         differing = run.by_layer("differing/")
         tasks = len(run.description.tasks)
-        differ = sum(differing[-1][1].values()) / 2 / tasks if differing else None
-        active = sum(run.description.active_weights) / tasks
-        share = None if differ is None or not active else differ / active
+        active = sum(run.description.active_weights) / tasks  # 0 where their number changes
+        differ = sum(differing[-1][1].values()) / 2 / tasks if differing and active else None
+        share = None if differ is None else differ / active
         rows.append(
             [
                 Cell(run.name, before=_swatch(index)),
