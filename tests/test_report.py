@@ -329,6 +329,21 @@ def test_how_many_ever_moved_lies_between_what_differs_and_all_changes(runs, pag
     assert row[:3] == ["harmodt-f", "3", f"{sum(line['moved_weights'] for line in lines):.0f}"]
 
 
+def test_the_sparsity_of_soft_masks_is_shown_where_it_changes(store, runs, page, tmp_path):
+    (soft,) = make_runs(tmp_path, store, ("soco-dt",))
+    write_report([runs[0], soft], tmp_path / "page.html")
+    parsed = Parsed(tmp_path / "page.html")
+    lines = [r for r in records(soft / "metrics.jsonl") if "moved_weights" in r]
+    means = [np.mean([line[f"sparsity/{task}"] for task in TASKS]) for line in lines]
+    shown = [row["value"] for row in parsed.plot("sparsity", "steps")]
+    assert shown == pytest.approx(means, rel=1e-4)
+    assert len(set(means)) > 1
+    _, row = parsed.tables["Weights that mask updates moved"][1:]
+    assert row[:2] == ["soco-dt", "3"]
+    assert row[-2:] == ["–", "–"]  # as many weights enter a mask as leave it in the other run alone
+    assert "plot-sparsity" not in page.read_text()
+
+
 def test_the_same_runs_make_the_same_page(runs, page, tmp_path):
     again = tmp_path / "again.html"
     write_report(runs, again)

@@ -18,6 +18,7 @@ from harmodt.data.store import DataStore
 from harmodt.errors import UserError
 from harmodt.masks import soft
 from harmodt.masks.bank import MaskBank, TaskMasks, voted_masks
+from harmodt.masks.gradients import of_all_tasks
 from harmodt.masks.soft import fence_factor, retained_levels, upper_fence
 from harmodt_kernels import pack_bits, unpack_bits
 from harmodt_kernels.bits import BITS_PER_WORD
@@ -188,6 +189,19 @@ def test_memory_decides_how_an_update_is_computed_and_not_the_masks(store: DataS
         results.append(learner.bank.bits)
     different = (results[0] ^ results[1]) != 0
     assert different.float().mean() < 0.001  # rounding may decide at a fence
+
+
+def test_passes_under_soft_masks_count_for_each_level(store: DataStore) -> None:
+    learner = make_learner(store)
+    gradient = 4 * learner.vector.maskable_size
+    outputs = 2 * (32 + 3 * 32 + 32 + 32 + 4 * 32 + 32) + 32  # of two blocks, and a LayerNorm
+    everything = 6 * gradient + 3 * 2 * 8 * 10 * outputs  # the kept gradients, passes of 10 rows
+    losses = learner.losses_of_draws(0)
+    parts = [
+        [len(part) for part in of_all_tasks(learner.bank, losses, memory, rows=10)[0].parts]
+        for memory in (everything, everything - 1)
+    ]
+    assert parts == [[3], [2, 1]]
 
 
 @pytest.mark.parametrize("family", ["masked", "dense"])

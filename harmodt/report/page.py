@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -344,7 +345,8 @@ def _moved(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
             ),
             plots,
             "Weights moved by each mask update",
-            "Weights that left a task's mask, and as many that entered it; of the task with most.",
+            "Weights that left a task's mask, and as many that entered it; of soft masks, weights "
+            "whose value changed. Of the task with most.",
         ),
         _figure(
             figures.changed_by_layer(runs),
@@ -354,11 +356,23 @@ def _moved(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
             "start, so many at least did ever change; lines end at all changes together, more "
             "cannot have. Without a line, each bit changed once at most.",
         ),
+        _figure(
+            figures.over_training("sparsity", "sparsity", runs, _sparsity),
+            plots,
+            "Sparsity",
+            "Share of inactive weights where mask updates change it, those of soft masks; mean of "
+            "the tasks.",
+        ),
     ]
     lacking = _lacking(
         updating, figures.layer_changes, "Layers were not logged, or there is no checkpoint"
     )
     return tables.changes(runs) + f'<div class="grid">{"".join(found)}</div>' + _notes(lacking)
+
+
+def _sparsity(run: ReportedRun) -> list[tuple[int, float]]:
+    """The tasks' mean sparsity after each mask update that may change it."""
+    return [(step, fmean(of.values())) for step, of in run.by_layer("sparsity/")]
 
 
 def _costs(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:

@@ -49,7 +49,7 @@ class ReportedRun:
         return [(int(r["step"]), r[name]) for r in self.metrics if name in r]
 
     def by_layer(self, kind: str) -> list[tuple[int, dict[str, float]]]:
-        """Steps and values by layer of what mask updates log under KIND/LAYER."""
+        """Steps and values by layer, or by task, of what mask updates log under KIND/LAYER."""
         found = []
         for record in self.metrics:
             of_layers = {n.partition("/")[2]: v for n, v in record.items() if n.startswith(kind)}
