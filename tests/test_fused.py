@@ -87,6 +87,7 @@ class Halves(Execution):
     [
         ("harmodt-f", {"dropout": 0.1}),
         ("harmodt-r", {"tasks_per_step": 2, "surgery": "cagrad"}),
+        ("soco-dt", {"dropout": 0.1}),
         ("prompt-dt", {}),
     ],
 )
