@@ -191,6 +191,7 @@ def _sweep(algorithm: str, setting: str, symbol: str, *values: Any) -> tuple[Var
 _F = Variant("HarmoDT-F", "harmodt-f")
 _M = Variant("HarmoDT-M", "harmodt-m")
 _R = Variant("HarmoDT-R", "harmodt-r")
+_SOFT = Variant("Soft masks", "soco-dt")
 _PROMPT_DT = Variant("Prompt-DT", "prompt-dt")
 _MTDT = Variant("MTDT", "mtdt")
 _WIDER_MTDT = Variant("MTDT", "mtdt", {"embed_dim": 136})  # 1.49 M parameters, the others' 1.47 M
@@ -379,6 +380,12 @@ EXPERIMENTS: dict[str, Experiment] = {
             Variant("HarmoDT-F, one mask at first", "harmodt-f", {"shared_mask": True}),
         ),
         reference="HarmoDT-R",
+    ),
+    "soft": Experiment(
+        title="soft masks, hard ones that learn and random ones, on 10 tasks at the smallest size",
+        columns=_MT10_SMALLEST,
+        variants=(_R, _F, _SOFT),
+        reference="HarmoDT-F",
     ),
     "longer": Experiment(
         title="ten times as many steps and mask updates, on 10 tasks at the smallest size",
