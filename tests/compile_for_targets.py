@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -57,8 +57,8 @@ TARGETS = {
 
 # Those for which Triton compiles as for another, but that have less shared memory.
 ALIKE = ("sm_86", "sm_89", "sm_120")
-# Those whose smaller tiles are compiled where all is asked for: sm_90 stands for them otherwise.
-ON_DEMAND = ("sm_80", "sm_100")
+# The one for which all is compiled unasked: it stands for the smaller tiles of the others.
+USUAL = "sm_90"
 
 # In PTX and in AMD's assembly; wide loads are of 16 bytes or more per thread.
 INSTRUCTIONS = {
@@ -94,14 +94,19 @@ class Case(NamedTuple):
     """A use of an operation, such as those of the model.
 
     Attributes:
-        largest: whether its tiles are the largest there are. `ALIKE` gets these cases alone, and
-            `ON_DEMAND` if not all is asked for.
+        largest: whether its tiles are the largest there are.
     """
 
     use: str
     run: Callable[[], object]
     precision: str = "fp32"
     largest: bool = False
+
+    def belongs(self, target: str, everything: bool) -> bool:
+        """Whether it is compiled for a target, if all is asked for or if not."""
+        if target in ALIKE:  # rounding to TF32 takes float32's tiles; sm_80 shows what else it does
+            return self.largest and (everything or self.precision != "tf32")
+        return everything or self.largest or target == USUAL
 
 
 @dataclass
@@ -548,8 +553,8 @@ class TargetDriver:
         return TARGETS[self._target]
 
 
-def compile_operation(operation: str, target: str, largest: bool) -> Compilation:
-    """Compile the cases of an operation for a target, all or those of the largest tiles."""
+def compile_operation(operation: str, target: str, everything: bool) -> Compilation:
+    """Compile the cases of an operation that belong to a target."""
     torch.set_num_threads(1)
     triton.runtime.driver.set_active(TargetDriver(target))
     registration.interpreted = lambda: True  # what sends tensors of a CPU to the launchers
@@ -575,7 +580,7 @@ def compile_operation(operation: str, target: str, largest: bool) -> Compilation
     switch = torch.backends.cuda.matmul
     usual = switch.fp32_precision
     for case in CASES[operation]():
-        if largest and not case.largest:
+        if not case.belongs(target, everything):
             continue
         switch.fp32_precision = "tf32" if case.precision == "tf32" else "ieee"
         try:
@@ -644,19 +649,15 @@ def of_amdgcn(code: str) -> tuple[int, list[int]]:
     return registers, spills
 
 
-def compile_for(few: Container[str]) -> Compilation:
-    """Compile every operation for every target, with nothing from Triton's usual cache.
-
-    Args:
-        few: targets for which the largest tiles alone are compiled.
-    """
+def compile_for_all(everything: bool) -> Compilation:
+    """Compile every operation for every target, with nothing from Triton's usual cache."""
     os.environ.pop("TRITON_INTERPRET", None)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         # Fresh processes, because Triton reads whether to interpret when it is imported.
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(PROCESSES, spawn) as pool:
-            jobs = [(case, target, target in few) for case in CASES for target in TARGETS]
+            jobs = [(case, target, everything) for case in CASES for target in TARGETS]
             parts = list(pool.map(compile_operation, *zip(*jobs, strict=True)))
     return Compilation(
         parts[0].kernels,
@@ -693,10 +694,10 @@ def markdown(compilation: Compilation) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help="the Markdown file to write")
-    parser.add_argument("--all", action="store_true", help=f"small tiles of {ON_DEMAND} as well")
+    parser.add_argument("--all", action="store_true", help=f"small tiles not for {USUAL} alone")
     arguments = parser.parse_args()
     output = arguments.output
-    compilation = compile_for(ALIKE if arguments.all else ALIKE + ON_DEMAND)
+    compilation = compile_for_all(arguments.all)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(markdown(compilation), encoding="utf-8")
     output.with_suffix(".json").write_text(json.dumps(asdict(compilation)), encoding="utf-8")
