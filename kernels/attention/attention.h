@@ -113,6 +113,7 @@ struct Head {
   int64_t offset;  // of the first token's query; key and value lie `part` and 2 `part` further
   int64_t part;
   float scale;
+  uint32_t seed;
   float *keys, *values, *d_keys, *d_values;    // [padded_keys][size]
   float *queries, *d_out, *rows;               // of a block, [kWidth][size]
   float *queries_t, *d_out_t, *transposed;     // of a block, [size][kWidth]
@@ -135,6 +136,7 @@ struct Head {
     stride = 3 * part;
     offset = sequence * s.tokens * stride + head * s.head_size;
     scale = 1 / __builtin_sqrtf(static_cast<float>(s.head_size));
+    seed = seed_at(s.seed);
     float** of_tokens[] = {&keys, &values, &d_keys, &d_values};
     for (float** matrix : of_tokens) {
       *matrix = memory;
@@ -225,7 +227,7 @@ struct Block {
   IntVec allowed(int64_t j) const { return splat(static_cast<int32_t>(j)) <= positions; }
   // The factor of key j's weight.
   Vec dropout(int64_t j) const {
-    return kept(places + static_cast<int32_t>(j), h.s.dropout, h.s.seed);
+    return kept(places + static_cast<int32_t>(j), h.s.dropout, h.seed);
   }
 };
 

@@ -70,5 +70,5 @@ def shape_of(
         first_query=first,
         query_step=step,
         dropout=drop,
-        seed=0 if seed is None else int(seed),
+        seed=pointer(seed),
     )

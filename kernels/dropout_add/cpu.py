@@ -14,5 +14,5 @@ def dropout_add(
     x, branch = None if x is None else x.contiguous(), branch.contiguous()
     out = torch.empty_like(branch, dtype=dtype)
     operands = map(pointer, (x, branch, out))
-    library().harmodt_dropout_add(branch.numel(), *operands, drop, int(seed), threads())
+    library().harmodt_dropout_add(branch.numel(), *operands, drop, pointer(seed), threads())
     return out

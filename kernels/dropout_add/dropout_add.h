@@ -26,6 +26,9 @@ inline Vec kept(IntVec place, float drop, uint32_t seed) {
   return (draw & 0x7fffffff) < threshold ? Vec{} : splat(1 / (1 - drop));
 }
 
+// The seed of a draw, which lies in memory so that a recorded call draws anew; 0 without one.
+inline uint32_t seed_at(const int64_t* seed) { return seed ? static_cast<uint32_t>(*seed) : 0; }
+
 // What is dropped of a tensor.
 struct Dropout {
   float drop;

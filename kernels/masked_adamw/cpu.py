@@ -26,20 +26,16 @@ def masked_adamw(
     rounded: Tensor | None = None,
 ) -> None:
     """`harmodt::masked_adamw`, whose arguments, one by one, are those of its schema."""
-    # As `torch.nn.utils.clip_grad_norm_`; NaN stays NaN.
-    scale = ((norm + 1e-6).reciprocal() * max_norm).item()
-    learning_rate, first_correction, second_correction = rates.tolist()
     operands = AdamWOperands(
         weights.numel(),
         *map(pointer, (weights, gradient, first_moment, second_moment)),
-        scale=1.0 if scale > 1.0 else scale,
+        norm=pointer(norm),
+        max_norm=max_norm,
         first_rate=first_rate,
         second_rate=second_rate,
-        first_correction=first_correction,
-        second_correction=second_correction,
         epsilon=epsilon,
         weight_decay=weight_decay,
-        learning_rate=learning_rate,
+        rates=pointer(rates),
     )
     if mask_bits is not None and task_ids is not None:
         operands.mask_words = mask_bits.shape[1]

@@ -24,6 +24,11 @@ inline uint32_t active_in_step(const harmodt_adamw_operands& s, int64_t word) {
 }
 
 void masked_adamw(const harmodt_adamw_operands& s, int threads) {
+  // As `torch.nn.utils.clip_grad_norm_`; NaN stays NaN.
+  float scale = 1 / (*s.norm + 1e-6f) * s.max_norm;
+  if (scale > 1) scale = 1;
+  const float learning_rate = s.rates[0], first_correction = s.rates[1];
+  const float second_correction = s.rates[2];
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t word = 0; word < (s.size + 31) / 32; ++word) {
     const uint32_t of_word = active_in_step(s, word);
@@ -35,13 +40,13 @@ void masked_adamw(const harmodt_adamw_operands& s, int threads) {
       IntVec active = expand(of_word >> (at & 31));
       const Vec old_w = load(s.weights + at, inside), old_m = load(s.first_moment + at, inside);
       const Vec old_v = load(s.second_moment + at, inside);
-      Vec g = load(s.gradient + at, inside) * s.scale, w = old_w, m = old_m, v = old_v;
+      Vec g = load(s.gradient + at, inside) * scale, w = old_w, m = old_m, v = old_v;
       m = lerp(m, g, s.first_rate);
       v = lerp(v, g * g, s.second_rate);
-      Vec denominator = square_root(v) * s.second_correction + s.epsilon;
-      Vec update = m / denominator * s.first_correction;
+      Vec denominator = square_root(v) * second_correction + s.epsilon;
+      Vec update = m / denominator * first_correction;
       update = fused_multiply_add(splat(s.weight_decay), w, update);
-      w = fused_multiply_add(splat(-s.learning_rate), update, w);
+      w = fused_multiply_add(splat(-learning_rate), update, w);
       store(s.weights + at, active ? w : old_w, inside);
       store(s.first_moment + at, active ? m : old_m, inside);
       store(s.second_moment + at, active ? v : old_v, inside);

@@ -39,7 +39,8 @@ def masked_linear(
         *map(pointer, (operand, weight, bias)),
         relu,
         pointer(added),
-        *draw_of(drop, seed),
+        drop,
+        pointer(seed),
         pointer(y),
         threads(),
     )
@@ -63,7 +64,8 @@ def masked_linear_input_gradient(
     library().harmodt_masked_linear_input_gradient(
         byref(shape),
         *map(pointer, (dy, y)),
-        *draw_of(drop, seed),
+        drop,
+        pointer(seed),
         *map(pointer, (weight, dx)),
         threads(),
     )
@@ -92,7 +94,8 @@ def write_gradients(layer: LayerGradients) -> None:
     library().harmodt_masked_linear_weight_gradient(
         byref(shape),
         *map(pointer, (dy, y)),
-        *draw_of(layer.drop, layer.seed),
+        layer.drop,
+        pointer(layer.seed),
         *map(pointer, (x, layer.statistics, layer.affine)),
         byref(out),
         threads(),
@@ -103,11 +106,6 @@ def check_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype == torch.float16:
         raise TypeError("x is float16, and the CPU kernels take float32 or bfloat16")
     return dtype
-
-
-def draw_of(drop: float, seed: Tensor | None) -> tuple[float, int]:
-    """Dropout as the library takes it."""
-    return drop, 0 if seed is None else int(seed)
 
 
 def as_float(x: Tensor) -> Tensor:

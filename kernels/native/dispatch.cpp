@@ -101,18 +101,18 @@ int harmodt_use_isa(const char* name) {
 
 void harmodt_masked_linear(const harmodt_linear_shape* shape, const float* x, const float* weight,
                            const float* bias, int relu, const float* residual, float drop,
-                           uint32_t seed, float* y, int threads) {
+                           const int64_t* seed, float* y, int threads) {
   in_use->masked_linear(*shape, x, weight, bias, relu, residual, drop, seed, y, threads);
 }
 
 void harmodt_masked_linear_input_gradient(const harmodt_linear_shape* shape, const float* dy,
-                                          const float* y, float drop, uint32_t seed,
+                                          const float* y, float drop, const int64_t* seed,
                                           const float* weight, float* dx, int threads) {
   in_use->masked_linear_input_gradient(*shape, dy, y, drop, seed, weight, dx, threads);
 }
 
 void harmodt_masked_linear_weight_gradient(const harmodt_linear_shape* shape, const float* dy,
-                                           const float* y, float drop, uint32_t seed,
+                                           const float* y, float drop, const int64_t* seed,
                                            const float* x, const float* statistics,
                                            const float* affine,
                                            const harmodt_weight_gradient* out, int threads) {
@@ -158,7 +158,7 @@ void harmodt_masked_layer_norm_gradient(const harmodt_layer_norm_shape* shape, c
 }
 
 void harmodt_dropout_add(int64_t size, const float* x, const float* branch, float* out, float drop,
-                         uint32_t seed, int threads) {
+                         const int64_t* seed, int threads) {
   in_use->dropout_add(size, x, branch, out, drop, seed, threads);
 }
 

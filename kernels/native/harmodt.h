@@ -66,10 +66,11 @@ typedef struct {
   int64_t mask_stride;
   int64_t tasks;                  // of the step
   const int64_t* task_ids;
-  float scale;                    // of the gradient
+  const float* norm;              // of the gradient, which is scaled to at most max_norm
+  float max_norm;
   float first_rate, second_rate;  // 1 - beta
-  float first_correction, second_correction;
-  float epsilon, weight_decay, learning_rate;
+  float epsilon, weight_decay;
+  const float* rates;             // learning rate, corrections of the first and second moment
 } harmodt_adamw_operands;
 
 // Causal self-attention over short sequences; qkv is [sequences][tokens][3][heads][head_size].
@@ -80,7 +81,7 @@ typedef struct {
   const float* past_keys;         // [sequences][heads][past][head_size], for no gradient
   const float* past_values;
   float dropout;                  // probability of dropping a key's weight
-  uint32_t seed;                  // of the dropout
+  const int64_t* seed;            // of the dropout, at least 0 and below 2^31; null without
 } harmodt_attention_shape;
 
 // A masked LayerNorm; x is [groups][rows][size].
@@ -114,19 +115,20 @@ HARMODT_API int harmodt_use_isa(const char* name);
 // above 0, elements of that are dropped or divided by 1 - drop; where residual is given, it is added.
 HARMODT_API void harmodt_masked_linear(const harmodt_linear_shape* shape, const float* x,
                                        const float* weight, const float* bias, int relu,
-                                       const float* residual, float drop, uint32_t seed, float* y,
-                                       int threads);
+                                       const float* residual, float drop, const int64_t* seed,
+                                       float* y, int threads);
 // dx = dy (W with mask). Where y is given, the layer had a ReLU: dy counts where y > 0. Where drop
 // is above 0, dy counts where the layer dropped nothing, and is divided by 1 - drop.
 HARMODT_API void harmodt_masked_linear_input_gradient(const harmodt_linear_shape* shape,
                                                       const float* dy, const float* y, float drop,
-                                                      uint32_t seed, const float* weight,
-                                                      float* dx, int threads);
+                                                      const int64_t* seed,
+                                                      const float* weight, float* dx,
+                                                      int threads);
 // dy^T x with mask, and the sums of dy with mask; dy counts as above. Where statistics and affine
 // are given, those of harmodt_norm_linear, x is normalised first.
 HARMODT_API void harmodt_masked_linear_weight_gradient(const harmodt_linear_shape* shape,
                                                        const float* dy, const float* y, float drop,
-                                                       uint32_t seed, const float* x,
+                                                       const int64_t* seed, const float* x,
                                                        const float* statistics,
                                                        const float* affine,
                                                        const harmodt_weight_gradient* out,
@@ -177,7 +179,7 @@ HARMODT_API void harmodt_masked_layer_norm_gradient(const harmodt_layer_norm_sha
 // out = x + branch, of `size` elements; those of the branch are dropped or divided by 1 - drop.
 // x may be null.
 HARMODT_API void harmodt_dropout_add(int64_t size, const float* x, const float* branch, float* out,
-                                     float drop, uint32_t seed, int threads);
+                                     float drop, const int64_t* seed, int threads);
 
 // tokens [steps][3][size]: of each kind W x + bias, and the row of the step's time. Parameters are the
 // weight [size][inputs] and the bias of each kind in turn, then the table [rows][size]. Returns -1, or

@@ -11,14 +11,15 @@ struct Kernels {
   const char* isa;
   void (*masked_linear)(const harmodt_linear_shape&, const float* x, const float* weight,
                         const float* bias, bool relu, const float* residual, float drop,
-                        uint32_t seed, float* y, int threads);
+                        const int64_t* seed, float* y, int threads);
   void (*masked_linear_input_gradient)(const harmodt_linear_shape&, const float* dy, const float* y,
-                                       float drop, uint32_t seed, const float* weight, float* dx,
-                                       int threads);
+                                       float drop, const int64_t* seed, const float* weight,
+                                       float* dx, int threads);
   void (*masked_linear_weight_gradient)(const harmodt_linear_shape&, const float* dy,
-                                        const float* y, float drop, uint32_t seed, const float* x,
-                                        const float* statistics, const float* affine,
-                                        const harmodt_weight_gradient&, int threads);
+                                        const float* y, float drop, const int64_t* seed,
+                                        const float* x, const float* statistics,
+                                        const float* affine, const harmodt_weight_gradient&,
+                                        int threads);
   void (*norm_linear)(const harmodt_linear_shape&, const harmodt_layer_norm_shape&, const float* x,
                       const float* gain, const float* shift, const float* weight,
                       const float* bias, bool relu, float* y, float* statistics, float* affine,
@@ -34,7 +35,7 @@ struct Kernels {
                                      const float* statistics, const float* weight, float* dx,
                                      const harmodt_weight_gradient&, int threads);
   void (*dropout_add)(int64_t size, const float* x, const float* branch, float* out, float drop,
-                      uint32_t seed, int threads);
+                      const int64_t* seed, int threads);
   int64_t (*token_embedding)(const harmodt_embedding_shape&, const float* const* parameters,
                              float* tokens, int threads);
   void (*token_embedding_gradient)(const harmodt_embedding_shape&, const float* d_tokens,

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import os
 import struct
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int64, c_uint32, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -81,19 +81,10 @@ class AdamWOperands(Structure):
         ("mask_stride", c_int64),
         ("tasks", c_int64),
         ("task_ids", c_void_p),
-        *(
-            (name, c_float)
-            for name in (
-                "scale",
-                "first_rate",
-                "second_rate",
-                "first_correction",
-                "second_correction",
-                "epsilon",
-                "weight_decay",
-                "learning_rate",
-            )
-        ),
+        ("norm", c_void_p),
+        *((name, c_float) for name in ("max_norm", "first_rate", "second_rate")),
+        *((name, c_float) for name in ("epsilon", "weight_decay")),
+        ("rates", c_void_p),
     ]
 
 
@@ -106,7 +97,7 @@ class AttentionShape(Structure):
         ("past_keys", c_void_p),
         ("past_values", c_void_p),
         ("dropout", c_float),
-        ("seed", c_uint32),
+        ("seed", c_void_p),
     ]
 
 
@@ -146,7 +137,7 @@ _STRUCTURES: dict[str, type[Structure]] = {
 }
 
 _P, _THREADS = c_void_p, c_int
-_DROPOUT = c_float, c_uint32  # its probability and seed
+_DROPOUT = c_float, c_void_p  # its probability and seed
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "harmodt_size_of": (c_int64, [c_char_p]),
     "harmodt_isa": (c_char_p, []),
