@@ -285,8 +285,9 @@ class RunSettings:
     repeats; auto is the latter where that is a GPU and they take at most half its free memory."""
     fused: bool = True
     """Compute with fused kernels; --no-fused is the reference path in plain PyTorch."""
-    cuda_graph: bool = True
-    """On a GPU, compute a training step of the fused kernels as one CUDA graph."""
+    graph: bool = True
+    """Record a training step of the fused kernels once and repeat it as a whole: on a GPU as a CUDA
+    graph, on a CPU as its calls of kernels."""
     precision: Precision = "fp32"
     """Precision of the matrix products (tf32: GPUs only); weights and optimiser stay in fp32."""
     log_every: Count = 20

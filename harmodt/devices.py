@@ -15,7 +15,7 @@ from harmodt_kernels import PYTORCH, Backend, BackendUnavailable, fused_backend
 
 from .config import Precision
 from .errors import UserError
-from .graph import Graph
+from .graph import CallGraph, CudaGraph
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of mallopt(3)
 
@@ -28,17 +28,17 @@ class Execution:
         device: of its parameters.
         backend: the operations that it is built of.
         precision: of matrix products.
-        cuda_graph: whether what is computed again and again may be one CUDA graph.
+        graph: whether what is computed again and again may be recorded and repeated as a whole.
     """
 
     device: torch.device
     backend: Backend
     precision: Precision = "fp32"
-    cuda_graph: bool = True
+    graph: bool = True
 
     @classmethod
     def choose(
-        cls, device: str, fused: bool, precision: Precision, cuda_graph: bool = True
+        cls, device: str, fused: bool, precision: Precision, graph: bool = True
     ) -> Execution:
         """What a person asked for.
 
@@ -52,7 +52,7 @@ class Execution:
         found = find_device(device)
         if precision == "tf32" and found.type != "cuda":
             raise UserError("precision tf32 is a mode of GPUs: use fp32 or bf16 on a CPU")
-        return cls(found, _choose_backend(fused, found), precision, cuda_graph)
+        return cls(found, _choose_backend(fused, found), precision, graph)
 
     def computing(self) -> contextlib.AbstractContextManager[Any]:
         """A context in which everything is computed in this precision."""
@@ -68,9 +68,10 @@ class Execution:
         return torch.bfloat16 if kept else None
 
     @property
-    def captures(self) -> bool:
-        """Whether `repeated` makes graphs: of the fused kernels on a GPU."""
-        return self.cuda_graph and self.device.type == "cuda" and self.backend.name == "triton"
+    def repeats(self) -> bool:
+        """Whether `repeated` makes graphs: of the fused kernels."""
+        on_gpu, on_cpu = self.backend.name == "triton", self.backend.name.startswith("cpu-")
+        return self.graph and (on_gpu or on_cpu)
 
     def repeated(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """A function that is called again and again, as one graph where that can be.
@@ -78,7 +79,10 @@ class Execution:
         Args:
             function: as `Graph` takes it.
         """
-        return Graph(function, self.device) if self.captures else function
+        if not self.repeats:
+            return function
+        on_gpu = self.device.type == "cuda"
+        return CudaGraph(function, self.device) if on_gpu else CallGraph(function)
 
 
 def find_device(name: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""A computation that a GPU repeats as one graph, so that it is launched as a whole."""
+"""A computation that is recorded once and then repeated as a whole."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from harmodt_kernels import CannotRecord, Recording
+
 from .errors import UserError
+
+_ADVICE = (
+    "the computation cannot be recorded as a graph ({}): train with --no-graph, or with --no-fused"
+)
 
 WARM_UP = 3  # calls that compute as usual: kernels are compiled, and memory is asked for
 
 
 class Graph:
-    """A function without arguments, recorded as a CUDA graph at one of its first calls.
+    """A function without arguments, recorded at one of its first calls.
 
     What it reads must stay where it is: inputs are copied there before a call. It must not look at
     a tensor's value, and what is computed from Python's numbers stays as it was when recorded.
 
     Args:
         function: computes a tensor from tensors that are where they were.
-        device: a GPU.
     """
 
-    def __init__(self, function: Callable[[], Tensor], device: torch.device):
+    def __init__(self, function: Callable[[], Tensor]):
         self._function = function
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._calls = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> Tensor:
         """Compute; returns a copy of the result.
@@ -36,6 +37,45 @@ class Graph:
         Raises:
             UserError: the function does what a graph cannot hold.
         """
+        raise NotImplementedError
+
+
+class CallGraph(Graph):
+    """On a CPU: the calls of kernels, recorded at the first call.
+
+    Attributes:
+        recording: of them, or None before that.
+    """
+
+    recording: Recording | None = None
+
+    def __call__(self) -> Tensor:
+        if self.recording is None:
+            try:
+                self.recording = Recording(self._function)
+            except CannotRecord as error:
+                raise UserError(_ADVICE.format(error)) from error
+        else:
+            self.recording.repeat()
+        return self.recording.result.clone()
+
+
+class CudaGraph(Graph):
+    """On a GPU: a CUDA graph.
+
+    Args:
+        function: as above.
+        device: the GPU.
+    """
+
+    def __init__(self, function: Callable[[], Tensor], device: torch.device):
+        super().__init__(function)
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._calls = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> Tensor:
         if self._calls < WARM_UP:
             self._calls += 1
             return self._as_usual()
@@ -59,9 +99,6 @@ class Graph:
             with torch.cuda.graph(graph, stream=self._stream):
                 self._result = self._function()
         except RuntimeError as error:
-            raise UserError(
-                f"the computation cannot be recorded as a CUDA graph ({error}): train with "
-                "--no-cuda-graph, or compute with --no-fused"
-            ) from error
+            raise UserError(_ADVICE.format(error)) from error
         self._graph = graph
         return graph

@@ -22,7 +22,7 @@ from .errors import UserError
 from .files import read_sealed, write_sealed
 
 FORMAT = "harmodt-run"
-VERSION = 4
+VERSION = 5
 
 
 @dataclass(frozen=True)

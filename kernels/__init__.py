@@ -14,6 +14,7 @@ from .masked_adamw import masked_adamw, rates_of_step
 from .masked_layer_norm import MaskedLayerNorm
 from .masked_linear import MaskedLinear, masked_linear
 from .masks import NO_MASKS, LayerMasks
+from .native.recording import CannotRecord, Recording
 from .registration import BackendUnavailable
 
 __all__ = [
@@ -22,9 +23,11 @@ __all__ = [
     "REFERENCE",
     "Backend",
     "BackendUnavailable",
+    "CannotRecord",
     "LayerMasks",
     "MaskedLayerNorm",
     "MaskedLinear",
+    "Recording",
     "Selection",
     "count_bits",
     "fused_backend",

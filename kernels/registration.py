@@ -29,6 +29,7 @@ class BackendUnavailable(RuntimeError):
 
 
 _LIBRARY = torch.library.Library("harmodt", "DEF")
+_PACKAGES: dict[str, str] = {}  # of every operation
 
 # NVIDIA's Ampere: the oldest generation with bf16 and tf32 in its matrix units.
 _OLDEST_CAPABILITY = (8, 0)
@@ -47,6 +48,8 @@ def register(package: str, name: str, schema: str, fake: Callable[..., Any]) -> 
     def run_triton(*arguments: Any) -> Any:
         return _function(f"{package}.triton", name)(*arguments)
 
+    _PACKAGES[name] = package
+
     def run_on_cpu(*arguments: Any) -> Any:
         if interpreted():
             return run_triton(*arguments)
@@ -59,6 +62,12 @@ def register(package: str, name: str, schema: str, fake: Callable[..., Any]) -> 
     _LIBRARY.impl(name, run_triton, "CUDA")
     _LIBRARY.impl(name, run_on_cpu, "CPU")
     torch.library.register_fake(f"harmodt::{name}", fake, lib=_LIBRARY)
+
+
+def kernel(name: str) -> Callable[..., Any]:
+    """The function of an operation on a CPU."""
+    module = "triton" if interpreted() else "cpu"
+    return _function(f"{_PACKAGES[name]}.{module}", name)
 
 
 def kernels_for(device: torch.device) -> Kernels:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-from replay import Recording, launching
+from replay import GraphRecording, launching
 from tiny import configure, make_store, make_trainer
 
 from harmodt.environments import family
@@ -38,7 +38,7 @@ def step_launches(
     The data lie on the device, and what is drawn of them is there: the step gathers its windows.
 
     Raises:
-        NotForGraphs: the host reads something.
+        CannotRecord: the host reads something.
     """
     with tempfile.TemporaryDirectory() as folder:
         store = make_store(Path(folder) / "store", TASKS[:groups])
@@ -57,8 +57,7 @@ def step_launches(
         # Nothing that is launched depends on a number that a kernel computes.
         with launching(lambda launch: lambda *_, **__: None):
             trainer.train_step()  # what is made at the first step alone
-            with Recording() as recording:
-                learner._compute()
+            recording = GraphRecording(learner._compute)
     return recording.kernels()
 
 

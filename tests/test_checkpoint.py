@@ -123,7 +123,7 @@ def test_a_directory_without_a_run_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 3}, "is of version 3, and this HarmoDT reads version 4: train the run again"),
+        ({"version": 3}, "is of version 3, and this HarmoDT reads version 5: train the run again"),
         ({"format": "harmodt-store"}, "is not the description of a HarmoDT run"),
         ({"id": "b"}, "has changed since it was written"),
         ({"crc32": None}, "has changed since it was written"),

@@ -95,7 +95,7 @@ def test_steps_from_rounded_weights_come_to_the_same_bits(store, device, algorit
     config, results = configure(algorithm, fused=True, **SIZES, **more), []
     for copy in (True, False):
         setup = make_setup(store, config, device)
-        execution = Halves(device, setup.execution.backend, cuda_graph=False, copy=copy)
+        execution = Halves(device, setup.execution.backend, graph=False, copy=copy)
         setup = dataclasses.replace(setup, execution=execution)
         trainer = Trainer(setup, [store.task(name) for name in store.tasks])
         results.append([losses(trainer, 2), *(t.clone() for t in trainer.tensors().values())])
@@ -143,7 +143,7 @@ def test_an_algorithm_without_masks_goes_through_the_kernels(
     store: DataStore, device, algorithm: str
 ) -> None:
     sizes = {name: value for name, value in SIZES.items() if name != "prompt_length"}
-    config = configure(algorithm, fused=True, **sizes)
+    config = configure(algorithm, fused=True, graph=False, **sizes)
     counted, calls = counting(fused_backend(device))
     fused, definition = (
         make_trainer(store, config, device, backend) for backend in (counted, REFERENCE)

@@ -1,4 +1,4 @@
-"""What a GPU repeats as one CUDA graph computes, when it is repeated, what comes next."""
+"""What is recorded as a graph computes, when it is repeated, what comes next."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from replay import NotForGraphs, Recording
+from replay import GraphRecording
 from tiny import configure, make_store, make_trainer
 from torch import Tensor
 
+from harmodt.algorithms import preset
 from harmodt.data.store import DataStore
 from harmodt.devices import Execution
+from harmodt.graph import Graph
 from harmodt.policies.decision import DecisionPolicy
+from harmodt.settings import settings as all_settings
 from harmodt.training.trainer import Trainer
+from harmodt_kernels import CannotRecord
 
 # Small: the interpreter takes a millisecond or more for each tile.
 SIZES = {"batch_per_task": 1, "context_length": 3, "prompt_length": 1, "layers": 1}
@@ -26,20 +30,20 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> DataStore:
 
 
 class Repeated:
-    """A function that is computed once, and then repeated as it was recorded."""
+    """A function that is computed once, and then repeated as a CUDA graph would."""
 
     def __init__(self, function: Callable[[], Tensor]):
         self._function = function
-        self._recording: Recording | None = None
+        self._recording: GraphRecording | None = None
+        self.calls = 0
 
     def __call__(self) -> Tensor:
+        self.calls += 1
         if self._recording is None:
-            self._recording = Recording()
-            with self._recording:
-                self._result = self._function()
+            self._recording = GraphRecording(self._function)
         else:
             self._recording.repeat()
-        return self._result.clone()
+        return self._recording.result.clone()
 
 
 def steps(trainer: Trainer, count: int) -> list[Tensor]:
@@ -77,14 +81,26 @@ def test_a_recorded_step_repeats_as_the_next_steps(store: DataStore, device, cha
 
 
 @pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("shortest", [1, SIZES["context_length"]], ids=["padded", "full"])
 def test_recorded_actions_repeat_as_the_next_actions(
-    store: DataStore, monkeypatch: pytest.MonkeyPatch
+    store: DataStore, monkeypatch: pytest.MonkeyPatch, shortest: int
 ) -> None:
-    learner = make_trainer(store, configure(fused=True, action_dropout=0.0, **SIZES)).learner
-    usual = play(learner.policy(0))
-    monkeypatch.setattr(Execution, "captures", True)
-    monkeypatch.setattr(Execution, "repeated", lambda self, function: Repeated(function))
-    torch.testing.assert_close(play(learner.policy(0)), usual)
+    usual, recorded = (
+        make_trainer(store, configure(fused=True, action_dropout=0.0, graph=graph, **SIZES))
+        for graph in (False, True)
+    )
+    monkeypatch.setattr(DecisionPolicy, "_shortest_in_graph", shortest)
+    made: list[Repeated] = []
+
+    def repeated(execution: Execution, function: Callable[[], Tensor]) -> Repeated:
+        made.append(Repeated(function))
+        return made[-1]
+
+    monkeypatch.setattr(Execution, "repeated", repeated)
+    actions = play(recorded.learner.policy(0))
+    # Full are the histories at the third step, and at the sixth after one began again.
+    assert made[0].calls == (8 if shortest == 1 else 4)
+    torch.testing.assert_close(actions, play(usual.learner.policy(0)))
 
 
 def play(policy: DecisionPolicy) -> Tensor:
@@ -112,8 +128,9 @@ def play(policy: DecisionPolicy) -> Tensor:
     ids=["value", "number", "selection", "places", "random number"],
 )
 def test_what_a_graph_cannot_hold_is_refused(broken: Callable[[Tensor], Tensor]) -> None:
-    with pytest.raises(NotForGraphs), Recording():
-        broken(torch.ones(3))
+    x = torch.ones(3)
+    with pytest.raises(CannotRecord):
+        GraphRecording(lambda: broken(x))
 
 
 def test_a_number_that_changes_is_found_out() -> None:
@@ -129,17 +146,44 @@ def test_a_number_that_changes_is_found_out() -> None:
     assert repeated().tolist() == [5, 5, 5]  # where 10 is right
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("surgery", ["none", "pcgrad", "graddrop"])
-@pytest.mark.parametrize("algorithm", ["harmodt-f", "prompt-dt"])
-def test_a_cuda_graph_computes_the_same_steps(
-    store: DataStore, algorithm: str, surgery: str
+@pytest.mark.parametrize(
+    "place",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    ("algorithm", "changes"),
+    [
+        ("harmodt-f", {"dropout": 0.2, "mask_update_every": 3}),
+        ("harmodt-f", {"dropout": 0.2, "mask_update_every": 3, "precision": "bf16"}),
+        ("harmodt-f", {"surgery": "pcgrad", "data_device": "same"}),
+        ("soco-dt", {"dropout": 0.2, "mask_update_every": 3}),
+        ("prompt-dt", {"embedding_dropout": 0.1, "data_device": "same"}),
+        ("prompt-dt", {"surgery": "graddrop"}),
+        ("prompt-dt", {"surgery": "cagrad"}),  # computed as usual
+        ("mtdt", {}),
+        ("mtbc", {}),
+        ("mtiql", {}),
+    ],
+)
+def test_a_graph_computes_the_same_steps(
+    store: DataStore, native, place: str, algorithm: str, changes: dict[str, object]
 ) -> None:
-    settings = SIZES | {"dropout": 0.2, "surgery": surgery}
-    settings |= {"mask_update_every": 3} if algorithm == "harmodt-f" else {}
-    usual, captured = (
-        make_trainer(store, configure(algorithm, fused=True, cuda_graph=graph, **settings), "cuda")
+    algorithm_has = dict(all_settings(preset("quickstart", algorithm)))
+    settings = {name: value for name, value in SIZES.items() if name in algorithm_has}
+    usual, recorded = (
+        make_trainer(
+            store, configure(algorithm, fused=True, graph=graph, **settings, **changes), place
+        )
         for graph in (False, True)
     )
-    for expected, result in zip(steps(usual, 12), steps(captured, 12), strict=True):
+    assert isinstance(recorded.learner._step, Graph) == (changes.get("surgery") != "cagrad")
+    for expected, result in zip(steps(usual, 7), steps(recorded, 7), strict=True):
         assert torch.equal(expected, result)
+    for name, tensor in usual.tensors().items():
+        assert torch.equal(tensor, recorded.tensors()[name]), name

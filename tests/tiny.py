@@ -95,7 +95,7 @@ def make_setup(
     """The setup of a run over all tasks of a store, on the config's kernels or a backend's."""
     config = config or configure()
     run = config.run
-    execution = Execution.choose(str(device), run.fused, run.precision, run.cuda_graph)
+    execution = Execution.choose(str(device), run.fused, run.precision, run.graph)
     if backend is not None:
         execution = dataclasses.replace(execution, backend=backend)
     conditioning = tuple(TaskConditioning.from_data(store.task(n), config) for n in store.tasks)

@@ -106,5 +106,5 @@ class Feed:
 
 
 def gathers_late(sampler: WindowSampler) -> bool:
-    """Whether a step gathers its own windows: the data lie where the batches go."""
-    return sampler.device == sampler.episodes.device
+    """Whether a step gathers its own windows: all data lie in tensors where the batches go."""
+    return sampler.device == sampler.episodes.place

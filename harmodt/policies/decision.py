@@ -94,8 +94,7 @@ class DecisionPolicy(TrainedPolicy):
         self._groups = _Groups(self._task_ids)
         self._group_ids, self._masks = self._on_device(self._groups)
         self._prompt_cache: PromptCache | None = None
-        if self._execution.captures:
-            self._prepare_graph()
+        self._prepare_graph()
         self.restart(np.ones(rows, bool))
 
     def restart(self, rows: np.ndarray) -> None:
@@ -111,7 +110,8 @@ class DecisionPolicy(TrainedPolicy):
         """Choose actions, float32 [N, A] in [-1, 1], after observations float [N, O]."""
         self._append(observations)
         lengths = np.minimum(self._time, self._context_length)
-        actions = self._actions_in_graph() if self._execution.captures else self._actions(lengths)
+        in_graph = self._execution.repeats and lengths.min() >= self._shortest_in_graph
+        actions = self._actions_in_graph() if in_graph else self._actions(lengths)
         chosen = actions.cpu().flatten(0, 1)[self._groups.index]
         hidden = self._inputs.hidden(self._words(len(chosen)))
         present = torch.arange(len(chosen)), torch.from_numpy(lengths - 1)
@@ -128,7 +128,7 @@ class DecisionPolicy(TrainedPolicy):
         history = Steps(*move(self._groups.lay_out(begun), self._execution.device))
         return self._computed(history, int(lengths.min()))
 
-    def _computed(self, history: Steps, shortest: int = 1) -> Tensor:
+    def _computed(self, history: Steps, shortest: int) -> Tensor:
         with torch.inference_mode(), self._execution.computing():
             return self.model.act(
                 history, self._group_ids, self._masks, self._prompt_cache, shortest
@@ -140,10 +140,20 @@ class DecisionPolicy(TrainedPolicy):
         self._layout = Layout(history)
         self._place = self._layout.pack(history, device).to(device)
         steps = Steps(*self._layout.views(self._place))
-        self._repeated = self._execution.repeated(lambda: self._computed(steps))
+        self._repeated = self._execution.repeated(
+            lambda: self._computed(steps, self._shortest_in_graph)
+        )
+
+    @property
+    def _shortest_in_graph(self) -> int:
+        """Steps of the shortest history that is computed in a graph, with padding to the longest.
+
+        A GPU hardly notices the padding; a CPU would, so its graph is of full histories.
+        """
+        return 1 if self._execution.device.type == "cuda" else self._context_length
 
     def _actions_in_graph(self) -> Tensor:
-        """The same actions, from histories whose steps to come are padding."""
+        """The same actions, from histories of which none is shorter than those in the graph."""
         packed = self._layout.pack(self._groups.lay_out(self._history), self._place.device)
         self._place.copy_(packed, non_blocking=True)
         return self._repeated()

@@ -104,7 +104,7 @@ def load_policy(
         trained.device if device is None else device,
         trained.fused if fused is None else fused,
         trained.precision if precision is None else precision,
-        trained.cuda_graph,
+        trained.graph,
     )
     setup = saved.setup(execution)
     state = load_checkpoint(saved.directory, checkpoint)
@@ -431,7 +431,7 @@ class Run:
 
 def _execution(config: TrainConfig) -> Execution:
     run = config.run
-    return Execution.choose(run.device, run.fused, run.precision, run.cuda_graph)
+    return Execution.choose(run.device, run.fused, run.precision, run.graph)
 
 
 def _open_store(saved: SavedRun, config: TrainConfig) -> DataStore:

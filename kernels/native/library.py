@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import struct
+import threading
+from collections.abc import Callable, Iterator
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -210,10 +213,40 @@ def _why_missing(path: Path, wanted: str | None) -> str | None:
     return None
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The library, with the types of its functions."""
-    return _load(PATH)
+def library() -> Any:
+    """The library, with the types of its functions; in `noting`, one that tells of its calls."""
+    loaded, note = _load(PATH), getattr(_NOTING, "note", None)
+    return loaded if note is None else _Noted(loaded, note)
+
+
+Note = Callable[[Any, tuple[Any, ...], Any], None]
+_NOTING = threading.local()
+
+
+@contextlib.contextmanager
+def noting(note: Note) -> Iterator[None]:
+    """Call `note` with every function of the library that this thread calls, its arguments and what
+    it returned."""
+    _NOTING.note = note
+    try:
+        yield
+    finally:
+        del _NOTING.note
+
+
+class _Noted:
+    def __init__(self, loaded: ctypes.CDLL, note: Note):
+        self._loaded, self._note = loaded, note
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self._loaded, name)
+
+        def call(*arguments: Any) -> Any:
+            returned = function(*arguments)
+            self._note(function, arguments, returned)
+            return returned
+
+        return call
 
 
 def isa() -> str:

@@ -1,0 +1,176 @@
+"""A computation that is recorded and then repeated computes what it would have computed anew."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from harmodt_kernels import CannotRecord, Recording, fused_backend
+
+STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "out of place": lambda x, y: x * 2 + y,
+    "in place": lambda x, y: x.clone().mul_(y).add_(1),
+    "of a view": lambda x, y: x.t().contiguous() - y[0],
+    "into a view": lambda x, y: _first_row_replaced(x, y),
+    "several results": lambda x, y: x.sort(dim=1).values - y.max(dim=0).values,
+    "a result that may be the operand": lambda x, y: x.to(torch.float32) + y.contiguous(),
+    "of another type": lambda x, y: (x > y).to(torch.float64).float(),
+    "made of nothing": lambda x, y: torch.full_like(x, 3.0) + torch.zeros(4) + torch.eye(4) * y,
+    "by numbers": lambda x, y: x[y.argsort(dim=1)[0]],
+    "strided": lambda x, y: torch.empty_like(x.t()).copy_(y).t() + x,
+    "backwards": lambda x, y: _gradient(x, y),
+}
+
+
+def _first_row_replaced(x: Tensor, y: Tensor) -> Tensor:
+    copy = x.clone()
+    copy[0] = y[1]
+    return copy
+
+
+def _gradient(x: Tensor, y: Tensor) -> Tensor:
+    leaf = x.detach().clone().requires_grad_()
+    (gradient,) = torch.autograd.grad((leaf.tanh() @ y).square().sum(), leaf)
+    return gradient
+
+
+@given(names=st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=6), seed=st.integers(0))
+def test_a_recording_repeats_on_other_inputs(names: list[str], seed: int) -> None:
+    inputs = torch.empty(2, 4, 4)
+
+    def computed() -> Tensor:
+        x, y = inputs
+        for name in names:
+            x, y = STEPS[name](x, y), x.tanh()
+        return x + y
+
+    generator = torch.Generator().manual_seed(seed % 2**31)
+    recording = None
+    for _ in range(3):
+        inputs.copy_(torch.randn(inputs.shape, generator=generator))
+        if recording is None:
+            recording = Recording(computed)
+        else:
+            recording.repeat()
+        assert torch.equal(recording.result, computed())
+
+
+def test_what_is_changed_outside_is_changed_again() -> None:
+    total, x = torch.zeros(3), torch.ones(3)
+    recording = Recording(lambda: total.add_(x))
+    x.fill_(5)
+    recording.repeat()
+    assert recording.result is total
+    assert total.tolist() == [6, 6, 6]
+
+
+def test_memory_is_used_again_once_a_tensor_is_gone() -> None:
+    x = torch.ones(1000)
+
+    def chain() -> Tensor:
+        y = x
+        for _ in range(50):
+            y = y + 1
+        return y
+
+    recording = Recording(chain)
+    assert recording.nbytes == 2 * x.nbytes
+    x.zero_()
+    recording.repeat()
+    assert recording.result.unique().tolist() == [50]
+
+    def all_kept() -> Tensor:
+        return torch.stack([x + i for i in range(10)])
+
+    assert Recording(all_kept).nbytes == 20 * x.nbytes
+
+
+def test_memory_goes_with_the_recording_but_for_what_is_in_use() -> None:
+    recording = Recording(lambda: torch.ones(5) * 3)
+    result = recording.result
+    del recording
+    gc.collect()
+    assert [torch.zeros(5).sum() for _ in range(50)] == [0] * 50
+    assert result.tolist() == [3] * 5
+
+
+def test_what_others_keep_of_it_stays_as_it_is() -> None:
+    kept: list[Tensor] = []
+
+    def computed() -> Tensor:
+        if not kept:  # as a cache does
+            kept.append(torch.arange(4.0) * 2)
+        return kept[0] + 1
+
+    recording = Recording(computed)
+    for _ in range(2):
+        assert kept[0].tolist() == [0, 2, 4, 6]
+        assert recording.result.tolist() == [1, 3, 5, 7]
+        recording.repeat()
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda x: x * float(x.sum()),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.unique(),
+        lambda x: x + torch.rand(3),
+        lambda x: torch.nn.functional.dropout(x, 0.5),
+        lambda x: x.clone().normal_(),
+        lambda x: x if torch.equal(x, x) else x + 1,
+    ],
+    ids=["value", "places", "truths", "sizes", "random", "dropout", "in place", "comparison"],
+)
+def test_what_cannot_be_repeated_is_refused(broken: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(CannotRecord, match="cannot be repeated"):
+        Recording(lambda: broken(torch.ones(3)))
+
+
+@pytest.mark.usefixtures("native")
+def test_a_kernel_that_ends_otherwise_is_noticed() -> None:
+    backend = fused_backend("cpu")
+    rows, parameters = torch.zeros(1, 1, 2, dtype=torch.int64), []
+    for inputs in (1, 2, 3):
+        parameters += [torch.ones(4, inputs), torch.ones(4)]
+    parameters.append(torch.ones(5, 4))
+    inputs = tuple(torch.ones(1, 1, 2, size) for size in (1, 2, 3))
+    recording = Recording(lambda: backend.token_embedding(inputs, rows, parameters))
+    rows[0, 0, 1] = 4
+    recording.repeat()
+    rows[0, 0, 1] = 5  # the table has rows 0 to 4
+    with pytest.raises(RuntimeError, match="harmodt_token_embedding returned 1, and -1 before"):
+        recording.repeat()
+
+
+@pytest.mark.usefixtures("native")
+def test_calls_of_other_threads_are_not_recorded() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    add, x = fused_backend("cpu").dropout_add, torch.ones(8)
+    seed = torch.tensor(3)
+    with ThreadPoolExecutor(1) as thread:
+
+        def computed() -> Tensor:
+            thread.submit(add, x, x, 0.5, seed).result()
+            return add(x, x, 0.5, seed)
+
+        assert len(Recording(computed).calls) == 1
+
+
+@pytest.mark.usefixtures("native")
+def test_recorded_dropout_draws_anew() -> None:
+    add, x, seed = fused_backend("cpu").dropout_add, torch.ones(64), torch.tensor(3)
+    recording = Recording(lambda: add(torch.zeros(64), x, 0.5, seed))
+    first = recording.result.clone()
+    seed.fill_(4)
+    recording.repeat()
+    assert not torch.equal(recording.result, first)
+    assert torch.equal(recording.result, add(torch.zeros(64), x, 0.5, seed))
