@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from bench_train_step import SMALL
-from measuring import DEVICE, assert_agree, fused, measure_in_turn, tiny
+from measuring import DEVICE, ON_GPU, assert_agree, fused, measure_in_turn, tiny
 from paths import STEP, make_trainer
 
 from harmodt.algorithms import preset
@@ -30,7 +30,7 @@ UPDATES = (100, 5000)
 def make_prompt_dt(store: DataStore, surgery: str, on_kernels: bool, **settings: Any) -> Trainer:
     """A trainer of Prompt-DT with some surgery, in the kernels or in plain PyTorch."""
     config = change(preset("paper", "prompt-dt"), {**STEP, "surgery": surgery, **settings})
-    config = change(config, {"fused": on_kernels, "cuda_graph": False})
+    config = change(config, {"fused": on_kernels, "graph": not ON_GPU})
     return tiny.make_trainer(store, config, DEVICE)
 
 

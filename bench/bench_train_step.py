@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -63,9 +63,9 @@ class LinearArithmetic(TorchDispatchMode):
 
 
 def linear_operations(trainer: Trainer) -> int:
-    """Floating-point operations of the masked linear layers in a step, which it takes."""
+    """Floating-point operations of the masked linear layers in a step, which is taken again."""
     with LinearArithmetic() as arithmetic:
-        trainer.train_step()
+        trainer.learner._compute()
     return arithmetic.operations
 
 
@@ -76,6 +76,23 @@ def peak(precision: str) -> float:
         100_000, precision == "bf16", library.threads()
     )
     return operations / (time.perf_counter() - start)
+
+
+def note_graphs(benchmark: Any, trainers: Mapping[str, Trainer]) -> None:
+    """Add what recorded steps hold from step to step to the memory that a step was seen to take.
+
+    Args:
+        trainers: by path, the benchmark's own first.
+    """
+    notes = [benchmark.extra_info, *benchmark.extra_info["beside"].values()]
+    for of_path, trainer in zip(notes, trainers.values(), strict=True):
+        of_path["peak_bytes"] += graph_bytes(trainer)
+
+
+def graph_bytes(trainer: Trainer) -> int:
+    """The memory of a trainer's recorded step, on a CPU; 0 where it is not recorded."""
+    recording = getattr(trainer.learner._step, "recording", None)
+    return 0 if recording is None else recording.nbytes
 
 
 def note_arithmetic(benchmark: Any, trainer: Trainer, precision: str) -> None:
@@ -147,6 +164,7 @@ def bench_train_step(
     for path, loss in losses.items():  # dropout draws others along each path
         assert abs(loss / losses["reference"] - 1) < 0.2, f"{path}: a loss of {loss}"
     if not ON_GPU and not benchmark.disabled:
+        note_graphs(benchmark, trainers)
         note_arithmetic(benchmark, trainers["fused"], precision)
 
 

@@ -64,7 +64,8 @@ def _random_bank(vector: ParameterVector, sparsities: Sequence[float], *_: Any) 
 
 
 def _peak(store: Any, path: str, tasks: int) -> int | None:
-    trainer = make_trainer(store, path, tasks_per_step=tasks, batch_per_task=1, precision="bf16")
+    settings = {"tasks_per_step": tasks, "batch_per_task": 1, "precision": "bf16"}
+    trainer = make_trainer(store, path, graph=False, **settings)
     try:
         trainer.train_step()
         return peak_bytes(trainer.train_step)

@@ -48,13 +48,16 @@ def make_trainer(
 ) -> Trainer:
     """A trainer along a path; the benchmark is skipped if the device has no fused kernels.
 
+    Its steps are recorded as graphs on a CPU, as a run's are; on a GPU, where they are timed as
+    such and as single launches, if `graph` is set.
+
     Args:
         compiler: torch.compile's backend, for the path "compiled".
     """
     on_kernels = path in ("fused", "masked copies")
     kernels = fused() if on_kernels else None
     config = preset("paper", "prompt-dt" if path in DENSE else "harmodt-f")
-    config = change(config, {**STEP, "fused": on_kernels, "cuda_graph": False, **settings})
+    config = change(config, {**STEP, "fused": on_kernels, "graph": not ON_GPU, **settings})
     if path == "masked copies":
         assert kernels is not None
         copies = MaskedCopies(kernels)
@@ -88,7 +91,7 @@ class Graph:
     def __init__(self, trainer: Trainer):
         self._learner, self._step = trainer.learner, 1
         self._learner.feed.load(1)
-        self._graph = graph.Graph(self._learner._compute, DEVICE)
+        self._graph = graph.CudaGraph(self._learner._compute, DEVICE)
         for _ in range(graph.WARM_UP):
             self._graph()
         torch.cuda.synchronize()

@@ -4,9 +4,10 @@
                                  [--tasks 1] [--size 5.29M]
 
 The step is that of bench_train_step.py: the paper's model (d = 128), five tasks, 8 windows each.
-Every operation is timed as PyTorch dispatches it; the last line of the table is what they leave of
-a step that is not observed. (Under PyTorch's profiler, whose memory lies between the tensors',
-these land on fresh pages again and again.) Beneath it stands the arithmetic of the masked linear
+Every operation is timed where the recorded step calls it or, along the other paths, as PyTorch
+dispatches it; the last line of the table is what they leave of a step that is not observed. (Under
+PyTorch's profiler, whose memory lies between the tensors', these land on fresh pages again and
+again.) Beneath it stands the arithmetic of the masked linear
 layers at the peak that this machine had between the steps.
 """
 
@@ -14,12 +15,16 @@ from __future__ import annotations
 
 import argparse
 import collections
+import ctypes
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from bench_train_step import linear_operations, peak
 from measuring import random_store
 from paths import make_trainer
@@ -27,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from harmodt.devices import prepare_cpu
 from harmodt.training.trainer import Trainer
+from harmodt_kernels import Recording
 
 STEPS = 20
 
@@ -37,7 +43,7 @@ PARTS = {
         "harmodt::norm_linear",
     ),
     "linear layers, gradient of x": ("harmodt::masked_linear_input_gradient",),
-    "linear layers, gradient of W and b": ("harmodt::masked_linear_weight_gradients",),
+    "linear layers, gradient of W and b": ("harmodt::masked_linear_weight_gradient",),
     "products of other layers, or of the reference": (
         "aten::addmm",
         "aten::baddbmm",
@@ -59,17 +65,45 @@ PARTS = {
 
 
 class OperationTimes(TorchDispatchMode):
-    """Adds up the seconds of each operation, by its name without the overload."""
+    """Adds up the seconds of each operation, by its name without the overload.
 
-    def __init__(self) -> None:
+    Of a recorded step nothing is dispatched: its calls are replaced by such as are timed.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
         super().__init__()
         self.seconds: collections.Counter[str] = collections.Counter()
+        self._recording: Recording | None = getattr(trainer.learner._step, "recording", None)
+
+    def __enter__(self) -> OperationTimes:
+        if self._recording is not None:
+            self._calls = self._recording.calls
+            self._recording.calls = [partial(self._timed, name_of(c), c) for c in self._calls]
+        return super().__enter__()
+
+    def __exit__(self, *of_error: Any) -> None:
+        super().__exit__(*of_error)
+        if self._recording is not None:
+            self._recording.calls = self._calls
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._timed(func.name().partition(".")[0], func, *args, **(kwargs or {}))
+
+    def _timed(self, name: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
-        result = func(*args, **(kwargs or {}))
-        self.seconds[func.name().partition(".")[0]] += time.perf_counter() - start
+        result = call(*args, **kwargs)
+        self.seconds[name] += time.perf_counter() - start
         return result
+
+
+def name_of(call: partial[Any]) -> str:
+    """The operation that a recorded call is of."""
+    for function in (call.func, *call.args):
+        if isinstance(function, torch._ops.OpOverload):
+            return function.name().partition(".")[0]
+        if isinstance(function, ctypes._CFuncPtr):
+            return function.__name__.replace("harmodt_", "harmodt::", 1)
+    raise ValueError(f"{call} is not of an operation")
 
 
 def main() -> None:
@@ -101,7 +135,9 @@ def main() -> None:
 def measure(trainer: Trainer, precision: str) -> tuple[float, dict[str, float], float]:
     """Median seconds of a step that is not observed, the mean of each operation in others, and the
     median of the machine's peak between them, in operations per second."""
-    times, peaks, operations = [], [], OperationTimes()
+    times, peaks = [], []
+    trainer.train_step()
+    operations = OperationTimes(trainer)
     for step in range(-3, 2 * STEPS):
         peaks.append(peak(precision))
         start = time.perf_counter()

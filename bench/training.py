@@ -45,7 +45,7 @@ def main() -> None:
 
 def measure(store: DataStore, tasks: int, seconds: float) -> dict[str, Any]:
     """Train for some seconds, then update the masks once."""
-    trainer = make_trainer(store, "fused", tasks_per_step=tasks, precision="bf16")
+    trainer = make_trainer(store, "fused", tasks_per_step=tasks, precision="bf16", graph=True)
     trainer.before_step()  # what is made, and compiled, at the first update and the first steps
     for _ in range(5):
         trainer.train_step()
