@@ -9,11 +9,12 @@ HarmoDT-F is what surgery compares with: every 100 steps is the quickstart's, 50
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from bench_train_step import SMALL
+from bench_train_step import SMALL, note_graphs
 from measuring import DEVICE, ON_GPU, assert_agree, fused, measure_in_turn, tiny
 from paths import STEP, make_trainer
 
@@ -42,17 +43,18 @@ def bench_surgery(benchmark: Any, store: DataStore, store_mt50: DataStore, tasks
     check_agreement(store)
     settings: dict[str, Any] = {"tasks_per_step": tasks}
     settings |= {"batch_per_task": 1, "layers": 1} if benchmark.disabled else {}
-    calls = {
-        name: make_prompt_dt(data, surgery, True, **settings).train_step
+    trainers = {
+        name: make_prompt_dt(data, surgery, True, **settings)
         for name, surgery in (("fused", "none"), *zip(TOLERANCE, TOLERANCE, strict=True))
     }
-    masked = make_trainer(data, "fused", **settings)
+    trainers["HarmoDT-F"] = masked = make_trainer(data, "fused", **settings)
     middle = masked.setup.config.optimisation.steps // 2  # where the most weights move
-    calls["HarmoDT-F"] = masked.train_step
+    calls: dict[str, Callable[[], Any]] = {n: t.train_step for n, t in trainers.items()}
     calls["a mask update"] = lambda: masked.learner.before_step(middle)
     assert masked.learner.before_step(middle)["moved_weights"] == 100
     measure_in_turn(benchmark, calls, SECONDS)
     if not benchmark.disabled:
+        note_graphs(benchmark, trainers)
         beside = benchmark.extra_info["beside"]
         step, update = (beside[name]["median"] for name in ("HarmoDT-F", "a mask update"))
         for every in UPDATES:

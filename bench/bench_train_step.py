@@ -82,17 +82,14 @@ def note_graphs(benchmark: Any, trainers: Mapping[str, Trainer]) -> None:
     """Add what recorded steps hold from step to step to the memory that a step was seen to take.
 
     Args:
-        trainers: by path, the benchmark's own first.
+        trainers: by the names of calls that were measured in turn, the benchmark's own first.
     """
-    notes = [benchmark.extra_info, *benchmark.extra_info["beside"].values()]
-    for of_path, trainer in zip(notes, trainers.values(), strict=True):
-        of_path["peak_bytes"] += graph_bytes(trainer)
-
-
-def graph_bytes(trainer: Trainer) -> int:
-    """The memory of a trainer's recorded step, on a CPU; 0 where it is not recorded."""
-    recording = getattr(trainer.learner._step, "recording", None)
-    return 0 if recording is None else recording.nbytes
+    beside = benchmark.extra_info["beside"]
+    for index, (name, trainer) in enumerate(trainers.items()):
+        recording = getattr(trainer.learner._step, "recording", None)
+        if recording is not None:
+            notes = beside[name] if index else benchmark.extra_info
+            notes["peak_bytes"] += recording.nbytes
 
 
 def note_arithmetic(benchmark: Any, trainer: Trainer, precision: str) -> None:

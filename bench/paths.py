@@ -129,13 +129,15 @@ class MaskedCopies:
         self.bank: MaskBank
         self._kernels = kernels
         self._copies: Tensor | None = None  # from the first layer to the optimiser
+        onednn_is_exact()  # found out before a step is recorded
 
     @property
     def backend(self) -> Backend:
         """The operations of a training step; for a mask update there are none."""
         return dataclasses.replace(
             self._kernels,
-            name="masked copies",
+            # on a CPU a step of the kernels, which is recorded
+            name="masked copies" if ON_GPU else f"{self._kernels.name}, masked copies",
             masked_linear=self._masked_linear,
             norm_linear=partial(in_parts, self._kernels.masked_layer_norm, self._masked_linear),
             linear_residual=self._linear_residual,

@@ -53,6 +53,9 @@ class GraphRecording(Recording):
         if func._opname in ("lift_fresh", "_assert_async"):  # the host sends numbers, or waits
             raise CannotRecord(f"{func.name()} cannot be in a CUDA graph")
 
+    def _note_precision(self) -> None:
+        """Nothing: the switch is a CPU's."""
+
     def kernels(self) -> tuple[Counter[str], Counter[str]]:
         """The kernels that were launched, by name: those of Triton, and PyTorch's.
 

@@ -168,6 +168,7 @@ def test_a_number_that_changes_is_found_out() -> None:
         ("prompt-dt", {"surgery": "cagrad"}),  # computed as usual
         ("mtdt", {}),
         ("mtbc", {}),
+        ("mtbc", {"precision": "bf16"}),  # whose products are PyTorch's
         ("mtiql", {}),
     ],
 )

@@ -134,6 +134,25 @@ def test_what_cannot_be_repeated_is_refused(broken: Callable[[Tensor], Tensor]) 
         Recording(lambda: broken(torch.ones(3)))
 
 
+def test_products_are_repeated_in_their_precision() -> None:
+    x, products = torch.randn(2, 64, 64), torch.backends.mkldnn.matmul
+    before = products.fp32_precision
+
+    def computed() -> Tensor:
+        results = []
+        for precision in ("ieee", "bf16", "ieee"):
+            products.fp32_precision = precision
+            results.append(x[0] @ x[1])
+            products.fp32_precision = before
+        return torch.stack(results)
+
+    recording = Recording(computed)
+    x.copy_(torch.randn(x.shape))
+    recording.repeat()
+    assert products.fp32_precision == before
+    assert torch.equal(recording.result, computed())
+
+
 @pytest.mark.usefixtures("native")
 def test_a_kernel_that_ends_otherwise_is_noticed() -> None:
     backend = fused_backend("cpu")

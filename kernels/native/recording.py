@@ -26,6 +26,9 @@ _REFUSED = {
 }
 
 
+_PRODUCTS = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+
+
 class CannotRecord(RuntimeError):
     """The computation does what cannot be repeated from a record."""
 
@@ -50,6 +53,7 @@ class Recording:
     def __init__(self, function: Callable[[], Tensor]):
         self.calls: list[functools.partial[Any]] = []
         self._memory = _Memory()
+        self._precision: str | None = None  # of the products of PyTorch that were noted last
         with _Noticing(self), noting(self._note_call):
             self.result = function()
 
@@ -59,9 +63,13 @@ class Recording:
         Raises:
             RuntimeError: a call of the library ended otherwise than when it was recorded.
         """
-        with torch.inference_mode():
-            for call in self.calls:
-                call()
+        before = _PRODUCTS.fp32_precision
+        try:
+            with torch.inference_mode():
+                for call in self.calls:
+                    call()
+        finally:
+            _multiply_in(before)
 
     @property
     def nbytes(self) -> int:
@@ -87,12 +95,19 @@ class Recording:
         made = [None if _place(tensor) in given else tensor for tensor in _tensors(result)]
         changes = func._schema.is_mutable or made.count(None) < len(made)
         if changes and "empty" not in func._opname:
+            self._note_precision()
             self.calls.append(_repetition(func, *self.operands(made, args, kwargs)))
         return result
 
     def operands(self, *given: Any) -> Any:
         """What a call is given, tensors of ours as they may be kept: without their memory."""
         return tree_map_only(Tensor, self._memory.kept, given)
+
+    def _note_precision(self) -> None:
+        """Note PyTorch's switch for products where it changes; our kernels are told by operands."""
+        if self._precision != _PRODUCTS.fp32_precision:
+            self._precision = _PRODUCTS.fp32_precision
+            self.calls.append(functools.partial(_multiply_in, self._precision))
 
     def _note_call(self, function: Any, arguments: tuple[Any, ...], returned: Any) -> None:
         call = functools.partial(function, *arguments)
@@ -167,6 +182,10 @@ def _view(like: Tensor, memory: Tensor) -> Tensor:
     found = torch.empty(0, dtype=like.dtype)
     storage = memory.untyped_storage()
     return found.set_(storage, like.storage_offset(), like.shape, like.stride())
+
+
+def _multiply_in(precision: str) -> None:
+    _PRODUCTS.fp32_precision = precision
 
 
 def _repetition(
