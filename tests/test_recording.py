@@ -139,12 +139,12 @@ def test_products_are_repeated_in_their_precision() -> None:
     before = products.fp32_precision
 
     def computed() -> Tensor:
-        results = []
-        for precision in ("ieee", "bf16", "ieee"):
+        total = torch.zeros(64, 64)
+        for precision in ("bf16", "ieee", "bf16"):
             products.fp32_precision = precision
-            results.append(x[0] @ x[1])
-            products.fp32_precision = before
-        return torch.stack(results)
+            total = 2 * total + x[0] @ x[1]
+        products.fp32_precision = before
+        return total
 
     recording = Recording(computed)
     x.copy_(torch.randn(x.shape))
