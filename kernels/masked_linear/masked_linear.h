@@ -290,17 +290,23 @@ HARMODT_ALWAYS_INLINE inline void finish(const Sums<Rows>& sums, Out out) {
   finish_as<Rows, false>(sums, out);
 }
 
+// Begin to read the lines that some rows will be written to, and those of the residual. Inlined, for
+// GCC drops calls that only prefetch.
+HARMODT_ALWAYS_INLINE inline void fetch(const Out& out, int64_t rows) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int j = 0; j < kPanelVecs; ++j)
+      __builtin_prefetch(out.rows + i * out.stride + j * kWidth, 1);
+  for (int64_t i = 0; out.residual && i < rows; ++i)
+    for (int j = 0; j < kPanelVecs; ++j)
+      __builtin_prefetch(out.residual + i * out.stride + j * kWidth);
+}
+
 // The rows of a block times a panel. Not inlined: what surrounds it could keep registers that the
 // sums need.
 template <int Rows, class T>
 __attribute__((noinline)) void rows_of_block(InRows<T> left, const T* panel, int64_t depth,
                                              const Out& out) {
-  for (int i = 0; i < Rows; ++i)
-    for (int j = 0; j < kPanelVecs; ++j)
-      __builtin_prefetch(out.rows + i * out.stride + j * kWidth, 1);
-  for (int i = 0; out.residual && i < Rows; ++i)
-    for (int j = 0; j < kPanelVecs; ++j)
-      __builtin_prefetch(out.residual + i * out.stride + j * kWidth);
+  fetch(out, Rows);
   Sums<Rows> sums;
   multiply<Rows>(left, panel, kPanel, depth, sums);
   finish<Rows>(sums, out);
@@ -312,6 +318,7 @@ void block_times_panel(const Element<Pairs>* left, int64_t left_stride, int64_t 
                        int64_t depth, const Element<Pairs>* panel, const Out& out) {
   if constexpr (kTiles<Pairs>) {
     Vec total[kTileRows][1][kPanelVecs];
+    if (out.stride > 2 * kPanel) fetch(out, rows);
     multiply_tiles(left, left_stride, panel, depth, reinterpret_cast<Vec(*)[kPanelVecs]>(total));
     for (int64_t i = 0; i < rows; ++i) finish<1>(total[i], out.from_row(i));
     return;
