@@ -127,6 +127,26 @@ def test_the_weights_of_a_step_in_bf16_are_rounded_where_products_read_them_so(
                 assert torch.equal(rounded, weights[: len(rounded)].bfloat16())
 
 
+@pytest.mark.parametrize("surgery", ["none", "pcgrad"])
+@pytest.mark.parametrize("algorithm", ["harmodt-f", "soco-dt", "prompt-dt", "mtdt"])
+def test_a_step_leaves_nothing_of_the_gradient_before(
+    store: DataStore, device, algorithm: str, surgery: str
+) -> None:
+    sizes = {
+        name: size for name, size in SIZES.items() if algorithm != "mtdt" or "prompt" not in name
+    }
+    sizes |= {"tasks_per_step": 2, "surgery": surgery, "graph": False}
+    results = []
+    for before in (0.0, torch.nan):
+        trainer = make_trainer(store, configure(algorithm, fused=True, **sizes), device)
+        vector = trainer.learner.vector
+        for slot in vector.slots.values():  # what lies between them is 0 and stays so
+            slot.view(vector.gradient).fill_(before)
+        trainer.train_step()
+        results.append(vector.gradient.clone())
+    assert torch.equal(*results) and results[0].any()
+
+
 @pytest.mark.parametrize("implementation", ["cpu"], indirect=True)
 def test_a_hundred_steps_on_a_cpu_follow_the_reference(store: DataStore, device) -> None:
     settings = {"steps": 100, "mask_update_every": 50, "learning_rate": 1e-3, "heads": 1}

@@ -223,7 +223,7 @@ class SequenceLearner:
         All of it is computed on the device, from tensors that stay where they are.
         """
         (batch, targets), (rates, seeds, number) = self.feed.batch(), self.feed.more
-        self.vector.gradient.zero_()
+        self._clear_gradient()
         masks = self._masks_of_step(batch.task_ids)
         with self.execution.computing():
             losses = self.losses(batch, targets, masks, seeds[:, 0])
@@ -233,6 +233,13 @@ class SequenceLearner:
             self._operate(self._of_tasks, batch.task_ids, number)
         norm = self.optimiser.step(masks.bits, batch.task_ids, rates)
         return torch.cat((losses.detach(), norm[None]))
+
+    def _clear_gradient(self) -> None:
+        """Zero what autograd will add to: layers that write their gradients write over the last."""
+        if self._of_tasks is None and not self.setup.config.run.fused:
+            self.vector.gradient.zero_()
+        elif self.model.config.task_embedding_dim:
+            self.vector.slots["task_embedding.weight"].view(self.vector.gradient).zero_()
 
     def _masks_of_step(self, task_ids: Tensor) -> TaskMasks:
         """Those of some tasks, int64 [G], with the place where the step has its gradients."""

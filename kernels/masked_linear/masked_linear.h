@@ -318,7 +318,7 @@ void block_times_panel(const Element<Pairs>* left, int64_t left_stride, int64_t 
                        int64_t depth, const Element<Pairs>* panel, const Out& out) {
   if constexpr (kTiles<Pairs>) {
     Vec total[kTileRows][1][kPanelVecs];
-    if (out.stride > 2 * kPanel) fetch(out, rows);
+    if (out.stride > 2 * kPanel) fetch(out, rows);  // narrower ones a processor foresees
     multiply_tiles(left, left_stride, panel, depth, reinterpret_cast<Vec(*)[kPanelVecs]>(total));
     for (int64_t i = 0; i < rows; ++i) finish<1>(total[i], out.from_row(i));
     return;
