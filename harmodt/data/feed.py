@@ -56,10 +56,10 @@ class Feed:
         _, first = self._of_step(1)
         self._layout = Layout(first)
         self._place = self._layout.pack(first, sampler.device).to(sampler.device)
-        views = self._layout.views(self._place)
+        self._views = self._layout.views(self._place)
         count = 1 + len(more(range(1, 2)))
-        self.task_ids, *self.more = views[:count]
-        self._windows = views[count:]
+        self.task_ids, *self.more = self._views[:count]
+        self._windows = self._views[count:]
 
     def load(self, step: int) -> list[int]:
         """Bring the inputs of a step, counted from 1, to their place; returns its tasks' ids."""
@@ -69,8 +69,11 @@ class Feed:
             found = self._ahead.pop(step, None) or self._thread.submit(self._of_step, step)
             task_ids, inputs = found.result()
             self._ahead = {step + 1: self._thread.submit(self._of_step, step + 1)}
-        packed = self._layout.pack(inputs, self._place.device)
-        self._place.copy_(packed, non_blocking=True)
+        if inputs[0].device == self._place.device:
+            torch._foreach_copy_(self._views, inputs)
+        else:
+            packed = self._layout.pack(inputs, self._place.device)
+            self._place.copy_(packed, non_blocking=True)
         return task_ids
 
     def batch(self) -> tuple[Batch, Tensor]:
