@@ -162,6 +162,7 @@ class MaskedCopies:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self._copies is None:
+            self.bank.vector.gradient.zero_()  # of these layers it is added up at the end
             self._mask = self._mask_of(task_ids)
             self._copies = _copy(self.bank.vector.weights, self._mask, x.dtype)
         return _Product.apply(x, self._of(weight), self._of(bias), relu)
