@@ -1,7 +1,7 @@
 """Where the time of a training step goes: a Markdown table.
 
     python bench/profile_step.py [--path fused|reference|dense] [--dropout 0.1] [--precision bf16]
-                                 [--tasks 1] [--size 5.29M]
+                                 [--tasks 1] [--size 5.29M] [--no-graph]
 
 The step is that of bench_train_step.py: the paper's model (d = 128), five tasks, 8 windows each.
 Every operation is timed where the recorded step calls it or, along the other paths, as PyTorch
@@ -43,7 +43,10 @@ PARTS = {
         "harmodt::norm_linear",
     ),
     "linear layers, gradient of x": ("harmodt::masked_linear_input_gradient",),
-    "linear layers, gradient of W and b": ("harmodt::masked_linear_weight_gradient",),
+    "linear layers, gradient of W and b": (
+        "harmodt::masked_linear_weight_gradient",
+        "harmodt::masked_linear_weight_gradients",  # as PyTorch dispatches it
+    ),
     "products of other layers, or of the reference": (
         "aten::addmm",
         "aten::baddbmm",
@@ -114,6 +117,7 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--tasks", type=int, default=5)
     parser.add_argument("--size", default="1.47M", help="of the model; 5.29M is d = 256")
+    parser.add_argument("--no-graph", action="store_true", help="compute each step anew")
     arguments = parser.parse_args()
     prepare_cpu()
     with tempfile.TemporaryDirectory() as directory:
@@ -125,6 +129,7 @@ def main() -> None:
             precision=arguments.precision,
             tasks_per_step=arguments.tasks,
             size=arguments.size,
+            graph=not arguments.no_graph,
         )
         step, operations, fastest = measure(trainer, arguments.precision)
         print(table(step, operations))

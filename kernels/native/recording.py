@@ -25,7 +25,6 @@ _REFUSED = {
     torch.Tag.nondeterministic_seeded,  # PyTorch's generators draw
 }
 
-
 _PRODUCTS = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 
