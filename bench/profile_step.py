@@ -7,8 +7,8 @@ The step is that of bench_train_step.py: the paper's model (d = 128), five tasks
 Every operation is timed where the recorded step calls it or, along the other paths, as PyTorch
 dispatches it; the last line of the table is what they leave of a step that is not observed. (Under
 PyTorch's profiler, whose memory lies between the tensors', these land on fresh pages again and
-again.) Beneath it stands the arithmetic of the masked linear
-layers at the peak that this machine had between the steps.
+again.) Beneath it stands the arithmetic of the masked linear layers at the peak that this machine
+had between the steps.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ def measure(trainer: Trainer, precision: str) -> tuple[float, dict[str, float], 
     """Median seconds of a step that is not observed, the mean of each operation in others, and the
     median of the machine's peak between them, in operations per second."""
     times, peaks = [], []
-    trainer.train_step()
+    for _ in range(2):
+        trainer.train_step()  # the second is recorded
     operations = OperationTimes(trainer)
     for step in range(-3, 2 * STEPS):
         peaks.append(peak(precision))

@@ -41,15 +41,23 @@ class Graph:
 
 
 class CallGraph(Graph):
-    """On a CPU: the calls of kernels, recorded at the first call.
+    """On a CPU: the calls of kernels, recorded at the second call.
+
+    What is made at the first call alone, and kept, is no part of them.
 
     Attributes:
         recording: of them, or None before that.
     """
 
-    recording: Recording | None = None
+    def __init__(self, function: Callable[[], Tensor]):
+        super().__init__(function)
+        self.recording: Recording | None = None
+        self._called = False
 
     def __call__(self) -> Tensor:
+        if not self._called:
+            self._called = True
+            return self._function()
         if self.recording is None:
             try:
                 self.recording = Recording(self._function)

@@ -94,7 +94,8 @@ class DecisionPolicy(TrainedPolicy):
         self._groups = _Groups(self._task_ids)
         self._group_ids, self._masks = self._on_device(self._groups)
         self._prompt_cache: PromptCache | None = None
-        self._prepare_graph()
+        if self._execution.repeats:
+            self._prepare_graph()
         self.restart(np.ones(rows, bool))
 
     def restart(self, rows: np.ndarray) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from ctypes import byref
 
 import torch
@@ -33,7 +34,14 @@ def masked_layer_norm(
     library().harmodt_masked_layer_norm(
         byref(shape), *map(pointer, (x, weight, bias, y, statistics)), threads()
     )
-    return y.to(dtype), statistics, torch.zeros(len(x), dtype=torch.int32)
+    return y.to(dtype), statistics, no_arrivals(len(x))
+
+
+@functools.cache
+def no_arrivals(groups: int) -> Tensor:
+    """In place of the counters by which a GPU's programs find the last of a group, int32 [G]."""
+    with torch.inference_mode(False):
+        return torch.zeros(groups, dtype=torch.int32)
 
 
 def masked_layer_norm_gradient(
