@@ -32,7 +32,7 @@ class SurgerySettings:
 
     surgery: Literal["none", "pcgrad", "cagrad", "graddrop"] = "none"
     """Their mean, or surgery on the gradients of all weights, which takes several tasks per step.
-    CAGrad solves a small problem on the CPU: its steps are not one CUDA graph."""
+    CAGrad solves a small problem on the host: its steps are not recorded as a graph."""
     cagrad_c: ShareBelowOne = 0.4
     """CAGrad: how far from the mean gradient it looks, as a share of that one's norm."""
     graddrop_leak: Share = 0.0
