@@ -103,6 +103,18 @@ def test_recorded_actions_repeat_as_the_next_actions(
     torch.testing.assert_close(actions, play(usual.learner.policy(0)))
 
 
+@pytest.mark.usefixtures("native")
+def test_steps_go_on_after_acting_as_if_there_had_been_none(store: DataStore) -> None:
+    plain, acting = (
+        make_trainer(store, configure(fused=True, dropout=0.2, **SIZES)) for _ in range(2)
+    )
+    assert all(map(torch.equal, steps(plain, 3), steps(acting, 3)))
+    actions = play(acting.learner.policy(3))  # full histories are recorded, too
+    acting.learner.resume_training()
+    assert all(map(torch.equal, steps(plain, 3), steps(acting, 3)))
+    assert not torch.equal(play(acting.learner.policy(6)), actions)
+
+
 def play(policy: DecisionPolicy) -> Tensor:
     """Actions of two tasks' episodes, some of which begin again in the middle."""
     rng = np.random.default_rng(0)

@@ -178,12 +178,14 @@ def test_the_same_seed_gives_the_same_weights(store: DataStore) -> None:
     assert not equal(first, other)
 
 
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("fused", [False, True])  # by the CPU's kernels, in steps that are recorded
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("pause", [4, 6])  # masks move at 4 and at 8
 def test_a_run_that_goes_on_ends_as_without_a_pause(
-    store: DataStore, algorithm: str, pause: int
+    store: DataStore, algorithm: str, pause: int, fused: bool
 ) -> None:
-    config = configure(dropout=0.1, algorithm=algorithm)
+    config = configure(dropout=0.1, algorithm=algorithm, fused=fused)
     whole = make_trainer(store, config)
     train(whole, 10)
     first = make_trainer(store, config)
