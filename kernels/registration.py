@@ -45,18 +45,16 @@ def register(package: str, name: str, schema: str, fake: Callable[..., Any]) -> 
         fake: gives results of the right shape and dtype without computing them.
     """
 
+    _PACKAGES[name] = package
+
     def run_triton(*arguments: Any) -> Any:
         return _function(f"{package}.triton", name)(*arguments)
 
-    _PACKAGES[name] = package
-
     def run_on_cpu(*arguments: Any) -> Any:
-        if interpreted():
-            return run_triton(*arguments)
-        missing = library.why_missing()
+        missing = None if interpreted() else library.why_missing()
         if missing is not None:
             raise BackendUnavailable(missing)
-        return _function(f"{package}.cpu", name)(*arguments)
+        return kernel(name)(*arguments)
 
     _LIBRARY.define(f"{name}{schema}")
     _LIBRARY.impl(name, run_triton, "CUDA")
@@ -65,7 +63,7 @@ def register(package: str, name: str, schema: str, fake: Callable[..., Any]) -> 
 
 
 def kernel(name: str) -> Callable[..., Any]:
-    """The function of an operation on a CPU."""
+    """The function that computes an operation on a CPU."""
     module = "triton" if interpreted() else "cpu"
     return _function(f"{_PACKAGES[name]}.{module}", name)
 
