@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -92,12 +93,18 @@ def test_memory_is_used_again_once_a_tensor_is_gone() -> None:
 
 
 def test_memory_goes_with_the_recording_but_for_what_is_in_use() -> None:
-    recording = Recording(lambda: torch.ones(5) * 3)
+    def computed() -> Tensor:
+        made = [torch.ones(100 * size).sum() for size in range(1, 9)]  # blocks that fit no other
+        return torch.stack(made) * 3
+
+    recording = Recording(computed)
+    blocks = [weakref.ref(block) for block in recording._memory._blocks.values()]
     result = recording.result
     del recording
     gc.collect()
-    assert [torch.zeros(5).sum() for _ in range(50)] == [0] * 50
-    assert result.tolist() == [3] * 5
+    (left,) = [block() for block in blocks if block() is not None]
+    assert left.data_ptr() == result.data_ptr()
+    assert result.tolist() == [300 * size for size in range(1, 9)]
 
 
 def test_what_others_keep_of_it_stays_as_it_is() -> None:

@@ -36,8 +36,9 @@ class Recording:
     """A function's computation: done once, as it is recorded, and then repeated.
 
     What Python reads and computes is not repeated, so the function must read its inputs from
-    tensors that stay where they are. Tensors that it makes lie in memory of the recording, where
-    each takes the place of one that was gone before.
+    tensors that stay where they are. Nor is anything checked again that Python checked: task ids
+    must stay those of tasks that there are. Tensors that it makes lie in memory of the recording,
+    where each takes the place of one that was gone before.
 
     Args:
         function: computes a tensor from tensors on the CPU.
@@ -151,8 +152,11 @@ class _Memory:
         """A tensor's copy here. Its block is free again when its storage is gone."""
         block = self._block(max(tensor.untyped_storage().nbytes(), 1))
         lent = block.numpy()[:]
-        weakref.finalize(lent, self._free.__setitem__, block.data_ptr(), block).atexit = False
+        weakref.finalize(lent, _give_back, weakref.ref(self), block).atexit = False
         return _view(tensor, torch.from_numpy(lent)).copy_(tensor)
+
+    def give_back(self, block: Tensor) -> None:
+        self._free[block.data_ptr()] = block
 
     def kept(self, tensor: Tensor) -> Tensor:
         """The tensor, or if it lies here, one in its place that does not keep the block."""
@@ -166,6 +170,12 @@ class _Memory:
         block = torch.empty(size, dtype=torch.uint8)
         self._blocks[block.data_ptr()] = block
         return block
+
+
+def _give_back(memory: weakref.ref[_Memory], block: Tensor) -> None:
+    """Give back a block, unless its memory is gone: what is lent does not keep the rest."""
+    if (there := memory()) is not None:
+        there.give_back(block)
 
 
 def _tensors(tree: Any) -> list[Tensor]:
