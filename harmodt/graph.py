@@ -12,7 +12,8 @@ from harmodt_kernels import CannotRecord, Recording
 from .errors import UserError
 
 _ADVICE = (
-    "the computation cannot be recorded as a graph ({}): train with --no-graph, or with --no-fused"
+    "the computation cannot be recorded as a graph ({}): train with --no-graph, or compute with "
+    "--no-fused"
 )
 
 WARM_UP = 3  # calls that compute as usual: kernels are compiled, and memory is asked for
