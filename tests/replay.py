@@ -42,7 +42,7 @@ def launching(wrap: Callable[[Launch], Launch]) -> Iterator[None]:
 
 
 class GraphRecording(Recording):
-    """A recording that holds launches of Triton kernels, and refuses what only a GPU cannot do."""
+    """A recording that holds launches of Triton kernels, and refuses what a GPU alone cannot do."""
 
     def __init__(self, function: Callable[[], Tensor]):
         with launching(self._noting):
