@@ -1,7 +1,8 @@
 // Causal self-attention over short sequences, one (sequence, head) at a time in a thread's cache.
 //
-// A block is kWidth queries, one in each lane. Matrices of a block are "transposed": [..][kWidth], a
-// register for each key or element. So sums over keys and maxima need no shuffles.
+// A block is kWidth queries, one in each lane, so that sums over keys and maxima need no shuffles. A
+// head's elements are cut into chunks of kWidth: a matrix of it is [chunks][rows][kWidth]. All
+// products are of kWidth rows or columns of such a chunk, a tile, which lie at constant distances.
 #pragma once
 
 #include "dropout_add/dropout_add.h"
@@ -10,348 +11,428 @@
 
 namespace {
 
-constexpr int kKeys = 8;  // keys at a time in a product
 // While a thread works on a head, it fetches this one after it: of the next one memory would still
 // be awaited.
 constexpr int64_t kHeadsAhead = 2;
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
 
-inline Vec exponential(Vec x) {
-  // exp(x) = 2^n exp(r), |r| <= ln 2 / 2; below the normal numbers it is 0, and NaN stays.
-  IntVec vanishes = x < -87.0f;
-  x = vanishes ? splat(-87.0f) : x;
-  Vec n = fused_multiply_add(x, splat(1.44269504f), splat(12582912.0f));  // integer in the low bits
-  Vec power = (Vec)(((IntVec)n << 23) + 0x3f800000);
-  n -= 12582912.0f;
-  Vec r = fused_multiply_add(n, splat(-0.693359375f), x);
-  r = fused_multiply_add(n, splat(2.12194440e-4f), r);
-  Vec p = splat(1.9875691500e-4f);
-  const float more[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
-                        1.6666665459e-1f, 5.0000001201e-1f, 1.0f, 1.0f};
+// 2^x; below the normal numbers it is 0, and NaN stays.
+inline Vec power_of_two(Vec x) {
+  constexpr float round = 12582912.0f;  // behind whose last bit no fraction fits
+  Vec n = x + round;
+  IntVec bits = (IntVec)n;
+  n -= round;
+  Vec r = x - n, p = splat(1.5353362e-4f);  // a polynomial fitted to 2^r where |r| <= 1/2
+  const float more[] = {1.3398875e-3f, 9.61843692e-3f, 5.55033237e-2f,
+                        0.240226477f,  0.693147182f,   1.0f};
   for (float c : more) p = fused_multiply_add(p, r, splat(c));
-  return vanishes ? Vec{} : p * power;
+#if defined(__AVX512F__)
+  (void)bits;
+  auto normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return (Vec)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
+#else
+  return x < -126.0f ? Vec{} : p * (Vec)((bits << 23) + 0x3f800000);
+#endif
 }
 
-// log(x) of x >= 1: the exponent and a line for the rest, which is 0.03 off at most, then Newton's
-// steps, each of which leaves half of the error's square.
-inline Vec logarithm(Vec x) {
+// log2(x) of x >= 1: the exponent and a line for the rest, which is 0.05 off at most, then Newton's
+// steps, each of which leaves a third of the error's square.
+inline Vec binary_logarithm(Vec x) {
   IntVec exponent = ((IntVec)x >> 23) - 127;
   Vec rest = (Vec)((IntVec)x - (exponent << 23));  // in [1, 2)
-  Vec y = (__builtin_convertvector(exponent, Vec) + rest - 0.957f) * 0.69314718f;
-  for (int i = 0; i < 2; ++i) y += fused_multiply_add(x, exponential(-y), splat(-1.0f));
+  Vec y = __builtin_convertvector(exponent, Vec) + rest - 0.957f;
+  for (int i = 0; i < 2; ++i)
+    y += fused_multiply_add(x, power_of_two(-y), splat(-1.0f)) * kLog2E;
   return y;
 }
 
-// Sums are set to 0 one by one, because = {} would do so in memory.
+// Sums of products, one for each row of a tile.
+using Tile = Vec[kWidth];
 
-// scores[j] = sum over d of queries[d] * keys[j][d], for whole tiles of keys
-void dots(const float* queries, const float* keys, int64_t count, int64_t size, float* scores) {
-  for (int64_t j = 0; j < count; j += kKeys) {
-    Vec total[kKeys];
-    for (int i = 0; i < kKeys; ++i) total[i] = Vec{};
-    for (int64_t d = 0; d < size; ++d) {
-      Vec query = load(queries + d * kWidth);
-      for (int i = 0; i < kKeys; ++i)
-        total[i] = fused_multiply_add(splat(keys[(j + i) * size + d]), query, total[i]);
-    }
-    for (int i = 0; i < kKeys; ++i) store(scores + (j + i) * kWidth, total[i]);
+// The left operand of products: row i of them is a row, or a column, of a chunk.
+struct ChunkRows {
+  const float* first;
+  float at(int i, int64_t k) const { return first[i * kWidth + k]; }
+};
+struct ChunkColumns {
+  const float* first;
+  float at(int i, int64_t k) const { return first[k * kWidth + i]; }
+};
+
+inline void clear(Tile& total) {  // one by one, because = {} would do so in memory
+  unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE { total[i] = Vec{}; });
+}
+
+// total[i] += sum over k < depth of left.at(i, k) * right[k]
+template <class Left>
+HARMODT_ALWAYS_INLINE inline void add_products(Left left, const float* right, int64_t depth,
+                                               Tile& total) {
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec v = load(right + k * kWidth);
+    unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE {
+      total[i] = fused_multiply_add(splat(left.at(i, k)), v, total[i]);
+    });
   }
 }
 
-// out[d] = sum over j of weights[j] * rows[j][d]
-void weighted_sums(const float* weights, const float* rows, int64_t count, int64_t size, float* out) {
-  for (int64_t d = 0; d < size; d += kWidth) {
-    Vec total[kWidth];
-    for (int i = 0; i < kWidth; ++i) total[i] = Vec{};
-    for (int64_t j = 0; j < count; ++j) {
-      Vec weight = load(weights + j * kWidth);
-      for (int i = 0; i < kWidth; ++i)
-        total[i] = fused_multiply_add(splat(rows[j * size + d + i]), weight, total[i]);
-    }
-    for (int i = 0; i < kWidth; ++i) store(out + (d + i) * kWidth, total[i]);
-  }
+inline void transpose(Tile& tile) {
+  IntVec rows[kWidth];
+  unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE { rows[i] = (IntVec)tile[i]; });
+  transpose(rows);
+  unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE { tile[i] = (Vec)rows[i]; });
 }
 
-// out[j][d] += sum over i of weights[j][i] * rows[i][d]
-void add_outer(const float* weights, const float* rows, int64_t count, int64_t size, float* out) {
-  for (int64_t d = 0; d < size; d += kWidth) {
-    Vec row[kWidth];
-    for (int i = 0; i < kWidth; ++i) row[i] = load(rows + i * size + d);
-    for (int64_t j = 0; j < count; ++j) {
-      Vec total = load(out + j * size + d);
-      for (int i = 0; i < kWidth; ++i)
-        total = fused_multiply_add(splat(weights[j * kWidth + i]), row[i], total);
-      store(out + j * size + d, total);
-    }
-  }
-}
+// Where a (sequence, head) lies in the tensors.
+struct Place {
+  int64_t inputs;   // of the first token's query; key and value lie `part` and 2 `part` further
+  int64_t outputs;  // of the first query's output
+};
 
-// A block's rows [kWidth][size] into [size][kWidth], and back.
-void transpose_tile(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-  IntVec tile[kWidth];
-  for (int i = 0; i < kWidth; ++i) tile[i] = (IntVec)load(from + i * from_stride);
-  transpose(tile);
-  for (int i = 0; i < kWidth; ++i) store(to + i * to_stride, (Vec)tile[i]);
-}
-void transpose_rows(const float* rows, int64_t size, float* transposed) {
-  for (int64_t d = 0; d < size; d += kWidth)
-    transpose_tile(rows + d, size, transposed + d * kWidth, kWidth);
-}
-void transpose_back(const float* transposed, int64_t size, float* rows) {
-  for (int64_t d = 0; d < size; d += kWidth)
-    transpose_tile(transposed + d * kWidth, kWidth, rows + d, size);
-}
-
-// One sequence and head. What is read many times is copied to `memory`, padded with zeros to whole
-// registers and tiles of keys.
+// What a thread needs for one (sequence, head) at a time. What is read many times is copied to its
+// memory, padded with zeros to whole chunks and tiles of keys.
 struct Head {
-  harmodt_attention_shape s;
-  int64_t sequence, head;
-  int64_t total;   // keys: past and present tokens
-  int64_t padded_keys;  // in whole tiles
-  int64_t size;    // of a padded row
-  int64_t stride;  // from token to token of qkv
-  int64_t offset;  // of the first token's query; key and value lie `part` and 2 `part` further
-  int64_t part;
+  const harmodt_attention_shape& s;
+  int64_t total;             // keys: past and present tokens
+  int64_t padded_keys;       // in whole tiles
+  int64_t chunks, of_chunk;  // of a matrix of keys: how many, and from one to the next
+  int64_t part, stride;      // of qkv: from queries to keys, from token to token
   float scale;
   uint32_t seed;
-  float *keys, *values, *d_keys, *d_values;    // [padded_keys][size]
-  float *queries, *d_out, *rows;               // of a block, [kWidth][size]
-  float *queries_t, *d_out_t, *transposed;     // of a block, [size][kWidth]
-  float *scores, *gradients;                   // of a block, [padded_keys][kWidth]
+  float *keys, *values, *d_keys, *d_values;  // [chunks][padded_keys][kWidth]
+  float *queries, *d_out;                    // of a block, [chunks][kWidth][kWidth]
+  float *queries_t, *d_out_t;                // the same with a query in each lane
+  float *scores, *gradients;                 // of a block, [padded_keys][kWidth]
+  int64_t item;                              // sequence and head
+  Place here, later;                         // this one, and the one that is fetched
 
-  static int64_t padded(const harmodt_attention_shape& s) {
-    return (s.head_size + kWidth - 1) / kWidth * kWidth;
+  static int64_t chunks_of(const harmodt_attention_shape& s) {
+    return (s.head_size + kWidth - 1) / kWidth;
   }
-  static int64_t tiles(int64_t keys) { return (keys + kKeys - 1) / kKeys * kKeys; }
+  static int64_t tiles(int64_t keys) { return (keys + kWidth - 1) / kWidth * kWidth; }
   static uint64_t memory(const harmodt_attention_shape& s) {
-    int64_t keys = tiles(s.past + s.tokens);
-    return sizeof(float) * (keys * (4 * padded(s) + 2 * kWidth) + 6 * kWidth * padded(s));
+    int64_t keys = tiles(s.past + s.tokens), chunks = chunks_of(s);
+    return sizeof(float) * kWidth * (keys * (4 * chunks + 2) + 4 * chunks * kWidth);
   }
 
-  Head(const harmodt_attention_shape& shape, int64_t item, float* memory)
-      : s(shape), sequence(item / shape.heads), head(item % shape.heads), size(padded(shape)) {
+  Head(const harmodt_attention_shape& shape, float* memory) : s(shape), chunks(chunks_of(shape)) {
     total = s.past + s.tokens;
     padded_keys = tiles(total);
+    of_chunk = padded_keys * kWidth;
     part = s.heads * s.head_size;
     stride = 3 * part;
-    offset = sequence * s.tokens * stride + head * s.head_size;
     scale = 1 / __builtin_sqrtf(static_cast<float>(s.head_size));
     seed = seed_at(s.seed);
-    float** of_tokens[] = {&keys, &values, &d_keys, &d_values};
-    for (float** matrix : of_tokens) {
+    for (float** matrix : {&keys, &values, &d_keys, &d_values}) {
       *matrix = memory;
-      memory += padded_keys * size;
+      memory += chunks * of_chunk;
     }
-    float** of_block[] = {&queries, &d_out, &rows, &queries_t, &d_out_t, &transposed};
-    for (float** matrix : of_block) {
+    for (float** matrix : {&queries, &d_out, &queries_t, &d_out_t}) {
       *matrix = memory;
-      memory += kWidth * size;
+      memory += chunks * kWidth * kWidth;
     }
     scores = memory;
-    gradients = scores + padded_keys * kWidth;
+    gradients = scores + of_chunk;
+  }
+
+  void move_to(int64_t to) {
+    item = to;
+    here = place_of(item);
+    later = place_of(smaller(item + kHeadsAhead, s.sequences * s.heads - 1));
+  }
+  Place place_of(int64_t of) const {
+    int64_t sequence = of / s.heads, column = of % s.heads * s.head_size;
+    return {sequence * s.tokens * stride + column, sequence * s.queries * part + column};
+  }
+  int64_t token(int64_t query) const { return s.first_query + query * s.query_step; }
+  // Of the statistics.
+  int64_t row(int64_t query) const {
+    return (item / s.heads * s.queries + query) * s.heads + item % s.heads;
   }
 
   // A row of the head between tensors, where it has head_size elements, and here.
   void get(const float* from, float* to) const {
-    for (int64_t d = 0; d < size; d += kWidth)
-      store(to + d, load(from + d, lanes_left(s.head_size - d)));
+    for (int64_t c = 0; c < chunks; ++c, from += kWidth, to += of_chunk)
+      store(to, load(from, lanes_left(s.head_size - c * kWidth)));
   }
-  void put(const float* from, float* to) const {
-    for (int64_t d = 0; d < s.head_size; d += kWidth)
-      store(to + d, load(from + d), lanes_left(s.head_size - d));
+  void put(const float* from, Vec factor, float* to) const {
+    for (int64_t c = 0; c < chunks; ++c, from += of_chunk, to += kWidth)
+      store(to, load(from) * factor, lanes_left(s.head_size - c * kWidth));
   }
-  void get_keys_and_values(const float* qkv) {
+  void get_keys_and_values(const float* qkv) const {
     for (int64_t j = 0; j < s.past; ++j) {
-      int64_t at = ((sequence * s.heads + head) * s.past + j) * s.head_size;
-      get(s.past_keys + at, keys + j * size);
-      get(s.past_values + at, values + j * size);
+      int64_t at = (item * s.past + j) * s.head_size;
+      get(s.past_keys + at, keys + j * kWidth);
+      get(s.past_values + at, values + j * kWidth);
     }
-    for (int64_t j = 0; j < s.tokens; ++j) {
-      get(qkv + offset + j * stride + part, keys + (s.past + j) * size);
-      get(qkv + offset + j * stride + 2 * part, values + (s.past + j) * size);
+    const float* from = qkv + here.inputs + part;
+    for (int64_t j = s.past; j < total; ++j, from += stride) {
+      get(from, keys + j * kWidth);
+      get(from + part, values + j * kWidth);
     }
-    for (int64_t i = total * size; i < padded_keys * size; i += kWidth) {
-      store(keys + i, Vec{});
-      store(values + i, Vec{});
+    for (int64_t c = 0; c < chunks; ++c)
+      for (int64_t i = c * of_chunk + total * kWidth; i < (c + 1) * of_chunk; i += kWidth) {
+        store(keys + i, Vec{});
+        store(values + i, Vec{});
+      }
+  }
+  void clear_gradients() const {
+    for (int64_t i = 0; i < chunks * of_chunk; i += kWidth) {
+      store(d_keys + i, Vec{});
+      store(d_values + i, Vec{});
+    }
+  }
+  void put_gradients(float* d_qkv) const {
+    float* to = d_qkv + here.inputs + part;
+    for (int64_t j = 0; j < s.tokens; ++j, to += stride) {
+      put(d_keys + j * kWidth, splat(scale), to);
+      put(d_values + j * kWidth, splat(1.0f), to + part);
     }
   }
 
-  // Begin to read rows [from, to) of this head in a matrix. Into the second-level cache: the rows are
-  // so far apart that they share few sets of the first. Inlined, because GCC drops calls of what only
-  // prefetches, for lack of an effect.
-  __attribute__((always_inline)) inline void fetch(const float* matrix, int64_t row_stride,
-                                                   int64_t from, int64_t to) const {
-    for (int64_t i = from; i < to; ++i)
-      for (int64_t d = 0; d < s.head_size; d += 16)
-        __builtin_prefetch(matrix + i * row_stride + d, 0, 2);
+  // scores[j] = rows[j] · the queries of columns, for a tile of keys from j on
+  HARMODT_ALWAYS_INLINE inline void dots(const float* rows, const float* columns, int64_t j,
+                                         Tile& total) const {
+    clear(total);
+    for (int64_t c = 0; c < chunks; ++c)
+      add_products(ChunkRows{rows + c * of_chunk + j * kWidth}, columns + c * kWidth * kWidth,
+                   kWidth, total);
   }
-
-  int64_t token(int64_t query) const { return s.first_query + query * s.query_step; }
-  int64_t row(int64_t query) const { return (sequence * s.queries + query) * s.heads + head; }
+  // out[j] += sum over the block's queries of weights[j] * rows, for so many keys in whole tiles
+  void add_outer(const float* weights, const float* rows, int64_t count, float* out) const {
+    for (int64_t c = 0; c < chunks; ++c)
+      for (int64_t j = 0; j < count; j += kWidth) {
+        float* to = out + c * of_chunk + j * kWidth;
+        Tile total;
+        unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE { total[i] = load(to + i * kWidth); });
+        add_products(ChunkRows{weights + j * kWidth}, rows + c * kWidth * kWidth, kWidth, total);
+        unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE { store(to + i * kWidth, total[i]); });
+      }
+  }
 };
 
 // The queries `first` and later, kWidth of them; after the last one, it is repeated. In the course
 // of its work it fetches its share of a later head, some rows at a time: more at once would queue.
 struct Block {
-  Head h, later;
+  const Head& h;
   int64_t first, queries;
-  int64_t keys;  // that some query may see
-  IntVec positions, places;  // among the keys; for dropout
+  int64_t keys;               // that some query may see
+  int64_t seen_by_all;        // of those
+  int64_t from, to;           // tokens of the later head that it fetches
+  IntVec positions, unhashed_draws;  // among the keys; at the first key
 
-  Block(const Head& head, const Head& later_head, int64_t first_query)
-      : h(head), later(later_head), first(first_query) {
-    queries = smaller(kWidth, h.s.queries - first);
-    for (int i = 0; i < kWidth; ++i) {
-      positions[i] = static_cast<int32_t>(h.s.past + h.token(query(i)));
-      places[i] = static_cast<int32_t>(h.row(query(i)) * h.total);
-    }
-    keys = h.s.past + h.token(query(kWidth - 1)) + 1;
+  Block(const Head& head, int64_t first_query) : h(head), first(first_query) {
+    const harmodt_attention_shape& s = h.s;
+    queries = smaller(kWidth, s.queries - first);
+    seen_by_all = s.past + h.token(first) + 1;
+    keys = s.past + h.token(first + queries - 1) + 1;
+    from = s.tokens * first / s.queries;
+    to = s.tokens * (first + queries) / s.queries;
+    IntVec lane;
+    for (int i = 0; i < kWidth; ++i) lane[i] = i;
+    int32_t last = static_cast<int32_t>(queries - 1);
+    lane = lane < last ? lane : splat(last);
+    positions = lane * static_cast<int32_t>(s.query_step) + static_cast<int32_t>(seen_by_all - 1);
+    unhashed_draws = unhashed(lane * static_cast<int32_t>(s.heads * h.total) +
+                                  static_cast<int32_t>(h.row(first) * h.total),
+                              h.seed);
   }
-  int64_t query(int64_t lane) const { return first + smaller(lane, queries - 1); }
 
-  void get_queries(const float* qkv) const {
-    for (int i = 0; i < kWidth; ++i)
-      h.get(qkv + h.offset + h.token(query(i)) * h.stride, h.queries + i * h.size);
-    transpose_rows(h.queries, h.size, h.queries_t);
+  // Begin to read rows of the later head. Into the second-level cache: the rows are so far apart that
+  // they share few sets of the first. Inlined, because GCC drops calls of what only prefetches, for
+  // lack of an effect.
+  HARMODT_ALWAYS_INLINE inline void fetch(const float* matrix, int64_t stride, int64_t rows) const {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t d = 0; d < h.s.head_size; d += 16)
+        __builtin_prefetch(matrix + i * stride + d, 0, 2);
   }
   // Of queries (0), keys (1) or values (2); and of the output.
-  __attribute__((always_inline)) inline void fetch(const float* qkv, int part) const {
-    later.fetch(qkv + later.offset + part * later.part, later.stride,
-                h.s.tokens * first / h.s.queries, h.s.tokens * (first + queries) / h.s.queries);
+  HARMODT_ALWAYS_INLINE inline void fetch_inputs(const float* qkv, int part) const {
+    fetch(qkv + h.later.inputs + part * h.part + from * h.stride, h.stride, to - from);
   }
-  __attribute__((always_inline)) inline void fetch_outputs(const float* out) const {
-    later.fetch(out + later.row(0) * h.s.head_size, later.part, first, first + queries);
+  HARMODT_ALWAYS_INLINE inline void fetch_outputs(const float* out) const {
+    fetch(out + h.later.outputs + first * h.part, h.part, queries);
   }
 
-  // All ones where a query may see key j.
-  IntVec allowed(int64_t j) const { return splat(static_cast<int32_t>(j)) <= positions; }
-  // The factor of key j's weight.
-  Vec dropout(int64_t j) const {
-    return kept(places + static_cast<int32_t>(j), h.s.dropout, h.seed);
+  // A chunk of rows that lie `stride` apart, the last one repeated.
+  HARMODT_ALWAYS_INLINE inline void get(const float* rows, int64_t stride, int64_t chunk,
+                                        Tile& tile) const {
+    uint32_t inside = lanes_left(h.s.head_size - chunk * kWidth);
+    const float* from_row = rows + chunk * kWidth;
+    unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE {
+      tile[i] = load(from_row, inside);
+      if (i + 1 < queries) from_row += stride;
+    });
+  }
+  // A chunk of the block's rows with a query in each lane, into rows that lie `stride` apart.
+  HARMODT_ALWAYS_INLINE inline void put(Tile& tile, int64_t chunk, float* rows,
+                                        int64_t stride) const {
+    transpose(tile);
+    uint32_t inside = lanes_left(h.s.head_size - chunk * kWidth);
+    unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE {
+      if (i < queries) store(rows + i * stride + chunk * kWidth, tile[i], inside);
+    });
+  }
+  // Queries, those with a query in each lane in the units of scores.
+  void get_queries(const float* qkv) const {
+    const float* rows = qkv + h.here.inputs + h.token(first) * h.stride;
+    for (int64_t c = 0; c < h.chunks; ++c) {
+      int64_t at = c * kWidth * kWidth;
+      Tile tile;
+      get(rows, h.s.query_step * h.stride, c, tile);
+      for (int i = 0; i < kWidth; ++i) store(h.queries + at + i * kWidth, tile[i]);
+      transpose(tile);
+      for (int i = 0; i < kWidth; ++i)
+        store(h.queries_t + at + i * kWidth, tile[i] * (h.scale * kLog2E));
+    }
+  }
+
+  // Scores of the keys, as powers of two, in whole tiles: -inf where a query may not see a key.
+  // Returns the largest of each query.
+  Vec score() const {
+    Vec least = splat(-__builtin_inff()), most = least;
+    for (int64_t j = 0; j < keys; j += kWidth) {
+      Tile total;
+      h.dots(h.keys, h.queries_t, j, total);
+      IntVec left = positions - static_cast<int32_t>(j);
+      bool all = j + kWidth <= seen_by_all;
+      unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE {
+        if (!all) total[i] = left >= static_cast<int32_t>(i) ? total[i] : least;
+        store(h.scores + (j + i) * kWidth, total[i]);
+        most = total[i] > most ? total[i] : most;
+      });
+    }
+    return most;
   }
 };
 
 template <bool Dropout>
-void attention_of(Block block, const float* qkv, float* out, float* log_sums) {
-  Head h = block.h;
-  block.fetch(qkv, 0);
-  dots(h.queries_t, h.keys, block.keys, h.size, h.scores);
-  block.fetch(qkv, 1);
-  Vec most = splat(-__builtin_inff()), total{};
-  for (int64_t j = 0; j < block.keys; ++j) {
-    Vec x = load(h.scores + j * kWidth) * h.scale;
-    x = block.allowed(j) ? x : splat(-__builtin_inff());
-    store(h.scores + j * kWidth, x);
-    most = x > most ? x : most;
-  }
-  for (int64_t j = 0; j < block.keys; ++j) {
-    Vec e = exponential(load(h.scores + j * kWidth) - most);
+void attention_of(const Block& block, const float* qkv, float* out, float* log_sums) {
+  const Head& h = block.h;
+  block.fetch_inputs(qkv, 0);
+  block.get_queries(qkv);
+  Vec most = block.score(), total{};
+  block.fetch_inputs(qkv, 1);
+  IntVec draws = block.unhashed_draws;
+  for (int64_t j = 0; j < block.keys; ++j, draws += kNextPlace) {
+    Vec e = power_of_two(load(h.scores + j * kWidth) - most);
     total += e;
-    store(h.scores + j * kWidth, Dropout ? e * block.dropout(j) : e);
+    store(h.scores + j * kWidth, Dropout ? e * kept(draws, h.s.dropout) : e);
   }
-  block.fetch(qkv, 2);
-  weighted_sums(h.scores, h.values, block.keys, h.size, h.transposed);
+  block.fetch_inputs(qkv, 2);
+  Vec share = 1 / total, log_sum = (most + binary_logarithm(total)) * kLn2;
+  for (int64_t c = 0; c < h.chunks; ++c) {
+    Tile sums;
+    clear(sums);
+    add_products(ChunkColumns{h.values + c * h.of_chunk}, h.scores, block.keys, sums);
+    unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE { sums[i] *= share; });
+    block.put(sums, c, out + h.here.outputs + block.first * h.part, h.part);
+  }
   block.fetch_outputs(out);
-  Vec share = 1 / total, log_sum = most + logarithm(total);
-  for (int64_t d = 0; d < h.size; ++d)
-    store(h.transposed + d * kWidth, load(h.transposed + d * kWidth) * share);
-  transpose_back(h.transposed, h.size, h.rows);
-  for (int64_t i = 0; i < block.queries; ++i) {
-    int64_t row = h.row(block.query(i));
-    h.put(h.rows + i * h.size, out + row * h.s.head_size);
-    log_sums[row] = log_sum[i];
+  for (int64_t i = 0; i < block.queries; ++i) log_sums[h.row(block.first + i)] = log_sum[i];
+}
+
+// Adds to d_keys and d_values, and puts the queries' gradients into d_qkv.
+template <bool Dropout>
+void attention_gradient_of(const Block& block, const float* d_out, const float* qkv,
+                           const float* out, const float* log_sums, float* d_qkv) {
+  const Head& h = block.h;
+  block.fetch_inputs(qkv, 0);
+  block.get_queries(qkv);
+  Vec log_sum{}, dot{};
+  for (int64_t i = 0; i < kWidth; ++i)
+    log_sum[i] = log_sums[h.row(block.first + smaller(i, block.queries - 1))] * kLog2E;
+  int64_t outputs = h.here.outputs + block.first * h.part;
+  for (int64_t c = 0; c < h.chunks; ++c) {
+    int64_t at = c * kWidth * kWidth;
+    Tile gradients, products;
+    block.get(d_out + outputs, h.part, c, gradients);
+    block.get(out + outputs, h.part, c, products);
+    unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE {
+      if (i >= block.queries) gradients[i] = Vec{};  // a repeated query counts once
+      store(h.d_out + at + i * kWidth, gradients[i]);
+      products[i] *= gradients[i];
+    });
+    transpose(gradients);
+    transpose(products);
+    unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE {
+      store(h.d_out_t + at + i * kWidth, gradients[i]);
+      dot += products[i];
+    });
+  }
+  block.fetch_inputs(qkv, 1);
+  block.score();
+  block.fetch_inputs(qkv, 2);
+  int64_t keys = Head::tiles(block.keys);
+  for (int64_t j = 0; j < keys; j += kWidth) {
+    Tile total;
+    h.dots(h.values, h.d_out_t, j, total);
+    unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE {
+      store(h.gradients + (j + i) * kWidth, total[i]);
+    });
+  }
+  block.fetch_outputs(out);
+  IntVec draws = block.unhashed_draws;
+  for (int64_t j = 0; j < keys; ++j, draws += kNextPlace) {
+    float *score = h.scores + j * kWidth, *gradient = h.gradients + j * kWidth;
+    Vec p = power_of_two(load(score) - log_sum), dp = load(gradient);
+    Vec factor = Dropout ? kept(draws, h.s.dropout) : splat(1.0f);
+    store(score, Dropout ? p * factor : p);
+    store(gradient, p * ((Dropout ? dp * factor : dp) - dot));
+  }
+  block.fetch_outputs(d_out);
+  h.add_outer(h.scores, h.d_out, keys, h.d_values);
+  block.fetch_inputs(d_qkv, 0);
+  h.add_outer(h.gradients, h.queries, keys, h.d_keys);
+  block.fetch_inputs(d_qkv, 1);
+  for (int64_t c = 0; c < h.chunks; ++c) {
+    Tile sums;
+    clear(sums);
+    add_products(ChunkColumns{h.keys + c * h.of_chunk}, h.gradients, block.keys, sums);
+    unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE { sums[i] *= h.scale; });
+    block.put(sums, c, d_qkv + h.here.inputs + h.token(block.first) * h.stride,
+              h.s.query_step * h.stride);
+  }
+  block.fetch_inputs(d_qkv, 2);
+}
+
+// Every (sequence, head): body(head), which stays the same one for a thread.
+template <class Body>
+void for_heads(const harmodt_attention_shape& s, int threads, const Body& body) {
+  int64_t items = s.sequences * s.heads;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t thread = 0; thread < threads; ++thread) {
+    Head h(s, static_cast<float*>(scratch(Head::memory(s))));
+    for (int64_t item = items * thread / threads; item < items * (thread + 1) / threads; ++item) {
+      h.move_to(item);
+      body(h);
+    }
   }
 }
 
 void attention(const harmodt_attention_shape& s, const float* qkv, float* out, float* log_sums,
                int threads) {
-  int64_t items = s.sequences * s.heads;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t item = 0; item < items; ++item) {
-    auto* memory = static_cast<float*>(scratch(Head::memory(s)));
-    Head h(s, item, memory), later(s, smaller(item + kHeadsAhead, items - 1), memory);
+  auto of_block = s.dropout > 0 ? attention_of<true> : attention_of<false>;
+  for_heads(s, threads, [&](const Head& h) {
     h.get_keys_and_values(qkv);
-    for (int64_t first = 0; first < s.queries; first += kWidth) {
-      Block block(h, later, first);
-      block.get_queries(qkv);
-      (s.dropout > 0 ? attention_of<true> : attention_of<false>)(block, qkv, out, log_sums);
-    }
-  }
-}
-
-// Adds to d_keys and d_values, and puts the queries' gradients into d_qkv.
-template <bool Dropout>
-void attention_gradient_of(Block block, const float* d_out, const float* qkv, const float* out,
-                           const float* log_sums, float* d_qkv) {
-  Head h = block.h;
-  block.fetch(qkv, 0);
-  Vec log_sum{}, dot{};
-  for (int64_t i = 0; i < kWidth; ++i) {
-    int64_t row = h.row(block.query(i));
-    log_sum[i] = log_sums[row];
-    if (i < block.queries) {
-      h.get(d_out + row * h.s.head_size, h.d_out + i * h.size);
-    } else {  // a repeated query counts once
-      for (int64_t d = 0; d < h.size; d += kWidth) store(h.d_out + i * h.size + d, Vec{});
-    }
-    h.get(out + row * h.s.head_size, h.rows + i * h.size);
-  }
-  transpose_rows(h.d_out, h.size, h.d_out_t);
-  transpose_rows(h.rows, h.size, h.transposed);
-  for (int64_t d = 0; d < h.size; ++d)
-    dot += load(h.transposed + d * kWidth) * load(h.d_out_t + d * kWidth);
-  block.fetch(qkv, 1);
-  dots(h.queries_t, h.keys, block.keys, h.size, h.scores);
-  block.fetch(qkv, 2);
-  dots(h.d_out_t, h.values, block.keys, h.size, h.gradients);
-  block.fetch_outputs(out);
-  for (int64_t j = 0; j < block.keys; ++j) {
-    float *score = h.scores + j * kWidth, *gradient = h.gradients + j * kWidth;
-    Vec p = exponential(load(score) * h.scale - log_sum), dp = load(gradient);
-    p = block.allowed(j) ? p : Vec{};
-    Vec factor = Dropout ? block.dropout(j) : splat(1.0f);
-    store(score, p * factor);
-    store(gradient, p * (dp * factor - dot) * h.scale);
-  }
-  block.fetch_outputs(d_out);
-  add_outer(h.scores, h.d_out, block.keys, h.size, h.d_values);
-  block.fetch(d_qkv, 0);
-  add_outer(h.gradients, h.queries, block.keys, h.size, h.d_keys);
-  block.fetch(d_qkv, 1);
-  weighted_sums(h.gradients, h.keys, block.keys, h.size, h.transposed);
-  block.fetch(d_qkv, 2);
-  transpose_back(h.transposed, h.size, h.rows);
-  for (int64_t i = 0; i < block.queries; ++i)
-    h.put(h.rows + i * h.size, d_qkv + h.offset + h.token(block.query(i)) * h.stride);
+    for (int64_t first = 0; first < s.queries; first += kWidth)
+      of_block(Block(h, first), qkv, out, log_sums);
+  });
 }
 
 void attention_gradient(const harmodt_attention_shape& s, const float* d_out, const float* qkv,
                         const float* out, const float* log_sums, float* d_qkv, int threads) {
-  int64_t items = s.sequences * s.heads;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t item = 0; item < items; ++item) {
-    auto* memory = static_cast<float*>(scratch(Head::memory(s)));
-    Head h(s, item, memory), later(s, smaller(item + kHeadsAhead, items - 1), memory);
+  auto of_block = s.dropout > 0 ? attention_gradient_of<true> : attention_gradient_of<false>;
+  for_heads(s, threads, [&](const Head& h) {
     h.get_keys_and_values(qkv);
-    for (int64_t i = 0; i < s.tokens * h.size; i += kWidth) {
-      store(h.d_keys + i, Vec{});
-      store(h.d_values + i, Vec{});
-    }
-    float* d_query = d_qkv + h.offset;
+    h.clear_gradients();
+    float* d_query = d_qkv + h.here.inputs;
     if (s.queries < s.tokens)
       for (int64_t j = 0; j < s.tokens; ++j)
         for (int64_t d = 0; d < s.head_size; ++d) d_query[j * h.stride + d] = 0;
-    for (int64_t first = 0; first < s.queries; first += kWidth) {
-      Block block(h, later, first);
-      block.get_queries(qkv);
-      auto gradient = s.dropout > 0 ? attention_gradient_of<true> : attention_gradient_of<false>;
-      gradient(block, d_out, qkv, out, log_sums, d_qkv);
-    }
-    for (int64_t j = 0; j < s.tokens; ++j) {
-      h.put(h.d_keys + j * h.size, d_query + j * h.stride + h.part);
-      h.put(h.d_values + j * h.size, d_query + j * h.stride + 2 * h.part);
-    }
-  }
+    for (int64_t first = 0; first < s.queries; first += kWidth)
+      of_block(Block(h, first), d_out, qkv, out, log_sums, d_qkv);
+    h.put_gradients(d_qkv);
+  });
 }
 
 }  // namespace

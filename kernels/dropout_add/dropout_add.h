@@ -19,11 +19,16 @@ inline IntVec hash(IntVec x) {
   return (IntVec)v;
 }
 
-// 1 / (1 - drop) where the element at a place is kept, else 0.
-inline Vec kept(IntVec place, float drop, uint32_t seed) {
-  IntVec draw = hash(place * static_cast<int32_t>(0x9E3779B1u) + static_cast<int32_t>(seed));
+// What the draw at a place is hashed from; from a place to its neighbour it grows by kNextPlace.
+constexpr int32_t kNextPlace = static_cast<int32_t>(0x9E3779B1u);
+inline IntVec unhashed(IntVec place, uint32_t seed) {
+  return place * kNextPlace + static_cast<int32_t>(seed);
+}
+
+// 1 / (1 - drop) where the element of a draw is kept, else 0.
+inline Vec kept(IntVec unhashed_draw, float drop) {
   int32_t threshold = static_cast<int32_t>(drop * 2147483648.0);
-  return (draw & 0x7fffffff) < threshold ? Vec{} : splat(1 / (1 - drop));
+  return (hash(unhashed_draw) & 0x7fffffff) < threshold ? Vec{} : splat(1 / (1 - drop));
 }
 
 // The seed of a draw, which lies in memory so that a recorded call draws anew; 0 without one.
@@ -39,7 +44,7 @@ struct Dropout {
   Vec of(Vec v, int64_t place) const {
     IntVec lane;
     for (int i = 0; i < kWidth; ++i) lane[i] = i;
-    return v * kept(lane + static_cast<int32_t>(place), drop, seed);
+    return v * kept(unhashed(lane + static_cast<int32_t>(place), seed), drop);
   }
 };
 
