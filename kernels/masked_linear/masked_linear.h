@@ -32,9 +32,13 @@ constexpr int64_t kBlock = kTiles<Pairs> ? kTileRows : kRows;
 // Rows of the weight gradient whose left operand is packed together.
 template <bool Pairs>
 constexpr int64_t kStrip = kTiles<Pairs> ? kTileRows : 8 * kRows;
-// Most rows of a group at a time, so that what is packed of them stays in a core's cache.
-constexpr int64_t kMostRows = 1024;
-// The same of the weight gradient, where they are the depth; pairs of bf16 take half of the memory.
+// Rows that go through all panels before the next ones do, and the most memory of these panels, so
+// that both stay in a core's cache.
+template <bool Pairs>
+constexpr int64_t kChunk = kTiles<Pairs> ? 2 * kTileRows : 4 * kRows;
+constexpr int64_t kPanelBytes = 1 << 20;
+// Most rows of a group that are summed up at a time in the weight gradient, where they are the depth,
+// for the same reason; pairs of bf16 take half of the memory.
 template <bool Pairs>
 constexpr int64_t kMostDepth = Pairs ? 640 : 320;
 // Fewest rows of a group that are worth another packing of their panels.
@@ -45,6 +49,7 @@ constexpr int64_t kTogether = 4;
 // Rows of a panel of x that are fetched ahead, and columns of a weight: rows may be far apart in
 // memory.
 constexpr int kAhead = 8, kColumnsAhead = 32;
+constexpr int64_t kLine = 16;  // floats of a cache line
 
 template <bool Pairs>
 using Element = std::conditional_t<Pairs, int32_t, float>;
@@ -69,18 +74,38 @@ struct InStrip {
   T at(int64_t row, int64_t k) const { return first[k * kStrip<false> + row]; }
 };
 
+// Rows that are read later, or none: of one matrix, or of two that lie alike. They are fetched in the
+// course of a product, for more at once would queue.
+struct Later {
+  const float* first = nullptr;
+  const float* second = nullptr;
+  int64_t stride = 0;
+
+  // Begin to read the columns of some rows that follow k of the depth. Inlined, for GCC drops calls
+  // that only prefetch.
+  template <int Rows, int Lines>
+  HARMODT_ALWAYS_INLINE inline void fetch(int64_t k) const {
+    for (const float* matrix : {first, second})
+      for (int i = 0; matrix && i < Rows; ++i)
+        for (int j = 0; j < Lines; ++j)
+          __builtin_prefetch(matrix + i * stride + k * Lines + j * kLine);
+  }
+};
+
 // Sums of products: of Rows rows and the columns of a panel.
 template <int Rows>
 using Sums = Vec[Rows][kPanelVecs];
 
 // sums[i][j] = sum over k of left.at(i, k) * panel[k * panel_stride + j]
+// Meanwhile as many later rows are fetched.
 template <int Rows, int Ahead = 0, class Left, class T>
 HARMODT_ALWAYS_INLINE inline void multiply(Left left, const T* panel, int64_t panel_stride,
-                                           int64_t depth, Sums<Rows>& sums) {
+                                           int64_t depth, Sums<Rows>& sums, Later later) {
   unrolled<Rows>([&](auto i) HARMODT_ALWAYS_INLINE {
     unrolled<kPanelVecs>([&](auto j) HARMODT_ALWAYS_INLINE { sums[i][j] = Vec{}; });
   });
   for (int64_t k = 0; k < depth; ++k) {
+    if (k % kLine == 0) later.fetch<Rows, std::is_same_v<T, float> ? 1 : 2>(k);
     decltype(load(panel)) right[kPanelVecs];
     unrolled<kPanelVecs>([&](auto j) HARMODT_ALWAYS_INLINE {
       right[j] = load(panel + k * panel_stride + j * kWidth);
@@ -173,6 +198,7 @@ struct Rows {
   void prefetch(int64_t row, int64_t column) const {
     __builtin_prefetch(values + row * stride + column);
   }
+  Later later(int64_t row) const { return {values + row * stride, nullptr, stride}; }
   Vec at(int64_t row, int64_t column) const {
     uint32_t inside = lanes_left(columns - column);
     return inside ? load(values + row * stride + column, inside) : Vec{};
@@ -190,6 +216,9 @@ struct GradientRows {
   void prefetch(int64_t row, int64_t column) const {
     dy.prefetch(row, column);
     if (y) __builtin_prefetch(y + row * dy.stride + column);
+  }
+  Later later(int64_t row) const {
+    return {dy.values + row * dy.stride, y ? y + row * dy.stride : nullptr, dy.stride};
   }
   Vec at(int64_t row, int64_t column) const {
     Vec v = dy.at(row, column);
@@ -218,6 +247,7 @@ struct NormalisedRows {
   const float* affine;      // gain and shift with masks, [2][columns]
 
   void prefetch(int64_t row, int64_t column) const { x.prefetch(row, column); }
+  Later later(int64_t row) const { return x.later(row); }
   Vec at(int64_t row, int64_t column) const {
     uint32_t inside = lanes_left(x.columns - column);
     if (!inside) return Vec{};
@@ -230,9 +260,11 @@ struct NormalisedRows {
 
 // packed[i][d] = rows of a left operand with so many columns, as pairs or as they are.
 template <bool Pairs, class Left>
-void pack_rows(const Left& left, int64_t rows, int64_t columns, Element<Pairs>* packed) {
+void pack_rows(const Left& left, int64_t first, int64_t rows, int64_t columns,
+               Element<Pairs>* packed) {
   int64_t stride = packed_stride<Pairs>(columns);
-  for (int64_t i = 0; i < rows; ++i)
+  packed -= first * stride;
+  for (int64_t i = first; i < first + rows; ++i)
     for (int64_t d = 0; d < stride; d += kWidth) {
       if constexpr (Pairs) {
         store(packed + i * stride + d,
@@ -305,17 +337,18 @@ HARMODT_ALWAYS_INLINE inline void fetch(const Out& out, int64_t rows) {
 // sums need.
 template <int Rows, class T>
 __attribute__((noinline)) void rows_of_block(InRows<T> left, const T* panel, int64_t depth,
-                                             const Out& out) {
+                                             const Out& out, const Later& later) {
   fetch(out, Rows);
   Sums<Rows> sums;
-  multiply<Rows>(left, panel, kPanel, depth, sums);
+  multiply<Rows>(left, panel, kPanel, depth, sums, later);
   finish<Rows>(sums, out);
 }
 
 // out[i][j] = left[i] · panel column j for a block of rows, and what `out` makes of it
 template <bool Pairs>
 void block_times_panel(const Element<Pairs>* left, int64_t left_stride, int64_t rows,
-                       int64_t depth, const Element<Pairs>* panel, const Out& out) {
+                       int64_t depth, const Element<Pairs>* panel, const Out& out,
+                       const Later& later) {
   if constexpr (kTiles<Pairs>) {
     Vec total[kTileRows][1][kPanelVecs];
     if (out.stride > 2 * kPanel) fetch(out, rows);  // narrower ones a processor foresees
@@ -324,14 +357,14 @@ void block_times_panel(const Element<Pairs>* left, int64_t left_stride, int64_t 
     return;
   }
   with_rows(rows, [&](auto count) {
-    rows_of_block<count.value>(InRows<Element<Pairs>>{left, left_stride}, panel, depth, out);
+    rows_of_block<count.value>(InRows<Element<Pairs>>{left, left_stride}, panel, depth, out, later);
   });
 }
 
-// Parts of the rows of each group, so that every thread has as much to do and packed rows stay few;
-// and so that threads that share a group's few panels read rows of their own.
+// Parts of the rows of each group, so that every thread has as much to do; and so that threads that
+// share a group's few panels read rows of their own.
 int64_t row_parts(int64_t groups, int64_t panels, int64_t rows, int threads) {
-  int64_t parts = rows > 0 ? (rows + kMostRows - 1) / kMostRows : 1;
+  int64_t parts = 1;
   if (groups < threads && panels <= 2 * threads)
     parts = larger(parts, smaller(threads, rows / kFewestRows));
   int64_t items = groups * panels * parts;
@@ -339,26 +372,30 @@ int64_t row_parts(int64_t groups, int64_t panels, int64_t rows, int threads) {
   return larger(parts, smaller(threads, (rows + 8 * kRows - 1) / (8 * kRows)));
 }
 
-// A panel of a group times some of the group's rows.
+// Panels of a group, one after the other, times some of the group's rows.
 struct Item {
-  int64_t group, column, first, last;  // first column of the panel; rows
-  bool same_rows;                      // as the item before, on the same thread
+  int64_t group, panel, panels;  // the first, and how many
+  int64_t first, last;           // rows
 };
 
-// Every (group, part of the rows, panel): body(item).
+// Every (group, part of the rows, panel), those of the same rows together: body(item).
 template <class Body>
-void for_panels(const harmodt_linear_shape& s, int64_t width, int threads, const Body& body) {
+void for_panels(const harmodt_linear_shape& s, int64_t width, int64_t depth, int threads,
+                const Body& body) {
   int64_t panels = (width + kPanel - 1) / kPanel;
+  int64_t most = larger(1, kPanelBytes / (4 * depth * kPanel + 1));
   int64_t parts = row_parts(s.groups, panels, s.rows, threads);
   int64_t rows = (s.rows + parts - 1) / parts;
-  int64_t items = s.groups * parts * panels;
+  int64_t pairs = s.groups * parts * panels;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t thread = 0; thread < threads; ++thread) {
-    int64_t from = items * thread / threads, to = items * (thread + 1) / threads;
-    for (int64_t i = from; i < to; ++i) {
-      int64_t panel = i % panels, part = i / panels % parts, group = i / panels / parts;
+    int64_t from = pairs * thread / threads, to = pairs * (thread + 1) / threads;
+    while (from < to) {
+      int64_t panel = from % panels, part = from / panels % parts, group = from / panels / parts;
+      int64_t together = smaller(most, smaller(panels - panel, to - from));
       int64_t first = part * rows, last = smaller(s.rows, first + rows);
-      if (first < last) body(Item{group, panel * kPanel, first, last, i > from && panel > 0});
+      if (first < last) body(Item{group, panel, together, first, last});
+      from += together;
     }
   }
 }
@@ -368,24 +405,36 @@ MaskedWeight weight_of(const harmodt_linear_shape& s, const float* weight, int64
           s.weight_bits_row_stride};
 }
 
-// The rows of an item times the panel that `pack` fills, whose columns `out` has. Rows that
-// are not multiplied as they stand in memory (`in_place`) get packed once for all panels.
-template <bool Pairs, class Left, class Pack>
-void rows_times_panel(const Item& item, const Left& left, const float* in_place, int64_t size,
-                      const Pack& pack, const Out& out) {
+// The rows of an item times its panels, of which pack(panel, memory) fills each, and a bias after it,
+// and out_of(panel, bias) has the columns. Rows that are not multiplied as they stand in memory
+// (`in_place`) get packed.
+template <bool Pairs, class Left, class Pack, class OutOf>
+void rows_times_panels(const Item& item, const Left& left, const float* in_place, int64_t size,
+                       const Pack& pack, const OutOf& out_of) {
+  constexpr int64_t block = kBlock<Pairs>, chunk = kChunk<Pairs>;
   int64_t depth = depth_of<Pairs>(size), rows = item.last - item.first, stride = size;
+  int64_t panel_size = (depth + 1) * kPanel;
   bool packs = Pairs || !in_place;
   if (packs) stride = packed_stride<Pairs>(size);
-  auto* panel = static_cast<Element<Pairs>*>(
-      scratch(4 * (depth * kPanel + (packs ? (rows + kBlock<Pairs>) * stride : 0))));
-  auto* packed = panel + depth * kPanel;
-  pack(panel);
-  if (packs && !item.same_rows) pack_rows<Pairs>(left, rows, size, packed);
-  auto* from = packs ? packed : reinterpret_cast<const Element<Pairs>*>(in_place);
+  // A block is multiplied as a whole, and its rows beyond the last are left out of the result.
+  auto* panels = static_cast<Element<Pairs>*>(
+      scratch(4 * (item.panels * panel_size + (packs ? (chunk + block) * stride : 0))));
+  auto* packed = panels + item.panels * panel_size;
+  for (int64_t p = 0; p < item.panels; ++p) pack(item.panel + p, panels + p * panel_size);
   TileConfiguration<Pairs> configuration;
-  for (int64_t r = 0; r < rows; r += kBlock<Pairs>)
-    block_times_panel<Pairs>(from + r * stride, stride, smaller(kBlock<Pairs>, rows - r), depth,
-                             panel, out.from_row(r));
+  for (int64_t r = 0; r < rows; r += chunk) {
+    int64_t height = smaller(chunk, rows - r);
+    if (packs) pack_rows<Pairs>(left, r, height, size, packed);
+    auto* from = packs ? packed : reinterpret_cast<const Element<Pairs>*>(in_place + r * stride);
+    for (int64_t p = 0; p < item.panels; ++p) {
+      const Element<Pairs>* panel = panels + p * panel_size;
+      auto* bias = reinterpret_cast<const float*>(panel + depth * kPanel);
+      Out out = out_of(item.panel + p, bias).from_row(r);
+      for (int64_t i = 0; i < height; i += block)
+        block_times_panel<Pairs>(from + i * stride, stride, smaller(block, height - i), depth, panel,
+                                 out.from_row(i), p == 0 ? left.later(r + chunk + i) : Later{});
+    }
+  }
 }
 
 // The LayerNorm before a layer: statistics [groups][rows][2], affine [groups][2][inputs].
@@ -412,43 +461,47 @@ template <bool Pairs>
 void masked_linear(const harmodt_linear_shape& s, const Norm& norm, const float* x,
                    const float* weight, const float* bias, bool relu, const Residual& residual,
                    float* y, int threads) {
-  for_panels(s, s.outputs, threads, [&](const Item& item) {
-    int64_t n = item.column, columns = smaller(kPanel, s.outputs - n);
-    alignas(64) float masked_bias[kPanel] = {};
-    if (bias) {
-      const int32_t* bits = s.bias_bits + s.task_ids[item.group] * s.bias_bits_task_stride;
-      for (int64_t j = 0; j < columns; ++j)
-        if (bits[(n + j) >> 5] >> ((n + j) & 31) & 1) masked_bias[j] = bias[n + j];
-    }
-    int64_t row = item.group * s.rows + item.first, place = row * s.outputs + n;
-    Out out{y + place, s.outputs, columns, bias ? masked_bias : nullptr, relu,
-            residual.rows ? residual.rows + place : nullptr, residual.dropout, place};
-    auto times_panel = [&](const auto& left, const float* in_place) {
-      auto pack = [&](Element<Pairs>* panel) {
-        pack_transposed<Pairs>(weight_of(s, weight, item.group), n, columns, s.inputs, panel);
-      };
-      rows_times_panel<Pairs>(item, left, in_place, s.inputs, pack, out);
+  int64_t depth = depth_of<Pairs>(s.inputs);
+  for_panels(s, s.outputs, depth, threads, [&](const Item& item) {
+    int64_t row = item.group * s.rows + item.first, task = s.task_ids[item.group];
+    auto pack = [&](int64_t index, Element<Pairs>* panel) {
+      int64_t n = index * kPanel, columns = smaller(kPanel, s.outputs - n);
+      pack_transposed<Pairs>(weight_of(s, weight, item.group), n, columns, s.inputs, panel);
+      auto* masked = reinterpret_cast<float*>(panel + depth * kPanel);
+      const int32_t* bits = s.bias_bits + task * s.bias_bits_task_stride;
+      for (int64_t j = 0; bias && j < columns; j += kWidth)
+        store(masked + j, load(bias + n + j, bits_at(bits, n + j) & lanes_left(columns - j)));
+    };
+    auto out_of = [&](int64_t index, const float* masked_bias) {
+      int64_t n = index * kPanel, place = row * s.outputs + n;
+      return Out{y + place, s.outputs, smaller(kPanel, s.outputs - n), bias ? masked_bias : nullptr,
+                 relu, residual.rows ? residual.rows + place : nullptr, residual.dropout, place};
     };
     Rows rows{x + row * s.inputs, s.inputs, s.inputs};
     if (norm)
-      times_panel(normalised(s, norm, x, item.group, row), nullptr);
+      rows_times_panels<Pairs>(item, normalised(s, norm, x, item.group, row), nullptr, s.inputs,
+                               pack, out_of);
     else
-      times_panel(rows, rows.values);
+      rows_times_panels<Pairs>(item, rows, rows.values, s.inputs, pack, out_of);
   });
 }
 
 template <bool Pairs>
 void masked_linear_input_gradient(const harmodt_linear_shape& s, const OutputGradient& dy,
                                   const float* weight, float* dx, int threads) {
-  for_panels(s, s.inputs, threads, [&](const Item& item) {
-    int64_t k = item.column, row = item.group * s.rows + item.first;
+  for_panels(s, s.inputs, depth_of<Pairs>(s.outputs), threads, [&](const Item& item) {
+    int64_t row = item.group * s.rows + item.first;
     GradientRows left = dy.from(row * s.outputs, s.outputs, s.outputs);
-    auto pack = [&](Element<Pairs>* panel) {
-      pack_straight<Pairs>(weight_of(s, weight, item.group), k, s.inputs, s.outputs, panel);
+    auto pack = [&](int64_t index, Element<Pairs>* panel) {
+      pack_straight<Pairs>(weight_of(s, weight, item.group), index * kPanel, s.inputs, s.outputs,
+                           panel);
+    };
+    auto out_of = [&](int64_t index, const float*) {
+      int64_t k = index * kPanel;
+      return Out{dx + row * s.inputs + k, s.inputs, smaller(kPanel, s.inputs - k)};
     };
     const float* in_place = dy.y || dy.dropout ? nullptr : left.dy.values;
-    rows_times_panel<Pairs>(item, left, in_place, s.outputs, pack,
-                            Out{dx + row * s.inputs + k, s.inputs, smaller(kPanel, s.inputs - k)});
+    rows_times_panels<Pairs>(item, left, in_place, s.outputs, pack, out_of);
   });
 }
 
@@ -529,7 +582,7 @@ __attribute__((noinline)) void rows_of_strip(InStrip<T> strip, const T* panel, i
     for (int j = 0; j < kPanelVecs; ++j)
       __builtin_prefetch(out + i * out_stride + k + j * kWidth, 1);
   Sums<Rows> sums;
-  multiply<Rows, kAhead>(strip, panel, panel_stride, depth, sums);
+  multiply<Rows, kAhead>(strip, panel, panel_stride, depth, sums, Later{});
   finish_gradient<Rows>(sums, bits, bits_stride, k, columns, add, out, out_stride);
 }
 
