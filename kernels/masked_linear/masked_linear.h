@@ -81,15 +81,20 @@ struct Later {
   const float* second = nullptr;
   int64_t stride = 0;
 
-  // Begin to read the columns of some rows that follow k of the depth. Inlined, for GCC drops calls
-  // that only prefetch.
+  // Begin to read the columns of some rows that follow k of the depth, into the second-level cache.
+  // Inlined, for GCC drops calls that only prefetch.
   template <int Rows, int Lines>
   HARMODT_ALWAYS_INLINE inline void fetch(int64_t k) const {
     for (const float* matrix : {first, second})
       for (int i = 0; matrix && i < Rows; ++i)
         for (int j = 0; j < Lines; ++j)
-          __builtin_prefetch(matrix + i * stride + k * Lines + j * kLine);
+          __builtin_prefetch(matrix + i * stride + k * Lines + j * kLine, 0, 2);
   }
+};
+
+struct Nothing {
+  template <int Rows, int Lines>
+  void fetch(int64_t) const {}
 };
 
 // Sums of products: of Rows rows and the columns of a panel.
@@ -97,15 +102,15 @@ template <int Rows>
 using Sums = Vec[Rows][kPanelVecs];
 
 // sums[i][j] = sum over k of left.at(i, k) * panel[k * panel_stride + j]
-// Meanwhile as many later rows are fetched.
-template <int Rows, int Ahead = 0, class Left, class T>
+// Meanwhile as many later rows are fetched, or nothing is.
+template <int Rows, int Ahead = 0, class Left, class T, class Fetched>
 HARMODT_ALWAYS_INLINE inline void multiply(Left left, const T* panel, int64_t panel_stride,
-                                           int64_t depth, Sums<Rows>& sums, Later later) {
+                                           int64_t depth, Sums<Rows>& sums, Fetched later) {
   unrolled<Rows>([&](auto i) HARMODT_ALWAYS_INLINE {
     unrolled<kPanelVecs>([&](auto j) HARMODT_ALWAYS_INLINE { sums[i][j] = Vec{}; });
   });
   for (int64_t k = 0; k < depth; ++k) {
-    if (k % kLine == 0) later.fetch<Rows, std::is_same_v<T, float> ? 1 : 2>(k);
+    if (k % kLine == 0) later.template fetch<Rows, std::is_same_v<T, float> ? 1 : 2>(k);
     decltype(load(panel)) right[kPanelVecs];
     unrolled<kPanelVecs>([&](auto j) HARMODT_ALWAYS_INLINE {
       right[j] = load(panel + k * panel_stride + j * kWidth);
@@ -577,12 +582,16 @@ template <int Rows, class T>
 __attribute__((noinline)) void rows_of_strip(InStrip<T> strip, const T* panel, int64_t panel_stride,
                                              int64_t depth, const int32_t* bits,
                                              int64_t bits_stride, int64_t k, int64_t columns,
-                                             bool add, float* out, int64_t out_stride) {
+                                             bool add, float* out, int64_t out_stride,
+                                             const Later& later) {
   for (int i = 0; i < Rows; ++i)
     for (int j = 0; j < kPanelVecs; ++j)
       __builtin_prefetch(out + i * out_stride + k + j * kWidth, 1);
   Sums<Rows> sums;
-  multiply<Rows, kAhead>(strip, panel, panel_stride, depth, sums, Later{});
+  if (later.first)
+    multiply<Rows, kAhead>(strip, panel, panel_stride, depth, sums, later);
+  else
+    multiply<Rows, kAhead>(strip, panel, panel_stride, depth, sums, Nothing{});
   finish_gradient<Rows>(sums, bits, bits_stride, k, columns, add, out, out_stride);
 }
 
@@ -591,7 +600,7 @@ template <bool Pairs>
 void strip_times_panel(const harmodt_linear_shape& s, const Element<Pairs>* strip, int64_t n,
                        int64_t height, const Element<Pairs>* panel, int64_t panel_stride,
                        int64_t k, int64_t columns, int64_t depth, const GroupGradient& out,
-                       int64_t row_stride) {
+                       int64_t row_stride, Later later) {
   int64_t bits_stride = s.weight_bits_row_stride;
   const int32_t* bits = out.weight_bits + n * bits_stride;
   float* to = out.weight + n * row_stride;
@@ -603,12 +612,14 @@ void strip_times_panel(const harmodt_linear_shape& s, const Element<Pairs>* stri
                       to + i * row_stride, row_stride);
     return;
   }
-  for (int64_t i = 0; i < height; i += kRows)
+  for (int64_t i = 0; i < height; i += kRows) {
     with_rows(smaller(kRows, height - i), [&](auto count) {
       rows_of_strip<count.value>(InStrip<Element<Pairs>>{strip + i}, panel, panel_stride, depth,
                                  bits + i * bits_stride, bits_stride, k, columns, out.add,
-                                 to + i * row_stride, row_stride);
+                                 to + i * row_stride, row_stride, later);
     });
+    if (later.first) later.first += kRows * later.stride;
+  }
 }
 
 // Whether panels of x are multiplied where they lie: if they are whole, and their rows not so far
@@ -646,11 +657,16 @@ void weight_gradient_of(const harmodt_linear_shape& s, const GradientRows& dy, c
     out.bias[n] = (out.add ? out.bias[n] : 0) + (kept ? sums[n - from] : 0);
   }
   TileConfiguration<Pairs> configuration;
+  // Of rows that are multiplied where they lie, the next ones are fetched, as much as the depth at a
+  // time.
+  Later later{in_place ? in_place + rows * s.inputs : nullptr, nullptr, depth};
   for (int64_t n = from; n < to; n += strip)
-    for (int64_t k = 0; k < s.inputs; k += kPanel)
+    for (int64_t k = 0; k < s.inputs; k += kPanel) {
       strip_times_panel<Pairs>(s, packed + (n - from) * depth, n, smaller(strip, to - n),
                                panel + k * panel_step, panel_stride, k,
-                               smaller(kPanel, s.inputs - k), depth, out, row_stride);
+                               smaller(kPanel, s.inputs - k), depth, out, row_stride, later);
+      if (in_place) later.first += strip * depth;
+    }
 }
 
 template <bool Pairs>
