@@ -257,8 +257,11 @@ def _fastest_products() -> contextlib.AbstractContextManager[None]:
 def for_compiler() -> Backend:
     """Operations without masks that torch.compile takes whole, and PyTorch's own optimiser."""
 
-    def dropout_add(x: Tensor, branch: Tensor, drop: float, seed: Tensor | None = None) -> Tensor:
-        return x + _dropout(branch, drop)
+    def dropout_add(
+        x: Tensor | None, branch: Tensor, drop: float, seed: Tensor | None = None
+    ) -> Tensor:
+        dropped = _dropout(branch, drop)
+        return dropped if x is None else x + dropped
 
     def linear_residual(x: Tensor, *layer: Any, seed: Tensor | None, **more: Any) -> Tensor:
         *layer, residual, drop = layer

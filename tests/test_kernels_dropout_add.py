@@ -45,6 +45,19 @@ def test_without_dropout_it_is_the_sum(backend, device) -> None:
     assert torch.equal(backend.dropout_add(x, branch, 0.0), x + branch)
 
 
+@pytest.mark.parametrize("drop", [0.0, 0.4])
+def test_without_x_it_is_dropout_alone(backend, device, drop) -> None:
+    branch = torch.randn(3, 500, device=device)
+    found, expected = [], []
+    for x, results in ((None, found), (torch.zeros_like(branch), expected)):
+        torch.manual_seed(5)
+        leaf = branch.clone().requires_grad_()
+        out = backend.dropout_add(x, leaf, drop)
+        out.backward(branch + 1)
+        results += [out.detach(), leaf.grad]
+    assert all(map(torch.equal, found, expected))
+
+
 def test_views_are_read_in_their_order(device) -> None:
     x, branch = torch.randn(40, 30, device=device), torch.randn(30, 40, device=device)
     seed = torch.tensor(2, device=device)

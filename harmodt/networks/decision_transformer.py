@@ -240,7 +240,7 @@ class DecisionTransformer(nn.Module):
             x = torch.cat((self._embed_prompt(batch.prompt, batch.task_ids, masks), x), dim=2)
         if self.training and self.config.embedding_dropout:
             drop = self.config.embedding_dropout
-            x = self.backend.dropout_add(torch.zeros_like(x), x, drop, of_embeddings)
+            x = self.backend.dropout_add(None, x, drop, of_embeddings)
         observation_tokens = slice(3 * self.config.prompt_length + 1, None, 3)
         for index, block in enumerate(self.blocks):
             last = index == len(self.blocks) - 1

@@ -10,13 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def dropout_add(x: Tensor, branch: Tensor, drop: float, seed: Tensor | None = None) -> Tensor:
+def dropout_add(
+    x: Tensor | None, branch: Tensor, drop: float, seed: Tensor | None = None
+) -> Tensor:
     """The same as `reference.dropout_add` but for what is dropped.
 
     That follows from PyTorch's generators, and `seed` is not read; on a CPU, `drop` is rounded to
     1/65536.
     """
-    return x + dropout(branch, drop)
+    dropped = dropout(branch, drop)
+    return dropped if x is None else x + dropped
 
 
 def dropout(x: Tensor, drop: float) -> Tensor:

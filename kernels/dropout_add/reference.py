@@ -7,16 +7,18 @@ from torch import Tensor
 from ..dropout import kept, seed_for
 
 
-def dropout_add(x: Tensor, branch: Tensor, drop: float, seed: Tensor | None = None) -> Tensor:
+def dropout_add(
+    x: Tensor | None, branch: Tensor, drop: float, seed: Tensor | None = None
+) -> Tensor:
     """x + dropout(branch).
 
     Args:
-        x, branch: of the same shape.
+        x, branch: of the same shape; x may be None, for 0.
         drop: probability of dropping an element of the branch, in [0, 1); the rest is rescaled.
         seed: of the draw, int64 [] or [1], at least 0 and below 2³¹; or None for one that the
             device's generator draws.
     """
-    seed = seed_for(drop, seed, x.device)
+    seed = seed_for(drop, seed, branch.device)
     if seed is not None:
         branch = (branch * kept(branch.shape, drop, seed)).to(branch.dtype)
-    return x + branch
+    return branch if x is None else x + branch
