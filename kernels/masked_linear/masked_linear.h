@@ -157,7 +157,7 @@ struct MaskedWeight {
 
 // panel[k][j] = (W ⊙ M)[first + j][k]: registers along k are loaded masked and transposed.
 template <bool Pairs>
-void pack_transposed(const MaskedWeight& w, int64_t first, int64_t rows, int64_t inputs,
+void pack_transposed(MaskedWeight w, int64_t first, int64_t rows, int64_t inputs,
                      Element<Pairs>* panel) {
   constexpr int64_t per_lane = Pairs ? 2 : 1;
   int64_t depth = depth_of<Pairs>(inputs);
@@ -182,7 +182,7 @@ void pack_transposed(const MaskedWeight& w, int64_t first, int64_t rows, int64_t
 
 // panel[n][j] = (W ⊙ M)[n][first + j]
 template <bool Pairs>
-void pack_straight(const MaskedWeight& w, int64_t first, int64_t inputs, int64_t outputs,
+void pack_straight(MaskedWeight w, int64_t first, int64_t inputs, int64_t outputs,
                    Element<Pairs>* panel) {
   for (int64_t d = 0; d < depth_of<Pairs>(outputs); ++d)
     for (int64_t j = 0; j < kPanel; j += kWidth) {
@@ -265,7 +265,7 @@ struct NormalisedRows {
 
 // packed[i][d] = rows of a left operand with so many columns, as pairs or as they are.
 template <bool Pairs, class Left>
-void pack_rows(const Left& left, int64_t first, int64_t rows, int64_t columns,
+void pack_rows(Left left, int64_t first, int64_t rows, int64_t columns,
                Element<Pairs>* packed) {
   int64_t stride = packed_stride<Pairs>(columns);
   packed -= first * stride;
@@ -514,7 +514,7 @@ void masked_linear_input_gradient(const harmodt_linear_shape& s, const OutputGra
 // or where they are `Transposed` packed[j][d]. Rows are read once and in the order of memory; sums,
 // if given, are over them.
 template <bool Pairs, int64_t Width, bool Transposed, class Source>
-void pack_columns(const Source& source, int64_t rows, int64_t columns, Element<Pairs>* packed,
+void pack_columns(Source source, int64_t rows, int64_t columns, Element<Pairs>* packed,
                   float* sums) {
   constexpr int64_t together = Transposed ? kWidth : kTogether;
   constexpr int64_t per_lane = Pairs ? 2 : 1, ahead = per_lane * together;
