@@ -75,6 +75,12 @@ HARMODT_ALWAYS_INLINE inline void add_products(Left left, const float* right, in
   }
 }
 
+// A tile, in memory. The place is an argument: what a structure holds would be read again after each
+// store, which could have changed it.
+HARMODT_ALWAYS_INLINE inline void store(float* to, const Tile& tile) {
+  unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE { store(to + i * kWidth, tile[i]); });
+}
+
 inline void transpose(Tile& tile) {
   IntVec rows[kWidth];
   unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE { rows[i] = (IntVec)tile[i]; });
@@ -205,7 +211,7 @@ struct Head {
         Tile total;
         unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE { total[i] = load(to + i * kWidth); });
         add_products(ChunkRows{weights + j * kWidth}, rows + c * kWidth * kWidth, kWidth, total);
-        unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE { store(to + i * kWidth, total[i]); });
+        store(to, total);
       }
   }
 };
@@ -279,10 +285,10 @@ struct Block {
       int64_t at = c * kWidth * kWidth;
       Tile tile;
       get(rows, h.s.query_step * h.stride, c, tile);
-      for (int i = 0; i < kWidth; ++i) store(h.queries + at + i * kWidth, tile[i]);
+      store(h.queries + at, tile);
       transpose(tile);
-      for (int i = 0; i < kWidth; ++i)
-        store(h.queries_t + at + i * kWidth, tile[i] * (h.scale * kLog2E));
+      unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE { tile[i] *= h.scale * kLog2E; });
+      store(h.queries_t + at, tile);
     }
   }
 
@@ -293,11 +299,15 @@ struct Block {
     for (int64_t j = 0; j < keys; j += kWidth) {
       Tile total;
       h.dots(h.keys, h.queries_t, j, total);
-      IntVec left = positions - static_cast<int32_t>(j);
-      bool all = j + kWidth <= seen_by_all;
+      if (j + kWidth > seen_by_all) {
+        IntVec left = positions - static_cast<int32_t>(j);
+        unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE {
+          total[i] = left < 0 ? least : total[i];
+          left -= 1;
+        });
+      }
+      store(h.scores + j * kWidth, total);
       unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE {
-        if (!all) total[i] = left >= static_cast<int32_t>(i) ? total[i] : least;
-        store(h.scores + (j + i) * kWidth, total[i]);
         most = total[i] > most ? total[i] : most;
       });
     }
@@ -313,10 +323,11 @@ void attention_of(const Block& block, const float* qkv, float* out, float* log_s
   Vec most = block.score(), total{};
   block.fetch_inputs(qkv, 1);
   IntVec draws = block.unhashed_draws;
-  for (int64_t j = 0; j < block.keys; ++j, draws += kNextPlace) {
-    Vec e = power_of_two(load(h.scores + j * kWidth) - most);
+  float *scores = h.scores, drop = h.s.dropout;
+  for (int64_t j = 0, keys = block.keys; j < keys; ++j, draws += kNextPlace) {
+    Vec e = power_of_two(load(scores + j * kWidth) - most);
     total += e;
-    store(h.scores + j * kWidth, Dropout ? e * kept(draws, h.s.dropout) : e);
+    store(scores + j * kWidth, Dropout ? e * kept(draws, drop) : e);
   }
   block.fetch_inputs(qkv, 2);
   Vec share = 1 / total, log_sum = (most + binary_logarithm(total)) * kLn2;
@@ -349,15 +360,13 @@ void attention_gradient_of(const Block& block, const float* d_out, const float* 
     block.get(out + outputs, h.part, c, products);
     unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE {
       if (i >= block.queries) gradients[i] = Vec{};  // a repeated query counts once
-      store(h.d_out + at + i * kWidth, gradients[i]);
       products[i] *= gradients[i];
     });
+    store(h.d_out + at, gradients);
     transpose(gradients);
+    store(h.d_out_t + at, gradients);
     transpose(products);
-    unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE {
-      store(h.d_out_t + at + i * kWidth, gradients[i]);
-      dot += products[i];
-    });
+    unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE { dot += products[i]; });
   }
   block.fetch_inputs(qkv, 1);
   block.score();
@@ -366,16 +375,14 @@ void attention_gradient_of(const Block& block, const float* d_out, const float* 
   for (int64_t j = 0; j < keys; j += kWidth) {
     Tile total;
     h.dots(h.values, h.d_out_t, j, total);
-    unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE {
-      store(h.gradients + (j + i) * kWidth, total[i]);
-    });
+    store(h.gradients + j * kWidth, total);
   }
   block.fetch_outputs(out);
   IntVec draws = block.unhashed_draws;
-  for (int64_t j = 0; j < keys; ++j, draws += kNextPlace) {
-    float *score = h.scores + j * kWidth, *gradient = h.gradients + j * kWidth;
+  float *score = h.scores, *gradient = h.gradients, drop = h.s.dropout;
+  for (int64_t j = 0; j < keys; ++j, draws += kNextPlace, score += kWidth, gradient += kWidth) {
     Vec p = power_of_two(load(score) - log_sum), dp = load(gradient);
-    Vec factor = Dropout ? kept(draws, h.s.dropout) : splat(1.0f);
+    Vec factor = Dropout ? kept(draws, drop) : splat(1.0f);
     store(score, Dropout ? p * factor : p);
     store(gradient, p * ((Dropout ? dp * factor : dp) - dot));
   }
