@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from harmodt_kernels.soft_masks import soft_masks
@@ -272,8 +273,9 @@ class SequenceLearner:
             seeds: of dropout, as the model takes them.
         """
         valid = batch.history.valid
-        errors = (self.model(batch, masks, seeds) - targets).square().mean(-1) * valid
-        return errors.sum((1, 2)) / valid.sum((1, 2))
+        shares = valid / (valid.sum((1, 2), keepdim=True) * targets.shape[-1])
+        errors = F.mse_loss(self.model(batch, masks, seeds), targets, reduction="none")
+        return (errors * shares[..., None]).sum((1, 2, 3))
 
     def masks_of(self, task_ids: Tensor, group_gradients: Tensor | None = None) -> TaskMasks:
         """What a batch of these tasks, int64 [G], is computed under: all weights."""

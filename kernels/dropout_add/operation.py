@@ -20,7 +20,8 @@ def dropout_add(
     materialised.
 
     Args:
-        x, branch: of the same shape; float32, on a GPU float16 or bfloat16 too. x may be None, for 0.
+        x, branch: of the same shape; float32, on a GPU float16 or bfloat16 too. x may be None,
+            for 0.
         drop: probability of dropping an element of the branch, in [0, 1); the rest is rescaled.
         seed: of the draw, int64 [] or [1], at least 0 and below 2³¹; or None for one that the
             device's generator draws.
