@@ -70,6 +70,12 @@ def test_more_rows_than_are_packed_at_a_time(cpu: Backend, relu, products, reque
         problem.check(computed, 1e-3, relu)
 
 
+@pytest.mark.parametrize("sizes", [(2, 30, 3000, 140), (2, 30, 140, 3000)])
+def test_panels_that_do_not_stay_in_a_cache_together(cpu: Backend, sizes) -> None:
+    problem = LinearProblem.random(*sizes)
+    problem.check(problem.computed(cpu, CPU, torch.float32), 1e-3)
+
+
 @pytest.mark.parametrize("sizes", [(3, 40, 2, 16), (2, 9, 3, 21)])
 def test_attention(cpu: Backend, sizes) -> None:
     qkv = attention_operands(*sizes)
@@ -81,6 +87,19 @@ def test_attention(cpu: Backend, sizes) -> None:
     computed.square().sum().backward()
     torch.testing.assert_close(computed.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_threads_memory_held_before_is_not_attended_to(cpu: Backend) -> None:
+    qkv, longer = attention_operands(2, 9, 3, 21), attention_operands(2, 40, 3, 21)
+    results = []
+    for _ in range(2):
+        leaf = qkv.clone().requires_grad_()
+        computed = cpu.attention(leaf, slice(None), 0.0)
+        computed.square().sum().backward()
+        results.append((computed.detach(), leaf.grad))
+        nothing = torch.full_like(longer, torch.nan).requires_grad_()
+        cpu.attention(nothing, slice(None), 0.0).sum().backward()
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("of_groups", [False, True])

@@ -95,7 +95,8 @@ struct Place {
 };
 
 // What a thread needs for one (sequence, head) at a time. What is read many times is copied to its
-// memory, padded with zeros to whole chunks and tiles of keys.
+// memory, padded with zeros to whole chunks, and to whole tiles of keys with anything: no query sees
+// those.
 struct Head {
   const harmodt_attention_shape& s;
   int64_t total;             // keys: past and present tokens
@@ -175,11 +176,6 @@ struct Head {
       get(from, keys + j * kWidth);
       get(from + part, values + j * kWidth);
     }
-    for (int64_t c = 0; c < chunks; ++c)
-      for (int64_t i = c * of_chunk + total * kWidth; i < (c + 1) * of_chunk; i += kWidth) {
-        store(keys + i, Vec{});
-        store(values + i, Vec{});
-      }
   }
   void clear_gradients() const {
     for (int64_t i = 0; i < chunks * of_chunk; i += kWidth) {
