@@ -365,7 +365,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         reference="HarmoDT-R",
     ),
     "gradients": Experiment(
-        title="gradient surgery of three kinds, and a mask for each, on 10 tasks at the smallest size",
+        title="gradient surgery of three kinds, and masks, on 10 tasks at the smallest size",
         columns=_MT10_SMALLEST,
         variants=(_PROMPT_DT, *_SURGERY[:3], _R),
         reference="Prompt-DT",
