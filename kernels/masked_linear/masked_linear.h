@@ -92,6 +92,7 @@ struct Later {
   }
 };
 
+// The same where nothing is fetched.
 struct Nothing {
   template <int Rows, int Lines>
   void fetch(int64_t) const {}
@@ -263,19 +264,17 @@ struct NormalisedRows {
   }
 };
 
-// packed[i][d] = rows of a left operand with so many columns, as pairs or as they are.
+// packed[i][d] = rows from `first` on of a left operand with so many columns, as pairs or as they are.
 template <bool Pairs, class Left>
 void pack_rows(Left left, int64_t first, int64_t rows, int64_t columns,
                Element<Pairs>* packed) {
   int64_t stride = packed_stride<Pairs>(columns);
-  packed -= first * stride;
-  for (int64_t i = first; i < first + rows; ++i)
+  for (int64_t i = first; i < first + rows; ++i, packed += stride)
     for (int64_t d = 0; d < stride; d += kWidth) {
       if constexpr (Pairs) {
-        store(packed + i * stride + d,
-              pair_neighbours(left.at(i, 2 * d), left.at(i, 2 * d + kWidth)));
+        store(packed + d, pair_neighbours(left.at(i, 2 * d), left.at(i, 2 * d + kWidth)));
       } else {
-        store(packed + i * stride + d, left.at(i, d));
+        store(packed + d, left.at(i, d));
       }
     }
 }
