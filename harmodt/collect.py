@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from multiprocessing.connection import Connection
@@ -277,25 +277,18 @@ def _interruptions_held() -> Iterator[None]:
 
 
 def _start_worker(watched: Connection) -> None:
-    """End at once when the parent lets go of the lifeline, or is killed."""
+    """End at once, with all that a simulator has started, when the parent lets go or is killed.
+
+    MuJoCo's glfw starts a program when it is imported, which would complain of a broken pipe: a
+    group is killed together, whatever is being started meanwhile.
+    """
+    os.setpgrp()
 
     def follow_parent() -> None:
         watched.poll(None)
-        _kill_children()
-        os._exit(1)
+        os.kill(0, signal.SIGKILL)
 
     threading.Thread(target=follow_parent, daemon=True).start()
-
-
-def _kill_children() -> None:
-    """Take along what a simulator has started.
-
-    MuJoCo's glfw runs a program when it is imported, which would complain of a broken pipe.
-    """
-    for children in Path("/proc/self/task").glob("*/children"):  # on Linux
-        with suppress(OSError):
-            for child in children.read_text().split():
-                os.kill(int(child), signal.SIGKILL)
 
 
 def _collect_part(config: CollectConfig, family: EnvironmentFamily, part: _Part) -> None:

@@ -279,6 +279,23 @@ def test_ctrl_c_while_workers_start_is_quiet(tmp_path: Path, delay: float) -> No
     assert (process.returncode, printed) == (130, "interrupted\n")
 
 
+def test_a_worker_ends_with_all_that_it_has_started() -> None:
+    program = """
+import subprocess
+from multiprocessing.connection import Connection
+from harmodt.collect import _start_worker
+_start_worker(Connection(0, writable=False))
+subprocess.run(["sh", "-c", "sleep 60 & echo started; wait"], stdin=subprocess.DEVNULL)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as worker:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "started\n"
+        worker.communicate(timeout=20)  # until the sleeping one has let go of it as well
+    assert worker.returncode == -signal.SIGKILL
+
+
 COLLECT = "collect --tasks reach --episodes 2 --prompt-episodes 1 --episode-length 100 --workers 1"
 IMPORT = "data import raw --prompt-episodes 1"
 LONG = "x" * 300
