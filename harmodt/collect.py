@@ -279,15 +279,20 @@ def _interruptions_held() -> Iterator[None]:
 def _start_worker(watched: Connection) -> None:
     """End at once, with all that a simulator has started, when the parent lets go or is killed.
 
-    MuJoCo's glfw starts a program when it is imported, which would complain of a broken pipe: a
-    group is killed together, whatever is being started meanwhile.
+    MuJoCo's glfw starts a program when it is imported, which would complain of a broken pipe. A
+    group is killed together, also what is being started; the executor terminates the other workers
+    when the first has ended.
     """
-    os.setpgrp()
+
+    def end(*_: object) -> None:
+        os.kill(0, signal.SIGKILL)
 
     def follow_parent() -> None:
         watched.poll(None)
-        os.kill(0, signal.SIGKILL)
+        end()
 
+    os.setpgrp()
+    signal.signal(signal.SIGTERM, end)
     threading.Thread(target=follow_parent, daemon=True).start()
 
 

@@ -279,7 +279,8 @@ def test_ctrl_c_while_workers_start_is_quiet(tmp_path: Path, delay: float) -> No
     assert (process.returncode, printed) == (130, "interrupted\n")
 
 
-def test_a_worker_ends_with_all_that_it_has_started() -> None:
+@pytest.mark.parametrize("how", ["its parent lets go", "it is terminated"])
+def test_a_worker_ends_with_all_that_it_has_started(how: str) -> None:
     program = """
 import subprocess
 from multiprocessing.connection import Connection
@@ -292,6 +293,9 @@ subprocess.run(["sh", "-c", "sleep 60 & echo started; wait"], stdin=subprocess.D
     ) as worker:
         assert worker.stdout is not None
         assert worker.stdout.readline() == "started\n"
+        if how == "it is terminated":
+            worker.terminate()
+            assert worker.wait(timeout=20) == -signal.SIGKILL
         worker.communicate(timeout=20)  # until the sleeping one has let go of it as well
     assert worker.returncode == -signal.SIGKILL
 
