@@ -5,13 +5,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from harmodt_kernels import PYTORCH, Backend, BackendUnavailable, fused_backend
+from harmodt_kernels import (
+    PYTORCH,
+    Backend,
+    BackendUnavailable,
+    RecordingMemory,
+    fused_backend,
+)
 
 from .config import Precision
 from .errors import UserError
@@ -29,12 +35,14 @@ class Execution:
         backend: the operations that it is built of.
         precision: of matrix products.
         graph: whether what is computed again and again may be recorded and repeated as a whole.
+        memory: of all that is recorded on a CPU, for one thread that repeats it.
     """
 
     device: torch.device
     backend: Backend
     precision: Precision = "fp32"
     graph: bool = True
+    memory: RecordingMemory = field(default_factory=RecordingMemory, repr=False, compare=False)
 
     @classmethod
     def choose(
@@ -82,7 +90,7 @@ class Execution:
         if not self.repeats:
             return function
         on_gpu = self.device.type == "cuda"
-        return CudaGraph(function, self.device) if on_gpu else CallGraph(function)
+        return CudaGraph(function, self.device) if on_gpu else CallGraph(function, self.memory)
 
 
 def find_device(name: str) -> torch.device:

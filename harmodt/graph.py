@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from harmodt_kernels import CannotRecord, Recording
+from harmodt_kernels import CannotRecord, Recording, RecordingMemory
 
 from .errors import UserError
 
@@ -46,12 +46,17 @@ class CallGraph(Graph):
 
     What is made at the first call alone, and kept, is no part of them.
 
+    Args:
+        function: as above.
+        memory: of graphs that are computed in turn.
+
     Attributes:
         recording: of them, or None before that.
     """
 
-    def __init__(self, function: Callable[[], Tensor]):
+    def __init__(self, function: Callable[[], Tensor], memory: RecordingMemory):
         super().__init__(function)
+        self._memory = memory
         self.recording: Recording | None = None
         self._called = False
 
@@ -61,7 +66,7 @@ class CallGraph(Graph):
             return self._function()
         if self.recording is None:
             try:
-                self.recording = Recording(self._function)
+                self.recording = Recording(self._function, self._memory)
             except CannotRecord as error:
                 raise UserError(_ADVICE.format(error)) from error
         else:

@@ -14,7 +14,7 @@ from .masked_adamw import masked_adamw, rates_of_step
 from .masked_layer_norm import MaskedLayerNorm
 from .masked_linear import MaskedLinear, masked_linear
 from .masks import NO_MASKS, LayerMasks
-from .native.recording import CannotRecord, Recording
+from .native.recording import CannotRecord, Recording, RecordingMemory
 from .registration import BackendUnavailable
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "MaskedLayerNorm",
     "MaskedLinear",
     "Recording",
+    "RecordingMemory",
     "Selection",
     "count_bits",
     "fused_backend",

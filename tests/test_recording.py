@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harmodt_kernels import CannotRecord, Recording, fused_backend
+from harmodt_kernels import CannotRecord, Recording, RecordingMemory, fused_backend
 
 STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "out of place": lambda x, y: x * 2 + y,
@@ -90,6 +91,25 @@ def test_memory_is_used_again_once_a_tensor_is_gone() -> None:
         return torch.stack([x + i for i in range(10)])
 
     assert Recording(all_kept).nbytes == 20 * x.nbytes
+
+
+def test_recordings_that_take_turns_share_memory() -> None:
+    x, memory = torch.ones(1000), RecordingMemory()
+
+    def chain(length: int) -> Tensor:
+        y = x
+        for _ in range(length):
+            y = y * 2 + 1
+        return y
+
+    first, second = (Recording(functools.partial(chain, n), memory) for n in (3, 5))
+    assert memory.nbytes == 4 * x.nbytes  # one result, and what a chain has at once
+    for value, of_first, of_second in ((0, 7, 31), (1, 15, 63)):
+        x.fill_(value)
+        first.repeat()
+        assert first.result.unique().tolist() == [of_first]
+        second.repeat()
+        assert second.result.unique().tolist() == [of_second]
 
 
 def test_memory_goes_with_the_recording_but_for_what_is_in_use() -> None:

@@ -17,6 +17,7 @@ from ..data.store import TaskData
 from ..environments import family
 from ..errors import UserError
 from ..masks.bank import MaskBank, TaskMasks
+from ..masks.gradients import GradientFamilies
 from ..masks.initialisation import sparsities_by_loss
 from ..masks.update import MaskUpdater
 from ..masks.vector import ParameterVector, by_layer
@@ -78,12 +79,12 @@ class RandomMaskLearner(SequenceLearner):
 
     def _losses_at_first(self) -> Tensor:
         """Each task's loss, [T], under all of the initial weights on a batch of its own."""
-        losses, found = self.losses_of_draws(0), []
+        draw, found = self.draw_of(0), []
         self.model.eval()
         with torch.no_grad(), self.execution.computing():
             for task in range(self.task_count):
                 ids = torch.tensor([task], device=self.execution.device)
-                found.append(losses([task], super().masks_of(ids)))
+                found.append(self.losses_of(draw([task]), super().masks_of(ids)))
         self.model.train()
         return torch.cat(found)
 
@@ -112,7 +113,7 @@ class UpdatedMaskLearner(RandomMaskLearner):
     """Trains under masks that it updates every t_m steps.
 
     Attributes:
-        rows_of_task: of its batch in a masked layer, samples × tokens.
+        families: the gradients that updates follow from.
     """
 
     def __init__(self, setup: Setup, data: Sequence[TaskData]):
@@ -122,7 +123,15 @@ class UpdatedMaskLearner(RandomMaskLearner):
         self._initial_bits = self.bank.bits.clone()  # drawn again, the same, when a run goes on
         self.update_every = masks.mask_update_every
         tokens = 3 * (self.model.config.prompt_length + self.settings.model.context_length)
-        self.rows_of_task = setup.config.data.batch_per_task * tokens
+        # On a GPU a graph would keep the memory of its passes from update to update.
+        records = self.execution.repeats and self.execution.device.type == "cpu"
+        self.families = GradientFamilies(
+            self.bank,
+            self.losses_of,
+            memory=masks.mask_update_gb * 1e9,
+            rows=setup.config.data.batch_per_task * tokens,
+            repeated=self.execution.repeated if records else None,
+        )
 
     def before_step(self, step: int) -> dict[str, float]:
         """Update all masks at the start and then every t_m steps.
@@ -168,16 +177,16 @@ class HarmoDTLearner(UpdatedMaskLearner):
             )
         self.updater = MaskUpdater(
             self.bank,
+            self.families,
             setup.execution.backend,
             masks,
             importance,
             setup.config.optimisation.steps,
-            self.rows_of_task,
         )
 
     def update_masks(self, step: int) -> dict[str, float]:
         """Move weights out of and into every task's mask."""
-        update = self.updater.update(step, self.losses_of_draws(step))
+        update = self.updater.update(step, self.draw_of(step))
         return {"harmony": update.harmony, "moved_weights": int(update.moved.max())}
 
 

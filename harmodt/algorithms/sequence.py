@@ -14,7 +14,7 @@ from torch import Tensor
 
 from harmodt_kernels.soft_masks import soft_masks
 
-from ..batch import Batch, move
+from ..batch import Batch, batch_of, move, tensors_of
 from ..checkpoint import Checkpoint
 from ..config import AlgorithmSettings, PromptSettings, TransformerSettings
 from ..data.feed import Feed
@@ -26,7 +26,7 @@ from ..data.windows import WindowSampler
 from ..draws import MASKS, SURGERY, TRAIN, Draws, Seeds, dropout_seeds
 from ..errors import UserError
 from ..masks.bank import TaskMasks
-from ..masks.gradients import TaskGradients, TaskLosses, averaged_harmony
+from ..masks.gradients import Draw, GradientPass, TaskGradients, averaged_harmony
 from ..networks.decision_transformer import DecisionTransformer, TransformerConfig
 from ..policies.decision import DecisionPolicy
 from ..settings import Count, Whole
@@ -291,23 +291,26 @@ class SequenceLearner:
         """Definition 3.2 on a fresh batch of every task, in [-1, 1]."""
         task_ids, at_once = range(self.task_count), self.setup.config.data.tasks_per_step
         parts = [task_ids[i : i + at_once] for i in task_ids[::at_once]]
-        losses = self.losses_of_draws(step)
+        compute = GradientPass(self.vector, self.losses_of, self.masks_of)
         with self.execution.computing():
-            return averaged_harmony(TaskGradients(self.vector, losses, self.masks_of, parts))
+            return averaged_harmony(TaskGradients(compute, self.draw_of(step), parts))
 
-    def losses_of_draws(self, step: int) -> TaskLosses:
-        """The losses [G] of some tasks on a batch that depends on the step and the tasks alone."""
+    def draw_of(self, step: int) -> Draw:
+        """Draws batches of tasks that depend on the step and the tasks alone, for `losses_of`."""
 
-        def losses(task_ids: Sequence[int], masks: TaskMasks) -> Tensor:
+        def draw(task_ids: Sequence[int]) -> list[Tensor]:
             draws = self._seeds.begin(MASKS, step, *task_ids)
-            batch, targets = self.sampler.sample(task_ids, draws)
-            number, device = torch.tensor([step]), self.execution.device
-            (drops,) = dropout_seeds(
-                draws.seed, MASKS, number, self.model.dropout_places, task_ids[0]
-            )
-            return self.losses(batch, targets, masks, *move([drops], device))
+            batch = self.sampler.sample(task_ids, draws)
+            number, places = torch.tensor([step]), self.model.dropout_places
+            (drops,) = dropout_seeds(draws.seed, MASKS, number, places, task_ids[0])
+            return [*tensors_of(*batch), *move([drops], self.execution.device)]
 
-        return losses
+        return draw
+
+    def losses_of(self, drawn: list[Tensor], masks: TaskMasks) -> Tensor:
+        """The losses [G] of tasks on a batch that was drawn of them."""
+        *batch, drops = drawn
+        return self.losses(*batch_of(batch), masks, drops)
 
     @property
     def task_count(self) -> int:

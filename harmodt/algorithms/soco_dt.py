@@ -37,7 +37,7 @@ class SoCoDTLearner(UpdatedMaskLearner):
         masks = mask_settings(setup)
         assert isinstance(masks, SoftMaskSettings)
         self.updater = SoftMaskUpdater(
-            self.bank, masks, setup.config.optimisation.steps, self.rows_of_task
+            self.bank, self.families, masks, setup.config.optimisation.steps
         )
 
     def update_masks(self, step: int) -> dict[str, float]:
@@ -46,7 +46,7 @@ class SoCoDTLearner(UpdatedMaskLearner):
         `moved_weights` is the number of those that changed, of the task with most; `sparsity` each
         task's share of inactive weights.
         """
-        update = self.updater.update(step, self.losses_of_draws(step))
+        update = self.updater.update(step, self.draw_of(step))
         moved = int((update.lowered + update.raised).max())
         shares = 1 - self.bank.active_counts().double() / self.vector.maskable_count()
         tasks = zip(self.setup.conditioning, shares.tolist(), strict=True)

@@ -23,7 +23,7 @@ from ..data.inputs import TaskConditioning
 from ..data.store import TaskData
 from ..errors import UserError
 from ..masks.bank import voted_masks
-from ..masks.gradients import TaskGradients
+from ..masks.gradients import GradientPass, TaskGradients
 from ..masks.initialisation import draw_mask
 from ..masks.vector import ParameterVector
 from ..networks.decision_transformer import DecisionTransformer
@@ -132,10 +132,10 @@ def nearest_tasks(
     )
     _load_weights(learner.model, checkpoint)
     learner.model.eval()
-    losses = learner.losses_of_draws(checkpoint.step)
     trained = len(setup.conditioning)
     parts = [[*range(trained, len(tasks))], *([task] for task in range(trained))]
-    gradients = TaskGradients(learner.vector, losses, learner.masks_of, parts)
+    compute = GradientPass(learner.vector, learner.losses_of, learner.masks_of)
+    gradients = TaskGradients(compute, learner.draw_of(checkpoint.step), parts)
     with setup.execution.computing():
         own, _ = gradients.of(0)
         cosines = [_cosines(own, gradients.of(part)[0][0]) for part in range(1, len(parts))]

@@ -9,15 +9,21 @@ from torch import Tensor
 
 from harmodt_kernels.harmony_selection import count_signs
 
+from ..batch import Layout
 from .bank import MaskBank, TaskMasks
 from .vector import ParameterVector
 
-TaskLosses = Callable[[Sequence[int], TaskMasks], Tensor]
-"""The losses [G] of some tasks, by id, on a batch of theirs: the same whenever it is asked for."""
+Draw = Callable[[Sequence[int]], list[Tensor]]
+"""A batch of some tasks, by id, the same whenever it is asked for: first their ids, int64 [G]."""
+
+Losses = Callable[[list[Tensor], TaskMasks], Tensor]
+"""The losses [G] of the tasks of a batch."""
 
 MasksFor = Callable[[Tensor, Tensor], TaskMasks]
 """The masks of some tasks, int64 [G], that write each one's gradient to [G, P_m]."""
 
+Repeated = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+"""Makes a function that is called again and again, as `Execution.repeated`."""
 
 PASS_BYTES = 8
 """Bytes that a pass forward and backward keeps for each output of each row in a masked layer.
@@ -26,49 +32,100 @@ Those of the fused kernels are about 3.5, those of plain PyTorch up to 7.8 (d = 
 """
 
 
+class GradientPass:
+    """Computes tasks' losses and gradients under the masks of one family, or of the dense model.
+
+    Args:
+        vector: of the model.
+        losses: of a batch.
+        masks_for: the family.
+        repeated: passes of as many tasks are repeated by this, and keep their places in memory;
+            None where they are not to.
+    """
+
+    def __init__(
+        self,
+        vector: ParameterVector,
+        losses: Losses,
+        masks_for: MasksFor,
+        repeated: Repeated | None = None,
+    ):
+        self.vector = vector
+        self._losses = losses
+        self._masks_for = masks_for
+        self._repeated = repeated
+        self._kept: dict[int, tuple[list[Tensor], Tensor, Callable[[], Tensor]]] = {}
+
+    def __call__(self, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Gradients [G, P_m], until the next call writes over them, and losses [G] of a batch."""
+        tasks = len(batch[0])
+        place, gradients, compute = self._kept.get(tasks) or self._prepare(batch)
+        torch._foreach_copy_(place, batch)
+        return gradients, compute()
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the places that it keeps."""
+        kept = ([*place, gradients] for place, gradients, _ in self._kept.values())
+        return sum(tensor.nbytes for tensors in kept for tensor in tensors)
+
+    def _prepare(self, like: list[Tensor]) -> tuple[list[Tensor], Tensor, Callable[[], Tensor]]:
+        """Places for a batch and for its gradients, and what computes the ones from the other."""
+        layout, weights = Layout(like), self.vector.weights
+        place = layout.views(layout.pack(like, weights.device))
+        # zeros, because nothing is written to the padding
+        gradients = weights.new_zeros(len(like[0]), self.vector.maskable_size)
+        masks = self._masks_for(place[0], gradients)
+
+        def compute() -> Tensor:
+            losses = self._losses(place, masks)
+            losses.sum().backward()
+            masks.queue.finish()
+            return losses.detach()
+
+        if self._repeated is None:
+            return place, gradients, compute
+        self._kept[len(like[0])] = place, gradients, self._repeated(compute)
+        return self._kept[len(like[0])]
+
+
 class TaskGradients:
-    """The gradients of all tasks of one family: under some masks, or of the dense model.
+    """The gradients of all tasks of one family, on batches of theirs.
 
     They are computed for a few tasks at a time. Kept, they are computed once; if not, whenever they
     are asked for, and memory does not grow with the number of tasks. They come out the same.
 
     Args:
-        vector: of the model.
-        losses: computes the tasks' losses.
-        masks_for: the family.
+        compute: the family's passes.
+        draw: the batches.
         parts: the ids of all tasks, a few at a time.
         keep: all tasks' gradients, from the first time that they are asked for.
     """
 
     def __init__(
         self,
-        vector: ParameterVector,
-        losses: TaskLosses,
-        masks_for: MasksFor,
+        compute: GradientPass,
+        draw: Draw,
         parts: Sequence[Sequence[int]],
         keep: bool = False,
     ):
-        self.vector = vector
+        self.vector = compute.vector
         self.parts = parts
-        self._losses = losses
-        self._masks_for = masks_for
+        self._compute = compute
+        self._draw = draw
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         self._keep = keep
 
     def of(self, part: int) -> tuple[Tensor, Tensor]:
-        """Gradients [G, P_m] and losses [G] of the tasks of one part."""
+        """Gradients [G, P_m], until others are asked for, and losses [G] of one part's tasks."""
         if part in self._kept:
             return self._kept[part]
-        task_ids, device = self.parts[part], self.vector.weights.device
-        # zeros, because nothing is written to the padding
-        gradients = torch.zeros(len(task_ids), self.vector.maskable_size, device=device)
-        masks = self._masks_for(torch.tensor(list(task_ids), device=device), gradients)
-        losses = self._losses(task_ids, masks)
-        losses.sum().backward()
-        masks.queue.finish()
+        gradients, losses = self._compute(self._draw(self.parts[part]))
         if self._keep:
-            self._kept[part] = gradients, losses.detach()
-        return gradients, losses.detach()
+            if len(self.parts) > 1:
+                gradients = gradients.clone()
+            self._kept[part] = gradients, losses
+        return gradients, losses
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Gradients and losses of each part in turn."""
@@ -83,27 +140,47 @@ class TaskGradients:
         return total.div_(sum(map(len, self.parts)))
 
 
-def of_all_tasks(
-    bank: MaskBank, losses: TaskLosses, memory: float, rows: int
-) -> tuple[TaskGradients, TaskGradients]:
-    """ḡ_i = ∇L_i(θ ⊙ M^i) ⊙ M^i, and g_i = ∇L_i(θ), which are needed once.
+class GradientFamilies:
+    """What a mask update follows from: ḡ_i = ∇L_i(θ ⊙ M^i) ⊙ M^i, and g_i = ∇L_i(θ).
 
     As many tasks are computed at a time as the memory holds, their passes and gradients. If all
-    ḡ_i fit beside that, they are kept; if not, they are computed whenever they are asked for.
+    ḡ_i fit beside that, they are kept; if not, they are computed whenever they are asked for. The
+    g_i are needed once.
 
     Args:
+        bank: the masks.
+        losses: of a batch.
         memory: bytes.
         rows: of a task's batch in a masked layer.
+        repeated: as `GradientPass` takes it.
     """
-    at_once, keep = _plan(bank, memory, rows)
-    task_ids = range(bank.tasks)
-    parts = [task_ids[i : i + at_once] for i in task_ids[::at_once]]
 
-    def without_masks(task_ids: Tensor, group_gradients: Tensor) -> TaskMasks:
-        return TaskMasks(bank.vector, None, task_ids, group_gradients)
+    def __init__(
+        self,
+        bank: MaskBank,
+        losses: Losses,
+        memory: float,
+        rows: int,
+        repeated: Repeated | None = None,
+    ):
+        def without_masks(task_ids: Tensor, group_gradients: Tensor) -> TaskMasks:
+            return TaskMasks(bank.vector, None, task_ids, group_gradients)
 
-    masked = TaskGradients(bank.vector, losses, bank.for_tasks, parts, keep)
-    return masked, TaskGradients(bank.vector, losses, without_masks, parts)
+        self._masked = GradientPass(bank.vector, losses, bank.for_tasks, repeated)
+        self._dense = GradientPass(bank.vector, losses, without_masks, repeated)
+        at_once, self._keep = _plan(bank, memory, rows)
+        task_ids = range(bank.tasks)
+        self.parts = [task_ids[i : i + at_once] for i in task_ids[::at_once]]
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the places that they keep from update to update."""
+        return self._masked.nbytes + self._dense.nbytes
+
+    def of(self, draw: Draw) -> tuple[TaskGradients, TaskGradients]:
+        """The masked gradients and the dense ones on some batches."""
+        masked = TaskGradients(self._masked, draw, self.parts, self._keep)
+        return masked, TaskGradients(self._dense, draw, self.parts)
 
 
 def _plan(bank: MaskBank, memory: float, rows: int) -> tuple[int, bool]:
@@ -111,12 +188,11 @@ def _plan(bank: MaskBank, memory: float, rows: int) -> tuple[int, bool]:
     vector, tasks = bank.vector, bank.tasks
     outputs = sum(weight.shape[0] for weight, _ in vector.layers.values())
     gradient = 4 * vector.maskable_size
-    of_pass = PASS_BYTES * rows * outputs * bank.levels
-    keep = tasks * gradient + gradient + of_pass <= memory
-    if keep:
-        at_once = (memory - tasks * gradient) // (gradient + of_pass)
-    else:
-        at_once = memory // (2 * gradient + of_pass)
+    of_task = 2 * gradient + PASS_BYTES * rows * outputs * bank.levels
+    if tasks * of_task <= memory:  # the masked ones are kept where they are computed
+        return tasks, True
+    keep = tasks * gradient + of_task <= memory
+    at_once = (memory - keep * tasks * gradient) // of_task
     return min(max(int(at_once), 1), tasks), keep
 
 

@@ -17,7 +17,7 @@ from harmodt_kernels.harmony_selection import count_signs
 
 from ..config import SoftMaskSettings
 from .bank import MaskBank
-from .gradients import TaskLosses, harmony_score, of_all_tasks
+from .gradients import Draw, GradientFamilies, harmony_score
 
 
 @dataclass(frozen=True)
@@ -81,31 +81,32 @@ class SoftMaskUpdater:
 
     Args:
         bank: the masks.
+        families: the tasks' gradients.
         settings: of the thresholds.
         steps: E, of the run.
-        rows: of a task's batch, samples × tokens.
     """
 
-    def __init__(self, bank: MaskBank, settings: SoftMaskSettings, steps: int, rows: int):
+    def __init__(
+        self, bank: MaskBank, families: GradientFamilies, settings: SoftMaskSettings, steps: int
+    ):
+        self.families = families
         self._bank = bank
         self._settings = settings
         self._steps = steps
-        self._rows = rows
         self._maskable = unpack_bits(bank.maskable_bits, bank.vector.maskable_size)
 
-    def update(self, step: int, losses: TaskLosses) -> SoftMaskUpdate:
+    def update(self, step: int, draw: Draw) -> SoftMaskUpdate:
         """Lower and raise values in every task's mask.
 
         Args:
             step: t, the optimiser steps done so far.
-            losses: computes the tasks' losses.
+            draw: the tasks' batches.
 
         Raises:
             ValueError: a gradient is NaN or infinite; the masks are then unchanged.
         """
         bank, factor = self._bank, fence_factor(step, self._steps, self._settings)
-        memory = self._settings.mask_update_gb * 1e9
-        masked, dense = of_all_tasks(bank, losses, memory, self._rows)
+        masked, dense = self.families.of(draw)
         mean = masked.mean()
         found, counts = bank.bits.clone(), []
         for part, task_ids in enumerate(masked.parts):

@@ -13,7 +13,7 @@ from harmodt_kernels.harmony_selection import Importance
 
 from ..config import LearnedMaskSettings
 from .bank import MaskBank
-from .gradients import TaskGradients, TaskLosses, harmony_score, of_all_tasks
+from .gradients import Draw, GradientFamilies, TaskGradients, harmony_score
 
 
 @dataclass(frozen=True)
@@ -39,49 +39,46 @@ def weights_to_move(step: int, steps: int, eta_min: int, eta_max: int) -> int:
 class MaskUpdater:
     """Updates the masks of all tasks in place.
 
-    As many tasks are computed at a time as `mask_update_gb` holds, their passes and gradients. If
-    the masked gradients of all tasks fit beside that, they are kept from the mean to the selection.
-    Without dropout the masks do not depend on it.
+    Without dropout the masks do not depend on how many tasks are computed at a time.
 
     Args:
         bank: the masks.
+        families: the tasks' gradients.
         backend: its harmony selection is used.
         settings: λ, α_t's bounds, the rule.
         importance: "fisher" (HarmoDT-F) or "magnitude" (HarmoDT-M).
         steps: E, of the run.
-        rows: of a task's batch, samples × tokens.
     """
 
     def __init__(
         self,
         bank: MaskBank,
+        families: GradientFamilies,
         backend: Backend,
         settings: LearnedMaskSettings,
         importance: Importance,
         steps: int,
-        rows: int,
     ):
+        self.families = families
         self._bank = bank
         self._backend = backend
         self._settings = settings
         self._importance = importance
         self._steps = steps
-        self._rows = rows
 
-    def update(self, step: int, losses: TaskLosses) -> MaskUpdate:
+    def update(self, step: int, draw: Draw) -> MaskUpdate:
         """Move weights out of and into every task's mask.
 
         Args:
             step: t, the optimiser steps done so far.
-            losses: computes the tasks' losses.
+            draw: the tasks' batches.
 
         Raises:
             ValueError: a gradient or a loss is NaN or infinite; the masks are then unchanged.
         """
         settings = self._settings
         count = weights_to_move(step, self._steps, settings.eta_min, settings.eta_max)
-        memory = settings.mask_update_gb * 1e9
-        masked, dense = of_all_tasks(self._bank, losses, memory, self._rows)
+        masked, dense = self.families.of(draw)
         mean = masked.mean()
         selections = [
             self._select(part, count, mean, masked, dense) for part in range(len(masked.parts))

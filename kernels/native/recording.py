@@ -42,6 +42,8 @@ class Recording:
 
     Args:
         function: computes a tensor from tensors on the CPU.
+        memory: of other recordings too, if they take turns: repeating one loses what another has
+            computed. None: its own.
 
     Attributes:
         result: what the function returned; where it is written again.
@@ -50,9 +52,9 @@ class Recording:
         CannotRecord: the function reads a tensor's value, or draws from PyTorch's generators.
     """
 
-    def __init__(self, function: Callable[[], Tensor]):
+    def __init__(self, function: Callable[[], Tensor], memory: RecordingMemory | None = None):
         self.calls: list[functools.partial[Any]] = []
-        self._memory = _Memory()
+        self._memory = memory or RecordingMemory()
         self._precision: str | None = None  # of the products of PyTorch that were noted last
         with _Noticing(self), noting(self._note_call):
             self.result = function()
@@ -137,7 +139,7 @@ class _Noticing(TorchDispatchMode):
         return self._recording.note(func, args, kwargs, func(*args, **kwargs))
 
 
-class _Memory:
+class RecordingMemory:
     """Memory for tensors, which is free again once they are gone."""
 
     def __init__(self) -> None:
@@ -172,7 +174,7 @@ class _Memory:
         return block
 
 
-def _give_back(memory: weakref.ref[_Memory], block: Tensor) -> None:
+def _give_back(memory: weakref.ref[RecordingMemory], block: Tensor) -> None:
     """Give back a block, unless its memory is gone: what is lent does not keep the rest."""
     if (there := memory()) is not None:
         there.give_back(block)
