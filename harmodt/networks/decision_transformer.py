@@ -283,8 +283,9 @@ class DecisionTransformer(nn.Module):
             past = prompt_cache[index] if prompt_cache is not None else None
             last = index == len(self.blocks) - 1
             x, _ = block(x, masks, past, wanted=observation_tokens if last else slice(None))
-        last_steps = history.valid.sum(2)[:, :, None, None] - shortest
-        return self._actions(x.take_along_dim(last_steps, dim=2), masks)[:, :, 0]
+        if x.shape[2] > 1:  # histories may be of different lengths
+            x = x.take_along_dim(history.valid.sum(2)[:, :, None, None] - shortest, dim=2)
+        return self._actions(x, masks)[:, :, 0]
 
     def _embed_history(self, steps: Steps, task_ids: Tensor, masks: TaskMasks) -> Tensor:
         x = self.history_embedding(self._with_task(steps, task_ids), masks)

@@ -135,6 +135,10 @@ class _Noticing(TorchDispatchMode):
         if func.namespace == "harmodt":
             with self:
                 return kernel(func._opname)(*args, **kwargs)
+        with self:  # what is made of other operations is noted as those
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
         self._recording.check(func, args)
         return self._recording.note(func, args, kwargs, func(*args, **kwargs))
 
@@ -207,6 +211,8 @@ def _repetition(
     Args:
         made: of the tensors that it returned, those that it made, in which the new values go.
     """
+    if func is torch.ops.aten.clone.default and made[0] is not None:  # its other form copies twice
+        return functools.partial(torch.ops.aten.copy_.default, made[0], args[0])
     form = _writing_form(func)
     if form is None:
         return functools.partial(_again, func, made, args, kwargs)
