@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from bench_harmony_selection import WEIGHTS, Problem
+from bench_train_step import note_graphs
 from measuring import fused, measure_in_turn
 from paths import make_trainer
 
@@ -31,10 +32,8 @@ def bench_mask_update(benchmark: Any, store: DataStore, gradients: str, size: st
         assert trainer.before_step()["moved_weights"] == 100
     updates = {path: trainer.before_step for path, trainer in trainers.items()}
     measure_in_turn(benchmark, updates, seconds=2.0)
-    if not benchmark.disabled:  # what a recorded update holds from one to the next, beside its peak
-        learner = trainers["fused"].learner
-        held = learner.execution.memory.nbytes + learner.families.nbytes
-        benchmark.extra_info["peak_bytes"] += held
+    if not benchmark.disabled:
+        note_graphs(benchmark, trainers)
 
 
 @pytest.mark.benchmark(group="harmony selection: one call of all tasks, or one of each")

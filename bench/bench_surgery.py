@@ -54,7 +54,7 @@ def bench_surgery(benchmark: Any, store: DataStore, store_mt50: DataStore, tasks
     assert masked.learner.before_step(middle)["moved_weights"] == 100
     measure_in_turn(benchmark, calls, SECONDS)
     if not benchmark.disabled:
-        note_graphs(benchmark, trainers)
+        note_graphs(benchmark, {**trainers, "a mask update": masked})
         beside = benchmark.extra_info["beside"]
         step, update = (beside[name]["median"] for name in ("HarmoDT-F", "a mask update"))
         for every in UPDATES:

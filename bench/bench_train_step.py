@@ -79,17 +79,22 @@ def peak(precision: str) -> float:
 
 
 def note_graphs(benchmark: Any, trainers: Mapping[str, Trainer]) -> None:
-    """Add what recorded steps hold from step to step to the memory that a step was seen to take.
+    """Add what recordings hold from call to call to the memory that a call was seen to take.
 
     Args:
         trainers: by the names of calls that were measured in turn, the benchmark's own first.
     """
     beside = benchmark.extra_info["beside"]
     for index, (name, trainer) in enumerate(trainers.items()):
-        recording = getattr(trainer.learner._step, "recording", None)
-        if recording is not None:
-            notes = beside[name] if index else benchmark.extra_info
-            notes["peak_bytes"] += recording.nbytes
+        notes = beside[name] if index else benchmark.extra_info
+        notes["peak_bytes"] += held_bytes(trainer)
+
+
+def held_bytes(trainer: Trainer) -> int:
+    """The memory of a trainer's recordings, and the places of its mask updates."""
+    families = getattr(trainer.learner, "families", None)
+    places = 0 if families is None else families.nbytes
+    return trainer.setup.execution.memory.nbytes + places
 
 
 def note_arithmetic(benchmark: Any, trainer: Trainer, precision: str) -> None:
