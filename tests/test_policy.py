@@ -191,6 +191,27 @@ def test_a_row_does_not_depend_on_the_others(
     np.testing.assert_allclose(together, reverse[:, ::-1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize(
+    "task_ids",
+    [(0, 0, 1, 1, 2, 2), (2, 0, 1, 0, 1, 2), (2, 0, 2, 2, 0, 2)],
+    ids=["in order", "as many of each", "more of one"],
+)
+def test_recorded_actions_are_those_that_are_computed_anew(
+    store: DataStore, task_ids: tuple[int, ...]
+) -> None:
+    played = []
+    for graph in (True, False):
+        torch.manual_seed(0)
+        policy = make_policy(store, fused=True, graph=graph, action_dropout=0.3)
+        policy.start(np.array(task_ids))
+        before = play(policy, observations(6), rewards(6))  # histories are full for half of it
+        policy.restart(np.arange(6) == 4)
+        played.append((before, play(policy, observations(6, seed=1), rewards(6))))
+    for recorded, anew in zip(*played, strict=True):
+        np.testing.assert_array_equal(recorded, anew)
+
+
 def test_each_task_has_its_own_mask_and_normalisation(store: DataStore) -> None:
     policy = make_policy(store)
     same = np.repeat(observations(1), 3, axis=1)

@@ -136,11 +136,17 @@ class DecisionPolicy(TrainedPolicy):
             )
 
     def _prepare_graph(self) -> None:
-        """Find a place for whole histories, which is that of a graph's inputs."""
+        """Find a place for whole histories, which is that of a graph's inputs.
+
+        On a CPU they stay there, if their rows are laid out as they are.
+        """
         device, history = self._execution.device, self._groups.lay_out(self._history)
         self._layout = Layout(history)
         self._place = self._layout.pack(history, device).to(device)
         steps = Steps(*self._layout.views(self._place))
+        self._history_in_place = device.type == "cpu" and self._groups.in_order
+        if self._history_in_place:
+            self._history = Steps(*(part.flatten(0, 1) for part in steps))
         self._repeated = self._execution.repeated(
             lambda: self._computed(steps, self._shortest_in_graph)
         )
@@ -155,8 +161,9 @@ class DecisionPolicy(TrainedPolicy):
 
     def _actions_in_graph(self) -> Tensor:
         """The same actions, from histories of which none is shorter than those in the graph."""
-        packed = self._layout.pack(self._groups.lay_out(self._history), self._place.device)
-        self._place.copy_(packed, non_blocking=True)
+        if not self._history_in_place:
+            packed = self._layout.pack(self._groups.lay_out(self._history), self._place.device)
+            self._place.copy_(packed, non_blocking=True)
         return self._repeated()
 
     def _append(self, observations: np.ndarray) -> None:
@@ -215,6 +222,7 @@ class _Groups:
     Attributes:
         task_ids: int64 [G], the task of each group.
         index: int64 [N], where each row is in a layout [G B].
+        in_order: whether that is the order of the rows, and none is repeated.
     """
 
     def __init__(self, task_ids: np.ndarray):
@@ -226,6 +234,7 @@ class _Groups:
         for group, rows in enumerate(members):
             index[rows] = group * width + np.arange(len(rows))
         self.index = torch.from_numpy(index)
+        self.in_order = torch.equal(self._rows.flatten(), torch.arange(len(task_ids)))
 
     def lay_out(self, steps: Steps) -> list[Tensor]:
         """The parts of steps [N, ...] as [G, B, ...]."""
