@@ -286,8 +286,8 @@ class RunSettings:
     fused: bool = True
     """Compute with fused kernels; --no-fused is the reference path in plain PyTorch."""
     graph: bool = True
-    """Record a training step of the fused kernels once and repeat it as a whole: on a GPU as a CUDA
-    graph, on a CPU as its calls of kernels."""
+    """Record training steps and acting with fused kernels once and repeat them as a whole: on a
+    GPU as CUDA graphs, on a CPU as their calls of kernels, and mask updates as well."""
     precision: Precision = "fp32"
     """Precision of the matrix products (tf32: GPUs only); weights and optimiser stay in fp32."""
     log_every: Count = 20

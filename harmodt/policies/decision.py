@@ -111,11 +111,12 @@ class DecisionPolicy(TrainedPolicy):
         """Choose actions, float32 [N, A] in [-1, 1], after observations float [N, O]."""
         self._append(observations)
         lengths = np.minimum(self._time, self._context_length)
+        # What is the host's comes before the model, which takes the caches from it.
+        present = torch.arange(len(lengths)), torch.from_numpy(lengths - 1)
+        hidden = self._inputs.hidden(self._words(len(lengths)))
         in_graph = self._execution.repeats and lengths.min() >= self._shortest_in_graph
         actions = self._actions_in_graph() if in_graph else self._actions(lengths)
         chosen = actions.cpu().flatten(0, 1)[self._groups.index]
-        hidden = self._inputs.hidden(self._words(len(chosen)))
-        present = torch.arange(len(chosen)), torch.from_numpy(lengths - 1)
         self._history.actions[present] = self._inputs.hide(chosen, hidden)
         return chosen.numpy()
 
