@@ -328,22 +328,30 @@ def test_gradients_that_wait_for_those_of_other_layers_are_there(
 
 
 @pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("gb", [4.0, 0.0], ids=["kept", "computed twice"])
+@pytest.mark.parametrize(
+    ("changes", "records"),
+    [
+        ({"tasks_per_step": 3}, True),
+        ({"mask_update_gb": 0.0}, True),  # a task at a time
+        ({}, False),  # all three at a time, and two in a step
+    ],
+    ids=["kept", "computed twice", "more tasks than a step has"],
+)
 @pytest.mark.parametrize("algorithm", ["harmodt-f", "soco-dt"])
 def test_recorded_updates_come_to_the_same_bits(
-    store: DataStore, algorithm: str, gb: float
+    store: DataStore, algorithm: str, changes: dict[str, Any], records: bool
 ) -> None:
     found = []
     for graph in (True, False):
         config = configure(
-            algorithm, fused=True, graph=graph, dropout=0.3, mask_update_gb=gb, mask_update_every=2
+            algorithm, fused=True, graph=graph, dropout=0.3, mask_update_every=2, **changes
         )
         trainer = make_trainer(store, config)
         logged = []
         for _ in range(8):
             logged.append(trainer.before_step())
             trainer.train_step()
-        assert bool(trainer.learner.families.nbytes) == graph
+        assert bool(trainer.learner.families.nbytes) == (graph and records)
         found.append((logged, trainer.learner.tensors()))
     (logged, tensors), (others_logged, others) = found
     assert logged == others_logged

@@ -123,7 +123,8 @@ class UpdatedMaskLearner(RandomMaskLearner):
         self._initial_bits = self.bank.bits.clone()  # drawn again, the same, when a run goes on
         self.update_every = masks.mask_update_every
         tokens = 3 * (self.model.config.prompt_length + self.settings.model.context_length)
-        # On a GPU a graph would keep the memory of its passes from update to update.
+        # Passes of no more tasks than a step take turns with it in its memory. Larger ones would hold
+        # more of it and save little time; a graph on a GPU would have memory of its own.
         records = self.execution.repeats and self.execution.device.type == "cpu"
         self.families = GradientFamilies(
             self.bank,
@@ -131,6 +132,7 @@ class UpdatedMaskLearner(RandomMaskLearner):
             memory=masks.mask_update_gb * 1e9,
             rows=setup.config.data.batch_per_task * tokens,
             repeated=self.execution.repeated if records else None,
+            most=setup.config.data.tasks_per_step,
         )
 
     def before_step(self, step: int) -> dict[str, float]:

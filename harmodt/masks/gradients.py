@@ -41,6 +41,7 @@ class GradientPass:
         masks_for: the family.
         repeated: passes of as many tasks are repeated by this, and keep their places in memory;
             None where they are not to.
+        most: tasks of a pass that is repeated.
     """
 
     def __init__(
@@ -49,11 +50,13 @@ class GradientPass:
         losses: Losses,
         masks_for: MasksFor,
         repeated: Repeated | None = None,
+        most: int = 0,
     ):
         self.vector = vector
         self._losses = losses
         self._masks_for = masks_for
         self._repeated = repeated
+        self._most = most
         self._kept: dict[int, tuple[list[Tensor], Tensor, Callable[[], Tensor]]] = {}
 
     def __call__(self, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -83,7 +86,7 @@ class GradientPass:
             masks.queue.finish()
             return losses.detach()
 
-        if self._repeated is None:
+        if self._repeated is None or len(like[0]) > self._most:
             return place, gradients, compute
         self._kept[len(like[0])] = place, gradients, self._repeated(compute)
         return self._kept[len(like[0])]
@@ -152,7 +155,7 @@ class GradientFamilies:
         losses: of a batch.
         memory: bytes.
         rows: of a task's batch in a masked layer.
-        repeated: as `GradientPass` takes it.
+        repeated, most: as `GradientPass` takes them.
     """
 
     def __init__(
@@ -162,12 +165,13 @@ class GradientFamilies:
         memory: float,
         rows: int,
         repeated: Repeated | None = None,
+        most: int = 0,
     ):
         def without_masks(task_ids: Tensor, group_gradients: Tensor) -> TaskMasks:
             return TaskMasks(bank.vector, None, task_ids, group_gradients)
 
-        self._masked = GradientPass(bank.vector, losses, bank.for_tasks, repeated)
-        self._dense = GradientPass(bank.vector, losses, without_masks, repeated)
+        self._masked = GradientPass(bank.vector, losses, bank.for_tasks, repeated, most)
+        self._dense = GradientPass(bank.vector, losses, without_masks, repeated, most)
         at_once, self._keep = _plan(bank, memory, rows)
         task_ids = range(bank.tasks)
         self.parts = [task_ids[i : i + at_once] for i in task_ids[::at_once]]
