@@ -123,8 +123,8 @@ class UpdatedMaskLearner(RandomMaskLearner):
         self._initial_bits = self.bank.bits.clone()  # drawn again, the same, when a run goes on
         self.update_every = masks.mask_update_every
         tokens = 3 * (self.model.config.prompt_length + self.settings.model.context_length)
-        # Passes of no more tasks than a step take turns with it in its memory. Larger ones would hold
-        # more of it and save little time; a graph on a GPU would have memory of its own.
+        # Passes of no more tasks than a step take turns with it in its memory. Larger ones would
+        # hold more of it and save little time; a graph on a GPU would have memory of its own.
         records = self.execution.repeats and self.execution.device.type == "cpu"
         self.families = GradientFamilies(
             self.bank,
