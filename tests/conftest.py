@@ -59,6 +59,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure() -> None:
+    if "interpreter" in globals():
+        interpreter.refuse_numpy()
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every implementation in turn for a `backend`, the fused ones for a `device` alone.
 

@@ -5,8 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import pytest
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
+
+
+def refuse_numpy() -> None:
+    """End the session where Triton's interpreter cannot work, before hundreds of tests fail.
+
+    Until 3.7 it makes numbers of arrays with one element, which NumPy has refused since 2.4.
+    """
+    if triton.__version__ < "3.7" and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        pytest.exit(
+            f"Triton {triton.__version__} interprets no kernel under NumPy {np.__version__}; "
+            "without a GPU, run: pip install 'numpy<2.4'",
+            returncode=pytest.ExitCode.USAGE_ERROR,
+        )
 
 
 def replace_once() -> None:

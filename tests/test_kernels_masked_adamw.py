@@ -209,7 +209,7 @@ def test_backends_agree_rounding_for_rounding(
     device, implementation, size, max_norm, betas
 ) -> None:
     states = [_random_state(size, device, betas) for _ in range(2)]
-    gradient = states[0][1].clone()
+    before, gradient = (tensor.clone() for tensor in states[0][:2])
     settings = ADAMW | {"betas": betas, "max_norm": max_norm}
     fused_norm = fused_backend(device).masked_adamw(*states[0], **settings)
     norm = REFERENCE.masked_adamw(*states[1], **settings)
@@ -218,10 +218,13 @@ def test_backends_agree_rounding_for_rounding(
     assert torch.equal(fused_gradient, gradient)
     # Before 3.9, Triton's interpreter rounded twice in a fused multiply-add.
     error = 1e-6 if implementation == "triton" and device.type == "cpu" and OLD_TRITON else 0.0
-    torch.testing.assert_close(first, states[1][2], rtol=error, atol=error * 0.01)
-    torch.testing.assert_close(second, states[1][3], rtol=error, atol=error * 0.01)
-    # PyTorch's square root on a CPU may be one unit in the last place off.
-    torch.testing.assert_close(weights, states[1][0], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(first, states[1][2], rtol=error, atol=error / 4)
+    torch.testing.assert_close(second, states[1][3], rtol=error, atol=error / 4)
+    # PyTorch's square root on a CPU may be one unit in the last place off, which counts where a
+    # weight and its change all but cancel.
+    change = states[1][0] - before
+    bound = (4 * torch.finfo(torch.float32).eps + error) * (before.abs() + change.abs())
+    assert ((weights - states[1][0]).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("covered", [0, 64, 90, 100])
