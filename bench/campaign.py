@@ -44,6 +44,7 @@ ROOT = Path(__file__).parents[1]
 BENCH = "bench"
 LOGGED = 40  # last lines of what a part prints
 STEP_TESTS = ("graph", "costs", "draws", "feed", "windows")
+PROCESSES = min(8, os.cpu_count() or 1)  # of tests: a kernel takes half a second to compile
 SPARE = 60  # seconds of a part's limit for a benchmark that has begun before it
 
 
@@ -93,7 +94,7 @@ def all_parts(train_minutes: int = 0, output: Path = Path("results")) -> list[Pa
             "tests",
             "are the kernels right, and the step that is made of them?",
             420,
-            ("-m", "pytest", "-q", *tests),
+            ("-m", "pytest", "-q", "-n", str(PROCESSES), *tests),
             ("-k", "words_for"),
         ),
         Part(
