@@ -109,10 +109,9 @@ class DecisionPolicy(TrainedPolicy):
 
     def act(self, observations: np.ndarray) -> np.ndarray:
         """Choose actions, float32 [N, A] in [-1, 1], after observations float [N, O]."""
-        self._append(observations)
+        present = self._append(observations)
         lengths = np.minimum(self._time, self._context_length)
         # What is the host's comes before the model, which takes the caches from it.
-        present = torch.arange(len(lengths)), torch.from_numpy(lengths - 1)
         hidden = self._inputs.hidden(self._words(len(lengths)))
         in_graph = self._execution.repeats and lengths.min() >= self._shortest_in_graph
         actions = self._actions_in_graph() if in_graph else self._actions(lengths)
@@ -167,12 +166,14 @@ class DecisionPolicy(TrainedPolicy):
             self._place.copy_(packed, non_blocking=True)
         return self._repeated()
 
-    def _append(self, observations: np.ndarray) -> None:
-        """Write the present step after each history's last one; a full one loses its first."""
-        full = torch.from_numpy(self._time >= self._context_length)
-        for part in self._history:
-            part[full, :-1] = part[full, 1:]
-        rows = len(self._time)
+    def _append(self, observations: np.ndarray) -> tuple[slice | Tensor, int | Tensor]:
+        """Write the present step after each history's last one; a full one loses its first.
+
+        Returns:
+            Where the present step of every row is in the histories.
+        """
+        rows, last = len(self._time), self._context_length - 1
+        full = self._time > last
         present = self._inputs.steps(
             self._tasks,
             torch.from_numpy(self._returns_to_go),
@@ -181,10 +182,16 @@ class DecisionPolicy(TrainedPolicy):
             torch.from_numpy(self._time),
             torch.ones(rows, dtype=torch.bool),
         )
-        places = torch.from_numpy(np.minimum(self._time, self._context_length - 1))
+        losing: slice | Tensor = slice(None)
+        place: tuple[slice | Tensor, int | Tensor] = (slice(None), last)
+        if not full.all():  # rows and places by number take longer
+            losing = torch.from_numpy(full)
+            place = torch.arange(rows), torch.from_numpy(np.minimum(self._time, last))
         for part, values in zip(self._history, present, strict=True):
-            part[torch.arange(rows), places] = values
+            part[losing, :-1] = part[losing, 1:].clone()
+            part[place] = values
         self._time += 1
+        return place
 
     def _words(self, *shape: int) -> Tensor:
         """Random 32-bit words, int64 of a shape."""
