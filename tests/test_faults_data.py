@@ -348,10 +348,12 @@ def test_a_file_that_may_not_grow_is_a_sentence_whose_advice_works(
     tmp_path: Path, command: str
 ) -> None:
     write_npz(tmp_path / "raw")
+    # As 3.13 does and Python before it in this mode alone, it says what is left open and unwritten.
+    python = [sys.executable, "-X", "dev", "-W", "ignore"]
 
     def run(limit: int) -> tuple[int, str]:
         result = subprocess.run(
-            [sys.executable, "-m", *f"harmodt.{command} --output store".split()],
+            [*python, "-m", *f"harmodt.{command} --output store".split()],
             cwd=tmp_path,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),

@@ -7,9 +7,9 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -89,7 +89,8 @@ class StoreWriter:
         temporary = self.path / f".{name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            with TaskWriter(temporary, self.environment) as writer:
+            with ExitStack() as files:  # each is closed, though another cannot be written
+                writer = TaskWriter(temporary, self.environment, files)
                 yield writer
                 content = writer.finish()
             replace_directory(temporary, self.path / name)
@@ -113,16 +114,16 @@ class StoreWriter:
 
 
 class TaskWriter:
-    """Writes the arrays of one task; made by `StoreWriter.task`.
+    """Writes the arrays of one task into files that `files` closes; made by `StoreWriter.task`.
 
     `add` and `add_prompt` raise ValueError for an episode that does not fit the environment.
     """
 
-    def __init__(self, path: Path, environment: EnvironmentSpec) -> None:
+    def __init__(self, path: Path, environment: EnvironmentSpec, files: ExitStack) -> None:
         (path / PROMPTS).mkdir(parents=True)
         self._environment = environment
-        self._train = _EpisodesWriter(path, environment)
-        self._prompts = _EpisodesWriter(path / PROMPTS, environment)
+        self._train = _EpisodesWriter(path, environment, files)
+        self._prompts = _EpisodesWriter(path / PROMPTS, environment, files)
         self._moments = _Moments(environment.observation_size)
 
     def add(self, episode: Episode) -> None:
@@ -151,20 +152,13 @@ class TaskWriter:
             "files": train | {f"{PROMPTS}/{name}": entry for name, entry in prompts.items()},
         }
 
-    def __enter__(self) -> TaskWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._train.close()
-        self._prompts.close()
-
 
 class _EpisodesWriter:
     """Appends episodes to the arrays of one `Episodes`."""
 
-    def __init__(self, path: Path, environment: EnvironmentSpec) -> None:
+    def __init__(self, path: Path, environment: EnvironmentSpec, files: ExitStack) -> None:
         self._arrays = {
-            name: _ArrayWriter(path / f"{name}.npy", dtype, shape)
+            name: _ArrayWriter(files.enter_context((path / f"{name}.npy").open("wb")), dtype, shape)
             for name, (dtype, shape) in array_types(environment).items()
         }
         self._arrays["episode_starts"].append(np.zeros(1))
@@ -190,20 +184,16 @@ class _EpisodesWriter:
     def finish(self) -> dict[str, Any]:
         return {name: array.finish() for name, array in self._arrays.items()}
 
-    def close(self) -> None:
-        for array in self._arrays.values():
-            array.close()
-
 
 class _ArrayWriter:
     """Appends to an .npy file whose length is known only at the end."""
 
-    def __init__(self, path: Path, dtype: str, shape: tuple[int, ...]) -> None:
+    def __init__(self, file: BinaryIO, dtype: str, shape: tuple[int, ...]) -> None:
+        self._file = file
         self._dtype = np.dtype(dtype)
         self._shape = shape
         self._length = 0
         self._crc32 = 0
-        self._file = open(path, "wb")  # noqa: SIM115
         self._write_header()
 
     def append(self, values: np.ndarray) -> None:
@@ -221,9 +211,6 @@ class _ArrayWriter:
             "shape": [self._length, *self._shape],
             "crc32": f"{self._crc32:08x}",
         }
-
-    def close(self) -> None:
-        self._file.close()
 
     def _write_header(self) -> None:
         # NumPy pads the header so that a longer first dimension fits in the same room.
