@@ -175,7 +175,8 @@ FORMATS = {
         whole="lerobot",
     ),
 }
-if sys.version_info >= (3, 11):  # which Minari needs
+MINARI = sys.version_info >= (3, 11)  # which it needs
+if MINARI:
     import minari_files
 
     FORMATS["minari"] = Format(
@@ -206,14 +207,14 @@ def commands(family: str) -> dict[str, Command]:
     # Its runs are there: what happens to them is in the rows of their own commands.
     toys = "reproduce toy --budget toy --output reproduction"
     reproduced = {"reproduce": Command(toys, "reproduction", same_bytes)} if family == "toy" else {}
+    to_minari = "data export store --output made"
+    exported = {"export": Command(to_minari, "made", same_bytes, last="made/harmodt")}
     unseen = "evaluate run --unseen other --mask voted none --episodes 3 --workers 1"
     return {
         "collect": Command(f"{collected} --workers 1 --output made", "made", same_bytes),
         "collect-walkers": Command(f"{walked} --workers 1 --output made", "made", same_bytes),
         "merge": Command("data merge store other --output made", "made", same_bytes),
-        "export": Command(
-            "data export store --output made", "made", same_bytes, last="made/harmodt"
-        ),
+        **(exported if MINARI else {}),
         "import": Command(f"{imported} --output made", "made", same_bytes),
         **{n: Command(f"{words} --output made", "made", same_bytes) for n, words in others.items()},
         "train": Command(f"{trained} --output made", "made", assert_same, "train --resume made"),
@@ -653,7 +654,7 @@ def readers(family: str) -> dict[str, Reader]:
             ("other/manifest.json", *(f"other/{pattern}" for pattern in ARRAYS)),
             begins="made",
         ),
-        "export": Reader(made["export"], store),
+        **({"export": Reader(made["export"], store)} if "export" in made else {}),
         "train": Reader(made["train"], store),
         "train, continued": Reader("train --resume run", (*policy, *records), cuts),
         "train, continued on moved data": Reader("train --resume run --data store", store),
