@@ -17,7 +17,8 @@ def refuse_numpy() -> None:
 
     Until 3.7 it makes numbers of arrays with one element, which NumPy has refused since 2.4.
     """
-    if triton.__version__ < "3.7" and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    if version < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
         pytest.exit(
             f"Triton {triton.__version__} interprets no kernel under NumPy {np.__version__}; "
             "without a GPU, run: pip install 'numpy<2.4'",
