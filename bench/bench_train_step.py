@@ -91,10 +91,10 @@ def note_graphs(benchmark: Any, trainers: Mapping[str, Trainer]) -> None:
 
 
 def held_bytes(trainer: Trainer) -> int:
-    """The memory of a trainer's recordings, and the places of its mask updates."""
-    families = getattr(trainer.learner, "families", None)
-    places = 0 if families is None else families.nbytes
-    return trainer.setup.execution.memory.nbytes + places
+    """The memory of a trainer's recordings, and the buffers of its mask updates."""
+    gradients = getattr(trainer.learner, "gradients", None)
+    buffers = 0 if gradients is None else gradients.nbytes
+    return trainer.setup.execution.memory.nbytes + buffers
 
 
 def note_arithmetic(benchmark: Any, trainer: Trainer, precision: str) -> None:

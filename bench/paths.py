@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from harmodt import graph
 from harmodt.algorithms import preset
 from harmodt.data.store import DataStore
-from harmodt.masks.bank import MaskBank
+from harmodt.masks.bank import MaskBank, TaskMasks
 from harmodt.settings import change
 from harmodt.training.trainer import Trainer
 from harmodt_kernels import PYTORCH, Backend, MaskedLinear, pack_bits, unpack_bits
@@ -73,7 +73,11 @@ def make_trainer(
         config = change(config, {"precision": "bf16"} if backend.rounds_inside else {})
         trainer = tiny.make_trainer(store, config, DEVICE, backend)
         torch.compiler.reset()  # else other models count as recompilations, and those are limited
-        model = trainer.learner.model
+        model, vector = trainer.learner.model, trainer.learner.vector
+        # The compiler takes no hooks: autograd adds the gradients, as in an ordinary program.
+        trainer.learner._masks = TaskMasks(vector, None, trainer.learner.feed.task_ids)
+        trainer.learner.clear_gradients = vector.gradient.zero_
+        trainer.learner.backward = lambda losses: losses.mean().backward()
         for module in [model] if ON_GPU else model.blocks:
             module.compile(backend=compiler, dynamic=False, fullgraph=True)
     else:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -93,6 +94,21 @@ def copies_of_groups(
         return copies
     # not a product: 0 times NaN or infinity is NaN
     return torch.where(unpack_bits(bits[task_ids], values.shape[-1]), copies, 0.0)
+
+
+def with_gradients_in(buffers: Sequence[Tensor | None] | None, *parameters: Any) -> list[Any]:
+    """Parameters whose gradients a backward pass writes to buffers, for plain PyTorch.
+
+    Args:
+        buffers: [1, *shape] for each parameter; or None, and the parameters come back as they are.
+        parameters: tensors, or None for one that there is not.
+    """
+    if buffers is None:
+        return list(parameters)
+    pairs = zip(parameters, buffers, strict=True)
+    return [
+        p if p is None else copies_of_groups(p, None, None, 1, out).squeeze(0) for p, out in pairs
+    ]
 
 
 @functools.cache

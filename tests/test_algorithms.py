@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +13,14 @@ from tiny import TASKS, make_store
 from torch import Tensor, nn
 
 from harmodt import algorithms, load_policy, train
-from harmodt.algorithms import Algorithm, Setup, StepResult
-from harmodt.algorithms.optimiser import Optimiser
-from harmodt.checkpoint import Checkpoint, load_checkpoint
+from harmodt.algorithms import Algorithm, Learner, Setup
+from harmodt.batch import Batch
+from harmodt.checkpoint import load_checkpoint
 from harmodt.config import AlgorithmSettings
-from harmodt.data.order import TaskOrder
-from harmodt.data.store import DataStore, TaskData
-from harmodt.draws import TRAIN, Draws, below
+from harmodt.data.inputs import Inputs
+from harmodt.data.store import DataStore
+from harmodt.data.trajectories import Trajectories
+from harmodt.data.windows import WindowSampler
 from harmodt.errors import UserError
 from harmodt.masks.vector import ParameterVector
 from harmodt.rundir import RunDirectory
@@ -35,70 +35,32 @@ class ActorCriticSettings(AlgorithmSettings):
     """Width of both."""
 
 
-class ActorCritic:
-    """Two networks with an optimiser each, no masks and no history; trains on single steps."""
+class ActorCritic(Learner[ActorCriticSettings]):
+    """Two networks, no masks, no history and no prompt; trains on single steps."""
 
-    def __init__(self, setup: Setup, data: Sequence[TaskData] = ()):
-        self.setup, self.data = setup, data
-        spec, hidden = setup.environment, setup.config.own.hidden
-        sizes = {"actor": spec.action_size, "critic": 1}
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        spec, hidden = setup.environment, self.settings.hidden
         self.networks = {
             name: nn.Sequential(
                 nn.Linear(spec.observation_size, hidden), nn.ReLU(), nn.Linear(hidden, size)
             )
-            for name, size in sizes.items()
+            for name, size in {"actor": spec.action_size, "critic": 1}.items()
         }
-        device, backend = setup.execution.device, setup.execution.backend
-        self.vectors = {n: ParameterVector(net, device) for n, net in self.networks.items()}
-        self.order = TaskOrder(setup.config.data, len(setup.conditioning), seed=0)
-        self.optimisers = {
-            name: Optimiser(vector, setup.config.optimisation, backend)
-            for name, vector in self.vectors.items()
-        }
-
-    def train_step(self, step: int) -> StepResult:
-        (tasks,) = self.order.of(range(step, step + 1))
-        draws, task_ids = Draws(0, TRAIN, step), tasks.tolist()
-        (rates,) = next(iter(self.optimisers.values())).rates([step])
-        losses, norms = torch.zeros(len(task_ids)), []
         for name, network in self.networks.items():
-            self.vectors[name].gradient.zero_()
-            of_tasks = torch.stack([self.loss(network, name, t, draws) for t in task_ids])
-            of_tasks.mean().backward()
-            norms.append(self.optimisers[name].step(None, tasks, rates))
-            losses += of_tasks.detach()
-        return StepResult(task_ids, losses, torch.stack(norms).max())
+            self.trained[name] = ParameterVector(network, self.execution.device)
 
-    def loss(self, network: nn.Module, name: str, task: int, draws: Draws) -> Tensor:
-        train = self.data[task].train
-        words = draws.words(torch.arange(8), group=task, block=len(name))[0]
-        steps = below(words, len(train.rewards)).numpy()
-        wanted = train.actions[steps] if name == "actor" else train.rewards[steps, None] / 10
-        inputs = torch.from_numpy(np.array(train.observations[steps]))
-        return (network(inputs) - torch.from_numpy(np.array(wanted))).square().mean()
+    def make_sampler(self, episodes: Trajectories, inputs: Inputs) -> WindowSampler:
+        return WindowSampler(episodes, inputs, 1, self.execution.device)
 
-    def before_step(self, step: int) -> dict[str, float]:
-        return {}
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {
-            f"{name}.{key}": tensor
-            for name, network in self.networks.items()
-            for key, tensor in [
-                *((key, parameter.detach()) for key, parameter in network.named_parameters()),
-                *self.optimisers[name].tensors().items(),
-            ]
-        }
+    def losses(self, batch: Batch, targets: Tensor, *extra: Tensor) -> Tensor:
+        observations, to_go = batch.history.observations, batch.history.returns_to_go
+        actor = (self.networks["actor"](observations) - targets).square().mean((1, 2, 3))
+        critic = (self.networks["critic"](observations)[..., 0] - to_go).square().mean((1, 2))
+        return actor + critic
 
     def policy(self, step: int) -> ActorPolicy:
         return ActorPolicy(self.setup, self.networks["actor"], step)
-
-    def resume_training(self) -> None:
-        pass
-
-    def describe(self) -> dict[str, int]:
-        parameters = (p for network in self.networks.values() for p in network.parameters())
-        return {"parameters": sum(p.numel() for p in parameters)}
 
 
 class ActorPolicy:
@@ -114,15 +76,9 @@ class ActorPolicy:
             return self.actor(torch.from_numpy(observations.astype(np.float32))).numpy()
 
 
-def actor_policy(setup: Setup, checkpoint: Checkpoint) -> ActorPolicy:
-    learner = ActorCritic(setup)
-    checkpoint.copy_to(learner.tensors())
-    return learner.policy(checkpoint.step)
-
-
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataStore:
-    row = Algorithm(ActorCriticSettings, ActorCritic, actor_policy)
+    row = Algorithm(ActorCriticSettings, ActorCritic)
     monkeypatch.setitem(algorithms.ALGORITHMS, "actor-critic", row)
     return make_store(tmp_path / "store", TASKS)
 

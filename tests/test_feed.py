@@ -65,7 +65,7 @@ def make_feed(store: DataStore, **changes: Any) -> Feed:
 
 def read(feed: Feed, step: int) -> tuple[list[int], list[Tensor]]:
     tasks = feed.load(step)
-    return tasks, [tensor.clone() for tensor in (*feed.more, *tensors_of(*feed.batch()))]
+    return tasks, [tensor.clone() for tensor in (*feed.extra, *tensors_of(*feed.batch()))]
 
 
 @pytest.mark.parametrize("late", [True, False], ids=["by the step", "by a thread"])
@@ -73,7 +73,7 @@ def test_a_step_reads_what_is_drawn_for_it_alone(
     store: DataStore, monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
     if not late:  # as if the data were not on the model's device
-        monkeypatch.setattr(feed_module, "gathers_late", lambda sampler: False)
+        monkeypatch.setattr(feed_module, "step_gathers", lambda sampler: False)
     feed = make_feed(store)
     for step in (1, 2, 3, 70, 64, 65, 1):  # in turn, ahead and back
         tasks, (rates, seeds, number, *batch) = read(feed, step)
@@ -81,7 +81,7 @@ def test_a_step_reads_what_is_drawn_for_it_alone(
         assert tasks == feed._order.of(range(step, step + 1))[0].tolist() == batch[0].tolist()
         for ours, theirs in zip(batch, tensors_of(*expected), strict=True):
             assert torch.equal(ours, theirs)
-        (alone,), (seeds_alone,), _ = feed._more(range(step, step + 1))
+        (alone,), (seeds_alone,), _ = feed._extra_inputs(range(step, step + 1))
         assert torch.equal(rates, alone) and torch.equal(seeds, seeds_alone)
         assert number == step - 1
 
@@ -89,11 +89,11 @@ def test_a_step_reads_what_is_drawn_for_it_alone(
 def test_everything_is_read_at_one_place(store: DataStore) -> None:
     feed = make_feed(store)
     feed.load(1)
-    places = [t.data_ptr() for t in (feed.task_ids, *feed.more, *feed._windows)]
-    first = [tensor.clone() for tensor in feed.more]
+    places = [t.data_ptr() for t in (feed.task_ids, *feed.extra, *feed._windows)]
+    first = [tensor.clone() for tensor in feed.extra]
     feed.load(2)
-    assert places == [t.data_ptr() for t in (feed.task_ids, *feed.more, *feed._windows)]
-    assert not any(map(torch.equal, first, feed.more))
+    assert places == [t.data_ptr() for t in (feed.task_ids, *feed.extra, *feed._windows)]
+    assert not any(map(torch.equal, first, feed.extra))
 
 
 def test_many_windows_are_drawn_for_fewer_steps_at_once(store: DataStore) -> None:

@@ -99,7 +99,7 @@ def test_steps_from_rounded_weights_come_to_the_same_bits(store, device, algorit
         setup = dataclasses.replace(setup, execution=execution)
         trainer = Trainer(setup, [store.task(name) for name in store.tasks])
         results.append([losses(trainer, 2), *(t.clone() for t in trainer.tensors().values())])
-        rounded, vector = trainer.learner.optimiser.rounded, trainer.learner.vector
+        rounded, vector = trainer.learner.optimisers["model"].rounded, trainer.learner.vector
         assert (rounded is not None) == copy
         if copy:
             assert torch.equal(rounded, vector.weights[: vector.maskable_size].half())
@@ -114,17 +114,15 @@ def test_the_weights_of_a_step_in_bf16_are_rounded_where_products_read_them_so(
     for precision in ("fp32", "bf16"):
         trainer = make_trainer(store, configure(fused=True, precision=precision, **SIZES), device)
         learner, weights = trainer.learner, trainer.learner.vector.weights
-        task = torch.tensor([0], device=device)
         for brings in (torch.zeros_like, torch.randn_like):  # of a checkpoint, at any time
             new = brings(weights)
             copy_to = partial(lambda vector, change, _: vector.add_(change), weights, new)
             trainer.load(SimpleNamespace(step=0, copy_to=copy_to))
-            rounded = learner._masks_of_step(task).rounded
+            rounded = learner._masks.of(learner.model.blocks[0].qkv).rounded
             if precision == "fp32" or learner.execution.backend.rounds_inside:
                 assert rounded is None
             else:
-                assert rounded is learner.optimiser.rounded
-                assert torch.equal(rounded, weights[: len(rounded)].bfloat16())
+                assert torch.equal(rounded, learner.model.blocks[0].qkv.weight.bfloat16())
 
 
 @pytest.mark.parametrize("surgery", ["none", "pcgrad"])

@@ -12,7 +12,6 @@ import torch
 from safetensors.numpy import load_file, save_file
 from tiny import SPEC, TASKS, configure, make_episode, make_store, make_trainer
 
-from harmodt.algorithms.sequence import inputs_of
 from harmodt.batch import Steps
 from harmodt.config import TrainConfig
 from harmodt.data.inputs import Inputs, TaskConditioning, load_conditioning, save_conditioning
@@ -164,7 +163,7 @@ def test_an_observed_step_is_the_same_input_as_a_stored_one(store: DataStore) ->
                                rewards[:, r].astype(np.float32), 1)])
         for r in range(2)
     ]  # fmt: skip
-    inputs, context = inputs_of(trainer.setup), config.own.model.context_length
+    inputs, context = trainer.learner.inputs(), config.own.model.context_length
     trajectories, first = Trajectories([played[0]] * 2 + [played[1]]), torch.tensor([[0], [2]])
     for time, history in enumerate(histories):
         times = torch.arange(max(time - context + 1, 0), time + 1).expand(2, 1, -1)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from count_launches import step_launches
-
-from harmodt.data import trajectories
-from harmodt.data.repeats import find_repeats
 
 
 @pytest.mark.parametrize(
@@ -25,13 +21,3 @@ def test_a_step_launches_no_more_kernels_than_it_did(groups, dropout, precision,
     assert of_triton["masked_linear_kernel"] == 25 - stationary
     assert of_triton["attention_kernel"] == 6
     assert of_triton.total() + of_pytorch.total() <= most
-
-
-def test_data_without_what_repeats_take_three_kernels_more(monkeypatch) -> None:
-    def compact(setting, tasks, device):
-        return torch.device("cpu"), find_repeats(tasks)
-
-    monkeypatch.setattr(trajectories, "choose_place", compact)
-    of_triton, of_pytorch = step_launches(1, 0.0)
-    assert of_pytorch["addcmul"] == 2
-    assert of_triton.total() + of_pytorch.total() == 131 + 3

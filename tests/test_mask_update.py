@@ -65,7 +65,7 @@ def make_learner(
 
 
 def update(learner: HarmoDTLearner, step: int = 0) -> MaskUpdate:
-    return learner.updater.update(step, learner.draw_of(step))
+    return learner.updater.update(step, learner.draw_for(step))
 
 
 @pytest.mark.parametrize(
@@ -287,12 +287,12 @@ def test_memory_decides_how_the_gradients_are_computed_and_not_the_masks(
     gradient, of_pass = bytes_of_a_task(make_learner(store))
     everything = 3 * (2 * gradient + of_pass)  # passes of all, and both families' gradients
     plans = [  # bytes, tasks of each call, batches that are drawn
-        (4e9, [3], 2),
-        (everything, [3], 2),
+        (4e9, [3], 1),
+        (everything, [3], 1),
         (everything - 1, [2, 1], 4),
         (5 * gradient + of_pass, [1, 1, 1], 6),  # the masked ones copied
-        (5 * gradient + of_pass - 1, [1, 1, 1], 9),  # the masked ones twice
-        (0, [1, 1, 1], 9),
+        (5 * gradient + of_pass - 1, [1, 1, 1], 6),  # the masked ones twice
+        (0, [1, 1, 1], 6),
     ]
     results = []
     for memory, tasks_of_calls, batches in plans:
@@ -321,8 +321,8 @@ def test_gradients_that_wait_for_those_of_other_layers_are_there(
     for kernels in ("cpu", "triton"):
         monkeypatch.setattr(waiting, "kernels_for", lambda _, kernels=kernels: kernels)
         learner = make_learner(store, configure(fused=True))
-        compute = GradientPass(learner.vector, learner.losses_of, learner.masks_of)
-        found.append(compute(learner.draw_of(0)([0, 1, 2]))[0])
+        compute = GradientPass(learner.vector, learner.losses_of_drawn, learner.masks_for)
+        found.append(compute(learner.draw_for(0)([0, 1, 2]))[0])
     assert found[0].ne(0).any(0).sum() > 0.9 * learner.vector.maskable_count()
     assert torch.equal(*found)
 
@@ -351,7 +351,7 @@ def test_recorded_updates_come_to_the_same_bits(
         for _ in range(8):
             logged.append(trainer.before_step())
             trainer.train_step()
-        assert bool(trainer.learner.families.nbytes) == (graph and records)
+        assert bool(trainer.learner.gradients.nbytes) == (graph and records)
         found.append((logged, trainer.learner.tensors()))
     (logged, tensors), (others_logged, others) = found
     assert logged == others_logged
@@ -362,8 +362,8 @@ def test_recorded_updates_come_to_the_same_bits(
 
 def test_the_mean_gradient_is_the_same_however_the_tasks_are_parted(tmp_path: Path) -> None:
     learner = make_learner(make_store(tmp_path / "store", TASK_SETS["mt30"][:5]), mask_norms=False)
-    compute = GradientPass(learner.vector, learner.losses_of, learner.masks_of)
-    draw, task_ids = learner.draw_of(0), range(5)
+    compute = GradientPass(learner.vector, learner.losses_of_drawn, learner.masks_for)
+    draw, task_ids = learner.draw_for(0), range(5)
     first, *others = (
         TaskGradients(compute, draw, [task_ids[i : i + n] for i in task_ids[::n]]).mean()
         for n in (1, 2, 5)

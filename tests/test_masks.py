@@ -3,6 +3,7 @@ from __future__ import annotations
 import zlib
 from fractions import Fraction
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,8 +39,14 @@ def make_transformer(dimension: int = 32, heads: int = 2, layers: int = 2) -> De
     return make_model(config, tasks=1)
 
 
+def draw_bank(vector: Any, sparsities: list[float], *how: Any, **more: Any) -> MaskBank:
+    bank = MaskBank.empty(vector, len(sparsities))
+    bank.draw(sparsities, *how, **more)
+    return bank
+
+
 def make_bank(tasks: int, sparsity: float = 0.2, seed: int = 0, dimension: int = 32) -> MaskBank:
-    return MaskBank.initialise(make_transformer(dimension).vector, [sparsity] * tasks, seed)
+    return draw_bank(make_transformer(dimension).vector, [sparsity] * tasks, seed)
 
 
 def unpack(bits: torch.Tensor) -> np.ndarray:
@@ -87,7 +94,7 @@ def test_a_sparsity_outside_its_range_is_refused(sparsity: float) -> None:
 @pytest.mark.parametrize(("dimension", "heads"), [(32, 2), (24, 3)])
 def test_every_mask_has_the_erk_count_in_every_tensor(sparsity, dimension, heads) -> None:
     model = make_transformer(dimension, heads)
-    bank = MaskBank.initialise(model.vector, [sparsity] * 3, seed=5)
+    bank = draw_bank(model.vector, [sparsity] * 3, seed=5)
     parameters = dict(model.named_parameters())
     names = [name for name in parameters if name.startswith(("blocks.", "final_norm."))]
     shapes = [tuple(parameters[name].shape) for name in names]
@@ -116,7 +123,7 @@ def test_every_mask_has_the_erk_count_in_every_tensor(sparsity, dimension, heads
 )
 def test_a_draw_is_that_of_every_version(sizes, tasks, sparsity, seed, drawn) -> None:
     """Runs of one seed compare across versions as long as their masks are the same."""
-    bank = MaskBank.initialise(make_transformer(*sizes).vector, [sparsity] * tasks, seed)
+    bank = draw_bank(make_transformer(*sizes).vector, [sparsity] * tasks, seed)
     assert zlib.crc32(bank.bits.numpy().tobytes()) == drawn
 
 
@@ -135,7 +142,7 @@ def parts(model: DecisionTransformer, bits: torch.Tensor) -> tuple[dict, dict]:
 )
 def test_uniform_masks_have_one_density_in_all_matrices(sparsity, dimension, seed) -> None:
     model = make_transformer(dimension)
-    initialise = partial(MaskBank.initialise, model.vector, [sparsity] * 2, seed)
+    initialise = partial(draw_bank, model.vector, [sparsity] * 2, seed)
     bank, erk = initialise("uniform"), initialise("erk")
     assert torch.equal(bank.active_counts(), erk.active_counts())
     for bits in bank.bits:
@@ -171,8 +178,8 @@ def test_masks_by_magnitude_are_a_sort(seed, sparsities, dimension, digits) -> N
     for parameter in model.parameters():
         drawn = 0.02 * torch.randn(parameter.shape, generator=generator)
         parameter.data.copy_(drawn.round(decimals=digits))
-    bank = MaskBank.initialise(model.vector, sparsities, seed, "magnitude")
-    erk = MaskBank.initialise(model.vector, sparsities, seed)
+    bank = draw_bank(model.vector, sparsities, seed, "magnitude")
+    erk = draw_bank(model.vector, sparsities, seed)
     assert torch.equal(bank.active_counts(), erk.active_counts())
     parameters = dict(model.named_parameters())
     for bits in bank.bits:
@@ -188,26 +195,26 @@ def test_masks_by_magnitude_are_a_sort(seed, sparsities, dimension, digits) -> N
 @pytest.mark.parametrize("initialisation", ["uniform", "magnitude"])
 def test_where_vectors_alone_are_too_many_the_share_is_named(initialisation: str) -> None:
     vector = make_transformer().vector  # 3.5 % of its maskable weights are in vectors
-    MaskBank.initialise(vector, [0.96], 0, initialisation)
+    draw_bank(vector, [0.96], 0, initialisation)
     with pytest.raises(
         UserError, match=r"sparsity is 0\.97, but biases .* are 3\.5% of what masks"
     ):
-        MaskBank.initialise(vector, [0.5, 0.97], 0, initialisation)
+        draw_bank(vector, [0.5, 0.97], 0, initialisation)
 
 
 @pytest.mark.parametrize("initialisation", ["erk", "uniform"])
 def test_a_shared_mask_is_the_first_tasks(initialisation: str) -> None:
     vector = make_transformer().vector
-    initialise = partial(MaskBank.initialise, vector, [0.3] * 3, 5, initialisation)
+    initialise = partial(draw_bank, vector, [0.3] * 3, 5, initialisation)
     assert torch.equal(initialise(shared=True).bits, initialise().bits[:1].expand(3, -1))
 
 
 def test_every_task_has_the_count_of_its_own_sparsity() -> None:
     model, sparsities = make_transformer(), [0.0, 0.9, 0.2, 0.5]
     for initialisation in ("erk", "uniform", "magnitude"):
-        bank = MaskBank.initialise(model.vector, sparsities, 3, initialisation)
+        bank = draw_bank(model.vector, sparsities, 3, initialisation)
         for task, sparsity in enumerate(sparsities):
-            same = MaskBank.initialise(model.vector, [sparsity] * 4, 3, initialisation)
+            same = draw_bank(model.vector, [sparsity] * 4, 3, initialisation)
             assert torch.equal(bank.bits[task], same.bits[task])
 
 
@@ -228,7 +235,7 @@ def test_the_sparsity_falls_evenly_with_the_rank_of_the_loss(losses, bounds) -> 
 
 def test_tasks_are_drawn_independently_and_evenly() -> None:
     tasks, model = 200, make_transformer()
-    bank = MaskBank.initialise(model.vector, [0.5] * tasks, seed=0)
+    bank = draw_bank(model.vector, [0.5] * tasks, seed=0)
     slot = model.vector.slots["blocks.1.mlp_up.weight"]
     masks = np.stack(
         [unpack_masks(model, bits)["blocks.1.mlp_up.weight"].numpy().ravel() for bits in bank.bits]
@@ -287,7 +294,7 @@ def test_half_of_the_tasks_do_not_pass_the_default_vote() -> None:
 )
 def test_updates_keep_counts_and_padding(seed, sparsity, dimension, counts, importance) -> None:
     model = make_transformer(dimension)
-    bank = MaskBank.initialise(model.vector, [sparsity] * 3, seed)
+    bank = draw_bank(model.vector, [sparsity] * 3, seed)
     before = bank.active_counts()
     generator = torch.Generator().manual_seed(seed)
     size = model.vector.maskable_size
@@ -313,7 +320,7 @@ def test_updates_keep_counts_and_padding(seed, sparsity, dimension, counts, impo
 
 def test_masks_are_stored_as_bits_alone() -> None:
     model = make_transformer(128, 8, layers=6)  # the paper's
-    per_task = MaskBank.initialise(model.vector, [0.2], 0).bits.nbytes
+    per_task = draw_bank(model.vector, [0.2], 0).bits.nbytes
     assert model.vector.maskable_count() > 1.18e6
     assert 1000 * per_task <= 160e6
 
@@ -334,7 +341,7 @@ def test_without_bits_every_layer_is_dense() -> None:
 
 def test_each_layer_gets_its_part_of_the_masks() -> None:
     model = make_transformer(24, 3)
-    bank = MaskBank.initialise(model.vector, [0.5] * 2, seed=1)
+    bank = draw_bank(model.vector, [0.5] * 2, seed=1)
     masks = bank.for_tasks(torch.tensor([1, 1, 0]))
     unpacked = [unpack_masks(model, bits) for bits in bank.bits]
     names = {module: name for name, module in model.named_modules()}

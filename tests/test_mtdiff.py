@@ -16,7 +16,7 @@ from torch import Tensor
 
 from harmodt import load_policy, train
 from harmodt.algorithms import find, preset
-from harmodt.algorithms.mtdiff import MTDiffLearner, build_model
+from harmodt.algorithms.mtdiff import MTDiffLearner
 from harmodt.algorithms.optimiser import learning_rate
 from harmodt.algorithms.unseen import Unseen, unseen_policy
 from harmodt.checkpoint import Checkpoint
@@ -364,7 +364,7 @@ def test_it_has_the_papers_number_of_parameters(store: DataStore, algorithm: str
     own = preset("quickstart", algorithm)
     setup = make_setup(store, change(configure(algorithm), {"device": "cpu"}))
     fifty = (setup.conditioning * 17)[:50]
-    model = build_model(dataclasses.replace(setup, config=own, conditioning=fifty))
+    model = MTDiffLearner(dataclasses.replace(setup, config=own, conditioning=fifty)).model
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(5.32e6, rel=0.02)
 
 
@@ -406,7 +406,7 @@ def test_times_and_noise_are_of_their_distributions_and_of_their_step_alone(
     store: DataStore,
 ) -> None:
     learner = trainer_of(store, batch_per_task=16, horizon=3).learner
-    _, times, told, noise = learner._of_steps(range(1, 201))
+    _, times, told, noise = learner.extra_inputs(range(1, 201))
     assert noise.shape == (200, 2, 16, 3, 4)
     count = times.numel()
     counts = torch.bincount(times.flatten(), minlength=16)
@@ -422,7 +422,7 @@ def test_times_and_noise_are_of_their_distributions_and_of_their_step_alone(
     correlations = torch.corrcoef(flat.reshape(400, 192).T).fill_diagonal_(0)
     assert correlations.abs().max() < 6 / math.sqrt(400)
     for whole, part in zip(
-        learner._of_steps(range(1, 201)), learner._of_steps(range(150, 152)), strict=True
+        learner.extra_inputs(range(1, 201)), learner.extra_inputs(range(150, 152)), strict=True
     ):
         assert torch.equal(whole[149:151], part)
     assert len(noise.unique()) > 0.99 * noise.numel()
@@ -439,7 +439,7 @@ def test_a_step_is_that_of_the_definition(store: DataStore, algorithm: str) -> N
     before = {name: p.detach().clone() for name, p in learner.model.named_parameters()}
     task_ids = learner.feed.load(1)
     batch, actions = learner.feed.batch()
-    _, times, told, noise = (part.clone() for part in learner.feed.more)
+    _, times, told, noise = (part.clone() for part in learner.feed.extra)
     assert told.any() and not told.all()
     assert not batch.history.valid.all()
 
@@ -727,7 +727,7 @@ def test_a_checkpoint_of_another_size_is_refused(store: DataStore) -> None:
         trainer_of(store).load(checkpoint)
     setup = make_setup(store, configure("mtdiff-p", **SMALL))
     with pytest.raises(UserError, match=r"is of another model size: average\.blocks"):
-        find("mtdiff-p").policy(setup, checkpoint)
+        find("mtdiff-p").learner(setup).load(checkpoint)
 
 
 def test_there_are_no_masks_to_vote(learners: dict[str, MTDiffLearner]) -> None:

@@ -9,9 +9,7 @@ import pytest
 from tiny import SPEC
 from torch import nn
 
-from harmodt.algorithms import Setup, mtiql, preset
-from harmodt.algorithms.mlp import build_actor
-from harmodt.algorithms.sequence import build_model
+from harmodt.algorithms import Learner, Setup, find, preset
 from harmodt.data.inputs import TaskConditioning
 from harmodt.data.store import Episodes
 from harmodt.devices import Execution
@@ -26,6 +24,10 @@ def setup_of(algorithm: str, **changes: Any) -> Setup:
     return Setup(config, SPEC, (task,) * 50, Execution.choose("cpu", False, "fp32"))
 
 
+def learner_of(algorithm: str, **changes: Any) -> Learner:
+    return find(algorithm).learner(setup_of(algorithm, **changes))
+
+
 def count(*networks: nn.Module) -> int:
     return sum(p.numel() for network in networks for p in network.parameters())
 
@@ -34,19 +36,19 @@ def count(*networks: nn.Module) -> int:
     "changes", [{}, {"task_conditioning": "multi-head", "hidden_size": 872}], ids=str
 )
 def test_mtbc_has_174_million(changes: dict[str, Any]) -> None:
-    assert count(build_actor(setup_of("mtbc", **changes))) == pytest.approx(1.74e6, rel=0.02)
+    assert count(learner_of("mtbc", **changes).actor) == pytest.approx(1.74e6, rel=0.02)
 
 
 def test_mtiql_has_174_million_without_the_targets() -> None:
-    networks = mtiql.build_networks(setup_of("mtiql"))
+    networks = learner_of("mtiql").networks
     assert list(networks) == ["policy", "value", "critics"] and len(networks["critics"]) == 2
     assert count(*networks.values()) == pytest.approx(1.74e6, rel=0.02)
 
 
 def test_mtdt_has_147_million_where_it_is_8_wider() -> None:
     """Without a prompt's embedding it has fewer than Prompt-DT at the same width."""
-    assert count(build_model(setup_of("prompt-dt"))) == pytest.approx(1.47e6, rel=0.02)
-    assert count(build_model(setup_of("mtdt"))) == 1_327_524
-    wider = build_model(setup_of("mtdt", embed_dim=136))
+    assert count(learner_of("prompt-dt").model) == pytest.approx(1.47e6, rel=0.02)
+    assert count(learner_of("mtdt").model) == 1_327_524
+    wider = learner_of("mtdt", embed_dim=136).model
     assert count(wider) == pytest.approx(1.47e6, rel=0.02)
     assert (wider.config.layers, wider.config.heads) == (6, 8)

@@ -17,7 +17,7 @@ from harmodt.config import SoftMaskSettings
 from harmodt.data.store import DataStore
 from harmodt.errors import UserError
 from harmodt.masks.bank import MaskBank, TaskMasks, voted_masks
-from harmodt.masks.gradients import GradientFamilies
+from harmodt.masks.gradients import UpdateGradients
 from harmodt.masks.soft import fence_factor, retained_levels, upper_fence
 from harmodt_kernels import pack_bits, unpack_bits
 from harmodt_kernels.bits import BITS_PER_WORD
@@ -108,10 +108,10 @@ def moved_by_hand(
 
 def prescribed(values: torch.Tensor) -> SimpleNamespace:
     """The gradients [T, P_m] of all tasks as `TaskGradients` gives them, the last by itself."""
-    parts = [range(len(values) - 1), range(len(values) - 1, len(values))]
+    chunks = [range(len(values) - 1), range(len(values) - 1, len(values))]
     return SimpleNamespace(
-        parts=parts,
-        of=lambda part: (values[parts[part].start : parts[part].stop], None),
+        chunks=chunks,
+        of=lambda chunk: (values[chunks[chunk].start : chunks[chunk].stop], None),
         mean=lambda: values.mean(0),
     )
 
@@ -131,8 +131,8 @@ def test_an_update_lowers_where_tasks_conflict_and_raises_where_they_agree(
     masked, dense = (3.0 * torch.randint(-20, 21, (3, size), generator=draw) for _ in range(2))
     masked, dense = masked * (before > 0), dense * valid
     gradients = prescribed(masked), prescribed(dense)
-    monkeypatch.setattr(learner.families, "of", lambda _: gradients)
-    done = learner.updater.update(step, learner.draw_of(step))
+    monkeypatch.setattr(learner.gradients, "on", lambda _: gradients)
+    done = learner.updater.update(step, learner.draw_for(step))
     after, mean = levels_of(bank).numpy(), masked.mean(0).double().numpy()
     factor = fence_factor(step, 20, learner.settings.masks)
     places = valid.nonzero()[:, 0].numpy()
@@ -153,16 +153,16 @@ def test_an_update_lowers_where_tasks_conflict_and_raises_where_they_agree(
 def test_gradients_are_those_of_the_scaled_weights(store: DataStore) -> None:
     """Each task's and a step's sum, through all layers, against weights times the masks' values."""
     learner = make_learner(store)
-    assert learner.updater.update(10, learner.draw_of(10)).lowered.min() > 0
+    assert learner.updater.update(10, learner.draw_for(10)).lowered.min() > 0
     values = levels_of(learner.bank) / 2
     assert all((values[0] == level).any() for level in (0.0, 0.5, 1.0))
-    vector, drawn = learner.vector, learner.draw_of(3)([0, 1, 2])
+    vector, drawn = learner.vector, learner.draw_for(3)([0, 1, 2])
     size, ids = vector.maskable_size, torch.arange(3)
     found = torch.zeros(3, size)
-    losses_found = learner.losses_of(drawn, learner.masks_of(ids, found))
+    losses_found = learner.losses_of_drawn(drawn, learner.masks_for(ids, found))
     losses_found.sum().backward()
     summed = torch.zeros(1, size)
-    learner.losses_of(drawn, learner.masks_of(ids, summed)).sum().backward()
+    learner.losses_of_drawn(drawn, learner.masks_for(ids, summed)).sum().backward()
     torch.testing.assert_close(summed[0], found.sum(0), rtol=1e-4, atol=1e-6)
     weights = vector.weights[:size].clone()
     scaled = torch.zeros(3, size)
@@ -170,7 +170,7 @@ def test_gradients_are_those_of_the_scaled_weights(store: DataStore) -> None:
         # The batch of all three, of which only this task's group is asked for.
         vector.weights[:size] = weights * values[task]
         scaled.zero_()
-        loss = learner.losses_of(drawn, TaskMasks(vector, None, ids, scaled))[task]
+        loss = learner.losses_of_drawn(drawn, TaskMasks(vector, None, ids, scaled))[task]
         loss.backward()
         assert losses_found[task].item() == pytest.approx(loss.item(), rel=1e-5)
         expected = scaled[task] * values[task]
@@ -183,7 +183,7 @@ def test_memory_decides_how_an_update_is_computed_and_not_the_masks(store: DataS
     for gb in (4.0, 0.0):
         learner = make_learner(store, mask_update_gb=gb)
         before = learner.bank.bits.clone()
-        learner.updater.update(10, learner.draw_of(10))
+        learner.updater.update(10, learner.draw_for(10))
         assert not torch.equal(learner.bank.bits, before)
         results.append(learner.bank.bits)
     different = (results[0] ^ results[1]) != 0
@@ -195,11 +195,12 @@ def test_passes_under_soft_masks_count_for_each_level(store: DataStore) -> None:
     gradient = 4 * learner.vector.maskable_size
     outputs = 2 * (32 + 3 * 32 + 32 + 32 + 4 * 32 + 32) + 32  # of two blocks, and a LayerNorm
     everything = 6 * gradient + 3 * 2 * 8 * 10 * outputs  # the kept gradients, passes of 10 rows
-    parts = [
-        [len(part) for part in GradientFamilies(learner.bank, learner.losses_of, memory, 10).parts]
+    given = learner.bank, learner.losses_of_drawn
+    chunks = [
+        [len(chunk) for chunk in UpdateGradients(*given, memory, 10).chunks]
         for memory in (everything, everything - 1)
     ]
-    assert parts == [[3], [2, 1]]
+    assert chunks == [[3], [2, 1]]
 
 
 @pytest.mark.parametrize("family", ["masked", "dense"])
@@ -209,10 +210,10 @@ def test_a_gradient_that_is_not_finite_leaves_all_masks_as_they_were(
     learner = make_learner(store)
     values = torch.randn(2, 3, learner.vector.maskable_size)
     values[int(family == "dense"), 2, 5] = torch.nan
-    monkeypatch.setattr(learner.families, "of", lambda _: tuple(map(prescribed, values)))
+    monkeypatch.setattr(learner.gradients, "on", lambda _: tuple(map(prescribed, values)))
     before = learner.bank.bits.clone()
     with pytest.raises(ValueError, match=f"task 2: its {family} gradient holds NaN"):
-        learner.updater.update(10, learner.draw_of(10))
+        learner.updater.update(10, learner.draw_for(10))
     assert torch.equal(learner.bank.bits, before)
 
 

@@ -100,7 +100,7 @@ def test_updates_keep_each_tasks_own_number(store: DataStore, algorithm: str, fu
     assert isinstance(learner, HarmoDTLearner)
     before, counts = learner.bank.bits.clone(), learner.bank.active_counts()
     assert len(set(counts.tolist())) == 3
-    moved = learner.updater.update(10, learner.draw_of(10)).moved
+    moved = learner.updater.update(10, learner.draw_for(10)).moved
     assert moved.tolist() == [0, 40, 40]  # a mask of all weights has none to take
     assert torch.equal(learner.bank.active_counts(), counts)
     assert (learner.bank.bits != before).any(1).tolist() == [False, True, True]

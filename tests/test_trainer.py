@@ -53,7 +53,7 @@ def test_the_loss_is_the_mean_over_valid_steps_and_components(store: DataStore) 
     trainer = make_trainer(store, configure(batch_per_task=12))
     batch, targets = windows(trainer, [2, 0])
     masks = trainer.learner.bank.for_tasks(batch.task_ids)
-    losses = trainer.learner.losses(batch, targets, masks)
+    losses = trainer.learner.losses_under(masks, batch, targets)
     predicted = trainer.learner.model(batch, masks)
     assert losses.shape == (2,)
     assert not batch.history.valid.all()
@@ -122,7 +122,7 @@ def test_weights_that_no_task_of_the_step_uses_stay_as_they_were(
     idle = ~_as_bools(trainer, torch.bitwise_or(*trainer.learner.bank.bits[:2]))
     idle &= ~_as_bools(trainer, trainer.learner.bank.bits[2])
     size = trainer.learner.vector.maskable_size
-    for moment in (trainer.learner.optimiser.first_moment, trainer.learner.optimiser.second_moment):
+    for moment in trainer.learner.optimisers["model"].tensors().values():
         assert (moment[:size][idle] == 0).all()
         assert (moment[:size][~idle] != 0).double().mean() > 0.7
 
@@ -145,8 +145,8 @@ def test_without_masks_a_step_is_pytorchs_adamw(
     monkeypatch.setattr(trainer.learner.feed, "batch", lambda: draws[trainer.step - 1])
     for step, (batch, targets) in enumerate(draws, 1):
         other.learner.vector.gradient.zero_()
-        masks = other.learner.masks_of(batch.task_ids)
-        other.learner.losses(batch, targets, masks).mean().backward()
+        masks = other.learner.masks_for(batch.task_ids)
+        other.learner.losses_under(masks, batch, targets).mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.param_groups[0]["lr"] = 1e-3 * min(step / 4, 1.0)
         optimizer.step()

@@ -13,7 +13,7 @@ import torch
 from tiny import TASKS, configure, make_setup, make_store, unpack_masks
 
 from harmodt import evaluate, load_policy
-from harmodt.algorithms.sequence import load_model
+from harmodt.algorithms import find
 from harmodt.algorithms.unseen import Unseen, nearest_tasks
 from harmodt.checkpoint import load_checkpoint, save_checkpoint
 from harmodt.data.inputs import TaskConditioning
@@ -190,7 +190,9 @@ def test_a_model_with_a_task_embedding_is_told_the_mean(
     assert np.isfinite(actions(policy)).all()
     saved = SavedRun.open(path)
     state = load_checkpoint(saved.directory)
-    trained = load_model(make_setup(store, saved.config), state)
+    learner = find(algorithm).learner(make_setup(store, saved.config))
+    learner.load(state)
+    trained = learner.model
     mean = trained.task_embedding.weight.mean(0)
     assert torch.allclose(policy.model.task_embedding.weight, mean.expand(2, -1))
     for (name, ours), theirs in zip(

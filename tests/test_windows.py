@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 from harmodt.batch import Batch, Steps, move
 from harmodt.config import TrainConfig
 from harmodt.data.inputs import Inputs, TaskConditioning
-from harmodt.data.repeats import Repeats, find_repeats
 from harmodt.data.store import DataStore, Episodes
 from harmodt.data.trajectories import Trajectories
 from harmodt.data.windows import WindowSampler
@@ -30,14 +29,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> DataStore:
 def make_sampler(
     store: DataStore,
     config: TrainConfig,
-    place: torch.device | None = None,
+    copied_to: torch.device | None = None,
     device: torch.device | str = "cpu",
-    repeats: Repeats | None = None,
 ) -> WindowSampler:
     data, own = [store.task(name) for name in store.tasks], config.own
     conditioning = [TaskConditioning.from_data(task, config) for task in data]
-    inputs = Inputs(conditioning, config.data, own.model.max_timesteps, own.prompts(), place)
-    episodes = Trajectories([task.train for task in data], place, repeats)
+    inputs = Inputs(conditioning, config.data, own.model.max_timesteps, own.prompts(), copied_to)
+    episodes = Trajectories([task.train for task in data], copied_to)
     return WindowSampler(episodes, inputs, own.model.context_length, device)
 
 
@@ -223,10 +221,10 @@ def test_an_episode_shorter_than_a_window_is_padded(tmp_path: Path) -> None:
     batch, targets = trainer.learner.sampler.sample(tasks, draws)
     valid = batch.history.valid
     assert int(valid.sum(2).max()) == 5 < valid.shape[2]
-    masks = trainer.learner.masks_of(batch.task_ids)
-    losses = trainer.learner.losses(batch, targets, masks)
+    masks = trainer.learner.masks_for(batch.task_ids)
+    losses = trainer.learner.losses_under(masks, batch, targets)
     cut = batch._replace(history=Steps(*(part[:, :, :5] for part in batch.history)))
-    expected = trainer.learner.losses(cut, targets[:, :, :5], masks)
+    expected = trainer.learner.losses_under(masks, cut, targets[:, :, :5])
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
     task = short.task(TASKS[1]).train
     for window, (row, present) in enumerate(zip(batch.history.timesteps[1], valid[1], strict=True)):
@@ -273,8 +271,6 @@ def test_data_in_memory_give_the_same_batches_as_data_on_disk(
     config = configure(**changes)
     mapped, whole = (make_sampler(store, config, place) for place in (None, torch.device("cpu")))
     moved = make_sampler(store, config, None, "cpu:0")  # a device of another name
-    repeats = find_repeats([store.task(name).train for name in store.tasks])
-    compact = make_sampler(store, config, torch.device("cpu"), repeats=repeats)
     for arrays in mapped.episodes._arrays:  # nothing is copied before it is gathered
         assert all(isinstance(array.base, np.memmap) for array in arrays)
     assert whole.episodes._arrays == []
@@ -283,7 +279,6 @@ def test_data_in_memory_give_the_same_batches_as_data_on_disk(
         expected = mapped.sample((2, 0), draws)
         assert _equal(whole.sample((2, 0), draws), expected)
         assert _equal(moved.sample((2, 0), draws), expected)
-        assert _equal(compact.sample((2, 0), draws), expected)
 
 
 class _Integers(TorchDispatchMode):

@@ -20,39 +20,29 @@ __all__ = [
 
 ALGORITHMS: dict[str, Algorithm] = {
     "harmodt-f": Algorithm(
-        harmodt.HarmoDTSettings,
-        partial(harmodt.HarmoDTLearner, importance="fisher"),
-        harmodt.load_policy,
+        harmodt.HarmoDTSettings, partial(harmodt.HarmoDTLearner, importance="fisher")
     ),
     "harmodt-m": Algorithm(
-        harmodt.HarmoDTSettings,
-        partial(harmodt.HarmoDTLearner, importance="magnitude"),
-        harmodt.load_policy,
+        harmodt.HarmoDTSettings, partial(harmodt.HarmoDTLearner, importance="magnitude")
     ),
-    "harmodt-r": Algorithm(
-        harmodt.RandomMaskSettings, harmodt.RandomMaskLearner, harmodt.load_policy
-    ),
-    "soco-dt": Algorithm(soco_dt.SoCoDTSettings, soco_dt.SoCoDTLearner, harmodt.load_policy),
-    "prompt-dt": Algorithm(
-        sequence.PromptDTSettings, sequence.SequenceLearner, sequence.load_policy
-    ),
-    "mtdt": Algorithm(sequence.MTDTSettings, sequence.SequenceLearner, sequence.load_policy),
+    "harmodt-r": Algorithm(harmodt.RandomMaskSettings, harmodt.RandomMaskLearner),
+    "soco-dt": Algorithm(soco_dt.SoCoDTSettings, soco_dt.SoCoDTLearner),
+    "prompt-dt": Algorithm(sequence.PromptDTSettings, sequence.SequenceLearner),
+    "mtdt": Algorithm(sequence.MTDTSettings, sequence.SequenceLearner),
     "mtbc": Algorithm(
         mtbc.MTBCSettings,
         mtbc.MTBCLearner,
-        mlp.load_policy,
         mlp.DEFAULTS,
         unread=("action_dropout", "return_scale", "target_return"),
     ),
     "mtiql": Algorithm(
         mtiql.MTIQLSettings,
         mtiql.MTIQLLearner,
-        mlp.load_policy,
         mlp.DEFAULTS,
         unread=("action_dropout", "target_return"),
     ),
-    "mtdiff-p": Algorithm(mtdiff.PromptedMTDiffSettings, mtdiff.MTDiffLearner, mtdiff.load_policy),
-    "mtdiff-p-onehot": Algorithm(mtdiff.MTDiffSettings, mtdiff.MTDiffLearner, mtdiff.load_policy),
+    "mtdiff-p": Algorithm(mtdiff.PromptedMTDiffSettings, mtdiff.MTDiffLearner),
+    "mtdiff-p-onehot": Algorithm(mtdiff.MTDiffSettings, mtdiff.MTDiffLearner),
 }
 """Every algorithm by its name."""
 

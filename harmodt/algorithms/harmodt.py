@@ -4,38 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from harmodt_kernels.harmony_selection import Importance
 
-from ..checkpoint import Checkpoint
 from ..config import LearnedMaskSettings, MaskSettings, PromptSettings, UpdatedMaskSettings
 from ..data.store import TaskData
 from ..environments import family
 from ..errors import UserError
 from ..masks.bank import MaskBank, TaskMasks
-from ..masks.gradients import GradientFamilies
+from ..masks.gradients import UpdateGradients
 from ..masks.initialisation import sparsities_by_loss
 from ..masks.update import MaskUpdater
-from ..masks.vector import ParameterVector, by_layer
-from ..networks.decision_transformer import DecisionTransformer
-from ..policies.decision import DecisionPolicy
+from ..masks.vector import by_layer
 from .learner import Setup
-from .sequence import (
-    SequenceLearner,
-    SequenceSettings,
-    decision_policy,
-    load_model,
-    sequence_settings,
-)
+from .sequence import SequenceLearner, SequenceSettings
 
 
 @dataclass(frozen=True)
 class RandomMaskSettings(SequenceSettings):
-    """HarmoDT-R: masks that stay as they were at first."""
+    """HarmoDT-R: masks that never change."""
 
     prompt: PromptSettings = PromptSettings()
     masks: MaskSettings = MaskSettings()
@@ -45,63 +36,83 @@ class RandomMaskSettings(SequenceSettings):
 
 
 @dataclass(frozen=True)
-class HarmoDTSettings(RandomMaskSettings):
+class ChangingMaskSettings(RandomMaskSettings):
+    """Masks that are updated every t_m steps."""
+
+    masks: UpdatedMaskSettings = UpdatedMaskSettings()
+
+
+@dataclass(frozen=True)
+class HarmoDTSettings(ChangingMaskSettings):
     """HarmoDT-F and -M: masks that are learned."""
 
     masks: LearnedMaskSettings = LearnedMaskSettings()
 
 
-class RandomMaskLearner(SequenceLearner):
-    """Trains under masks that stay as they were at first.
+MaskedOwn = TypeVar("MaskedOwn", bound=RandomMaskSettings)
+ChangingOwn = TypeVar("ChangingOwn", bound=ChangingMaskSettings)
 
-    Raises:
-        UserError: a task's sparsity cannot be, or is given to a task that there is not.
+
+class RandomMaskLearner(SequenceLearner[MaskedOwn]):
+    """Trains under masks that never change.
+
+    Attributes:
+        bank: the masks of all tasks. Without data and checkpoint no weight is active.
     """
 
-    def __init__(self, setup: Setup, data: Sequence[TaskData]):
-        super().__init__(setup, data)
-        masks, seed = mask_settings(setup), setup.config.run.seed
-        self.bank = MaskBank.initialise(
-            self.vector,
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        self.bank = MaskBank.empty(self.vector, self.task_count, self.settings.mask_levels)
+
+    def prepare_training(self, data: Sequence[TaskData]) -> None:
+        """As `SequenceLearner.prepare_training`; draw the first masks.
+
+        Raises:
+            UserError: also if a task's sparsity is impossible, or given to an unknown task.
+        """
+        super().prepare_training(data)
+        masks = self.settings.masks
+        self.bank.draw(
             self._sparsities(),
-            seed,
+            self.setup.config.run.seed,
             masks.mask_initialisation,
             masks.shared_mask,
-            self.settings.mask_levels,
         )
 
     def _sparsities(self) -> list[float]:
         """S of each task's mask."""
-        bounds = mask_settings(self.setup).sparsity_by_loss
+        bounds = self.settings.masks.sparsity_by_loss
         if bounds is None:
-            return task_sparsities(self.setup)
-        return sparsities_by_loss(self._losses_at_first(), *bounds)
+            return task_sparsities(self.setup, self.settings.masks)
+        return sparsities_by_loss(self._first_losses(), *bounds)
 
-    def _losses_at_first(self) -> Tensor:
-        """Each task's loss, [T], under all of the initial weights on a batch of its own."""
-        draw, found = self.draw_of(0), []
+    def _first_losses(self) -> Tensor:
+        """Each task's loss, [T], on a batch of its own; all of the initial weights are active."""
+        draw, found = self.draw_for(0), []
         self.model.eval()
         with torch.no_grad(), self.execution.computing():
             for task in range(self.task_count):
                 ids = torch.tensor([task], device=self.execution.device)
-                found.append(self.losses_of(draw([task]), super().masks_of(ids)))
+                found.append(self.losses_of_drawn(draw([task]), TaskMasks(self.vector, None, ids)))
         self.model.train()
         return torch.cat(found)
 
-    def masks_of(self, task_ids: Tensor, group_gradients: Tensor | None = None) -> TaskMasks:
-        """Each task's mask."""
-        return self.bank.for_tasks(task_ids, group_gradients)
+    @property
+    def mask_bits(self) -> Tensor:
+        """The masks of all tasks."""
+        return self.bank.bits
+
+    @property
+    def unseen_threshold(self) -> float:
+        """The share of tasks above which a weight is active in the voted mask (Eq. 13)."""
+        return self.settings.masks.unseen_threshold
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint holds, by name."""
         return super().tensors() | self.bank.tensors()
 
-    def policy(self, step: int) -> DecisionPolicy:
-        """The model and its masks as they are now, as a policy."""
-        return _policy(self.setup, self.model, self.bank.bits, step)
-
     def describe(self) -> dict[str, Any]:
-        """The numbers of parameters, of those that masks cover and of each mask's active ones."""
+        """Numbers of parameters, of maskable weights, and of active weights in each mask."""
         return super().describe() | {
             "maskable": self.vector.maskable_count(),
             "active_weights": self.bank.active_counts().tolist(),
@@ -109,69 +120,74 @@ class RandomMaskLearner(SequenceLearner):
         }
 
 
-class UpdatedMaskLearner(RandomMaskLearner):
+class ChangingMaskLearner(RandomMaskLearner[ChangingOwn]):
     """Trains under masks that it updates every t_m steps.
 
     Attributes:
-        families: the gradients that updates follow from.
+        gradients: computes the gradients that a mask update needs.
     """
 
-    def __init__(self, setup: Setup, data: Sequence[TaskData]):
-        super().__init__(setup, data)
-        masks = mask_settings(setup)
-        assert isinstance(masks, UpdatedMaskSettings)
-        self._initial_bits = self.bank.bits.clone()  # drawn again, the same, when a run goes on
-        self.update_every = masks.mask_update_every
+    def prepare_training(self, data: Sequence[TaskData]) -> None:
+        """As `RandomMaskLearner.prepare_training`."""
+        super().prepare_training(data)
+        masks = self.settings.masks
+        self._initial_bits = self.bank.bits.clone()  # a run that goes on draws the same
         tokens = 3 * (self.model.config.prompt_length + self.settings.model.context_length)
-        # Passes of no more tasks than a step take turns with it in its memory. Larger ones would
-        # hold more of it and save little time; a graph on a GPU would have memory of its own.
+        # Recorded passes of at most a step's tasks share the memory of recorded steps. Larger
+        # passes would hold more memory and save little time. A GPU's graph would have memory of
+        # its own.
         records = self.execution.repeats and self.execution.device.type == "cpu"
-        self.families = GradientFamilies(
+        self.gradients = UpdateGradients(
             self.bank,
-            self.losses_of,
+            self.losses_of_drawn,
             memory=masks.mask_update_gb * 1e9,
-            rows=setup.config.data.batch_per_task * tokens,
-            repeated=self.execution.repeated if records else None,
-            most=setup.config.data.tasks_per_step,
+            rows=self.setup.config.data.batch_per_task * tokens,
+            record=self.execution.repeated if records else None,
+            most_recorded=self.setup.config.data.tasks_per_step,
         )
 
     def before_step(self, step: int) -> dict[str, float]:
         """Update all masks at the start and then every t_m steps.
 
-        Logged by layer, over all tasks: `changed`, the mask bits that the update changed, and
-        `differing`, those that are others than at the start of the run.
+        It logs by layer, over all tasks: `changed`, the mask bits that this update changed, and
+        `differing`, the mask bits that differ from the start of the run.
         """
-        if step % self.update_every:
+        if step % self.settings.masks.mask_update_every:
             return super().before_step(step)
         before = self.bank.bits.clone()
         with self.execution.computing():
             values = self.update_masks(step)
         for kind, earlier in (("changed", before), ("differing", self._initial_bits)):
-            changed = (self.bank.bits ^ earlier)[: self.bank.tasks]  # of soft masks, what is active
+            # the first T rows of soft masks say which weights are active
+            changed = (self.bank.bits ^ earlier)[: self.bank.tasks]
             counts = by_layer(self.vector.count_by_parameter(changed))
             values |= {f"{kind}/{layer}": int(count.sum()) for layer, count in counts.items()}
         return values
 
     def update_masks(self, step: int) -> dict[str, float]:
-        """Update all masks after `step` steps; returns what is to be logged."""
+        """Update all masks after `step` steps; return what is to be logged."""
         raise NotImplementedError
 
 
-class HarmoDTLearner(UpdatedMaskLearner):
+class HarmoDTLearner(ChangingMaskLearner[HarmoDTSettings]):
     """Trains under masks that it updates every t_m steps (Algorithm 2).
 
     Args:
         importance: "fisher" (HarmoDT-F) or "magnitude" (HarmoDT-M).
-
-    Raises:
-        UserError: eta_max is above the number of maskable weights.
     """
 
-    def __init__(self, setup: Setup, data: Sequence[TaskData], importance: Importance):
-        super().__init__(setup, data)
-        masks = mask_settings(setup)
-        assert isinstance(masks, LearnedMaskSettings)
-        maskable = self.vector.maskable_count()
+    def __init__(self, setup: Setup, importance: Importance):
+        super().__init__(setup)
+        self._importance: Importance = importance
+
+    def prepare_training(self, data: Sequence[TaskData]) -> None:
+        """As `RandomMaskLearner.prepare_training`.
+
+        Raises:
+            UserError: also if eta_max is above the number of maskable weights.
+        """
+        super().prepare_training(data)
+        masks, maskable = self.settings.masks, self.vector.maskable_count()
         if masks.eta_max > maskable:
             raise UserError(
                 f"eta_max is {masks.eta_max}, but the model has only {maskable} maskable "
@@ -179,55 +195,26 @@ class HarmoDTLearner(UpdatedMaskLearner):
             )
         self.updater = MaskUpdater(
             self.bank,
-            self.families,
-            setup.execution.backend,
+            self.gradients,
+            self.execution.backend,
             masks,
-            importance,
-            setup.config.optimisation.steps,
+            self._importance,
+            self.setup.config.optimisation.steps,
         )
 
     def update_masks(self, step: int) -> dict[str, float]:
         """Move weights out of and into every task's mask."""
-        update = self.updater.update(step, self.draw_of(step))
+        update = self.updater.update(step, self.draw_for(step))
         return {"harmony": update.harmony, "moved_weights": int(update.moved.max())}
 
 
-def load_policy(setup: Setup, checkpoint: Checkpoint) -> DecisionPolicy:
-    """The policy of a checkpoint.
-
-    Raises:
-        UserError: the checkpoint is of another model size.
-    """
-    model = load_model(setup, checkpoint)
-    bits = load_masks(setup, model.vector, checkpoint)
-    return _policy(setup, model, bits, checkpoint.step)
-
-
-def load_masks(setup: Setup, vector: ParameterVector, checkpoint: Checkpoint) -> Tensor:
-    """The masks of a checkpoint, as `MaskBank` has them.
-
-    Raises:
-        UserError: the checkpoint is of another model size.
-    """
-    levels = sequence_settings(setup).mask_levels
-    rows, words = levels * len(setup.conditioning), vector.maskable_size // 32
-    bits = vector.weights.new_zeros(rows, words, dtype=torch.int32)
-    checkpoint.copy_to(MaskBank(vector, bits, levels).tensors())
-    return bits
-
-
-def _policy(setup: Setup, model: DecisionTransformer, bits: Tensor, step: int) -> DecisionPolicy:
-    threshold = mask_settings(setup).unseen_threshold
-    return decision_policy(setup, model, bits, step, unseen_threshold=threshold)
-
-
-def task_sparsities(setup: Setup) -> list[float]:
+def task_sparsities(setup: Setup, masks: MaskSettings) -> list[float]:
     """S of each task's mask as the settings name it.
 
     Raises:
-        UserError: a task is named that there is not, or that the run does not train on.
+        UserError: a named task does not exist, or the run does not train on it.
     """
-    masks, environments = mask_settings(setup), family(setup.environment.family)
+    environments = family(setup.environment.family)
     sparsities = {task.name: masks.sparsity for task in setup.conditioning}
     for name, sparsity in masks.sparsities():
         for task in environments.resolve_tasks((name,)):
@@ -238,10 +225,3 @@ def task_sparsities(setup: Setup) -> list[float]:
                 )
             sparsities[task] = sparsity
     return list(sparsities.values())
-
-
-def mask_settings(setup: Setup) -> MaskSettings:
-    """The run's settings of masks, which its algorithm has."""
-    own = setup.config.own
-    assert isinstance(own, RandomMaskSettings)
-    return own.masks

@@ -1,30 +1,46 @@
-"""What an algorithm is to the trainer."""
+"""The base of every algorithm's learner, and a row of the table of algorithms."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, TypeVar, cast
 
+import torch
 from torch import Tensor
 
+from ..batch import Batch
 from ..checkpoint import Checkpoint
-from ..config import AlgorithmSettings, TrainConfig
-from ..data.inputs import TaskConditioning
+from ..config import AlgorithmSettings, PromptSettings, TrainConfig
+from ..data.feed import Feed
+from ..data.inputs import Inputs, TaskConditioning
+from ..data.order import TaskOrder
 from ..data.store import TaskData
+from ..data.trajectories import Trajectories, open_trajectories
+from ..data.windows import WindowSampler
 from ..devices import Execution
+from ..draws import TRAIN, Seeds
 from ..environments import EnvironmentSpec
+from ..masks.vector import ParameterVector
 from ..policies import Policy
 from ..settings import settings
+from .optimiser import Optimiser
+
+MODEL = "model"
+"""Name of a learner's network where it trains only one."""
+
+Own = TypeVar("Own", bound=AlgorithmSettings)
+"""The settings of one algorithm."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a learner or a policy is built from.
+    """Everything that determines a learner, except the data.
 
     Attributes:
         config: the run's settings.
-        environment: what its tasks are tasks of.
+        environment: the environments of the tasks.
         conditioning: one entry per task; index = task id.
         execution: where and how to compute.
     """
@@ -44,37 +60,208 @@ class StepResult:
     gradient_norm: Tensor
 
 
-class Learner(Protocol):
-    """All that training changes, and the step that changes it.
+class Learner(Generic[Own]):
+    """Trains the networks of one algorithm on several tasks, and makes a policy of them.
 
-    Networks, masks and optimisers are the learner's own. It counts no steps: a step is told its
-    number, and whatever is random in it follows from that and the run's seed.
+    An algorithm is a subclass. It builds its networks, and gives the losses of a batch and the
+    policy; what else it needs it overrides. A learner is built without data: that is enough to load
+    a checkpoint and to act. `prepare_training` brings the data.
+
+    A learner counts no steps. A step gets its number, and all its random draws follow from that
+    number and the run's seed.
+
+    Args:
+        setup: the run's settings, tasks and device.
+
+    Attributes:
+        settings: the algorithm's own settings.
+        trained: the parameters of each network that steps train, by the network's name.
+        averages: the parameters of each network that follows a trained one, by its name.
     """
 
-    def train_step(self, step: int) -> StepResult:
-        """Learn from a batch of some tasks; steps are numbered from 1."""
+    records_steps = True
+    """Whether a step can be recorded as a graph and replayed."""
+
+    def __init__(self, setup: Setup):
+        self.setup = setup
+        self.settings = cast(Own, setup.config.own)
+        self.execution = setup.execution
+        self.trained: dict[str, ParameterVector] = {}
+        self.averages: dict[str, ParameterVector] = {}
+        self.optimisers: dict[str, Optimiser] = {}
+        self._seeds = Seeds(setup.config.run.seed)
+
+    # What an algorithm gives.
+
+    def losses(self, batch: Batch, targets: Tensor, *extra: Tensor) -> Tensor:
+        """The loss of each group of a batch, [G].
+
+        Args:
+            targets: float32 [G, B, L, A], the actions of the data.
+            extra: the rest of the step's extra inputs, as `extra_inputs` returns them.
+        """
+        raise NotImplementedError
+
+    def policy(self, step: int) -> Policy:
+        """The policy of the present weights, after `step` steps; it shares the learner's tensors.
+
+        Call `resume_training` before the next training step.
+        """
+        raise NotImplementedError
+
+    def make_sampler(self, episodes: Trajectories, inputs: Inputs) -> WindowSampler:
+        """The sampler of the algorithm's windows."""
+        raise NotImplementedError
+
+    def extra_inputs(self, steps: range) -> list[Tensor]:
+        """What some consecutive steps read beside their windows: tensors [S, ...] on the CPU.
+
+        Learning rate and bias corrections come first.
+        """
+        optimiser = next(iter(self.optimisers.values()))  # they are the same for all networks
+        return [optimiser.rates(steps)]
 
     def before_step(self, step: int) -> dict[str, float]:
-        """Do what is due after `step` steps and before the next; returns what is to be logged.
+        """Do what is due after `step` steps and before the next one; return what is to be logged.
 
         Raises:
             ValueError: a gradient or a loss is NaN or infinite.
         """
+        return {}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint holds, by name.
+    def after_step(self, step: int) -> None:
+        """Do what follows the optimiser's step, such as moving averages of weights."""
 
-        What is copied into them is taken up by `resume_training`.
+    @property
+    def max_timesteps(self) -> int:
+        """The networks read later time steps as the last of this many."""
+        return self.setup.environment.episode_length
+
+    @property
+    def draws_from_pytorch(self) -> bool:
+        """Whether a training step draws from PyTorch's generator, which is then seeded for it."""
+        return False
+
+    @property
+    def mask_bits(self) -> Tensor | None:
+        """The masks of all tasks, as `MaskBank` has them; None without masks."""
+        return None
+
+    # What all algorithms share.
+
+    @property
+    def task_count(self) -> int:
+        """Number of tasks."""
+        return len(self.setup.conditioning)
+
+    def inputs(self, device: torch.device | None = None) -> Inputs:
+        """Makes the networks' inputs from stored and observed time steps.
+
+        Args:
+            device: of the prompts, as `Inputs` takes it.
+        """
+        prompts: PromptSettings | None = self.settings.prompts()
+        data = self.setup.config.data
+        return Inputs(self.setup.conditioning, data, self.max_timesteps, prompts, device)
+
+    def prepare_training(self, data: Sequence[TaskData]) -> None:
+        """Get ready to train on data: optimisers, and the feed of training steps.
+
+        Args:
+            data: one entry per task; index = task id.
+
+        Raises:
+            UserError: a setting does not fit the data or the model.
+        """
+        config, execution = self.setup.config, self.execution
+        self.optimisers = {
+            name: Optimiser(vector, config.optimisation, execution.backend, execution.rounded_to)
+            for name, vector in self.trained.items()
+        }
+        order = TaskOrder(config.data, len(data), config.run.seed)
+        episodes = open_trajectories(config.run.data_device, data, execution.device)
+        self.sampler = self.make_sampler(episodes, self.inputs(episodes.copied_to))
+        self.feed = Feed(self.sampler, order, config.run.seed, self.extra_inputs)
+        self._step = execution.repeated(self._compute) if self.records_steps else self._compute
+
+    def train_step(self, step: int) -> StepResult:
+        """One step of every network over some tasks (Eq. 11); steps are numbered from 1."""
+        if self.draws_from_pytorch:
+            self._seeds.begin(TRAIN, step - 1)
+        task_ids = self.feed.load(step)
+        result = self._step()
+        self.after_step(step)
+        return StepResult(task_ids, result[:-1], result[-1])
+
+    def _compute(self) -> Tensor:
+        """Compute the loaded step; return its losses [G] and its gradient's norm as one tensor.
+
+        A graph replays this: it runs on the device alone, on tensors that stay where they are.
+        """
+        batch, targets = self.feed.batch()
+        rates, *extra = self.feed.extra
+        self.clear_gradients()
+        with self.execution.computing():
+            losses = self.losses(batch, targets, *extra)
+            self.backward(losses)
+        self.combine_gradients(batch.task_ids, *extra)
+        norms = [o.step(self.mask_bits, batch.task_ids, rates) for o in self.optimisers.values()]
+        norm = functools.reduce(torch.hypot, norms)  # of all networks together
+        return torch.cat((losses.detach(), norm[None]))
+
+    def clear_gradients(self) -> None:
+        """Zero the gradients, to which autograd adds."""
+        for vector in self.trained.values():
+            vector.gradient.zero_()
+
+    def backward(self, losses: Tensor) -> None:
+        """Compute the gradient of the mean of losses [G]."""
+        losses.mean().backward()
+
+    def combine_gradients(self, task_ids: Tensor, *extra: Tensor) -> None:
+        """Make the step's gradient of per-task gradients; of their mean there is nothing to make.
+
+        Args:
+            task_ids: int64 [G], the tasks of the step.
+            extra: as `losses` gets them.
         """
 
-    def policy(self, step: int) -> Policy:
-        """What was learned in `step` steps, as a policy; it shares the learner's tensors."""
+    def weights(self) -> dict[str, Tensor]:
+        """All parameters of all networks, by name."""
+        networks = self.trained | self.averages
+        return {
+            f"{name}.{parameter}": tensor
+            for name, vector in networks.items()
+            for parameter, tensor in vector.tensors().items()
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint holds, by name; without data, what a policy needs of it."""
+        moments = {
+            # a network named "model" keeps the names that its moments had when it was the only one
+            ".".join(("optimizer", *([] if name == MODEL else [name]), key)): tensor
+            for name, optimiser in self.optimisers.items()
+            for key, tensor in optimiser.tensors().items()
+        }
+        return self.weights() | moments
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Take over the tensors of a checkpoint.
+
+        Raises:
+            UserError: the checkpoint is of another model size.
+        """
+        checkpoint.copy_to(self.tensors())
+        self.resume_training()
+
+    def resume_training(self) -> None:
+        """Get ready for a training step after acting, or after tensors were changed outside it."""
+        for optimiser in self.optimisers.values():
+            optimiser.round_weights()
 
     def describe(self) -> dict[str, Any]:
         """Numbers for the run's description: `parameters`, and what there is to say of masks."""
-
-    def resume_training(self) -> None:
-        """Take up training after the policy was used, or from tensors that were copied here."""
+        return {"parameters": sum(vector.count() for vector in self.trained.values())}
 
 
 @dataclass(frozen=True)
@@ -82,16 +269,14 @@ class Algorithm:
     """A row of the table of algorithms.
 
     Attributes:
-        settings: its own settings.
-        learner: builds one from a setup and the data of its tasks.
-        policy: builds one from a setup and a checkpoint.
-        defaults: what other settings are where a preset does not say, by name.
-        unread: other settings that mean nothing to it, by name: nobody is to give them.
+        settings: the class of its own settings.
+        learner: builds its learner.
+        defaults: other settings whose defaults differ for this algorithm, by name.
+        unread: other settings that mean nothing to it, by name; giving one is refused.
     """
 
     settings: type[AlgorithmSettings]
-    learner: Callable[[Setup, Sequence[TaskData]], Learner]
-    policy: Callable[[Setup, Checkpoint], Policy]
+    learner: Callable[[Setup], Learner[Any]]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
 

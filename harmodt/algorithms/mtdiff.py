@@ -16,7 +16,6 @@ code: here a one-hot task stands in the place of the prompt's steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -25,22 +24,17 @@ from msgspec import Meta
 from torch import Tensor
 
 from ..batch import Batch
-from ..checkpoint import Checkpoint
 from ..config import AlgorithmSettings, ModelSize, PromptSettings
-from ..data.feed import Feed
 from ..data.inputs import Inputs
-from ..data.order import TaskOrder
-from ..data.store import TaskData
-from ..data.trajectories import Trajectories, lay_out
+from ..data.trajectories import Trajectories
 from ..data.windows import Drawn, WindowSampler
-from ..draws import NOISE, TRAIN, Draws, Seeds, below, coin, normal
+from ..draws import NOISE, Draws, below, coin, normal
 from ..errors import UserError
 from ..networks.denoiser import Denoiser, DenoiserConfig, Situation
 from ..networks.diffusion import Diffusion
 from ..policies.plan import PlanPolicy, PlanSettings, tokens_of_task
 from ..settings import Positive, Share, ShareBelowOne
-from .learner import Setup, StepResult
-from .optimiser import Optimiser
+from .learner import MODEL, Learner, Setup
 
 
 @dataclass(frozen=True)
@@ -111,69 +105,6 @@ class PromptedMTDiffSettings(MTDiffSettings):
         return self.prompt
 
 
-def mtdiff_settings(setup: Setup) -> MTDiffSettings:
-    """The run's own settings, which are MTDiff's."""
-    own = setup.config.own
-    assert isinstance(own, MTDiffSettings)
-    return own
-
-
-def build_model(setup: Setup) -> Denoiser:
-    """A denoiser of the run's sizes, drawn from torch's generator."""
-    own, environment = mtdiff_settings(setup), setup.environment
-    prompt, observed = own.prompts(), environment.observation_size
-    of_step, tasks = observed + environment.action_size, len(setup.conditioning)
-    config = DenoiserConfig(
-        observation_size=observed,
-        action_size=environment.action_size,
-        task_size=tasks if prompt is None else of_step,
-        task_length=1 if prompt is None else prompt.prompt_length,
-        context_length=own.model.context_length,
-        horizon=own.model.horizon,
-        embed_dim=own.model.embed_dim,
-        layers=own.model.layers,
-        heads=own.model.heads,
-        dropout=own.model.dropout,
-    )
-    return Denoiser(config, setup.execution.device)
-
-
-def inputs_of(setup: Setup, place: torch.device | None = None) -> Inputs:
-    """The rule by which the run's data and observations become what its model reads.
-
-    Args:
-        place: where data and prompts lie, as in `Trajectories`.
-    """
-    length, prompts = setup.environment.episode_length, mtdiff_settings(setup).prompts()
-    return Inputs(setup.conditioning, setup.config.data, length, prompts, place)
-
-
-def load_policy(setup: Setup, checkpoint: Checkpoint) -> PlanPolicy:
-    """The policy of a checkpoint.
-
-    Raises:
-        UserError: the checkpoint is of another model size.
-    """
-    model = build_model(setup)
-    checkpoint.copy_to(_tensors("average", model))
-    return _policy(setup, model, checkpoint.step)
-
-
-def _policy(setup: Setup, model: Denoiser, step: int) -> PlanPolicy:
-    own = mtdiff_settings(setup)
-    diffusion = Diffusion(own.model.diffusion_steps, setup.execution.device)
-    return PlanPolicy(
-        *(model, diffusion, inputs_of(setup), setup.environment, setup.execution),
-        settings=own.plan,
-        step=step,
-    )
-
-
-def _tensors(name: str, model: Denoiser) -> dict[str, Tensor]:
-    """A model's parameters as a checkpoint names them."""
-    return {f"{name}.{key}": p.detach() for key, p in model.named_parameters()}
-
-
 class PlanSampler(WindowSampler):
     """Draws windows of H actions to plan, with the observations that come before them.
 
@@ -209,95 +140,57 @@ class PlanSampler(WindowSampler):
         )
 
 
-class MTDiffLearner:
-    """Trains a denoiser on several tasks at a time; a `Learner`.
+class MTDiffLearner(Learner[MTDiffSettings]):
+    """Trains a denoiser, and acts with a running mean of its weights.
 
-    Args:
-        setup: the run's settings, tasks and device.
-        data: one entry per task; index = task id.
+    Attributes:
+        model: the denoiser that steps train.
+        average: a denoiser whose weights are the running mean.
     """
 
-    def __init__(self, setup: Setup, data: Sequence[TaskData]):
-        self.setup = setup
-        self.settings = mtdiff_settings(setup).model
-        self.model, self.average = build_model(setup), build_model(setup).eval()
+    records_steps = False  # dropout draws from PyTorch's generator
+    draws_from_pytorch = True
+
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        self.model, self.average = self._build_model(), self._build_model().eval()
         self.average.vector.weights.copy_(self.model.vector.weights)
-        run, device = setup.config.run, setup.execution.device
-        self.diffusion = Diffusion(self.settings.diffusion_steps, device)
-        self.optimiser = Optimiser(
-            self.model.vector, setup.config.optimisation, setup.execution.backend
+        self.trained[MODEL] = self.model.vector
+        self.averages["average"] = self.average.vector
+        steps = self.settings.model.diffusion_steps
+        self.diffusion = Diffusion(steps, self.execution.device)
+
+    def _build_model(self) -> Denoiser:
+        """A denoiser of the run's sizes, drawn from PyTorch's generator."""
+        model, environment = self.settings.model, self.setup.environment
+        prompt = self.settings.prompts()
+        step_size = environment.observation_size + environment.action_size
+        config = DenoiserConfig(
+            observation_size=environment.observation_size,
+            action_size=environment.action_size,
+            task_size=self.task_count if prompt is None else step_size,
+            task_length=1 if prompt is None else prompt.prompt_length,
+            context_length=model.context_length,
+            horizon=model.horizon,
+            embed_dim=model.embed_dim,
+            layers=model.layers,
+            heads=model.heads,
+            dropout=model.dropout,
         )
-        order = TaskOrder(setup.config.data, len(data), run.seed)
-        episodes = lay_out(run.data_device, data, device)
-        inputs = inputs_of(setup, episodes.place)
-        self.sampler = PlanSampler(episodes, inputs, self.settings, device)
-        self._seeds = Seeds(run.seed)
-        self.feed = Feed(self.sampler, order, run.seed, self._of_steps)
+        return Denoiser(config, self.execution.device)
 
-    def train_step(self, step: int) -> StepResult:
-        """One optimiser step over some tasks."""
-        self._seeds.begin(TRAIN, step - 1)  # for dropout, which draws from PyTorch's generator
-        task_ids = self.feed.load(step)
-        (batch, actions), (rates, *drawn) = self.feed.batch(), self.feed.more
-        vector = self.model.vector
-        vector.gradient.zero_()
-        with self.setup.execution.computing():
-            losses = self.losses(batch, actions, *drawn)
-            losses.mean().backward()
-            norm = self.optimiser.step(None, batch.task_ids, rates)
-        self.average.vector.weights.lerp_(vector.weights, 1 - self.decay(step))
-        return StepResult(task_ids, losses.detach(), norm)
+    def make_sampler(self, episodes: Trajectories, inputs: Inputs) -> PlanSampler:
+        """Windows of plans."""
+        return PlanSampler(episodes, inputs, self.settings.model, self.execution.device)
 
-    def losses(
-        self, batch: Batch, actions: Tensor, times: Tensor, told: Tensor, noise: Tensor
-    ) -> Tensor:
-        """Huber loss of the noise in each group's plans, weighted over their valid steps, [G].
+    def extra_inputs(self, steps: range) -> list[Tensor]:
+        """Learning rate and bias corrections; times of the diffusion, visible returns, noise.
 
-        Args:
-            batch: G groups of B windows of h - 1 + H steps.
-            actions: [G, B, h - 1 + H, A].
-            times: int64 [G, B], of the diffusion.
-            told: bool [G, B], whether the model is told the return.
-            noise: standard normal, [G, B, H, A].
+        The CPU draws the noise, so that every device adds the same.
         """
-        present = self.settings.context_length - 1
-        plans = self.diffusion.noised(actions[:, :, present:], times, noise)
-        predicted = self.model(
-            plans.flatten(0, 1),
-            times.flatten(),
-            self._situation(batch),
-            told.flatten(),
-        )
-        errors = torch.nn.functional.smooth_l1_loss(
-            predicted.view_as(noise), noise, reduction="none"
-        ).mean(-1)
-        weights = batch.history.valid[:, :, present:].float()
-        weights[:, :, 0] *= self.settings.first_action_weight
-        return (errors * weights).sum((1, 2)) / weights.sum((1, 2))
-
-    def decay(self, step: int) -> float:
-        """Of the running mean at a step: at first it is that of all steps so far."""
-        return min(self.settings.average_decay, 1 - 1 / step)
-
-    def _situation(self, batch: Batch) -> Situation:
-        """What the plans of a batch are for, [G B, ...]."""
-        present = self.settings.context_length - 1
-        history, tasks = batch.history, batch.task_ids[:, None]
-        tasks = tasks.expand(-1, history.valid.shape[1])
-        task = tokens_of_task(tasks, len(self.setup.conditioning), batch.prompt)
-        return Situation(
-            history.returns_to_go[:, :, present].flatten(),
-            task.flatten(0, 1),
-            history.observations[:, :, : present + 1].flatten(0, 1),
-        )
-
-    def _of_steps(self, steps: range) -> list[Tensor]:
-        """What steps read beside their windows: the optimiser's rates; times, tellings and noise.
-
-        Noise comes from the CPU, so that it is the same wherever it is added.
-        """
-        data, size = self.setup.config.data, self.setup.environment.action_size
-        numbers = self.settings.horizon * size
+        model, data = self.settings.model, self.setup.config.data
+        size = self.setup.environment.action_size
+        numbers = model.horizon * size
         windows, groups = torch.arange(data.batch_per_task), torch.arange(data.tasks_per_step)
         blocks = torch.arange(1 - (-numbers // 4))
         step = torch.arange(steps.start - 1, steps.stop - 1)[:, None, None, None]
@@ -306,28 +199,66 @@ class MTDiffLearner:
         time, hidden, *_ = words[..., 0]
         noise = normal(words[..., 1:]).movedim(0, -1).flatten(-2)[..., :numbers]
         return [
-            self.optimiser.rates(steps),
-            below(time, self.settings.diffusion_steps),
-            ~coin(hidden, self.settings.return_dropout),
+            *super().extra_inputs(steps),
+            below(time, model.diffusion_steps),
+            ~coin(hidden, model.return_dropout),
             noise.unflatten(-1, (-1, size)),
         ]
 
-    def before_step(self, step: int) -> dict[str, float]:
-        """Nothing is due between steps."""
-        return {}
+    def losses(self, batch: Batch, targets: Tensor, *extra: Tensor) -> Tensor:
+        """Huber loss of the noise in each group's plans, weighted over their valid steps, [G].
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint holds, by name."""
-        moments = {f"optimizer.{n}": t for n, t in self.optimiser.tensors().items()}
-        return _tensors("model", self.model) | _tensors("average", self.average) | moments
+        Args:
+            batch: G groups of B windows of h - 1 + H steps.
+            targets: [G, B, h - 1 + H, A], the actions.
+            extra: int64 [G, B], times of the diffusion; bool [G, B], whether the model reads the
+                return; standard normal noise [G, B, H, A].
+        """
+        times, visible, noise = extra
+        present = self.settings.model.context_length - 1
+        plans = self.diffusion.noised(targets[:, :, present:], times, noise)
+        predicted = self.model(
+            plans.flatten(0, 1),
+            times.flatten(),
+            self._situation(batch),
+            visible.flatten(),
+        )
+        errors = torch.nn.functional.smooth_l1_loss(
+            predicted.view_as(noise), noise, reduction="none"
+        ).mean(-1)
+        weights = batch.history.valid[:, :, present:].float()
+        weights[:, :, 0] *= self.settings.model.first_action_weight
+        return (errors * weights).sum((1, 2)) / weights.sum((1, 2))
+
+    def after_step(self, step: int) -> None:
+        """Move the running mean towards the weights."""
+        share = 1 - self.decay(step)
+        self.average.vector.weights.lerp_(self.model.vector.weights, share)
+
+    def decay(self, step: int) -> float:
+        """The running mean's decay at a step: at first the mean is that of all steps so far."""
+        return min(self.settings.model.average_decay, 1 - 1 / step)
+
+    def _situation(self, batch: Batch) -> Situation:
+        """What the plans of a batch are for, [G B, ...]."""
+        present = self.settings.model.context_length - 1
+        history, tasks = batch.history, batch.task_ids[:, None]
+        tasks = tasks.expand(-1, history.valid.shape[1])
+        task = tokens_of_task(tasks, self.task_count, batch.prompt)
+        return Situation(
+            history.returns_to_go[:, :, present].flatten(),
+            task.flatten(0, 1),
+            history.observations[:, :, : present + 1].flatten(0, 1),
+        )
 
     def policy(self, step: int) -> PlanPolicy:
-        """The running mean of the weights as it is now, as a policy."""
-        return _policy(self.setup, self.average, step)
-
-    def resume_training(self) -> None:
-        """The policy has its own model: there is nothing to take up."""
-
-    def describe(self) -> dict[str, int]:
-        """The number of parameters."""
-        return {"parameters": sum(p.numel() for p in self.model.parameters())}
+        """The running mean of the weights."""
+        return PlanPolicy(
+            self.average,
+            self.diffusion,
+            self.inputs(),
+            self.setup.environment,
+            self.execution,
+            settings=self.settings.plan,
+            step=step,
+        )

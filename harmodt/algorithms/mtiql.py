@@ -12,7 +12,6 @@ critics' targets, have 1.72 M parameters for Meta-World's 50 tasks (the HarmoDT 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -22,13 +21,12 @@ from torch import Tensor, nn
 
 from ..batch import Batch
 from ..config import ModelSize
-from ..data.store import TaskData
 from ..data.transitions import WINDOW, transitions_of
 from ..masks.vector import ParameterVector
 from ..networks.task_mlp import TaskMLP, ToldBy
 from ..settings import NotNegative, ShareBelowOne
 from .learner import Setup
-from .mlp import POLICY, MLPLearner, MLPSettings, build_actor, mlp_settings, named, sizes_of
+from .mlp import POLICY, MLPLearner, MLPSettings
 
 VALUE, CRITICS, TARGETS = "value", "critics", "target_critics"
 
@@ -60,54 +58,41 @@ class MTIQLSettings(MLPSettings):
     or (--no-short-ends) it was cut, and its last step is left out, as that of a full one is."""
 
 
-def mtiql_settings(setup: Setup) -> MTIQLSettings:
-    """The run's own settings, which are MTIQL's."""
-    own = mlp_settings(setup)
-    assert isinstance(own, MTIQLSettings)
-    return own
+class MTIQLLearner(MLPLearner[MTIQLSettings]):
+    """Trains a policy, a value and two critics; a slow copy of the critics rates actions.
 
-
-def build_networks(setup: Setup) -> dict[str, nn.Module]:
-    """The policy, the value and the two critics, drawn from torch's generator."""
-    spec, told_by = setup.environment, mtiql_settings(setup).critic_conditioning
-    observation, action = spec.observation_size, spec.action_size
-
-    def critic(inputs: int) -> TaskMLP:
-        return TaskMLP(inputs, 1, *sizes_of(setup), told_by)
-
-    return {
-        POLICY: build_actor(setup),
-        VALUE: critic(observation),
-        CRITICS: nn.ModuleList(critic(observation + action) for _ in range(2)),
-    }
-
-
-class MTIQLLearner(MLPLearner):
-    """Trains a policy, a value and two critics, of which a slow copy says what actions are worth.
-
-    All move at once, by gradients at the weights before the step.
+    All networks move at once, by gradients at the weights before the step.
     """
 
-    def __init__(self, setup: Setup, data: Sequence[TaskData]):
-        self.settings = mtiql_settings(setup)
-        super().__init__(setup, data, build_networks(setup), WINDOW)
-        self.targets = copy.deepcopy(self.networks[CRITICS]).requires_grad_(False)
-        self._targets = ParameterVector(self.targets, setup.execution.device)
+    window = WINDOW
 
-    def compute(self) -> Tensor:
-        """The step whose inputs were loaded, after which the targets follow the critics."""
-        result = super().compute()
-        self._targets.weights.lerp_(self.vectors[CRITICS].weights, self.settings.target_rate)
-        return result
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        spec, critic = setup.environment, self._build_critic
+        self.train_network(VALUE, critic(spec.observation_size))
+        pairs = spec.observation_size + spec.action_size
+        critics = nn.ModuleList(critic(pairs) for _ in range(2))
+        self.targets = copy.deepcopy(critics).requires_grad_(False)
+        self.train_network(CRITICS, critics)
+        self.averages[TARGETS] = ParameterVector(self.targets, self.execution.device)
 
-    def losses(self, batch: Batch, actions: Tensor) -> Tensor:
+    def _build_critic(self, inputs: int) -> TaskMLP:
+        """A network with one output, drawn from PyTorch's generator."""
+        return TaskMLP(inputs, 1, *self.sizes, self.settings.critic_conditioning)
+
+    def after_step(self, step: int) -> None:
+        """Move the critics' targets towards the critics."""
+        critics = self.trained[CRITICS].weights
+        self.averages[TARGETS].weights.lerp_(critics, self.settings.target_rate)
+
+    def losses(self, batch: Batch, targets: Tensor, *extra: Tensor) -> Tensor:
         """The losses of value, critics and policy (Eq. 5, 6 and 7 of IQL), summed, [G].
 
         Each is a mean over the transitions whose next observation is known or not needed.
         """
         own, tasks = self.settings, batch.task_ids
         longest = self.setup.environment.episode_length
-        step = transitions_of(batch, actions, longest, own.short_ends)
+        step = transitions_of(batch, targets, longest, own.short_ends)
         pairs = torch.cat((step.observations, step.actions), dim=-1)
         value, policy = self.networks[VALUE], self.networks[POLICY]
         with torch.no_grad():
@@ -121,10 +106,6 @@ class MTIQLLearner(MLPLearner):
         errors = (policy(step.observations, tasks) - step.actions).square().mean(-1)
         losses = (of_value + of_critics + weights * errors) * step.known
         return losses.sum(1) / step.known.sum(1).clamp(min=1)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint holds, by name."""
-        return super().tensors() | named(TARGETS, self.targets)
 
 
 def _values(critics: nn.Module, pairs: Tensor, tasks: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class Optimiser:
         self.first_moment = torch.zeros_like(vector.weights)
         self.second_moment = torch.zeros_like(vector.weights)
         self.rounded: Tensor | None = None
-        if rounded_to is not None:
+        if rounded_to is not None and vector.maskable_size:
             self.rounded = torch.empty_like(
                 vector.weights[: vector.maskable_size], dtype=rounded_to
             )

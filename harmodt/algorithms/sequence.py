@@ -1,12 +1,13 @@
 """Prompt-DT and MTDT: a decision transformer without masks.
 
-The learner here is also what HarmoDT adds its masks to.
+HarmoDT's learner adds its masks to the one here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,46 +16,42 @@ from torch import Tensor
 from harmodt_kernels.soft_masks import soft_masks
 
 from ..batch import Batch, batch_of, move, tensors_of
-from ..checkpoint import Checkpoint
 from ..config import AlgorithmSettings, PromptSettings, TransformerSettings
-from ..data.feed import Feed
 from ..data.inputs import Inputs
-from ..data.order import TaskOrder
 from ..data.store import TaskData
-from ..data.trajectories import lay_out
+from ..data.trajectories import Trajectories
 from ..data.windows import WindowSampler
-from ..draws import MASKS, SURGERY, TRAIN, Draws, Seeds, dropout_seeds
+from ..draws import MASKS, SURGERY, TRAIN, Draws, dropout_seeds
 from ..errors import UserError
 from ..masks.bank import TaskMasks
-from ..masks.gradients import Draw, GradientPass, TaskGradients, averaged_harmony
+from ..masks.gradients import GradientPass, TaskGradients, averaged_harmony, backward
 from ..networks.decision_transformer import DecisionTransformer, TransformerConfig
 from ..policies.decision import DecisionPolicy
 from ..settings import Count, Whole
-from .learner import Setup, StepResult
-from .optimiser import Optimiser
+from .learner import MODEL, Learner, Setup
 from .surgery import SurgerySettings, combine
 
 
 @dataclass(frozen=True)
 class SequenceSettings(AlgorithmSettings):
-    """What every algorithm has that trains a decision transformer."""
+    """The settings of every algorithm that trains a decision transformer."""
 
     model: TransformerSettings = TransformerSettings()
     task_embedding_dim: Whole = 0
-    """Size of a learned task embedding that is told beside the observations; 0 for none."""
+    """Size of a learned task embedding, which the model reads beside the observations; 0: none."""
     harmony_every: Whole = 0
-    """Steps between logs of the averaged harmony score; 0: at mask updates alone."""
+    """Steps between logs of the averaged harmony score; 0: only mask updates log it."""
     gradients: SurgerySettings = SurgerySettings()
 
     @property
     def mask_levels(self) -> int:
-        """L, of soft masks; 1 for masks of bits and where there are none."""
+        """L of soft masks; 1 for masks of bits and for a model without masks."""
         return 1
 
 
 @dataclass(frozen=True)
 class PromptDTSettings(SequenceSettings):
-    """Prompt-DT: told the task by a prompt."""
+    """Prompt-DT: conditioned on a prompt."""
 
     prompt: PromptSettings = PromptSettings()
 
@@ -64,212 +61,110 @@ class PromptDTSettings(SequenceSettings):
 
 @dataclass(frozen=True)
 class MTDTSettings(SequenceSettings):
-    """MTDT: told the task by a learned embedding."""
+    """MTDT: conditioned on a learned task embedding."""
 
     task_embedding_dim: Count = 16
     """Size of the learned task embedding."""
 
 
-def sequence_settings(setup: Setup) -> SequenceSettings:
-    """The run's own settings, which are a sequence model's."""
-    own = setup.config.own
-    assert isinstance(own, SequenceSettings)
-    return own
+SequenceOwn = TypeVar("SequenceOwn", bound=SequenceSettings)
 
 
-def build_model(setup: Setup) -> DecisionTransformer:
-    """A decision transformer of the run's sizes, drawn from torch's generator."""
-    own, environment = sequence_settings(setup), setup.environment
-    prompt = own.prompts()
-    embed_dim, layers, heads = own.model.shape
-    config = TransformerConfig(
-        observation_size=environment.observation_size,
-        action_size=environment.action_size,
-        embed_dim=embed_dim,
-        layers=layers,
-        heads=heads,
-        max_timesteps=own.model.max_timesteps,
-        prompt_length=0 if prompt is None else prompt.prompt_length,
-        task_embedding_dim=own.task_embedding_dim,
-        dropout=own.model.dropout,
-        embedding_dropout=own.model.embedding_dropout,
-        initialisation=own.model.initialisation,
-    )
-    backend, device = setup.execution.backend, setup.execution.device
-    if own.mask_levels > 1:
-        backend = soft_masks(backend, own.mask_levels)
-    return DecisionTransformer(config, len(setup.conditioning), backend, device)
+class SequenceLearner(Learner[SequenceOwn]):
+    """Trains a decision transformer.
 
+    The model's layers overwrite a buffer of gradients [R, P]: with R = 1 they write the gradient of
+    the mean loss, with R = G one gradient for each task of the step, for gradient surgery.
 
-def inputs_of(setup: Setup, place: torch.device | None = None) -> Inputs:
-    """The rule by which the run's data and observations become what its model reads.
-
-    Args:
-        place: where data and prompts lie, as in `Trajectories`.
-    """
-    own = sequence_settings(setup)
-    return Inputs(
-        setup.conditioning, setup.config.data, own.model.max_timesteps, own.prompts(), place
-    )
-
-
-def decision_policy(
-    setup: Setup, model: DecisionTransformer, mask_bits: Tensor | None, step: int, **more: float
-) -> DecisionPolicy:
-    """A model and its masks, as `MaskBank` has them, as a policy."""
-    return DecisionPolicy(
-        model,
-        mask_bits,
-        inputs_of(setup),
-        sequence_settings(setup).model.context_length,
-        setup.environment,
-        setup.execution,
-        step,
-        **more,
-    )
-
-
-def model_tensors(model: DecisionTransformer) -> dict[str, Tensor]:
-    """A model's parameters as a checkpoint names them."""
-    return {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-
-
-def load_model(setup: Setup, checkpoint: Checkpoint) -> DecisionTransformer:
-    """The model of a checkpoint.
-
-    Raises:
-        UserError: the checkpoint is of another model size.
-    """
-    model = build_model(setup)
-    checkpoint.copy_to(model_tensors(model))
-    return model
-
-
-def load_policy(setup: Setup, checkpoint: Checkpoint) -> DecisionPolicy:
-    """The policy of a checkpoint.
-
-    Raises:
-        UserError: the checkpoint is of another model size.
-    """
-    return decision_policy(setup, load_model(setup, checkpoint), None, checkpoint.step)
-
-
-class SequenceLearner:
-    """Trains a decision transformer on several tasks at a time; a `Learner`.
-
-    Args:
-        setup: the run's settings, tasks and device.
-        data: one entry per task; index = task id.
-
-    Raises:
-        UserError: there is nothing to operate on, for a step has one task alone.
+    Attributes:
+        model: the decision transformer.
+        vector: its parameters.
     """
 
-    def __init__(self, setup: Setup, data: Sequence[TaskData]):
-        self.setup = setup
-        self.execution = setup.execution
-        self.settings = sequence_settings(setup)
-        self.model = build_model(setup)
-        self.vector = self.model.vector
-        self.optimiser = Optimiser(
-            self.vector,
-            setup.config.optimisation,
-            setup.execution.backend,
-            setup.execution.rounded_to,
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        self.model = self._build_model()
+        self.vector = self.trained[MODEL] = self.model.vector
+
+    def _build_model(self) -> DecisionTransformer:
+        """A decision transformer of the run's sizes, drawn from PyTorch's generator."""
+        own, environment = self.settings, self.setup.environment
+        prompt = own.prompts()
+        embed_dim, layers, heads = own.model.shape
+        config = TransformerConfig(
+            observation_size=environment.observation_size,
+            action_size=environment.action_size,
+            embed_dim=embed_dim,
+            layers=layers,
+            heads=heads,
+            max_timesteps=own.model.max_timesteps,
+            prompt_length=0 if prompt is None else prompt.prompt_length,
+            task_embedding_dim=own.task_embedding_dim,
+            dropout=own.model.dropout,
+            embedding_dropout=own.model.embedding_dropout,
+            initialisation=own.model.initialisation,
         )
-        run, device = setup.config.run, setup.execution.device
-        order = TaskOrder(setup.config.data, len(data), run.seed)
-        episodes = lay_out(run.data_device, data, device)
-        inputs = inputs_of(setup, episodes.place)
-        self.sampler = WindowSampler(episodes, inputs, self.settings.model.context_length, device)
-        self._seeds = Seeds(run.seed)
-        self.feed = Feed(self.sampler, order, run.seed, self._of_steps)
-        self._of_tasks = self._places_of_tasks()
-        self._masks: TaskMasks | None = None
-        # CAGrad computes on the host, which no graph can hold.
-        repeats = self.settings.gradients.surgery != "cagrad"
-        self._step = setup.execution.repeated(self._compute) if repeats else self._compute
+        backend = self.execution.backend
+        if own.mask_levels > 1:
+            backend = soft_masks(backend, own.mask_levels)
+        return DecisionTransformer(config, self.task_count, backend, self.execution.device)
 
-    def _places_of_tasks(self) -> Tensor | None:
-        """Where a step with surgery has its tasks' gradients, float32 [G, P]; None without."""
+    def prepare_training(self, data: Sequence[TaskData]) -> None:
+        """As `Learner.prepare_training`.
+
+        Raises:
+            UserError: also if gradient surgery has only one task in a step.
+        """
         surgery, tasks = self.settings.gradients.surgery, self.setup.config.data.tasks_per_step
-        if surgery == "none":
-            return None
-        if tasks == 1:
+        if surgery != "none" and tasks == 1:
             raise UserError(
-                f"surgery {surgery} operates on the gradients of several tasks, and tasks_per_step "
-                "is 1: give --tasks-per-step 2 or more, or --surgery none"
+                f"surgery {surgery} combines the gradients of several tasks, and tasks_per_step is "
+                "1: give --tasks-per-step 2 or more, or --surgery none"
             )
-        # zeros, because nothing is written to the padding
-        return self.vector.weights.new_zeros(tasks, len(self.vector.weights))
+        # CAGrad computes on the host, which no graph can hold.
+        self.records_steps = surgery != "cagrad"
+        super().prepare_training(data)
+        gradients = self.vector.gradient[None]
+        if surgery != "none":  # zeros, because nothing is written to the padding
+            gradients = gradients.new_zeros(tasks, gradients.shape[1])
+        rounded = self.optimisers[MODEL].rounded
+        self._masks = TaskMasks(self.vector, self.mask_bits, self.feed.task_ids, gradients, rounded)
 
-    def train_step(self, step: int) -> StepResult:
-        """One optimiser step (Eq. 11) over some tasks."""
-        if not self.setup.config.run.fused:  # dropout in plain PyTorch draws from its generator
-            self._seeds.begin(TRAIN, step - 1)
-        task_ids = self.feed.load(step)
-        result = self._step()
-        return StepResult(task_ids, result[:-1], result[-1])
+    @property
+    def max_timesteps(self) -> int:
+        """Size of the time-step embedding."""
+        return self.settings.model.max_timesteps
 
-    def _of_steps(self, steps: range) -> list[Tensor]:
-        """What steps read beside their windows: the optimiser's rates, seeds of dropout, number."""
+    @property
+    def draws_from_pytorch(self) -> bool:
+        """Dropout in plain PyTorch draws from its generator; the kernels' dropout takes seeds."""
+        return not self.setup.config.run.fused
+
+    def make_sampler(self, episodes: Trajectories, inputs: Inputs) -> WindowSampler:
+        """Windows of K steps."""
+        length = self.settings.model.context_length
+        return WindowSampler(episodes, inputs, length, self.execution.device)
+
+    def extra_inputs(self, steps: range) -> list[Tensor]:
+        """Learning rate and bias corrections; the seeds of dropout; the step's number."""
         numbers = torch.arange(steps.start - 1, steps.stop - 1)
         seeds = dropout_seeds(self.setup.config.run.seed, TRAIN, numbers, self.model.dropout_places)
         # Each seed twice, so that all lie at multiples of 16 bytes.
-        return [self.optimiser.rates(steps), seeds[..., None].expand(-1, -1, 2), numbers]
+        return [*super().extra_inputs(steps), seeds[..., None].expand(-1, -1, 2), numbers]
 
-    def _compute(self) -> Tensor:
-        """The step whose inputs were loaded: losses [G] and the gradient's norm, as one tensor.
+    def losses(self, batch: Batch, targets: Tensor, *extra: Tensor) -> Tensor:
+        """The losses of a training step's groups, [G]; `extra` holds its seeds and number."""
+        seeds, _ = extra
+        return self.losses_under(self._masks, batch, targets, seeds[:, 0])
 
-        All of it is computed on the device, from tensors that stay where they are.
-        """
-        (batch, targets), (rates, seeds, number) = self.feed.batch(), self.feed.more
-        self._clear_gradient()
-        masks = self._masks_of_step(batch.task_ids)
-        with self.execution.computing():
-            losses = self.losses(batch, targets, masks, seeds[:, 0])
-            (losses.mean() if self._of_tasks is None else losses.sum()).backward()
-            masks.queue.finish()
-        if self._of_tasks is not None:  # in float32 whatever the precision of the products
-            self._operate(self._of_tasks, batch.task_ids, number)
-        norm = self.optimiser.step(masks.bits, batch.task_ids, rates)
-        return torch.cat((losses.detach(), norm[None]))
-
-    def _clear_gradient(self) -> None:
-        """Zero what autograd will add to: layers that write their gradients write over the last."""
-        if self._of_tasks is None and not self.setup.config.run.fused:
-            self.vector.gradient.zero_()
-        elif self.model.config.task_embedding_dim:
-            self.vector.slots["task_embedding.weight"].view(self.vector.gradient).zero_()
-
-    def _masks_of_step(self, task_ids: Tensor) -> TaskMasks:
-        """Those of some tasks, int64 [G], with the place where the step has its gradients."""
-        if self._masks is None:
-            places = self._of_tasks
-            if places is None and self.setup.config.run.fused:
-                # The layers write their gradients here; autograd would add them.
-                places = self.vector.gradient[None]
-            masks = self.masks_of(task_ids, places)
-            self._masks = replace(masks, rounded=self.optimiser.rounded)
-        return self._masks.with_tasks(task_ids)
-
-    def _operate(self, gradients: Tensor, task_ids: Tensor, step: Tensor) -> None:
-        """Make the step's gradient of its tasks', [G, P]."""
-        if self.model.config.task_embedding_dim:
-            # Autograd has brought its gradient, whose rows are of one task each.
-            slot = self.vector.slots["task_embedding.weight"]
-            own = torch.arange(self.task_count, device=task_ids.device) == task_ids[:, None]
-            of_rows = slot.view(self.vector.gradient)
-            slot.of_groups(gradients).copy_(torch.where(own[..., None], of_rows, 0.0))
-        draws = Draws(self.setup.config.run.seed, SURGERY, step)
-        self.vector.gradient.copy_(combine(gradients, self.settings.gradients, draws))
-
-    def losses(
-        self, batch: Batch, targets: Tensor, masks: TaskMasks, seeds: Tensor | None = None
+    def losses_under(
+        self, masks: TaskMasks, batch: Batch, targets: Tensor, seeds: Tensor | None = None
     ) -> Tensor:
         """Mean squared error on the actions of each group's valid history steps (Eq. 2), [G].
 
         Args:
+            masks: the masks of the groups' tasks.
+            targets: float32 [G, B, K, A], the actions of the data.
             seeds: of dropout, as the model takes them.
         """
         valid = batch.history.valid
@@ -277,9 +172,24 @@ class SequenceLearner:
         errors = F.mse_loss(self.model(batch, masks, seeds), targets, reduction="none")
         return (errors * shares[..., None]).sum((1, 2, 3))
 
-    def masks_of(self, task_ids: Tensor, group_gradients: Tensor | None = None) -> TaskMasks:
-        """What a batch of these tasks, int64 [G], is computed under: all weights."""
-        return TaskMasks(self.vector, None, task_ids, group_gradients)
+    def clear_gradients(self) -> None:
+        """Nothing: the layers overwrite the gradients of the last step."""
+
+    def backward(self, losses: Tensor) -> None:
+        """Write the gradients to the step's buffer."""
+        backward(losses, self._masks)
+
+    def combine_gradients(self, task_ids: Tensor, *extra: Tensor) -> None:
+        """Combine the tasks' gradients by surgery, in float32 whatever the products' precision."""
+        gradients, own = self._masks.group_gradients, self.settings.gradients
+        if gradients is not None and own.surgery != "none":
+            _, number = extra
+            draws = Draws(self.setup.config.run.seed, SURGERY, number)
+            self.vector.gradient.copy_(combine(gradients, own, draws))
+
+    def masks_for(self, task_ids: Tensor, group_gradients: Tensor | None = None) -> TaskMasks:
+        """The masks of a batch of tasks, int64 [G]; here every weight is active."""
+        return TaskMasks(self.vector, self.mask_bits, task_ids, group_gradients)
 
     def before_step(self, step: int) -> dict[str, float]:
         """Measure how far the tasks' gradients agree, where that is due."""
@@ -290,48 +200,64 @@ class SequenceLearner:
     def averaged_harmony(self, step: int) -> float:
         """Definition 3.2 on a fresh batch of every task, in [-1, 1]."""
         task_ids, at_once = range(self.task_count), self.setup.config.data.tasks_per_step
-        parts = [task_ids[i : i + at_once] for i in task_ids[::at_once]]
-        compute = GradientPass(self.vector, self.losses_of, self.masks_of)
+        chunks = [task_ids[i : i + at_once] for i in task_ids[::at_once]]
+        compute = GradientPass(self.vector, self.losses_of_drawn, self.masks_for)
         with self.execution.computing():
-            return averaged_harmony(TaskGradients(compute, self.draw_of(step), parts))
+            return averaged_harmony(TaskGradients(compute, self.draw_for(step), chunks))
 
-    def draw_of(self, step: int) -> Draw:
-        """Draws batches of tasks that depend on the step and the tasks alone, for `losses_of`."""
+    def draw_for(self, step: int) -> Callable[[Sequence[int]], list[Tensor]]:
+        """Draws a batch of some tasks, for `losses_of_drawn`.
+
+        The batch depends on the step and the tasks alone. The last batch is kept, because masked
+        and dense gradients are computed from the same one.
+        """
+        last: tuple[Sequence[int], list[Tensor]] = (), []
 
         def draw(task_ids: Sequence[int]) -> list[Tensor]:
-            draws = self._seeds.begin(MASKS, step, *task_ids)
-            batch = self.sampler.sample(task_ids, draws)
-            number, places = torch.tensor([step]), self.model.dropout_places
-            (drops,) = dropout_seeds(draws.seed, MASKS, number, places, task_ids[0])
-            return [*tensors_of(*batch), *move([drops], self.execution.device)]
+            nonlocal last
+            if self.draws_from_pytorch:  # before each pass, so that all of them drop the same
+                self._seeds.begin(MASKS, step, *task_ids)
+            if last[0] != task_ids:
+                last = task_ids, self._draw(step, task_ids)
+            return last[1]
 
         return draw
 
-    def losses_of(self, drawn: list[Tensor], masks: TaskMasks) -> Tensor:
-        """The losses [G] of tasks on a batch that was drawn of them."""
-        *batch, drops = drawn
-        return self.losses(*batch_of(batch), masks, drops)
+    def _draw(self, step: int, task_ids: Sequence[int]) -> list[Tensor]:
+        seed, numbers = self.setup.config.run.seed, torch.tensor([step])
+        batch = self.sampler.sample(task_ids, Draws(seed, MASKS, step))
+        count = self.model.dropout_places
+        (seeds,) = dropout_seeds(seed, MASKS, numbers, count, task_ids[0])
+        return [*tensors_of(*batch), *move([seeds], self.execution.device)]
 
-    @property
-    def task_count(self) -> int:
-        """Number of tasks."""
-        return len(self.setup.conditioning)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint holds, by name."""
-        return model_tensors(self.model) | {
-            f"optimizer.{n}": t for n, t in self.optimiser.tensors().items()
-        }
+    def losses_of_drawn(self, drawn: list[Tensor], masks: TaskMasks) -> Tensor:
+        """The losses [G] of a batch that `draw_for` drew."""
+        *batch, seeds = drawn
+        return self.losses_under(masks, *batch_of(batch), seeds)
 
     def policy(self, step: int) -> DecisionPolicy:
-        """The model as it is now, as a policy; it is put into evaluation mode."""
-        return decision_policy(self.setup, self.model, None, step)
+        """The model and its masks; it puts the model into evaluation mode."""
+        return self.policy_under(self.mask_bits, step)
+
+    def policy_under(self, mask_bits: Tensor | None, step: int) -> DecisionPolicy:
+        """The model under some masks, as `MaskBank` has them, as a policy."""
+        return DecisionPolicy(
+            self.model,
+            mask_bits,
+            self.inputs(),
+            self.settings.model.context_length,
+            self.setup.environment,
+            self.execution,
+            step,
+            self.unseen_threshold,
+        )
+
+    @property
+    def unseen_threshold(self) -> float:
+        """The share of tasks above which a weight is active in the voted mask (Eq. 13)."""
+        return 0.5
 
     def resume_training(self) -> None:
         """Put the model into training mode again, with its weights as they are now."""
         self.model.train()
-        self.optimiser.round_weights()
-
-    def describe(self) -> dict[str, int]:
-        """The number of parameters."""
-        return {"parameters": sum(p.numel() for p in self.model.parameters())}
+        super().resume_training()

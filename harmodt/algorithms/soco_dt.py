@@ -1,4 +1,4 @@
-"""HarmoDT with soft masks, after SoCo-DT: docs/baselines.md says what of it was determined."""
+"""HarmoDT with soft masks, after SoCo-DT: docs/baselines.md says what that paper determines."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any
 from ..config import SoftMaskSettings
 from ..data.store import TaskData
 from ..masks.soft import SoftMaskUpdater
-from .harmodt import RandomMaskSettings, UpdatedMaskLearner, mask_settings
-from .learner import Setup
+from .harmodt import ChangingMaskLearner, ChangingMaskSettings
 
 
 @dataclass(frozen=True)
-class SoCoDTSettings(RandomMaskSettings):
-    """Masks with values between 0 and 1, as sparse as each task's gradients ask for."""
+class SoCoDTSettings(ChangingMaskSettings):
+    """SoCo-DT: masks with values between 0 and 1, as sparse as each task's gradients ask for."""
 
     masks: SoftMaskSettings = SoftMaskSettings()
 
@@ -25,28 +24,22 @@ class SoCoDTSettings(RandomMaskSettings):
         return self.masks.mask_levels
 
 
-class SoCoDTLearner(UpdatedMaskLearner):
-    """Trains under soft masks, which begin as those of HarmoDT, with values of 0 and 1.
+class SoCoDTLearner(ChangingMaskLearner[SoCoDTSettings]):
+    """Trains under soft masks; the first ones are HarmoDT's, with values of 0 and 1."""
 
-    Raises:
-        UserError: as `RandomMaskLearner`.
-    """
-
-    def __init__(self, setup: Setup, data: Sequence[TaskData]):
-        super().__init__(setup, data)
-        masks = mask_settings(setup)
-        assert isinstance(masks, SoftMaskSettings)
-        self.updater = SoftMaskUpdater(
-            self.bank, self.families, masks, setup.config.optimisation.steps
-        )
+    def prepare_training(self, data: Sequence[TaskData]) -> None:
+        """As `RandomMaskLearner.prepare_training`."""
+        super().prepare_training(data)
+        steps = self.setup.config.optimisation.steps
+        self.updater = SoftMaskUpdater(self.bank, self.gradients, self.settings.masks, steps)
 
     def update_masks(self, step: int) -> dict[str, float]:
         """Lower and raise values in every task's mask.
 
-        `moved_weights` is the number of those that changed, of the task with most; `sparsity` each
-        task's share of inactive weights.
+        It logs `moved_weights`, the largest number of changed values in a task, and `sparsity`,
+        each task's share of inactive weights.
         """
-        update = self.updater.update(step, self.draw_of(step))
+        update = self.updater.update(step, self.draw_for(step))
         moved = int((update.lowered + update.raised).max())
         shares = 1 - self.bank.active_counts().double() / self.vector.maskable_count()
         tasks = zip(self.setup.conditioning, shares.tolist(), strict=True)
@@ -54,7 +47,7 @@ class SoCoDTLearner(UpdatedMaskLearner):
         return {"harmony": update.harmony, "moved_weights": moved} | sparsity
 
     def describe(self) -> dict[str, Any]:
-        """As with masks of bits, without the number of active weights, which changes."""
+        """As with masks of bits, without the numbers of active weights, which change."""
         described = super().describe()
         del described["active_weights"]
         return described

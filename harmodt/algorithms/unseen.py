@@ -1,8 +1,8 @@
-"""Acting on tasks that were not trained on: under which mask, and told the task by what.
+"""Acting on tasks that a run was not trained on, under a mask that is made for them.
 
-A few prompt episodes of the task are all that is taken from its data. Observations are normalised
-by the mean of the training tasks' statistics, and a model with a task embedding is told the mean of
-theirs.
+Of an unseen task's data only a few prompt episodes are used. Observations are normalised by the
+mean of the training tasks' statistics. A model with a task embedding reads the mean of the training
+tasks' embeddings.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from ..masks.bank import voted_masks
 from ..masks.gradients import GradientPass, TaskGradients
 from ..masks.initialisation import draw_mask
 from ..masks.vector import ParameterVector
-from ..networks.decision_transformer import DecisionTransformer
 from ..policies.decision import DecisionPolicy
-from .harmodt import RandomMaskSettings, load_masks, mask_settings
+from . import find
+from .harmodt import RandomMaskLearner, RandomMaskSettings
 from .learner import Setup
-from .sequence import SequenceLearner, SequenceSettings, build_model, decision_policy, model_tensors
+from .sequence import SequenceLearner, SequenceSettings
 
 UnseenMask = Literal["voted", "none", "random", "nearest"]
 
@@ -63,11 +63,14 @@ def unseen_policy(
     """A run's policy for tasks that it was not trained on.
 
     Args:
+        setup: the run's.
+        checkpoint: of the run.
+        unseen: how to act on the tasks.
         tasks: their data, from a store with the checksum `store`.
 
     Raises:
         UserError: the run has no sequence model, it has no masks and one is asked for, a task has
-            no prompt episodes of use, the threshold leaves no weight, or the checkpoint is of
+            no usable prompt episodes, the threshold leaves no weight, or the checkpoint is of
             another model size.
     """
     if not isinstance(setup.config.own, SequenceSettings):
@@ -75,33 +78,51 @@ def unseen_policy(
             f"{setup.config.algorithm} cannot meet unseen tasks, as sequence models can: leave "
             "--unseen out"
         )
+    masks = setup.config.own.masks if isinstance(setup.config.own, RandomMaskSettings) else None
+    mask = unseen.mask or ("none" if masks is None else "voted")
     conditioning = tuple(
         TaskConditioning.of_unseen(task, setup.conditioning, setup.config) for task in tasks
     )
-    setup_unseen = dataclasses.replace(setup, conditioning=conditioning)
-    model = build_model(setup_unseen)
-    _load_weights(model, checkpoint)
-    masked = isinstance(setup.config.own, RandomMaskSettings)
-    levels = setup.config.own.mask_levels
-    mask = unseen.mask or ("voted" if masked else "none")
     bits = None
-    if mask == "nearest":
-        nearest = nearest_tasks(setup, checkpoint, conditioning)
-        trained = _trained_masks(setup, model, checkpoint)
-        bits = torch.cat([of_level[nearest] for of_level in trained.chunk(levels)])
-    elif mask != "none":
-        trained = _trained_masks(setup, model, checkpoint)
-        default = mask_settings(setup).unseen_threshold
-        threshold = default if unseen.threshold is None else unseen.threshold
-        bits = voted_masks(trained, threshold, levels, len(conditioning))
-        if mask == "random":
-            drawn = [random_mask(model.vector, row, unseen.seed) for row in bits[:: len(tasks)]]
-            bits = torch.stack(drawn).repeat_interleave(len(tasks), 0)
-    policy = decision_policy(setup_unseen, model, bits, checkpoint.step)
+    if mask != "none":
+        if masks is None:
+            raise UserError(f"{setup.config.algorithm} has no masks: evaluate it with --mask none")
+        bits = _masks_under(mask, setup, checkpoint, unseen, conditioning)
+    learner = _sequence_learner(setup, conditioning, checkpoint)
+    policy = learner.policy_under(bits, checkpoint.step)
     own_threshold = unseen.threshold is not None and mask in ("voted", "random")
     policy.mask = f"{mask}>{unseen.threshold:g}" if own_threshold else mask
     policy.unseen = store
     return policy
+
+
+def _masks_under(
+    mask: UnseenMask,
+    setup: Setup,
+    checkpoint: Checkpoint,
+    unseen: Unseen,
+    conditioning: Sequence[TaskConditioning],
+) -> Tensor:
+    """The masks of U unseen tasks, as `MaskBank` has them, from those of the training tasks.
+
+    Args:
+        mask: "voted", "random" or "nearest".
+        conditioning: of the unseen tasks.
+    """
+    trained = find(setup.config.algorithm).learner(setup)
+    assert isinstance(trained, RandomMaskLearner)
+    trained.load(checkpoint)
+    bits, levels = trained.mask_bits, trained.bank.levels
+    if mask == "nearest":
+        nearest = nearest_tasks(setup, checkpoint, conditioning)
+        return torch.cat([level[nearest] for level in bits.chunk(levels)])
+    threshold = trained.unseen_threshold if unseen.threshold is None else unseen.threshold
+    count = len(conditioning)
+    voted = voted_masks(bits, threshold, levels, count)
+    if mask == "voted":
+        return voted
+    drawn = [random_mask(trained.vector, row, unseen.seed) for row in voted[::count]]
+    return torch.stack(drawn).repeat_interleave(count, 0)
 
 
 def random_mask(vector: ParameterVector, bits: Tensor, seed: int) -> Tensor:
@@ -127,26 +148,17 @@ def nearest_tasks(
         int64 [U], indices of training tasks.
     """
     tasks = (*setup.conditioning, *unseen)
-    learner = SequenceLearner(
-        dataclasses.replace(setup, conditioning=tasks), [_prompts_as_data(task) for task in tasks]
-    )
-    _load_weights(learner.model, checkpoint)
+    learner = _sequence_learner(setup, tasks, checkpoint)
+    learner.prepare_training([_prompts_as_data(task) for task in tasks])
     learner.model.eval()
     trained = len(setup.conditioning)
-    parts = [[*range(trained, len(tasks))], *([task] for task in range(trained))]
-    compute = GradientPass(learner.vector, learner.losses_of, learner.masks_of)
-    gradients = TaskGradients(compute, learner.draw_of(checkpoint.step), parts)
+    chunks = [[*range(trained, len(tasks))], *([task] for task in range(trained))]
+    compute = GradientPass(learner.vector, learner.losses_of_drawn, learner.masks_for)
+    gradients = TaskGradients(compute, learner.draw_for(checkpoint.step), chunks)
     with setup.execution.computing():
         own, _ = gradients.of(0)
-        cosines = [_cosines(own, gradients.of(part)[0][0]) for part in range(1, len(parts))]
+        cosines = [_cosines(own, gradients.of(chunk)[0][0]) for chunk in range(1, len(chunks))]
     return torch.stack(cosines).argmax(0)
-
-
-def _trained_masks(setup: Setup, model: DecisionTransformer, checkpoint: Checkpoint) -> Tensor:
-    """The masks of the training tasks, as `MaskBank` has them."""
-    if not isinstance(setup.config.own, RandomMaskSettings):
-        raise UserError(f"{setup.config.algorithm} has no masks: evaluate it with --mask none")
-    return load_masks(setup, model.vector, checkpoint)
 
 
 def _cosines(gradients: Tensor, other: Tensor) -> Tensor:
@@ -159,11 +171,19 @@ def _prompts_as_data(task: TaskConditioning) -> TaskData:
     return TaskData(task.name, task.prompts, task.prompts, task.mean, task.deviation, 0.0, 0.0)
 
 
-def _load_weights(model: DecisionTransformer, checkpoint: Checkpoint) -> None:
-    """Copy the checkpoint's weights; every task's embedding is the mean of the training tasks'."""
-    parameters = model_tensors(model)
-    embedding = parameters.pop("model.task_embedding.weight", None)
-    checkpoint.copy_to(parameters)
+def _sequence_learner(
+    setup: Setup, conditioning: Sequence[TaskConditioning], checkpoint: Checkpoint
+) -> SequenceLearner[SequenceSettings]:
+    """A learner of other tasks, without masks, with the weights of a checkpoint.
+
+    Every task's embedding is the mean of the training tasks' embeddings.
+    """
+    other = dataclasses.replace(setup, conditioning=tuple(conditioning))
+    learner: SequenceLearner[SequenceSettings] = SequenceLearner(other)
+    weights = learner.weights()
+    embedding = weights.pop("model.task_embedding.weight", None)
+    checkpoint.copy_to(weights)
     if embedding is not None:
         trained = checkpoint.tensors["model.task_embedding.weight"]
         embedding.copy_(trained.mean(0))
+    return learner

@@ -1,4 +1,4 @@
-"""What the training steps of a run read, brought to one place on the device step by step."""
+"""Loads the inputs of each training step into one buffer on the run's device."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from ..draws import TRAIN, Draws
 from .order import TaskOrder
 from .windows import Drawn, WindowSampler
 
-_WINDOWS = 1 << 14  # whose places are drawn at once, if they are of more than one step
+_WINDOWS = 1 << 14  # about so many windows are drawn at a time, for one step or for several
 _MOST_STEPS = 64
 
 
 class Feed:
-    """The inputs of training steps. Each step's come to the same place, where a graph finds them.
+    """The inputs of training steps.
 
-    What is drawn is drawn for many steps at once, where the data lie. If they lie on the model's
-    device, a step gathers its windows there. Else a thread gathers the next step's while this one
-    computes, and they come in one transfer, for which nobody waits.
+    Every step finds its inputs in the same buffer, so that a captured step can be replayed on them.
+    The feed draws for many steps at a time, on the device that holds the data. If that is the run's
+    device, the step itself gathers its windows. Otherwise a thread gathers the windows of the next
+    step while the present one is computed, and one transfer brings them to the run's device.
 
     Args:
-        sampler: of the data.
+        sampler: draws and gathers windows.
         order: the tasks of each step.
-        seed: of the run.
-        more: what else a step reads: for some consecutive steps, counted from 1, tensors [S, ...]
-            on the CPU.
+        seed: the seed of the run.
+        extra_inputs: returns the other inputs of some consecutive steps, which are counted from 1:
+            tensors [S, ...] on the CPU.
 
     Attributes:
-        task_ids: int64 [G], the tasks of the step that was loaded.
-        more: what else it reads.
+        task_ids: int64 [G], the tasks of the loaded step.
+        extra: the other inputs of the loaded step.
     """
 
     def __init__(
@@ -41,73 +42,74 @@ class Feed:
         sampler: WindowSampler,
         order: TaskOrder,
         seed: int,
-        more: Callable[[range], Sequence[Tensor]],
+        extra_inputs: Callable[[range], Sequence[Tensor]],
     ):
         self._sampler = sampler
         self._order = order
         self._seed = seed
-        self._more = more
+        self._extra_inputs = extra_inputs
         windows = order.of(range(1, 2)).numel() * sampler.inputs.settings.batch_per_task
         self._steps_at_once = min(max(_WINDOWS // windows, 1), _MOST_STEPS)
-        self._steps = range(0)  # that are drawn
-        self._gathers_late = gathers_late(sampler)
-        self._thread = None if self._gathers_late else ThreadPoolExecutor(1)
+        self._steps = range(0)  # the steps that are drawn
+        self._step_gathers = step_gathers(sampler)
+        self._thread = None if self._step_gathers else ThreadPoolExecutor(1)
         self._ahead: dict[int, Future[tuple[list[int], list[Tensor]]]] = {}
-        _, first = self._of_step(1)
+        _, first = self._inputs_of(1)
         self._layout = Layout(first)
-        self._place = self._layout.pack(first, sampler.device).to(sampler.device)
-        self._views = self._layout.views(self._place)
-        count = 1 + len(more(range(1, 2)))
-        self.task_ids, *self.more = self._views[:count]
+        self._buffer = self._layout.pack(first, sampler.device).to(sampler.device)
+        self._views = self._layout.views(self._buffer)
+        count = 1 + len(extra_inputs(range(1, 2)))
+        self.task_ids, *self.extra = self._views[:count]
         self._windows = self._views[count:]
 
     def load(self, step: int) -> list[int]:
-        """Bring the inputs of a step, counted from 1, to their place; returns its tasks' ids."""
+        """Load the inputs of a step, counted from 1, into the buffer; return its tasks' ids."""
         if self._thread is None:
-            task_ids, inputs = self._of_step(step)
+            task_ids, inputs = self._inputs_of(step)
         else:
-            found = self._ahead.pop(step, None) or self._thread.submit(self._of_step, step)
+            found = self._ahead.pop(step, None) or self._thread.submit(self._inputs_of, step)
             task_ids, inputs = found.result()
-            self._ahead = {step + 1: self._thread.submit(self._of_step, step + 1)}
-        if inputs[0].device == self._place.device:
+            self._ahead = {step + 1: self._thread.submit(self._inputs_of, step + 1)}
+        if inputs[0].device == self._buffer.device:
             torch._foreach_copy_(self._views, inputs)
         else:
-            packed = self._layout.pack(inputs, self._place.device)
-            self._place.copy_(packed, non_blocking=True)
+            packed = self._layout.pack(inputs, self._buffer.device)
+            self._buffer.copy_(packed, non_blocking=True)
         return task_ids
 
     def batch(self) -> tuple[Batch, Tensor]:
-        """The windows of the step that was loaded, and the actions to predict, on the device."""
-        if self._gathers_late:
+        """The windows of the loaded step, and the actions to predict, on the run's device."""
+        if self._step_gathers:
             return self._sampler.gather(self.task_ids, Drawn(*self._windows))
         return batch_of([self.task_ids, *self._windows])
 
-    def _of_step(self, step: int) -> tuple[list[int], list[Tensor]]:
-        """The tasks of a step; and their ids, what else it reads, and its windows or their places.
+    def _inputs_of(self, step: int) -> tuple[list[int], list[Tensor]]:
+        """The tasks of a step, and its inputs.
 
-        The windows themselves are on the CPU; their places are there where they are gathered.
+        The inputs are the task ids, the extra inputs, and the windows; or in place of the windows
+        what was drawn for them, if the step gathers them itself.
         """
         if step not in self._steps:
             self._steps = range(step, step + self._steps_at_once)
             self._draw(self._steps)
         row = step - self._steps.start
-        task_ids, *more = (tensor[row] for tensor in self._others)
+        task_ids, *extra = (tensor[row] for tensor in self._others)
         windows = [tensor[row] for tensor in self._drawn]
-        if not self._gathers_late:
+        if not self._step_gathers:
             _, *windows = tensors_of(*self._sampler.gather(task_ids, Drawn(*windows)))
-        return self._tasks[row], [task_ids, *more, *windows]
+        return self._tasks[row], [task_ids, *extra, *windows]
 
     def _draw(self, steps: range) -> None:
-        """Draw tasks and places of windows for some steps, and ask what else they read."""
-        place, tasks = self._sampler.episodes.device, self._order.of(steps)
+        """Draw the tasks and windows of some steps, and ask for their extra inputs."""
+        device, tasks = self._sampler.episodes.device, self._order.of(steps)
         numbers = torch.arange(steps.start - 1, steps.stop - 1)
-        numbers, *self._others = move([numbers, tasks, *self._more(steps)], place)
+        numbers, *self._others = move([numbers, tasks, *self._extra_inputs(steps)], device)
         draws = Draws(self._seed, TRAIN, numbers[:, None, None, None])
         drawn = self._sampler.draw(self._others[0], draws)
         self._drawn = [tensor for tensor in drawn if tensor is not None]
         self._tasks: list[list[int]] = tasks.tolist()
 
 
-def gathers_late(sampler: WindowSampler) -> bool:
-    """Whether a step gathers its own windows: all data lie in tensors where the batches go."""
-    return sampler.device == sampler.episodes.place
+def step_gathers(sampler: WindowSampler) -> bool:
+    """Whether a step gathers its own windows: the data were copied to the run's device."""
+    return sampler.device == sampler.episodes.copied_to

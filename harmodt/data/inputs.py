@@ -98,7 +98,8 @@ class Inputs:
         settings: scale of returns, share of hidden actions.
         max_timesteps: later time steps count as the last of so many.
         prompt: of what prompts are drawn; None for a model without.
-        place: where prompts lie, as in `Trajectories`; all is computed there, or on the CPU.
+        device: prompts are copied to this device, and everything is computed there. None: prompts
+            stay in their arrays, and the CPU computes.
     """
 
     def __init__(
@@ -107,20 +108,19 @@ class Inputs:
         settings: DataSettings,
         max_timesteps: int,
         prompt: PromptSettings | None = None,
-        place: torch.device | None = None,
+        device: torch.device | None = None,
     ):
         self.conditioning = tuple(conditioning)
         self.settings = settings
         self.max_timesteps = max_timesteps
         self.prompt = prompt
-        self.place = place
         of_tasks = np.array([(task.mean, task.deviation) for task in conditioning])
-        self._statistics = torch.from_numpy(of_tasks).to(place)  # [T, 2, O]
+        self._statistics = torch.from_numpy(of_tasks).to(device)  # [T, 2, O]
         # A tensor, because a GPU multiplies by the reciprocal of a number.
-        self._return_scale = torch.tensor(settings.return_scale, device=place)
+        self._return_scale = torch.tensor(settings.return_scale, device=device)
         if prompt is not None:
-            self._prompts = Trajectories([task.prompts for task in conditioning], place)
-            self._prompt_times = torch.arange(prompt.prompt_length, device=place)
+            self._prompts = Trajectories([task.prompts for task in conditioning], device)
+            self._prompt_times = torch.arange(prompt.prompt_length, device=device)
 
     def steps(
         self,

@@ -1,6 +1,6 @@
-"""Random windows of offline episodes as batches of a sequence model.
+"""Draws random windows of offline episodes, and gathers them as batches.
 
-A window that goes beyond its episode's end is padded there, also that of a shorter episode.
+A window that reaches beyond the end of its episode is padded there.
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ from ..draws import Draws, below
 from .inputs import Inputs
 from .trajectories import Trajectories
 
-_WORDS = 4  # that a draw has for each place
+_WORDS = 4  # random words of each draw
 
 
 class Drawn(NamedTuple):
-    """What is drawn for a batch, all of it in integers: places of steps, in episodes of all tasks.
+    """The draws of a batch, all of them integers: which steps of which episodes its windows hold.
+
+    Episodes are numbered over all tasks, as in `Trajectories`.
 
     Attributes:
         episodes: int64 [G, B].
         times: int64 [G, B, K], steps from the episode's beginning; padding repeats the last one.
         valid: bool [G, B, K], False for padding.
         hidden: bool [G, B, K], the actions that the model does not see.
-        prompt_episodes, prompt_times: int64 [G, B], of the prompt pools, and [G, B, K*]; None
-            without prompts.
+        prompt_episodes, prompt_times: int64 [G, B] in the prompt pools and [G, B, K*]; None for a
+            model without prompts.
     """
 
     episodes: Tensor
@@ -43,14 +45,14 @@ class Drawn(NamedTuple):
 class WindowSampler:
     """Draws batches of windows from the training episodes of several tasks.
 
-    A task's windows depend on the draws that are passed and on its id alone: not on the other tasks
-    of the batch, and a window not on their number.
+    A task's windows depend on the draws and on its id alone, not on the other tasks of the batch. A
+    window does not depend on the number of windows.
 
     Args:
-        episodes: those to train on, of each task.
-        inputs: of the same tasks, with its prompts where the episodes lie.
+        episodes: the training episodes of each task.
+        inputs: the inputs of the same tasks, on the device of the episodes.
         context_length: K, steps of a window.
-        device: where the batches go.
+        device: batches go to this device.
     """
 
     def __init__(
@@ -65,10 +67,10 @@ class WindowSampler:
         self.device = torch.device(device)
         self.episodes = episodes
         self._starts = _Starts(self.episodes, inputs.settings.window_start_bias)
-        place = self.episodes.device
-        self._windows = torch.arange(inputs.settings.batch_per_task, device=place)
-        self._blocks = torch.arange(1 - (-context_length // _WORDS), device=place)
-        self._times = torch.arange(context_length, device=place)
+        device_of_draws = self.episodes.device
+        self._windows = torch.arange(inputs.settings.batch_per_task, device=device_of_draws)
+        self._blocks = torch.arange(1 - (-context_length // _WORDS), device=device_of_draws)
+        self._times = torch.arange(context_length, device=device_of_draws)
 
     def sample(self, task_ids: Sequence[int] | Tensor, draws: Draws) -> tuple[Batch, Tensor]:
         """Draw `batch_per_task` windows of each task.
@@ -84,10 +86,10 @@ class WindowSampler:
         return batch_of(move(tensors_of(batch, targets), self.device))
 
     def gather(self, tasks: Tensor, drawn: Drawn) -> tuple[Batch, Tensor]:
-        """What `sample` returns, from the places that were drawn, on the episodes' device.
+        """Gather the windows that were drawn, as `sample` returns them, on the episodes' device.
 
         Args:
-            tasks: int64 [G], there.
+            tasks: int64 [G], on the same device.
         """
         history = self.inputs.of_episodes(
             self.episodes, tasks, drawn.episodes, drawn.times, drawn.valid
@@ -99,18 +101,18 @@ class WindowSampler:
         return Batch(tasks, prompt, visible), history.actions
 
     def draw(self, task_ids: Tensor, draws: Draws) -> Drawn:
-        """The places of a batch's steps, or of those of several batches.
+        """Draw the windows of a batch, or of several batches.
 
         Args:
-            task_ids: int64 [..., G] on the device of the episodes; what is returned has the same
+            task_ids: int64 [..., G] on the device of the episodes; the result has the same
                 dimensions in front.
-            draws: with a step for each of several batches, [..., 1, 1, 1].
+            draws: for several batches, its step has a value for each batch: [..., 1, 1, 1].
         """
         groups = task_ids[..., None, None]
         words = draws.words(self._windows, groups, self._blocks[:, None])  # [4, ..., G, blocks, B]
         step, start, *prompt = words[..., 0, :]
         first, count = (part[..., None] for part in self.episodes.step_range(task_ids))
-        # Drawing a step draws its episode in proportion to the length.
+        # A random step lies in a longer episode more often, in proportion to the length.
         episodes = self.episodes.episode_of(first + below(step, count))
         starts = self._starts.draw(episodes, start)
         present = (self.episodes.lengths[episodes] - starts).clamp_(max=self.context_length)
@@ -129,15 +131,14 @@ class WindowSampler:
 class _Starts:
     """Draws a window's start at u^bias of its episode's length, u uniform.
 
-    For each length n that there is, a table has the word at which the start becomes k, which is
-    where u = (k / n)^(1 / bias). It is made once, on the CPU: a power in floating point may come
-    out differently on another device. All tables together have no more entries than there are
-    steps.
+    For each episode length n, a table holds the random word at which the start becomes k: the word
+    of u = (k / n)^(1 / bias). The CPU makes the tables, once: another device may round a power
+    differently. All tables together have at most as many entries as there are steps.
     """
 
     def __init__(self, episodes: Trajectories, bias: float):
         lengths, table_of = np.unique(episodes.lengths.cpu().numpy(), return_inverse=True)
-        # Table i is for words that i was put in front of: all are one rising table.
+        # Words of table i get i as their upper 32 bits, so that all tables form one rising table.
         tables = [
             (i << 32) + np.rint((np.arange(n) / n) ** (1 / bias) * 2.0**32).astype(np.int64)
             for i, n in enumerate(lengths.tolist())
@@ -148,6 +149,6 @@ class _Starts:
         self._before = torch.from_numpy(first[table_of] + 1).to(episodes.device)
 
     def draw(self, episodes: Tensor, words: Tensor) -> Tensor:
-        """Starts in some episodes, int64 [...], from a random word each."""
+        """Starts of windows in some episodes, int64 [...], each from a random word."""
         found = torch.searchsorted(self._table, self._prefix[episodes] + words, right=True)
         return found - self._before[episodes]

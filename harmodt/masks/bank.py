@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from harmodt_kernels import LayerMasks, MaskedLinear, count_bits, pack_bits, unpack_bits
+from harmodt_kernels.bits import BITS_PER_WORD
 from harmodt_kernels.masked_linear import WeightGradients
 
 from ..config import MaskInitialisation
@@ -19,52 +18,77 @@ from .initialisation import first_masks
 from .vector import ParameterVector
 
 
-@dataclass(frozen=True)
 class TaskMasks:
-    """The masks that a batch is computed under; without bits, all weights are active.
+    """The masks that a model computes a batch under, and the buffers for its gradients.
+
+    One instance serves many batches: each pass reads the present values of `task_ids`.
+
+    Args:
+        vector: the parameters of the model.
+        bits: int32 [T, P_m / 32], the masks of all tasks; or None, and every weight is active. For
+            a model of soft masks int32 [L T, P_m / 32], as in `MaskBank`.
+        task_ids: int64 [G], the task of each group.
+        group_gradients: a buffer for the gradients, or None. A backward pass overwrites it; the
+            parameters then get no gradient of their own. A buffer of G rows takes the gradient of
+            each group, a buffer of one row their sum. With P columns it takes the gradients of all
+            parameters, with P_m columns those of the maskable weights: then the other parameters
+            get their gradients from autograd.
+        rounded: [P_m], a copy of the maskable weights in the type of matrix products, which linear
+            layers read instead of the weights; or None. It needs group_gradients.
 
     Attributes:
-        vector: of the model whose layers are masked.
-        bits: int32 [T, P_m / 32], the masks of all tasks, or None for the dense model; for a model
-            of soft masks int32 [L T, P_m / 32], as in `MaskBank`.
-        task_ids: int64 [G], the task of each group.
-        group_gradients: [G, P_m] or None. A backward pass writes each group's gradient of the
-            maskable weights to it by itself, or to [1, P_m] their sum; those weights' own gradients
-            then get nothing. To [G, P] or [1, P] it writes those of all weights, but for a task
-            embedding's, which autograd brings to its parameter.
-        queue: where the gradients of linear layers wait to be computed together; its `finish` is to
-            be called after a backward pass.
-        rounded: [P_m], the maskable weights in the type of matrix products, which linear layers
-            read in their place; or None. It needs group_gradients: the weights get no gradient.
+        queue: linear layers put the operands of their weight gradients here, so that several
+            layers share a launch. Call its `finish` after a backward pass.
+
+    Raises:
+        ValueError: a copy is given, and no buffer for its gradient.
     """
 
-    vector: ParameterVector
-    bits: Tensor | None
-    task_ids: Tensor
-    group_gradients: Tensor | None = None
-    queue: WeightGradients = field(default_factory=WeightGradients)
-    rounded: Tensor | None = None
-    _parts: dict[nn.Module, Any] = field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.rounded is not None and self.group_gradients is None:
+    def __init__(
+        self,
+        vector: ParameterVector,
+        bits: Tensor | None,
+        task_ids: Tensor,
+        group_gradients: Tensor | None = None,
+        rounded: Tensor | None = None,
+    ):
+        if rounded is not None and group_gradients is None:
             raise ValueError("rounded weights get no gradient: give group_gradients as well")
-
-    def with_tasks(self, task_ids: Tensor) -> TaskMasks:
-        """The same for a batch of other tasks; what layers have of them is not looked up again."""
-        others = replace(self, task_ids=task_ids, queue=WeightGradients())
-        object.__setattr__(others, "_parts", self._parts)
-        return others
+        self.vector = vector
+        self.bits = bits
+        self.task_ids = task_ids
+        self.group_gradients = group_gradients
+        self.queue = WeightGradients()
+        self._rounded = rounded
+        self._layers: dict[nn.Module, LayerMasks] = {}
+        self._shared: dict[nn.Module, list[Tensor]] = {}
 
     def of(self, layer: nn.Module) -> LayerMasks | None:
-        """A masked layer's part of them."""
+        """The masks and buffers of one masked layer; None where there are neither."""
         if self.bits is None and self.group_gradients is None:
             return None
-        if layer not in self._parts:
-            of_layer = self._bits_of(layer), self._masked_gradients_of(layer)
-            self._parts[layer] = *of_layer, self._rounded_of(layer)
-        (weight_bits, bias_bits), gradients, rounded = self._parts[layer]
-        return LayerMasks(weight_bits, bias_bits, self.task_ids, gradients, self.queue, rounded)
+        if layer not in self._layers:  # views are made once: that takes longer than a small layer
+            weight_bits, bias_bits = self._bits_of(layer)
+            gradients, rounded = self._gradients_of_masked(layer), self._rounded_of(layer)
+            self._layers[layer] = LayerMasks(
+                weight_bits, bias_bits, self.task_ids, gradients, self.queue, rounded
+            )
+        return self._layers[layer]
+
+    def gradients_of(self, module: nn.Module) -> list[Tensor] | None:
+        """The buffers for the gradients of a module that no mask covers.
+
+        Returns:
+            For each parameter [G, *shape] or [1, *shape], as group_gradients; None where that does
+            not hold this module, whose gradients then come from autograd.
+        """
+        gradients = self.group_gradients
+        if gradients is None or gradients.shape[1] < self.vector.weights.numel():
+            return None
+        if module not in self._shared:
+            slots = self.vector.shared[module]
+            self._shared[module] = [slot.of_groups(gradients) for slot in slots]
+        return self._shared[module]
 
     def _bits_of(self, layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:
         if self.bits is None:
@@ -72,7 +96,7 @@ class TaskMasks:
         weight, bias = self.vector.layers[layer]
         return weight.bits(self.bits), None if bias is None else bias.bits(self.bits)
 
-    def _masked_gradients_of(self, layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    def _gradients_of_masked(self, layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
         gradients = self.group_gradients
         if gradients is None:
             return None
@@ -80,35 +104,20 @@ class TaskMasks:
         return weight.of_groups(gradients), None if bias is None else bias.of_groups(gradients)
 
     def _rounded_of(self, layer: nn.Module) -> Tensor | None:
-        if self.rounded is None or not isinstance(layer, MaskedLinear):
+        if self._rounded is None or not isinstance(layer, MaskedLinear):
             return None
         weight, _ = self.vector.layers[layer]
-        return weight.view(self.rounded)
-
-    def gradients_of(self, module: nn.Module) -> list[Tensor] | None:
-        """Where the gradients of a module that no mask covers go, for each parameter.
-
-        They are [G, *shape] for those of each group, or [1, *shape] for their sums.
-
-        None if group_gradients does not reach them, and they get their gradients themselves.
-        """
-        gradients = self.group_gradients
-        if gradients is None or gradients.shape[1] < self.vector.weights.numel():
-            return None
-        if module not in self._parts:
-            slots = self.vector.shared[module]
-            self._parts[module] = [slot.of_groups(gradients) for slot in slots]
-        return self._parts[module]
+        return weight.view(self._rounded)
 
 
 class MaskBank:
     """The masks of all tasks: P_m / 8 bytes each, or L times that where they are soft.
 
     Attributes:
-        vector: of the model whose layers are masked.
-        bits: int32 [T, P_m / 32], one row per task; bit j is element j of the parameter vector.
-            Soft masks have L T rows: l T + i is 1 where the value in task i is above l / L.
-        levels: L; 1 for masks of bits.
+        vector: the parameters of the model whose layers are masked.
+        bits: int32 [T, P_m / 32], one row per task; bit j masks element j of the parameter vector.
+            Soft masks have L T rows: row l T + i is 1 where the value in task i is above l / L.
+        levels: L, the number of levels of soft masks; 1 for masks of bits.
         maskable_bits: int32 [P_m / 32], 1 where an element is a weight and 0 where it is padding.
     """
 
@@ -119,21 +128,25 @@ class MaskBank:
         self.maskable_bits = vector.valid_bits()[: vector.maskable_size // 32]
 
     @classmethod
-    def initialise(
-        cls,
-        vector: ParameterVector,
+    def empty(cls, vector: ParameterVector, tasks: int, levels: int = 1) -> MaskBank:
+        """Masks without an active weight, to be drawn or read from a checkpoint."""
+        words = vector.maskable_size // BITS_PER_WORD
+        bits = torch.zeros(levels * tasks, words, dtype=torch.int32, device=vector.weights.device)
+        return cls(vector, bits, levels)
+
+    def draw(
+        self,
         sparsities: Sequence[float],
         seed: int,
         initialisation: MaskInitialisation = "erk",
         shared: bool = False,
-        levels: int = 1,
-    ) -> MaskBank:
-        """The masks that tasks begin with, soft ones with values of 0 and 1.
+    ) -> None:
+        """Draw the masks that the tasks begin with; soft masks begin with values of 0 and 1.
 
-        Other arguments and errors are those of `first_masks`.
+        Arguments and errors are those of `first_masks`.
         """
-        bits = first_masks(vector, sparsities, seed, initialisation, shared)
-        return cls(vector, bits.to(vector.weights.device).repeat(levels, 1), levels)
+        bits = first_masks(self.vector, sparsities, seed, initialisation, shared)
+        self.bits.copy_(bits.repeat(self.levels, 1))
 
     def for_tasks(self, task_ids: Tensor, group_gradients: Tensor | None = None) -> TaskMasks:
         """The masks of a batch whose groups belong to these tasks, int64 [G]."""

@@ -17,7 +17,7 @@ from harmodt_kernels.harmony_selection import count_signs
 
 from ..config import SoftMaskSettings
 from .bank import MaskBank
-from .gradients import Draw, GradientFamilies, harmony_score
+from .gradients import Draw, UpdateGradients, harmony_score
 
 
 @dataclass(frozen=True)
@@ -81,15 +81,15 @@ class SoftMaskUpdater:
 
     Args:
         bank: the masks.
-        families: the tasks' gradients.
+        gradients: computes the tasks' gradients.
         settings: of the thresholds.
         steps: E, of the run.
     """
 
     def __init__(
-        self, bank: MaskBank, families: GradientFamilies, settings: SoftMaskSettings, steps: int
+        self, bank: MaskBank, gradients: UpdateGradients, settings: SoftMaskSettings, steps: int
     ):
-        self.families = families
+        self.gradients = gradients
         self._bank = bank
         self._settings = settings
         self._steps = steps
@@ -106,19 +106,19 @@ class SoftMaskUpdater:
             ValueError: a gradient is NaN or infinite; the masks are then unchanged.
         """
         bank, factor = self._bank, fence_factor(step, self._steps, self._settings)
-        masked, dense = self.families.of(draw)
+        masked, dense = self.gradients.on(draw)
         mean = masked.mean()
         found, counts = bank.bits.clone(), []
-        for part, task_ids in enumerate(masked.parts):
-            gradients = zip(task_ids, masked.of(part)[0], dense.of(part)[0], strict=True)
-            for task, of_masked, of_dense in gradients:
-                _check_finite(task, of_masked, of_dense)
+        for chunk, task_ids in enumerate(masked.chunks):
+            gradients = zip(task_ids, masked.of(chunk)[0], dense.of(chunk)[0], strict=True)
+            for task, masked_gradient, dense_gradient in gradients:
+                _check_finite(task, masked_gradient, dense_gradient)
                 before = self._levels_of(task)
-                after = self._moved(before, of_masked, of_dense, mean, factor)
+                after = self._moved(before, masked_gradient, dense_gradient, mean, factor)
                 for level, row in enumerate(found[task :: bank.tasks]):
                     row.copy_(pack_bits(after > level))
                 moved = (after < before).sum(), (after > before).sum()
-                counts.append(torch.stack((*moved, *count_signs(of_masked, mean))))
+                counts.append(torch.stack((*moved, *count_signs(masked_gradient, mean))))
         bank.bits.copy_(found)
         lowered, raised, agreeing, differing = torch.stack(counts, 1)
         return SoftMaskUpdate(lowered, raised, harmony_score(agreeing, differing))

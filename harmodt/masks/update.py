@@ -13,7 +13,7 @@ from harmodt_kernels.harmony_selection import Importance
 
 from ..config import LearnedMaskSettings
 from .bank import MaskBank
-from .gradients import Draw, GradientFamilies, TaskGradients, harmony_score
+from .gradients import Draw, TaskGradients, UpdateGradients, harmony_score
 
 
 @dataclass(frozen=True)
@@ -39,27 +39,27 @@ def weights_to_move(step: int, steps: int, eta_min: int, eta_max: int) -> int:
 class MaskUpdater:
     """Updates the masks of all tasks in place.
 
-    Without dropout the masks do not depend on how many tasks are computed at a time.
+    Without dropout the masks do not depend on the number of tasks that are computed at a time.
 
     Args:
         bank: the masks.
-        families: the tasks' gradients.
-        backend: its harmony selection is used.
-        settings: λ, α_t's bounds, the rule.
+        gradients: computes the tasks' gradients.
+        backend: gives the harmony selection.
+        settings: λ, the bounds of α_t, the rule.
         importance: "fisher" (HarmoDT-F) or "magnitude" (HarmoDT-M).
-        steps: E, of the run.
+        steps: E, the steps of the run.
     """
 
     def __init__(
         self,
         bank: MaskBank,
-        families: GradientFamilies,
+        gradients: UpdateGradients,
         backend: Backend,
         settings: LearnedMaskSettings,
         importance: Importance,
         steps: int,
     ):
-        self.families = families
+        self.gradients = gradients
         self._bank = bank
         self._backend = backend
         self._settings = settings
@@ -78,23 +78,23 @@ class MaskUpdater:
         """
         settings = self._settings
         count = weights_to_move(step, self._steps, settings.eta_min, settings.eta_max)
-        masked, dense = self.families.of(draw)
+        masked, dense = self.gradients.on(draw)
         mean = masked.mean()
         selections = [
-            self._select(part, count, mean, masked, dense) for part in range(len(masked.parts))
+            self._select(chunk, count, mean, masked, dense) for chunk in range(len(masked.chunks))
         ]
-        selection = Selection(*(torch.cat(parts) for parts in zip(*selections, strict=True)))
-        # Here the host waits and refuses what is not finite, of any task, before anything moves.
+        selection = Selection(*(torch.cat(chunks) for chunks in zip(*selections, strict=True)))
+        # The host waits here: it refuses NaN and infinity of any task before any weight moves.
         self._backend.move_weights(self._bank.bits, selection)
         return MaskUpdate(selection.moved, harmony_score(selection.agreeing, selection.differing))
 
     def _select(
-        self, part: int, count: int, mean: Tensor, masked: TaskGradients, dense: TaskGradients
+        self, chunk: int, count: int, mean: Tensor, masked: TaskGradients, dense: TaskGradients
     ) -> Selection:
-        """Which weights leave (Eq. 9) and enter (Eq. 10) the masks of the tasks of one part."""
-        bank, task_ids = self._bank, masked.parts[part]
-        masked_gradients, losses = masked.of(part)
-        dense_gradients, _ = dense.of(part)
+        """Which weights leave (Eq. 9) and enter (Eq. 10) the masks of the tasks of one chunk."""
+        bank, task_ids = self._bank, masked.chunks[chunk]
+        masked_gradients, losses = masked.of(chunk)
+        dense_gradients, _ = dense.of(chunk)
         return self._backend.select_harmony(
             bank.bits[task_ids[0] : task_ids[-1] + 1],
             bank.maskable_bits,

@@ -118,6 +118,14 @@ class ParameterVector:
             slot.view(valid).fill_(True)
         return pack_bits(valid).to(self.weights.device)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters as views of the vector, by name."""
+        return {name: slot.view(self.weights) for name, slot in self.slots.items()}
+
+    def count(self) -> int:
+        """Number of weights, padding excluded."""
+        return sum(slot.rows * slot.columns for slot in self.slots.values())
+
     def maskable_count(self) -> int:
         """Number of maskable weights, padding excluded."""
         return sum(slot.rows * slot.columns for slot in self.maskable_slots)

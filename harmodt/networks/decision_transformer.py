@@ -235,9 +235,10 @@ class DecisionTransformer(nn.Module):
             float32 [G, B, K, A], in (-1, 1).
         """
         of_embeddings, *of_blocks = [None] * self.dropout_places if seeds is None else seeds
-        x = self._embed_history(batch.history, batch.task_ids, masks)
+        tasks = self._embed_tasks(batch.task_ids, masks)
+        x = self._embed_history(batch.history, tasks, masks)
         if batch.prompt is not None:
-            x = torch.cat((self._embed_prompt(batch.prompt, batch.task_ids, masks), x), dim=2)
+            x = torch.cat((self._embed_prompt(batch.prompt, tasks, masks), x), dim=2)
         if self.training and self.config.embedding_dropout:
             drop = self.config.embedding_dropout
             x = self.backend.dropout_add(None, x, drop, of_embeddings)
@@ -251,7 +252,7 @@ class DecisionTransformer(nn.Module):
 
     def encode_prompt(self, prompt: Steps, task_ids: Tensor, masks: TaskMasks) -> PromptCache:
         """Keys and values of the prompt's tokens, which no later token can change."""
-        x = self._embed_prompt(prompt, task_ids, masks)
+        x = self._embed_prompt(prompt, self._embed_tasks(task_ids, masks), masks)
         cache = []
         for block in self.blocks:
             x, (keys, values) = block(x, masks)
@@ -276,8 +277,8 @@ class DecisionTransformer(nn.Module):
             shortest: valid steps of the shortest history, or fewer. In the last block nothing is
                 computed of the steps before, which are no history's last.
         """
-        # The last token is the last step's action, which is what is asked for.
-        x = self._embed_history(history, task_ids, masks)[:, :, :-1]
+        # The last token is the action that is to be predicted.
+        x = self._embed_history(history, self._embed_tasks(task_ids, masks), masks)[:, :, :-1]
         observation_tokens = slice(3 * (shortest - 1) + 1, None, 3)
         for index, block in enumerate(self.blocks):
             past = prompt_cache[index] if prompt_cache is not None else None
@@ -287,8 +288,28 @@ class DecisionTransformer(nn.Module):
             x = x.take_along_dim(history.valid.sum(2)[:, :, None, None] - shortest, dim=2)
         return self._actions(x, masks)[:, :, 0]
 
-    def _embed_history(self, steps: Steps, task_ids: Tensor, masks: TaskMasks) -> Tensor:
-        x = self.history_embedding(self._with_task(steps, task_ids), masks)
+    def _embed_tasks(self, task_ids: Tensor, masks: TaskMasks) -> Tensor | None:
+        """The learned embedding of each group's task, [G, e]; None for a model without."""
+        if not self.config.task_embedding_dim:
+            return None
+        rows = self.task_embedding(task_ids)
+        buffers = masks.gradients_of(self.task_embedding)
+        if buffers is None or not torch.is_grad_enabled():
+            return rows
+        (buffer,) = buffers  # [G, T, e] or [1, T, e]
+        rows = rows.detach().requires_grad_()
+        tasks = torch.arange(len(self.task_embedding.weight), device=task_ids.device)
+        own = (task_ids[:, None] == tasks)[..., None]  # [G, T, 1]
+
+        def write(gradients: Tensor) -> None:
+            of_tables = torch.where(own, gradients[:, None], 0.0)  # each group's: one row is not 0
+            buffer.copy_(of_tables.sum_to_size(buffer.shape))
+
+        rows.register_hook(write)
+        return rows
+
+    def _embed_history(self, steps: Steps, tasks: Tensor | None, masks: TaskMasks) -> Tensor:
+        x = self.history_embedding(_beside(steps, tasks), masks)
         norm = self.history_norm
         normalised, _ = self.backend.masked_layer_norm(
             x.flatten(1, 2),
@@ -298,15 +319,8 @@ class DecisionTransformer(nn.Module):
         )
         return normalised.view(x.shape)
 
-    def _embed_prompt(self, steps: Steps, task_ids: Tensor, masks: TaskMasks) -> Tensor:
-        return self.prompt_embedding(self._with_task(steps, task_ids), masks)
-
-    def _with_task(self, steps: Steps, task_ids: Tensor) -> Steps:
-        if not self.config.task_embedding_dim:
-            return steps
-        task = self.task_embedding(task_ids)[:, None, None]  # [G, 1, 1, e]
-        task = task.expand(*steps.observations.shape[:3], -1)
-        return steps._replace(observations=torch.cat((steps.observations, task), dim=-1))
+    def _embed_prompt(self, steps: Steps, tasks: Tensor | None, masks: TaskMasks) -> Tensor:
+        return self.prompt_embedding(_beside(steps, tasks), masks)
 
     def _actions(self, x: Tensor, masks: TaskMasks) -> Tensor:
         normalised, _ = self.final_norm(x.flatten(1, 2), masks.of(self.final_norm))
@@ -317,6 +331,14 @@ class DecisionTransformer(nn.Module):
             group_gradients=masks.gradients_of(head),
         )
         return torch.tanh(actions).float().view(*x.shape[:3], -1)
+
+
+def _beside(steps: Steps, tasks: Tensor | None) -> Steps:
+    """Steps whose observations are followed by their group's task embedding, [G, e]."""
+    if tasks is None:
+        return steps
+    task = tasks[:, None, None].expand(*steps.observations.shape[:3], -1)
+    return steps._replace(observations=torch.cat((steps.observations, task), dim=-1))
 
 
 def _initialise_as_gpt2(module: nn.Module) -> None:

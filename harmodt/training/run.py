@@ -109,7 +109,9 @@ def load_policy(
     setup = saved.setup(execution)
     state = load_checkpoint(saved.directory, checkpoint)
     if unseen is None:
-        return find(saved.config.algorithm).policy(setup, state)
+        learner = find(saved.config.algorithm).learner(setup)
+        learner.load(state)
+        return learner.policy(state.step)
     return unseen_policy(setup, state, unseen, *_open_unseen(unseen, saved))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -36,7 +37,8 @@ class Trainer:
         self.task_count = len(data)
         self.step = 0
         Seeds(setup.config.run.seed).begin(INITIALISE, 0)
-        self.learner: Learner = find(setup.config.algorithm).learner(setup, data)
+        self.learner: Learner[Any] = find(setup.config.algorithm).learner(setup)
+        self.learner.prepare_training(data)
 
     def before_step(self) -> dict[str, float]:
         """Let the learner do what is due before the next step; returns what is to be logged.
@@ -61,6 +63,5 @@ class Trainer:
         Raises:
             UserError: it is of another model size.
         """
-        checkpoint.copy_to(self.tensors())
-        self.learner.resume_training()
+        self.learner.load(checkpoint)
         self.step = checkpoint.step

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..masks import with_gradients_in
 from . import reference
 
 
@@ -25,7 +26,8 @@ def masked_layer_norm(
 
     It is PyTorch's own layer where nothing is masked.
     """
-    if weight_bits is None and group_gradients is None:
+    if weight_bits is None and (group_gradients is None or len(group_gradients[0]) == 1):
+        weight, bias = with_gradients_in(group_gradients, weight, bias)
         y = F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
         return y if dtype is None else y.to(dtype), x
     return reference.masked_layer_norm(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..bits import all_ones
+from ..masks import with_gradients_in
 from .gradients import WeightGradients
 
 
@@ -33,7 +34,8 @@ def masked_linear(
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    if weight_bits is None and group_gradients is None:
+    if weight_bits is None and (group_gradients is None or len(group_gradients[0]) == 1):
+        weight, bias = with_gradients_in(group_gradients, weight, bias)
         y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         return F.relu_(y) if relu else y
     bits = None if weight_bits is None else weight_bits[task_ids]
@@ -78,7 +80,7 @@ class _MaskedLinear(torch.autograd.Function):
         if ctx.group_gradients is not None:
             for out, gradient in zip(ctx.group_gradients, (of_weights, of_biases), strict=True):
                 if gradient is not None:
-                    out.copy_(gradient.sum_to_size(out.shape))
+                    out.copy_(gradient.to(out.dtype).sum_to_size(out.shape))
             return dx, *[None] * 6
         d_bias = None if of_biases is None else of_biases.sum(0)
         return dx, of_weights.sum(0, dtype=ctx.dtype), d_bias, *[None] * 4

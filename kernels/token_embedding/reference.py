@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..masks import copies_of_groups
+from ..masks import with_gradients_in
 
 
 def token_embedding(
@@ -32,10 +32,7 @@ def token_embedding(
     Returns:
         [..., 3, d].
     """
-    if gradients is not None:
-        pairs = zip(parameters, gradients, strict=True)
-        parameters = [copies_of_groups(p, None, None, 1, out).squeeze(0) for p, out in pairs]
-    *layers, table = parameters
+    *layers, table = with_gradients_in(gradients, *parameters)
     of_layers = zip(inputs, layers[::2], layers[1::2], strict=True)
     tokens = torch.stack([F.linear(x, weight, bias) for x, weight, bias in of_layers], dim=-2)
     return tokens + F.embedding(timesteps, table)[..., None, :]
