@@ -726,7 +726,7 @@ def test_a_checkpoint_of_another_size_is_refused(store: DataStore) -> None:
     with pytest.raises(UserError, match=r"is of another model size: model\.blocks"):
         trainer_of(store).load(checkpoint)
     setup = make_setup(store, configure("mtdiff-p", **SMALL))
-    with pytest.raises(UserError, match=r"is of another model size: average\.blocks"):
+    with pytest.raises(UserError, match=r"is of another model size: model\.blocks"):
         find("mtdiff-p").learner(setup).load(checkpoint)
 
 
