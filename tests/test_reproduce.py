@@ -59,7 +59,7 @@ def _toys(monkeypatch: pytest.MonkeyPatch) -> None:
 # Definitions and plans
 
 
-@pytest.mark.parametrize("budget", ["smoke", "small", "paper"])
+@pytest.mark.parametrize("budget", ["smoke", "small", "cores", "paper"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_definition_is_of_algorithms_and_settings_there_are(name, budget):
     found = make_plan(name, budget)
@@ -124,6 +124,30 @@ def test_a_note_says_which_methods_read_what_in_a_step():
     said = f"800 steps of 8 tasks × 8 windows ({mlps}; {diffusion})"
     assert _training(make_plan("methods", "small")) == said
     assert _training(make_plan("table3", "paper")) == "1,000,000 steps of 1 task × 8 windows"
+
+
+def test_more_episodes_at_the_end_than_on_the_way_are_a_job_of_their_own(tmp_path):
+    jobs = jobs_of(make_plan("length", "cores", [0]), Folder(tmp_path))[2:4]
+    name = "mt50-sub-optimal-harmodt-f-size-0.48M-seed-0"
+    assert [job.name for job in jobs] == [name, f"{name}-final"]
+    assert jobs[1].needs == (name,)
+    run = str(tmp_path / "runs" / name)
+    assert jobs[1].words() == ["harmodt.evaluate", run, "--episodes", "20"]
+    assert [line for line in jobs[0].words() if line == "5"]  # episodes on the way
+    assert len(jobs_of(make_plan("fifty", "small", [0]), Folder(tmp_path))) == 2 + 8  # no such job
+
+
+def test_data_are_taken_in_another_order_of_tasks(reproduced):
+    (found,) = make_plan("toy", "toy").collections
+    for tasks, done in ((["slow", "quick"], True), (["quick", "slow"], True), (["quick"], False)):
+        collect = Collect(
+            Folder(reproduced), replace(found, wanted={**found.wanted, "tasks": tasks})
+        )
+        if done:
+            assert collect.is_done()
+        else:
+            with pytest.raises(UserError, match="has tasks ="):
+                collect.is_done()
 
 
 def test_the_budgets_settings_are_scaled_to_the_tasks():
@@ -786,9 +810,12 @@ def test_a_dry_run_measures_and_writes_nothing(reproduced, monkeypatch, capsys):
 def test_the_list_has_every_experiment(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["harmodt.reproduce", "--list"])
     command.main()
-    text = capsys.readouterr().out
+    text, budgets = capsys.readouterr().out, ("smoke", "small", "cores", "paper")
     for name in NAMES:
-        runs = [str(len(make_plan(name, budget).runs)) for budget in ("smoke", "small", "paper")]
+        runs = [
+            str(len(make_plan(name, budget).runs))
+            for budget in ("smoke", "small", "cores", "paper")
+        ]
         assert re.search(rf"^ +{name} .* {' +'.join(runs)} ", text, re.MULTILINE), name
 
 

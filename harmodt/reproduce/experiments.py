@@ -95,6 +95,7 @@ class Budget:
         mask_updates: in a run.
         settings: others that differ from the preset's, where an algorithm has them.
         unseen_episodes: of each unseen task.
+        final_episodes: of each task at the end; by default as many as in evaluations on the way.
     """
 
     title: str
@@ -109,6 +110,7 @@ class Budget:
     unseen_episodes: int
     episode_length: int | None = None
     tasks: int | None = None
+    final_episodes: int | None = None
 
 
 BUDGETS: dict[str, Budget] = {
@@ -147,6 +149,19 @@ BUDGETS: dict[str, Budget] = {
         mask_updates=8,
         settings={"evaluation_episodes": 20},
         unseen_episodes=20,
+    ),
+    "cores": Budget(
+        title="the paper's settings and steps, on data that two cores collect in two hours",
+        preset="paper",
+        seeds=(0, 1),
+        episodes={"near-optimal": 400, "sub-optimal": 200},
+        prompt_episodes=10,
+        steps=lambda tasks: 1_000_000,
+        tasks_per_step=1,
+        mask_updates=200,
+        settings={"fused": True, "evaluate_every": 100_000, "evaluation_episodes": 5},
+        unseen_episodes=20,
+        final_episodes=20,
     ),
     "paper": Budget(
         title="the paper's settings (Table 6), a million steps and as many transitions per task",
@@ -399,6 +414,25 @@ EXPERIMENTS: dict[str, Experiment] = {
         variants=tuple(
             replace(variant, settings={**variant.settings, **_LONGER})
             for variant in (_PROMPT_DT, _ONE_MASK, _R, _F)
+        ),
+        reference="HarmoDT-R",
+    ),
+    "length": Experiment(
+        title="as many steps as the paper's, on 50 tasks at the smallest size",
+        columns=(
+            Column("MT50 sub-optimal, 0.48 M", "mt50", "sub-optimal", {"size": "0.48M"}),
+            Column("MT50 near-optimal, 0.48 M", "mt50", settings={"size": "0.48M"}),
+        ),
+        variants=(_F, _R, _PROMPT_DT, _MTDT),
+        reference="HarmoDT-R",
+    ),
+    "pace": Experiment(
+        title="ten times as many mask updates, as the authors' code has, on 50 tasks",
+        columns=(Column("MT50 sub-optimal, 0.48 M", "mt50", "sub-optimal", {"size": "0.48M"}),),
+        variants=(
+            _R,
+            _F,
+            *_sweep("harmodt-f", "mask_update_every", "t_m", Times(0.1, "mask_update_every")),
         ),
         reference="HarmoDT-R",
     ),

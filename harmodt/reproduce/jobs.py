@@ -100,9 +100,13 @@ class Collect:
             )
         made = store.provenance.get("collect", wanted)  # or it was brought here
         for name in wanted:
-            if made.get(name) != wanted[name]:
+            there = made.get(name)
+            same = there == wanted[name]
+            if isinstance(wanted[name], list) and isinstance(there, list):
+                same = sorted(there) == sorted(wanted[name])  # tasks do not depend on their order
+            if not same:
                 raise UserError(
-                    f"the store {self.directory} has {name} = {made.get(name)} instead of "
+                    f"the store {self.directory} has {name} = {there} instead of "
                     f"{wanted[name]}: move it away, or name another --output"
                 )
         return True
@@ -189,7 +193,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measures a run on tasks that it was not trained on."""
+    """Measures a run in more episodes than on the way, or on tasks that it was not trained on."""
 
     folder: Folder
     run: Run
@@ -197,7 +201,8 @@ class Evaluate:
 
     @property
     def name(self) -> str:
-        return f"{self.run.name}-unseen-{self.question.mask}"
+        mask = self.question.mask
+        return f"{self.run.name}-{'final' if mask is None else f'unseen-{mask}'}"
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -214,6 +219,8 @@ class Evaluate:
     def words(self) -> list[str]:
         store, question = self.folder.data(self.run.collection), self.question
         words = ["harmodt.evaluate", str(self.directory), "--episodes", str(question.episodes)]
+        if question.mask is None:
+            return words
         words += ["--unseen", str(store), "--tasks", *question.tasks]
         return [*words, "--mask", str(question.mask)]
 
@@ -223,8 +230,9 @@ def jobs_of(plan: Plan, folder: Folder) -> list[Job]:
     jobs: list[Job] = [Collect(folder, collection) for collection in plan.collections]
     for run in plan.runs:
         jobs.append(Train(folder, run))
-        asked = [c.question for c in plan.cells if run in c.runs and c.question.mask is not None]
-        jobs += [Evaluate(folder, run, question) for question in dict.fromkeys(asked)]
+        answered = Question(run.tasks, run.config.evaluation.evaluation_episodes)  # by training
+        asked = dict.fromkeys(cell.question for cell in plan.cells if run in cell.runs)
+        jobs += [Evaluate(folder, run, question) for question in asked if question != answered]
     return jobs
 
 

@@ -149,7 +149,8 @@ def make_plan(
 
 def _cell(budget: Budget, column: Column, variant: Variant, seeds: Sequence[int]) -> Cell:
     runs = tuple(_run(budget, column, variant, seed) for seed in seeds)
-    question = Question(runs[0].tasks, runs[0].config.evaluation.evaluation_episodes)
+    on_the_way = runs[0].config.evaluation.evaluation_episodes
+    question = Question(runs[0].tasks, budget.final_episodes or on_the_way)
     if column.unseen:
         tasks = _first(budget, family_of([column.tasks]), column.unseen)
         question = Question(tasks, budget.unseen_episodes, variant.mask or "none")
