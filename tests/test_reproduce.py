@@ -812,10 +812,7 @@ def test_the_list_has_every_experiment(monkeypatch, capsys):
     command.main()
     text, budgets = capsys.readouterr().out, ("smoke", "small", "cores", "paper")
     for name in NAMES:
-        runs = [
-            str(len(make_plan(name, budget).runs))
-            for budget in ("smoke", "small", "cores", "paper")
-        ]
+        runs = [str(len(make_plan(name, budget).runs)) for budget in budgets]
         assert re.search(rf"^ +{name} .* {' +'.join(runs)} ", text, re.MULTILINE), name
 
 
