@@ -1,4 +1,4 @@
-"""What a sequence model reads: windows of time steps, a group of windows for each task.
+"""Batches: windows of time steps, in one group for each task; and how tensors move together.
 
 Shapes: G groups, B windows per group, L time steps, O observation and A action components.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 class Steps(NamedTuple):
     """Consecutive time steps of one trajectory for each window.
 
-    Padding comes after a window's last step, where no valid step can see it.
+    Padding follows a window's last step. Attention is causal, so no valid step reads it.
 
     Attributes:
         returns_to_go: float32 [G, B, L], divided by the return scale.
@@ -35,7 +35,7 @@ class Steps(NamedTuple):
 class Batch(NamedTuple):
     """Windows of several tasks: `task_ids` int64 [G], and each window's prompt and history.
 
-    A prompt comes before the history, so there is no padding in it.
+    A prompt has no padding, because the history follows it.
     """
 
     task_ids: Tensor
@@ -44,12 +44,12 @@ class Batch(NamedTuple):
 
 
 def tensors_of(batch: Batch, targets: Tensor) -> list[Tensor]:
-    """A batch and the actions to predict as a list, the task ids first."""
+    """A batch and the actions to predict as a list; the task ids come first."""
     return [batch.task_ids, targets, *batch.history, *(batch.prompt or ())]
 
 
 def batch_of(tensors: Sequence[Tensor]) -> tuple[Batch, Tensor]:
-    """What `tensors_of` made a list of."""
+    """The inverse of `tensors_of`."""
     task_ids, targets, *steps = tensors
     size = len(Steps._fields)
     prompt = Steps(*steps[size:]) if steps[size:] else None
@@ -57,12 +57,12 @@ def batch_of(tensors: Sequence[Tensor]) -> tuple[Batch, Tensor]:
 
 
 class Layout:
-    """How some tensors lie one after the other in bytes, each at a multiple of 16.
+    """A layout of several tensors in one buffer of bytes, each at a multiple of 16 bytes.
 
-    For addresses that are not, Triton compiles kernels of their own.
+    Triton would compile separate kernels for other addresses.
 
     Args:
-        like: tensors of their dtypes and shapes.
+        like: tensors of the same dtypes and shapes.
     """
 
     def __init__(self, like: Sequence[Tensor]):
@@ -73,14 +73,19 @@ class Layout:
             self.size += -(-tensor.nbytes // 16) * 16
 
     def views(self, packed: Tensor) -> list[Tensor]:
-        """The tensors that lie in some bytes, uint8 [size]."""
+        """The tensors as views of a buffer, uint8 [size]."""
         return [
             packed[start : start + size].view(dtype).view(shape)
             for start, size, dtype, shape in self._parts
         ]
 
     def pack(self, tensors: Sequence[Tensor], to: torch.device) -> Tensor:
-        """Tensors of one device as bytes there, uint8 [size], from where they go to another."""
+        """Copy tensors into a new buffer on their own device, uint8 [size].
+
+        Args:
+            tensors: of one device.
+            to: the device that the buffer goes to next; for a GPU the buffer is pinned memory.
+        """
         device = tensors[0].device
         pinned = device.type == "cpu" and to.type == "cuda"
         packed = torch.empty(self.size, dtype=torch.uint8, device=device, pin_memory=pinned)
@@ -89,9 +94,10 @@ class Layout:
 
 
 def move(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copies of tensors of one device on another, made by a single transfer.
+    """Copy tensors of one device to another in a single transfer.
 
-    Nobody waits for a transfer to a GPU: what is computed there next comes after it.
+    The host does not wait for a transfer to a GPU. The GPU finishes it before it starts what the
+    host launches next.
     """
     layout = Layout(tensors)
     return layout.views(layout.pack(tensors, device).to(device, non_blocking=True))

@@ -1,4 +1,4 @@
-"""Where and how a model computes: device, kernels, precision; and this process on a CPU."""
+"""Chooses where and how a model computes: device, kernels, precision; and prepares the CPU."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Execution:
     """Where and how a model computes.
 
     Attributes:
-        device: of its parameters.
-        backend: the operations that it is built of.
-        precision: of matrix products.
-        graph: whether what is computed again and again may be recorded and repeated as a whole.
-        memory: of all that is recorded on a CPU, for one thread that repeats it.
+        device: the device of the model's parameters.
+        backend: the operations that the model calls.
+        precision: the precision of matrix products.
+        graph: whether steps, mask updates and acting may be recorded and replayed.
+        memory: the memory of all recordings on a CPU; one thread replays them in turn.
     """
 
     device: torch.device
@@ -48,11 +48,11 @@ class Execution:
     def choose(
         cls, device: str, fused: bool, precision: Precision, graph: bool = True
     ) -> Execution:
-        """What a person asked for.
+        """The execution that a person asked for.
 
         Args:
             device: a PyTorch device, or "auto" for a GPU where there is one.
-            fused: the fused kernels of the device, or plain PyTorch.
+            fused: whether to use the fused kernels of the device, or plain PyTorch.
 
         Raises:
             UserError: there is no such device, it has no fused kernels, or not this precision.
@@ -63,29 +63,30 @@ class Execution:
         return cls(found, _choose_backend(fused, found), precision, graph)
 
     def computing(self) -> contextlib.AbstractContextManager[Any]:
-        """A context in which everything is computed in this precision."""
+        """A context that sets this precision."""
         return self.backend.precision(self.precision, self.device)
 
     @property
     def rounded_to(self) -> torch.dtype | None:
-        """The type in which products read a copy of the weights; None where none is kept.
+        """The type of a copy of the weights that matrix products read; None without a copy.
 
-        Triton's kernels would round the weights at every tile; the CPU's do as they pack them.
+        Without it Triton's kernels would round the weights again for every tile. The CPU's kernels
+        round them while they pack them.
         """
         kept = self.precision == "bf16" and self.backend.name.startswith("triton")
         return torch.bfloat16 if kept else None
 
     @property
     def repeats(self) -> bool:
-        """Whether `repeated` makes graphs: of the fused kernels."""
+        """Whether `repeated` makes graphs: only the fused kernels can be recorded."""
         on_gpu, on_cpu = self.backend.name == "triton", self.backend.name.startswith("cpu-")
         return self.graph and (on_gpu or on_cpu)
 
     def repeated(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """A function that is called again and again, as one graph where that can be.
+        """A graph of the function where that is possible; elsewhere the function itself.
 
         Args:
-            function: as `Graph` takes it.
+            function: a function as `Graph` takes it.
         """
         if not self.repeats:
             return function

@@ -1,8 +1,8 @@
-"""Random numbers of a run: each is a function of (seed, purpose, step) and of its own place there.
+"""Random numbers of a run: each is a function of (seed, purpose, step) and of its own counter.
 
-Nothing is remembered between draws, so a run that goes on from a checkpoint draws what it would
-have drawn: the step is all of its random state and data position. Integer arithmetic alone is used,
-but for normal numbers, so that every device draws the same.
+The generator keeps no state between draws. A run that resumes from a checkpoint therefore draws the
+same numbers as a run without interruption: the step is all of its random state and data position.
+Draws use integer arithmetic, so that every device draws the same; only normal numbers do not.
 
 The generator is Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as
 1, 2, 3", SC 2011). A 32-bit word lies in an int64.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 TRAIN, MASKS, INITIALISE, TASKS, DROPOUT, NOISE, SURGERY = range(7)
-"""What a draw is for."""
+"""The purpose of a draw."""
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -32,9 +32,9 @@ class Draws:
     """The draws of a step of a run, or of several at once, for one purpose.
 
     Attributes:
-        seed: of the run.
-        purpose: one of this module's.
-        step: below 2^32; int64 where it is a tensor, of a shape that broadcasts with the places'.
+        seed: the seed of the run.
+        purpose: one of this module's purposes.
+        step: below 2^32; a tensor is int64, and its shape broadcasts with the counters.
     """
 
     seed: int
@@ -42,11 +42,11 @@ class Draws:
     step: int | Tensor
 
     def words(self, position: Tensor, group: int | Tensor = 0, block: int | Tensor = 0) -> Tensor:
-        """Four random words for each place, which do not depend on the other places.
+        """Four random words for each counter; they do not depend on the other counters.
 
         Args:
-            position, group, block: the place, each below 2^32; int64, of shapes that broadcast to
-                some [...]. The words come from the position's device.
+            position, group, block: the counter, each below 2^32; int64, of shapes that broadcast to
+                some [...]. The words lie on the position's device.
 
         Returns:
             int64 [4, ...] in [0, 2^32).
@@ -61,15 +61,15 @@ class Draws:
 
 @dataclass(frozen=True)
 class Seeds:
-    """The draws of a run with some seed."""
+    """Seeds of a run, also for PyTorch's generator."""
 
     seed: int
 
     def begin(self, purpose: int, step: int, *more: int) -> Draws:
-        """Seed PyTorch's generator, which dropout draws from, and return the step's draws.
+        """Seed PyTorch's generator, from which dropout draws, and return the step's draws.
 
         Args:
-            more: tell apart the parts of a step that are computed one after the other.
+            more: numbers that distinguish several computations within a step.
         """
         numbers = (self.seed, purpose, step, *more)
         torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
@@ -90,8 +90,8 @@ def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
     pairs = counter.view(2, 2, -1)
     even, product = pairs[:, 0], pairs[:, 1]
     for multipliers, round_key in rounds:
-        # The odd words are the lower halves of the products. What lies above is masked with the
-        # even words, which come out in the other order each time.
+        # The odd words are the lower halves of the products. Their upper bits are masked off
+        # together with the even words. The two even words change places in each round.
         odd = product.flip(0)
         product = even * multipliers  # its 64 bits are right where it wraps around
         even = (product >> half).bitwise_xor_(odd).bitwise_xor_(round_key).bitwise_and_(word)
@@ -99,17 +99,17 @@ def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
 
 
 def below(words: Tensor, limit: int | Tensor) -> Tensor:
-    """Integers below a limit, which is at most 2^31, from random words: int64 of their shape."""
+    """Integers from 0 to limit - 1 from random words, int64 of their shape; limit ≤ 2^31."""
     return (words * limit) >> 32
 
 
 def coin(words: Tensor, probability: float) -> Tensor:
-    """bool of the words' shape, True with a probability; always at 1 and never at 0."""
+    """True with this probability, bool of the words' shape; always at 1, never at 0."""
     return words < round(probability * 2**32)
 
 
 def normal(words: Tensor) -> Tensor:
-    """Standard normal numbers from random words, a pair from each pair (Box and Muller).
+    """Standard normal numbers from random words, two from each two words (Box and Muller).
 
     Args:
         words: int64 [2 n, ...].
@@ -137,14 +137,14 @@ def choose(words: Tensor, count: int) -> Tensor:
 
 
 def dropout_seeds(seed: int, purpose: int, steps: Tensor, count: int, part: int = 0) -> Tensor:
-    """Seeds of what a step drops, in [0, 2^31), for some steps.
+    """The seeds of dropout in some steps, in [0, 2^31).
 
     Args:
-        seed: of the run.
-        purpose: what the steps are for, TRAIN or MASKS.
+        seed: the seed of the run.
+        purpose: the purpose of the steps, TRAIN or MASKS.
         steps: int64 [S].
-        count: n, places where the model drops something.
-        part: tells apart the parts of a step that are computed one after the other.
+        count: n, the number of dropouts in the model.
+        part: a number that distinguishes several computations within a step.
 
     Returns:
         int64 [S, n].
@@ -166,7 +166,7 @@ def _constants(
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
     """Multipliers and key of each round, in the order of its even words; 32; the mask of a word.
 
-    All are int64 [2, 1]: for few words an operation takes half as long as with a Python number.
+    All are int64 [2, 1]: for few words that takes half as long as operations with Python numbers.
     """
     table = []
     for i in range(_ROUNDS):

@@ -1,4 +1,4 @@
-"""A computation that is recorded once and then repeated as a whole."""
+"""Records a computation once and then replays it as a whole."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ _ADVICE = (
     "--no-fused"
 )
 
-WARM_UP = 3  # calls that compute as usual: kernels are compiled, and memory is asked for
+WARM_UP = 3  # ordinary calls before a capture: they compile kernels and allocate memory
 
 
 class Graph:
-    """A function without arguments, recorded at one of its first calls.
+    """A function without arguments that is recorded at one of its first calls, and then replayed.
 
-    What it reads must stay where it is: inputs are copied there before a call. It must not look at
-    a tensor's value, and what is computed from Python's numbers stays as it was when recorded.
+    The function reads tensors whose addresses never change; the caller copies new inputs into them
+    before a call. The function must not read a tensor's value on the host. Its Python numbers keep
+    the values that they had at the recording.
 
     Args:
-        function: computes a tensor from tensors that are where they were.
+        function: computes one tensor.
     """
 
     def __init__(self, function: Callable[[], Tensor]):
@@ -36,22 +37,22 @@ class Graph:
         """Compute; returns a copy of the result.
 
         Raises:
-            UserError: the function does what a graph cannot hold.
+            UserError: the function does something that a graph cannot hold.
         """
         raise NotImplementedError
 
 
 class CallGraph(Graph):
-    """On a CPU: the calls of kernels, recorded at the second call.
+    """On a CPU: the function's kernel calls, recorded at its second call.
 
-    What is made at the first call alone, and kept, is no part of them.
+    The first call is not recorded, because it may create tensors that later calls reuse.
 
     Args:
-        function: as above.
-        memory: of graphs that are computed in turn.
+        function: computes one tensor.
+        memory: shared by graphs that never run at the same time.
 
     Attributes:
-        recording: of them, or None before that.
+        recording: the recorded calls; None before the second call.
     """
 
     def __init__(self, function: Callable[[], Tensor], memory: RecordingMemory):
@@ -78,7 +79,7 @@ class CudaGraph(Graph):
     """On a GPU: a CUDA graph.
 
     Args:
-        function: as above.
+        function: computes one tensor.
         device: the GPU.
     """
 
@@ -92,13 +93,13 @@ class CudaGraph(Graph):
     def __call__(self) -> Tensor:
         if self._calls < WARM_UP:
             self._calls += 1
-            return self._as_usual()
+            return self._compute()
         graph = self._graph or self._record()
         graph.replay()
         return self._result.clone()
 
-    def _as_usual(self) -> Tensor:
-        """Compute on the stream that will be recorded, which autograd remembers."""
+    def _compute(self) -> Tensor:
+        """Compute on the stream of the capture: autograd remembers the stream of its first call."""
         present = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(present)
         with torch.cuda.stream(self._stream):

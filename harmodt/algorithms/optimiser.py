@@ -18,13 +18,13 @@ class Optimiser:
     """AdamW that clips the gradient's norm and leaves inactive weights as they are.
 
     Args:
-        vector: its weights are moved along its gradient.
+        vector: holds the weights and their gradient.
         settings: learning rate and its schedule, clipping, decay.
-        backend: its masked AdamW is used.
-        rounded_to: a type in which it keeps a copy of the maskable weights, or None.
+        backend: gives the masked AdamW.
+        rounded_to: the type of a copy of the maskable weights, or None for no copy.
 
     Attributes:
-        rounded: that copy, [P_m], or None. `round_weights` writes it, and then every step.
+        rounded: the copy, [P_m], or None. `round_weights` and every step write it.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Optimiser:
             self.round_weights()
 
     def round_weights(self) -> None:
-        """Round weights that did not come from its steps: the first, or a checkpoint's."""
+        """Write the copy anew, after the weights were changed from outside."""
         if self.rounded is not None:
             self.rounded.copy_(self._vector.weights[: self._vector.maskable_size])
 
@@ -56,8 +56,8 @@ class Optimiser:
 
         Args:
             mask_bits: int32 [T, P_m / 32], the tasks' masks, or None without masks.
-            task_ids: int64 [G], the tasks of the step, in any of which a weight must be active.
-            rates: of the step, a row of what `rates` returns.
+            task_ids: int64 [G], the tasks of the step. A weight moves if it is active in one.
+            rates: float32 [3], the step's row of what `rates` returns.
 
         Returns:
             The norm of the unclipped gradient, a tensor of one element.
@@ -78,14 +78,14 @@ class Optimiser:
         )
 
     def rates(self, steps: Sequence[int]) -> Tensor:
-        """What changes from step to step, for some steps, counted from 1: float32 [S, 3]."""
+        """Learning rate and bias corrections of some steps, counted from 1: float32 [S, 3]."""
         settings = self.settings
         return torch.tensor(
             [rates_of_step(s, learning_rate(s, settings), settings.betas) for s in steps]
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of it, by name."""
+        """The moments, as a checkpoint names them."""
         return {"first_moment": self.first_moment, "second_moment": self.second_moment}
 
 

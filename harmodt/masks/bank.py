@@ -1,4 +1,4 @@
-"""One mask per task over the maskable weights, kept as packed bits."""
+"""The masks of all tasks as packed bits, and the masks that a batch is computed under."""
 
 from __future__ import annotations
 
@@ -162,16 +162,18 @@ class MaskBank:
         return count_bits(self.bits[: self.tasks])
 
     def tensors(self) -> dict[str, Tensor]:
-        """The masks as a checkpoint names them: of soft masks, first which weights are active."""
+        """The masks as a checkpoint names them; the first T rows say which weights are active."""
         active, higher = self.bits[: self.tasks], self.bits[self.tasks :]
         return {"masks": active} | ({"higher_masks": higher} if len(higher) else {})
 
 
 def voted_masks(bits: Tensor, threshold: float, levels: int, tasks: int) -> Tensor:
-    """The voted mask for each of some tasks, from bits as `MaskBank` has them.
+    """The voted mask, repeated for U tasks. Soft masks are voted level by level.
 
     Args:
-        threshold: as `vote` takes it. Soft masks are voted level by level.
+        bits: the masks of the training tasks, as `MaskBank` has them.
+        threshold: a threshold as `vote` takes it.
+        levels: L of soft masks, or 1.
         tasks: U.
 
     Returns:
@@ -182,18 +184,18 @@ def voted_masks(bits: Tensor, threshold: float, levels: int, tasks: int) -> Tens
 
 
 def vote(bits: Tensor, threshold: float = 0.5) -> Tensor:
-    """The mask for an unseen task: weights active in more than so many of the tasks (Eq. 13).
+    """The mask for an unseen task: the weights that more than `threshold` tasks use (Eq. 13).
 
     Args:
         bits: int32 [T, P_m / 32].
-        threshold: share of the tasks, in [0, 1), or their number, from 1 to T - 1: the paper's 25
-            of 50 tasks is 0.5 or 25.
+        threshold: a share of the tasks, in [0, 1), or a number of tasks, from 1 to T - 1. The
+            paper's 25 of 50 tasks is 0.5 or 25.
 
     Returns:
         int32 [P_m / 32].
 
     Raises:
-        UserError: no weight could be active in more than so many tasks.
+        UserError: the threshold is no share and no such number.
     """
     if not 0 <= threshold < len(bits) or (threshold >= 1 and threshold != int(threshold)):
         raise UserError(

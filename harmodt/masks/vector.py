@@ -23,7 +23,7 @@ MASKED_LAYERS = (MaskedLinear, MaskedLayerNorm)
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one tensor lives in the vector: `rows` rows of `columns` elements, `stride` apart."""
+    """The place of one tensor in the vector: `rows` rows of `columns` elements, `stride` apart."""
 
     offset: int
     shape: torch.Size
@@ -40,14 +40,14 @@ class Slot:
         return self.of_groups(vector[None])[0]
 
     def of_groups(self, vectors: Tensor) -> Tensor:
-        """This tensor's part of one vector per group [G, P]: a view [G, *shape]."""
+        """The tensor in each of G vectors, [G, P]: a view [G, *shape]."""
         part = vectors[:, self.offset : self.end]
         if self.rows == 1:
             return part[:, : self.columns].view(len(vectors), *self.shape)
         return part.unflatten(1, (self.rows, self.stride))[..., : self.columns]
 
     def bits(self, mask_bits: Tensor) -> Tensor:
-        """A masked layer's part of packed masks [T, words]: [T, *shape[:-1], words of a row]."""
+        """The bits of the tensor in packed masks [T, words]: [T, *shape[:-1], words of a row]."""
         words = mask_bits[:, self.offset // BITS_PER_WORD : self.end // BITS_PER_WORD]
         return words.unflatten(1, (*self.shape[:-1], -1))
 
@@ -57,12 +57,12 @@ class ParameterVector:
 
     Attributes:
         weights: float32 [P], padding included.
-        gradient: float32 [P], filled by backward passes; zero it before one.
+        gradient: float32 [P]. Autograd adds to it, so zero it before a backward pass.
         maskable_size: P_m, the number of leading elements that masks cover, padding included; 0
             for a model without masked layers.
-        slots: name of each parameter to its place.
-        layers: each masked layer to the places of its weight and bias (None without).
-        shared: each layer that no mask covers to the places of its parameters, in their order.
+        slots: the slot of each parameter, by name.
+        layers: the slots of weight and bias (None without one) of each masked layer.
+        shared: the slots of the parameters of each module that no mask covers, in their order.
     """
 
     def __init__(self, model: nn.Module, device: torch.device):
@@ -74,7 +74,7 @@ class ParameterVector:
         self.maskable_size = offset = 0
         for name in first:
             maskable = id(parameters[name]) in masked
-            self.slots[name] = _place(parameters[name].shape, offset, maskable)
+            self.slots[name] = _slot(parameters[name].shape, offset, maskable)
             offset = self.slots[name].end
             self.maskable_size = offset if maskable else self.maskable_size
         self.weights = torch.zeros(offset, device=device)
@@ -100,7 +100,7 @@ class ParameterVector:
 
     @property
     def maskable_slots(self) -> list[Slot]:
-        """The places of the parameters of masked layers, in order."""
+        """The slots of the parameters of masked layers, in order."""
         return [slot for slot in self.slots.values() if slot.end <= self.maskable_size]
 
     def count_by_parameter(self, mask_bits: Tensor) -> dict[str, Tensor]:
@@ -132,7 +132,7 @@ class ParameterVector:
 
 
 def by_layer(counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sums over the parameters of each layer of what `count_by_parameter` counted."""
+    """The counts of `count_by_parameter`, summed over the parameters of each layer."""
     sums: dict[str, Tensor] = {}
     for name, count in counts.items():
         layer = name.rpartition(".")[0]
@@ -140,7 +140,7 @@ def by_layer(counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return sums
 
 
-def _place(shape: torch.Size, offset: int, maskable: bool) -> Slot:
+def _slot(shape: torch.Size, offset: int, maskable: bool) -> Slot:
     by_rows = maskable and len(shape) == 2
     rows, columns = shape if by_rows else (1, math.prod(shape))
     return Slot(offset, shape, rows, columns, words_for(columns) * BITS_PER_WORD)
