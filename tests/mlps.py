@@ -49,20 +49,20 @@ class Weights:
         for name in learned:
             self.all[name].requires_grad_()
 
-    def forward(self, network: str, x: Tensor, task: int, tasks: int, told_by: str) -> Tensor:
+    def forward(self, network: str, x: Tensor, task: int, tasks: int, task_input: str) -> Tensor:
         """Outputs [outputs] of a network after one vector of a task.
 
         No sum before a ReLU may be so near to 0 that rounding decides on which side it is.
         """
-        if told_by == "one-hot":
+        if task_input == "one-hot":
             x = torch.cat((x, torch.eye(tasks, dtype=x.dtype)[task]))
         for layer in range(2):
             x = self._layer(f"{network}.hidden.{layer}", x)
             assert x.abs().min() > 1e-6
             x = torch.where(x > 0, x, 0 * x)
         heads = self._layer(f"{network}.head", x)
-        size = len(heads) if told_by == "one-hot" else len(heads) // tasks
-        start = 0 if told_by == "one-hot" else task * size
+        size = len(heads) if task_input == "one-hot" else len(heads) // tasks
+        start = 0 if task_input == "one-hot" else task * size
         return heads[start : start + size]
 
     def _layer(self, name: str, x: Tensor) -> Tensor:

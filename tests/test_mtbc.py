@@ -18,12 +18,12 @@ from harmodt.collect import CollectConfig, collect
 from harmodt.data.store import DataStore
 from harmodt.draws import TRAIN, Draws
 from harmodt.errors import UserError
-from harmodt.networks.task_mlp import TaskMLP, ToldBy
+from harmodt.networks.task_mlp import TaskInput, TaskMLP
 from harmodt.rollout import Request, play
 from harmodt.rundir import RunDirectory
 from harmodt.settings import settings
 
-TOLD_BY: tuple[ToldBy, ...] = ("one-hot", "multi-head")
+TASK_INPUTS: tuple[TaskInput, ...] = ("one-hot", "multi-head")
 SMALL = ("--hidden-size", "16")
 
 
@@ -32,12 +32,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> DataStore:
     return make_store(tmp_path_factory.mktemp("data") / "store")
 
 
-@pytest.mark.parametrize("told_by", TOLD_BY)
+@pytest.mark.parametrize("task_input", TASK_INPUTS)
 @pytest.mark.parametrize("fused", [False, True])
 def test_steps_equal_a_computation_in_float64(
-    store: DataStore, native: None, told_by: str, fused: bool
+    store: DataStore, native: None, task_input: str, fused: bool
 ) -> None:
-    trainer = make_trainer(store, configure_mlp("mtbc", task_conditioning=told_by, fused=fused))
+    trainer = make_trainer(store, configure_mlp("mtbc", task_conditioning=task_input, fused=fused))
     weights = Weights(trainer.tensors(), ["policy"])
     for step in (1, 2, 3):
         task_ids = trainer.learner.feed.load(step)
@@ -45,7 +45,10 @@ def test_steps_equal_a_computation_in_float64(
         expected = []
         for group, task in enumerate(task_ids):
             errors = [
-                (torch.tanh(weights.forward("policy", x.double(), task, 3, told_by)) - a.double())
+                (
+                    torch.tanh(weights.forward("policy", x.double(), task, 3, task_input))
+                    - a.double()
+                )
                 for x, a in zip(
                     batch.history.observations[group, :, 0], actions[group, :, 0], strict=True
                 )
@@ -72,7 +75,7 @@ def test_steps_are_drawn_by_seed_and_step(store: DataStore) -> None:
 
 
 def test_a_head_is_of_its_task_alone() -> None:
-    network = TaskMLP(3, 2, tasks=4, hidden_size=5, hidden_layers=1, told_by="multi-head")
+    network = TaskMLP(3, 2, tasks=4, hidden_size=5, hidden_layers=1, task_input="multi-head")
     x = torch.rand(2, 6, 3)
     before = network(x, torch.tensor([3, 1]))
     with torch.no_grad():
@@ -84,9 +87,9 @@ def test_a_head_is_of_its_task_alone() -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["mtbc", "mtiql"])
-@pytest.mark.parametrize("told_by", TOLD_BY)
-def test_the_task_changes_the_action(store: DataStore, algorithm: str, told_by: str) -> None:
-    config = configure_mlp(algorithm, task_conditioning=told_by)
+@pytest.mark.parametrize("task_input", TASK_INPUTS)
+def test_the_task_changes_the_action(store: DataStore, algorithm: str, task_input: str) -> None:
+    config = configure_mlp(algorithm, task_conditioning=task_input)
     policy = make_trainer(store, config).learner.policy(0)
     policy._inputs.normalise = lambda tasks, observations: observations  # by which it could tell
     policy.start(np.array([0, 1, 2, 1]))

@@ -47,14 +47,14 @@ class Oracle:
         self, task: int, observation: Tensor, action: Tensor, reward: Tensor, following: Tensor,
         terminal: Tensor, _known: Tensor,
     ) -> Tensor:  # fmt: skip
-        own, told_by = self.own, self.own.critic_conditioning
+        own, task_input = self.own, self.own.critic_conditioning
         forward, pair = self.weights.forward, torch.cat((observation, action))
 
         def value(x: Tensor) -> Tensor:
-            return forward("value", x, task, 3, told_by)[0]
+            return forward("value", x, task, 3, task_input)[0]
 
         worth = min(
-            forward(f"target_critics.{i}", pair, task, 3, told_by)[0].item() for i in (0, 1)
+            forward(f"target_critics.{i}", pair, task, 3, task_input)[0].item() for i in (0, 1)
         )
         wanted = reward.item() + own.discount * (1 - terminal.item()) * value(following).item()
         advantage = worth - value(observation)
@@ -64,7 +64,7 @@ class Oracle:
         chosen = torch.tanh(forward("policy", observation, task, 3, own.task_conditioning))
         loss = share * advantage**2 + weight * ((chosen - action) ** 2).sum() / 4
         for i in (0, 1):
-            loss = loss + (forward(f"critics.{i}", pair, task, 3, told_by)[0] - wanted) ** 2
+            loss = loss + (forward(f"critics.{i}", pair, task, 3, task_input)[0] - wanted) ** 2
         return loss
 
     def follow(self) -> None:

@@ -13,7 +13,7 @@ from ..data.inputs import Inputs
 from ..data.trajectories import Trajectories
 from ..data.windows import WindowSampler
 from ..masks.vector import ParameterVector
-from ..networks.task_mlp import Actor, ToldBy
+from ..networks.task_mlp import Actor, TaskInput
 from ..policies.reactive import ReactivePolicy
 from .learner import Learner, Setup
 
@@ -32,7 +32,7 @@ class MLPSettings(AlgorithmSettings):
     """Outputs of each hidden layer."""
     hidden_layers: Annotated[int, Meta(ge=1, le=1000)] = 3
     """Number of hidden layers."""
-    task_conditioning: ToldBy = "one-hot"
+    task_conditioning: TaskInput = "one-hot"
     """The policy reads the task as a one-hot vector, or has a head for each task."""
 
 
@@ -69,8 +69,8 @@ class MLPLearner(Learner[MLPOwn]):
 
     def _build_actor(self) -> Actor:
         """The network that acts, drawn from PyTorch's generator."""
-        spec, told_by = self.setup.environment, self.settings.task_conditioning
-        return Actor(spec.observation_size, spec.action_size, *self.sizes, told_by)
+        spec, task_input = self.setup.environment, self.settings.task_conditioning
+        return Actor(spec.observation_size, spec.action_size, *self.sizes, task_input)
 
     def make_sampler(self, episodes: Trajectories, inputs: Inputs) -> WindowSampler:
         """Windows of a few steps."""

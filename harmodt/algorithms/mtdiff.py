@@ -1,17 +1,19 @@
-"""MTDiff-P: a diffusion model of action sequences, told the task by a prompt or a one-hot vector.
+"""MTDiff-P: a diffusion model of action sequences, conditioned on a prompt or a one-hot task.
 
 After He et al., "Diffusion Model is an Effective Planner and Data Synthesizer for Multi-Task
-Reinforcement Learning", NeurIPS 2023 (arXiv 2305.18459), which the HarmoDT paper quotes as MTDIFF-P
-and MTDIFF-P-ONEHOT. A plan of actions is drawn out of noise, given the last observations, the
-task and the return, whose prediction is guided free of a classifier. What the paper leaves open is
-as in the authors' code: sizes and schedule, a Huber loss in which a plan's first action counts ten
-times, two observations, prompts of 20 steps, returns hidden from every fifth window, a running mean
-of the weights at evaluation, and a guidance of 1.2 with half of DDPM's noise.
+Reinforcement Learning", NeurIPS 2023 (arXiv 2305.18459). The HarmoDT paper quotes it as MTDIFF-P
+and MTDIFF-P-ONEHOT. The model denoises a plan of actions, conditioned on the last observations, the
+task and the return, with classifier-free guidance of the return.
 
-What departs from that code: data are normalised, drawn and optimised as for the sequence models
-here, so that observations take no LayerNorm and the return is the undiscounted one to go, which
-falls by the rewards at evaluation; a prompt stays for an episode. The one-hot form is not in that
-code: here a one-hot task stands in the place of the prompt's steps.
+The paper leaves some choices open. This module makes them as the authors' code does: sizes and
+schedule, a Huber loss in which a plan's first action counts ten times, two observations, prompts of
+20 steps, returns hidden from every fifth window, a running mean of the weights at evaluation, and a
+guidance of 1.2 with half of DDPM's noise.
+
+It departs from that code in this: data are normalised, drawn and optimised as for the sequence
+models here. So observations take no LayerNorm, and the return is the undiscounted return-to-go,
+which falls by each reward at evaluation. A prompt stays for a whole episode. That code has no
+one-hot form: here a one-hot task takes the place of the prompt's steps.
 """
 
 from __future__ import annotations
@@ -50,22 +52,22 @@ class DenoiserSettings:
     dropout: ShareBelowOne = 0.0
     """Dropout of attention and MLPs."""
     context_length: ModelSize = 2
-    """Observations that a plan is made from, the present one last."""
+    """Observations that the model reads; the present one is the last."""
     horizon: ModelSize = 32
     """Actions of a plan in training."""
     diffusion_steps: Annotated[int, Meta(ge=1, le=10_000)] = 200
-    """T, steps in which a plan becomes noise."""
+    """T, the steps of noise that turn a plan into pure noise."""
     return_dropout: Share = 0.2
     """Probability of hiding the return from the model in training."""
     first_action_weight: Positive = 10.0
-    """What a plan's first action counts in the loss, the others 1."""
+    """Weight of a plan's first action in the loss; the others have 1."""
     average_decay: ShareBelowOne = 0.995
-    """Decay of the running mean of the weights, with which the policy acts."""
+    """Decay of the running mean of the weights; the policy acts with that mean."""
 
 
 @dataclass(frozen=True)
 class MTDiffSettings(AlgorithmSettings):
-    """MTDiff-P told the task by a one-hot vector."""
+    """MTDiff-P conditioned on a one-hot task."""
 
     model: DenoiserSettings = DenoiserSettings()
     plan: PlanSettings = PlanSettings()
@@ -97,7 +99,7 @@ class MTDiffSettings(AlgorithmSettings):
 
 @dataclass(frozen=True)
 class PromptedMTDiffSettings(MTDiffSettings):
-    """MTDiff-P told the task by a prompt."""
+    """MTDiff-P conditioned on a prompt."""
 
     prompt: PromptSettings = PromptSettings(prompt_length=20)
 
@@ -106,16 +108,16 @@ class PromptedMTDiffSettings(MTDiffSettings):
 
 
 class PlanSampler(WindowSampler):
-    """Draws windows of H actions to plan, with the observations that come before them.
+    """Draws windows of H actions to plan, preceded by the h - 1 observations before the present.
 
-    A window begins at the present as other windows do at their first step. What is further back
-    than the episode's first step is that step again.
+    The present takes the place of another window's first step. Where the episode has no earlier
+    step, its first step is repeated.
 
     Args:
-        episodes: those to train on, of each task.
-        inputs: of the same tasks.
-        settings: lengths of plans and of what comes before.
-        device: where the batches go.
+        episodes: the training episodes of each task.
+        inputs: the inputs of the same tasks.
+        settings: the lengths H and h.
+        device: batches go to this device.
     """
 
     def __init__(
@@ -129,7 +131,7 @@ class PlanSampler(WindowSampler):
         self._back = torch.arange(1 - settings.context_length, 0, device=self.episodes.device)
 
     def draw(self, task_ids: Tensor, draws: Draws) -> Drawn:
-        """The places of a batch's steps; the present is step h - 1 of h - 1 + H."""
+        """Draw the windows of a batch; the present is step h - 1 of h - 1 + H."""
         drawn = super().draw(task_ids, draws)
         before = (drawn.times[..., :1] + self._back).clamp(min=0)
         there = torch.ones_like(before, dtype=torch.bool)
@@ -240,7 +242,7 @@ class MTDiffLearner(Learner[MTDiffSettings]):
         return min(self.settings.model.average_decay, 1 - 1 / step)
 
     def _situation(self, batch: Batch) -> Situation:
-        """What the plans of a batch are for, [G B, ...]."""
+        """The situations that the plans of a batch are made for, [G B, ...]."""
         present = self.settings.model.context_length - 1
         history, tasks = batch.history, batch.task_ids[:, None]
         tasks = tasks.expand(-1, history.valid.shape[1])

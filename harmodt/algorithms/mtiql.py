@@ -1,10 +1,10 @@
 """MTIQL: implicit Q-learning on all tasks' data with multilayer perceptrons.
 
 Kostrikov, Nair and Levine, "Offline Reinforcement Learning with Implicit Q-Learning", ICLR 2022
-(arXiv 2110.06169), called IQL. Its policy is a Gaussian; here it is the mean of one, behind a tanh,
-whose deviation is fixed, so that the weighted likelihood is a weighted squared error, and with all
-weights at 1 that of MTBC. The papers that list MTIQL give a number of parameters and no
-architecture: what is here is chosen, and the policy, the value and the two critics, without the
+(arXiv 2110.06169), called IQL. Its policy is a Gaussian. Here the policy is a Gaussian's mean,
+behind a tanh, with a fixed deviation: the weighted likelihood becomes a weighted squared error, and
+with all weights at 1 it is MTBC's. The papers that list MTIQL give a number of parameters and no
+architecture. The one here was chosen: the policy, the value and the two critics, without the
 critics' targets, have 1.72 M parameters for Meta-World's 50 tasks (the HarmoDT paper's Table 1:
 1.74 M).
 """
@@ -23,7 +23,7 @@ from ..batch import Batch
 from ..config import ModelSize
 from ..data.transitions import WINDOW, transitions_of
 from ..masks.vector import ParameterVector
-from ..networks.task_mlp import TaskMLP, ToldBy
+from ..networks.task_mlp import TaskInput, TaskMLP
 from ..settings import NotNegative, ShareBelowOne
 from .learner import Setup
 from .mlp import POLICY, MLPLearner, MLPSettings
@@ -31,28 +31,29 @@ from .mlp import POLICY, MLPLearner, MLPSettings
 VALUE, CRITICS, TARGETS = "value", "critics", "target_critics"
 
 LARGEST_WEIGHT = 100.0
-"""Of an action in the policy's loss, as in IQL's code."""
+"""Largest weight of an action in the policy's loss, as in IQL's code."""
 
 
 @dataclass(frozen=True)
 class MTIQLSettings(MLPSettings):
-    """MTIQL: MLPs that imitate the data's actions, the more the better these are than expected."""
+    """MTIQL: MLPs that imitate the data's actions; better actions than expected count more."""
 
     hidden_size: ModelSize = 440
     """Outputs of each hidden layer of each network."""
-    critic_conditioning: ToldBy = "multi-head"
-    """The value and the critics are told the task by a one-hot vector, or have a head for each."""
+    critic_conditioning: TaskInput = "multi-head"
+    """The value and the critics read the task as a one-hot vector, or have a head for each task."""
     discount: ShareBelowOne = 0.99
-    """γ, what a reward one step later is worth."""
+    """γ, the discount of a reward one step later."""
     expectile: Annotated[float, Meta(gt=0, lt=1)] = 0.7
-    """τ, which expectile of the critics' values the value is: 0.5 is the mean, 1 the largest."""
+    """τ, the expectile of the critics' values that the value learns: 0.5 is the mean, 1 the
+    largest."""
     temperature: NotNegative = 100.0
-    """β, by which an advantage is multiplied in an action's weight exp(β A), which is at most 100:
-    0 imitates all actions alike. Advantages are divided by --return-scale, as rewards are: at 1000
-    and Meta-World's rewards of about 5 a step, one step's reward makes exp(0.5)."""
+    """β in an action's weight exp(β A), which is at most 100. With 0 all actions count alike.
+    Advantages A are divided by --return-scale, as rewards are: at 1000 and Meta-World's rewards of
+    about 5 a step, one step's reward gives exp(0.5)."""
     target_rate: Annotated[float, Meta(gt=0, le=1)] = 0.02
-    """Share of the way that the critics' targets go to the critics in each step. After n steps of
-    training rewards are known from about n times as many steps ahead; IQL's is 0.005."""
+    """Share of the way from the critics' targets to the critics that each step goes. IQL's code has
+    0.005; short runs need more, because a reward spreads back about one step with each update."""
     short_ends: bool = True
     """An episode shorter than the environments' came to an end, where nothing more is to be had;
     or (--no-short-ends) it was cut, and its last step is left out, as that of a full one is."""
@@ -86,9 +87,9 @@ class MTIQLLearner(MLPLearner[MTIQLSettings]):
         self.averages[TARGETS].weights.lerp_(critics, self.settings.target_rate)
 
     def losses(self, batch: Batch, targets: Tensor, *extra: Tensor) -> Tensor:
-        """The losses of value, critics and policy (Eq. 5, 6 and 7 of IQL), summed, [G].
+        """The sum of the losses of value, critics and policy (Eq. 5, 6 and 7 of IQL), [G].
 
-        Each is a mean over the transitions whose next observation is known or not needed.
+        Each loss is a mean over the transitions whose next observation is known or not needed.
         """
         own, tasks = self.settings, batch.task_ids
         longest = self.setup.environment.episode_length
@@ -109,6 +110,6 @@ class MTIQLLearner(MLPLearner[MTIQLSettings]):
 
 
 def _values(critics: nn.Module, pairs: Tensor, tasks: Tensor) -> Tensor:
-    """What each critic says of observations and actions [G, B, O + A] of tasks [G]: [2, G, B]."""
+    """Both critics' values of observations and actions [G, B, O + A] in tasks [G]: [2, G, B]."""
     assert isinstance(critics, nn.ModuleList)
     return torch.stack([critic(pairs, tasks)[..., 0] for critic in critics])

@@ -1,11 +1,11 @@
-"""Gradient surgery: what a step makes of its tasks' gradients in place of their mean.
+"""Gradient surgery: a step combines its tasks' gradients in another way than by their mean.
 
 PCGrad (Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, arXiv 2001.06782),
 CAGrad (Liu et al., "Conflict-Averse Gradient Descent for Multi-task Learning", NeurIPS 2021, arXiv
 2110.14048) and GradDrop (Chen et al., "Just Pick a Sign", NeurIPS 2020, arXiv 2010.06808).
 
-All are on the scale of the mean of the tasks' gradients, where PCGrad's and GradDrop's papers have
-the sum: learning rate and clipping mean what they mean without surgery.
+All are scaled as the mean of the tasks' gradients, so that learning rate and clipping need no
+change. PCGrad's and GradDrop's papers have the sum.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ from ..draws import Draws
 from ..errors import UserError
 from ..settings import Share, ShareBelowOne
 
-_COLUMNS = 1 << 16  # of the gradients that are in float64 at a time
-_DEPENDENT = 1e-9  # a gradient's squared part outside of others' span, relative, that is rounding
+_COLUMNS = 1 << 16  # columns of the gradients that are converted to float64 at a time
+_DEPENDENT = 1e-9  # a gradient is in the span of others if its relative squared rest is below this
 
 
 @dataclass(frozen=True)
 class SurgerySettings:
-    """What a step makes of its tasks' gradients."""
+    """How a step combines its tasks' gradients."""
 
     surgery: Literal["none", "pcgrad", "cagrad", "graddrop"] = "none"
-    """Their mean, or surgery on the gradients of all weights, which takes several tasks per step.
-    CAGrad solves a small problem on the host: its steps are not recorded as a graph."""
+    """none: the mean of the tasks' gradients. Surgery combines the gradients of all weights and
+    needs several tasks per step. CAGrad solves a small problem on the host, so that its steps
+    cannot be recorded."""
     cagrad_c: ShareBelowOne = 0.4
-    """CAGrad: how far from the mean gradient it looks, as a share of that one's norm."""
+    """CAGrad: the largest distance from the mean gradient, as a share of that gradient's norm."""
     graddrop_leak: Share = 0.0
-    """GradDrop: the share of what it drops that it lets through; 1 is the mean."""
+    """GradDrop: the share of a dropped gradient that is kept; 1 gives the mean."""
 
     def check(self) -> None:
-        """Refuse what the chosen surgery does not read.
+        """Refuse settings that the chosen surgery does not read.
 
         Raises:
             UserError: a setting of another surgery was changed.
@@ -53,11 +54,12 @@ class SurgerySettings:
 
 
 def combine(gradients: Tensor, settings: SurgerySettings, draws: Draws) -> Tensor:
-    """The gradient of a step, float32 [P], from those of its tasks, float32 [G, P].
+    """The gradient of a step, float32 [P], from its per-task gradients, float32 [G, P].
 
     Args:
-        settings: which surgery, not "none".
-        draws: of the step.
+        gradients: the per-task gradients.
+        settings: the surgery; not "none".
+        draws: the random draws of the step.
     """
     if settings.surgery == "pcgrad":
         return pcgrad(gradients, draws)
@@ -67,17 +69,18 @@ def combine(gradients: Tensor, settings: SurgerySettings, draws: Draws) -> Tenso
 
 
 def pcgrad(gradients: Tensor, draws: Draws) -> Tensor:
-    """PCGrad (Algorithm 1): each task's gradient without its parts against the other tasks'.
+    """PCGrad (Algorithm 1): remove from each task's gradient its conflicts with the other tasks.
 
-    g_i ← g_i − (g_i · g_j / ‖g_j‖²) g_j for every other task j in a random order, where the product
-    is negative; g_j is the task's own gradient throughout. Then the mean of the g_i: where no two
-    tasks conflict, that of the gradients.
+    For every other task j in a random order, where the product is negative,
+    g_i ← g_i − (g_i · g_j / ‖g_j‖²) g_j. The g_j here is always the original gradient. The result
+    is the mean of the g_i; where no two tasks conflict, it is the mean of the gradients.
 
-    Every g_i stays a sum of multiples of the gradients, so that their products decide everything.
+    Every g_i stays a linear combination of the gradients. The products of the gradients therefore
+    determine its coefficients.
 
     Args:
         gradients: [G, P].
-        draws: of the order of the others, by task.
+        draws: draws for each task the order of the others.
 
     Returns:
         [P].
@@ -96,11 +99,11 @@ def pcgrad(gradients: Tensor, draws: Draws) -> Tensor:
 
 
 def cagrad(gradients: Tensor, c: float) -> Tensor:
-    """CAGrad (Eq. 3): near the mean gradient, what lowers the worst task's loss the most.
+    """CAGrad (Eq. 3): the direction near the mean gradient that helps the worst task most.
 
-    d = argmax min_i g_i · d over ‖d − ḡ‖ ≤ c ‖ḡ‖, ḡ the mean; not scaled down by 1 + c, so that
-    tasks that agree entirely move by as much more. Solved exactly, in float64 on the CPU
-    (`worst_task_ascent`). Where a gradient is not finite, the result is not either.
+    d = argmax min_i g_i · d over ‖d − ḡ‖ ≤ c ‖ḡ‖, where ḡ is the mean. It is not divided by 1 + c:
+    where all tasks agree, it is 1 + c times the mean. The CPU solves it exactly, in float64
+    (`worst_task_ascent`). If a gradient is not finite, the result is not finite.
 
     Args:
         gradients: [G, P].
@@ -117,17 +120,18 @@ def cagrad(gradients: Tensor, c: float) -> Tensor:
 
 
 def worst_task_ascent(products: NDArray[np.float64], c: float) -> NDArray[np.float64]:
-    """CAGrad's way from the mean gradient, as multiples of the tasks' gradients.
+    """CAGrad's step u away from the mean gradient ḡ, as multiples v of the tasks' gradients.
 
-    The shortest way u = Σ v_i g_i, v ≥ 0, on which every task reaches g_i · (ḡ + u) ≥ t is followed
-    from the worst task's t at ḡ upwards, until it is as long as allowed or no way leads further.
-    By its optimality conditions v is linear in t as long as the same tasks are held at t, so that
-    some small linear systems give it exactly. The paper's dual problem over the simplex (Eq. 4) has
-    the solution w = v / Σ v, unless the way is shorter than allowed; then it has none.
+    For a level t, u = Σ v_i g_i with v ≥ 0 is the shortest step after which every task reaches
+    g_i · (ḡ + u) ≥ t. This function raises t from the worst task's level at ḡ until u is as long as
+    allowed, or until no step reaches a higher level. The tasks that are exactly at level t are
+    called held. By the optimality conditions v is linear in t while the held tasks stay the same,
+    so a few small linear systems give v exactly. The paper's dual problem over the simplex (Eq. 4)
+    has the solution w = v / Σ v, unless u is shorter than allowed; then it has none.
 
     Args:
         products: [G, G], g_i · g_j.
-        c: the greatest length of the way, in norms of the mean gradient.
+        c: the largest length of u, in norms of the mean gradient.
 
     Returns:
         v, [G].
@@ -154,11 +158,12 @@ def worst_task_ascent(products: NDArray[np.float64], c: float) -> NDArray[np.flo
 
 
 def _to_length(square: float, product: float, rest: float) -> float:
-    """How far to go along a line until its point's squared norm has grown by `rest`.
+    """The distance along a line at which the squared norm of its point has grown by `rest`.
 
     Args:
-        square: squared norm of the line's direction; 0 for a line that leads nowhere.
-        product: of the direction and of where the line begins, not negative.
+        square: squared norm of the line's direction; 0 for a direction of no length.
+        product: product of the direction and the line's first point, not negative.
+        rest: the growth.
     """
     if square == 0:
         return np.inf
@@ -172,10 +177,10 @@ def _let_go(v: NDArray[np.float64], held: NDArray[np.bool_], task: int) -> None:
 def _hold(
     products: NDArray[np.float64], v: NDArray[np.float64], held: NDArray[np.bool_], task: int
 ) -> bool:
-    """Hold another task; in exchange for one, if its gradient is made of those of the held ones.
+    """Hold another task. If its gradient depends on those of held tasks, let one of these go.
 
     Returns:
-        False if there is none to exchange: then no way leads further.
+        False if no task can be let go: then no step reaches a higher level.
     """
     made_of = np.zeros_like(v)
     made_of[held] = np.linalg.solve(products[held][:, held], products[held, task])
@@ -194,17 +199,17 @@ def _hold(
 
 
 def graddrop(gradients: Tensor, draws: Draws, leak: float) -> Tensor:
-    """GradDrop (Algorithm 1): of each weight's gradients those of one sign, drawn by their purity.
+    """GradDrop (Algorithm 1): keep for each weight the gradients of one sign, drawn by purity.
 
-    P = ½ (1 + Σ_i g_i / Σ_i |g_i|). For U uniform in (0, 1) the positive ones stay if P > U, else
-    the negative ones; of what is dropped, `leak` stays as well. Then their mean over all tasks. The
-    paper does so to the gradients of a layer's outputs, which its tasks share; here, as in later
-    comparisons, to those of the weights.
+    The purity is P = ½ (1 + Σ_i g_i / Σ_i |g_i|). For U uniform in (0, 1) the positive gradients
+    are kept if P > U, else the negative ones. A share `leak` of the dropped gradients is kept as
+    well. The result is the mean over all tasks. The paper applies this to the gradients of a shared
+    layer's outputs; here, as in later comparisons, it is applied to the gradients of the weights.
 
     Args:
         gradients: [G, P].
-        draws: of U, by weight.
-        leak: ℓ, one for all tasks, in [0, 1].
+        draws: draws U for each weight.
+        leak: ℓ in [0, 1], the same for all tasks.
 
     Returns:
         [P].

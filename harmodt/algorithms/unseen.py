@@ -37,17 +37,17 @@ UnseenMask = Literal["voted", "none", "random", "nearest"]
 
 @dataclass(frozen=True)
 class Unseen:
-    """Tasks to act on that were not trained on, and how.
+    """Tasks that the run was not trained on, and the mask for them.
 
     Attributes:
-        store: whose prompt episodes show the tasks; nothing else of it is used.
-        tasks: by name or set; all of the store's if none is named.
-        mask: voted: that of Eq. 13. none: all weights. random: as many weights of each layer as
-            the voted mask has, at random. nearest: of the training task whose gradient on its own
-            prompts agrees most with the unseen task's; it is not the paper's. By default voted
-            where the run has masks, and none where not.
-        threshold: of the voted mask, as `vote` takes it; by default the run's.
-        seed: of the random mask.
+        store: the store whose prompt episodes show the tasks. Nothing else of it is used.
+        tasks: names or sets of tasks; all tasks of the store if none is named.
+        mask: voted: the mask of Eq. 13. none: all weights are active. random: as many weights of
+            each layer as the voted mask has, at random. nearest: the mask of the training task
+            whose gradient on its own prompts agrees most with the unseen task's gradient; the paper
+            has no such mask. The default is voted for a run with masks, none for one without.
+        threshold: the threshold of the voted mask, as `vote` takes it; by default the run's.
+        seed: the seed of the random mask.
     """
 
     store: Path
@@ -126,7 +126,7 @@ def _masks_under(
 
 
 def random_mask(vector: ParameterVector, bits: Tensor, seed: int) -> Tensor:
-    """A mask, int32 [P_m / 32], with as many weights of each layer as another has, at random."""
+    """A random mask with as many active weights in each layer as another, int32 [P_m / 32]."""
     active = unpack_bits(bits, vector.maskable_size)
     counts = [int(slot.view(active).sum()) for slot in vector.maskable_slots]
     return draw_mask(vector, counts, seed).to(bits.device)
@@ -137,8 +137,8 @@ def nearest_tasks(
 ) -> Tensor:
     """For each unseen task, the training task whose gradient has the largest cosine with its own.
 
-    Gradients are those of the dense model over the maskable weights, on windows of the prompt
-    episodes of either task. A task embedding is the same for all of them, as for unseen tasks.
+    The gradients are those of the dense model over the maskable weights, on windows of each task's
+    prompt episodes. All tasks have the same task embedding, as unseen tasks have.
 
     Args:
         setup: the run's.
@@ -162,7 +162,7 @@ def nearest_tasks(
 
 
 def _cosines(gradients: Tensor, other: Tensor) -> Tensor:
-    """Of each of some gradients [U, P] with another one [P], [U]."""
+    """The cosines of gradients [U, P] with another gradient [P], [U]."""
     return torch.nn.functional.cosine_similarity(gradients, other[None])
 
 

@@ -1,4 +1,4 @@
-"""The masks that tasks begin with: how many weights of each tensor they have, and which."""
+"""The first masks: how many weights of each tensor are active, and which ones."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ def first_masks(
     initialisation: MaskInitialisation = "erk",
     shared: bool = False,
 ) -> Tensor:
-    """The masks that tasks begin with, int32 [T, P_m / 32] on the CPU.
+    """The first masks of all tasks, int32 [T, P_m / 32] on the CPU.
 
-    A mask of some sparsity has as many weights whichever way it is chosen.
+    The number of active weights follows from the sparsity alone, not from the initialisation.
 
     Args:
-        vector: the model's parameters; "magnitude" reads them, and the others their shapes alone.
+        vector: the model's parameters. "magnitude" reads their values, the others only their
+            shapes.
         sparsities: S of each task, the share of inactive weights, in [0, 1).
-        seed: with the task's index, the seed of its mask.
-        initialisation: erk: drawn at the ERK densities (Appendix C of the paper). uniform: all of
-            the vectors, which are biases and LayerNorms, and as large a share of each matrix. So it
-            is usual where densities are compared, as in RigL (arXiv 1911.11134), and at most
-            sparsities ERK keeps the vectors too. magnitude: the vectors and, of all matrices
-            together, the weights of largest |θ|, the first on ties; it is the same for every task.
-        shared: all tasks have the draw of the first.
+        seed: together with the task's index it seeds the task's mask.
+        initialisation: erk: drawn at the ERK densities (Appendix C of the paper). uniform: all
+            vectors (biases and LayerNorms) are active, and the same share of each matrix. RigL
+            (arXiv 1911.11134) compares densities in this way; at most sparsities ERK keeps the
+            vectors too. magnitude: all vectors are active, and the weights of largest |θ| of all
+            matrices together, the first on ties; every task has the same mask.
+        shared: all tasks get the mask of the first task.
 
     Raises:
-        UserError: a sparsity is outside [0, 1), or the vectors alone are more than it leaves.
+        UserError: a sparsity is outside [0, 1), or the vectors are more weights than it leaves.
     """
     counted = erk_counts if initialisation == "erk" else uniform_counts
     counts = [counted(vector.maskable_slots, sparsity) for sparsity in sparsities]
@@ -87,13 +88,13 @@ def erk_densities(shapes: Sequence[tuple[int, int]], sparsity: float) -> list[fl
 
 
 def uniform_counts(slots: Sequence[Slot], sparsity: float) -> list[int]:
-    """Active weights of each tensor, as many in all as ERK's: all of vectors, a share of matrices.
+    """Active weights of each tensor: all of a vector, the same share of each matrix.
 
-    The share of a matrix is rounded down, and of what then remains one each goes to the matrices
-    that lost most (largest remainders, the first on ties).
+    In total they are as many as ERK's. The number of a matrix is rounded down. The weights that
+    remain go, one each, to the matrices with the largest remainders (the first on ties).
 
     Raises:
-        UserError: the sparsity is outside [0, 1), or the vectors alone are more than it leaves.
+        UserError: the sparsity is outside [0, 1), or the vectors are more weights than it leaves.
     """
     counts = [slot.rows * slot.columns for slot in slots]
     matrices = [i for i, slot in enumerate(slots) if len(slot.shape) == 2]
@@ -101,9 +102,9 @@ def uniform_counts(slots: Sequence[Slot], sparsity: float) -> list[int]:
     kept = sum(erk_counts(slots, sparsity)) - (sum(counts) - whole)
     if kept < 0:
         raise UserError(
-            f"sparsity is {sparsity}, but biases and LayerNorms, which uniform masks and those by "
-            f"magnitude keep, are {1 - whole / sum(counts):.1%} of what masks cover: lower it, or "
-            "begin with erk"
+            f"sparsity is {sparsity}, but uniform and magnitude masks keep all biases and "
+            f"LayerNorms, which are {1 - whole / sum(counts):.1%} of the maskable weights: lower "
+            "it, or use --mask-initialisation erk"
         )
     remainders = {i: counts[i] * kept % whole for i in matrices}
     for i in matrices:
@@ -134,12 +135,13 @@ def draw_mask(vector: ParameterVector, counts: Sequence[int], *seed: int) -> Ten
 def sparsities_by_loss(losses: Tensor, low: float, high: float) -> list[float]:
     """S of each task by the rank of its loss: `low` for the highest loss, `high` for the lowest.
 
-    The ranks between are evenly spaced, so that the mean is that of `low` and `high` whatever the
-    losses; the first of equal losses counts as the lower. A single task gets the mean. This rule is
-    of this project: the paper says only that one sparsity for all tasks is a limitation.
+    The ranks between are evenly spaced, so that the mean sparsity is the mean of `low` and `high`.
+    Of equal losses the first counts as the lower one. A single task gets the mean. The rule is not
+    the paper's, which only calls one sparsity for all tasks a limitation.
 
     Args:
         losses: [T].
+        low, high: the lowest and the highest sparsity.
     """
     ranks = losses.argsort(stable=True).argsort().tolist()
     last = len(ranks) - 1

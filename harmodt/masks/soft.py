@@ -1,7 +1,7 @@
 """Soft masks: values between 0 and 1, lowered where tasks conflict and raised where they agree.
 
-After SoCo-DT (Wang et al., arXiv 2511.13133), as far as its abstract goes; docs/baselines.md says
-what that leaves open and what was chosen.
+After SoCo-DT (Wang et al., arXiv 2511.13133), as far as its abstract describes it.
+docs/baselines.md says what the abstract leaves open and what was chosen here.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from .gradients import Draw, UpdateGradients, harmony_score
 
 @dataclass(frozen=True)
 class SoftMaskUpdate:
-    """What one update of soft masks did.
+    """The outcome of one update of soft masks.
 
     Attributes:
-        lowered, raised: weights whose value in each task's mask became less and more, int64 [T].
+        lowered, raised: how many values of each task's mask fell and rose, int64 [T].
         harmony: averaged harmony score (Definition 3.2 of the HarmoDT paper) of the masked
             gradients, in [-1, 1].
     """
@@ -36,10 +36,10 @@ class SoftMaskUpdate:
 
 
 def fence_factor(step: int, steps: int, settings: SoftMaskSettings) -> float:
-    """How many interquartile ranges a threshold lies above the third quartile.
+    """The threshold's distance above the third quartile, in interquartile ranges.
 
-    From `fence_max` at the start it falls along half a cosine to `fence_min` after `fence_peak` of
-    the run, and rises along another one until the end.
+    It falls from `fence_max` at the start to `fence_min` at the share `fence_peak` of the run, and
+    rises again until the end; both ways are half a cosine.
     """
     done = step / steps
     rising = done < settings.fence_peak
@@ -49,10 +49,10 @@ def fence_factor(step: int, steps: int, settings: SoftMaskSettings) -> float:
 
 
 def upper_fence(scores: Tensor, factor: float) -> float:
-    """Q3 + factor (Q3 - Q1) of scores [n], quartiles being the ⌈n/4⌉-th and ⌈3n/4⌉-th smallest.
+    """Q3 + factor (Q3 - Q1) of scores [n]; Q1 and Q3 are the ⌈n/4⌉-th and ⌈3n/4⌉-th smallest.
 
     Returns:
-        At least 0, for a score below says the opposite; infinity if there are no scores.
+        At least 0, because a negative score means the opposite; infinity without scores.
     """
     if not len(scores):
         return math.inf
@@ -64,10 +64,10 @@ def upper_fence(scores: Tensor, factor: float) -> float:
 
 
 def retained_levels(importance: Tensor, levels: int) -> Tensor:
-    """The level, uint8 [n] of 0 to L, that each of n conflicting weights may keep at most.
+    """The highest level that each of n conflicting weights may keep, uint8 [n] from 0 to L.
 
-    The weights are parted by importance into L + 1 groups of as equal size as ties allow: the least
-    important may keep nothing, the most important all.
+    The weights are divided by importance into L + 1 groups, of equal size as far as ties allow. The
+    least important group keeps level 0, the most important one level L.
     """
     kept = torch.zeros(len(importance), dtype=torch.uint8, device=importance.device)
     for part in range(1, levels + 1) if len(importance) else ():
@@ -82,8 +82,8 @@ class SoftMaskUpdater:
     Args:
         bank: the masks.
         gradients: computes the tasks' gradients.
-        settings: of the thresholds.
-        steps: E, of the run.
+        settings: the settings of the thresholds.
+        steps: E, the steps of the run.
     """
 
     def __init__(
@@ -124,18 +124,19 @@ class SoftMaskUpdater:
         return SoftMaskUpdate(lowered, raised, harmony_score(agreeing, differing))
 
     def _levels_of(self, task: int) -> Tensor:
-        """How many levels each weight of a task's mask has, uint8 [P_m]."""
+        """The level of each weight in a task's mask, uint8 [P_m]."""
         rows = self._bank.bits[task :: self._bank.tasks]
         return unpack_bits(rows, self._bank.vector.maskable_size).sum(0, dtype=torch.uint8)
 
     def _moved(
         self, before: Tensor, masked: Tensor, dense: Tensor, mean: Tensor, factor: float
     ) -> Tensor:
-        """A task's levels after an update, from its levels, all [P_m].
+        """A task's levels after an update; all tensors are [P_m].
 
-        An active weight conflicts if -ḡ_i ĝ lies above the fence of the active ones': its level
-        falls to what its Fisher information ḡ_i² lets it keep. Another one below the highest level
-        is in harmony if g_i ĝ lies above the fence of such weights: its level rises by one.
+        An active weight conflicts if -ḡ_i ĝ lies above the fence of all active weights. Its level
+        falls to the level that its Fisher information ḡ_i² lets it keep. A weight below the highest
+        level that does not conflict is in harmony if g_i ĝ lies above the fence of all weights
+        below the highest level. Its level rises by one.
         """
         levels, after = self._bank.levels, before.clone()
         active, suppressed = before > 0, self._maskable & (before < levels)

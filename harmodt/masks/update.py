@@ -18,10 +18,10 @@ from .gradients import Draw, TaskGradients, UpdateGradients, harmony_score
 
 @dataclass(frozen=True)
 class MaskUpdate:
-    """What one mask update did.
+    """The outcome of one mask update.
 
     Attributes:
-        moved: weights that left, and as many that entered, each task's mask, int64 [T].
+        moved: how many weights left each task's mask, int64 [T]; as many entered it.
         harmony: averaged harmony score (Definition 3.2) of the masked gradients, in [-1, 1].
     """
 

@@ -1,6 +1,6 @@
 """The decision transformer: conditioned on a prompt, with blocks that can be masked per task.
 
-A batch is a list of groups, one task each. Shapes in comments: G groups, B windows per group,
+A batch consists of groups, each of one task. Shapes in comments: G groups, B windows per group,
 L time steps (K* of the prompt, K of the history), T = 3 L tokens, d embedding dimension.
 """
 
@@ -22,7 +22,7 @@ from ..masks.vector import ParameterVector
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """What a decision transformer is made of.
+    """The sizes of a decision transformer, and how it begins.
 
     Attributes:
         observation_size, action_size: components of an observation and of an action.
@@ -33,7 +33,7 @@ class TransformerConfig:
             observation (MTDT), 0 for a model without.
         dropout: of attention and residual branches.
         embedding_dropout: of the embedded tokens.
-        initialisation: of embeddings and head, as `TransformerSettings` has it.
+        initialisation: the initialisation of embeddings and head, as in `TransformerSettings`.
     """
 
     observation_size: int
@@ -49,7 +49,7 @@ class TransformerConfig:
     initialisation: Literal["gpt2", "pytorch"] = "gpt2"
 
 
-DROPOUT_PLACES = 3  # of a block
+DROPOUT_PLACES = 3  # dropouts in a block
 
 PromptCache = list[tuple[Tensor, Tensor]]  # keys and values [G B, H, 3 K*, d / H] of every block
 
@@ -81,9 +81,9 @@ class Block(nn.Module):
         """Transform tokens [G, B, T, d]; also return the keys and values of all of them.
 
         Args:
-            past: keys and values of tokens before these.
-            wanted: tokens whose outputs are returned; the others' are not computed.
-            seeds: of dropout in the attention and after the two branches.
+            past: keys and values of earlier tokens.
+            wanted: the tokens whose outputs are computed and returned.
+            seeds: the seeds of dropout in the attention and after the two branches.
         """
         groups, windows, length, d = x.shape
         qkv, rows = self._begin(x.flatten(1, 2), self.attention_norm, self.qkv, masks)
@@ -106,7 +106,7 @@ class Block(nn.Module):
         masks: TaskMasks,
         relu: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Begin a residual branch: layer(norm(rows)), [G, R, N]; and the rows, to add to it."""
+        """Begin a residual branch: return layer(norm(rows)), [G, R, N], and the rows."""
         of_layer = masks.of(layer) or NO_MASKS
         return self.backend.norm_linear(
             rows,
@@ -184,10 +184,10 @@ class DecisionTransformer(nn.Module):
     head are shared by all tasks and never masked.
 
     Args:
-        config: what it is made of.
+        config: sizes.
         tasks: number of tasks N.
         backend: the operations of the blocks.
-        device: where the parameters live; they are initialised on the CPU from torch's default
+        device: the device of the parameters. They are drawn on the CPU from PyTorch's default
             generator, so that every device starts from the same values.
     """
 
@@ -217,19 +217,20 @@ class DecisionTransformer(nn.Module):
 
     @property
     def dropout_places(self) -> int:
-        """Where it drops something: in the embeddings, then block by block."""
+        """Number of dropouts: one of the embeddings, then those of each block."""
         return 1 + DROPOUT_PLACES * len(self.blocks)
 
     def forward(self, batch: Batch, masks: TaskMasks, seeds: Tensor | None = None) -> Tensor:
         """Predict the action of every history step from the tokens up to its observation.
 
-        Padding comes last, so that causality keeps it out; what is predicted there means nothing.
+        Padding comes last, so that no valid step reads it. Predictions at padding mean nothing.
 
         Args:
             batch: G groups of B windows.
-            masks: those of the groups' tasks.
-            seeds: int64 [dropout_places], in [0, 2^31), of dropout while training; None: PyTorch's
-                generator draws them. In plain PyTorch dropout is always drawn from that.
+            masks: the masks of the groups' tasks.
+            seeds: int64 [dropout_places] in [0, 2^31), the seeds of dropout in training; None:
+                PyTorch's generator draws them. Plain PyTorch ignores them and always draws dropout
+                from its generator.
 
         Returns:
             float32 [G, B, K, A], in (-1, 1).
@@ -251,7 +252,7 @@ class DecisionTransformer(nn.Module):
         return self._actions(x, masks)
 
     def encode_prompt(self, prompt: Steps, task_ids: Tensor, masks: TaskMasks) -> PromptCache:
-        """Keys and values of the prompt's tokens, which no later token can change."""
+        """Keys and values of the prompt's tokens; later tokens cannot change them."""
         x = self._embed_prompt(prompt, self._embed_tasks(task_ids, masks), masks)
         cache = []
         for block in self.blocks:
@@ -267,15 +268,15 @@ class DecisionTransformer(nn.Module):
         prompt_cache: PromptCache | None = None,
         shortest: int = 1,
     ) -> Tensor:
-        """The action of each history's last valid step, [G, B, A]: what `forward` says there.
+        """The action of each history's last valid step, [G, B, A], as `forward` predicts it.
 
         Args:
-            history: of any number of steps, at least one of them valid.
+            history: any number of steps, at least one of them valid.
             task_ids: int64 [G].
-            masks: those of the groups' tasks.
-            prompt_cache: of the groups' prompts, if the model has any.
-            shortest: valid steps of the shortest history, or fewer. In the last block nothing is
-                computed of the steps before, which are no history's last.
+            masks: the masks of the groups' tasks.
+            prompt_cache: keys and values of the groups' prompts, for a model with prompts.
+            shortest: valid steps of the shortest history, or fewer. The last block skips the steps
+                before, because none of them is the last step of a history.
         """
         # The last token is the action that is to be predicted.
         x = self._embed_history(history, self._embed_tasks(task_ids, masks), masks)[:, :, :-1]
@@ -302,8 +303,9 @@ class DecisionTransformer(nn.Module):
         own = (task_ids[:, None] == tasks)[..., None]  # [G, T, 1]
 
         def write(gradients: Tensor) -> None:
-            of_tables = torch.where(own, gradients[:, None], 0.0)  # each group's: one row is not 0
-            buffer.copy_(of_tables.sum_to_size(buffer.shape))
+            # [G, T, e]: of each group's table only the row of its task has a gradient
+            tables = torch.where(own, gradients[:, None], 0.0)
+            buffer.copy_(tables.sum_to_size(buffer.shape))
 
         rows.register_hook(write)
         return rows

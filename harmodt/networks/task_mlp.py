@@ -1,4 +1,4 @@
-"""Multilayer perceptrons that are told the task.
+"""Multilayer perceptrons that are conditioned on the task.
 
 A batch is a list of groups, one task each. Shapes: G groups, B vectors per group, T tasks.
 """
@@ -11,19 +11,19 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-ToldBy = Literal["one-hot", "multi-head"]
-"""How a network is told the task: by T more inputs, all 0 but the task's, which is 1; or by a last
-layer of each task's own."""
+TaskInput = Literal["one-hot", "multi-head"]
+"""How a network is conditioned on the task. one-hot: T more inputs; the task's is 1, the others 0.
+multi-head: each task has a last layer of its own."""
 
 
 class TaskMLP(nn.Module):
     """Linear layers with ReLU between them, as PyTorch initialises them.
 
     Args:
-        inputs, outputs: numbers in a vector that is read, the task aside, and in what comes out.
+        inputs, outputs: sizes of the input vector, without the task, and of the output vector.
         tasks: T.
-        hidden_size, hidden_layers: outputs of each layer but the last, and how many those are.
-        told_by: how it is told the task.
+        hidden_size, hidden_layers: outputs of each hidden layer, and the number of these layers.
+        task_input: how the network is conditioned on the task.
     """
 
     def __init__(
@@ -33,12 +33,12 @@ class TaskMLP(nn.Module):
         tasks: int,
         hidden_size: int,
         hidden_layers: int,
-        told_by: ToldBy,
+        task_input: TaskInput,
     ):
         super().__init__()
         self.tasks = tasks
-        self.told_by = told_by
-        one_hot = told_by == "one-hot"
+        self.task_input = task_input
+        one_hot = task_input == "one-hot"
         sizes = [inputs + (tasks if one_hot else 0), *[hidden_size] * hidden_layers]
         self.hidden = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(sizes))
         self.head = nn.Linear(hidden_size, outputs if one_hot else tasks * outputs)
@@ -50,12 +50,12 @@ class TaskMLP(nn.Module):
             x: float32 [G, B, inputs].
             task_ids: int64 [G].
         """
-        if self.told_by == "one-hot":
-            told = task_ids[:, None] == torch.arange(self.tasks, device=x.device)
-            x = torch.cat((x, told[:, None].expand(-1, x.shape[1], -1)), dim=-1)
+        if self.task_input == "one-hot":
+            one_hot = task_ids[:, None] == torch.arange(self.tasks, device=x.device)
+            x = torch.cat((x, one_hot[:, None].expand(-1, x.shape[1], -1)), dim=-1)
         for layer in self.hidden:
             x = layer(x).relu()
-        if self.told_by == "one-hot":
+        if self.task_input == "one-hot":
             return self.head(x).float()
         weights, biases = (
             part.unflatten(0, (self.tasks, -1))[task_ids]
@@ -65,7 +65,7 @@ class TaskMLP(nn.Module):
 
 
 class Actor(TaskMLP):
-    """One that chooses actions, in (-1, 1): a tanh is its last layer, as the transformer's."""
+    """A network that chooses actions in (-1, 1) by a final tanh, as the transformer does."""
 
     def forward(self, x: Tensor, task_ids: Tensor) -> Tensor:
         """Actions, float32 [G, B, A], after observations [G, B, O]."""
