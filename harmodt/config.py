@@ -115,7 +115,8 @@ class PromptSettings:
     prompt_pool: Count = 5
     """Prompts come from this many of a task's held-apart episodes, the best by return."""
     prompt_position: Literal["random", "end"] = "random"
-    """A prompt is any steps of an episode, or its last ones, at evaluation the best episode's."""
+    """random: a prompt is any K* steps of an episode. end: it is the K* steps before the last one,
+    at evaluation of the best episode, as in the authors' code."""
 
 
 @dataclass(frozen=True)

@@ -72,13 +72,14 @@ class Theirs:
         self.mean = data.observation_mean.astype(np.float64)
         self.deviation = np.maximum(data.observation_std.astype(np.float64), 1e-6)
         best, length = int(np.argmax(data.prompts.returns)), PROMPT
-        begin, end = data.prompts.episode_starts[best : best + 2]
-        last = slice(end - length, end)
+        begin, after = data.prompts.episode_starts[best : best + 2]
+        first = begin + max(after - begin - length - 1, 0)
+        last = slice(first, first + length)
         self.prompt = [
             data.prompts.returns_to_go[last] / 1000,
             self._normal(data.prompts.observations[last]),
             data.prompts.actions[last].clip(-1, 1),
-            np.arange(end - length, end) - begin,
+            np.arange(first, first + length) - begin,
         ]
         self.target = float(data.best_return)
         self.steps: list[tuple[float, np.ndarray, np.ndarray, int]] = []

@@ -263,7 +263,7 @@ def test_a_random_prompt_is_any_steps_of_one_episode(tmp_path: Path, acting: boo
     assert found == {(e, start) for e in range(3) for start in range(lengths[e] - 2)}
 
 
-def test_a_prompt_at_the_end_is_the_last_steps_and_of_the_best_episode_when_acting(
+def test_a_prompt_at_the_end_leaves_out_the_last_step_and_is_the_best_episode_when_acting(
     tmp_path: Path,
 ) -> None:
     inputs, conditioning = make_inputs(
@@ -272,11 +272,12 @@ def test_a_prompt_at_the_end_is_the_last_steps_and_of_the_best_episode_when_acti
     lengths = conditioning.prompts.lengths
     episodes, starts = places(draw(inputs, 100), conditioning.prompts)
     assert set(episodes.tolist()) == {0, 1, 2}
-    np.testing.assert_array_equal(starts, lengths[episodes] - 3)
+    # The authors' code begins at max(T - K* - 1, 0).
+    np.testing.assert_array_equal(starts, np.maximum(lengths[episodes] - 3 - 1, 0))
     episodes, starts = places(draw(inputs, 100, acting=True), conditioning.prompts)
     assert conditioning.prompts.returns[0] == conditioning.prompts.returns.max()
     assert set(episodes.tolist()) == {0}
-    assert set(starts.tolist()) == {lengths[0] - 3}
+    assert set(starts.tolist()) == {lengths[0] - 4}
 
 
 @pytest.mark.parametrize("position", ["random", "end"])
@@ -301,7 +302,7 @@ def test_a_policy_asks_for_prompts_of_evaluation(store: DataStore) -> None:
     best = [TaskConditioning.from_data(store.task(name), config).prompts for name in TASKS]
     for task, episodes in enumerate(best):
         rows = encoded[0].returns_to_go[task].numpy() * config.data.return_scale
-        end = episodes.lengths[0]
+        end = episodes.lengths[0] - 1  # the authors' code leaves out the last step
         np.testing.assert_allclose(
             rows, np.tile(episodes.returns_to_go[end - 3 : end], (8, 1)), rtol=1e-6
         )

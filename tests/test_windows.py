@@ -204,14 +204,15 @@ def test_prompts_come_from_the_prompt_episodes(store: DataStore) -> None:
         assert {start for episode, start in seen if episode == 2} == {0, 1, 2, 3, 4}
 
 
-def test_prompts_at_the_end_of_all_episodes_of_the_pool(store: DataStore) -> None:
+def test_prompts_before_the_last_step_of_all_episodes_of_the_pool(store: DataStore) -> None:
     batch, _ = sample(
         store, (0,), batch_per_task=60, return_scale=1.0, prompt_position="end", prompt_pool=2
     )
     episodes = store.task(TASKS[0]).prompts
     best = np.argsort(-episodes.returns)[:2]
     found = {locate(episodes, value) for value in batch.prompt.returns_to_go[0, :, 0]}
-    assert found == {(episode, episodes.lengths[episode] - 3) for episode in best}
+    # The authors' code begins at max(T - K* - 1, 0).
+    assert found == {(episode, max(episodes.lengths[episode] - 4, 0)) for episode in best}
 
 
 def test_an_episode_shorter_than_a_window_is_padded(tmp_path: Path) -> None:

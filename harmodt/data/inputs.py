@@ -192,18 +192,22 @@ class Inputs:
 
         Args:
             task_ids: int64 [..., G].
-            episode, start: a random word each for every prompt, int64 [..., G, B].
-            acting: at evaluation, where a prompt at an episode's end is the best episode's.
+            episode, start: random words, int64 [..., G, B]. They choose each prompt's episode and
+                its first step.
+            acting: True at evaluation, where prompts at the end come from the best episode alone.
 
         Returns:
-            The episodes [..., G, B], of those of all tasks, and the times in them [..., G, B, K*].
+            The episodes [..., G, B], numbered over all tasks, and each prompt's time steps
+            [..., G, B, K*]. A prompt at the end of an episode of T steps begins at
+            max(T - K* - 1, 0).
         """
         assert self.prompt is not None
         at_end = self.prompt.prompt_position == "end"
         first, count = (part[..., None] for part in self._prompts.episode_range(task_ids))
         episodes = first + below(episode, 1 if at_end and acting else count)
         room = self._prompts.lengths[episodes] - self.prompt.prompt_length
-        starts = room if at_end else below(start, room + 1)
+        # At the end, the episode's last step is left out, as in the authors' code.
+        starts = (room - 1).clamp(min=0) if at_end else below(start, room + 1)
         return episodes, starts[..., None] + self._prompt_times
 
     def prompts(self, task_ids: Tensor, episodes: Tensor, times: Tensor) -> Steps:
