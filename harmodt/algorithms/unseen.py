@@ -75,22 +75,24 @@ def unseen_policy(
             f"{setup.config.algorithm} cannot meet unseen tasks, as sequence models can: leave "
             "--unseen out"
         )
+    masked = isinstance(setup.config.own, RandomMaskSettings)
+    mask = unseen.mask or ("voted" if masked else "none")
+    if mask != "none" and not masked:
+        raise UserError(f"{setup.config.algorithm} has no masks: evaluate it with --mask none")
     conditioning = tuple(
         TaskConditioning.of_unseen(task, setup.conditioning, setup.config) for task in tasks
     )
     setup_unseen = dataclasses.replace(setup, conditioning=conditioning)
     model = build_model(setup_unseen)
     _load_weights(model, checkpoint)
-    masked = isinstance(setup.config.own, RandomMaskSettings)
     levels = setup.config.own.mask_levels
-    mask = unseen.mask or ("voted" if masked else "none")
     bits = None
     if mask == "nearest":
         nearest = nearest_tasks(setup, checkpoint, conditioning)
-        trained = _trained_masks(setup, model, checkpoint)
+        trained = load_masks(setup, model.vector, checkpoint)
         bits = torch.cat([of_level[nearest] for of_level in trained.chunk(levels)])
     elif mask != "none":
-        trained = _trained_masks(setup, model, checkpoint)
+        trained = load_masks(setup, model.vector, checkpoint)
         default = mask_settings(setup).unseen_threshold
         threshold = default if unseen.threshold is None else unseen.threshold
         bits = voted_masks(trained, threshold, levels, len(conditioning))
@@ -140,13 +142,6 @@ def nearest_tasks(
         own, _ = gradients.of(0)
         cosines = [_cosines(own, gradients.of(part)[0][0]) for part in range(1, len(parts))]
     return torch.stack(cosines).argmax(0)
-
-
-def _trained_masks(setup: Setup, model: DecisionTransformer, checkpoint: Checkpoint) -> Tensor:
-    """The masks of the training tasks, as `MaskBank` has them."""
-    if not isinstance(setup.config.own, RandomMaskSettings):
-        raise UserError(f"{setup.config.algorithm} has no masks: evaluate it with --mask none")
-    return load_masks(setup, model.vector, checkpoint)
 
 
 def _cosines(gradients: Tensor, other: Tensor) -> Tensor:
