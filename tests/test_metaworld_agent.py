@@ -38,11 +38,12 @@ def test_experts_are_measured_by_meta_worlds_own_evaluation(envs, monkeypatch):
     assert success == 1 and per_task == dict.fromkeys(TASKS, 1.0)
     assert policy.starts == [([1, 0], 4, [2000, 1000])]
 
-    assert len(policy.rewards) == len(policy.restarts) == len(steps) + 1
+    assert len(policy.rewards) == len(steps)  # nothing is rewarded before the first action
+    assert len(policy.restarts) == len(steps) + 1
     assert policy.restarts[0].all()
     # The policy hears of every reward but those that ended an episode, and of each ending.
     for heard, restarted, (rewards, done) in zip(
-        policy.rewards[1:], policy.restarts[1:], steps, strict=True
+        policy.rewards, policy.restarts[1:], steps, strict=True
     ):
         np.testing.assert_allclose(heard, np.where(done, 0, rewards), atol=1e-9)
         np.testing.assert_array_equal(restarted, done)

@@ -67,8 +67,11 @@ def masks_of(run: Path) -> torch.Tensor:
 
 def actions(policy: DecisionPolicy, tasks: int = 2) -> np.ndarray:
     policy.start(np.arange(tasks), seed=3)
-    rows = np.random.default_rng(0).normal(size=(4, tasks, 39))
-    return np.stack([policy.act(observations) for observations in rows])
+    chosen = []
+    for observations in np.random.default_rng(0).normal(size=(4, tasks, 39)):
+        chosen.append(policy.act(observations))
+        policy.record_rewards(np.zeros(tasks))
+    return np.stack(chosen)
 
 
 def test_only_prompts_are_taken_from_an_unseen_task(store: DataStore, others: DataStore) -> None:
