@@ -167,8 +167,9 @@ class DecisionPolicy(TrainedPolicy):
         present: tuple[slice | Tensor, int | Tensor] = (slice(None), int(places[0]))
         if (places != places[0]).any():
             present = self._on_device(np.arange(len(places))), self._on_device(places)
+        any_full = full.any()
         for part, values in zip(self._history, step, strict=True):
-            if full.any():
+            if any_full:
                 part[losing, :-1] = part[losing, 1:].clone()
             part[present] = values
         return present

@@ -206,7 +206,7 @@ def _checked(name: str, values: Any, shape: tuple[int, ...], dtype: type) -> np.
         UserError: they are no numbers, have another shape, or hold NaN or infinity.
     """
     try:
-        array = np.asarray(values, dtype)
+        array: np.ndarray = np.asarray(values, dtype)
     except (TypeError, ValueError) as error:
         raise UserError(f"{name} is no array of numbers ({error}): give {shape}") from error
     if array.shape != shape:
