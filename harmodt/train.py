@@ -169,8 +169,7 @@ def begin(preset_name: str, config: TrainConfig, output: Path) -> Run:
     asked, count = config.data.tasks_per_step, len(tasks)
     if asked > count:
         console.print(
-            f"--tasks-per-step is {asked} and the run has {count} tasks: each step trains on all "
-            f"{count}",
+            f"--tasks-per-step is lowered from {asked} to {count}, the number of the run's tasks",
             soft_wrap=True,
         )
         config = change(config, {"tasks_per_step": count})

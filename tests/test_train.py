@@ -54,7 +54,7 @@ def test_a_step_takes_all_tasks_where_there_are_fewer_than_asked_for(store, tmp_
     begin(store, tmp_path / "both", "--tasks-per-step", "2")
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("--tasks-per-step is") == 1
-    assert "--tasks-per-step is 5 and the run has 2 tasks: each step trains on all 2" in said
+    assert "--tasks-per-step is lowered from 5 to 2, the number of the run's tasks" in said
     saved = SavedRun.open(tmp_path / "run")
     assert saved.config.data.tasks_per_step == 2
     assert_same(tmp_path / "both", tmp_path / "run")

@@ -312,9 +312,10 @@ def _choose_prompts(data: TaskData, prompt: PromptSettings | None) -> np.ndarray
     best = np.argsort(-data.prompts.returns, kind="stable")
     usable = best[data.prompts.lengths[best] >= prompt.prompt_length]
     if not len(usable):
+        otherwise = "lower --prompt-length" if len(best) else "train --algorithm mtdt"
         raise UserError(
             f"task {data.name} has no prompt episode of at least {prompt.prompt_length} steps: "
-            "make the store again with --prompt-episodes 10, or lower --prompt-length"
+            f"make the store again with --prompt-episodes 10, or {otherwise}"
         )
     return usable[: prompt.prompt_pool]
 
