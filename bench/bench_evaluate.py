@@ -27,13 +27,20 @@ def make_policy(store: DataStore, path: str) -> Policy:
 @pytest.mark.benchmark(group="policy call, MT5 x 10 episodes")
 @pytest.mark.parametrize("path", ["reference", "fused"])
 def bench_act(benchmark, store: DataStore, path: str) -> None:
-    """One policy call for the 50 episodes."""
+    """One policy call for the 50 episodes, and their rewards."""
     policy = make_policy(store, path)
     policy.start(np.repeat(np.arange(5), EPISODES))
     size = policy.environment.observation_size
     observations = np.random.default_rng(0).normal(size=(5 * EPISODES, size))
+    rewards = np.ones(5 * EPISODES)
+
+    def act() -> np.ndarray:
+        actions = policy.act(observations)
+        policy.record_rewards(rewards)
+        return actions
+
     # Warmed up until the histories are full.
-    actions = benchmark.pedantic(policy.act, args=(observations,), rounds=30, warmup_rounds=20)
+    actions = benchmark.pedantic(act, rounds=30, warmup_rounds=20)
     assert np.abs(actions).max() <= 1.0
 
 

@@ -45,7 +45,7 @@ class DataSettings:
     tasks: tuple[str, ...] = ()
     """Tasks or task sets to train on; all tasks of the store if none is named."""
     tasks_per_step: Count = 5
-    """Tasks in one step, at most the number of tasks; Eq. 11 is averaged over them."""
+    """Tasks in one step, all tasks where there are fewer; Eq. 11 is averaged over them."""
     batch_per_task: Count = 8
     """Windows per task and step."""
     task_sampling: Literal["random", "round-robin"] = "random"

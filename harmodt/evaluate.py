@@ -98,7 +98,10 @@ def main() -> None:
     console = PlainConsole()
     if config.video:
         find_backend()
-    played = [_play(config, mask, console) for mask in dict.fromkeys(config.policy.mask or (None,))]
+    masks = dict.fromkeys(config.policy.mask or (None,))
+    # Every policy is loaded before the first one plays, so that a mask is refused at once.
+    policies = [_load(config, mask) for mask in masks]
+    played = [_play(config, policy, console) for policy in policies]
     results = [result for result, _ in played]
     console.print(compare_masks(results) if len(results) > 1 else results[0].table())
     for _, path in played:
@@ -108,12 +111,12 @@ def main() -> None:
 
 
 def _play(
-    config: EvaluateConfig, mask: Mask | None, console: PlainConsole
+    config: EvaluateConfig, policy: Policy, console: PlainConsole
 ) -> tuple[EvaluationResult, Path]:
-    """Measure the policy under a mask, by default the run's; the result and where it is."""
+    """Measure a policy and write the result; returns the result and its file."""
     directory = RunDirectory(config.run).evaluation
     result = play(
-        _load(config, mask),
+        policy,
         config.episodes,
         video_directory=directory if config.video else None,
         console=console,
@@ -122,7 +125,7 @@ def _play(
 
 
 def _load(config: EvaluateConfig, mask: Mask | None) -> Policy:
-    """The policy that is to be measured."""
+    """Load the run's policy under one of the masks, by default the run's own."""
     options, unseen = config.policy, None
     if options.unseen is not None:
         from .algorithms.unseen import Unseen  # imports PyTorch

@@ -1,4 +1,4 @@
-"""Make a run of a checkpoint of the HarmoDT authors' code.
+"""Turns a checkpoint of the HarmoDT authors' code into a run.
 
 python -m harmodt.import_checkpoint FILE --data STORE --output RUN
 """
@@ -34,42 +34,42 @@ _PRESET = "paper"
 
 @dataclass(frozen=True)
 class ImportCheckpointConfig:
-    """Make a run of a checkpoint of the HarmoDT authors' code, for harmodt.evaluate.
+    """Turn a checkpoint of the HarmoDT authors' code into a run, for harmodt.evaluate.
 
     Their file has weights and masks alone. Normalisation, prompts and target returns come from a
-    store of the same tasks, and the sizes that no weight tells from the settings here.
+    store of the same tasks. Sizes that no weight shows come from the settings here.
     """
 
     file: Annotated[Path, tyro.conf.Positional]
-    """What their code saved: model_iter_<steps>."""
+    """The file that their code saved: model_iter_<steps>."""
     data: Path
-    """The store whose data the policy is conditioned on, made by harmodt.data import or collect."""
+    """A store of the same tasks, made by harmodt.data import or harmodt.collect."""
     output: Path
     """Directory of the run."""
     tasks: tuple[str, ...] = ()
-    """Tasks of the file's masks, in their order; by default the names in the file."""
+    """The tasks of the file's masks, in the order of the masks; by default the file's names."""
     algorithm: Literal["harmodt-f", "harmodt-m", "harmodt-r"] = "harmodt-f"
-    """What it was trained with."""
+    """The algorithm that the checkpoint was trained with."""
     step: Count | None = None
-    """Training steps of the weights; by default the number at the end of the file's name."""
+    """Training steps done; by default the number at the end of the file's name."""
     heads: ModelSize | None = None
-    """Attention heads; by default those that the paper's Table 3 has with so many blocks."""
+    """Attention heads; by default the number in the paper's Table 3 for this number of blocks."""
     context_length: ModelSize = 20
     """K, steps of history."""
     prompt_length: ModelSize = 5
     """K*, steps of the prompt."""
     target_return: float | None = None
-    """Return asked for at evaluation (theirs: 4500); by default the best in each task's data."""
+    """Return to aim at in evaluation (theirs: 4500); by default the best of each task's data."""
     deviation_floor: Positive = 1e-6
-    """Smallest deviation by which an observation is divided: theirs by default."""
+    """Smallest deviation by which an observation is divided; the default is theirs."""
 
 
 def import_checkpoint(config: ImportCheckpointConfig) -> AuthorsCheckpoint:
-    """Write the run's directory, whole or not at all; returns what was read.
+    """Write the run's directory, whole or not at all; returns the content of the file.
 
     Raises:
-        UserError: the file cannot be used, does not fit the store or the settings, or the
-            directory holds something.
+        UserError: the file cannot be used or does not fit the store or the settings, or the
+            directory is not empty.
     """
     check(config)
     found = AuthorsCheckpoint.read(config.file)
@@ -97,24 +97,24 @@ def import_checkpoint(config: ImportCheckpointConfig) -> AuthorsCheckpoint:
 def _tasks(
     config: ImportCheckpointConfig, found: AuthorsCheckpoint, store: DataStore
 ) -> tuple[str, ...]:
-    """The store's name of each mask's task, in their order."""
+    """The task of each mask, by its name in the store."""
     names = config.tasks or tuple(found.masks)
     tasks = family(store.environment.family).resolve_tasks(names)
     if len(tasks) != len(found.masks):
         raise UserError(
             f"{config.file} has masks of {len(found.masks)} tasks, {', '.join(found.masks)}, and "
-            f"{len(tasks)} are named: name each with --tasks, in this order"
+            f"{len(tasks)} tasks are named: name each task with --tasks, in this order"
         )
     return tasks
 
 
 def _settings(config: ImportCheckpointConfig, found: AuthorsCheckpoint) -> TrainConfig:
-    """Those of the run: the paper preset's where the file and the command say nothing."""
+    """The run's settings; the paper preset gives those that neither file nor command gives."""
     embed_dim, layers, max_timesteps = found.shape
     heads = config.heads or {size[1]: size[2] for size in SIZES.values()}.get(layers)
     if heads is None:
         raise UserError(
-            f"{config.file} has {layers} blocks, and how many heads each has is not in it: give "
+            f"{config.file} has {layers} blocks and does not say how many heads each has: give "
             "--heads"
         )
     numbered = re.search(r"([0-9]{1,8})$", config.file.name)
@@ -139,7 +139,7 @@ def _settings(config: ImportCheckpointConfig, found: AuthorsCheckpoint) -> Train
 
 
 def _write(config: ImportCheckpointConfig, found: AuthorsCheckpoint, run: Run) -> None:
-    """Put weights and masks into a run that was begun, and write its checkpoint."""
+    """Load weights and masks into a new run, and write its checkpoint."""
     trainer = run.trainer
     assert isinstance(trainer.learner, RandomMaskLearner)
     tensors = trainer.tensors() | found.tensors(trainer.learner.vector)
@@ -148,7 +148,7 @@ def _write(config: ImportCheckpointConfig, found: AuthorsCheckpoint, run: Run) -
     run.directory.update(
         {
             "config": to_json(change(run.config, places)),
-            **trainer.learner.describe(),  # the numbers of active weights are of their masks
+            **trainer.learner.describe(),  # counts the active weights of their masks
             "imported": str(config.file.absolute()),
         }
     )
@@ -156,7 +156,7 @@ def _write(config: ImportCheckpointConfig, found: AuthorsCheckpoint, run: Run) -
 
 
 def main() -> None:
-    """The command line: write the run, and say what was left out."""
+    """The command line: write the run, and name the weights that were left out."""
     prepare_cpu()
     config: ImportCheckpointConfig = parse_arguments(
         ImportCheckpointConfig, prog="python -m harmodt.import_checkpoint"
@@ -164,7 +164,7 @@ def main() -> None:
     found, console = import_checkpoint(config), PlainConsole()
     if found.unused:
         names = printable(", ".join(found.unused))
-        console.print(f"left out, as a policy has no use for them: {names}", soft_wrap=True)
+        console.print(f"left out, because a policy does not use them: {names}", soft_wrap=True)
     console.print(
         f"{len(found.masks)} tasks written to {printable(config.output)}: measure it with python "
         f"-m harmodt.evaluate {printable(config.output)}",

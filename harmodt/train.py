@@ -152,6 +152,8 @@ def _refuse_settings_of_others(arguments: Sequence[str], config: TrainConfig) ->
 def begin(preset_name: str, config: TrainConfig, output: Path) -> Run:
     """Begin a new run: check everything, then make its directory.
 
+    A step cannot have more tasks than the run has: `tasks_per_step` is lowered to their number.
+
     Raises:
         UserError: settings, data or device that cannot work; nothing is written then.
     """
@@ -164,6 +166,13 @@ def begin(preset_name: str, config: TrainConfig, output: Path) -> Run:
     store.verify()
     names = config.data.tasks
     tasks = family(store.environment.family).resolve_tasks(names) if names else store.tasks
+    asked, count = config.data.tasks_per_step, len(tasks)
+    if asked > count:
+        console.print(
+            f"--tasks-per-step is lowered from {asked} to {count}, the number of the run's tasks",
+            soft_wrap=True,
+        )
+        config = change(config, {"tasks_per_step": count})
     return Run.begin(output, preset_name, config, store, tasks)
 
 

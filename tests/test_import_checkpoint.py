@@ -206,7 +206,9 @@ def test_the_command_says_what_it_left_out(
     monkeypatch.setattr(sys, "argv", ["import_checkpoint", *map(str, arguments)])
     run_command(command.main)
     printed = " ".join(capsys.readouterr().out.split())
-    assert "left out, as a policy has no use for them: predict_state.weight, predict_r" in printed
+    assert (
+        "left out, because a policy does not use them: predict_state.weight, predict_r" in printed
+    )
     assert "3 tasks written to" in printed
     assert load_policy(tmp_path / "run", device="cpu").step == 12
     with pytest.raises(SystemExit):
@@ -296,12 +298,12 @@ def _mask(name: str, value: object) -> Callable[[dict[str, Any]], Any]:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda content: content["model"], "has no 'model' of named entries"),
-        (lambda content: [content], "has no 'model' of named entries"),
-        (lambda content: {"model": content["model"]}, "has no 'env_masks' of named entries"),
-        (lambda content: content | {"env_masks": {}}, "has no 'env_masks' of named entries"),
-        (lambda content: content | {"env_masks": {"a": 1}}, "has no 'a' of named entries"),
-        (lambda content: content | {"optimizer": Command()}, "nothing in it is run"),
+        (lambda content: content["model"], "has no 'model' with named entries"),
+        (lambda content: [content], "has no 'model' with named entries"),
+        (lambda content: {"model": content["model"]}, "has no 'env_masks' with named entries"),
+        (lambda content: content | {"env_masks": {}}, "has no 'env_masks' with named entries"),
+        (lambda content: content | {"env_masks": {"a": 1}}, "has no 'a' with named entries"),
+        (lambda content: content | {"optimizer": Command()}, "cannot be read without running code"),
         (_weights({"reach-v2_embed_state.weight": torch.zeros(1)}), "--special_embedding"),
         (_weights({"adapter.weight": torch.zeros(1)}), "has the weight 'adapter.weight'"),
         (_without("embed_timestep.weight"), "no tensor 'embed_timestep.weight'"),
@@ -336,7 +338,7 @@ def test_a_file_that_cannot_be_used_is_named_and_nothing_is_written(
         ({"file": "short"}, "short is damaged, or holds more than tensors"),
         ({"file": "unnumbered"}, "unnumbered does not end in a number of training steps"),
         ({"data": "missing"}, "there is no store in"),
-        ({"tasks": ("reach", "push")}, "masks of 3 tasks, reach-v2, .* 2 are named"),
+        ({"tasks": ("reach", "push")}, "masks of 3 tasks, reach-v2, .* 2 tasks are named"),
         ({"tasks": ("reach", "push", "sweep")}, "has no task 'sweep-v3'"),
         ({"heads": 3}, "embed_dim 32 is not a multiple of heads 3"),
         ({"prompt_length": 13}, "no prompt episode of at least 13 steps"),
@@ -366,5 +368,7 @@ def test_heads_follow_from_the_number_of_blocks_where_the_paper_has_it(
     own = SavedRun.open(config.output).config.own
     assert dict(settings(own))["heads"] == 4  # as Table 3 has with 3 blocks
     file = write(tmp_path / "two_6", public_content(layers=2))
-    with pytest.raises(UserError, match=r"two_6 has 2 blocks, and how many heads .* give --heads"):
+    with pytest.raises(
+        UserError, match=r"two_6 has 2 blocks and does not say how many heads .* give --heads"
+    ):
         import_checkpoint(replace(config, file=file, heads=None, output=tmp_path / "other"))

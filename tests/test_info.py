@@ -44,7 +44,13 @@ def write_store(path: Path, rewards: dict[str, list[list[float]]]) -> DataStore:
 
 def facts(tasks: dict[str, tuple[float, float, float]], **counts: int) -> dict[str, Any]:
     """What `describe` would say of tasks with these returns and, each, these counts."""
-    counts = {"episodes": 3, "steps": 81, "prompts": 2, "bytes": 21_226} | counts
+    counts = {
+        "episodes": 3,
+        "steps": 81,
+        "prompts": 2,
+        "shared_prompts": 0,
+        "bytes": 21_226,
+    } | counts
     return {
         "path": "data/store",
         "checksum": "0123abcd",
@@ -152,6 +158,7 @@ def test_the_facts_are_one_json_object(tmp_path: Path, capsys: pytest.CaptureFix
         "episodes": 4,
         "steps": 5,
         "prompts": 2,
+        "shared_prompts": 0,
         "bytes": sum(sizes.values()),
         "tasks": {
             "first": {
@@ -160,6 +167,7 @@ def test_the_facts_are_one_json_object(tmp_path: Path, capsys: pytest.CaptureFix
                 "returns": {"min": -4.25, "mean": -0.25 / 3, "max": 3.5},
                 "success": 0.5,
                 "prompts": 1,
+                "shared_prompts": 0,
                 "bytes": sizes["first"],
             },
             "second": {
@@ -168,6 +176,7 @@ def test_the_facts_are_one_json_object(tmp_path: Path, capsys: pytest.CaptureFix
                 "returns": {"min": 8.0, "mean": 8.0, "max": 8.0},
                 "success": 1.0,
                 "prompts": 1,
+                "shared_prompts": 0,
                 "bytes": sizes["second"],
             },
         },

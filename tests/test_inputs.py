@@ -221,12 +221,15 @@ def test_a_pool_larger_than_what_there_is_takes_all(tmp_path: Path) -> None:
     assert sorted(conditioning.prompts.lengths.tolist()) == [7, 9, 12]
 
 
-@pytest.mark.parametrize("prompt_lengths", [(), (3, 4)])
+@pytest.mark.parametrize(
+    ("prompt_lengths", "remedy"), [((), "train --algorithm mtdt"), ((3, 4), "lower --prompt-len")]
+)
 def test_a_task_without_a_prompt_that_is_long_enough_is_named(
-    tmp_path: Path, prompt_lengths: tuple[int, ...]
+    tmp_path: Path, prompt_lengths: tuple[int, ...], remedy: str
 ) -> None:
     data = task_data(tmp_path / "store", prompt_lengths)
-    with pytest.raises(UserError, match="task push-v3 has no prompt episode of at least 5 steps"):
+    named = f"task push-v3 has no prompt episode of at least 5 steps: .* or {remedy}"
+    with pytest.raises(UserError, match=named):
         TaskConditioning.from_data(data, configure(prompt_length=5))
 
 

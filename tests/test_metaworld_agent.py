@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from experts import ExpertPolicy
 from metaworld.evaluation import evaluation
+from tiny import make_store, make_trainer
 
 from harmodt.errors import UserError
 from harmodt.policies.metaworld_agent import MetaWorldAgent
@@ -38,11 +39,12 @@ def test_experts_are_measured_by_meta_worlds_own_evaluation(envs, monkeypatch):
     assert success == 1 and per_task == dict.fromkeys(TASKS, 1.0)
     assert policy.starts == [([1, 0], 4, [2000, 1000])]
 
-    assert len(policy.rewards) == len(policy.restarts) == len(steps) + 1
+    assert len(policy.rewards) == len(steps)  # nothing is rewarded before the first action
+    assert len(policy.restarts) == len(steps) + 1
     assert policy.restarts[0].all()
     # The policy hears of every reward but those that ended an episode, and of each ending.
     for heard, restarted, (rewards, done) in zip(
-        policy.rewards[1:], policy.restarts[1:], steps, strict=True
+        policy.rewards, policy.restarts[1:], steps, strict=True
     ):
         np.testing.assert_allclose(heard, np.where(done, 0, rewards), atol=1e-9)
         np.testing.assert_array_equal(restarted, done)
@@ -57,6 +59,22 @@ def test_a_second_evaluation_begins_anew(envs):
         assert evaluation(agent, envs, num_episodes=1)[0] == 1
     rewards = np.stack(policy.rewards)
     assert rewards.min() >= 0  # no reward is taken back when the returns begin at 0 again
+
+
+def test_a_trained_policy_hears_of_every_reward_once(envs, tmp_path):
+    policy = make_trainer(make_store(tmp_path / "store", TASKS)).learner.policy(0)
+    targets = np.array([300.0, 500.0])
+    agent = MetaWorldAgent(policy, envs, target_returns=targets)
+    for _ in range(2):  # evaluations
+        observations, _ = envs.reset()
+        agent.reset(np.ones(2, bool))
+        expected = targets.copy()
+        for step in range(5):
+            observations, rewards, *_ = envs.step(agent.eval_action(observations))
+            begun = np.array([False, step == 2])
+            agent.reset(begun)
+            expected = np.where(begun, targets, expected - rewards)
+            np.testing.assert_allclose(policy._returns_to_go, expected, rtol=1e-9)
 
 
 def test_one_hot_task_ids_are_ignored():

@@ -334,6 +334,19 @@ def test_a_prediction_reads_all_that_it_is_told_and_no_later_action() -> None:
     assert torch.equal(one, two)
 
 
+def test_a_prediction_makes_no_causal_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_of = config()
+    model = made(made_of)
+    expected = model(*inputs(made_of))
+
+    def make(*_: object) -> Tensor:
+        raise AssertionError("a mask is made for each prediction")
+
+    monkeypatch.setattr(torch.nn.Transformer, "generate_square_subsequent_mask", make)
+    assert torch.equal(model(*inputs(made_of)), expected)
+    assert model.state_dict().keys() == dict(model.named_parameters()).keys()
+
+
 def test_the_first_actions_of_a_plan_can_be_drawn_alone() -> None:
     made_of = config()
     model, diffusion = made(made_of), Diffusion(20)
@@ -618,6 +631,7 @@ def test_a_plan_is_acted_on_before_the_next(learners: dict[str, MTDiffLearner]) 
     observations = np.zeros((2, SPEC.observation_size))
     for step in range(8):
         policy.act(observations)
+        policy.record_rewards(np.zeros(2))
         if step == 3:
             policy.restart(np.array([False, True]))
     assert drawn == [2, 2, 1, 1, 1]

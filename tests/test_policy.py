@@ -16,6 +16,7 @@ from harmodt.data.store import DataStore, Episode
 from harmodt.data.trajectories import Trajectories
 from harmodt.data.windows import WindowSampler
 from harmodt.data.writer import StoreWriter
+from harmodt.devices import Execution
 from harmodt.draws import TRAIN, Draws
 from harmodt.errors import UserError
 from harmodt.masks.bank import TaskMasks, vote
@@ -212,6 +213,50 @@ def test_recorded_actions_are_those_that_are_computed_anew(
         np.testing.assert_array_equal(recorded, anew)
 
 
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("task_ids", [(0, 0, 1, 2), (2, 0, 2, 1)], ids=["in order", "not"])
+def test_rounds_of_the_same_rows_keep_their_graph(
+    store: DataStore, monkeypatch: pytest.MonkeyPatch, task_ids: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    policy = make_policy(store, fused=True, action_dropout=0.3)
+    fresh = [copy.copy(policy) for _ in range(3)]
+    made: list[object] = []
+    repeated = Execution.repeated
+
+    def count(execution: Execution, function: Any) -> Any:
+        made.append(function)
+        return repeated(execution, function)
+
+    monkeypatch.setattr(Execution, "repeated", count)
+    found = []
+    for number in range(3):
+        targets = np.full(4, 10.0 + number)
+        policy.start(np.array(task_ids), seed=number, target_returns=targets)
+        found.append(play(policy, observations(4, seed=number), rewards(4)))
+    assert len(made) == 1
+    for number, (actions, other) in enumerate(zip(found, fresh, strict=True)):
+        targets = np.full(4, 10.0 + number)
+        other.start(np.array(task_ids), seed=number, target_returns=targets)
+        expected = play(other, observations(4, seed=number), rewards(4))
+        np.testing.assert_array_equal(actions, expected)
+    policy.start(np.array(task_ids[:3]))
+    policy.use_voted_mask()
+    policy.start(np.array(task_ids[:3]))
+    assert len(made) == 1 + 3 + 2
+
+
+@pytest.mark.parametrize(("drop", "draws"), [(0.0, False), (0.5, True), (1.0, False)])
+def test_nothing_is_drawn_where_no_action_or_every_action_is_hidden(
+    store: DataStore, drop: float, draws: bool
+) -> None:
+    policy = make_policy(store, algorithm="mtdt", action_dropout=drop)
+    policy.start(np.array([0, 1]))
+    before = policy._rng.bit_generator.state
+    play(policy, observations(2), rewards(2))
+    assert (policy._rng.bit_generator.state != before) == draws
+
+
 def test_each_task_has_its_own_mask_and_normalisation(store: DataStore) -> None:
     policy = make_policy(store)
     same = np.repeat(observations(1), 3, axis=1)
@@ -247,9 +292,9 @@ def test_a_restarted_row_keeps_nothing_of_a_broken_episode(store: DataStore) -> 
     policy.start(tasks)
     expected = play(policy, seen, paid)
     broken = seen.copy()
-    broken[:, 1] = np.nan
+    broken[:, 1] = 1e30  # the model computes NaN from it
     policy.start(tasks)
-    play(policy, broken, paid)
+    assert np.isnan(play(policy, broken, paid)[:, 1]).any()
     policy.restart(np.array([False, True]))
     after = play(policy, seen, paid)
     np.testing.assert_allclose(after[:, 1], expected[:, 1], rtol=1e-4, atol=1e-5)
@@ -262,6 +307,7 @@ def test_a_restart_draws_a_new_prompt(tmp_path: Path) -> None:
     policy.start(np.array([0, 0]))
     for _ in range(4):
         first.append(policy.act(seen[0]))
+        policy.record_rewards(np.zeros(2))
         policy.restart(np.array([True, False]))
     assert len({action.tobytes() for action in np.stack(first)[:, 0]}) > 1
 

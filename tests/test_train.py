@@ -23,6 +23,7 @@ from harmodt.checkpoint import checkpoint_steps, load_checkpoint
 from harmodt.data.store import DataStore
 from harmodt.errors import UserError
 from harmodt.rundir import RunDirectory
+from harmodt.training.run import SavedRun
 from harmodt.training.trainer import Trainer
 from harmodt_kernels.native import library
 
@@ -46,6 +47,17 @@ def test_a_run_leaves_what_it_promises(store, tmp_path, capsys):
     assert [line["step"] for line in lines if "harmony" in line] == [0, 4, 8]
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     assert str(tmp_path / "run") in capsys.readouterr().out.replace("\n", "")
+
+
+def test_a_step_takes_all_tasks_where_there_are_fewer_than_asked_for(store, tmp_path, capsys):
+    begin(store, tmp_path / "run", "--tasks-per-step", "5")
+    begin(store, tmp_path / "both", "--tasks-per-step", "2")
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("--tasks-per-step is") == 1
+    assert "--tasks-per-step is lowered from 5 to 2, the number of the run's tasks" in said
+    saved = SavedRun.open(tmp_path / "run")
+    assert saved.config.data.tasks_per_step == 2
+    assert_same(tmp_path / "both", tmp_path / "run")
 
 
 def test_masks_move_during_a_run(store, tmp_path):
@@ -117,7 +129,6 @@ def test_bad_settings_are_named(store, tmp_path):
     assert "[0, 1)" in refused(store, tmp_path, "--sparsity", "1.0")
     assert "sparsity" in refused(store, tmp_path, "--sparsity", "-0.1")
     assert "maskable weights" in refused(store, tmp_path, "--eta-max", "1000000")
-    assert "only 2 tasks" in refused(store, tmp_path, "--tasks-per-step", "3")
     assert "not a multiple of heads" in refused(store, tmp_path, "--heads", "5")
     assert "learning_rate" in refused(store, tmp_path, "--learning-rate", "0")
     assert "eta_min" in refused(store, tmp_path, "--eta-min", "200")

@@ -14,6 +14,7 @@ from tiny import TASKS, configure, make_setup, make_store, unpack_masks
 
 from harmodt import evaluate, load_policy
 from harmodt.algorithms import find
+from harmodt.algorithms import unseen as unseen_module
 from harmodt.algorithms.unseen import Unseen, nearest_tasks
 from harmodt.checkpoint import load_checkpoint, save_checkpoint
 from harmodt.data.inputs import TaskConditioning
@@ -66,8 +67,11 @@ def masks_of(run: Path) -> torch.Tensor:
 
 def actions(policy: DecisionPolicy, tasks: int = 2) -> np.ndarray:
     policy.start(np.arange(tasks), seed=3)
-    rows = np.random.default_rng(0).normal(size=(4, tasks, 39))
-    return np.stack([policy.act(observations) for observations in rows])
+    chosen = []
+    for observations in np.random.default_rng(0).normal(size=(4, tasks, 39)):
+        chosen.append(policy.act(observations))
+        policy.record_rewards(np.zeros(tasks))
+    return np.stack(chosen)
 
 
 def test_only_prompts_are_taken_from_an_unseen_task(store: DataStore, others: DataStore) -> None:
@@ -201,10 +205,50 @@ def test_a_model_with_a_task_embedding_is_told_the_mean(
         assert name.startswith("task_embedding") or torch.equal(ours, theirs)
 
 
-def test_without_masks_none_is_voted(store: DataStore, others: DataStore, tmp_path: Path) -> None:
-    path = begin(tmp_path, store, "mtdt")
-    with pytest.raises(UserError, match="mtdt has no masks: evaluate it with --mask none"):
-        load_policy(path, unseen=Unseen(others.path, mask="voted"))
+@pytest.mark.parametrize("algorithm", ["mtdt", "prompt-dt"])
+@pytest.mark.parametrize("mask", ["voted", "random", "nearest"])
+def test_a_mask_is_refused_before_anything_is_computed_where_the_run_has_none(
+    store: DataStore,
+    others: DataStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    algorithm: str,
+    mask: Any,
+) -> None:
+    path = begin(tmp_path, store, algorithm)
+
+    def computed(*_: Any) -> None:
+        raise AssertionError("a model was built or a gradient computed")
+
+    for name in ("build_model", "nearest_tasks"):
+        monkeypatch.setattr(unseen_module, name, computed)
+    with pytest.raises(UserError, match=f"{algorithm} has no masks: evaluate it with --mask none"):
+        load_policy(path, unseen=Unseen(others.path, mask=mask))
+
+
+@pytest.mark.parametrize(
+    ("masks", "reason"),
+    [
+        (["--unseen", "{store}", "--mask", "none", "voted"], "prompt-dt has no masks: evaluate"),
+        (["--mask", "task", "voted"], "has no masks to vote: leave --mask out"),
+    ],
+)
+def test_no_mask_is_played_where_a_later_one_is_refused(
+    store: DataStore,
+    others: DataStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    masks: list[str],
+    reason: str,
+) -> None:
+    path = begin(tmp_path, store, "prompt-dt")
+    monkeypatch.setattr(evaluate, "play", play_nothing)
+    with pytest.raises(SystemExit) as end:
+        command(monkeypatch, path, *(word.format(store=others.path) for word in masks))
+    assert end.value.code == 2
+    assert reason in " ".join(capsys.readouterr().err.split())
+    assert not list((path / "evaluation").glob("*"))
 
 
 def test_a_store_of_another_family_is_refused(run: Path, tmp_path: Path) -> None:

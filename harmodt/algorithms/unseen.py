@@ -80,13 +80,13 @@ def unseen_policy(
         )
     masks = setup.config.own.masks if isinstance(setup.config.own, RandomMaskSettings) else None
     mask = unseen.mask or ("none" if masks is None else "voted")
+    if mask != "none" and masks is None:
+        raise UserError(f"{setup.config.algorithm} has no masks: evaluate it with --mask none")
     conditioning = tuple(
         TaskConditioning.of_unseen(task, setup.conditioning, setup.config) for task in tasks
     )
     bits = None
     if mask != "none":
-        if masks is None:
-            raise UserError(f"{setup.config.algorithm} has no masks: evaluate it with --mask none")
         bits = _masks_under(mask, setup, checkpoint, unseen, conditioning)
     learner = _sequence_learner(setup, conditioning, checkpoint)
     policy = learner.policy_under(bits, checkpoint.step)

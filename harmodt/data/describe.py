@@ -25,11 +25,12 @@ def describe(store: DataStore) -> dict[str, Any]:
          "environment": {"family": str, "observation_size": int, "action_size": int,
                          "episode_length": int, "success": bool, "reward_version": str | null},
          "provenance": {...}, the settings of the command that made the store
-         "episodes": int, "steps": int, "prompts": int (episodes), "bytes": int,
+         "episodes": int, "steps": int, "prompts": int (episodes),
+         "shared_prompts": int (prompts that are training episodes too), "bytes": int,
          "tasks": {name: {"episodes": int, "steps": int,
                           "returns": {"min": float, "mean": float, "max": float},
                           "success": share of the episodes of which it is known, or null,
-                          "prompts": int, "bytes": int}}}
+                          "prompts": int, "shared_prompts": int, "bytes": int}}}
 
     Raises:
         UserError: an array is missing, or is not what was written.
@@ -37,7 +38,7 @@ def describe(store: DataStore) -> dict[str, Any]:
     tasks = {name: _describe_task(store, name) for name in store.tasks}
     totals = {
         count: sum(task[count] for task in tasks.values())
-        for count in ("episodes", "steps", "prompts", "bytes")
+        for count in ("episodes", "steps", "prompts", "shared_prompts", "bytes")
     }
     return {
         "path": str(store.path),
@@ -64,6 +65,7 @@ def _describe_task(store: DataStore, name: str) -> dict[str, Any]:
         "returns": {"min": lowest, "mean": task.mean_return, "max": task.best_return},
         "success": float(known.mean()) if len(known) else None,
         "prompts": len(task.prompts),
+        "shared_prompts": store.shared_prompts(name),
         "bytes": store.size(name),
     }
 
@@ -115,7 +117,9 @@ def _rows(description: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
 def _cells(name: str, counts: dict[str, Any], between: tuple[str, ...]) -> tuple[str, ...]:
     before = f"{counts['episodes']:,}", f"{counts['steps']:,}"
-    return name, *before, *between, f"{counts['prompts']:,}", decimal(counts["bytes"])
+    shared = counts["shared_prompts"]
+    prompts = f"{counts['prompts']:,}" + (f" ({shared:,} shared)" if shared else "")
+    return name, *before, *between, prompts, decimal(counts["bytes"])
 
 
 def _numbers(column: Sequence[float]) -> list[str]:

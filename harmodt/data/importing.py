@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import tyro
@@ -19,6 +19,11 @@ from ..settings import Count, Whole, check
 from .importers import IMPORTERS, Importer, check_episode, importer
 from .store import UNKNOWN, DataStore, Episode
 from .writer import StoreWriter, TaskWriter, make_or_open
+
+_PROMPTS = 10
+"""Most prompt episodes of a task by default."""
+_ONE_IN = 5
+"""By default at most one episode in so many is held out of training as a prompt."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,11 @@ class ImportConfig:
     """Tasks by name (reach-v2, reach) or by set (mt5, mt50); every task found if none is named."""
     episodes: Count | None = None
     """Read only the first so many episodes of each task by number; all by default."""
-    prompt_episodes: Whole = 10
-    """The episodes with the highest return, so many per task, are held apart as prompts, unless
-    the source has prompts of its own."""
+    prompt_episodes: Whole | None = None
+    """How many episodes of each task, the best by return, are prompts and are held out of training.
+    The default is 10, but at most a fifth of the task's episodes; where a fifth is less than one
+    episode, the best episodes are prompts and training data too. 0 is for algorithms without
+    prompt. A source with prompts of its own keeps them."""
     min_length: Count = 1
     """Steps that an episode must have at least; training pads those shorter than its context."""
     datasets: Annotated[
@@ -96,12 +103,12 @@ def _import(
 
     total = sum(map(len, episodes.values()))
     advance = partial(bar.advance, bar.add_task("checking", total=total))
-    prompts = {}
-    for task, which in episodes.items():
-        returns = _read_returns(map(read, which), advance)
-        own = len(source.prompts(task))
-        best = np.argsort(-returns, kind="stable")[: config.prompt_episodes]
-        prompts[task] = set(range(len(which) - own, len(which)) if own else best.tolist())
+    prompts = {
+        task: _choose_prompts(
+            config, _read_returns(map(read, which), advance), len(source.prompts(task))
+        )
+        for task, which in episodes.items()
+    }
     writer = StoreWriter(config.output, {"import": settings}, environment)
     line = bar.add_task("importing", total=total)
     advance = partial(bar.advance, line)
@@ -115,7 +122,7 @@ def _import(
 
 
 def _find_episodes(config: ImportConfig, source: Importer, task: str) -> Sequence[Any]:
-    """The episodes of a task to import, not read yet, with the source's own prompts at the end."""
+    """Find the episodes of a task, which are not read yet; the source's own prompts come last."""
     episodes = source.episodes(task)[: config.episodes]
     if config.episodes and len(episodes) < config.episodes:
         raise UserError(
@@ -124,12 +131,35 @@ def _find_episodes(config: ImportConfig, source: Importer, task: str) -> Sequenc
         )
     if own := source.prompts(task):
         return [*episodes, *own]
-    if len(episodes) <= config.prompt_episodes:
+    if len(episodes) <= (config.prompt_episodes or 0):
         raise UserError(
             f"{task} has {len(episodes)} episodes, and none is left to train on when "
             f"{config.prompt_episodes} are held apart as prompts: lower --prompt-episodes"
         )
     return episodes
+
+
+class _Prompts(NamedTuple):
+    """The prompts of a task: numbers of its episodes, and whether these are training data too."""
+
+    numbers: set[int]
+    shared: bool
+
+
+def _choose_prompts(config: ImportConfig, returns: np.ndarray, own: int) -> _Prompts:
+    """Choose the prompts of a task.
+
+    Args:
+        returns: float64 [E], the return of each of its episodes.
+        own: how many of them, the last ones, the source itself holds apart as prompts.
+    """
+    if own:
+        return _Prompts(set(range(len(returns) - own, len(returns))), shared=False)
+    best = np.argsort(-returns, kind="stable").tolist()
+    if config.prompt_episodes is not None:
+        return _Prompts(set(best[: config.prompt_episodes]), shared=False)
+    held_out = min(_PROMPTS, len(returns) // _ONE_IN)
+    return _Prompts(set(best[: held_out or _PROMPTS]), shared=not held_out)
 
 
 def _read_episode(
@@ -153,12 +183,14 @@ def _read_returns(episodes: Iterable[Episode], advance: Callable[[], None]) -> n
 
 
 def _write_task(
-    writer: TaskWriter, episodes: Iterable[Episode], prompts: set[int], advance: Callable[[], None]
+    writer: TaskWriter, episodes: Iterable[Episode], prompts: _Prompts, advance: Callable[[], None]
 ) -> None:
-    """Write episodes; `prompts` are the numbers of those to hold apart."""
+    """Write the episodes of a task as training episodes, as prompts, or as both."""
     for number, episode in enumerate(episodes):
-        add = writer.add_prompt if number in prompts else writer.add
-        add(episode)
+        if number in prompts.numbers:
+            writer.add_prompt(episode, prompts.shared)
+        if number not in prompts.numbers or prompts.shared:
+            writer.add(episode)
         advance()
 
 

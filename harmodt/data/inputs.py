@@ -1,7 +1,7 @@
-"""From a time step, stored or observed, to what a model reads; prompts; target returns.
+"""Turns time steps, stored or observed, into network inputs; draws prompts; sets target returns.
 
-What must be known of each task for that is its conditioning. It is taken from the data once and
-saved with the run, so that a trained policy needs no store.
+For this a task has a conditioning: normalisation, prompts and target. A run takes it from the data
+once and saves it, so that a trained policy needs no store.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class TaskConditioning:
 
     Attributes:
         name: task name.
-        mean, deviation: float32 [O]; the deviation is floored by the run's `deviation_floor`,
-            because many of Meta-World's dimensions are constant within a task's data and a tiny
-            shift at evaluation would otherwise become an enormous input.
-        prompts: the held-apart episodes of highest return, the best first; none for a model
-            without prompt.
-        target_return: the return asked for at evaluation, the best of the task's data (the
-            paper's G*_i) unless the run gives one.
+        mean, deviation: float32 [O]. The deviation is at least the run's `deviation_floor`: many
+            of Meta-World's dimensions are constant within a task's data, and a tiny shift at
+            evaluation would otherwise become an enormous input.
+        prompts: the prompt episodes of highest return, the best first; none for a model without
+            prompt.
+        target_return: the return to aim at in evaluation. By default it is the best return of all
+            the task's episodes, training and prompts (the paper's G*_i).
     """
 
     name: str
@@ -49,28 +49,30 @@ class TaskConditioning:
 
     @classmethod
     def from_data(cls, data: TaskData, config: TrainConfig) -> TaskConditioning:
-        """Take a task's conditioning from its data.
+        """Make a task's conditioning from its data.
 
         Raises:
-            UserError: no held-apart episode is as long as a prompt.
+            UserError: the model has a prompt, and no prompt episode is as long as one.
         """
         target = config.evaluation.target_return
+        best = max([data.best_return, *data.prompts.returns.tolist()])
         return cls(
             name=data.name,
             mean=data.observation_mean,
             deviation=np.maximum(data.observation_std, np.float32(config.data.deviation_floor)),
             prompts=_select(data.prompts, _choose_prompts(data, config.own.prompts())),
-            target_return=data.best_return if target is None else target,
+            target_return=best if target is None else target,
         )
 
     @classmethod
     def of_unseen(
         cls, data: TaskData, trained: Sequence[TaskConditioning], config: TrainConfig
     ) -> TaskConditioning:
-        """The conditioning of a task that is met untrained: its prompt episodes alone are its own.
+        """Make the conditioning of a task that the run was not trained on.
 
-        Observations are normalised by the mean of the training tasks' means and deviations, and the
-        target return is the best of its prompts, unless the run gives one.
+        It uses the task's prompt episodes and no other data of it. The mean and the deviation are
+        averages over the training tasks. The target is the best return of the prompts, unless the
+        run gives one.
 
         Raises:
             UserError: no prompt episode is as long as a prompt.
@@ -78,7 +80,7 @@ class TaskConditioning:
         if not len(data.prompts):
             raise UserError(
                 f"task {data.name} has no prompt episodes, which are all that an unseen task may "
-                "show: make the store again with --prompt-episodes"
+                "show: make the store again with --prompt-episodes 10"
             )
         target = config.evaluation.target_return
         return cls(
@@ -91,13 +93,14 @@ class TaskConditioning:
 
 
 class Inputs:
-    """Turns time steps of some tasks into what a model reads.
+    """Turns time steps of some tasks into network inputs.
 
     Args:
         conditioning: one entry per task; index = task id.
-        settings: scale of returns, share of hidden actions.
-        max_timesteps: later time steps count as the last of so many.
-        prompt: of what prompts are drawn; None for a model without.
+        settings: gives the scale of returns and the share of hidden actions.
+        max_timesteps: number of time steps that the model tells apart; later ones count as the
+            last.
+        prompt: how prompts are drawn; None for a model without prompt.
         device: prompts are copied to this device, and everything is computed there. None: prompts
             stay in their arrays, and the CPU computes.
     """
@@ -131,13 +134,13 @@ class Inputs:
         timesteps: Tensor,
         valid: Tensor,
     ) -> Steps:
-        """Time steps of some tasks as they are stored or observed, all of some shape [G, ...].
+        """Normalise, scale and clip time steps, all of some shape [G, ...].
 
         Args:
             task_ids: int64 [G].
             returns_to_go: [G, ...], unscaled.
             observations: [G, ..., O], unnormalised.
-            actions: [G, ..., A]; data may hold unclipped ones, which environments execute clipped.
+            actions: [G, ..., A]; environments clip actions to [-1, 1], and so does this.
             timesteps: int64 [G, ...], from 0.
             valid: bool [G, ...], False for padding.
         """
@@ -150,7 +153,7 @@ class Inputs:
         )
 
     def normalise(self, task_ids: Tensor, observations: Tensor) -> Tensor:
-        """Observations [G, ..., O] of some tasks, int64 [G], by each task's statistics, float32."""
+        """Normalise observations [G, ..., O] by each task's statistics; task ids are int64 [G]."""
         mean, deviation = (
             part.view(len(task_ids), *[1] * (observations.dim() - 2), -1)
             for part in self._statistics[task_ids].unbind(1)
@@ -165,24 +168,24 @@ class Inputs:
         times: Tensor,
         valid: Tensor,
     ) -> Steps:
-        """Stored steps.
+        """Read stored steps as network inputs.
 
         Args:
-            trajectories: of the same tasks.
+            trajectories: the stored episodes of the same tasks.
             task_ids: int64 [G].
-            episodes: int64 [G, B], of these tasks.
-            times: int64 [G, B, L], steps from the beginning of the episode.
-            valid: bool [G, B, L].
+            episodes: int64 [G, B], episodes of these tasks.
+            times: int64 [G, B, L], time steps of the episodes.
+            valid: bool [G, B, L], False for padding.
         """
         returns_to_go, observations, actions = trajectories.gather(task_ids, episodes, times)
         return self.steps(task_ids, returns_to_go, observations, actions, times, valid)
 
     def hidden(self, words: Tensor) -> Tensor:
-        """Whether an action is hidden from the model, bool [...], by a random word each."""
+        """Draw which actions are hidden from the model, bool [...], by a random word each."""
         return coin(words, self.settings.action_dropout)
 
     def hide(self, actions: Tensor, hidden: Tensor) -> Tensor:
-        """Previous actions [..., A] as the model sees them: those that are hidden, [...], are 0."""
+        """Replace the hidden ones of some actions [..., A] by 0; `hidden` is bool [...]."""
         return actions.masked_fill(hidden[..., None], 0)
 
     def draw_prompts(
@@ -211,7 +214,7 @@ class Inputs:
         return episodes, starts[..., None] + self._prompt_times
 
     def prompts(self, task_ids: Tensor, episodes: Tensor, times: Tensor) -> Steps:
-        """Prompts [G, B, K*] at the places that were drawn."""
+        """Read the prompts that `draw_prompts` drew, [G, B, K*]."""
         valid = torch.ones_like(times, dtype=torch.bool)
         return self.of_episodes(self._prompts, task_ids, episodes, times, valid)
 
@@ -302,15 +305,16 @@ def _of_task(
 
 
 def _choose_prompts(data: TaskData, prompt: PromptSettings | None) -> np.ndarray:
-    """The episodes that prompts are drawn from, int64 [n], the best first."""
+    """Choose the episodes that prompts are drawn from, int64 [n], the best first."""
     if prompt is None:
         return np.zeros(0, np.int64)
     best = np.argsort(-data.prompts.returns, kind="stable")
     usable = best[data.prompts.lengths[best] >= prompt.prompt_length]
     if not len(usable):
+        otherwise = "lower --prompt-length" if len(best) else "train --algorithm mtdt"
         raise UserError(
             f"task {data.name} has no prompt episode of at least {prompt.prompt_length} steps: "
-            "make the store again with prompt episodes, or lower prompt_length"
+            f"make the store again with --prompt-episodes 10, or {otherwise}"
         )
     return usable[: prompt.prompt_pool]
 

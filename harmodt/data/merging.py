@@ -109,8 +109,10 @@ def _merge(stores: Sequence[DataStore], writer: StoreWriter, bar: Progress) -> N
                 for episode in _read(store, name, "train"):
                     task_writer.add(episode)
                     bar.advance(line)
-                for episode in _read(store, name, "prompts"):
-                    task_writer.add_prompt(episode)
+                # Which of them are shared is not recorded; the merged store counts them alike.
+                shared = store.shared_prompts(name)
+                for number, episode in enumerate(_read(store, name, "prompts")):
+                    task_writer.add_prompt(episode, shared=number < shared)
                     bar.advance(line)
     writer.finish(tuple(tasks))
 

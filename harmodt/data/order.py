@@ -1,4 +1,4 @@
-"""Which tasks each step of a run is trained on."""
+"""The tasks that each training step uses."""
 
 from __future__ import annotations
 
@@ -11,34 +11,37 @@ from ..errors import UserError
 
 
 class TaskOrder:
-    """The tasks of every step of a run, each a function of the step alone.
+    """Chooses the tasks of each step of a run. They depend on the run's seed and the step alone.
 
     Args:
-        settings: tasks of a step, and how they are chosen.
-        tasks: number of tasks.
-        seed: of the run.
+        settings: how many tasks a step has, and how they are chosen.
+        tasks: number of tasks of the run.
+        seed: seed of the run.
 
     Raises:
-        UserError: tasks_per_step is above the number of tasks.
+        UserError: `tasks_per_step` is larger than the number of tasks.
     """
 
     def __init__(self, settings: DataSettings, tasks: int, seed: int):
         if settings.tasks_per_step > tasks:
             raise UserError(
                 f"tasks_per_step is {settings.tasks_per_step}, but there are only {tasks} tasks: "
-                "give at most that many"
+                f"give --tasks-per-step {tasks} or fewer"
             )
         self._settings = settings
         self._tasks = torch.arange(tasks)
         self._seed = seed
 
     def of(self, steps: range) -> Tensor:
-        """The tasks of some consecutive steps, counted from 1: int64 [S, G] on the CPU.
+        """Choose the tasks of consecutive steps; the first step of a run is 1.
 
-        Drawing for many steps takes hardly longer than for one.
+        To draw for many steps takes hardly longer than to draw for one.
+
+        Returns:
+            Task ids, int64 [S, G], on the CPU.
         """
         count, tasks = self._settings.tasks_per_step, len(self._tasks)
-        done = torch.arange(steps.start - 1, steps.stop - 1)[:, None]  # steps before each
+        done = torch.arange(steps.start - 1, steps.stop - 1)[:, None]  # done before each step
         if self._settings.task_sampling == "round-robin":
             return (done * count + torch.arange(count)) % tasks
         if count == tasks:

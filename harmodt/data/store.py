@@ -185,6 +185,10 @@ class DataStore:
             self._opened[name] = self._open_task(name)
         return self._opened[name]
 
+    def shared_prompts(self, task: str) -> int:
+        """How many of a task's prompt episodes are training episodes too."""
+        return self.manifest["tasks"][task].get("shared_prompts", 0)
+
     @property
     def steps(self) -> int:
         """Training steps of all tasks."""
@@ -299,7 +303,7 @@ class _Array(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Task(msgspec.Struct, forbid_unknown_fields=True):
-    """The manifest's entry of a task."""
+    """The manifest's entry of a task; `shared_prompts` of its prompts are training episodes too."""
 
     episodes: Count
     steps: Count
@@ -309,6 +313,7 @@ class _Task(msgspec.Struct, forbid_unknown_fields=True):
     observation_mean: list[float]
     observation_std: list[float]
     files: dict[str, _Array]
+    shared_prompts: Whole = 0
 
 
 class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
@@ -335,7 +340,8 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
         }
         entries = {key: (entry.dtype, entry.shape) for key, entry in task.files.items()}
         sizes = {len(task.observation_mean), len(task.observation_std)}
-        if entries != arrays or sizes != {environment.observation_size}:
+        fits = sizes == {environment.observation_size}
+        if entries != arrays or not fits or task.shared_prompts > task.prompt_episodes:
             raise UserError(_damaged(path, f"the entries of {name} do not fit together"))
 
 

@@ -124,6 +124,7 @@ class TaskWriter:
         self._environment = environment
         self._train = _EpisodesWriter(path, environment, files)
         self._prompts = _EpisodesWriter(path / PROMPTS, environment, files)
+        self._shared = 0
         self._moments = _Moments(environment.observation_size)
 
     def add(self, episode: Episode) -> None:
@@ -132,19 +133,21 @@ class TaskWriter:
         self._train.add(episode)
         self._moments.add(episode.observations)
 
-    def add_prompt(self, episode: Episode) -> None:
-        """Append a prompt episode."""
+    def add_prompt(self, episode: Episode, shared: bool = False) -> None:
+        """Append a prompt episode; `shared` says that it is a training episode too."""
         _check_episode(episode, self._environment)
         self._prompts.add(episode)
+        self._shared += shared
 
     def finish(self) -> dict[str, Any]:
-        """Complete the arrays; returns the entry of the task in the manifest."""
+        """Complete the arrays; returns the task's entry in the manifest."""
         train, prompts = self._train.finish(), self._prompts.finish()
         returns = self._train.returns
         return {
             "episodes": len(returns),
             "steps": self._train.steps,
             "prompt_episodes": len(self._prompts.returns),
+            "shared_prompts": self._shared,
             "best_return": max(returns),
             "mean_return": float(np.mean(returns)),
             "observation_mean": self._moments.mean.tolist(),

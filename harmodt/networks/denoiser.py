@@ -1,10 +1,10 @@
 """The Transformer of MTDiff, which predicts the noise in a plan of actions.
 
-It is the planner's of He et al., "Diffusion Model is an Effective Planner and Data Synthesizer for
-Multi-Task Reinforcement Learning", NeurIPS 2023 (arXiv 2305.18459). The paper says of what tokens
-it reads and that a GPT-2 computes them; the widths of the embeddings, what time and return are
-multiplied with and added to, and causal attention are those of the authors' code, and come to
-5.32 M parameters at d = 256, 4 blocks, 20 steps of a prompt and 32 planned actions.
+It is the planner of He et al., "Diffusion Model is an Effective Planner and Data Synthesizer for
+Multi-Task Reinforcement Learning", NeurIPS 2023 (arXiv 2305.18459). The paper says which tokens it
+reads and that a GPT-2 computes them. The rest follows the authors' code: the widths of the
+embeddings, where the embeddings of time and return are multiplied and added, and causal attention.
+It has 5.32 M parameters at d = 256, 4 blocks, 20 steps of a prompt and 32 planned actions.
 
 Shapes: N plans, H actions of a plan, h observations before it, d embedding dimension.
 """
@@ -22,18 +22,19 @@ from torch import Tensor, nn
 from ..masks.vector import ParameterVector
 
 BEFORE = 2
-"""Tokens before the task's: those of the diffusion's time and of the return."""
+"""Number of tokens before the task's: one for the diffusion's time, one for the return."""
 
 
 @dataclass(frozen=True)
 class DenoiserConfig:
-    """What a denoiser is made of.
+    """Sizes of a denoiser.
 
     Attributes:
         observation_size, action_size: components of an observation and of an action.
-        task_size, task_length: numbers in a token that tells the task, and how many such there are.
+        task_size, task_length: numbers in each token that tells the task, and count of these
+            tokens.
         context_length: h, observations that a plan is made from, the present one last.
-        horizon: H, actions of a plan, at most.
+        horizon: H, most actions of a plan.
         embed_dim, layers, heads: d, number of blocks, attention heads of each.
         dropout: of attention and of both layers of an MLP.
     """
@@ -67,13 +68,13 @@ class Situation(NamedTuple):
 class Denoiser(nn.Module):
     """Predicts the noise in plans.
 
-    Tokens are the diffusion's time, the return, the task's, the observations and the actions of the
-    plan, in that order; each reads those before it. So what is predicted of an action depends on
-    none after it, and the first actions of a plan can be had without the rest.
+    The tokens are the diffusion's time, the return, the task's, the observations and the plan's
+    actions, in that order. Each token reads those before it. The prediction for an action therefore
+    depends on no later action, and the first actions of a plan can be drawn without the rest.
 
     Args:
-        config: what it is made of.
-        device: where the parameters live; they are initialised on the CPU from torch's default
+        config: sizes.
+        device: device of the parameters; they are initialised on the CPU from torch's default
             generator.
     """
 
@@ -103,40 +104,54 @@ class Denoiser(nn.Module):
             block, config.layers, final_norm, enable_nested_tensor=False
         )
         self.noise_head = nn.Linear(d, config.action_size)
+        self._causal = nn.Transformer.generate_square_subsequent_mask(
+            len(self.positions), torch.device(device)
+        )
         _initialise_as_gpt2(self.blocks)
         self.vector = ParameterVector(self, torch.device(device))
 
-    def forward(self, plans: Tensor, times: Tensor, situation: Situation, told: Tensor) -> Tensor:
-        """The noise in plans.
+    def forward(
+        self, plans: Tensor, times: Tensor, situation: Situation, conditioned: Tensor
+    ) -> Tensor:
+        """Predict the noise in plans.
 
         Args:
             plans: float32 [N, H or fewer, A], with noise.
-            times: int64 [N], of the diffusion.
-            situation: what the plans are for.
-            told: bool [N], whether the return is told; else its embedding is 0.
+            times: int64 [N], time steps of the diffusion.
+            situation: what the plans are made for.
+            conditioned: bool [N], whether a plan is conditioned on the return; the return's
+                embedding is 0 where it is not.
 
         Returns:
             float32, of the plans' shape.
         """
-        return self.predict(plans, times, self.embed(situation, told))
+        return self.predict(plans, times, self.embed(situation, conditioned))
 
-    def embed(self, situation: Situation, told: Tensor) -> tuple[Tensor, Tensor]:
-        """What `predict` reads of a situation, whatever the time: of the return, and all tokens
-        between the time's and the plan's."""
+    def embed(self, situation: Situation, conditioned: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed what does not depend on the diffusion's time, for `predict`.
+
+        Args:
+            situation: what the plans are made for.
+            conditioned: bool [N], as in `forward`.
+
+        Returns:
+            The return's embedding [N, 1, d], and all tokens between the time's and the plan's
+            [N, 1 + task_length + h, d].
+        """
         returns = self.return_embedding(situation.returns_to_go[:, None, None])
-        returns = returns * told[:, None, None]
+        returns = returns * conditioned[:, None, None]
         task = self.task_embedding(situation.task)
         return returns, torch.cat(
             (returns, task, self.observation_embedding(situation.observations)), dim=1
         )
 
     def predict(self, plans: Tensor, times: Tensor, embedded: tuple[Tensor, Tensor]) -> Tensor:
-        """The noise in plans, as `forward` gives it, from what `embed` returned."""
+        """Predict the noise in plans as `forward` does, from what `embed` returned."""
         returns, context = embedded
         time = self.time_embedding(_waves(times, self.config.embed_dim))[:, None]
         x = torch.cat((time, context, self.action_embedding(plans)), dim=1)
         x = self.embedding_norm(time * x + returns + self.positions[: x.shape[1]])
-        causal = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
+        causal = self._causal[: x.shape[1], : x.shape[1]].to(x.dtype)
         x = self.blocks(x, mask=causal, is_causal=True)
         return self.noise_head(x[:, -plans.shape[1] :]).float()
 

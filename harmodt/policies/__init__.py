@@ -1,4 +1,4 @@
-"""What acts in environments: the interface of every policy."""
+"""The interface of every policy."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ Sampler = Literal["ddpm", "ddim"]
 
 
 class Policy(Protocol):
-    """Acts in N episodes in lock-step.
+    """Acts in N episodes in lock-step; row n of every array belongs to episode n.
+
+    Call `start` once. Then alternate `act`, the environments' step, and `record_rewards`. Where an
+    episode has ended, call `restart` after `record_rewards`.
 
     Attributes:
         tasks: task names; index = task id.
-        target_returns: float64 [T], the return asked for in each task.
-        environment: what its tasks are tasks of.
-        step: training steps of its weights.
-        mask: "task" if each task has its own mask, "voted" for that of Eq. 13, "none" without, or
-            another that unseen tasks are met under.
-        unseen: where the tasks were not trained on, the checksum of the store of their prompts.
-        backend, precision, device: where and how it computes, by name.
+        target_returns: float64 [T], the return that the policy aims at in each task.
+        environment: the environments of the tasks.
+        step: number of training steps after which the weights were saved.
+        mask: "task" if each task has its own mask, "voted" for the mask of Eq. 13, "none" without
+            masks, or the name of another mask for unseen tasks.
+        unseen: checksum of the store with the prompts of the tasks, where the tasks were not
+            trained on; otherwise None.
+        backend, precision, device: names of the kernels, precision and device that it uses.
     """
 
     tasks: tuple[str, ...]
@@ -37,13 +41,13 @@ class Policy(Protocol):
 
     @property
     def plans(self) -> dict[str, str | int | float] | None:
-        """How they are drawn, by the names of `PlanSettings`, if it plans."""
+        """The settings of its plans, by their names in `PlanSettings`; None if it does not plan."""
 
     def use_voted_mask(self) -> None:
-        """Act in every task under the mask for unseen tasks (Eq. 13).
+        """Use the mask for unseen tasks (Eq. 13) in every task; takes effect at `start`.
 
         Raises:
-            UserError: there are no masks to vote.
+            UserError: the policy has no masks.
         """
 
     def start(
@@ -53,8 +57,9 @@ class Policy(Protocol):
 
         Args:
             task_ids: int [N], the task of each row.
-            seed: of what the policy draws.
-            target_returns: float [N], unscaled; by default each task's.
+            seed: seed of everything that the policy draws, such as prompts.
+            target_returns: float [N], unscaled, the return to aim at in each row; by default each
+                task's.
         """
 
     def restart(self, rows: np.ndarray) -> None:
@@ -64,4 +69,4 @@ class Policy(Protocol):
         """Choose actions, float32 [N, A] in [-1, 1], after observations float [N, O]."""
 
     def record_rewards(self, rewards: np.ndarray) -> None:
-        """Take in the rewards of the last actions, float [N]."""
+        """Tell the policy the rewards of its last actions, float [N], once after each `act`."""

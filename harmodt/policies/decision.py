@@ -1,4 +1,4 @@
-"""A decision transformer as a policy over many episodes at once."""
+"""A decision transformer as a policy that acts in many episodes at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..batch import Layout, Steps, move
+from ..batch import Steps, move
 from ..data.inputs import Inputs
 from ..devices import Execution
 from ..environments import EnvironmentSpec
@@ -16,20 +16,20 @@ from .trained import TrainedPolicy
 
 
 class DecisionPolicy(TrainedPolicy):
-    """Acts in N episodes in lock-step, one model call per time step; a `Policy`.
+    """Acts in N episodes in lock-step, with one model call per time step; a `Policy`.
 
-    An episode's history starts empty; its return-to-go starts at the task's target and falls by
-    each reward. The prompt is encoded once per episode.
+    An episode begins with an empty history. The policy encodes a prompt once per episode.
+    Histories stay on the model's device: a step uploads the present observation, not the history.
 
     Args:
-        model: the model, on its device; it is put into evaluation mode.
+        model: the model, on its device; the policy puts it into evaluation mode.
         mask_bits: the tasks' masks as `MaskBank` has them, or None for a model without masks.
-        inputs: of the tasks; index = task id.
+        inputs: turns observations of the tasks into network inputs; index = task id.
         context_length: K, steps of history.
-        environment: what the tasks are tasks of.
+        environment: the environments of the tasks.
         execution: where and how the model computes.
-        step: training steps of the weights.
-        unseen_threshold: share of tasks of the voted mask.
+        step: number of training steps after which the weights were saved.
+        unseen_threshold: the voted mask has a weight if more than this share of the tasks has it.
     """
 
     def __init__(
@@ -50,9 +50,10 @@ class DecisionPolicy(TrainedPolicy):
             self.mask = "task"
         self._context_length = context_length
         self._unseen_threshold = unseen_threshold
+        self._prepared_for: tuple[np.ndarray, Tensor | None] | None = None
 
     def use_voted_mask(self) -> None:
-        """Put the mask for unseen tasks (Eq. 13) in the place of every task's own.
+        """Replace every task's mask by the mask for unseen tasks (Eq. 13).
 
         Raises:
             UserError: the run has no masks.
@@ -65,69 +66,41 @@ class DecisionPolicy(TrainedPolicy):
         self.mask_bits = voted_masks(self.mask_bits, self._unseen_threshold, levels, tasks)
         self.mask = "voted"
 
-    def start(
-        self, task_ids: np.ndarray, seed: int = 0, target_returns: np.ndarray | None = None
-    ) -> None:
-        """Begin N new episodes.
-
-        Args:
-            task_ids: int [N], the task of each row.
-            seed: seed of the prompts.
-            target_returns: float [N], unscaled; by default each task's.
-        """
-        self._task_ids = np.asarray(task_ids)
-        self._tasks = torch.from_numpy(self._task_ids.astype(np.int64))
+    def _begin(self, seed: int) -> None:
         self._rng = np.random.default_rng(seed)
-        self._targets = (
-            self.target_returns[self._task_ids] if target_returns is None else target_returns
-        ).astype(np.float64)
-        rows, length = len(self._task_ids), self._context_length
-        self._returns_to_go = self._targets.copy()
-        self._time = np.zeros(rows, np.int64)
-        self._history = Steps(
-            returns_to_go=torch.zeros(rows, length),
-            observations=torch.zeros(rows, length, self.environment.observation_size),
-            actions=torch.zeros(rows, length, self.environment.action_size),
-            timesteps=torch.zeros(rows, length, dtype=torch.int64),
-            valid=torch.zeros(rows, length, dtype=torch.bool),
-        )
-        self._groups = _Groups(self._task_ids)
-        self._group_ids, self._masks = self._on_device(self._groups)
-        self._prompt_cache: PromptCache | None = None
-        if self._execution.repeats:
-            self._prepare_graph()
-        self.restart(np.ones(rows, bool))
+        if not self._is_prepared():
+            self._prepare()
 
-    def restart(self, rows: np.ndarray) -> None:
-        """Begin new episodes in the rows where `rows`, bool [N], is True."""
-        self._returns_to_go[rows] = self._targets[rows]
-        self._time[rows] = 0
-        for part in self._history:  # all of it: a weight of 0 does not keep a NaN out
-            part[torch.from_numpy(rows)] = 0
-        if self._inputs.prompt is not None and rows.any():
+    def _restart(self, rows: np.ndarray) -> None:
+        restarted = self._on_device(np.flatnonzero(rows))
+        # Old values are cleared, not only marked invalid: attention gives them the weight 0, and
+        # 0 times NaN is NaN.
+        for part in self._history:
+            part[restarted] = 0
+        if self._inputs.prompt is not None:
             self._encode_prompts(np.flatnonzero(rows))
 
-    def act(self, observations: np.ndarray) -> np.ndarray:
-        """Choose actions, float32 [N, A] in [-1, 1], after observations float [N, O]."""
+    def _act(self, observations: np.ndarray) -> np.ndarray:
         present = self._append(observations)
-        lengths = np.minimum(self._time, self._context_length)
-        # What is the host's comes before the model, which takes the caches from it.
-        hidden = self._inputs.hidden(self._words(len(lengths)))
+        lengths = np.minimum(self._time + 1, self._context_length)
+        # The draws come first: the model evicts from the CPU's caches what they read.
+        hidden = self._draw_hidden()
         in_graph = self._execution.repeats and lengths.min() >= self._shortest_in_graph
         actions = self._actions_in_graph() if in_graph else self._actions(lengths)
-        chosen = actions.cpu().flatten(0, 1)[self._groups.index]
+        chosen = actions.flatten(0, 1)[self._groups.index]
         self._history.actions[present] = self._inputs.hide(chosen, hidden)
-        return chosen.numpy()
-
-    def record_rewards(self, rewards: np.ndarray) -> None:
-        """Lower each row's return-to-go by the reward of its last action, float [N]."""
-        self._returns_to_go -= rewards
+        return chosen.cpu().numpy()
 
     def _actions(self, lengths: np.ndarray) -> Tensor:
         """The model's actions, [G, B, A], after histories of some lengths, int [N]."""
         begun = Steps(*(part[:, : lengths.max()] for part in self._history))
-        history = Steps(*move(self._groups.lay_out(begun), self._execution.device))
-        return self._computed(history, int(lengths.min()))
+        return self._computed(Steps(*self._groups.lay_out(begun)), int(lengths.min()))
+
+    def _actions_in_graph(self) -> Tensor:
+        """The same actions by the graph, after histories that it can compute."""
+        if not self._groups.in_order:
+            torch._foreach_copy_(list(self._inputs_of_graph), self._groups.lay_out(self._history))
+        return self._graph()
 
     def _computed(self, history: Steps, shortest: int) -> Tensor:
         with torch.inference_mode(), self._execution.computing():
@@ -135,115 +108,137 @@ class DecisionPolicy(TrainedPolicy):
                 history, self._group_ids, self._masks, self._prompt_cache, shortest
             )
 
-    def _prepare_graph(self) -> None:
-        """Find a place for whole histories, which is that of a graph's inputs.
+    def _is_prepared(self) -> bool:
+        """Whether `_prepare` was called for the same rows under the same masks."""
+        if self._prepared_for is None:
+            return False
+        task_ids, mask_bits = self._prepared_for
+        return mask_bits is self.mask_bits and np.array_equal(task_ids, self._task_ids)
 
-        On a CPU they stay there, if their rows are laid out as they are.
+    def _prepare(self) -> None:
+        """Make what depends on the rows' tasks and masks alone: histories, masks and the graph.
+
+        Rounds of the same rows keep them, because a graph takes long to make.
         """
-        device, history = self._execution.device, self._groups.lay_out(self._history)
-        self._layout = Layout(history)
-        self._place = self._layout.pack(history, device).to(device)
-        steps = Steps(*self._layout.views(self._place))
-        self._history_in_place = device.type == "cpu" and self._groups.in_order
-        if self._history_in_place:
-            self._history = Steps(*(part.flatten(0, 1) for part in steps))
-        self._repeated = self._execution.repeated(
-            lambda: self._computed(steps, self._shortest_in_graph)
+        self._groups = _Groups(self._task_ids, self._execution.device)
+        self._group_ids, self._masks = self._masks_of(self._groups)
+        self._prompt_cache: PromptCache | None = None
+        self._history = self._empty_history()
+        self._inputs_of_graph = Steps(*self._groups.lay_out(self._history))
+        if self._groups.in_order:  # the history itself can be the graph's input
+            self._history = Steps(*(part.flatten(0, 1) for part in self._inputs_of_graph))
+        self._graph = self._execution.repeated(
+            lambda: self._computed(self._inputs_of_graph, self._shortest_in_graph)
+        )
+        self._prepared_for = self._task_ids, self.mask_bits
+
+    def _empty_history(self) -> Steps:
+        """Histories without a valid step, [N, K, ...], on the model's device."""
+        shape, device = (len(self._task_ids), self._context_length), self._execution.device
+        return Steps(
+            returns_to_go=torch.zeros(shape, device=device),
+            observations=torch.zeros(*shape, self.environment.observation_size, device=device),
+            actions=torch.zeros(*shape, self.environment.action_size, device=device),
+            timesteps=torch.zeros(shape, dtype=torch.int64, device=device),
+            valid=torch.zeros(shape, dtype=torch.bool, device=device),
         )
 
     @property
     def _shortest_in_graph(self) -> int:
-        """Steps of the shortest history that is computed in a graph, with padding to the longest.
+        """Steps of the shortest history that the graph computes; it pads each one to K steps.
 
-        A GPU hardly notices the padding; a CPU would, so its graph is of full histories.
+        A GPU hardly notices the padding. A CPU would, so its graph computes full histories alone.
         """
         return 1 if self._execution.device.type == "cuda" else self._context_length
 
-    def _actions_in_graph(self) -> Tensor:
-        """The same actions, from histories of which none is shorter than those in the graph."""
-        if not self._history_in_place:
-            packed = self._layout.pack(self._groups.lay_out(self._history), self._place.device)
-            self._place.copy_(packed, non_blocking=True)
-        return self._repeated()
-
     def _append(self, observations: np.ndarray) -> tuple[slice | Tensor, int | Tensor]:
-        """Write the present step after each history's last one; a full one loses its first.
+        """Write the present step after each history's last one; a full history loses its first.
 
         Returns:
-            Where the present step of every row is in the histories.
+            The index of every row's present step in the histories.
         """
-        rows, last = len(self._time), self._context_length - 1
-        full = self._time > last
-        present = self._inputs.steps(
-            self._tasks,
-            torch.from_numpy(self._returns_to_go),
-            torch.from_numpy(np.asarray(observations, np.float32)),
-            torch.zeros(rows, self.environment.action_size),  # yet to be chosen
-            torch.from_numpy(self._time),
-            torch.ones(rows, dtype=torch.bool),
-        )
-        losing: slice | Tensor = slice(None)
-        place: tuple[slice | Tensor, int | Tensor] = (slice(None), last)
-        if not full.all():  # rows and places by number take longer
-            losing = torch.from_numpy(full)
-            place = torch.arange(rows), torch.from_numpy(np.minimum(self._time, last))
-        for part, values in zip(self._history, present, strict=True):
-            part[losing, :-1] = part[losing, 1:].clone()
-            part[place] = values
-        self._time += 1
-        return place
+        step = self._present(observations)
+        if self._execution.device.type != "cpu":
+            step = Steps(*move(step, self._execution.device))
+        last = self._context_length - 1
+        places, full = np.minimum(self._time, last), self._time > last
+        # Slices where all rows stand alike, because indices take longer.
+        losing = slice(None) if full.all() else self._on_device(np.flatnonzero(full))
+        present: tuple[slice | Tensor, int | Tensor] = (slice(None), int(places[0]))
+        if (places != places[0]).any():
+            present = self._on_device(np.arange(len(places))), self._on_device(places)
+        any_full = full.any()
+        for part, values in zip(self._history, step, strict=True):
+            if any_full:
+                part[losing, :-1] = part[losing, 1:].clone()
+            part[present] = values
+        return present
+
+    def _draw_hidden(self) -> Tensor:
+        """Whether later steps see each row's present action as hidden, bool [N]."""
+        rows, probability = len(self._task_ids), self._inputs.settings.action_dropout
+        if probability in (0, 1):
+            return torch.full((rows,), probability == 1, device=self._execution.device)
+        return self._inputs.hidden(self._words(rows)).to(self._execution.device)
 
     def _words(self, *shape: int) -> Tensor:
         """Random 32-bit words, int64 of a shape."""
         return torch.from_numpy(self._rng.integers(2**32, size=shape))
 
     def _encode_prompts(self, rows: np.ndarray) -> None:
-        """Draw and encode new prompts for some rows, int [n]; the others' stay."""
+        """Draw and encode new prompts for some rows, int [n]; the other rows keep theirs."""
         tasks, (episode, start) = self._tasks[rows], self._words(2, len(rows), 1)
         drawn = self._inputs.draw_prompts(tasks, episode, start, acting=True)
         prompts = Steps(*(part[:, 0] for part in self._inputs.prompts(tasks, *drawn)))
-        groups = _Groups(self._task_ids[rows])
-        steps = Steps(*move(groups.lay_out(prompts), self._execution.device))
+        groups = _Groups(self._task_ids[rows], self._execution.device)
+        steps = Steps(*groups.lay_out(Steps(*move(prompts, self._execution.device))))
         with torch.inference_mode(), self._execution.computing():
-            encoded = self.model.encode_prompt(steps, *self._on_device(groups))
-        if self._prompt_cache is None:  # all rows
+            encoded = self.model.encode_prompt(steps, *self._masks_of(groups))
+        if self._prompt_cache is None:
             self._prompt_cache = encoded
             return
-        there = self._groups.index[rows].to(self._execution.device)
-        here = groups.index.to(self._execution.device)
+        # The graph reads the cache, so that new values go into the same tensors.
+        kept_rows, new_rows = self._groups.index[self._on_device(rows)], groups.index
         with torch.inference_mode():
-            for of_block, new_of_block in zip(self._prompt_cache, encoded, strict=True):
-                for kept, new in zip(of_block, new_of_block, strict=True):  # keys, values
-                    kept[there] = new[here]
+            for kept_block, new_block in zip(self._prompt_cache, encoded, strict=True):
+                for kept, new in zip(kept_block, new_block, strict=True):  # keys, values
+                    kept[kept_rows] = new[new_rows]
 
-    def _on_device(self, groups: _Groups) -> tuple[Tensor, TaskMasks]:
-        task_ids = torch.from_numpy(groups.task_ids).to(self._execution.device)
+    def _masks_of(self, groups: _Groups) -> tuple[Tensor, TaskMasks]:
+        """The task ids of some groups, int64 [G], on the model's device, and their masks."""
+        task_ids = self._on_device(groups.task_ids)
         return task_ids, TaskMasks(self.model.vector, self.mask_bits, task_ids)
+
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        """An array as a tensor on the model's device."""
+        return torch.from_numpy(array).to(self._execution.device)
 
 
 class _Groups:
-    """Rows of several tasks laid out as one group per task; short groups repeat their rows.
+    """Lays out rows of several tasks as one group for each task; short groups repeat their rows.
 
     Args:
-        task_ids: int [N], the task of each row.
+        task_ids: int64 [N], the task of each row.
+        device: device of the rows.
 
     Attributes:
         task_ids: int64 [G], the task of each group.
-        index: int64 [N], where each row is in a layout [G B].
-        in_order: whether that is the order of the rows, and none is repeated.
+        index: int64 [N] on the device, the place of each row in a layout [G B].
+        in_order: whether the layout has the rows in their order, none of them twice.
     """
 
-    def __init__(self, task_ids: np.ndarray):
-        self.task_ids = np.unique(task_ids).astype(np.int64)
+    def __init__(self, task_ids: np.ndarray, device: torch.device):
+        self.task_ids = np.unique(task_ids)
         members = [np.flatnonzero(task_ids == task) for task in self.task_ids]
         width = max(map(len, members))
-        self._rows = torch.from_numpy(np.stack([np.resize(m, width) for m in members]))  # [G, B]
+        rows = np.stack([np.resize(m, width) for m in members])  # [G, B]
         index = np.zeros(len(task_ids), np.int64)
-        for group, rows in enumerate(members):
-            index[rows] = group * width + np.arange(len(rows))
-        self.index = torch.from_numpy(index)
-        self.in_order = torch.equal(self._rows.flatten(), torch.arange(len(task_ids)))
+        for group, own in enumerate(members):
+            index[own] = group * width + np.arange(len(own))
+        self.index = torch.from_numpy(index).to(device)
+        self._rows = torch.from_numpy(rows).to(device)
+        self.in_order = np.array_equal(rows.flatten(), np.arange(len(task_ids)))
 
     def lay_out(self, steps: Steps) -> list[Tensor]:
-        """The parts of steps [N, ...] as [G, B, ...]."""
+        """Copies of tensors [N, ...] as [G, B, ...]."""
         return [part[self._rows] for part in steps]

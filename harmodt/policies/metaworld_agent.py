@@ -5,8 +5,8 @@
     agent = MetaWorldAgent(policy, envs)
     success, mean_return, success_per_task, returns = evaluation(agent, envs, num_episodes=50)
 
-That protocol ends an episode at its first success and draws its goals at random, so its returns,
-and to a lesser degree its success rates, are not those of `harmodt.evaluate`.
+That protocol ends an episode at its first success and draws its goals at random. Its returns
+therefore differ from those of `harmodt.evaluate`, and its success rates differ a little.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from . import Policy
 
 
 class MetaWorldAgent:
-    """Implements `metaworld.evaluation.Agent` for the environments it is given.
+    """Implements `metaworld.evaluation.Agent` for the environments that it is given.
 
-    `evaluation` passes no rewards on, but a policy that is conditioned on the return-to-go needs
-    them. They are read exactly, as the growth of the running `episode_returns` that Meta-World's
-    environments keep in gymnasium's `RecordEpisodeStatistics`. The environments must therefore
-    neither normalise rewards nor observations; a one-hot task id after the observation is ignored.
+    `evaluation` passes no rewards to an agent, but a policy that is conditioned on the
+    return-to-go needs them. Meta-World's environments keep a running `episode_returns` in
+    gymnasium's `RecordEpisodeStatistics`; the agent takes its growth as the exact reward. The
+    environments must therefore normalise neither rewards nor observations. The agent ignores a
+    one-hot task id after the observation.
 
     Args:
-        policy: its histories are cleared.
-        envs: vector environment made by Meta-World; each row's task must be one of the policy's.
-        seed: of the prompts that the policy draws.
-        target_returns: float [rows], what to ask for at the start of an episode, unscaled; by
-            default the policy's own for each task.
+        policy: acts; the agent starts new episodes in all of its rows.
+        envs: vector environment made by Meta-World; the policy must know each row's task.
+        seed: seed of the prompts that the policy draws.
+        target_returns: float [rows], unscaled, the return to aim at in each row; by default the
+            policy's own for each task.
 
     Raises:
-        UserError: an environment's task is not among the policy's.
+        UserError: the policy does not know the task of an environment.
     """
 
     def __init__(
@@ -48,25 +49,29 @@ class MetaWorldAgent:
         self._policy = policy
         self._envs = envs
         self._returns = np.zeros(envs.num_envs)
+        self._rewards_due = False
         policy.start(_task_ids(policy, envs), seed, target_returns)
 
     def eval_action(self, observations: np.ndarray) -> np.ndarray:
-        """Actions, float32 [rows, 4], after observations [rows, 39 or more]."""
+        """Choose actions, float32 [rows, 4], after observations [rows, 39 or more]."""
+        self._rewards_due = True
         return self._policy.act(observations[:, : self._policy.environment.observation_size])
 
     def reset(self, env_mask: np.ndarray) -> None:
-        """Take in the last step's rewards; begin new episodes where `env_mask`, bool [rows].
+        """Pass on the last step's rewards; begin new episodes where `env_mask`, bool [rows].
 
-        `evaluation` calls this before the first step and after each one.
+        `evaluation` calls this before the first step and after each step.
         """
         returns = np.array(self._envs.get_attr("episode_returns"), np.float64)
-        rewards = np.where(env_mask, 0.0, returns - self._returns)
-        self._policy.record_rewards(rewards)
+        if self._rewards_due:
+            self._policy.record_rewards(np.where(env_mask, 0.0, returns - self._returns))
         self._policy.restart(env_mask)
         self._returns = returns
+        self._rewards_due = False
 
 
 def _task_ids(policy: Policy, envs: SyncVectorEnv | AsyncVectorEnv) -> np.ndarray:
+    """The policy's task id of each environment, int [rows]."""
     tasks = [task_of_class(name) for name in envs.get_attr("task_name")]
     unknown = sorted(set(tasks) - set(policy.tasks))
     if unknown:

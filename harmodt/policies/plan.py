@@ -1,4 +1,4 @@
-"""A denoiser as a policy over many episodes at once: it plans, acts, and plans again."""
+"""A denoiser as a policy that acts in many episodes at once: it plans, acts, and plans again."""
 
 from __future__ import annotations
 
@@ -24,32 +24,33 @@ class PlanSettings:
     """How plans are drawn at evaluation; training does not depend on it."""
 
     sampler: Sampler = "ddim"
-    """Through all steps of the diffusion with noise in each, or some of them without."""
+    """ddpm goes through all steps of the diffusion, with noise in each; ddim through some of them,
+    without noise."""
     sampling_steps: Count = 10
     """Steps of ddim."""
     guidance: NotNegative = 1.2
-    """Weight of the prediction that is told the return, against 1 - guidance of the other's."""
+    """w: the noise is w times the prediction conditioned on the return, plus 1 - w times the
+    prediction without the return."""
     temperature: Share = 0.5
-    """What noise is multiplied by: that of each step of ddpm, or that which ddim begins with."""
+    """Factor of the random noise: of each step's in ddpm, of the first one's in ddim."""
     replan_every: Count = 1
-    """Actions of a plan that are executed before the next one."""
+    """Actions that are executed of a plan before the policy makes the next one."""
 
 
 class PlanPolicy(TrainedPolicy):
     """Acts in N episodes in lock-step by plans of actions; a `Policy`.
 
-    What is asked for in an episode starts at the task's target return and falls by each reward.
-    Before an episode's first step lies that step again. Of a plan only the actions that are
-    executed are drawn, which no later one can change.
+    The observations before an episode's first step are copies of the first one. The policy draws
+    only the actions of a plan that it executes, because later actions cannot change them.
 
     Args:
-        model: the denoiser, on its device; it is put into evaluation mode.
-        diffusion: the process that it was trained on.
-        inputs: of the tasks; index = task id.
-        environment: what the tasks are tasks of.
+        model: the denoiser, on its device; the policy puts it into evaluation mode.
+        diffusion: the diffusion process that the denoiser was trained on.
+        inputs: turns observations of the tasks into network inputs; index = task id.
+        environment: the environments of the tasks.
         execution: where and how the model computes.
         settings: how plans are drawn.
-        step: training steps of the weights.
+        step: number of training steps after which the weights were saved.
     """
 
     def __init__(
@@ -69,37 +70,18 @@ class PlanPolicy(TrainedPolicy):
 
     @property
     def plans(self) -> dict[str, str | int | float]:
-        """How plans are drawn, by the names of `PlanSettings`."""
+        """The settings of its plans, by their names in `PlanSettings`."""
         steps = {"sampling_steps": self._diffusion.steps} if self.settings.sampler == "ddpm" else {}
         return asdict(self.settings) | steps
 
-    def start(
-        self, task_ids: np.ndarray, seed: int = 0, target_returns: np.ndarray | None = None
-    ) -> None:
-        """Begin N new episodes.
-
-        Args:
-            task_ids: int [N], the task of each row.
-            seed: seed of the prompts and of the noise.
-            target_returns: float [N], unscaled; by default each task's.
-        """
-        rows, config = len(task_ids), self.model.config
-        self._tasks = torch.from_numpy(np.asarray(task_ids).astype(np.int64))
-        self._targets = (
-            self.target_returns[task_ids] if target_returns is None else target_returns
-        ).astype(np.float64)
+    def _begin(self, seed: int) -> None:
+        rows, config = len(self._tasks), self.model.config
         self._generator = torch.Generator().manual_seed(seed)
-        self._returns_to_go = self._targets.copy()
-        self._time = np.zeros(rows, np.int64)
         self._observations = torch.zeros(rows, config.context_length, config.observation_size)
         self._task_tokens = torch.zeros(rows, config.task_length, config.task_size)
         self._plans = torch.zeros(rows, self.settings.replan_every, config.action_size)
-        self.restart(np.ones(rows, bool))
 
-    def restart(self, rows: np.ndarray) -> None:
-        """Begin new episodes in the rows where `rows`, bool [N], is True."""
-        self._returns_to_go[rows] = self._targets[rows]
-        self._time[rows] = 0
+    def _restart(self, rows: np.ndarray) -> None:
         begun = torch.from_numpy(np.flatnonzero(rows))
         tasks = self._tasks[begun]
         prompts = None
@@ -109,8 +91,7 @@ class PlanPolicy(TrainedPolicy):
             prompts = self._inputs.prompts(tasks, *drawn)
         self._task_tokens[begun] = tokens_of_task(tasks[:, None], len(self.tasks), prompts)[:, 0]
 
-    def act(self, observations: np.ndarray) -> np.ndarray:
-        """Choose actions, float32 [N, A] in [-1, 1], after observations float [N, O]."""
+    def _act(self, observations: np.ndarray) -> np.ndarray:
         present = self._present(observations)
         begun = torch.from_numpy(self._time == 0)
         self._observations = self._observations.roll(-1, dims=1)
@@ -118,29 +99,12 @@ class PlanPolicy(TrainedPolicy):
         self._observations[begun] = present.observations[begun][:, None]
         places = self._time % self.settings.replan_every
         if due := np.flatnonzero(places == 0).tolist():
-            of_rows = (present.returns_to_go, self._task_tokens, self._observations)
-            self._plans[due] = self._draw(Situation(*(part[due] for part in of_rows)))
-        self._time += 1
+            rows = Situation(present.returns_to_go, self._task_tokens, self._observations)
+            self._plans[due] = self._draw(Situation(*(part[due] for part in rows)))
         return self._plans[torch.arange(len(places)), torch.from_numpy(places)].numpy()
 
-    def record_rewards(self, rewards: np.ndarray) -> None:
-        """Lower each row's return-to-go by the reward of its last action, float [N]."""
-        self._returns_to_go -= rewards
-
-    def _present(self, observations: np.ndarray) -> Steps:
-        """The present step of every row, [N, ...], as the model reads it."""
-        rows = len(self._time)
-        return self._inputs.steps(
-            self._tasks,
-            torch.from_numpy(self._returns_to_go),
-            torch.from_numpy(np.asarray(observations, np.float32)),
-            torch.zeros(rows, self.environment.action_size),  # yet to be chosen
-            torch.from_numpy(self._time),
-            torch.ones(rows, dtype=torch.bool),
-        )
-
     def _draw(self, situation: Situation) -> Tensor:
-        """The beginnings of plans, [n, replan_every, A]."""
+        """Draw the actions of plans that are executed, [n, replan_every, A], on the CPU."""
         settings, diffusion = self.settings, self._diffusion
         device = self._execution.device
         shape = len(situation.task), settings.replan_every, self.environment.action_size
@@ -157,7 +121,7 @@ class PlanPolicy(TrainedPolicy):
                 times = diffusion.times(diffusion.steps)
                 return diffusion.denoised(predict, draw(), times, cooled).cpu()
             times = diffusion.times(settings.sampling_steps)
-            # From full noise a lightly trained model now and then ends at a bound.
+            # From full noise, a model after little training now and then ends at a bound.
             return diffusion.denoised(predict, cooled(), times).cpu()
 
 
@@ -165,15 +129,16 @@ class _Guided:
     """Predicts noise by classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
 
     Args:
-        guidance: w; the noise is (1 - w) of what is predicted without the return and w with it.
+        guidance: w; the noise is w times the prediction conditioned on the return, plus 1 - w times
+            the prediction without the return.
     """
 
     def __init__(self, model: Denoiser, situation: Situation, guidance: float):
-        told = torch.ones_like(situation.returns_to_go, dtype=torch.bool)
+        every = torch.ones_like(situation.returns_to_go, dtype=torch.bool)
         self._model = model
         self._parts = [
-            (weight, model.embed(situation, told if tells else ~told))
-            for weight, tells in ((guidance, True), (1 - guidance, False))
+            (weight, model.embed(situation, conditioned))
+            for weight, conditioned in ((guidance, every), (1 - guidance, ~every))
             if weight
         ]
 
@@ -185,12 +150,12 @@ class _Guided:
 
 
 def tokens_of_task(task_ids: Tensor, tasks: int, prompts: Steps | None) -> Tensor:
-    """What tells a denoiser the task: a prompt's observations and actions, or a one-hot task.
+    """The tokens that tell a denoiser the task: the prompt's steps, or a one-hot vector.
 
     Args:
         task_ids: int64 [G, B].
         tasks: number of tasks T.
-        prompts: [G, B, K*, ...], or None.
+        prompts: [G, B, K*, ...], or None for a one-hot vector.
 
     Returns:
         float32 [G, B, K*, O + A], or [G, B, 1, T].

@@ -1,4 +1,4 @@
-"""A network as a policy that acts on the present observation alone."""
+"""A policy that acts on the present observation alone."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from .trained import TrainedPolicy
 class ReactivePolicy(TrainedPolicy):
     """Acts in N episodes in lock-step, without history, prompt or return; a `Policy`.
 
+    It draws nothing, so that a seed changes nothing.
+
     Args:
         actor: the network, on its device.
-        inputs: of the tasks; index = task id.
-        environment: what the tasks are tasks of.
+        inputs: normalises observations of the tasks; index = task id.
+        environment: the environments of the tasks.
         execution: where and how the network computes.
-        step: training steps of the weights.
+        step: number of training steps after which the weights were saved.
     """
 
     def __init__(
@@ -36,36 +38,22 @@ class ReactivePolicy(TrainedPolicy):
         super().__init__(inputs, environment, execution, step)
         self.actor = actor
 
-    def start(
-        self, task_ids: np.ndarray, seed: int = 0, target_returns: np.ndarray | None = None
-    ) -> None:
-        """Begin N new episodes.
-
-        Args:
-            task_ids: int [N], the task of each row.
-            seed: of nothing: no number is drawn.
-            target_returns: float [N], those of the tasks if given.
+    def _begin(self, seed: int) -> None:
+        """Check the targets.
 
         Raises:
-            UserError: another return is asked for.
+            UserError: a target differs from the task's own.
         """
-        known = self.target_returns[task_ids]
-        if target_returns is not None and not np.array_equal(target_returns, known):
+        if not np.array_equal(self._targets, self.target_returns[self._task_ids]):
             raise UserError(
                 "the run's algorithm cannot be asked for a return: leave --target-return out"
             )
-        self._tasks = torch.from_numpy(np.asarray(task_ids).astype(np.int64))
 
-    def restart(self, rows: np.ndarray) -> None:
-        """Begin new episodes in some rows, bool [N]: nothing of the old ones is remembered."""
+    def _restart(self, rows: np.ndarray) -> None:
+        """Do nothing: this policy remembers nothing of an episode."""
 
-    def act(self, observations: np.ndarray) -> np.ndarray:
-        """Choose actions, float32 [N, A] in [-1, 1], after observations float [N, O]."""
-        rows = torch.from_numpy(np.asarray(observations, np.float32))
-        normalised = self._inputs.normalise(self._tasks, rows)
+    def _act(self, observations: np.ndarray) -> np.ndarray:
+        normalised = self._inputs.normalise(self._tasks, torch.from_numpy(observations))
         present, tasks = move([normalised, self._tasks], self._execution.device)
         with torch.inference_mode(), self._execution.computing():
             return self.actor(present[:, None], tasks)[:, 0].cpu().numpy()
-
-    def record_rewards(self, rewards: np.ndarray) -> None:
-        """Take in the rewards of the last actions, float [N], which change nothing."""

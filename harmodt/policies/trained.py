@@ -1,23 +1,32 @@
-"""What the policies of all algorithms have in common."""
+"""The part that the policies of all algorithms share: checks, targets, and the present step."""
 
 from __future__ import annotations
 
-import numpy as np
+from abc import ABC, abstractmethod
+from typing import Any
 
+import numpy as np
+import torch
+
+from ..batch import Steps
 from ..data.inputs import Inputs
 from ..devices import Execution
 from ..environments import EnvironmentSpec
 from ..errors import UserError
 
 
-class TrainedPolicy:
-    """A trained network's tasks, and where it computes: the attributes of a `Policy`.
+class TrainedPolicy(ABC):
+    """A `Policy` of a trained network.
+
+    This class checks every call, so that a mistake in a caller's loop is an error and not a wrong
+    action. It also keeps the task, the return-to-go and the time step of each row. A subclass
+    implements `_begin`, `_restart` and `_act`, which only see checked arguments.
 
     Args:
-        inputs: of the tasks; index = task id.
-        environment: what the tasks are tasks of.
+        inputs: turns observations of the tasks into network inputs; index = task id.
+        environment: the environments of the tasks.
         execution: where and how the network computes.
-        step: training steps of the weights.
+        step: number of training steps after which the weights were saved.
     """
 
     def __init__(
@@ -34,16 +43,178 @@ class TrainedPolicy:
         self.device = str(execution.device)
         self._inputs = inputs
         self._execution = execution
+        self._rows: int | None = None  # N, once `start` was called
+        self._rewards_due = False
 
     @property
     def plans(self) -> dict[str, str | int | float] | None:
-        """How they are drawn, by the names of `PlanSettings`, if the policy plans."""
+        """None: this policy does not plan."""
         return None
 
     def use_voted_mask(self) -> None:
-        """Refuse: there are no masks to vote.
+        """Refuse: this policy has no masks to vote.
 
         Raises:
             UserError: always.
         """
         raise UserError("the run's algorithm has no masks to vote: leave --mask out")
+
+    def start(
+        self, task_ids: np.ndarray, seed: int = 0, target_returns: np.ndarray | None = None
+    ) -> None:
+        """Begin N new episodes, as `Policy.start` says.
+
+        Raises:
+            UserError: a task id, the seed or a target is not as `Policy.start` needs it.
+        """
+        self._rows = None
+        self._task_ids = self._checked_tasks(task_ids)
+        rows = len(self._task_ids)
+        if not isinstance(seed, int | np.integer) or seed < 0:
+            raise UserError(f"seed is {seed!r}: give a whole number, 0 or larger")
+        targets = self.target_returns[self._task_ids] if target_returns is None else target_returns
+        self._targets = _checked("target_returns", targets, (rows,), np.float64).copy()
+        self._returns_to_go = self._targets.copy()
+        self._tasks = torch.from_numpy(self._task_ids)
+        self._time = np.zeros(rows, np.int64)
+        self._rewards_due = False
+        self._begin(int(seed))
+        self._restart(np.ones(rows, bool))
+        self._rows = rows
+
+    def restart(self, rows: np.ndarray) -> None:
+        """Begin new episodes in some rows, as `Policy.restart` says.
+
+        Raises:
+            UserError: `rows` is not bool [N], or another row still waits for its reward.
+        """
+        count, chosen = self._started("restart"), np.asarray(rows)
+        if chosen.dtype != np.bool_ or chosen.shape != (count,):
+            raise UserError(
+                f"rows is {chosen.dtype} of the shape {chosen.shape}: give restart an array of "
+                f"bool of the shape {(count,)}, True where a new episode begins"
+            )
+        if not chosen.any():
+            return
+        if self._rewards_due and not chosen.all():
+            raise UserError(
+                "restart was called before the rewards of the last actions were recorded: call "
+                "record_rewards first"
+            )
+        self._rewards_due = False
+        self._returns_to_go[chosen] = self._targets[chosen]
+        self._time[chosen] = 0
+        self._restart(chosen)
+
+    def act(self, observations: np.ndarray) -> np.ndarray:
+        """Choose actions, as `Policy.act` says.
+
+        Raises:
+            UserError: `start` was not called, the last rewards were not recorded, or the
+                observations have another shape, or hold NaN or infinity.
+        """
+        shape = self._started("act"), self.environment.observation_size
+        if self._rewards_due:
+            raise UserError(
+                "act was called twice without record_rewards between: call record_rewards with "
+                "the rewards of each action"
+            )
+        seen = _checked("observations", observations, shape, np.float32)
+        actions = self._act(seen)
+        self._time += 1
+        self._rewards_due = True
+        return actions
+
+    def record_rewards(self, rewards: np.ndarray) -> None:
+        """Lower each row's return-to-go by its reward, as `Policy.record_rewards` says.
+
+        Raises:
+            UserError: `act` was not called since the last rewards, or the rewards have another
+                shape, or hold NaN or infinity.
+        """
+        count = self._started("record_rewards")
+        if not self._rewards_due:
+            raise UserError(
+                "record_rewards was called and no action waits for its reward: call it once after "
+                "each act"
+            )
+        self._returns_to_go -= _checked("rewards", rewards, (count,), np.float64)
+        self._rewards_due = False
+
+    @abstractmethod
+    def _begin(self, seed: int) -> None:
+        """Prepare for the tasks of the new rows, `self._tasks`; `_restart` follows.
+
+        Args:
+            seed: seed of everything that the policy draws.
+        """
+
+    @abstractmethod
+    def _restart(self, rows: np.ndarray) -> None:
+        """Forget the episodes of some rows, bool [N], of which at least one is True."""
+
+    @abstractmethod
+    def _act(self, observations: np.ndarray) -> np.ndarray:
+        """Choose actions, float32 [N, A] in [-1, 1], after observations float32 [N, O]."""
+
+    def _present(self, observations: np.ndarray) -> Steps:
+        """The present step of every row as the network reads it, [N, ...], on the CPU."""
+        rows = len(observations)
+        return self._inputs.steps(
+            self._tasks,
+            torch.from_numpy(self._returns_to_go),
+            torch.from_numpy(observations),
+            torch.zeros(rows, self.environment.action_size),  # not chosen yet
+            torch.from_numpy(self._time),
+            torch.ones(rows, dtype=torch.bool),
+        )
+
+    def _started(self, method: str) -> int:
+        """N, the number of rows.
+
+        Raises:
+            UserError: `start` was not called before the method.
+        """
+        if self._rows is None:
+            raise UserError(f"{method} was called before start: call start(task_ids) first")
+        return self._rows
+
+    def _checked_tasks(self, task_ids: Any) -> np.ndarray:
+        """Task ids as int64 [N].
+
+        Raises:
+            UserError: they are no array of ids of the policy's tasks.
+        """
+        ids = np.asarray(task_ids)
+        if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
+            raise UserError(
+                f"task_ids is {ids.dtype} of the shape {ids.shape}: give one whole number for each "
+                "episode, which policy.tasks.index(NAME) returns"
+            )
+        unknown = ids[(ids < 0) | (ids >= len(self.tasks))]
+        if unknown.size:
+            raise UserError(
+                f"there is no task {unknown[0]}: the policy's tasks are 0 to {len(self.tasks) - 1}"
+            )
+        return ids.astype(np.int64)
+
+
+def _checked(name: str, values: Any, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """Numbers as an array of a dtype.
+
+    Raises:
+        UserError: they are no numbers, have another shape, or hold NaN or infinity.
+    """
+    try:
+        array: np.ndarray = np.asarray(values, dtype)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name} is no array of numbers ({error}): give {shape}") from error
+    if array.shape != shape:
+        raise UserError(
+            f"{name} has the shape {array.shape}: give one row for each episode, the shape {shape}"
+        )
+    finite = np.isfinite(array)
+    if not finite.all():
+        row = np.argwhere(~finite)[0, 0]
+        raise UserError(f"{name} holds NaN or infinity in row {row}: give finite numbers")
+    return array

@@ -1,9 +1,10 @@
-"""Checkpoints of the HarmoDT authors' code, as a run's tensors.
+"""Reads checkpoints of the HarmoDT authors' code as the tensors of a run.
 
-Their file is what `torch.save` made of a dict: `model`, a state dict, and `env_masks`, for each
-task a dict of a mask for every parameter, 1 where it is active. Embeddings and heads, which they
-mask neither, have entries there too, which mean nothing. Their blocks are GPT-2's, whose Conv1D
-weights are [in, out].
+`torch.save` wrote their file from a dict with two entries. `model` is a state dict. `env_masks`
+has, for each task, a dict with a mask for every parameter, 1 where the weight is active. Embeddings
+and heads have masks too, but their forward pass does not apply these: they only kept weights from
+moving during training, so that a policy needs none of them. Their blocks are those of GPT-2, whose
+Conv1D weights are [in, out].
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ _SHARED = {
     "actions": "embed_action",
     "timesteps": "embed_timestep",
 }
-"""Our name of each module outside the blocks, without that of its embedding, and theirs."""
+"""Our name and their name of each module outside the blocks, without the embedding's own name."""
 
-_OF_BLOCK = {
+_BLOCK_LAYERS = {
     "attention_norm": "ln_1",
     "qkv": "attn.c_attn",
     "attention_out": "attn.c_proj",
@@ -47,19 +48,19 @@ _UNUSED = re.compile(
     r"(predict_state|predict_return|prompt_predict_action|transformer\.wte)\..+"
     r"|transformer\.h\.[0-9]+\.attn\.(masked_)?bias"
 )
-"""What a policy has no use for: predictions of states and returns, words, and causality's mask."""
+"""Weights that a policy does not use: predictions of states and returns, words, causal masks."""
 
-_OF_ONE_TASK = re.compile(r".+(?<!prompt)_(embed|predict)_(state|action)\..+")
+_TASK_EMBEDDING = re.compile(r".+(?<!prompt)_(embed|predict)_(state|action)\..+")
 
 
 @dataclass(frozen=True)
 class AuthorsCheckpoint:
-    """What is in a file of theirs.
+    """The content of one of their files.
 
     Attributes:
-        path: of the file.
-        weights: by their names.
-        masks: of each task by its name, those of its parameters.
+        path: the file.
+        weights: each weight by its name in their code.
+        masks: for each task, by its name, the mask of each parameter by its name.
     """
 
     path: Path
@@ -68,10 +69,10 @@ class AuthorsCheckpoint:
 
     @classmethod
     def read(cls, path: Path) -> AuthorsCheckpoint:
-        """Read a file; no code in it is run.
+        """Read a file; this runs no code in it.
 
         Raises:
-            UserError: it is missing, damaged, or something else.
+            UserError: the file is missing or damaged, or is no checkpoint of their code.
         """
         if not path.is_file():
             raise UserError(f"{path} is no file: give the model_iter_<n> that their code saved")
@@ -80,11 +81,11 @@ class AuthorsCheckpoint:
                 if changed := archive.testzip():
                     raise ValueError(changed)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # PyTorch meets damage with many kinds
+        except Exception as error:  # PyTorch raises many kinds of exceptions for damage
             raise UserError(
-                f"{path} is damaged, or holds more than tensors and plain containers, and nothing "
-                "in it is run to read that: copy it again, or save {'model': model.state_dict(), "
-                "'env_masks': env_masks} alone"
+                f"{path} is damaged, or holds more than tensors and plain containers, which cannot "
+                "be read without running code: copy it again, or save {'model': "
+                "model.state_dict(), 'env_masks': env_masks} alone"
             ) from error
         weights, masks = (_entry(path, content, key) for key in ("model", "env_masks"))
         for task in masks:
@@ -93,16 +94,16 @@ class AuthorsCheckpoint:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Embedding dimension, number of blocks, size of the time-step embedding.
+        """Embedding dimension, number of blocks, number of time steps in their embedding.
 
         Raises:
-            UserError: a weight that tells them is missing.
+            UserError: the file lacks a weight that shows these, or has embeddings of each task.
         """
         for name in self.weights:
-            if _OF_ONE_TASK.fullmatch(name):
+            if _TASK_EMBEDDING.fullmatch(name):
                 raise UserError(
                     f"{self.path} has embeddings for each task ({name}), made with "
-                    "--special_embedding: only models whose tasks share them are known"
+                    "--special_embedding: give a model whose tasks share its embeddings"
                 )
         times = self._take(self.weights, "embed_timestep.weight")
         blocks = {name.split(".")[2] for name in self.weights if name.startswith("transformer.h.")}
@@ -111,20 +112,21 @@ class AuthorsCheckpoint:
         return times.shape[1], len(blocks), times.shape[0]
 
     def tensors(self, vector: ParameterVector) -> dict[str, Tensor]:
-        """Weights and masks as a checkpoint of a run has them.
+        """Return weights and masks under the names that a run's checkpoint has.
 
         Args:
-            vector: the parameters of the model that takes them; index of a mask = task id.
+            vector: the parameters of the model that takes the weights; index of a mask = task id.
 
         Raises:
-            UserError: a tensor is missing, unknown or of another shape, or is no mask.
+            UserError: a tensor is missing, unknown or of another shape, or a mask holds other
+                numbers than 0 and 1.
         """
         theirs = {name: _name(name) for name in vector.slots}
         unknown = self.weights.keys() - set(theirs.values()) - set(self.unused)
         if unknown:
             raise UserError(
-                f"{self.path} has the weight {min(unknown)!r}, which the public model has not: "
-                "it is of another model"
+                f"{self.path} has the weight {min(unknown)!r}, which the public model does not "
+                "have: give a checkpoint of the public model"
             )
         tensors = {
             f"model.{ours}": self._in_our_layout(self.weights, name, vector.slots[ours].shape)
@@ -135,13 +137,13 @@ class AuthorsCheckpoint:
 
     @property
     def unused(self) -> tuple[str, ...]:
-        """Names of the weights that a policy has no use for."""
+        """Names of the weights that a policy does not use."""
         return tuple(name for name in self.weights if _UNUSED.fullmatch(name))
 
     def _mask(
         self, masks: Mapping[str, Tensor], theirs: Mapping[str, str], vector: ParameterVector
     ) -> Tensor:
-        """One task's mask, int32 [P_m / 32]."""
+        """Pack the mask of one task, int32 [P_m / 32]."""
         whole = torch.zeros(vector.maskable_size, dtype=torch.bool)
         for ours, slot in vector.slots.items():
             if slot.end > vector.maskable_size:
@@ -173,29 +175,29 @@ class AuthorsCheckpoint:
     def _take(self, tensors: Mapping[str, Tensor], name: str) -> Tensor:
         if not isinstance(tensors.get(name), Tensor):
             raise UserError(
-                f"{self.path} has no tensor {name!r}, which the public model has: it is of another "
-                "model, or was saved by another program"
+                f"{self.path} has no tensor {name!r}, which the public model has: give a "
+                "checkpoint of the public model"
             )
         return tensors[name]
 
 
 def _entry(path: Path, content: Any, key: str) -> Mapping[str, Any]:
-    """A dict with texts as keys that is in another."""
+    """Return the dict under a key of a dict; its own keys must be texts."""
     found = content.get(key) if isinstance(content, Mapping) else None
     if not isinstance(found, Mapping) or not found or not all(isinstance(k, str) for k in found):
         raise UserError(
-            f"{path} has no {key!r} of named entries: a file that HarmoDT's authors' code saved is "
-            "needed, with 'model' and 'env_masks'"
+            f"{path} has no {key!r} with named entries: give a file that the HarmoDT authors' code "
+            "saved, with 'model' and 'env_masks'"
         )
     return found
 
 
 def _name(ours: str) -> str:
-    """Their name of a parameter of our model."""
+    """The name in their code of a parameter of our model."""
     module, _, kind = ours.rpartition(".")
     group, *rest = module.split(".")
     if group == "blocks":
         index, layer = rest
-        return f"transformer.h.{index}.{_OF_BLOCK[layer]}.{kind}"
+        return f"transformer.h.{index}.{_BLOCK_LAYERS[layer]}.{kind}"
     prefix = "prompt_" if group == "prompt_embedding" else ""
     return f"{prefix}{_SHARED[rest[0] if rest else group]}.{kind}"
