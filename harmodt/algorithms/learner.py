@@ -58,7 +58,8 @@ class Learner(Protocol):
         """Do what is due after `step` steps and before the next; returns what is to be logged.
 
         Raises:
-            ValueError: a gradient or a loss is NaN or infinite.
+            NotFinite: a gradient or a loss is NaN or infinite.
+            UserError: it cannot be done with these gradients, though they are finite.
         """
 
     def tensors(self) -> dict[str, Tensor]:
