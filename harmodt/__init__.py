@@ -56,7 +56,7 @@ def load_policy(
             kernels for the device although they are asked for, unseen tasks that cannot be met, or
             plans of an algorithm that makes none, in an unknown way, or in other steps than it has.
     """
-    from .training.run import load_policy  # imports PyTorch
+    from .training.policy import load_policy  # imports PyTorch
 
     return load_policy(
         Path(run),

@@ -23,7 +23,7 @@ from harmodt.data.store import DataStore
 from harmodt.errors import UserError
 from harmodt.files import checksum
 from harmodt.rundir import RunDirectory
-from harmodt.training import run as module
+from harmodt.training import trainer as module
 from harmodt.training.costs import PARTS, Costs
 from harmodt.training.records import Records, read_records
 from harmodt.training.trainer import Trainer

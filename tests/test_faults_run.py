@@ -27,7 +27,7 @@ from harmodt.data.store import DataStore
 from harmodt.errors import UserError, describe
 from harmodt.files import checksum, owned
 from harmodt.rundir import RunDirectory
-from harmodt.training import run as module
+from harmodt.training import trainer as module
 from harmodt.training.metrics import Metrics
 from harmodt.training.trainer import Trainer
 
