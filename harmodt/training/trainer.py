@@ -181,6 +181,10 @@ class Trainer:
             with log.costs.of("checkpoints"):
                 save_checkpoint(self.directory, self.step, tensors)
             log.costs.write(self.step)
+        self._prune(log)
+
+    def _prune(self, log: Log) -> None:
+        """Delete all checkpoints but the last ones and that of the best evaluation."""
         best = log.metrics.best[0] if log.metrics.best else None
         prune_checkpoints(self.directory, self.setup.config.run.keep_checkpoints, best)
 
@@ -203,6 +207,8 @@ class Trainer:
             values["success"] = result.success_rate
         log.metrics.write(self.step, values)
         log.costs.write(self.step)
+        log.metrics.sync()
+        self._prune(log)  # the best one may be another now
         return result
 
 
