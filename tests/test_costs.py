@@ -172,7 +172,7 @@ def test_a_gpu_is_not_waited_for_and_its_time_is_told(tmp_path):
         began = time.monotonic()
         for _ in range(50):
             square @ square
-        with costs.of("masks and harmony"):
+        with costs.measure("masks and harmony"):
             for _ in range(50):
                 square @ square
         issued = time.monotonic() - began

@@ -159,7 +159,7 @@ class Trainer:
     def _update(self, log: Log) -> None:
         """Do what is due before the next step, and log it."""
         try:
-            with log.costs.of("masks and harmony"):
+            with log.costs.measure("masks and harmony"):
                 values = self.before_step()
         except NotFinite as error:
             log.flush(self.step)  # names the step and the task if a loss was the first to break
@@ -178,7 +178,7 @@ class Trainer:
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                     what = f"{name} after step {self.step} is NaN or infinite"
                     raise self._not_finite(what, changed=True)
-            with log.costs.of("checkpoints"):
+            with log.costs.measure("checkpoints"):
                 save_checkpoint(self.directory, self.step, tensors)
             log.costs.write(self.step)
         self._prune(log)
@@ -198,7 +198,7 @@ class Trainer:
             Stopped: the checkpoint of this step is there, so the evaluation can be repeated.
         """
         request = Request(episodes=self.setup.config.evaluation.evaluation_episodes)
-        with self.stop.at_once(), log.costs.of("evaluations"):
+        with self.stop.at_once(), log.costs.measure("evaluations"):
             result = play(self.learner.policy(self.step), request, console=log.console)
         self.learner.resume_training()
         result.save(self.directory.evaluation)
