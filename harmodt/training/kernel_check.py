@@ -41,6 +41,8 @@ def check_new_kernels(setup: Setup, data: Sequence[TaskData]) -> None:
     """
     if has_new_kernels(setup):
         check_kernels(setup, data)
+        if setup.execution.device.type == "cuda":  # the run's costs are to tell its own memory
+            torch.cuda.reset_peak_memory_stats(setup.execution.device)
 
 
 def check_kernels(setup: Setup, data: Sequence[TaskData]) -> None:
