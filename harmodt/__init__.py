@@ -39,24 +39,23 @@ def load_policy(
     sampler: Sampler | None = None,
     sampling_steps: int | None = None,
 ) -> Policy:
-    """What a run has learned, as a policy that acts in many episodes at once.
+    """Load the policy that a run has learned. It acts in many episodes at once.
 
     Args:
         run: the run's directory.
-        checkpoint: training step, the last by default.
-        device, fused, precision: as the run was trained where they are None.
-        unseen: tasks that it was not trained on, to act on them in place of its own: a
-            `harmodt.algorithms.unseen.Unseen`.
-        sampler: how MTDiff's plans are drawn, "ddpm" or "ddim", by default as the run's settings
-            say.
-        sampling_steps: of ddim.
+        checkpoint: its training step; by default the last one.
+        device, fused, precision: how the policy computes; by default as the run was trained.
+        unseen: tasks that the run was not trained on, a `harmodt.algorithms.unseen.Unseen`. The
+            policy acts on them and not on the run's own tasks.
+        sampler: how MTDiff draws its plans, "ddpm" or "ddim"; by default as in the run's settings.
+        sampling_steps: how many steps ddim takes.
 
     Raises:
-        UserError: no such run, checkpoint or device, a checkpoint of another model size, no fused
-            kernels for the device although they are asked for, unseen tasks that cannot be met, or
-            plans of an algorithm that makes none, in an unknown way, or in other steps than it has.
+        UserError: the run, the checkpoint or the device is not there; the checkpoint is of another
+            model size; fused kernels are asked for and the device has none; the policy cannot act
+            on the unseen tasks; or sampler and steps do not fit the algorithm.
     """
-    from .training.run import load_policy  # imports PyTorch
+    from .training.policy import load_policy  # imports PyTorch
 
     return load_policy(
         Path(run),

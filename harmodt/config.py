@@ -1,8 +1,8 @@
 """Every setting of a training run with its bounds, in groups, and the presets.
 
-What is particular to an algorithm, the sizes of its model included, is in the `AlgorithmSettings`
-of its file in `algorithms/`, put together from groups of this module. Names of settings are unique
-over all groups: on a command line each is a flag.
+The settings of one algorithm, such as the sizes of its model, are in the `AlgorithmSettings` of its
+file in `algorithms/`, which combine groups of this module. The names of settings are unique over
+all groups, because each is a flag on the command line.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .settings import Count, NotNegative, Positive, Share, ShareBelowOne, Whole
 Precision = Literal["fp32", "tf32", "bf16"]
 MaskInitialisation = Literal["erk", "uniform", "magnitude"]
 
-# Beyond any use, and soon refused: a model of more is built for hours before memory ends.
+# A larger model has no use, and PyTorch would build it for hours before memory ends.
 ModelSize = Annotated[int, Meta(ge=1, le=2**16)]
 
-# (embedding dimension, layers, heads). The first four are Table 3 of the paper, whose parameter
-# counts are those of d = 128; the last is Table 6's d = 256.
+# Embedding dimension, layers, heads. The first four sizes are from Table 3 of the paper, whose
+# parameter counts hold for d = 128. The last size has the d = 256 of its Table 6.
 SIZES: dict[str, tuple[int, int, int]] = {
     "0.48M": (128, 1, 2),
     "0.87M": (128, 3, 4),
@@ -38,46 +38,48 @@ Size = Literal["0.48M", "0.87M", "1.47M", "2.06M", "5.29M"]
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What is trained on, and how it is drawn and scaled."""
+    """The data, and how batches are drawn and scaled."""
 
     data: Path | None = None
     """The store to train on, made by `harmodt.collect` or `harmodt.data import`."""
     tasks: tuple[str, ...] = ()
-    """Tasks or task sets to train on; all tasks of the store if none is named."""
+    """Tasks or task sets to train on; by default all tasks of the store."""
     tasks_per_step: Count = 5
     """Tasks in one step, all tasks where there are fewer; Eq. 11 is averaged over them."""
     batch_per_task: Count = 8
     """Windows per task and step."""
     task_sampling: Literal["random", "round-robin"] = "random"
-    """Which tasks a step holds: random without replacement, or each in turn."""
+    """How a step chooses its tasks: at random without replacement, or each in turn."""
     window_start_bias: Positive = 2.0
-    """Windows start at u^bias of the episode's length, u uniform: 1 is uniform, more is earlier."""
+    """A window starts at u^bias of its episode's length, with u uniform in [0, 1]: 1 draws all
+    starts alike, a larger bias draws early ones more often."""
     action_dropout: Share = 1.0
     """Probability of hiding each previous action from the model, in training and in evaluation."""
     return_scale: Positive = 1000.0
     """Divisor of rewards and returns-to-go."""
     deviation_floor: Positive = 0.01
-    """Smallest deviation by which an observation is divided (raw units, mostly metres)."""
+    """Observations are divided by their standard deviation, but at least by this (in their own
+    unit, mostly metres)."""
 
 
 @dataclass(frozen=True)
 class TransformerSettings:
-    """Sizes of the decision transformer, how it begins, and how much of a history it reads."""
+    """Sizes of the decision transformer, its initial weights, and the length of its history."""
 
     size: Size = "1.47M"
     """Model size of the paper's Table 3 (d = 128) or Table 6 (5.29M, d = 256)."""
     embed_dim: ModelSize | None = None
-    """Embedding dimension d, in place of the size's."""
+    """Embedding dimension d; by default that of the size."""
     layers: Annotated[int, Meta(ge=1, le=1000)] | None = None
-    """Number of transformer blocks, in place of the size's."""
+    """Number of transformer blocks; by default that of the size."""
     heads: ModelSize | None = None
-    """Number of attention heads, in place of the size's."""
+    """Number of attention heads; by default that of the size."""
     dropout: ShareBelowOne = 0.0
     """Dropout of attention and residual branches."""
     embedding_dropout: ShareBelowOne = 0.0
     """Dropout of the embedded tokens."""
     initialisation: Literal["gpt2", "pytorch"] = "gpt2"
-    """Embeddings and head as GPT-2 has them (deviation 0.02) or as PyTorch does by default."""
+    """Embeddings and head begin as in GPT-2 (deviation 0.02), or as PyTorch's layers do."""
     context_length: ModelSize = 20
     """K, steps of history."""
     max_timesteps: Count = 1000
@@ -87,9 +89,9 @@ class TransformerSettings:
     def shape(self) -> tuple[int, int, int]:
         """Embedding dimension, number of blocks, number of heads."""
         named = (self.embed_dim, self.layers, self.heads)
-        of_size = SIZES[self.size]
+        defaults = SIZES[self.size]
         embed_dim, layers, heads = (
-            b if a is None else a for a, b in zip(named, of_size, strict=True)
+            b if a is None else a for a, b in zip(named, defaults, strict=True)
         )
         return embed_dim, layers, heads
 
@@ -108,12 +110,12 @@ class TransformerSettings:
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """The steps of a good episode that a model reads before its history."""
+    """The prompt: steps of a good episode that a model reads before its history."""
 
     prompt_length: ModelSize = 5
     """K*, steps of the prompt."""
     prompt_pool: Count = 5
-    """Prompts come from this many of a task's held-apart episodes, the best by return."""
+    """Prompts come from this many of the task's prompt episodes, those of the highest return."""
     prompt_position: Literal["random", "end"] = "random"
     """random: a prompt is any K* steps of an episode. end: it is the K* steps before the last one,
     at evaluation of the best episode, as in the authors' code."""
@@ -126,17 +128,21 @@ class MaskSettings:
     sparsity: ShareBelowOne = 0.2
     """S, the share of inactive weights in each mask."""
     task_sparsity: tuple[str, ...] = ()
-    """TASK=SHARE: another sparsity for a task, or for all tasks of a set; the last one counts."""
+    """TASK=SHARE: another sparsity for a task, or for all tasks of a set. A later entry replaces an
+    earlier one."""
     sparsity_by_loss: tuple[ShareBelowOne, ShareBelowOne] | None = None
-    """Lowest and highest sparsity, in place of one for all: the task of highest loss under the
-    initial weights has the lowest, and those between are evenly spaced in the order of losses."""
+    """Lowest and highest sparsity, in place of one sparsity for all tasks. The task with the
+    highest loss under the initial weights gets the lowest sparsity, the next task a higher one, and
+    so on in even steps."""
     mask_initialisation: MaskInitialisation = "erk"
-    """Masks begin at random with ERK densities, at random with one density for all matrices, or
-    with the largest weights, the same for every task."""
+    """How masks are drawn: erk and uniform draw at random, with ERK densities or with one density
+    for all matrices; magnitude takes the largest weights, the same for every task."""
     shared_mask: bool = False
-    """Draw one mask for all tasks: harmodt-r keeps it, and learned masks begin with it."""
+    """Draw one mask for all tasks. harmodt-r keeps it; where masks are learned, each task's mask
+    begins with it."""
     unseen_threshold: ShareBelowOne = 0.5
-    """Share of tasks above which a weight is active in the mask for unseen tasks (Eq. 13)."""
+    """The mask for unseen tasks has the weights that are active in more than this share of the
+    tasks' masks (Eq. 13)."""
 
     def sparsities(self) -> list[tuple[str, float]]:
         """Name and sparsity of each entry of `task_sparsity`.
@@ -163,7 +169,7 @@ class MaskSettings:
         """Refuse settings that do not fit together.
 
         Raises:
-            UserError: a sparsity that cannot be, or a setting that another one leaves no use.
+            UserError: a sparsity is outside [0, 1), or two settings exclude each other.
         """
         self.sparsities()
         names = ("shared_mask", "task_sparsity", "sparsity_by_loss")
@@ -182,8 +188,8 @@ class UpdatedMaskSettings(MaskSettings):
     mask_update_every: Count = 100
     """t_m, steps between mask updates."""
     mask_update_gb: NotNegative = 4.0
-    """GB for a mask update, which computes as many tasks at a time as fit; if all tasks' gradients
-    do not, they are computed twice."""
+    """Memory for a mask update, in GB. It computes as many tasks at a time as fit. If the gradients
+    of all tasks do not fit, it computes them twice."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +209,7 @@ class LearnedMaskSettings(UpdatedMaskSettings):
         """Refuse bounds that do not fit together.
 
         Raises:
-            UserError: eta_min is above eta_max, or as for masks that are not learned.
+            UserError: eta_min is above eta_max, or as `MaskSettings.check`.
         """
         super().check()
         if self.eta_min > self.eta_max:
@@ -217,10 +223,10 @@ class SoftMaskSettings(UpdatedMaskSettings):
     mask_levels: Annotated[int, Meta(ge=2, le=16)] = 2
     """L: a mask's values are 0, 1/L, 2/L, ... and 1; a step costs about as much as L steps."""
     fence_min: NotNegative = 1.5
-    """How many interquartile ranges above the third quartile the threshold of conflict and harmony
-    lies where it is lowest."""
+    """Lowest threshold of conflict and harmony, in interquartile ranges above the third
+    quartile."""
     fence_max: NotNegative = 3.0
-    """The same where it is highest: at the start and at the end of the run."""
+    """Highest threshold, in the same unit: that at the start and at the end of the run."""
     fence_peak: Annotated[float, Meta(gt=0, lt=1)] = 0.25
     """Share of the run after which the threshold is lowest."""
 
@@ -228,7 +234,7 @@ class SoftMaskSettings(UpdatedMaskSettings):
         """Refuse bounds that do not fit together.
 
         Raises:
-            UserError: fence_min is above fence_max, or as for masks that are not learned.
+            UserError: fence_min is above fence_max, or as `MaskSettings.check`.
         """
         super().check()
         if self.fence_min > self.fence_max:
@@ -273,7 +279,7 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Where and how the run computes, and what it keeps."""
+    """Where and how the run computes, and what it writes."""
 
     output: Path | None = None
     """The run's directory; by default runs/<preset>-<algorithm>-seed<seed>."""
@@ -282,13 +288,15 @@ class RunSettings:
     device: str = "auto"
     """PyTorch device, such as cpu, cuda or cuda:1; auto is a GPU where there is one."""
     data_device: Literal["auto", "cpu", "same"] = "auto"
-    """Data are read from disk (cpu) or kept on the run's device (same), if need be without what
-    repeats; auto is the latter where that is a GPU and they take at most half its free memory."""
+    """cpu reads the data from disk; same keeps them on the run's device, if need be without the
+    numbers that repeat. auto is same on a GPU if they take at most half of its free memory, and cpu
+    otherwise."""
     fused: bool = True
-    """Compute with fused kernels; --no-fused is the reference path in plain PyTorch."""
+    """Compute with fused kernels. --no-fused is the reference path in plain PyTorch. The kernels
+    for GPUs are new, so a run on one begins by comparing its first steps with plain PyTorch."""
     graph: bool = True
-    """Record training steps and acting with fused kernels once and repeat them as a whole: on a
-    GPU as CUDA graphs, on a CPU as their calls of kernels, and mask updates as well."""
+    """With fused kernels, capture a training step and a policy call once and replay them: on a GPU
+    as CUDA graphs, on a CPU as calls of kernels, there mask updates as well."""
     precision: Precision = "fp32"
     """Precision of the matrix products (tf32: GPUs only); weights and optimiser stay in fp32."""
     log_every: Count = 20
@@ -301,7 +309,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class AlgorithmSettings:
-    """What is particular to an algorithm; each has its own, in its file."""
+    """The settings of one algorithm; each algorithm has a subclass in its file."""
 
     def prompts(self) -> PromptSettings | None:
         """How prompts are drawn, for an algorithm that has them."""
@@ -313,7 +321,7 @@ class TrainConfig:
     """The settings of a training run; the defaults are the quickstart's."""
 
     algorithm: tyro.conf.Suppress[tyro.conf.Fixed[str]] = "harmodt-f"
-    """Whose own settings these are."""
+    """The algorithm that these settings are for."""
     data: DataSettings = DataSettings()
     own: Annotated[AlgorithmSettings, tyro.conf.arg(name="")] = AlgorithmSettings()
     optimisation: OptimisationSettings = OptimisationSettings()
@@ -324,9 +332,10 @@ class TrainConfig:
 PRESETS: dict[str, dict[str, Any]] = {
     # Chosen by measured success over seeds: docs/quickstart.md.
     "quickstart": {},
-    # Table 6 of the paper at the size of its parameter counts; what the paper leaves open is as in
-    # the authors' code: one task per step, 8 windows, warm-up, initialisation, dropout of
-    # embeddings, place of the prompt. It trains without kernels unless they are asked for.
+    # Table 6 of the paper, at the model size of its parameter counts. Where the paper says nothing,
+    # the preset does as the authors' code does: one task per step, 8 windows, warm-up,
+    # initialisation, dropout of embeddings, prompt from the end of an episode. It trains without
+    # fused kernels unless they are asked for.
     "paper": {
         "fused": False,
         "dropout": 0.1,
@@ -348,4 +357,4 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 PRESETS["paper-256"] = {**PRESETS["paper"], "size": "5.29M"}
-"""Settings that a preset has in place of the defaults, by name, where the algorithm has them."""
+"""For each preset, the settings that differ from the defaults. An algorithm takes those it has."""

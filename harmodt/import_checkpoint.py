@@ -27,7 +27,8 @@ from .progress import PlainConsole
 from .rundir import RunDirectory
 from .settings import Count, Positive, change, check, parse_arguments, to_json
 from .training.authors import AuthorsCheckpoint
-from .training.run import Run
+from .training.run import begin
+from .training.trainer import Trainer
 
 _PRESET = "paper"
 
@@ -74,7 +75,6 @@ def import_checkpoint(config: ImportCheckpointConfig) -> AuthorsCheckpoint:
     check(config)
     found = AuthorsCheckpoint.read(config.file)
     store = DataStore.open(config.data)
-    store.verify()
     tasks = _tasks(config, found, store)
     settings = _settings(config, found)
     check(settings)
@@ -85,7 +85,7 @@ def import_checkpoint(config: ImportCheckpointConfig) -> AuthorsCheckpoint:
         shutil.rmtree(made.path, ignore_errors=True)
         final.check_empty()
         try:
-            _write(config, found, Run.begin(made.path, _PRESET, settings, store, tasks))
+            _write(config, found, begin(made.path, _PRESET, settings, store, tasks))
             os.rename(made.conditioning, final.conditioning)
             os.rename(made.checkpoints, final.checkpoints)
             os.rename(made.description, final.description)  # last: it makes a run of them
@@ -138,21 +138,21 @@ def _settings(config: ImportCheckpointConfig, found: AuthorsCheckpoint) -> Train
     return change(preset(_PRESET, config.algorithm), changes)
 
 
-def _write(config: ImportCheckpointConfig, found: AuthorsCheckpoint, run: Run) -> None:
-    """Load weights and masks into a new run, and write its checkpoint."""
-    trainer = run.trainer
-    assert isinstance(trainer.learner, RandomMaskLearner)
-    tensors = trainer.tensors() | found.tensors(trainer.learner.vector)
-    trainer.load(Checkpoint(config.file, run.steps, tensors))
+def _write(config: ImportCheckpointConfig, found: AuthorsCheckpoint, run: Trainer) -> None:
+    """Put weights and masks into a run that was begun, and write its checkpoint."""
+    learner = run.learner
+    assert isinstance(learner, RandomMaskLearner)
+    tensors = learner.tensors() | found.tensors(learner.vector)
+    run.load(Checkpoint(config.file, run.steps, tensors))
     places = {"output": config.output.absolute(), "data": config.data.absolute()}
     run.directory.update(
         {
-            "config": to_json(change(run.config, places)),
-            **trainer.learner.describe(),  # counts the active weights of their masks
+            "config": to_json(change(run.setup.config, places)),
+            **learner.describe(),  # the numbers of active weights are those of their masks
             "imported": str(config.file.absolute()),
         }
     )
-    save_checkpoint(run.directory, trainer.step, trainer.tensors())
+    save_checkpoint(run.directory, run.step, learner.tensors())
 
 
 def main() -> None:

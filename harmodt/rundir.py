@@ -1,6 +1,6 @@
 """A run's directory: what is where, and the description that makes it one.
 
-RUN/run.json                       settings, tasks, environments, backend, versions
+RUN/run.json                       settings, tasks, environments, where it was computed
 RUN/conditioning.safetensors       what a policy must know of each task
 RUN/checkpoints/<step>/            state.safetensors and state.json
 RUN/metrics.jsonl, RUN/tensorboard/
@@ -26,6 +26,23 @@ VERSION = 5
 
 
 @dataclass(frozen=True)
+class Part:
+    """Where a part of a run was computed.
+
+    Attributes:
+        step: the part begins after this step and ends where the next part begins.
+        device: the PyTorch device.
+        backend: the implementation of the operations, with the instruction set on a CPU.
+        versions: of Python and of packages.
+    """
+
+    step: int
+    device: str
+    backend: str
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Description:
     """What run.json says that a run cannot go on, or a policy act, without.
 
@@ -39,7 +56,9 @@ class Description:
         active_weights: of each task's mask, at every step; none where their number changes, and
             without masks.
         changes: settings that were changed when it went on, with the step, before and after.
-        preset, parameters, device, backend, versions: for a report: what it began with and as.
+        parts: where it was computed, in the order of the steps.
+        preset, parameters: what it began with, for a report.
+        device, backend, versions: the only part of a run that an earlier HarmoDT wrote.
     """
 
     id: str
@@ -50,6 +69,7 @@ class Description:
     config: dict[str, Any]
     active_weights: tuple[int, ...] = ()
     changes: tuple[dict[str, Any], ...] = ()
+    parts: tuple[Part, ...] = ()
     preset: str = "none"
     parameters: int | None = None
     device: str = "unknown"
@@ -59,6 +79,9 @@ class Description:
     def __post_init__(self) -> None:
         if self.active_weights and len(self.active_weights) != len(self.tasks):
             raise ValueError("active_weights is of another number of tasks")
+        if not self.parts:
+            only = Part(0, self.device, self.backend, self.versions)
+            object.__setattr__(self, "parts", (only,))
 
 
 @dataclass(frozen=True)

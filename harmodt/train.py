@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
+import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import tyro
+from rich.filesize import decimal
 
 from .algorithms import ALGORITHMS, find, preset
 from .collect import CollectConfig, collect
@@ -16,22 +21,34 @@ from .config import PRESETS, TrainConfig
 from .data.store import DataStore
 from .devices import Execution, prepare_cpu
 from .environments import family
-from .errors import UserError, run_command
+from .errors import UserError, going_on, run_command
 from .files import owned
 from .progress import PlainConsole
-from .rundir import RunDirectory
+from .rundir import Part, RunDirectory
 from .settings import change, check, parse_arguments, settings
-from .training.run import Run, SavedRun
+from .training import run
+from .training.advice import resume_command
+from .training.kernel_check import has_new_kernels
+from .training.run import SavedRun
+from .training.stop import Output, Stopped
+from .training.trainer import Trained, Trainer
 
 QUICKSTART_DATA = Path("data/quickstart-mt5")
 """Where the quickstart collects its demonstrations."""
 
-# What may change when a run goes on: nothing that its result depends on.
-_CHANGEABLE = ("log_every", "checkpoint_every", "keep_checkpoints", "data_device")
-# And what must be able to change: where the data are, and a rate at which training broke.
-_RECORDED = ("data", "learning_rate")
+_CHANGEABLE = (
+    *("log_every", "checkpoint_every", "keep_checkpoints"),
+    *("device", "data_device", "fused", "graph", "mask_update_gb"),
+)
+"""Settings that may change when a run goes on: its result does not depend on them, but for the
+rounding of other kernels."""
 
-console = PlainConsole()
+_RECORDED = ("data", "learning_rate", "precision")
+"""Settings that must be able to change: a store is moved, training breaks at a learning rate, and
+not every device has every precision."""
+
+output = Output()
+console = PlainConsole(file=output)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -44,16 +61,96 @@ def main(arguments: Sequence[str] | None = None) -> None:
         RunDirectory(Path(resumed)).read()  # a directory that holds no run is not touched
         with owned(Path(resumed)):
             RunDirectory(Path(resumed)).clear_leftovers()
-            resume(Path(resumed), rest).train()
+            _train(resume(Path(resumed), rest))
         return
     preset_name, config = _begun(arguments)
-    output = config.run.output or _free_directory(
+    path = config.run.output or _free_directory(
         f"{preset_name}-{config.algorithm}-seed{config.run.seed}"
     )
-    _check_name(output, "name another --output")
-    with owned(output):
-        RunDirectory(output).clear_leftovers()
-        begin(preset_name, config, output).train()
+    _check_name(path, "name another --output")
+    with owned(path):
+        RunDirectory(path).clear_leftovers()
+        _train(begin(preset_name, config, path))
+
+
+def _train(trainer: Trainer) -> None:
+    """Train to the last step, and print the result and where everything is.
+
+    Ctrl-C, SIGTERM, SIGHUP and an output that is closed write a checkpoint and end the program.
+    """
+    output.stop = trainer.stop
+    try:
+        with trainer.stop.handled(), going_on(f"go on with: {resume_command(trainer.directory)}"):
+            _announce(trainer)
+            try:
+                trained = trainer.train(console)
+            except Stopped:
+                _end(trainer)
+            _report(trainer, trained)
+    finally:
+        output.stop = None
+
+
+def _announce(trainer: Trainer) -> None:
+    """Print what is trained, on what, and where it is kept."""
+    setup, numbers = trainer.setup, trainer.learner.describe()
+    masks = f"{decimal(numbers['mask_bytes'])} of masks, " if "mask_bytes" in numbers else ""
+    parts = trainer.directory.read().parts
+    goes_on = f" (goes on after step {trainer.step})" if trainer.step else ""
+    lines = [
+        f"{setup.config.algorithm} on {len(trainer.tasks)} tasks: "
+        f"{numbers['parameters'] / 1e6:.2f} M parameters, {masks}{setup.execution.device}, "
+        f"{setup.execution.backend.name} kernels",
+        f"run: {trainer.directory.path}{goes_on}",
+    ]
+    if len(parts) > 1 and parts[-1].step == trainer.step:
+        lines.append(_moved(*parts[-2:]))
+    if has_new_kernels(setup):
+        lines.append(
+            "the kernels for GPUs are new: the first steps agreed with plain PyTorch; to compare a "
+            "whole run, train another one with --no-fused"
+        )
+    console.print("\n".join(lines), soft_wrap=True)
+
+
+def _moved(before: Part, now: Part) -> str:
+    """What is not as it was before a run went on."""
+    others = now.versions.keys() | before.versions.keys()
+    values = [
+        ("device", before.device, now.device),
+        ("kernels", before.backend, now.backend),
+        *((name, before.versions.get(name), now.versions.get(name)) for name in sorted(others)),
+    ]
+    moves = [f"{name} {now} in place of {before}" for name, before, now in values if before != now]
+    return f"from here on it computes with {', '.join(moves)}: results may round otherwise"
+
+
+def _report(trainer: Trainer, trained: Trained) -> None:
+    """Print the last evaluation, the step of the best one, and where everything is."""
+    if trained.evaluation is not None:
+        console.print(trained.evaluation.table())
+    if trained.best is not None and trained.best[0] != trainer.step:
+        step, score = trained.best
+        name = "success" if trainer.setup.environment.success else "mean return"
+        console.print(f"best {name} {score:.2f} at step {step}; the table is the last")
+    path = trainer.directory.path
+    console.print(f"run: {path}", soft_wrap=True)
+    report = f"python -m harmodt.report {shlex.quote(str(path))}"
+    console.print(f"as a page to look at: {report}", soft_wrap=True)
+
+
+def _end(trainer: Trainer) -> NoReturn:
+    """Say what ended the run before its last step and how to go on, and end the program."""
+    by = trainer.stop.signal
+    assert by is not None
+    unread = by is signal.SIGPIPE
+    with contextlib.suppress(OSError):
+        (PlainConsole(stderr=True) if unread else console).print(
+            f"stopped by {by.name} after step {trainer.step}; go on with: "
+            f"{resume_command(trainer.directory)}",
+            soft_wrap=True,
+        )
+    sys.exit(128 + by)
 
 
 def _check_name(path: Path, remedy: str) -> None:
@@ -66,21 +163,18 @@ def _check_name(path: Path, remedy: str) -> None:
 
 
 def _begun(arguments: list[str]) -> tuple[str, TrainConfig]:
-    """The preset's name and the settings of a new run."""
+    """The preset's name and the settings of a new run, from the command line."""
     name, rest = _take(arguments, "--preset")
     algorithm, rest = _take(rest, "--algorithm")
     name = name or "quickstart"
     return name, _parse(rest, preset(name, algorithm or TrainConfig().algorithm))
 
 
-def resume(path: Path, arguments: Sequence[str]) -> Run:
-    """Take up a run.
-
-    Of its settings those may change that its result does not depend on, the place of its data, and
-    the learning rate, which is recorded.
+def resume(path: Path, arguments: Sequence[str]) -> Trainer:
+    """Take up a run. Some of its settings may change, which run.json records.
 
     Raises:
-        UserError: there is no such run, or another setting is changed.
+        UserError: there is no such run, or a setting is changed that cannot.
     """
     saved = SavedRun.open(path)
     algorithm, rest = _take(list(arguments), "--algorithm")
@@ -94,7 +188,7 @@ def resume(path: Path, arguments: Sequence[str]) -> Run:
                 f"{name} cannot change from {before[name]} to {new} in a run that goes on: "
                 "leave it out, or begin a new run"
             )
-    return Run.resume(saved, config)
+    return run.resume(saved, config)
 
 
 def _take(arguments: list[str], flag: str) -> tuple[str | None, list[str]]:
@@ -116,13 +210,16 @@ def _parse(arguments: Sequence[str], default: TrainConfig) -> TrainConfig:
         _refuse_settings_of_others(arguments, default)
     description = (
         "Train HarmoDT, or a baseline, on a store of offline data.\n\n"
-        f"--preset {{{','.join(PRESETS)}}}: where the defaults come from; paper has the paper's "
-        "(Table 6). Without --data the quickstart first collects its own demonstrations of MT5 by "
+        f"--preset {{{','.join(PRESETS)}}}: the defaults; paper has those of the paper (Table 6). "
+        "Without --data the quickstart first collects its own demonstrations of MT5 by "
         "simulation.\n\n"
-        f"--algorithm {{{','.join(ALGORITHMS)}}}: what is trained; {default.algorithm}'s own "
-        f"settings are among those below. {inspect.cleandoc(default.own.__doc__ or '')}\n\n"
-        "--resume RUN: go on with a run, with its settings; a store that was moved is named with "
-        "--data, and --learning-rate may change, which is recorded."
+        f"--algorithm {{{','.join(ALGORITHMS)}}}: what is trained; the settings of "
+        f"{default.algorithm} are among those below. "
+        f"{inspect.cleandoc(default.own.__doc__ or '')}\n\n"
+        "--resume RUN: go on with a run, with its settings. Some may change: where it computes "
+        "(--device, --data-device, --fused, --graph, --precision, --mask-update-gb), what it keeps "
+        "(--log-every, --checkpoint-every, --keep-checkpoints), --learning-rate, and --data for a "
+        "store that was moved. run.json records the changes."
     )
     return parse_arguments(
         TrainConfig,
@@ -135,7 +232,7 @@ def _parse(arguments: Sequence[str], default: TrainConfig) -> TrainConfig:
 
 
 def _refuse_settings_of_others(arguments: Sequence[str], config: TrainConfig) -> None:
-    """Say whose a setting is that another algorithm reads and this one does not."""
+    """Refuse a setting that only other algorithms read, and name those."""
     reads = find(config.algorithm).reads
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
@@ -149,7 +246,7 @@ def _refuse_settings_of_others(arguments: Sequence[str], config: TrainConfig) ->
             )
 
 
-def begin(preset_name: str, config: TrainConfig, output: Path) -> Run:
+def begin(preset_name: str, config: TrainConfig, path: Path) -> Trainer:
     """Begin a new run: check everything, then make its directory.
 
     A step cannot have more tasks than the run has: `tasks_per_step` is lowered to their number.
@@ -158,13 +255,11 @@ def begin(preset_name: str, config: TrainConfig, output: Path) -> Run:
         UserError: settings, data or device that cannot work; nothing is written then.
     """
     check(config)
-    path = config.data.data
-    if path is None:
-        path = _quickstart_data(preset_name, config)
-        config = change(config, {"data": path})
-    store = DataStore.open(path)
-    store.verify()
-    names = config.data.tasks
+    data = config.data.data
+    if data is None:
+        data = _quickstart_data(preset_name, config)
+        config = change(config, {"data": data})
+    store, names = DataStore.open(data), config.data.tasks
     tasks = family(store.environment.family).resolve_tasks(names) if names else store.tasks
     asked, count = config.data.tasks_per_step, len(tasks)
     if asked > count:
@@ -173,7 +268,7 @@ def begin(preset_name: str, config: TrainConfig, output: Path) -> Run:
             soft_wrap=True,
         )
         config = change(config, {"tasks_per_step": count})
-    return Run.begin(output, preset_name, config, store, tasks)
+    return run.begin(path, preset_name, config, store, tasks)
 
 
 def _quickstart_data(preset_name: str, config: TrainConfig) -> Path:
@@ -182,7 +277,7 @@ def _quickstart_data(preset_name: str, config: TrainConfig) -> Path:
             f"the {preset_name} preset has no data of its own: name a store with --data (make one "
             "with `python -m harmodt.collect` or `python -m harmodt.data import`)"
         )
-    # Before minutes of simulation: what would be refused after them.
+    # Refuse a device or kernels that are not there now, not after minutes of simulation.
     Execution.choose(config.run.device, config.run.fused, config.run.precision)
     if not (QUICKSTART_DATA / "manifest.json").exists():
         console.print(f"collecting demonstrations of MT5 into {QUICKSTART_DATA}")

@@ -9,7 +9,13 @@ one implementation; the functions named here are the fused ones.
 
 from .backend import PYTORCH, REFERENCE, Backend, fused_backend
 from .bits import count_bits, pack_bits, unpack_bits, words_for
-from .harmony_selection import Selection, move_weights, select_harmony
+from .harmony_selection import (
+    NotFinite,
+    Selection,
+    UpdateRefused,
+    move_weights,
+    select_harmony,
+)
 from .masked_adamw import masked_adamw, rates_of_step
 from .masked_layer_norm import MaskedLayerNorm
 from .masked_linear import MaskedLinear, masked_linear
@@ -27,9 +33,11 @@ __all__ = [
     "LayerMasks",
     "MaskedLayerNorm",
     "MaskedLinear",
+    "NotFinite",
     "Recording",
     "RecordingMemory",
     "Selection",
+    "UpdateRefused",
     "count_bits",
     "fused_backend",
     "masked_adamw",

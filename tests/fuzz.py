@@ -57,7 +57,7 @@ with atheris.instrument_imports(include=["harmodt", "zipfile"]):
     from harmodt.results import EvaluationResult
     from harmodt.rollout import Request
     from harmodt.rundir import RunDirectory
-    from harmodt.training import costs, metrics, run
+    from harmodt.training import costs, metrics, policy, run
 
 import numpy as np
 import torch
@@ -379,8 +379,8 @@ def npz(folder: Path) -> Target:
 
 def evaluation(folder: Path) -> Target:
     """A saved evaluation."""
-    policy = run.load_policy(_small_run(folder).path)
-    path = play(policy, Request(episodes=2), None).save(folder)
+    acting = policy.load_policy(_small_run(folder).path)
+    path = play(acting, Request(episodes=2), None).save(folder)
 
     def read(content: bytes) -> None:
         path.write_bytes(content)

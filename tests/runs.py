@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from harmodt import train
 from harmodt.algorithms import preset
-from harmodt.checkpoint import load_checkpoint
+from harmodt.checkpoint import checkpoint_steps, load_checkpoint
 from harmodt.data.store import DataStore
 from harmodt.results import EvaluationResult
 from harmodt.rollout import make_protocol
@@ -42,6 +43,14 @@ def play(policy, request, console):
     score = float(policy.model.vector.weights.double().sum())
     returns = np.full((len(protocol.tasks), protocol.episodes), score)
     return EvaluationResult(protocol, returns > np.inf, returns, 1.0, {})
+
+
+def cut(run: Path, step: int) -> Path:
+    """Delete the checkpoints after a step, as if the run had been killed then; returns the run."""
+    for later in checkpoint_steps(RunDirectory(run)):
+        if later > step:
+            shutil.rmtree(RunDirectory(run).checkpoint(later))
+    return run
 
 
 def ended_process() -> int:

@@ -23,7 +23,7 @@ from harmodt.data.store import DataStore
 from harmodt.errors import UserError
 from harmodt.files import checksum
 from harmodt.rundir import RunDirectory
-from harmodt.training import run as module
+from harmodt.training import trainer as module
 from harmodt.training.costs import PARTS, Costs
 from harmodt.training.records import Records, read_records
 from harmodt.training.trainer import Trainer
@@ -172,7 +172,7 @@ def test_a_gpu_is_not_waited_for_and_its_time_is_told(tmp_path):
         began = time.monotonic()
         for _ in range(50):
             square @ square
-        with costs.of("masks and harmony"):
+        with costs.measure("masks and harmony"):
             for _ in range(50):
                 square @ square
         issued = time.monotonic() - began

@@ -15,7 +15,7 @@ from harmodt import evaluate as module
 from harmodt.checkpoint import save_checkpoint
 from harmodt.errors import run_command
 from harmodt.results import EvaluationResult
-from harmodt.training.run import Run
+from harmodt.training.run import begin
 from harmodt_kernels.native import library
 
 TASKS = ("reach-v3", "button-press-topdown-v3")
@@ -37,9 +37,9 @@ def run(tmp_path_factory):
     store = make_store(folder / "store", TASKS)
     sizes = {"embed_dim": 8, "layers": 1, "heads": 1, "target_return": 100.0}
     config = configure(precision="bf16", **sizes)
-    run = Run.begin(folder / "run", "quickstart", config, store, TASKS)
+    run = begin(folder / "run", "quickstart", config, store, TASKS)
     for step in (20, 40):
-        save_checkpoint(run.directory, step, run.trainer.tensors())
+        save_checkpoint(run.directory, step, run.learner.tensors())
     return run.directory.path
 
 

@@ -21,15 +21,17 @@ from safetensors.torch import load_file, save_file
 from tiny import TASKS, make_store
 
 from harmodt import load_policy, train
+from harmodt.algorithms.harmodt import HarmoDTLearner
 from harmodt.algorithms.sequence import SequenceLearner
 from harmodt.checkpoint import checkpoint_steps, load_checkpoint, save_checkpoint
 from harmodt.data.store import DataStore
 from harmodt.errors import UserError, describe
 from harmodt.files import checksum, owned
 from harmodt.rundir import RunDirectory
-from harmodt.training import run as module
+from harmodt.training import trainer as module
 from harmodt.training.metrics import Metrics
 from harmodt.training.trainer import Trainer
+from harmodt_kernels import NotFinite
 
 EVALUATED = ("--evaluate-every", "4", "--evaluation-episodes", "1")
 
@@ -295,6 +297,57 @@ def test_weights_that_are_nan_are_not_saved(store, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="after step 8 is NaN or infinite"):
         begin(store, tmp_path / "run")
     assert checkpoint_steps(RunDirectory(tmp_path / "run")) == [4]
+
+
+def update_fails(monkeypatch, step: int, error: Exception) -> None:
+    """Let the mask update after a step raise an error."""
+    update_masks = HarmoDTLearner.update_masks
+
+    def failing(learner, now):
+        if now == step:
+            raise error
+        return update_masks(learner, now)
+
+    monkeypatch.setattr(HarmoDTLearner, "update_masks", failing)
+
+
+@pytest.mark.parametrize("step", [0, 4])
+def test_a_gradient_of_a_mask_update_that_is_nan_is_named(store, tmp_path, monkeypatch, step):
+    update_fails(monkeypatch, step, NotFinite(1, "its dense gradient holds NaN or infinity"))
+    with pytest.raises(UserError) as error:
+        begin(store, tmp_path / "run")
+    start = f"after step {step}, task {TASKS[1]}: its dense gradient holds NaN or infinity"
+    way_on = f"--resume {tmp_path}/run --learning-rate 0.00033"
+    ends = {0: f"python -m harmodt.data info {store.path}", 4: way_on}
+    assert str(error.value).startswith(start) and str(error.value).endswith(ends[step])
+
+
+def test_a_nan_that_a_loss_shows_first_is_laid_to_the_loss(store, tmp_path, monkeypatch):
+    def broken(learner, step):
+        result = train_step(learner, step)
+        if step == 4:
+            result.losses[1] = np.nan
+        return result
+
+    train_step = SequenceLearner.train_step
+    monkeypatch.setattr(SequenceLearner, "train_step", broken)
+    update_fails(monkeypatch, 4, NotFinite(0, "its masked gradient holds NaN or infinity"))
+    with pytest.raises(UserError, match=f"the loss of step 4, task {TASKS[1]}, is NaN"):
+        begin(store, tmp_path / "run", "--log-every", "99", "--checkpoint-every", "99")
+
+
+def test_another_error_of_a_mask_update_is_no_nan(store, tmp_path, monkeypatch):
+    """An error of the program keeps its traceback, and a sentence stays as it is."""
+    mistake = ValueError("operands could not be broadcast together")
+    update_fails(monkeypatch, 4, mistake)
+    with pytest.raises(ValueError, match="operands") as error:
+        begin(store, tmp_path / "run")
+    assert error.value is mistake and describe(mistake) is None
+    sentence = UserError("the mask update after step 4 cannot score the weights: begin a new run")
+    update_fails(monkeypatch, 4, sentence)
+    with pytest.raises(UserError) as refused:
+        begin(store, tmp_path / "other")
+    assert refused.value is sentence
 
 
 # What was written

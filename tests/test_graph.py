@@ -76,8 +76,8 @@ def test_a_recorded_step_repeats_as_the_next_steps(store: DataStore, device, cha
     expected = steps(usual, 4)  # and a mask update before the last
     assert all(map(torch.equal, steps(repeated, 4), expected))
     assert not torch.equal(expected[-1], expected[-2])
-    for name, tensor in usual.tensors().items():
-        assert torch.equal(tensor, repeated.tensors()[name]), name
+    for name, tensor in usual.learner.tensors().items():
+        assert torch.equal(tensor, repeated.learner.tensors()[name]), name
 
 
 @pytest.mark.usefixtures("native")
@@ -202,5 +202,5 @@ def test_a_graph_computes_the_same_steps(
     assert isinstance(recorded.learner._step, Graph) == (changes.get("surgery") != "cagrad")
     for expected, result in zip(steps(usual, 12), steps(recorded, 12), strict=True):
         assert torch.equal(expected, result)
-    for name, tensor in usual.tensors().items():
-        assert torch.equal(tensor, recorded.tensors()[name]), name
+    for name, tensor in usual.learner.tensors().items():
+        assert torch.equal(tensor, recorded.learner.tensors()[name]), name

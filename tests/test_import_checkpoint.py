@@ -22,7 +22,7 @@ from harmodt.data.store import DataStore
 from harmodt.errors import UserError, run_command
 from harmodt.import_checkpoint import ImportCheckpointConfig, import_checkpoint
 from harmodt.settings import settings
-from harmodt.training.run import Run, SavedRun
+from harmodt.training.run import SavedRun, resume
 
 NAMES = tuple(task.replace("-v3", "-v2") for task in tiny.TASKS)
 STEPS = 2 * CONTEXT
@@ -160,7 +160,7 @@ def test_a_run_says_what_it_is_of_and_can_be_opened_for_training(
         assert task.deviation[5] == np.float32(1e-6)  # of what is constant in the data
     assert saved.config.run.output == tmp_path / "run"
     assert saved.config.data.data == store.path
-    assert Run.resume(saved, saved.config).trainer.step == 300
+    assert resume(saved, saved.config).step == 300
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"run.json", "conditioning.safetensors", "checkpoints"}
 

@@ -10,7 +10,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harmodt_kernels import REFERENCE, Backend, Selection, fused_backend, pack_bits, unpack_bits
+from harmodt_kernels import (
+    REFERENCE,
+    Backend,
+    NotFinite,
+    Selection,
+    UpdateRefused,
+    fused_backend,
+    pack_bits,
+    unpack_bits,
+)
 from harmodt_kernels.harmony_selection import triton as kernels
 
 # numpy's, where the interpreter multiplies infinity
@@ -451,8 +460,10 @@ def _check_refusal(
     selection = backend.select_harmony(
         *operands, count=count, balance=1.0, importance=kind[0], rule=kind[1]
     )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         backend.move_weights(operands[0], selection)
+    from_finite = "not above zero" in message or "overflow" in message
+    assert error.type is (UpdateRefused if from_finite else NotFinite)
     assert torch.equal(operands[0], before)
 
 

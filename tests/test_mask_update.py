@@ -30,10 +30,11 @@ from harmodt.config import TrainConfig
 from harmodt.data.store import DataStore
 from harmodt.draws import Draws
 from harmodt.environments.metaworld_names import TASK_SETS
+from harmodt.errors import UserError
 from harmodt.masks.gradients import GradientPass, TaskGradients, harmony_score
 from harmodt.masks.update import MaskUpdate, weights_to_move
 from harmodt.networks.decision_transformer import DecisionTransformer
-from harmodt_kernels import PYTORCH, Backend, Selection, fused_backend, pack_bits
+from harmodt_kernels import PYTORCH, Backend, NotFinite, Selection, fused_backend, pack_bits
 from harmodt_kernels.harmony_selection import count_signs
 from harmodt_kernels.masked_linear import gradients as waiting
 
@@ -402,7 +403,7 @@ def test_a_gradient_that_is_not_finite_stops_the_update(store: DataStore, value:
     learner = make_learner(store)
     before = learner.bank.bits.clone()
     learner.model.history_embedding.returns_to_go.bias.data[0] = value
-    with pytest.raises(ValueError, match="NaN or infinity"):
+    with pytest.raises(NotFinite, match="NaN or infinity"):
         update(learner, 10)
     assert torch.equal(learner.bank.bits, before)
 
@@ -423,9 +424,32 @@ def test_a_nan_in_the_last_task_alone_leaves_all_masks_as_they_were(
     learner = make_learner(store, configure(mask_update_gb=gb), select_or_fail)
     before = learner.bank.bits.clone()
     name = ("masked", "dense")[operand - 3]
-    with pytest.raises(ValueError, match=f"task 2: its {name} gradient holds NaN"):
+    with pytest.raises(NotFinite, match=f"task 2: its {name} gradient holds NaN"):
         update(learner, 10)
     assert tasks == ([3] if gb else [1, 1, 1])
+    assert torch.equal(learner.bank.bits, before)
+
+
+@pytest.mark.parametrize(
+    ("operand", "value", "why"),
+    [(3, 1e20, "its scores overflow"), (6, 0.0, "its loss is not above zero, and the Fisher")],
+)
+def test_finite_gradients_that_cannot_be_scored_stop_the_update_with_a_way_on(
+    store: DataStore, operand: int, value: float, why: str
+) -> None:
+    def select_or_fail(*tensors: Tensor, **options: Any) -> Selection:
+        tensors[operand][1] = value
+        return PYTORCH.select_harmony(*tensors, **options)
+
+    learner = make_learner(store, select=select_or_fail)
+    before = learner.bank.bits.clone()
+    with pytest.raises(UserError, match=f"after step 10 cannot score.*task 1: {why}") as error:
+        update(learner, 10)
+    assert "NaN" not in str(error.value)
+    assert str(error.value).endswith(
+        "begin a new run with --harmony-rule upstream-score, which does not divide by the loss, or "
+        "with a smaller --balance"
+    )
     assert torch.equal(learner.bank.bits, before)
 
 

@@ -38,7 +38,7 @@ def test_steps_equal_a_computation_in_float64(
     store: DataStore, native: None, task_input: str, fused: bool
 ) -> None:
     trainer = make_trainer(store, configure_mlp("mtbc", task_conditioning=task_input, fused=fused))
-    weights = Weights(trainer.tensors(), ["policy"])
+    weights = Weights(trainer.learner.tensors(), ["policy"])
     for step in (1, 2, 3):
         task_ids = trainer.learner.feed.load(step)
         batch, actions = trainer.learner.feed.batch()
@@ -59,7 +59,7 @@ def test_steps_equal_a_computation_in_float64(
         assert list(result.task_ids) == task_ids
         torch.testing.assert_close(result.losses.double(), torch.stack(expected).detach())
         assert result.gradient_norm.item() == pytest.approx(norm, rel=1e-5)
-        weights.check(trainer.tensors())
+        weights.check(trainer.learner.tensors())
     assert weights.clipped
 
 
@@ -103,7 +103,7 @@ def test_the_task_changes_the_action(store: DataStore, algorithm: str, task_inpu
 
 def test_the_policy_reads_normalised_observations(store: DataStore) -> None:
     trainer = make_trainer(store, configure_mlp("mtbc"))
-    weights, policy = Weights(trainer.tensors(), []), trainer.learner.policy(5)
+    weights, policy = Weights(trainer.learner.tensors(), []), trainer.learner.policy(5)
     assert (policy.step, policy.mask, policy.tasks) == (5, "none", TASKS)
     rows = np.random.default_rng(0).normal(size=(2, 39))
     policy.start(np.array([2, 0]))
@@ -179,7 +179,7 @@ def test_bf16_keeps_weights_in_fp32_and_the_loss_close(store: DataStore, algorit
     losses = [torch.stack([t.train_step().losses for _ in range(4)]) for t in (full, half)]
     torch.testing.assert_close(*losses, rtol=0.02, atol=0.0)
     assert not torch.equal(*losses)
-    assert {tensor.dtype for tensor in half.tensors().values()} == {torch.float32}
+    assert {tensor.dtype for tensor in half.learner.tensors().values()} == {torch.float32}
 
 
 def test_settings_that_mean_nothing_are_refused(store: DataStore, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from harmodt.networks.diffusion import Diffusion
 from harmodt.policies.plan import PlanPolicy
 from harmodt.rundir import RunDirectory
 from harmodt.settings import change, check
-from harmodt.training import run as run_module
+from harmodt.training import trainer as trainer_module
 from harmodt.training.trainer import Trainer
 
 ALGORITHMS = ["mtdiff-p", "mtdiff-p-onehot"]
@@ -528,7 +528,7 @@ def test_training_lowers_the_loss(store: DataStore, algorithm: str) -> None:
 def test_a_run_goes_on_after_a_kill_as_if_there_had_been_none(
     store: DataStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
 ) -> None:
-    monkeypatch.setattr(run_module, "play", runs.play)
+    monkeypatch.setattr(trainer_module, "play", runs.play)
     more = ("--horizon", "4", "--diffusion-steps", "8", "--sampling-steps", "4")
     for name in ("whole", "cut"):
         flags = (*more, "--evaluation-episodes", "1")
@@ -736,7 +736,7 @@ def test_settings_that_do_not_fit_together_are_refused(
 
 def test_a_checkpoint_of_another_size_is_refused(store: DataStore) -> None:
     trainer = trainer_of(store, layers=1)
-    checkpoint = Checkpoint(Path("checkpoint"), 0, trainer.tensors())
+    checkpoint = Checkpoint(Path("checkpoint"), 0, trainer.learner.tensors())
     with pytest.raises(UserError, match=r"is of another model size: model\.blocks"):
         trainer_of(store).load(checkpoint)
     setup = make_setup(store, configure("mtdiff-p", **SMALL))

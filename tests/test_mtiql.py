@@ -31,7 +31,7 @@ class Oracle:
 
     def __init__(self, trainer: Trainer):
         self.own = trainer.setup.config.own
-        self.weights = Weights(trainer.tensors(), NETWORKS)
+        self.weights = Weights(trainer.learner.tensors(), NETWORKS)
         self.action_weights: list[float] = []
 
     def losses(self, batch: Any, actions: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def test_steps_equal_a_computation_in_float64(store: DataStore, changes: dict[st
         assert list(result.task_ids) == task_ids
         torch.testing.assert_close(result.losses.double(), losses.detach(), rtol=1e-4, atol=1e-5)
         assert result.gradient_norm.item() == pytest.approx(norm, rel=1e-4)
-        oracle.weights.check(trainer.tensors())
+        oracle.weights.check(trainer.learner.tensors())
     largest = [weight == LARGEST_WEIGHT for weight in oracle.action_weights]
     assert oracle.weights.clipped
     assert not all(largest)
@@ -115,18 +115,18 @@ def test_at_a_temperature_of_zero_the_policy_is_mtbcs(store: DataStore) -> None:
     iql = make_trainer(store, configure_mlp("mtiql", temperature=0.0, **changes))
     del changes["short_ends"]
     cloning = make_trainer(store, configure_mlp("mtbc", **changes))
-    for name, tensor in cloning.tensors().items():
-        tensor.copy_(iql.tensors()[name])
+    for name, tensor in cloning.learner.tensors().items():
+        tensor.copy_(iql.learner.tensors()[name])
     for _ in range(4):
         iql.train_step()
         cloning.train_step()
-    ours, theirs = iql.tensors(), cloning.tensors()
+    ours, theirs = iql.learner.tensors(), cloning.learner.tensors()
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_the_targets_begin_as_the_critics_which_differ(store: DataStore) -> None:
-    tensors = make_trainer(store, configure_mlp("mtiql")).tensors()
+    tensors = make_trainer(store, configure_mlp("mtiql")).learner.tensors()
     for name, tensor in tensors.items():
         if name.startswith("target_critics."):
             assert torch.equal(tensor, tensors[name.removeprefix("target_")])

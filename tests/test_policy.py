@@ -22,7 +22,7 @@ from harmodt.errors import UserError
 from harmodt.masks.bank import TaskMasks, vote
 from harmodt.policies.decision import DecisionPolicy
 from harmodt.settings import change
-from harmodt.training.run import Run
+from harmodt.training.run import begin
 
 LENGTH = 15  # steps of an episode, more than the context of 6
 
@@ -379,12 +379,11 @@ def test_a_loaded_policy_acts_as_the_one_that_was_saved(
     store: DataStore, tmp_path: Path, algorithm: str
 ) -> None:
     config = configure(algorithm=algorithm, dropout=0.5, action_dropout=0.0)
-    run = Run.begin(tmp_path / "run", "quickstart", config, store, TASKS)
-    trainer = run.trainer
+    trainer = begin(tmp_path / "run", "quickstart", config, store, TASKS)
     for step in (1, 2):
         trainer.train_step()
-        save_checkpoint(run.directory, step, trainer.tensors())
-    path = run.directory.path
+        save_checkpoint(trainer.directory, step, trainer.learner.tensors())
+    path = trainer.directory.path
     loaded = load_policy(path)
     assert (loaded.tasks, loaded.step) == (TASKS, 2)
     assert loaded.environment == store.environment

@@ -32,7 +32,7 @@ from harmodt.report.masks import Masks, count_shared
 from harmodt.results import EvaluationResult
 from harmodt.rollout import make_protocol
 from harmodt.rundir import RunDirectory
-from harmodt.training import run as training
+from harmodt.training import trainer as training
 
 TEST_FLAGS = ("--evaluate-every", "6", "--evaluation-episodes", "4", "--harmony-every", "4")
 

@@ -19,7 +19,7 @@ from harmodt.errors import UserError
 from harmodt.masks.bank import MaskBank, TaskMasks, voted_masks
 from harmodt.masks.gradients import UpdateGradients
 from harmodt.masks.soft import fence_factor, retained_levels, upper_fence
-from harmodt_kernels import pack_bits, unpack_bits
+from harmodt_kernels import NotFinite, pack_bits, unpack_bits
 from harmodt_kernels.bits import BITS_PER_WORD
 
 
@@ -212,7 +212,7 @@ def test_a_gradient_that_is_not_finite_leaves_all_masks_as_they_were(
     values[int(family == "dense"), 2, 5] = torch.nan
     monkeypatch.setattr(learner.gradients, "on", lambda _: tuple(map(prescribed, values)))
     before = learner.bank.bits.clone()
-    with pytest.raises(ValueError, match=f"task 2: its {family} gradient holds NaN"):
+    with pytest.raises(NotFinite, match=f"task 2: its {family} gradient holds NaN"):
         learner.updater.update(10, learner.draw_for(10))
     assert torch.equal(learner.bank.bits, before)
 

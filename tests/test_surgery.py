@@ -355,11 +355,11 @@ def test_a_run_that_goes_on_ends_as_without_a_pause(store: DataStore, name: str)
     whole, first, second = begin(), begin(), begin()
     steps(whole, 6)
     steps(first, 3)
-    tensors = {key: tensor.clone() for key, tensor in first.tensors().items()}
+    tensors = {key: tensor.clone() for key, tensor in first.learner.tensors().items()}
     second.load(Checkpoint(Path("checkpoint"), 3, tensors))
     steps(second, 3)
-    for key, tensor in whole.tensors().items():
-        assert torch.equal(second.tensors()[key], tensor), key
+    for key, tensor in whole.learner.tensors().items():
+        assert torch.equal(second.learner.tensors()[key], tensor), key
 
 
 @pytest.mark.parametrize("name", SURGERIES)

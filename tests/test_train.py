@@ -37,8 +37,9 @@ def test_a_run_leaves_what_it_promises(store, tmp_path, capsys):
     begin(store, tmp_path / "run")
     assert checkpoint_steps(RunDirectory(tmp_path / "run")) == [4, 8, 12]
     description = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert description["backend"] == "pytorch"
-    assert set(description["operations"].values()) == {"pytorch"}
+    (part,) = description["parts"]
+    assert (part["step"], part["device"], part["backend"]) == (0, "cpu", "pytorch")
+    assert part["versions"]["torch"] == torch.__version__
     assert description["environment"] == store.environment.to_json()
     assert description["store"] == store.checksum
     assert description["tasks"] == list(store.tasks)

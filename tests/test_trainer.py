@@ -35,12 +35,12 @@ def train(trainer: Trainer, steps: int) -> list[Tensor]:
 
 
 def saved(trainer: Trainer) -> Checkpoint:
-    tensors = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
+    tensors = {name: tensor.clone() for name, tensor in trainer.learner.tensors().items()}
     return Checkpoint(Path("checkpoint"), trainer.step, tensors)
 
 
 def equal(a: Trainer, b: Trainer) -> bool:
-    ours, theirs = a.tensors(), b.tensors()
+    ours, theirs = a.learner.tensors(), b.learner.tensors()
     assert ours.keys() == theirs.keys()
     return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -247,14 +247,14 @@ def test_harmony_is_logged_when_asked_for(
     """Figure 2(a) compares it between models with and without masks."""
     trainer = make_trainer(store, configure(algorithm=algorithm, harmony_every=3))
     scores = {}
-    before = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
+    before = {name: tensor.clone() for name, tensor in trainer.learner.tensors().items()}
     for trainer.step in range(10):
         values = trainer.before_step()
         if values:
             scores[trainer.step] = values["harmony"]
     assert list(scores) == logged
     assert all(0 < abs(score) < 1 for score in scores.values())
-    for name, tensor in trainer.tensors().items():  # it measures and changes nothing
+    for name, tensor in trainer.learner.tensors().items():  # it measures and changes nothing
         assert torch.equal(tensor, before[name]) or name == "masks"
 
 

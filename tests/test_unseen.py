@@ -23,7 +23,8 @@ from harmodt.errors import UserError, run_command
 from harmodt.masks.bank import vote
 from harmodt.policies.decision import DecisionPolicy
 from harmodt.results import EvaluationResult
-from harmodt.training.run import Run, SavedRun
+from harmodt.training import run as module
+from harmodt.training.run import SavedRun
 
 UNSEEN = ("door-open-v3", "window-open-v3")
 
@@ -40,13 +41,13 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> DataStore:
 
 def begin(folder: Path, store: DataStore, algorithm: str = "harmodt-r", **changes: Any) -> Path:
     """A run with random weights, at step 3."""
-    run = Run.begin(
+    run = module.begin(
         folder / "run", "quickstart", configure(algorithm, **changes), store, store.tasks
     )
     torch.manual_seed(1)
-    for parameter in run.trainer.learner.model.parameters():
+    for parameter in run.learner.model.parameters():
         parameter.data.add_(torch.randn(parameter.shape) * 0.2)
-    save_checkpoint(run.directory, 3, run.trainer.tensors())
+    save_checkpoint(run.directory, 3, run.learner.tensors())
     return run.directory.path
 
 
@@ -220,7 +221,7 @@ def test_a_mask_is_refused_before_anything_is_computed_where_the_run_has_none(
     def computed(*_: Any) -> None:
         raise AssertionError("a model was built or a gradient computed")
 
-    for name in ("build_model", "nearest_tasks"):
+    for name in ("_sequence_learner", "_masks_under"):
         monkeypatch.setattr(unseen_module, name, computed)
     with pytest.raises(UserError, match=f"{algorithm} has no masks: evaluate it with --mask none"):
         load_policy(path, unseen=Unseen(others.path, mask=mask))

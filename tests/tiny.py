@@ -20,6 +20,7 @@ from harmodt.devices import Execution
 from harmodt.environments import METAWORLD, family
 from harmodt.masks.bank import TaskMasks
 from harmodt.networks.decision_transformer import DecisionTransformer, TransformerConfig
+from harmodt.rundir import RunDirectory
 from harmodt.settings import change, settings
 from harmodt.training.trainer import Trainer
 from harmodt_kernels import REFERENCE, Backend
@@ -108,9 +109,10 @@ def make_trainer(
     device: torch.device | str = "cpu",
     backend: Backend | None = None,
 ) -> Trainer:
-    """A trainer over all tasks of a store."""
+    """A trainer over all tasks of a store; its directory is beside that and is not made."""
     setup = make_setup(store, config, device, backend)
-    return Trainer(setup, [store.task(name) for name in store.tasks])
+    data = [store.task(name) for name in store.tasks]
+    return Trainer(setup, data, RunDirectory(store.path.with_name("run-of-trainer")))
 
 
 def make_model(

@@ -125,7 +125,8 @@ class Learner(Generic[Own]):
         """Do what is due after `step` steps and before the next one; return what is to be logged.
 
         Raises:
-            ValueError: a gradient or a loss is NaN or infinite.
+            NotFinite: a gradient or a loss is NaN or infinite.
+            UserError: it cannot be done with these gradients, though they are finite.
         """
         return {}
 

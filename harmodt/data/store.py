@@ -195,17 +195,25 @@ class DataStore:
         return sum(content["steps"] for content in self.manifest["tasks"].values())
 
     def verify(
-        self, progress: Callable[[str], None] | None = None, prompts_of: Sequence[str] = ()
+        self,
+        progress: Callable[[str], None] | None = None,
+        tasks: Sequence[str] = (),
+        prompts_of: Sequence[str] = (),
     ) -> None:
-        """Read every array once and compare its checksum; `progress` is told each file's name.
+        """Read every array once and compare its checksum.
 
         Args:
-            prompts_of: tasks whose prompts are to be read alone.
+            progress: called with the name of each file before it is read.
+            tasks: tasks whose arrays are read; those of all tasks if neither argument names one.
+            prompts_of: tasks of which the prompts alone are read.
 
         Raises:
             UserError: a file differs from what was written.
         """
-        chosen = tuple(f"{task}/{PROMPTS}/" for task in prompts_of)
+        chosen = (
+            *(f"{task}/" for task in tasks),
+            *(f"{task}/{PROMPTS}/" for task in prompts_of),
+        )
         for name, entry in self.files.items():
             if chosen and not name.startswith(chosen):
                 continue

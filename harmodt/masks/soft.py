@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harmodt_kernels import pack_bits, unpack_bits
+from harmodt_kernels import NotFinite, pack_bits, unpack_bits
 from harmodt_kernels.harmony_selection import count_signs
 
 from ..config import SoftMaskSettings
@@ -103,7 +103,7 @@ class SoftMaskUpdater:
             draw: the tasks' batches.
 
         Raises:
-            ValueError: a gradient is NaN or infinite; the masks are then unchanged.
+            NotFinite: a gradient is NaN or infinite; the masks are then unchanged.
         """
         bank, factor = self._bank, fence_factor(step, self._steps, self._settings)
         masked, dense = self.gradients.on(draw)
@@ -152,6 +152,4 @@ class SoftMaskUpdater:
 def _check_finite(task: int, masked: Tensor, dense: Tensor) -> None:
     for name, gradient in (("masked", masked), ("dense", dense)):
         if not bool(torch.isfinite(gradient).all()):
-            raise ValueError(
-                f"task {task}: its {name} gradient holds NaN or infinity; no mask was changed"
-            )
+            raise NotFinite(task, f"its {name} gradient holds NaN or infinity")

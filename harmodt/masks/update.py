@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harmodt_kernels import Backend, Selection
+from harmodt_kernels import Backend, NotFinite, Selection, UpdateRefused
 from harmodt_kernels.harmony_selection import Importance
 
 from ..config import LearnedMaskSettings
+from ..errors import UserError
 from .bank import MaskBank
 from .gradients import Draw, TaskGradients, UpdateGradients, harmony_score
 
@@ -74,7 +75,8 @@ class MaskUpdater:
             draw: the tasks' batches.
 
         Raises:
-            ValueError: a gradient or a loss is NaN or infinite; the masks are then unchanged.
+            NotFinite: a gradient or a loss is NaN or infinite; the masks are then unchanged.
+            UserError: the scores cannot be computed from them; the masks are then unchanged.
         """
         settings = self._settings
         count = weights_to_move(step, self._steps, settings.eta_min, settings.eta_max)
@@ -85,7 +87,16 @@ class MaskUpdater:
         ]
         selection = Selection(*(torch.cat(chunks) for chunks in zip(*selections, strict=True)))
         # The host waits here: it refuses NaN and infinity of any task before any weight moves.
-        self._backend.move_weights(self._bank.bits, selection)
+        try:
+            self._backend.move_weights(self._bank.bits, selection)
+        except NotFinite:
+            raise
+        except UpdateRefused as refused:
+            raise UserError(
+                f"the mask update after step {step} cannot score the weights ({refused}): begin a "
+                "new run with --harmony-rule upstream-score, which does not divide by the loss, or "
+                "with a smaller --balance"
+            ) from refused
         return MaskUpdate(selection.moved, harmony_score(selection.agreeing, selection.differing))
 
     def _select(

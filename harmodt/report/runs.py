@@ -13,8 +13,8 @@ from ..errors import UserError, printable
 from ..policies.decision import DecisionPolicy
 from ..results import EvaluationResult
 from ..rundir import Description, RunDirectory
+from ..training.policy import load_policy
 from ..training.records import Record, read_records
-from ..training.run import load_policy
 from .masks import Masks
 
 

@@ -343,13 +343,28 @@ def _settings_of(run: ReportedRun) -> dict[str, str]:
     found |= dict(settings(run.config))
     found["tasks"] = ", ".join(description.tasks)
     found |= {"environment": description.environment.get("family"), "store": description.store}
-    found |= {"computed on": description.device, "kernels": description.backend}
-    found |= {f"version of {name}": value for name, value in description.versions.items()}
+    parts = description.parts
+    found["computed on"] = _over_parts([(part.step, part.device) for part in parts])
+    found["kernels"] = _over_parts([(part.step, part.backend) for part in parts])
+    for name in dict.fromkeys(name for part in parts for name in part.versions):
+        versions = [(part.step, part.versions.get(name, numbers.MISSING)) for part in parts]
+        found[f"version of {name}"] = _over_parts(versions)
     found["changed on the way"] = "; ".join(
         f"{c.get('setting')} from {c.get('from')} to {c.get('to')} at step {c.get('step')}"
         for c in description.changes
     )
     return {name: _plain(value) for name, value in found.items()}
+
+
+def _over_parts(values: Sequence[tuple[int, str]]) -> str:
+    """The value of each part of a run; where it changes, with the step after which it does."""
+    (_, first), *later = values
+    found, before = [first], first
+    for step, value in later:
+        if value != before:
+            found.append(f"{value} after step {step}")
+        before = value
+    return ", ".join(found)
 
 
 def _plain(value: Any) -> str:

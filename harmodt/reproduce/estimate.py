@@ -15,6 +15,7 @@ from ..data.store import DataStore, Episode
 from ..data.writer import StoreWriter
 from ..devices import Execution
 from ..environments import EnvironmentSpec, family_of
+from ..rundir import RunDirectory
 from ..settings import settings
 from ..training.trainer import Trainer
 from .plan import Run
@@ -37,7 +38,8 @@ def seconds_per_step(run: Run) -> float:
         store = _random_store(Path(folder) / "store", run)
         data = [store.task(name) for name in run.tasks]
         conditioning = tuple(TaskConditioning.from_data(task, run.config) for task in data)
-        trainer = Trainer(Setup(run.config, store.environment, conditioning, execution), data)
+        setup = Setup(run.config, store.environment, conditioning, execution)
+        trainer = Trainer(setup, data, RunDirectory(Path(folder) / "run"))
         trainer.train_step()
         step = min(_seconds(trainer.train_step) for _ in range(STEPS))
         every = dict(settings(run.config)).get("mask_update_every")

@@ -1,4 +1,4 @@
-"""What a run has taken so far: wall-clock time, by what it went to, and memory."""
+"""The wall-clock time and the memory that a run has taken so far."""
 
 from __future__ import annotations
 
@@ -13,24 +13,30 @@ from ..rundir import RunDirectory
 from .records import Record, Records
 
 PARTS = ("masks and harmony", "evaluations", "checkpoints")
-"""What time goes to beside the steps, to which all the rest is counted."""
+"""Work whose time is measured apart. All other time counts to the training steps."""
 
 
 class Costs:
-    """Writes RUN/costs.jsonl, apart from the metrics, which are equal whenever a run is repeated.
+    """Writes RUN/costs.jsonl.
 
-    A line has the step, `seconds` of training up to it, of which `seconds/PART` went to each part,
-    `peak_memory`, the most bytes that the process held (not those of an evaluation's workers), and
-    on a GPU `peak_device_memory`, the most that PyTorch had allocated there. A run that goes on
-    adds to what its last checkpoint had cost: what a kill has lost is not counted.
+    A line has:
+        step: the training step.
+        seconds: of training up to that step, over all parts of the run.
+        seconds/PART: how many of them went to each of `PARTS`.
+        peak_memory: the most bytes that the process held, an evaluation's workers left out.
+        peak_device_memory: on a GPU, the most bytes that PyTorch had allocated there.
+
+    A run that goes on adds to the costs at its last checkpoint. Work that a kill has lost is not
+    counted. Costs have a file of their own because metrics.jsonl is the same whenever a run is
+    repeated, and costs are not.
 
     Args:
         run: the run's directory.
         step: the step that the run stands at.
-        device: where it computes.
+        device: of the model.
 
     Raises:
-        UserError: a line is damaged, or the file holds others.
+        UserError: a line is damaged, or the file is of another kind.
     """
 
     def __init__(self, run: RunDirectory, step: int, device: torch.device):
@@ -42,14 +48,14 @@ class Costs:
         self._unmeasured: list[tuple[str, _Moment, _Moment]] = []
 
     @contextlib.contextmanager
-    def of(self, part: str) -> Iterator[None]:
-        """Count the time of a block to a part, if it ends well; no GPU is waited for."""
+    def measure(self, part: str) -> Iterator[None]:
+        """Count the time of a block to a part, unless the block raises. Waits for no GPU."""
         began = self._now()
         yield
         self._unmeasured.append((part, began, self._now()))
 
     def write(self, step: int) -> None:
-        """Write what the steps up to this one have cost; a GPU has finished them."""
+        """Write the costs up to this step, which a GPU has finished."""
         for part, began, ended in self._unmeasured:
             self._seconds[part] += _between(began, ended)
         self._unmeasured = []
@@ -82,7 +88,7 @@ _Moment = float | torch.cuda.Event
 
 
 def _between(began: _Moment, ended: _Moment) -> float:
-    """Seconds from one moment to another."""
+    """Seconds between two moments."""
     if isinstance(began, float) and isinstance(ended, float):
         return ended - began
     assert isinstance(began, torch.cuda.Event) and isinstance(ended, torch.cuda.Event)

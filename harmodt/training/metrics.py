@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -17,38 +19,35 @@ class Metrics:
     """Writes RUN/metrics.jsonl and RUN/tensorboard.
 
     Attributes:
-        scores: step of every evaluation so far to what the best is chosen by: average success, or
-            mean return where environments know no success.
+        scores: step and score of every evaluation so far. The score is the average success, or the
+            mean return where the environments know no success.
+        best: step and score of the best evaluation so far, the last of equal ones; None before the
+            first.
 
     Args:
         run: the run's directory.
-        step: the step that the run stands at; what was written after it is dropped, because the
+        step: the step that the run stands at. What was written after it is dropped, because the
             run does those steps again.
 
     Raises:
-        UserError: a line is damaged, or the file holds others.
+        UserError: a line is damaged, or the file is of another kind.
     """
 
     def __init__(self, run: RunDirectory, step: int):
         self.scores: dict[int, float] = {}
+        self.best: tuple[int, float] | None = None
         self._records = Records(run.metrics, step, timed=False)
         for record in self._records.kept:
             self._remember(int(record["step"]), record)
-        self._board = SummaryWriter(run.tensorboard, purge_step=step + 1)
-
-    @property
-    def best(self) -> tuple[int, float] | None:
-        """The step of the best evaluation so far, the last of equals, and its score."""
-        if not self.scores:
-            return None
-        return max(self.scores.items(), key=lambda item: (item[1], item[0]))
+        self._board: Any = SummaryWriter(run.tensorboard, purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write some numbers of one step."""
         self._remember(step, values)
         self._records.write({"step": step, **values})
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        # One event for all numbers, because `add_scalar` takes long to write one for each.
+        numbers = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._board.file_writer.add_summary(Summary(value=numbers), step)
 
     def write_steps(
         self,
@@ -57,7 +56,7 @@ class Metrics:
         tasks: Sequence[str],
         results: Sequence[StepResult],
         losses: Tensor,
-    ) -> None:
+    ) -> float:
         """Write the means over the last steps: loss, each task's loss, gradient norm.
 
         Args:
@@ -65,20 +64,28 @@ class Metrics:
             learning_rate: of that step.
             tasks: all task names.
             results: the steps.
-            losses: [steps, G], the results' losses.
+            losses: [steps, G] on the CPU, the results' losses.
+
+        Returns:
+            The mean loss.
         """
-        ids = torch.tensor([list(result.task_ids) for result in results])
+        ids = torch.tensor([list(result.task_ids) for result in results]).flatten()
+        counts = torch.bincount(ids, minlength=len(tasks))
+        sums = torch.bincount(ids, losses.flatten().double(), minlength=len(tasks))
+        loss = float(losses.double().mean())
         values = {
-            "loss": float(losses.mean()),
+            "loss": loss,
             "gradient_norm": float(torch.stack([r.gradient_norm for r in results]).mean()),
             "learning_rate": learning_rate,
         }
-        for task in ids.unique().tolist():
-            values[f"loss/{tasks[task]}"] = float(losses[ids == task].mean())
+        for name, mean, count in zip(tasks, (sums / counts).tolist(), counts.tolist(), strict=True):
+            if count:
+                values[f"loss/{name}"] = mean
         self.write(step, values)
+        return loss
 
     def sync(self) -> None:
-        """See to it that what was written outlives a crash of the machine."""
+        """Wait until the disk has what was written, so that a crash of the machine loses none."""
         self._records.sync()
 
     def close(self) -> None:
@@ -87,5 +94,9 @@ class Metrics:
         self._board.close()
 
     def _remember(self, step: int, values: Mapping[str, float]) -> None:
-        if "mean_return" in values:
-            self.scores[step] = values.get("success", values["mean_return"])
+        if "mean_return" not in values:
+            return
+        score = values.get("success", values["mean_return"])
+        self.scores[step] = score
+        if self.best is None or score >= self.best[1]:
+            self.best = (step, score)

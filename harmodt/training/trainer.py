@@ -1,61 +1,84 @@
-"""Counts the steps of a run."""
+"""Training: the steps of a run, with the evaluations and checkpoints that are due on the way."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+
+from harmodt_kernels import NotFinite
 
 from ..algorithms import Learner, Setup, StepResult, find
-from ..checkpoint import Checkpoint
+from ..checkpoint import (
+    Checkpoint,
+    checkpoint_steps,
+    clear_temporaries,
+    prune_checkpoints,
+    save_checkpoint,
+)
 from ..data.store import TaskData
 from ..draws import INITIALISE, Seeds
+from ..errors import UserError
+from ..progress import PlainConsole
+from ..results import EvaluationResult
+from ..rollout import Request, play
+from ..rundir import RunDirectory
+from .advice import after_not_finite
+from .log import Log
+from .stop import Stop, Stopped
+
+
+class Trained(NamedTuple):
+    """What training has come to.
+
+    Attributes:
+        evaluation: the last evaluation of this call; None if none was due.
+        best: step and score of the run's best evaluation; None if there was none.
+    """
+
+    evaluation: EvaluationResult | None
+    best: tuple[int, float] | None
 
 
 class Trainer:
-    """Trains a learner of any algorithm on several tasks.
+    """Trains a learner of any algorithm to the last step of its run.
 
-    Whatever is random in a step follows from (seed, purpose, step): a run continued from a
-    checkpoint draws what it would have drawn.
+    Every random draw of a step follows from (seed, purpose, step). A run that goes on from a
+    checkpoint therefore draws what it would have drawn.
 
     Args:
         setup: the run's settings, tasks and device.
         data: one entry per task; index = task id.
+        directory: of the run; `train` alone writes there.
 
     Attributes:
         learner: what is trained.
         step: steps done so far.
+        stop: ends `train` before the last step when a signal is set in it.
 
     Raises:
         UserError: tasks_per_step is above the number of tasks, or a setting of the algorithm does
             not fit the model.
     """
 
-    def __init__(self, setup: Setup, data: Sequence[TaskData]):
+    def __init__(self, setup: Setup, data: Sequence[TaskData], directory: RunDirectory):
         self.setup = setup
-        self.task_count = len(data)
+        self.directory = directory
         self.step = 0
-        Seeds(setup.config.run.seed).begin(INITIALISE, 0)
-        self.learner: Learner[Any] = find(setup.config.algorithm).learner(setup)
-        self.learner.prepare_training(data)
+        self.stop = Stop()
+        self.learner = build_learner(setup, data)
 
-    def before_step(self) -> dict[str, float]:
-        """Let the learner do what is due before the next step; returns what is to be logged.
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self.setup.config.optimisation.steps
 
-        Raises:
-            ValueError: a gradient or a loss is NaN or infinite.
-        """
-        return self.learner.before_step(self.step)
-
-    def train_step(self) -> StepResult:
-        """One step over some tasks."""
-        self.step += 1
-        return self.learner.train_step(self.step)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint holds, by name."""
-        return self.learner.tensors()
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks; index = task id."""
+        return tuple(task.name for task in self.setup.conditioning)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint.
@@ -65,3 +88,132 @@ class Trainer:
         """
         self.learner.load(checkpoint)
         self.step = checkpoint.step
+
+    def before_step(self) -> dict[str, float]:
+        """Let the learner do what is due before the next step; returns what is to be logged.
+
+        Raises:
+            NotFinite: a gradient or a loss is NaN or infinite.
+        """
+        return self.learner.before_step(self.step)
+
+    def train_step(self) -> StepResult:
+        """Take the next step, over some tasks."""
+        self.step += 1
+        return self.learner.train_step(self.step)
+
+    def train(self, console: PlainConsole | None = None) -> Trained:
+        """Train to the last step; evaluate, log and save what is due on the way.
+
+        Args:
+            console: shows progress; standard output by default.
+
+        Raises:
+            Stopped: `stop` has asked for the end. The steps so far are in a checkpoint.
+            UserError: a loss, a gradient or a weight became NaN or infinite.
+        """
+        clear_temporaries(self.directory)
+        evaluation: EvaluationResult | None = None
+        console = console or PlainConsole()
+        with contextlib.closing(Log(self.directory, self.setup, self.step, console)) as log:
+            while True:
+                # First, because a run that goes on may have ended just before an evaluation.
+                if self._evaluation_is_due() and self.step not in log.metrics.scores:
+                    evaluation = self._evaluate(log)
+                if self.step >= self.steps:
+                    return Trained(evaluation, log.metrics.best)
+                self._train_to(self._next_evaluation(), log)
+
+    def _next_evaluation(self) -> int:
+        every = self.setup.config.evaluation.evaluate_every
+        return min((self.step // every + 1) * every, self.steps) if every else self.steps
+
+    def _evaluation_is_due(self) -> bool:
+        evaluation = self.setup.config.evaluation
+        every = evaluation.evaluate_every
+        scheduled = self.step == self.steps or (every and self.step and self.step % every == 0)
+        return bool(scheduled and evaluation.evaluation_episodes)
+
+    def _train_to(self, step: int, log: Log) -> None:
+        """Take the steps up to `step`, or until `stop` asks for the end, and save a checkpoint."""
+        with log.progress(self.step):
+            while self.step < step and self.stop.signal is None:
+                self._advance(log)
+            log.flush(self.step)
+        self._save(log)
+        if self.stop.signal is not None:
+            raise Stopped
+
+    def _advance(self, log: Log) -> None:
+        """Take one step; before it the mask update, after it metrics and checkpoint, if due."""
+        run = self.setup.config.run
+        self._update(log)
+        log.add(self.train_step())
+        saves = self.step % run.checkpoint_every == 0
+        if saves or self.step % run.log_every == 0:
+            log.flush(self.step)
+        if saves:
+            self._save(log)
+
+    def _update(self, log: Log) -> None:
+        """Do what is due before the next step, and log it."""
+        try:
+            with log.costs.measure("masks and harmony"):
+                values = self.before_step()
+        except NotFinite as error:
+            log.flush(self.step)  # names the step and the task if a loss was the first to break
+            what = f"after step {self.step}, task {self.tasks[error.task]}: {error.reason}"
+            raise self._not_finite(what, changed=self.step > 0) from error
+        if values:
+            log.flush(self.step)
+            log.metrics.write(self.step, values)
+
+    def _save(self, log: Log) -> None:
+        """Save a checkpoint, and delete those that are not to be kept."""
+        log.metrics.sync()
+        if self.step not in checkpoint_steps(self.directory):
+            tensors = self.learner.tensors()
+            for name, tensor in tensors.items():
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    what = f"{name} after step {self.step} is NaN or infinite"
+                    raise self._not_finite(what, changed=True)
+            with log.costs.measure("checkpoints"):
+                save_checkpoint(self.directory, self.step, tensors)
+            log.costs.write(self.step)
+        self._prune(log)
+
+    def _prune(self, log: Log) -> None:
+        """Delete all checkpoints but the last ones and that of the best evaluation."""
+        best = log.metrics.best[0] if log.metrics.best else None
+        prune_checkpoints(self.directory, self.setup.config.run.keep_checkpoints, best)
+
+    def _not_finite(self, what: str, changed: bool) -> UserError:
+        return after_not_finite(what, self.directory, self.setup.config, changed)
+
+    def _evaluate(self, log: Log) -> EvaluationResult:
+        """Evaluate the present weights and save the result.
+
+        Raises:
+            Stopped: the checkpoint of this step is there, so the evaluation can be repeated.
+        """
+        request = Request(episodes=self.setup.config.evaluation.evaluation_episodes)
+        with self.stop.at_once(), log.costs.measure("evaluations"):
+            result = play(self.learner.policy(self.step), request, console=log.console)
+        self.learner.resume_training()
+        result.save(self.directory.evaluation)
+        values = {"mean_return": result.mean_return}
+        if result.success_rate is not None:
+            values["success"] = result.success_rate
+        log.metrics.write(self.step, values)
+        log.costs.write(self.step)
+        log.metrics.sync()
+        self._prune(log)  # the best one may be another now
+        return result
+
+
+def build_learner(setup: Setup, data: Sequence[TaskData]) -> Learner[Any]:
+    """The learner of the run's algorithm, its initial weights drawn from the run's seed."""
+    Seeds(setup.config.run.seed).begin(INITIALISE, 0)
+    learner = find(setup.config.algorithm).learner(setup)
+    learner.prepare_training(data)
+    return learner

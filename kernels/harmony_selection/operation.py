@@ -88,8 +88,8 @@ def move_weights(mask_bits: Tensor, selection: Selection) -> None:
         selection: for the same T tasks.
 
     Raises:
-        ValueError: a task's selection is refused, or they are for another number of tasks; no
-            weight was moved.
+        UpdateRefused: as `Selection.check` does; no weight was moved.
+        ValueError: the selection is for another number of tasks; no weight was moved.
     """
     selection.check()
     if len(mask_bits) != len(selection.leaving):

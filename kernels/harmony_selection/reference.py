@@ -23,7 +23,28 @@ REFUSALS = (
     "the mean gradient holds NaN or infinity",
     "its scores overflow",
 )
-"""Why a task's selection is refused, the first that holds."""
+"""Why a task's selection is refused: the first of these that holds."""
+
+_FROM_FINITE = (4, 6)
+"""Numbers, from 1, of the refusals where every gradient and every loss is finite."""
+
+
+class UpdateRefused(ValueError):
+    """No mask is updated, because of one task.
+
+    Attributes:
+        task: its index.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, task: int, reason: str):
+        super().__init__(f"task {task}: {reason}; no mask was changed")
+        self.task = task
+        self.reason = reason
+
+
+class NotFinite(UpdateRefused):
+    """A gradient or a loss of the task, or the tasks' mean gradient, is NaN or infinite."""
 
 
 class Selection(NamedTuple):
@@ -47,13 +68,18 @@ class Selection(NamedTuple):
     refused: Tensor
 
     def check(self) -> None:
-        """Wait for the selection and raise ValueError if a task's is refused."""
+        """Wait for the selection.
+
+        Raises:
+            NotFinite: a gradient or a loss is NaN or infinite.
+            UpdateRefused: all are finite, but a task's scores cannot be computed from them.
+        """
         refused = self.refused.tolist()
         if any(refused):
-            reason = min(filter(None, refused))  # what spoils the mean is wrong with all tasks
-            raise ValueError(
-                f"task {refused.index(reason)}: {REFUSALS[reason - 1]}; no weight was moved"
-            )
+            # One task's NaN makes the mean NaN, which refuses all tasks: the first reason is its.
+            number = min(filter(None, refused))
+            kind = UpdateRefused if number in _FROM_FINITE else NotFinite
+            raise kind(refused.index(number), REFUSALS[number - 1])
 
 
 def select_harmony(
@@ -130,7 +156,7 @@ def move_weights(mask_bits: Tensor, selection: Selection) -> None:
         selection: for the same T tasks.
 
     Raises:
-        ValueError: a task's selection is refused; no weight was moved.
+        UpdateRefused: as `Selection.check` does; no weight was moved.
     """
     selection.check()
     indices = torch.cat((selection.leaving, selection.entering), 1)

@@ -1,0 +1,88 @@
+"""The first steps of a run on new kernels, compared with the same steps in plain PyTorch.
+
+The kernels for GPUs have not been measured on a GPU yet. Until they are, a run on one begins with
+this check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from harmodt_kernels import REFERENCE
+
+from ..algorithms import Setup
+from ..data.store import TaskData
+from ..errors import UserError
+from ..settings import change
+from .trainer import build_learner
+
+_STEPS = {"fp32": 6, "tf32": 1, "bf16": 1}
+"""Steps that are compared. Six are enough for a CUDA graph, which computes three steps, records the
+fourth and replays it from then on. Short numbers differ too much after the first step."""
+
+_TOLERANCE = {"fp32": 1e-3, "tf32": 2e-2, "bf16": 5e-2}
+"""Largest difference of a loss or a gradient norm, as a share of it."""
+
+
+def has_new_kernels(setup: Setup) -> bool:
+    """Whether a run computes with kernels that were not measured yet."""
+    return setup.config.run.fused and setup.execution.device.type == "cuda"
+
+
+def check_new_kernels(setup: Setup, data: Sequence[TaskData]) -> None:
+    """Compare kernels that were not measured yet with plain PyTorch.
+
+    Raises:
+        UserError: as `check_kernels`.
+    """
+    if has_new_kernels(setup):
+        check_kernels(setup, data)
+        if setup.execution.device.type == "cuda":  # the run's costs are to tell its own memory
+            torch.cuda.reset_peak_memory_stats(setup.execution.device)
+
+
+def check_kernels(setup: Setup, data: Sequence[TaskData]) -> None:
+    """Take the first steps with the run's kernels and again in plain PyTorch.
+
+    This is done in float32, and in the run's precision if that is another. Weights, batches and
+    dropout are equal. The learning rate is at its peak from the first step on, so that the losses
+    of the later steps depend on the gradients and the optimiser as well.
+
+    Raises:
+        UserError: a loss or a gradient norm differs.
+    """
+    for precision in dict.fromkeys(("fp32", setup.execution.precision)):
+        _compare(replace(setup, execution=replace(setup.execution, precision=precision)), data)
+
+
+def _compare(setup: Setup, data: Sequence[TaskData]) -> None:
+    execution, precision = setup.execution, setup.execution.precision
+    config = change(setup.config, {"data_device": "cpu", "warmup_steps": 0})
+    plain = replace(
+        setup,
+        config=change(config, {"fused": False}),
+        execution=replace(execution, backend=REFERENCE, graph=False),
+    )
+    found = _first_steps(replace(setup, config=config), data)
+    expected = _first_steps(plain, data)
+    close = torch.isclose(found, expected, rtol=_TOLERANCE[precision], atol=0.0, equal_nan=True)
+    if not bool(close.all()):
+        step, place = (~close).nonzero()[0].tolist()
+        what = "gradient norm" if place == found.shape[1] - 1 else "loss"
+        raise UserError(
+            f"the {execution.backend.name} kernels on {execution.device} compute a {what} of "
+            f"{found[step, place]:.6g} in step {step + 1} ({precision}), where plain PyTorch "
+            f"computes {expected[step, place]:.6g}: train with --no-fused, and please report it"
+        )
+
+
+def _first_steps(setup: Setup, data: Sequence[TaskData]) -> Tensor:
+    """Losses and gradient norm of each of the first steps, float64 [S, G + 1], on the CPU."""
+    learner, steps = build_learner(setup, data), _STEPS[setup.execution.precision]
+    results = [learner.train_step(step) for step in range(1, steps + 1)]
+    rows = [torch.cat((result.losses, result.gradient_norm[None])) for result in results]
+    return torch.stack(rows).double().cpu()
