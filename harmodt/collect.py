@@ -209,7 +209,7 @@ def _read_part(config: CollectConfig, part: _Part) -> list[Sequence[Any]] | None
     """The fields of a part's episodes; None where it is missing or damaged, and to be collected."""
     try:
         content = read_bytes(part.path(config.output))
-    except (OSError, UserError):
+    except (FileNotFoundError, UserError):
         return None
     if content[:8] != _seal(part, content[8:]):
         return None

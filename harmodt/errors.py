@@ -31,7 +31,17 @@ _SYSTEM = {
     errno.ELOOP: ("symbolic links lead in a circle", f"remove them or {_CHOOSE}"),
     errno.ENOENT: ("it is not there, or was taken away meanwhile", "put it back"),
     errno.EIO: ("the disk reports an error", "check the disk"),
+    errno.EREMOTEIO: ("the disk reports an error", "check the disk"),
     errno.ESTALE: ("the network file system lost it", "check that it is mounted"),
+    errno.ENOTCONN: ("the network file system is not connected", "check that it is mounted"),
+    errno.ETIMEDOUT: ("the network file system does not answer", "check that it is mounted"),
+    errno.EHOSTDOWN: ("the network file system does not answer", "check that it is mounted"),
+    errno.ENODEV: ("the device is not there", "check that it is mounted"),
+    errno.ENXIO: ("the device is not there", "check that it is mounted"),
+    errno.EBUSY: ("another program uses it", "end that program"),
+    errno.ENOLCK: ("the file system has no locks", _CHOOSE),
+    errno.EOPNOTSUPP: ("the file system cannot do that", _CHOOSE),
+    errno.ENOSYS: ("the file system cannot do that", _CHOOSE),
     errno.EMFILE: ("too many files are open", "raise the limit (ulimit -n)"),
     errno.ENFILE: ("too many files are open on this machine", "end other programs"),
     errno.EAGAIN: ("no more processes are allowed", "end others or raise the limit (ulimit -u)"),
@@ -124,6 +134,17 @@ def describe(error: Exception) -> str | None:
             f"programs, then {_how_to_go_on(error)}"
         )
     return None
+
+
+def raise_refusal(error: Exception, where: object) -> None:
+    """Raise an error again, with the file's name, where the system refused to read the file.
+
+    A refusal proves nothing about a file, so no reader may take it for damage. A file that is not
+    there is for the reader to word.
+    """
+    if isinstance(error, OSError) and error.errno in _SYSTEM and error.errno != errno.ENOENT:
+        error.filename = error.filename or str(where)
+        raise error
 
 
 def _how_to_go_on(error: Exception) -> str:

@@ -103,26 +103,6 @@ def json_checksum(content: Any) -> str:
     return checksum(json.dumps(content, sort_keys=True).encode())
 
 
-def write_sealed(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object with its checksum as its last entry, atomically."""
-    write_json(path, {**content, "crc32": json_checksum(content)})
-
-
-def read_sealed(path: Path) -> tuple[dict[str, Any], bool]:
-    """Read what `write_sealed` wrote: the object without its checksum, and whether that is right.
-
-    What is no object is read as an empty one.
-
-    Raises:
-        OSError, ValueError, RecursionError: it cannot be read, or is no JSON.
-        UserError: it is no regular file.
-    """
-    content = json.loads(read_bytes(path))
-    found = content if isinstance(content, dict) else {}
-    recorded = found.pop("crc32", None)
-    return found, recorded == json_checksum(found)
-
-
 def replace_directory(temporary: Path, final: Path) -> None:
     """Publish a finished directory under its final name, replacing one that is there."""
     for file in temporary.rglob("*"):

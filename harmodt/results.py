@@ -17,14 +17,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import msgspec
 import numpy as np
 from msgspec import Meta
 from rich.table import Table
 
+from . import sealed
 from .environments import EnvironmentSpec
 from .errors import UserError
-from .files import clear_temporaries, json_checksum, read_sealed, write_bytes, write_sealed
+from .files import clear_temporaries, json_checksum, write_bytes
 from .settings import Count, Whole, from_json
 from .statistics import Average, average, wilson_interval
 
@@ -32,6 +32,14 @@ FORMAT = "harmodt-evaluation"
 VERSION = 4
 
 _AGAIN = "evaluate the run again with `python -m harmodt.evaluate`"
+KIND = sealed.Kind(
+    name="an evaluation",
+    format=FORMAT,
+    version=VERSION,
+    instead="name a JSON file that `python -m harmodt.evaluate` wrote",
+    again=_AGAIN,
+    remedy=f"{sealed.RESTORE}, or {_AGAIN}",
+)
 
 SuccessRule = Literal["any", "last"]
 
@@ -163,12 +171,15 @@ class EvaluationResult:
         Raises:
             UserError: there is no such file, it is no evaluation of this version, or it is damaged.
         """
-        content = _read(path)
+        try:
+            content = sealed.read(path, _Content, KIND)
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"there is no evaluation {path}: {KIND.instead}") from None
         written = {"plans": None} | content.protocol
         protocol = from_json(Protocol, written, f"protocol in {path}")
         odd = _odd(content, protocol)
         if odd:
-            raise UserError(f"{path} is damaged ({odd}): {_AGAIN}")
+            raise sealed.damaged(path, odd, KIND.remedy)
         successes = [task.episode_successes for task in content.tasks]
         return cls(
             protocol=protocol,
@@ -234,7 +245,7 @@ class EvaluationResult:
         for file in (table, path):
             clear_temporaries(file)
         write_bytes(table, self.to_csv().encode())
-        write_sealed(path, content)
+        sealed.write(path, content)
         return path
 
     def _task_row(self, index: int) -> dict[str, Any]:
@@ -361,37 +372,6 @@ class _Content:
     tasks: tuple[_Task, ...]
 
 
-def _read(path: Path) -> _Content:
-    """Read a file, its format, version and checksum checked, and the form of what it says."""
-    try:
-        found, intact = read_sealed(path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"there is no evaluation {path}: name a JSON file that `python -m harmodt.evaluate` "
-            "wrote"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): {_AGAIN}") from None
-    if found.get("format") != FORMAT:
-        raise UserError(
-            f"{path} is no evaluation: name a JSON file that `python -m harmodt.evaluate` wrote"
-        )
-    if found.get("version") != VERSION:
-        raise UserError(
-            f"{path} is of version {found.get('version')}, and this HarmoDT reads version "
-            f"{VERSION}: {_AGAIN}"
-        )
-    if not intact:
-        raise UserError(
-            f"{path} has changed since it was written (its checksum fails): restore it from a "
-            f"copy, or {_AGAIN}"
-        )
-    try:
-        return msgspec.convert(found, _Content)
-    except (msgspec.ValidationError, UnicodeError) as error:
-        raise UserError(f"{path} is damaged ({error}): {_AGAIN}") from None
-
-
 def _odd(content: _Content, protocol: Protocol) -> str | None:
     """What does not fit the protocol, if anything."""
     if tuple(task.task for task in content.tasks) != protocol.tasks:
@@ -404,12 +384,8 @@ def _odd(content: _Content, protocol: Protocol) -> str | None:
             return f"{task.task} has successes where there are none, or none where there are some"
         if solves is not None and len(solves) != protocol.episodes:
             return f"{task.task} has successes of {len(solves)} episodes"
-        if not all(map(math.isfinite, task.episode_returns)):
-            return f"{task.task} has a return that is NaN or infinite"
     if len(protocol.target_returns) != len(protocol.tasks):
         return f"it has {len(protocol.target_returns)} target returns"
-    if not all(map(math.isfinite, (content.seconds, *protocol.target_returns))):
-        return "its seconds or target returns are NaN or infinite"
     return None
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from harmodt.errors import UserError, going_on, printable, run_command
+from harmodt.errors import UserError, describe, going_on, printable, run_command
 
 
 def ending(error: BaseException, capsys) -> tuple[object, str]:
@@ -43,6 +43,8 @@ def test_a_mistake_is_one_line_and_status_2(capsys):
         (errno.EEXIST, "there is a file of that name already: move it away or"),
         (errno.ENOENT, "it is not there, or was taken away meanwhile: put it back"),
         (errno.EMFILE, "too many files are open: raise the limit (ulimit -n)"),
+        (errno.ESTALE, "the network file system lost it: check that it is mounted"),
+        (errno.ENOTCONN, "the network file system is not connected: check that it is mounted"),
     ],
 )
 def test_what_the_system_refuses_is_one_line_and_status_2(number, reason, capsys):
@@ -52,6 +54,23 @@ def test_what_the_system_refuses_is_one_line_and_status_2(number, reason, capsys
     assert text.endswith("then give the same command again\n")
     two = OSError(number, "", "a", None, "b")
     assert ending(two, capsys)[1].startswith(f"error: a and b: {reason}")
+
+
+def refused_reads(number):
+    """Readers of other people's files, which an error meets inside."""
+    from harmodt.data.importers.arrays import reading
+    from harmodt.data.importers.minari import _readable
+
+    for reader in (reading(Path("data/a.npz"), "damaged: remove it"), _readable("data/a.npz")):
+        with pytest.raises((OSError, UserError)) as refused, reader:
+            raise OSError(number, os.strerror(number))
+        yield describe(refused.value)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.EIO, errno.ESTALE])
+def test_what_the_system_refuses_to_an_importer_is_no_damage(number):
+    _, here = describe(OSError(number, "", "data/a.npz")).split(": ", 1)
+    assert list(refused_reads(number)) == 2 * [f"data/a.npz: {here}"]
 
 
 def test_how_to_go_on_is_said_by_whoever_knows_it_first(capsys):

@@ -27,7 +27,7 @@ from harmodt.algorithms import ALGORITHMS
 from harmodt.checkpoint import checkpoint_steps
 from harmodt.environments import FAMILIES
 from harmodt.errors import UserError
-from harmodt.files import owned, read_sealed
+from harmodt.files import json_checksum, owned
 from harmodt.progress import PlainConsole
 from harmodt.reproduce import __main__ as command
 from harmodt.reproduce import experiments
@@ -409,6 +409,13 @@ def outputs(folder: Path) -> dict[str, bytes]:
     }
 
 
+def table(path):
+    """A table's JSON file, whose checksum is right."""
+    content = json.loads(path.read_text())
+    assert content.pop("crc32") == json_checksum(content)
+    return content
+
+
 def test_a_reproduction_ends_in_a_table_of_its_runs(finished):
     text = (finished / "printed").read_text()
     assert text.count(": done, ") == 5 and "FAILED" not in text
@@ -416,8 +423,8 @@ def test_a_reproduction_ends_in_a_table_of_its_runs(finished):
         f"both-near-optimal-{algorithm}-seed-{seed}"
         for algorithm in ("prompt-dt", "harmodt-f") for seed in (0, 1)
     }  # fmt: skip
-    content, intact = read_sealed(finished / "toy.json")
-    assert intact and content["budget"] == "toy"
+    content = table(finished / "toy.json")
+    assert content["budget"] == "toy"
     folder, found = Folder(finished), make_plan("toy", "toy")
     for cell, row in zip(found.cells, content["rows"], strict=True):
         results = [find_result(folder, run, cell.question) for run in cell.runs]
@@ -456,7 +463,7 @@ def test_what_is_done_is_skipped(reproduced, monkeypatch, capsys):
 
 def test_seeds_are_added_or_left_out(reproduced, monkeypatch, capsys):
     in_process(monkeypatch, capsys, reproduced, "--seeds", "1")
-    content, _ = read_sealed(reproduced / "toy.json")
+    content = table(reproduced / "toy.json")
     assert [row["seeds"] for row in content["rows"]] == [[1], [1]]
     assert content["rows"][0]["deviation"] is None
 
@@ -544,11 +551,11 @@ def test_data_of_other_settings_are_refused_and_imported_ones_are_taken(
     says = f"the store {store} has episodes = 4 instead of 5: move it away, or name another"
     assert refused(reproduced, monkeypatch, capsys).startswith(says)
     found = make_plan("toy", "toy").collections[0]
+    from harmodt import sealed
     from harmodt.data.store import DataStore, read_manifest
-    from harmodt.files import write_sealed
 
     manifest = read_manifest(store / "manifest.json")
-    write_sealed(store / "manifest.json", {**manifest, "provenance": {"import": {}}})
+    sealed.write(store / "manifest.json", {**manifest, "provenance": {"import": {}}})
     assert Collect(Folder(reproduced), found).is_done()
     wanting = replace(found, tasks=("slow", "quick", "third"))
     with pytest.raises(UserError, match="lacks third: move it away"):
@@ -731,8 +738,8 @@ def test_the_others_are_compared_with_the_variant_that_is_asked_for(
 ):
     before = outputs(reproduced)
     text = in_process(monkeypatch, capsys, reproduced, "--reference", "HarmoDT-F")
-    usual, _ = read_sealed(reproduced / "toy.json")
-    asked, _ = read_sealed(reproduced / "toy-minus-harmodt-f.json")
+    usual = table(reproduced / "toy.json")
+    asked = table(reproduced / "toy-minus-harmodt-f.json")
     assert outputs(reproduced) == before and "minus HarmoDT-F" in text
     assert (usual["reference"], asked["reference"]) == ("Prompt-DT", "HarmoDT-F")
     differences = [

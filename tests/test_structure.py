@@ -20,6 +20,7 @@ FLOORS = [
         "harmodt.files",
         "harmodt.graph",
         "harmodt.progress",
+        "harmodt.sealed",
         "harmodt.settings",
         "harmodt.statistics",
     },

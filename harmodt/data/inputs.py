@@ -16,12 +16,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from torch import Tensor
 
+from .. import sealed
 from ..batch import Steps
 from ..config import DataSettings, PromptSettings, TrainConfig
 from ..draws import below, coin
 from ..environments import EnvironmentSpec
 from ..errors import UserError
-from ..files import checksum, read_bytes, write_bytes
+from ..files import checksum, write_bytes
 from .store import EPISODE_ARRAYS, Episodes, TaskData, array_types
 from .trajectories import Trajectories
 
@@ -246,18 +247,13 @@ def load_conditioning(
     Raises:
         UserError: it is missing, damaged or of another run.
     """
-    remedy = "restore it from a copy, or train the run again"
+    remedy = f"{sealed.RESTORE}, or train the run again"
+    content = sealed.read_binary(path, recorded, remedy)
     try:
-        content = read_bytes(path)
-        if checksum(content) != recorded:
-            raise UserError(f"{path} is damaged or of another run (its checksum fails): {remedy}")
         arrays = load(content)
-        conditioning = [_of_task(task, arrays, environment) for task in tasks]
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: {remedy}") from None
+        return [_of_task(task, arrays, environment) for task in tasks]
     except (SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): {remedy}") from None
-    return conditioning
+        raise sealed.damaged(path, error, remedy) from None
 
 
 def _of_task(

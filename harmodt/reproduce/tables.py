@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.table import Table, box
 from rich.text import Text
 
+from .. import sealed
 from ..data.store import MANIFEST, DataStore
 from ..environments import METAWORLD, family_of
-from ..files import clear_temporaries, write_bytes, write_sealed
+from ..files import clear_temporaries, write_bytes
 from ..results import stack, versions
 from ..settings import settings
 from ..statistics import Average, average, interquartile_mean, paired_difference, seed_deviation
@@ -103,7 +104,7 @@ class Outcome:
         writer.writerows(rows)
         write_bytes(table, text.getvalue().encode())
         write_bytes(readable, self.to_markdown().encode())
-        write_sealed(content, self.to_json())
+        sealed.write(content, self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain JSON values."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from harmodt_kernels import pack_bits
 
-from ..errors import UserError
+from ..errors import UserError, raise_refusal
 from ..masks.vector import ParameterVector
 
 _SHARED = {
@@ -81,6 +81,7 @@ class AuthorsCheckpoint:
                     raise ValueError(changed)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # PyTorch meets damage with many kinds
+            raise_refusal(error, path)
             raise UserError(
                 f"{path} is damaged, or holds more than tensors and plain containers, and nothing "
                 "in it is run to read that: copy it again, or save {'model': model.state_dict(), "
