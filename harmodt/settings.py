@@ -17,9 +17,13 @@ from msgspec import Meta, inspect
 from .errors import UserError, printable
 from .sealed import convert
 
+ABOVE_ZERO = sys.float_info.min
+"""The lowest bound of a number above 0. msgspec takes `gt=0` for the smallest denormal number or
+more, and with it 0 where the processor flushes those to zero (`devices.prepare_cpu`)."""
+
 Count = Annotated[int, Meta(ge=1)]
 Whole = Annotated[int, Meta(ge=0)]
-Positive = Annotated[float, Meta(gt=0)]
+Positive = Annotated[float, Meta(ge=ABOVE_ZERO)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Meta(ge=0, lt=1)]
@@ -140,15 +144,16 @@ def _words(kind: inspect.Type, one: bool = False) -> str:
 
 
 def _words_of_number(kind: inspect.IntType | inspect.FloatType) -> str:
-    low = kind.ge if kind.gt is None else kind.gt
+    above_zero = kind.ge == ABOVE_ZERO
+    low = 0 if above_zero else kind.ge
     high = kind.le if kind.lt is None else kind.lt
-    opening, closing = "[" if kind.gt is None else "(", "]" if kind.lt is None else ")"
+    opening, closing = "(" if above_zero else "[", "]" if kind.lt is None else ")"
     if high == 1:
         return f"a share in {opening}{low}, {high}{closing}"
     if high is not None:
         return f"{low} to {high}"
     if low is not None:
-        return f"a number above {low}" if kind.gt is not None else f"{low} or more"
+        return "a number above 0" if above_zero else f"{low} or more"
     return "a whole number" if isinstance(kind, inspect.IntType) else "a finite number"
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from harmodt.algorithms import ALGORITHMS, config_from_json, preset
 from harmodt.algorithms.sequence import SequenceSettings
@@ -137,6 +138,18 @@ def test_an_algorithm_has_its_own_settings(
     names = values("quickstart", algorithm).keys()
     found = ("sparsity" in names, "eta_max" in names, "prompt_length" in names)
     assert found == (masked, updates, prompted)
+
+
+def test_zero_is_not_above_zero_where_denormal_numbers_are_flushed() -> None:
+    config = change(preset("quickstart", "harmodt-f"), {"learning_rate": 0.0})
+    try:
+        torch.set_flush_denormal(True)
+        with pytest.raises(UserError, match=r"learning_rate is 0\.0: give a number above 0"):
+            check(config)
+        with pytest.raises(UserError, match=r"damaged .*learning_rate"):
+            config_from_json(json.loads(json.dumps(to_json(config))), "run.json")
+    finally:
+        torch.set_flush_denormal(False)
 
 
 @pytest.mark.parametrize(

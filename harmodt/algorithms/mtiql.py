@@ -26,7 +26,7 @@ from ..data.store import TaskData
 from ..data.transitions import WINDOW, transitions_of
 from ..masks.vector import ParameterVector
 from ..networks.task_mlp import TaskMLP, ToldBy
-from ..settings import NotNegative, ShareBelowOne
+from ..settings import ABOVE_ZERO, NotNegative, ShareBelowOne
 from .learner import Setup
 from .mlp import POLICY, MLPLearner, MLPSettings, build_actor, mlp_settings, named, sizes_of
 
@@ -46,13 +46,13 @@ class MTIQLSettings(MLPSettings):
     """The value and the critics are told the task by a one-hot vector, or have a head for each."""
     discount: ShareBelowOne = 0.99
     """γ, what a reward one step later is worth."""
-    expectile: Annotated[float, Meta(gt=0, lt=1)] = 0.7
+    expectile: Annotated[float, Meta(ge=ABOVE_ZERO, lt=1)] = 0.7
     """τ, which expectile of the critics' values the value is: 0.5 is the mean, 1 the largest."""
     temperature: NotNegative = 100.0
     """β, by which an advantage is multiplied in an action's weight exp(β A), which is at most 100:
     0 imitates all actions alike. Advantages are divided by --return-scale, as rewards are: at 1000
     and Meta-World's rewards of about 5 a step, one step's reward makes exp(0.5)."""
-    target_rate: Annotated[float, Meta(gt=0, le=1)] = 0.02
+    target_rate: Annotated[float, Meta(ge=ABOVE_ZERO, le=1)] = 0.02
     """Share of the way that the critics' targets go to the critics in each step. After n steps of
     training rewards are known from about n times as many steps ahead; IQL's is 0.005."""
     short_ends: bool = True
