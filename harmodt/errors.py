@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shlex
 import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import metadata
 
 _AGAIN = "give the same command again"
 
@@ -103,6 +105,7 @@ def run_command(main: Callable[[], None]) -> None:
     """
     _print_anything()
     try:
+        _check_packages()
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by harmodt/__init__.py
             signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
@@ -179,6 +182,35 @@ def _print_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _check_packages() -> None:
+    """Refuse packages that are older than HarmoDT asks for, such as another NumPy on PYTHONPATH.
+
+    Raises:
+        UserError: names the package, both versions and where the old one is.
+    """
+    try:
+        requirements = metadata.requires("harmodt") or []
+    except metadata.PackageNotFoundError:  # run from a source tree
+        return
+    for requirement in requirements:
+        found = re.match(r"([\w.-]+)[^;]*>=([\d.]+)", requirement)
+        if found is None or "extra ==" in requirement:
+            continue
+        name, needed = found.groups()
+        with suppress(metadata.PackageNotFoundError):  # its import says so
+            there = metadata.distribution(name)
+            if _numbers(there.version) < _numbers(needed):
+                raise UserError(
+                    f"{name} {there.version} in {there.locate_file('')} is too old: HarmoDT needs "
+                    f"{needed} or newer; take that folder out of PYTHONPATH, or give "
+                    f"python -m pip install '{name}>={needed}'"
+                )
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:2]]
 
 
 def _report(message: str) -> None:

@@ -138,6 +138,22 @@ def test_other_errors_are_bugs_whose_traceback_is_in_a_file(tmp_path, capsys, mo
     assert status == 1 and "Traceback (most recent call last)" in text
 
 
+@pytest.mark.parametrize(("version", "old"), [("1.26.4", True), ("2.0.0", False)])
+def test_a_package_that_is_too_old_is_named(tmp_path, version, old):
+    """Another NumPy on the path, as far as its description goes."""
+    folder = tmp_path / f"numpy-{version}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: numpy\nVersion: {version}\n")
+    command = [sys.executable, "-m", "harmodt.data", "info", str(tmp_path / "none")]
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    wanted = f"error: numpy {version} in {tmp_path} is too old: HarmoDT needs 2.0 or newer; take"
+    assert result.stderr.startswith(wanted) == old
+    assert ("there is no store" in result.stderr) != old
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_help_is_shown_whatever_the_encoding(encoding):
     command = [sys.executable, "-m", "harmodt.train", "--help"]
