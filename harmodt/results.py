@@ -45,6 +45,41 @@ SuccessRule = Literal["any", "last"]
 
 
 @dataclass(frozen=True)
+class Measure:
+    """How a result was measured, whichever policy it is of: results of one measure compare.
+
+    Attributes:
+        target_returns: None where the policy was asked for what its run asks for.
+        episodes, success_rule, goal_seed, seed, unseen, environment: as in `Protocol`.
+    """
+
+    episodes: int
+    success_rule: SuccessRule | None
+    goal_seed: int
+    seed: int
+    target_returns: tuple[float, ...] | None
+    unseen: str | None
+    environment: EnvironmentSpec
+
+    def differences(self, other: Measure) -> list[str]:
+        """What is different in another measure, in words: each value, and what it is here."""
+        ours, theirs = (
+            values | values.pop("environment") for values in (asdict(self), asdict(other))
+        )
+        return [
+            f"{name} {_words(theirs[name])} instead of {_words(ours[name])}"
+            for name in ours
+            if ours[name] != theirs[name]
+        ]
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(f"{number:g}" for number in value)
+    return "the run's own" if value is None else str(value)
+
+
+@dataclass(frozen=True)
 class Protocol:
     """Everything that a result depends on besides the weights.
 
@@ -97,6 +132,24 @@ class Protocol:
     def episodes_per_round(self) -> int:
         """Episodes of each task that are played at once."""
         return math.ceil(self.episodes / self.rounds)
+
+    def measure(self, own: Mapping[str, float]) -> Measure:
+        """How this was measured; what it was measured of, such as checkpoint and mask, aside.
+
+        Args:
+            own: the return that the policy's run asks for, by task.
+        """
+        asked = tuple(dict.fromkeys(self.target_returns))
+        as_own = [own.get(task) for task in self.tasks] == list(self.target_returns)
+        return Measure(
+            episodes=self.episodes,
+            success_rule=self.success_rule,
+            goal_seed=self.goal_seed,
+            seed=self.seed,
+            target_returns=None if as_own else asked,
+            unseen=self.unseen,
+            environment=self.environment,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -271,6 +324,14 @@ class EvaluationResult:
             return row | mean | {"return_low": average.low, "return_high": average.high} | kind
         rate = {"successes": int(self.successes.sum()), "success_rate": average.mean}
         return row | rate | {"success_low": average.low, "success_high": average.high} | mean | kind
+
+
+def plans_as_trained(plans: Mapping[str, Any] | None, trained: Mapping[str, Any]) -> bool:
+    """Whether an evaluation drew plans, if it drew any, as the settings of its run say."""
+    if plans is None:
+        return True
+    unread = {"sampling_steps"} if plans["sampler"] == "ddpm" else set()
+    return all(trained[name] == value for name, value in plans.items() if name not in unread)
 
 
 def compare_masks(results: Sequence[EvaluationResult]) -> Table:

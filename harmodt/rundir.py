@@ -49,6 +49,8 @@ class Description:
         active_weights: of each task's mask, at every step; none where their number changes, and
             without masks.
         changes: settings that were changed when it went on, with the step, before and after.
+        episode_length: steps of the longest episode that it was trained on, which it is evaluated
+            for; None in a run of an earlier version, which is evaluated for the family's length.
         preset, parameters, device, backend, versions: for a report: what it began with and as.
     """
 
@@ -60,6 +62,7 @@ class Description:
     config: dict[str, Any]
     active_weights: tuple[int, ...] = ()
     changes: tuple[dict[str, Any], ...] = ()
+    episode_length: Annotated[int, msgspec.Meta(ge=1)] | None = None
     preset: str = "none"
     parameters: int | None = None
     device: str = "unknown"

@@ -200,6 +200,11 @@ class DataStore:
         """Training steps of all tasks."""
         return sum(content["steps"] for content in self.manifest["tasks"].values())
 
+    def longest_episode(self, tasks: Sequence[str]) -> int:
+        """Steps of the longest training episode of some tasks; at most the environments'."""
+        longest = max(int(self.task(name).train.lengths.max()) for name in tasks)
+        return min(longest, self.environment.episode_length)
+
     def verify(
         self, progress: Callable[[str], None] | None = None, prompts_of: Sequence[str] = ()
     ) -> None:

@@ -193,6 +193,7 @@ class Run:
                 "tasks": list(tasks),
                 "environment": store.environment.to_json(),
                 "store": store.checksum,
+                "episode_length": store.longest_episode(tasks),
                 "conditioning": save_conditioning(directory.conditioning, conditioning, run),
                 "device": str(execution.device),
                 "backend": execution.backend.name,
@@ -388,7 +389,10 @@ class Run:
     def _evaluate(self, metrics: Metrics) -> EvaluationResult:
         """Evaluate the present weights and save the result."""
         trainer = self.trainer
-        request = Request(episodes=self.config.evaluation.evaluation_episodes)
+        request = Request(
+            episodes=self.config.evaluation.evaluation_episodes,
+            episode_length=self.directory.read().episode_length,
+        )
         try:
             with self._stop.at_once(), self._costs.of("evaluations"):
                 result = play(trainer.learner.policy(trainer.step), request, console=console)
