@@ -25,12 +25,12 @@ from rich.console import Console
 from harmodt import train
 from harmodt.algorithms import ALGORITHMS
 from harmodt.checkpoint import checkpoint_steps
-from harmodt.environments import FAMILIES
+from harmodt.environments import FAMILIES, family
 from harmodt.errors import UserError
 from harmodt.files import json_checksum, owned
 from harmodt.progress import PlainConsole
 from harmodt.reproduce import __main__ as command
-from harmodt.reproduce import experiments
+from harmodt.reproduce import experiments, jobs
 from harmodt.reproduce.execute import Work, find_slots
 from harmodt.reproduce.experiments import BUDGETS, EXPERIMENTS, Variant
 from harmodt.reproduce.figure import describe
@@ -571,7 +571,7 @@ def test_a_damaged_result_is_named(reproduced, monkeypatch, capsys):
     assert str(path) in message and "its checksum fails" in message
 
 
-def test_plans_that_were_drawn_in_another_way_are_left_alone(tmp_path):
+def test_plans_that_were_drawn_in_another_way_are_left_alone(tmp_path, monkeypatch):
     from test_results import PROTOCOL, RETURNS, SUCCESSES, EvaluationResult
 
     found = make_plan("table2", "small")
@@ -581,11 +581,18 @@ def test_plans_that_were_drawn_in_another_way_are_left_alone(tmp_path):
     own = {name: dict(settings(run.config))[name] for name in names}
     assert own["sampler"] == "ddim"
 
+    metaworld = family("metaworld").spec
+    description = {"id": "a", "tasks": tasks, "environment": metaworld.to_json(), "config": {}}
+    directory = folder.run(run)
+    directory.path.mkdir(parents=True)
+    directory.write({**description, "store": "0", "conditioning": "0"})
+    monkeypatch.setattr(jobs, "own_targets", lambda run: dict.fromkeys(tasks, 1.0))
+
     def save(plans):
         protocol = replace(
             PROTOCOL, tasks=tasks, target_returns=(1.0,) * len(tasks), checkpoint=run.steps,
             episodes=cell.question.episodes, mask="none", plans=plans,
-            seed=Request().seed, goal_seed=Request().goal_seed,
+            seed=Request().seed, goal_seed=Request().goal_seed, environment=metaworld,
         )  # fmt: skip
         shape = (len(tasks), cell.question.episodes)
         values = np.resize(SUCCESSES, shape), np.resize(RETURNS, shape)
@@ -610,10 +617,25 @@ def test_evaluations_of_other_kinds_are_left_alone(reproduced, monkeypatch, caps
     run = make_plan("toy", "toy").runs[0]
     folder = Folder(reproduced)
     asked = find_result(folder, run, make_plan("toy", "toy").cells[0].question)
-    other = replace(asked, protocol=replace(asked.protocol, goal_seed=3), returns=asked.returns + 9)
-    other.save(folder.run(run).evaluation)
+    spec = asked.protocol.environment
+    changes = {
+        "goal_seed 3 instead of": {"goal_seed": 3},
+        "target_returns 7 instead of the run's own": {"target_returns": (7.0, 7.0)},
+        f"episode_length 2 instead of {spec.episode_length}": {
+            "environment": replace(spec, episode_length=2)
+        },
+    }
+    for other in changes.values():
+        protocol = replace(asked.protocol, **other)
+        replace(asked, protocol=protocol, returns=asked.returns + 9).save(
+            folder.run(run).evaluation
+        )
     in_process(monkeypatch, capsys, reproduced)
-    assert outputs(reproduced) == before
+    assert outputs(reproduced)["toy.csv"] == before["toy.csv"]
+    notes = table(reproduced / "toy.json")["notes"]
+    left_out = [note for note in notes if note.startswith("Left out")]
+    assert len(left_out) == 3 and all(f": {run.name} with " in note for note in left_out)
+    assert all(any(how in note for note in left_out) for how in changes)
     twice = replace(asked, protocol=replace(asked.protocol, backend="other"))
     twice.save(folder.run(run).evaluation)
     assert "are both of that run's last step" in refused(reproduced, monkeypatch, capsys)
@@ -632,7 +654,8 @@ def test_a_run_that_fails_is_named_and_the_rest_is_done(reproduced, finished):
     assert result.returncode == 1 and "Traceback" not in result.stdout + result.stderr
     lines = result.stdout.splitlines()
     place = lines.index(f"FAILED {run.name}: ended with status 2")
-    assert lines[place + 1].startswith(f"  error: the checkpoint {run}/checkpoints/00000008 is")
+    damaged = f"{run}/checkpoints/00000008/state.safetensors is damaged (its checksum fails)"
+    assert lines[place + 1].startswith(f"  error: {damaged}")
     assert lines[place + 3] == f"  repeat it with: python -m harmodt.evaluate {run} --episodes 2"
     assert "Of 4 results 1 are not there yet." in lines
     (path,) = (last / "evaluation").glob("*.json")

@@ -23,6 +23,8 @@ from ..draws import below, coin
 from ..environments import EnvironmentSpec
 from ..errors import UserError
 from ..files import checksum, write_bytes
+from ..rundir import RunDirectory
+from ..settings import from_json
 from .store import EPISODE_ARRAYS, Episodes, TaskData, array_types
 from .trajectories import Trajectories
 
@@ -81,14 +83,19 @@ class TaskConditioning:
                 f"task {data.name} has no prompt episodes, which are all that an unseen task may "
                 "show: make the store again with --prompt-episodes"
             )
-        target = config.evaluation.target_return
         return cls(
             name=data.name,
             mean=np.mean([task.mean for task in trained], axis=0),
             deviation=np.mean([task.deviation for task in trained], axis=0),
             prompts=_select(data.prompts, _choose_prompts(data, config.own.prompts())),
-            target_return=float(data.prompts.returns.max()) if target is None else target,
+            target_return=unseen_target(data, config),
         )
+
+
+def unseen_target(data: TaskData, config: TrainConfig) -> float:
+    """The return asked for in a task that is met untrained."""
+    target = config.evaluation.target_return
+    return float(data.prompts.returns.max()) if target is None else target
 
 
 class Inputs:
@@ -233,6 +240,21 @@ def save_conditioning(path: Path, tasks: Sequence[TaskConditioning], run: str) -
     content = save(contiguous, {"run": run})
     write_bytes(path, content)
     return checksum(content)
+
+
+def own_targets(run: RunDirectory) -> dict[str, float]:
+    """The return that a run asks for in each of its tasks.
+
+    Raises:
+        UserError: there is no run, or it is damaged.
+    """
+    description = run.read()
+    where = f"environment in {run.description}"
+    environment = from_json(EnvironmentSpec, description.environment, where)
+    conditioning = load_conditioning(
+        run.conditioning, description.tasks, environment, description.conditioning
+    )
+    return {task.name: task.target_return for task in conditioning}
 
 
 def load_conditioning(
