@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
@@ -22,18 +21,24 @@ from torch import Tensor
 
 from harmodt_kernels import count_bits
 
+from . import sealed
 from .errors import UserError
-from .files import (
-    checksum,
-    read_bytes,
-    remove_directory,
-    replace_directory,
-    write_bytes,
-    write_json,
-)
+from .files import checksum, remove_directory, replace_directory, write_bytes, write_json
 from .rundir import Description, RunDirectory
 
 VERSION = 3
+
+_AWAY = "move the checkpoint's folder away, and go on from the one before"
+_REMEDY = f"{sealed.RESTORE}, or {_AWAY}"
+KIND = sealed.Kind(
+    name="the state of a checkpoint",
+    format=None,
+    version=VERSION,
+    instead=_REMEDY,
+    again=_AWAY,
+    remedy=_REMEDY,
+    sealed=False,  # the checksum in it is that of the tensors
+)
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Those that PyTorch can tell from NaN and infinity."""
@@ -149,16 +154,14 @@ def load_checkpoint(run: RunDirectory, step: int | None = None) -> Checkpoint:
         there = ", ".join(map(str, steps))
         raise UserError(f"{run.path} has no checkpoint of step {step}: it has those of {there}")
     path, description = run.checkpoint(step), run.read()
-    try:
-        state = _read_state(path, description.id)
-        content = read_bytes(path / _TENSORS)
-        if checksum(content) != state.crc32:
-            raise _damaged(path, f"the checksum of {_TENSORS} fails")
-        tensors = load(content)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(path, error) from None
+    state = _read_state(path, description.id)
     if state.step != step:
         raise _damaged(path, f"{_STATE} is of step {state.step}")
+    content = sealed.read_binary(path / _TENSORS, state.crc32, _REMEDY)
+    try:
+        tensors = load(content)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from None
     _check(path, tensors, description)
     return Checkpoint(path, step, tensors)
 
@@ -177,14 +180,10 @@ def _is_ours(path: Path) -> bool:
 
 
 def _read_state(path: Path, run: str) -> _State:
-    values = msgspec.json.decode(read_bytes(path / _STATE))
-    version = values.get("version") if isinstance(values, dict) else None
-    if version != VERSION:
-        raise UserError(
-            f"the checkpoint {path} is of version {version!r:.20}, and this HarmoDT reads version "
-            f"{VERSION}: go on from another one, or use the HarmoDT that wrote it"
-        )
-    state = msgspec.convert(values, _State)
+    try:
+        state = sealed.read(path / _STATE, _State, KIND)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path / _STATE} is missing: {_REMEDY}") from None
     if state.run != run:
         raise UserError(
             f"the checkpoint {path} is of another run: move it back to the run that wrote it"
@@ -219,7 +218,5 @@ def _check(path: Path, tensors: Mapping[str, Tensor], description: Description) 
             )
 
 
-def _damaged(path: Path, why: Any) -> UserError:
-    return UserError(
-        f"the checkpoint {path} is damaged ({why}): delete it and go on from another one"
-    )
+def _damaged(path: Path, why: object) -> UserError:
+    return sealed.damaged(f"the checkpoint {path}", why, _REMEDY)

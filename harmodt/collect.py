@@ -39,7 +39,7 @@ from .environments.simulation import available_cores
 from .errors import UserError, printable, run_command
 from .files import checksum, read_bytes, write_bytes
 from .progress import progress_bar
-from .settings import Count, NotNegative, Share, Whole, check, parse_arguments
+from .settings import ABOVE_ZERO, Count, NotNegative, Share, Whole, check, parse_arguments
 
 _PARTS = "parts"
 _LENGTHS = "lengths"
@@ -73,7 +73,7 @@ class CollectConfig:
     """Deviation of the Gaussian action noise in the first episode; it falls linearly to 0."""
     random_start: Share = 0.8
     """Share of uniformly random actions in the first episode."""
-    random_end: Annotated[float, Meta(gt=0, le=1)] = 0.5
+    random_end: Annotated[float, Meta(ge=ABOVE_ZERO, le=1)] = 0.5
     """Share of the episodes over which the share of random actions falls linearly to 0."""
     workers: Count | None = None
     """Processes; as many as there are cores by default."""
@@ -209,7 +209,7 @@ def _read_part(config: CollectConfig, part: _Part) -> list[Sequence[Any]] | None
     """The fields of a part's episodes; None where it is missing or damaged, and to be collected."""
     try:
         content = read_bytes(part.path(config.output))
-    except (OSError, UserError):
+    except (FileNotFoundError, UserError):
         return None
     if content[:8] != _seal(part, content[8:]):
         return None

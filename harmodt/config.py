@@ -16,7 +16,7 @@ import tyro
 from msgspec import Meta
 
 from .errors import UserError
-from .settings import Count, NotNegative, Positive, Share, ShareBelowOne, Whole
+from .settings import ABOVE_ZERO, Count, NotNegative, Positive, Share, ShareBelowOne, Whole
 
 Precision = Literal["fp32", "tf32", "bf16"]
 MaskInitialisation = Literal["erk", "uniform", "magnitude"]
@@ -227,7 +227,7 @@ class SoftMaskSettings(UpdatedMaskSettings):
     quartile."""
     fence_max: NotNegative = 3.0
     """Highest threshold, in the same unit: that at the start and at the end of the run."""
-    fence_peak: Annotated[float, Meta(gt=0, lt=1)] = 0.25
+    fence_peak: Annotated[float, Meta(ge=ABOVE_ZERO, lt=1)] = 0.25
     """Share of the run after which the threshold is lowest."""
 
     def check(self) -> None:

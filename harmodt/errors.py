@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shlex
 import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import metadata
 
 _AGAIN = "give the same command again"
 
@@ -31,7 +33,17 @@ _SYSTEM = {
     errno.ELOOP: ("symbolic links lead in a circle", f"remove them or {_CHOOSE}"),
     errno.ENOENT: ("it is not there, or was taken away meanwhile", "put it back"),
     errno.EIO: ("the disk reports an error", "check the disk"),
+    errno.EREMOTEIO: ("the disk reports an error", "check the disk"),
     errno.ESTALE: ("the network file system lost it", "check that it is mounted"),
+    errno.ENOTCONN: ("the network file system is not connected", "check that it is mounted"),
+    errno.ETIMEDOUT: ("the network file system does not answer", "check that it is mounted"),
+    errno.EHOSTDOWN: ("the network file system does not answer", "check that it is mounted"),
+    errno.ENODEV: ("the device is not there", "check that it is mounted"),
+    errno.ENXIO: ("the device is not there", "check that it is mounted"),
+    errno.EBUSY: ("another program uses it", "end that program"),
+    errno.ENOLCK: ("the file system has no locks", _CHOOSE),
+    errno.EOPNOTSUPP: ("the file system cannot do that", _CHOOSE),
+    errno.ENOSYS: ("the file system cannot do that", _CHOOSE),
     errno.EMFILE: ("too many files are open", "raise the limit (ulimit -n)"),
     errno.ENFILE: ("too many files are open on this machine", "end other programs"),
     errno.EAGAIN: ("no more processes are allowed", "end others or raise the limit (ulimit -u)"),
@@ -93,6 +105,7 @@ def run_command(main: Callable[[], None]) -> None:
     """
     _print_anything()
     try:
+        _check_packages()
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by harmodt/__init__.py
             signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
@@ -124,6 +137,17 @@ def describe(error: Exception) -> str | None:
             f"programs, then {_how_to_go_on(error)}"
         )
     return None
+
+
+def raise_refusal(error: Exception, where: object) -> None:
+    """Raise an error again, with the file's name, where the system refused to read the file.
+
+    A refusal proves nothing about a file, so no reader may take it for damage. A file that is not
+    there is for the reader to word.
+    """
+    if isinstance(error, OSError) and error.errno in _SYSTEM and error.errno != errno.ENOENT:
+        error.filename = error.filename or str(where)
+        raise error
 
 
 def _how_to_go_on(error: Exception) -> str:
@@ -158,6 +182,35 @@ def _print_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _check_packages() -> None:
+    """Refuse packages that are older than HarmoDT asks for, such as another NumPy on PYTHONPATH.
+
+    Raises:
+        UserError: names the package, both versions and where the old one is.
+    """
+    try:
+        requirements = metadata.requires("harmodt") or []
+    except metadata.PackageNotFoundError:  # run from a source tree
+        return
+    for requirement in requirements:
+        found = re.match(r"([\w.-]+)[^;]*>=([\d.]+)", requirement)
+        if found is None or "extra ==" in requirement:
+            continue
+        name, needed = found.groups()
+        with suppress(metadata.PackageNotFoundError):  # its import says so
+            there = metadata.distribution(name)
+            if _numbers(there.version) < _numbers(needed):
+                raise UserError(
+                    f"{name} {there.version} in {there.locate_file('')} is too old: HarmoDT needs "
+                    f"{needed} or newer; take that folder out of PYTHONPATH, or give "
+                    f"python -m pip install '{name}>={needed}'"
+                )
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:2]]
 
 
 def _report(message: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,7 +12,8 @@ import tyro
 from . import load_policy
 from .devices import prepare_cpu
 from .environments.video import find_backend
-from .errors import UserError, printable, run_command
+from .errors import UserError, going_on, printable, run_command
+from .files import check_writable
 from .policies import Policy, Sampler
 from .progress import PlainConsole
 from .results import EvaluationResult, compare_masks
@@ -85,6 +87,8 @@ class EvaluateConfig:
     """Directory of the run."""
     video: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Write a film of each task's first episode (needs harmodt[video] and off-screen OpenGL)."""
+    output: Path | None = None
+    """Folder for the result and the films; by default RUN/evaluation."""
     episodes: tyro.conf.OmitArgPrefixes[Request] = field(default_factory=Request)
     """What is played."""
     policy: tyro.conf.OmitArgPrefixes[PolicyOptions] = field(default_factory=PolicyOptions)
@@ -92,36 +96,54 @@ class EvaluateConfig:
 
 
 def main() -> None:
-    """The command line: print the table, write it as JSON and CSV into RUN/evaluation."""
+    """The command line: print the table, write it as JSON and CSV."""
     prepare_cpu()
     config: EvaluateConfig = parse_arguments(EvaluateConfig, prog="python -m harmodt.evaluate")
     console = PlainConsole()
     if config.video:
         find_backend()
-    masks = dict.fromkeys(config.policy.mask or (None,))
+    masks = tuple(dict.fromkeys(config.policy.mask)) or (None,)
     # Every policy is loaded before the first one plays, so that a mask is refused at once.
     policies = [_load(config, mask) for mask in masks]
-    played = [_play(config, policy, console) for policy in policies]
-    results = [result for result, _ in played]
-    console.print(compare_masks(results) if len(results) > 1 else results[0].table())
-    for _, path in played:
+    results: list[EvaluationResult] = []
+    paths: list[Path] = []
+    try:
+        for policy in policies:
+            results.append(_play(config, policy, console))
+            with _elsewhere():
+                paths.append(results[-1].save(_output(config)))
+    finally:  # what was played is shown, though it could not be written
+        if results:
+            console.print(compare_masks(results) if len(masks) > 1 else results[0].table())
+    for path in paths:
         console.print(f"written to {printable(path)} and .csv", soft_wrap=True)
         if config.video:
             console.print(f"videos in {printable(path.with_suffix(''))}", soft_wrap=True)
 
 
-def _play(
-    config: EvaluateConfig, policy: Policy, console: PlainConsole
-) -> tuple[EvaluationResult, Path]:
-    """Measure a policy and write the result; returns the result and its file."""
-    directory = RunDirectory(config.run).evaluation
-    result = play(
-        policy,
-        config.episodes,
-        video_directory=directory if config.video else None,
-        console=console,
-    )
-    return result, result.save(directory)
+def _output(config: EvaluateConfig) -> Path:
+    return config.output or RunDirectory(config.run).evaluation
+
+
+def _elsewhere() -> AbstractContextManager[None]:
+    return going_on("give the same command again, or name another folder with --output")
+
+
+def _play(config: EvaluateConfig, policy: Policy, console: PlainConsole) -> EvaluationResult:
+    """Measure a policy.
+
+    Raises:
+        OSError: the result could not be written afterwards; nothing is played then.
+    """
+    request = config.episodes
+    if request.episode_length is None:
+        length = RunDirectory(config.run).read().episode_length
+        request = replace(request, episode_length=length)
+    directory = _output(config)
+    with _elsewhere():
+        check_writable(directory)
+    films = directory if config.video else None
+    return play(policy, request, video_directory=films, console=console)
 
 
 def _load(config: EvaluateConfig, mask: Mask | None) -> Policy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import glob
 import json
@@ -10,12 +11,13 @@ import os
 import re
 import shutil
 import stat
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import UserError
+from .errors import UserError, printable
 
 LOCK = ".lock"
 """Names the owner of a directory while a command writes to it."""
@@ -72,6 +74,33 @@ def write_bytes(path: Path, content: bytes) -> None:
     write_atomic(path, lambda file: file.write(content))
 
 
+def check_writable(directory: Path) -> None:
+    """Write a file into a directory, made where it is missing, and take all of it away again.
+
+    Raises:
+        OSError: the directory cannot be made, or written to.
+    """
+    with _made(directory):
+        file = temporary_path(directory / "check")
+        try:
+            file.write_bytes(b"0")
+        finally:
+            file.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _made(directory: Path) -> Iterator[None]:
+    """Make a directory where it is missing; if it was made and stayed empty, it goes again."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            for made in missing:
+                made.rmdir()
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON, atomically."""
     write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
@@ -101,26 +130,6 @@ def checksum(content: bytes) -> str:
 def json_checksum(content: Any) -> str:
     """The checksum of a JSON value, however it is laid out."""
     return checksum(json.dumps(content, sort_keys=True).encode())
-
-
-def write_sealed(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object with its checksum as its last entry, atomically."""
-    write_json(path, {**content, "crc32": json_checksum(content)})
-
-
-def read_sealed(path: Path) -> tuple[dict[str, Any], bool]:
-    """Read what `write_sealed` wrote: the object without its checksum, and whether that is right.
-
-    What is no object is read as an empty one.
-
-    Raises:
-        OSError, ValueError, RecursionError: it cannot be read, or is no JSON.
-        UserError: it is no regular file.
-    """
-    content = json.loads(read_bytes(path))
-    found = content if isinstance(content, dict) else {}
-    recorded = found.pop("crc32", None)
-    return found, recorded == json_checksum(found)
 
 
 def replace_directory(temporary: Path, final: Path) -> None:
@@ -162,10 +171,8 @@ def owned(directory: Path) -> Iterator[None]:
     Raises:
         UserError: another process owns it.
     """
-    missing = [path for path in (directory, *directory.parents) if not path.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
     path = directory / LOCK
-    try:
+    with _made(directory):
         descriptor = _lock(path)
         try:
             os.ftruncate(descriptor, 0)
@@ -174,14 +181,13 @@ def owned(directory: Path) -> Iterator[None]:
         finally:
             path.unlink(missing_ok=True)
             os.close(descriptor)
-    finally:
-        with contextlib.suppress(OSError):  # not empty
-            for made in missing:
-                made.rmdir()
 
 
 def _lock(path: Path) -> int:
-    """Open and lock a file; the lock ends when the descriptor is closed, if only by a kill."""
+    """Open and lock a file; the lock ends when the descriptor is closed, if only by a kill.
+
+    Without a lock where the file system has none: a warning says so.
+    """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
@@ -196,7 +202,31 @@ def _lock(path: Path) -> int:
                 f"{path.parent} is in use by another command, process {owner}: wait until it has "
                 "ended, or end it"
             ) from None
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                _warn_of_no_locks(path.parent)
+                return descriptor
+            os.close(descriptor)
+            raise
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)  # its owner deleted it between the two calls
+
+
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What `flock` says on file systems without locks: Lustre, some network mounts."""
+
+_warned = False
+
+
+def _warn_of_no_locks(directory: Path) -> None:
+    """Say once in a process that nothing keeps other commands out of its directories."""
+    global _warned
+    if not _warned:
+        _warned = True
+        print(
+            f"warning: the file system of {printable(directory)} has no locks (flock): see to it "
+            "that no other command writes there at the same time",
+            file=sys.stderr,
+        )

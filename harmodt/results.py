@@ -17,14 +17,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import msgspec
 import numpy as np
 from msgspec import Meta
 from rich.table import Table
 
+from . import sealed
 from .environments import EnvironmentSpec
 from .errors import UserError
-from .files import clear_temporaries, json_checksum, read_sealed, write_bytes, write_sealed
+from .files import clear_temporaries, json_checksum, write_bytes
 from .settings import Count, Whole, from_json
 from .statistics import Average, average, wilson_interval
 
@@ -32,8 +32,51 @@ FORMAT = "harmodt-evaluation"
 VERSION = 4
 
 _AGAIN = "evaluate the run again with `python -m harmodt.evaluate`"
+KIND = sealed.Kind(
+    name="an evaluation",
+    format=FORMAT,
+    version=VERSION,
+    instead="name a JSON file that `python -m harmodt.evaluate` wrote",
+    again=_AGAIN,
+    remedy=f"{sealed.RESTORE}, or {_AGAIN}",
+)
 
 SuccessRule = Literal["any", "last"]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a result was measured, whichever policy it is of: results of one measure compare.
+
+    Attributes:
+        target_returns: None where the policy was asked for what its run asks for.
+        episodes, success_rule, goal_seed, seed, unseen, environment: as in `Protocol`.
+    """
+
+    episodes: int
+    success_rule: SuccessRule | None
+    goal_seed: int
+    seed: int
+    target_returns: tuple[float, ...] | None
+    unseen: str | None
+    environment: EnvironmentSpec
+
+    def differences(self, other: Measure) -> list[str]:
+        """What is different in another measure, in words: each value, and what it is here."""
+        ours, theirs = (
+            values | values.pop("environment") for values in (asdict(self), asdict(other))
+        )
+        return [
+            f"{name} {_words(theirs[name])} instead of {_words(ours[name])}"
+            for name in ours
+            if ours[name] != theirs[name]
+        ]
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(f"{number:g}" for number in value)
+    return "the run's own" if value is None else str(value)
 
 
 @dataclass(frozen=True)
@@ -89,6 +132,24 @@ class Protocol:
     def episodes_per_round(self) -> int:
         """Episodes of each task that are played at once."""
         return math.ceil(self.episodes / self.rounds)
+
+    def measure(self, own: Mapping[str, float]) -> Measure:
+        """How this was measured; what it was measured of, such as checkpoint and mask, aside.
+
+        Args:
+            own: the return that the policy's run asks for, by task.
+        """
+        asked = tuple(dict.fromkeys(self.target_returns))
+        as_own = [own.get(task) for task in self.tasks] == list(self.target_returns)
+        return Measure(
+            episodes=self.episodes,
+            success_rule=self.success_rule,
+            goal_seed=self.goal_seed,
+            seed=self.seed,
+            target_returns=None if as_own else asked,
+            unseen=self.unseen,
+            environment=self.environment,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -163,12 +224,15 @@ class EvaluationResult:
         Raises:
             UserError: there is no such file, it is no evaluation of this version, or it is damaged.
         """
-        content = _read(path)
+        try:
+            content = sealed.read(path, _Content, KIND)
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"there is no evaluation {path}: {KIND.instead}") from None
         written = {"plans": None} | content.protocol
         protocol = from_json(Protocol, written, f"protocol in {path}")
         odd = _odd(content, protocol)
         if odd:
-            raise UserError(f"{path} is damaged ({odd}): {_AGAIN}")
+            raise sealed.damaged(path, odd, KIND.remedy)
         successes = [task.episode_successes for task in content.tasks]
         return cls(
             protocol=protocol,
@@ -234,7 +298,7 @@ class EvaluationResult:
         for file in (table, path):
             clear_temporaries(file)
         write_bytes(table, self.to_csv().encode())
-        write_sealed(path, content)
+        sealed.write(path, content)
         return path
 
     def _task_row(self, index: int) -> dict[str, Any]:
@@ -260,6 +324,14 @@ class EvaluationResult:
             return row | mean | {"return_low": average.low, "return_high": average.high} | kind
         rate = {"successes": int(self.successes.sum()), "success_rate": average.mean}
         return row | rate | {"success_low": average.low, "success_high": average.high} | mean | kind
+
+
+def plans_as_trained(plans: Mapping[str, Any] | None, trained: Mapping[str, Any]) -> bool:
+    """Whether an evaluation drew plans, if it drew any, as the settings of its run say."""
+    if plans is None:
+        return True
+    unread = {"sampling_steps"} if plans["sampler"] == "ddpm" else set()
+    return all(trained[name] == value for name, value in plans.items() if name not in unread)
 
 
 def compare_masks(results: Sequence[EvaluationResult]) -> Table:
@@ -361,37 +433,6 @@ class _Content:
     tasks: tuple[_Task, ...]
 
 
-def _read(path: Path) -> _Content:
-    """Read a file, its format, version and checksum checked, and the form of what it says."""
-    try:
-        found, intact = read_sealed(path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"there is no evaluation {path}: name a JSON file that `python -m harmodt.evaluate` "
-            "wrote"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): {_AGAIN}") from None
-    if found.get("format") != FORMAT:
-        raise UserError(
-            f"{path} is no evaluation: name a JSON file that `python -m harmodt.evaluate` wrote"
-        )
-    if found.get("version") != VERSION:
-        raise UserError(
-            f"{path} is of version {found.get('version')}, and this HarmoDT reads version "
-            f"{VERSION}: {_AGAIN}"
-        )
-    if not intact:
-        raise UserError(
-            f"{path} has changed since it was written (its checksum fails): restore it from a "
-            f"copy, or {_AGAIN}"
-        )
-    try:
-        return msgspec.convert(found, _Content)
-    except (msgspec.ValidationError, UnicodeError) as error:
-        raise UserError(f"{path} is damaged ({error}): {_AGAIN}") from None
-
-
 def _odd(content: _Content, protocol: Protocol) -> str | None:
     """What does not fit the protocol, if anything."""
     if tuple(task.task for task in content.tasks) != protocol.tasks:
@@ -404,12 +445,8 @@ def _odd(content: _Content, protocol: Protocol) -> str | None:
             return f"{task.task} has successes where there are none, or none where there are some"
         if solves is not None and len(solves) != protocol.episodes:
             return f"{task.task} has successes of {len(solves)} episodes"
-        if not all(map(math.isfinite, task.episode_returns)):
-            return f"{task.task} has a return that is NaN or infinite"
     if len(protocol.target_returns) != len(protocol.tasks):
         return f"it has {len(protocol.target_returns)} target returns"
-    if not all(map(math.isfinite, (content.seconds, *protocol.target_returns))):
-        return "its seconds or target returns are NaN or infinite"
     return None
 
 

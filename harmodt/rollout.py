@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,13 +19,13 @@ from msgspec import Meta
 from rich.console import Console
 from rich.progress import Progress
 
-from .environments import family
+from .environments import EnvironmentSpec, family
 from .environments.simulation import Simulation
 from .environments.video import find_backend
 from .errors import UserError
 from .policies import Policy
 from .progress import progress_bar
-from .results import EvaluationResult, Protocol, versions
+from .results import EvaluationResult, Measure, Protocol, versions
 from .settings import Count, check
 
 GOAL_SEED = 240518080
@@ -56,9 +56,36 @@ class Request:
     """Environments in memory at once, about 25 MB each; more episodes are played in rounds."""
     workers: Count | None = None
     """Processes that simulate; by default one per core."""
+    episode_length: Count | None = None
+    """Steps of an episode; by default as many as the longest that the run was trained on has."""
 
     def __post_init__(self) -> None:
         check(self)
+
+    def environment(self, name: str) -> EnvironmentSpec:
+        """What is played of the family of that name.
+
+        Raises:
+            UserError: its episodes are shorter than asked for.
+        """
+        spec = family(name).spec
+        length = self.episode_length or spec.episode_length
+        if length > spec.episode_length:
+            raise UserError(f"episode_length is {length}: give 1 to {spec.episode_length}")
+        return replace(spec, episode_length=length)
+
+    def measure(self, name: str) -> Measure:
+        """How its results are measured in the family of that name, on tasks of the run."""
+        environment = self.environment(name)
+        return Measure(
+            episodes=self.episodes,
+            success_rule=self.success_rule if environment.success else None,
+            goal_seed=self.goal_seed,
+            seed=self.seed,
+            target_returns=None if self.target_return is None else (self.target_return,),
+            unseen=None,
+            environment=environment,
+        )
 
 
 def play(
@@ -132,7 +159,8 @@ def make_protocol(policy: Policy, request: Request) -> Protocol:
         rounds=math.ceil(request.episodes / max(1, request.environments // len(tasks))),
         mask=policy.mask,
         unseen=policy.unseen,
-        environment=played.spec,  # not the data's, whose rewards may be of another version
+        # Not the data's, whose rewards may be of another version.
+        environment=request.environment(policy.environment.family),
         precision=policy.precision,
         backend=policy.backend,
         device=policy.device,

@@ -14,15 +14,25 @@ import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
+from . import sealed
 from .errors import UserError
-from .files import read_sealed, write_sealed
 
 FORMAT = "harmodt-run"
 VERSION = 5
+KIND = sealed.Kind(
+    name="the description of a HarmoDT run",
+    format=FORMAT,
+    version=VERSION,
+    instead="give the directory that `python -m harmodt.train` wrote",
+    again="train the run again",
+    remedy=f"{sealed.RESTORE}, or train the run again",
+)
+
+Content = TypeVar("Content")
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,8 @@ class Description:
         changes: settings that were changed when it went on, with the step, before and after.
         parts: where it was computed, in the order of the steps.
         preset, parameters: what it began with, for a report.
+        episode_length: steps of its longest training episode; its evaluations play so many. None
+            in a run of an earlier version, whose evaluations play the environments' length.
         device, backend, versions: the only part of a run that an earlier HarmoDT wrote.
     """
 
@@ -70,6 +82,7 @@ class Description:
     active_weights: tuple[int, ...] = ()
     changes: tuple[dict[str, Any], ...] = ()
     parts: tuple[Part, ...] = ()
+    episode_length: Annotated[int, msgspec.Meta(ge=1)] | None = None
     preset: str = "none"
     parameters: int | None = None
     device: str = "unknown"
@@ -132,11 +145,11 @@ class RunDirectory:
     def write(self, description: dict[str, Any]) -> None:
         """Write run.json."""
         content = {"format": FORMAT, "version": VERSION, **description}
-        write_sealed(self.description, content)
+        sealed.write(self.description, content)
 
     def update(self, values: dict[str, Any]) -> None:
         """Write other values of some keys into run.json."""
-        self.write({**self._content(), **values})
+        self.write({**self._read(dict[str, Any]), **values})
 
     def read(self) -> Description:
         """Read run.json.
@@ -144,42 +157,15 @@ class RunDirectory:
         Raises:
             UserError: there is no run, or it is damaged, changed or of another version.
         """
-        try:
-            return msgspec.convert(self._content(), Description)
-        except (msgspec.ValidationError, UnicodeError) as error:
-            raise UserError(
-                f"{self.description} is damaged ({error}): restore it from a copy"
-            ) from None
+        return self._read(Description)
 
-    def _content(self) -> dict[str, Any]:
-        """What run.json says, format, version and checksum checked and taken out."""
-        path = self.description
+    def _read(self, content: type[Content]) -> Content:
         try:
-            found, intact = read_sealed(path)
+            return sealed.read(self.description, content, KIND)
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
-                f"{self.path} holds no run (run.json is missing): give the directory that "
-                "`python -m harmodt.train` wrote"
+                f"{self.path} holds no run (run.json is missing): {KIND.instead}"
             ) from None
-        except (ValueError, RecursionError) as error:  # nested too deep, for reading or for writing
-            raise UserError(f"{path} is not valid JSON ({error}): restore it from a copy") from None
-        if found.pop("format", None) != FORMAT:
-            raise UserError(
-                f"{path} is not the description of a HarmoDT run: give the directory that "
-                "`python -m harmodt.train` wrote"
-            )
-        version = found.pop("version", None)
-        if version != VERSION:
-            raise UserError(
-                f"{path} is of version {version!r:.20}, and this HarmoDT reads version "
-                f"{VERSION}: train the run again, or use the HarmoDT that wrote it"
-            )
-        if not intact:
-            raise UserError(
-                f"{path} has changed since it was written (its checksum fails): restore it from a "
-                "copy, or begin a new run with other settings"
-            )
-        return found
 
     def clear_leftovers(self) -> None:
         """Delete the temporary files of a kill; for the directory's owner."""

@@ -5,19 +5,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, inspect
 
 from .errors import UserError, printable
+from .sealed import convert
+
+ABOVE_ZERO = sys.float_info.min
+"""The lowest bound of a number above 0. msgspec takes `gt=0` for the smallest denormal number or
+more, and with it 0 where the processor flushes those to zero (`devices.prepare_cpu`)."""
 
 Count = Annotated[int, Meta(ge=1)]
 Whole = Annotated[int, Meta(ge=0)]
-Positive = Annotated[float, Meta(gt=0)]
+Positive = Annotated[float, Meta(ge=ABOVE_ZERO)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Meta(ge=0, lt=1)]
@@ -82,50 +88,73 @@ def check(group: Any) -> None:
         UserError: names the setting and what it may be.
     """
     kind: type = type(group)
+    types = _types_of(kind)
     for field in dataclasses.fields(group):
         value = getattr(group, field.name)
         if dataclasses.is_dataclass(value):
             check(value)
-        elif value is not None:
-            values = value if isinstance(value, tuple) else (value,)
-            for bounds in _bounds_of(kind)[field.name]:
-                for number in values:
-                    _check_bounds(field.name, number, bounds)
+        else:
+            _check_value(field.name, value, types[field.name])
     if hasattr(group, "check"):
         group.check()
 
 
 @functools.cache
-def _bounds_of(kind: type) -> dict[str, tuple[Meta, ...]]:
-    """The bounds of each setting of a group; read once, because reading types takes long."""
-    hints = get_type_hints(kind, include_extras=True)
-    return {field.name: tuple(_bounds(hints[field.name])) for field in dataclasses.fields(kind)}
+def _types_of(kind: type) -> dict[str, Any]:
+    """The type of each setting of a group; read once, because reading types takes long."""
+    return get_type_hints(kind, include_extras=True)
 
 
-def _bounds(hint: Any) -> Iterator[Meta]:
-    """The bounds that a type names, at any depth."""
-    yield from (extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Meta))
-    for part in getattr(hint, "__args__", ()):
-        yield from _bounds(part)
-
-
-def _check_bounds(name: str, value: float, bounds: Meta) -> None:
-    low = bounds.ge if bounds.gt is None else bounds.gt
-    high = bounds.le if bounds.lt is None else bounds.lt
-    above = low is None or (value > low if bounds.gt is not None else value >= low)
-    below = high is None or (value < high if bounds.lt is not None else value <= high)
-    if above and below and math.isfinite(value):
-        return
-    opening, closing = "(" if bounds.gt is not None else "[", ")" if bounds.lt is not None else "]"
-    if high == 1:
-        allowed = f"a share in {opening}{low}, {high}{closing}"
-    elif high is not None:
-        allowed = f"{low} to {high}"
-    elif bounds.gt is not None:
-        allowed = f"a number above {low}"
+def _check_value(name: str, value: Any, kind: Any) -> None:
+    """Raise UserError where a value is not of its type or bounds, or a number is not finite."""
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        index = re.search(r"`\$\[([0-9]+)\]`", str(error))
+        wrong = value[int(index[1])] if index else value
     else:
-        allowed = f"{low} or more"
-    raise UserError(f"{name} is {value}: give {allowed}")
+        values = value if isinstance(value, tuple) else (value,)
+        infinite = [v for v in values if isinstance(v, float) and not math.isfinite(v)]
+        if not infinite:
+            return
+        wrong = infinite[0]
+    allowed = _words(inspect.type_info(kind), one=wrong is not value)
+    raise UserError(f"{name} is {wrong}: give {allowed}")
+
+
+def _words(kind: inspect.Type, one: bool = False) -> str:
+    """What a setting of a type may be, or what one of its values may be, if it has several."""
+    match kind:
+        case inspect.TupleType(item_types=(kind, *others)):
+            return _words(kind) if one else f"{1 + len(others)} values, each {_words(kind)}"
+        case inspect.VarTupleType(item_type=kind):
+            return _words(kind) if one else f"several values, each {_words(kind)}"
+        case inspect.UnionType(types=kinds):
+            some = (k for k in kinds if not isinstance(k, inspect.NoneType))
+            return " or ".join(_words(k, one) for k in some)
+        case inspect.LiteralType(values=values):
+            return " or ".join(map(str, values))
+        case inspect.IntType() | inspect.FloatType():
+            return _words_of_number(kind)
+        case inspect.StrType():
+            return "a text"
+        case inspect.BoolType():
+            return "true or false"
+    return f"a {getattr(kind, 'cls', type(kind)).__name__}"
+
+
+def _words_of_number(kind: inspect.IntType | inspect.FloatType) -> str:
+    above_zero = kind.ge == ABOVE_ZERO
+    low = 0 if above_zero else kind.ge
+    high = kind.le if kind.lt is None else kind.lt
+    opening, closing = "(" if above_zero else "[", "]" if kind.lt is None else ")"
+    if high == 1:
+        return f"a share in {opening}{low}, {high}{closing}"
+    if high is not None:
+        return f"{low} to {high}"
+    if low is not None:
+        return "a number above 0" if above_zero else f"{low} or more"
+    return "a whole number" if isinstance(kind, inspect.IntType) else "a finite number"
 
 
 def to_json(group: Any) -> dict[str, Any]:
@@ -152,10 +181,7 @@ def from_json(kind: type[Settings], values: Any, where: str) -> Settings:
     Raises:
         UserError: a setting is missing, unknown, of another type or out of its bounds.
     """
-    try:
-        group = msgspec.convert(values, kind, dec_hook=_from_text)
-    except (msgspec.ValidationError, UnicodeError) as error:
-        raise UserError(f"{where} is damaged ({error}): restore it from a copy") from None
+    group = convert(where, values, kind, dec_hook=_from_text)
     odd = _odd_keys(values, to_json(group))
     if odd:
         raise UserError(

@@ -7,6 +7,7 @@ after each the same command is given again. Prints when it was killed and how lo
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import resource
@@ -16,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from harmodt.files import read_sealed
+from harmodt.files import json_checksum
 
 
 def main() -> None:
@@ -44,7 +45,8 @@ def main() -> None:
     last = subprocess.run(words)
     seconds = time.monotonic() - began
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    content, intact = read_sealed(folder / "table2.json")
+    content = json.loads((folder / "table2.json").read_text())
+    intact = content.pop("crc32") == json_checksum(content)
     print(f"{seconds:.0f} s, {used.ru_utime + used.ru_stime:.0f} s of computing")
     assert last.returncode == 0 and intact
     assert all(row["seeds"] == [0] for row in content["rows"]), "results are missing"

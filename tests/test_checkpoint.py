@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from harmodt.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from harmodt.errors import UserError
+from harmodt.errors import UserError, describe
 from harmodt.rundir import RunDirectory
 
 
@@ -103,8 +105,27 @@ def test_a_truncated_checkpoint_is_named(run, name):
     save(run, 7)
     path = run.checkpoint(7) / name
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(UserError, match="00000007 is damaged"):
+    with pytest.raises(UserError, match=rf"00000007/{name} is damaged"):
         load_checkpoint(run)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
+def test_what_the_system_refuses_is_no_damage(run, monkeypatch, name, number):
+    save(run, 7)
+    really = os.open
+
+    def refuse(path, *arguments, **options):
+        if Path(path).name == name:
+            raise OSError(number, os.strerror(number), str(path))
+        return really(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(OSError, match=name) as refused:
+        load_checkpoint(run)
+    sentence = describe(refused.value)
+    assert sentence.startswith(str(run.checkpoint(7) / name))
+    assert "damaged" not in sentence and "delete" not in sentence
 
 
 def test_a_checkpoint_of_another_model_size_is_refused(run):
@@ -125,8 +146,8 @@ def test_a_directory_without_a_run_is_named(tmp_path):
     [
         ({"version": 3}, "is of version 3, and this HarmoDT reads version 5: train the run again"),
         ({"format": "harmodt-store"}, "is not the description of a HarmoDT run"),
-        ({"id": "b"}, "has changed since it was written"),
-        ({"crc32": None}, "has changed since it was written"),
+        ({"id": "b"}, "is damaged .its checksum fails"),
+        ({"crc32": None}, "is damaged .its checksum fails"),
     ],
 )
 def test_a_run_of_another_kind_or_version_is_refused(run, change, message):
@@ -146,5 +167,6 @@ def test_a_description_that_says_nothing_is_refused(run, change):
 @pytest.mark.parametrize("content", ["[]", "3", "null", "{", ""])
 def test_a_damaged_description_is_named(run, content):
     run.description.write_text(content)
-    with pytest.raises(UserError, match=r"run\.json is not"):
+    how = r"is damaged \(it is no JSON" if content in ("{", "") else "is not the description"
+    with pytest.raises(UserError, match=rf"run\.json {how}"):
         run.read()

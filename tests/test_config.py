@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from harmodt.algorithms import ALGORITHMS, config_from_json, preset
 from harmodt.algorithms.sequence import SequenceSettings
@@ -139,6 +140,18 @@ def test_an_algorithm_has_its_own_settings(
     assert found == (masked, updates, prompted)
 
 
+def test_zero_is_not_above_zero_where_denormal_numbers_are_flushed() -> None:
+    config = change(preset("quickstart", "harmodt-f"), {"learning_rate": 0.0})
+    try:
+        torch.set_flush_denormal(True)
+        with pytest.raises(UserError, match=r"learning_rate is 0\.0: give a number above 0"):
+            check(config)
+        with pytest.raises(UserError, match=r"damaged .*learning_rate"):
+            config_from_json(json.loads(json.dumps(to_json(config))), "run.json")
+    finally:
+        torch.set_flush_denormal(False)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -184,6 +197,15 @@ def test_an_algorithm_has_its_own_settings(
         ({"balance": float("nan")}, "balance is nan"),
         ({"seed": -1}, "seed is -1"),
         ({"evaluation_episodes": -1}, "evaluation_episodes is -1"),
+        ({"target_return": float("nan")}, "target_return is nan: give a finite number"),
+        ({"deviation_floor": float("inf")}, "deviation_floor is inf: give a number above 0"),
+        ({"steps": 2.5}, "steps is 2.5: give 1 to 99999999"),
+        ({"precision": "fp8"}, "precision is fp8: give bf16 or fp32 or tf32"),
+        (
+            {"sparsity_by_loss": (0.1, 0.2, 0.3)},
+            "sparsity_by_loss is .0.1, 0.2, 0.3.: give 2 values, each a share",
+        ),
+        ({"tasks": "mt5"}, "tasks is mt5: give several values, each a text"),
     ],
 )
 def test_settings_that_cannot_work_are_named(changes: dict[str, object], message: str) -> None:

@@ -360,5 +360,5 @@ def test_the_commands_import_show_and_verify(
     with pytest.raises(SystemExit) as stop:
         run("verify", tmp_path / "store")
     assert stop.value.code == 2
-    assert f"error: the checksum of {file} fails" in capsys.readouterr().err
+    assert f"error: {file} is damaged (its checksum fails)" in capsys.readouterr().err
     assert DataStore.open(tmp_path / "store").tasks == ("button-press-topdown-wall-v3",)

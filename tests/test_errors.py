@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from harmodt.errors import UserError, going_on, printable, run_command
+from harmodt.errors import UserError, describe, going_on, printable, run_command
 
 
 def ending(error: BaseException, capsys) -> tuple[object, str]:
@@ -43,6 +43,8 @@ def test_a_mistake_is_one_line_and_status_2(capsys):
         (errno.EEXIST, "there is a file of that name already: move it away or"),
         (errno.ENOENT, "it is not there, or was taken away meanwhile: put it back"),
         (errno.EMFILE, "too many files are open: raise the limit (ulimit -n)"),
+        (errno.ESTALE, "the network file system lost it: check that it is mounted"),
+        (errno.ENOTCONN, "the network file system is not connected: check that it is mounted"),
     ],
 )
 def test_what_the_system_refuses_is_one_line_and_status_2(number, reason, capsys):
@@ -52,6 +54,23 @@ def test_what_the_system_refuses_is_one_line_and_status_2(number, reason, capsys
     assert text.endswith("then give the same command again\n")
     two = OSError(number, "", "a", None, "b")
     assert ending(two, capsys)[1].startswith(f"error: a and b: {reason}")
+
+
+def refused_reads(number):
+    """Readers of other people's files, which an error meets inside."""
+    from harmodt.data.importers.arrays import reading
+    from harmodt.data.importers.minari import _readable
+
+    for reader in (reading(Path("data/a.npz"), "damaged: remove it"), _readable("data/a.npz")):
+        with pytest.raises((OSError, UserError)) as refused, reader:
+            raise OSError(number, os.strerror(number))
+        yield describe(refused.value)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.EIO, errno.ESTALE])
+def test_what_the_system_refuses_to_an_importer_is_no_damage(number):
+    _, here = describe(OSError(number, "", "data/a.npz")).split(": ", 1)
+    assert list(refused_reads(number)) == 2 * [f"data/a.npz: {here}"]
 
 
 def test_how_to_go_on_is_said_by_whoever_knows_it_first(capsys):
@@ -117,6 +136,22 @@ def test_other_errors_are_bugs_whose_traceback_is_in_a_file(tmp_path, capsys, mo
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
     status, text = ending(ZeroDivisionError(), capsys)
     assert status == 1 and "Traceback (most recent call last)" in text
+
+
+@pytest.mark.parametrize(("version", "old"), [("1.26.4", True), ("2.0.0", False)])
+def test_a_package_that_is_too_old_is_named(tmp_path, version, old):
+    """Another NumPy on the path, as far as its description goes."""
+    folder = tmp_path / f"numpy-{version}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: numpy\nVersion: {version}\n")
+    command = [sys.executable, "-m", "harmodt.data", "info", str(tmp_path / "none")]
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    wanted = f"error: numpy {version} in {tmp_path} is too old: HarmoDT needs 2.0 or newer; take"
+    assert result.stderr.startswith(wanted) == old
+    assert ("there is no store" in result.stderr) != old
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])

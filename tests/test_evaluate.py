@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import errno
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +15,11 @@ import torch
 from tiny import configure, make_store
 
 from harmodt import evaluate as module
+from harmodt import sealed
 from harmodt.checkpoint import save_checkpoint
 from harmodt.errors import run_command
 from harmodt.results import EvaluationResult
+from harmodt.rollout import make_protocol
 from harmodt.training.run import begin
 from harmodt_kernels.native import library
 
@@ -52,12 +57,13 @@ def test_command_line_end_to_end(run, monkeypatch, capsys):
     command(monkeypatch, run, "--episodes", 2, "--tasks", "reach-v2", "--checkpoint", 20)
     captured = capsys.readouterr()
     assert "reach-v3" in captured.out and "average" in captured.out
-    assert "500/500 steps" in captured.out
+    assert "30/30 steps" in captured.out  # the longest episode of the store
     assert len(list((run / "evaluation").iterdir())) == 2
     (path,) = (run / "evaluation").glob("step-20-any-1x2-*.json")
     assert str(path) in captured.out
     first = EvaluationResult.load(path)
     assert first.protocol.target_returns == (100.0,)
+    assert first.protocol.environment.episode_length == 30
     command(monkeypatch, run, "--episodes", 2, "--tasks", "reach-v2", "--checkpoint", 20)
     again = EvaluationResult.load(path)
     np.testing.assert_array_equal(again.returns, first.returns)
@@ -105,9 +111,9 @@ def loaded(monkeypatch):
         ),
     ],
 )
-def test_what_is_not_said_follows_the_run(monkeypatch, played, loaded, arguments, options):
+def test_what_is_not_said_follows_the_run(run, monkeypatch, played, loaded, arguments, options):
     with pytest.raises(Stop):
-        command(monkeypatch, "runs/one", *arguments)
+        command(monkeypatch, run, *arguments)
     assert loaded == [{"unseen": None, "sampler": None, "sampling_steps": None} | options]
 
 
@@ -117,18 +123,73 @@ def test_a_run_is_evaluated_as_it_was_trained(run, monkeypatch, played):
     policy, request, _ = played[0]
     assert (policy.backend, policy.precision, policy.device) == ("pytorch", "bf16", "cpu")
     assert (policy.step, policy.mask, request.tasks) == (40, "task", ())
+    assert request.episode_length == 30
+
+
+def test_a_run_of_an_earlier_version_is_played_as_long_as_the_family_says(
+    run, monkeypatch, played, tmp_path
+):
+    run = Path(shutil.copytree(run, tmp_path / "run"))
+    description = json.loads((run / "run.json").read_text())
+    assert description.pop("episode_length") == 30
+    del description["crc32"]
+    sealed.write(run / "run.json", description)
+    with pytest.raises(Stop):
+        command(monkeypatch, run)
+    assert played[0][1].episode_length is None
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_played(
+    run, monkeypatch, played, capsys, tmp_path
+):
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as exit:
+        command(monkeypatch, run, "--output", tmp_path / "file" / "results")
+    assert exit.value.code == 2 and played == []
+    assert capsys.readouterr().err.endswith(
+        "then give the same command again, or name another folder with --output\n"
+    )
+    with pytest.raises(Stop):
+        command(monkeypatch, run, "--output", tmp_path / "a" / "b")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_result_that_cannot_be_written_is_shown(run, monkeypatch, capsys, tmp_path):
+    run = Path(shutil.copytree(run, tmp_path / "run", ignore=lambda *_: ["evaluation"]))
+
+    def play(policy, request, **options):
+        protocol = make_protocol(policy, request)
+        shape = (len(protocol.tasks), protocol.episodes)
+        return EvaluationResult(protocol, np.ones(shape, bool), np.ones(shape), 1.0, {})
+
+    def save(result, directory):
+        raise OSError(errno.ENOSPC, "No space left on device", str(directory))
+
+    monkeypatch.setattr(module, "play", play)
+    command(monkeypatch, run, "--output", tmp_path / "here")
+    assert sorted(path.suffix for path in (tmp_path / "here").iterdir()) == [".csv", ".json"]
+    assert not (run / "evaluation").exists()
+    assert f"written to {tmp_path / 'here'}" in "".join(capsys.readouterr().out.split("\n"))
+    monkeypatch.setattr(EvaluationResult, "save", save)
+    with pytest.raises(SystemExit) as exit:
+        command(monkeypatch, run)
+    shown, error = capsys.readouterr()
+    assert exit.value.code == 2 and "50/50" in shown and "average" in shown
+    assert "the disk is full" in error and error.endswith("name another folder with --output\n")
 
 
 def test_settings_of_the_command_are_those_of_the_request(run, monkeypatch, played):
     arguments = [
         "--episodes", 3, "--tasks", "reach", "mt5", "--success", "last", "--seed", 4,
         "--goal-seed", 5, "--target-return", 6.5, "--environments", 7, "--workers", 8,
+        "--episode-length", 9,
         "--mask", "voted", "--precision", "fp32",
     ]  # fmt: skip
     with pytest.raises(Stop):
         command(monkeypatch, run, *arguments)
     policy, request, options = played[0]
-    assert request == module.Request(3, ("reach", "mt5"), "last", 4, 5, 6.5, 7, 8)
+    assert request == module.Request(3, ("reach", "mt5"), "last", 4, 5, 6.5, 7, 8, 9)
     assert (policy.mask, policy.precision) == ("voted", "fp32")
     assert options["video_directory"] is None
 
@@ -158,6 +219,7 @@ def test_help_groups_the_settings(monkeypatch, capsys):
         (["--sampler", "ddpm"], "does not plan: leave --sampler and --sampling-steps out"),
         (["--sampling-steps", "0"], "sampling_steps is 0: give 1 or more"),
         (["--sampler", "ddpm", "--sampling-steps", "3"], "all steps .*: leave sampling_steps out"),
+        (["--episode-length", "501"], "episode_length is 501: give 1 to 500"),
         (["--episodes", "0"], "episodes is 0: give 1 or more"),
         (["--workers", "0"], "workers is 0"),
         (["--environments", "0"], "environments is 0"),

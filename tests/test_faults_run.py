@@ -429,7 +429,7 @@ def test_a_checkpoint_of_another_run_is_refused(store, run, tmp_path):
     shutil.copytree(tmp_path / "other" / name, run / name)
     assert "00000012 is of another run" in refused(run)
     shutil.copy(tmp_path / "other" / "conditioning.safetensors", run)
-    assert "conditioning.safetensors is damaged or of another run" in refused(run)
+    assert "conditioning.safetensors is damaged (its checksum fails)" in refused(run)
 
 
 def test_a_checkpoint_of_another_step_or_version_is_refused(run):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -8,8 +10,10 @@ import sys
 import pytest
 from runs import ended_process
 
+from harmodt import files
 from harmodt.errors import UserError
 from harmodt.files import (
+    check_writable,
     clear_temporaries,
     owned,
     replace_directory,
@@ -82,6 +86,49 @@ def test_a_directory_has_one_owner_at_a_time(tmp_path):
     with owned(tmp_path / "a"):
         assert (tmp_path / "a" / ".lock").read_text() == str(os.getpid())
     assert list((tmp_path / "a").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_written_with_one_warning(
+    tmp_path, monkeypatch, capsys, number
+):
+    def flock(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(files, "_warned", False)
+    for name in ("a", "b"):
+        with owned(tmp_path / name):
+            assert (tmp_path / name / ".lock").read_text() == str(os.getpid())
+            (tmp_path / name / "file").touch()
+        assert [path.name for path in (tmp_path / name).iterdir()] == ["file"]
+    error = capsys.readouterr().err
+    assert error.startswith(f"warning: the file system of {tmp_path / 'a'} has no locks")
+    assert error.count("\n") == 1
+
+
+def test_what_else_a_lock_meets_is_an_error(tmp_path, monkeypatch):
+    def flock(descriptor, operation):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match="Input"), owned(tmp_path / "a"):
+        pass
+    monkeypatch.undo()
+    with owned(tmp_path / "a"):
+        pass
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_whether_a_directory_can_be_written_is_asked_without_a_trace(tmp_path, there):
+    directory = tmp_path / "a" / "b"
+    if there:
+        directory.mkdir(parents=True)
+    check_writable(directory)
+    assert list(tmp_path.rglob("*")) == ([tmp_path / "a", directory] if there else [])
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        check_writable(tmp_path / "file" / "c")
 
 
 def test_a_directory_that_was_made_in_vain_goes_again(tmp_path):

@@ -434,7 +434,7 @@ def test_a_store_that_has_changed_is_not_exported(tmp_path: Path) -> None:
     content = bytearray(array.read_bytes())
     content[-1] ^= 1
     array.write_bytes(content)
-    with pytest.raises(UserError, match=r"push-v3/actions\.npy fails: the file has changed"):
+    with pytest.raises(UserError, match=r"push-v3/actions\.npy is damaged .its checksum fails"):
         export_data(ExportConfig(store.path, tmp_path / "out"), progress=False)
     assert not (tmp_path / "out").exists()
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -18,11 +20,12 @@ from rich.cells import cell_len
 from tiny import make_store
 
 from harmodt.data.__main__ import main
-from harmodt.data.describe import describe, to_text
+from harmodt.data.describe import describe, show
 from harmodt.data.store import DataStore, Episode
 from harmodt.data.writer import StoreWriter
 from harmodt.environments import EnvironmentSpec
 from harmodt.errors import UserError
+from harmodt.progress import PlainConsole
 
 SPEC = EnvironmentSpec("small", 3, 2, 5, success=True)
 WIDTHS = (1, 40, 80, 110, 200, None)
@@ -79,13 +82,36 @@ def keep_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", sys.argv)
 
 
+def printed(description: dict[str, Any], width: int | None = None) -> str:
+    """What `show` prints on a terminal of that width, or into a pipe."""
+    console = PlainConsole(file=io.StringIO(), width=width)
+    show(description, console, width)
+    return console.file.getvalue()
+
+
+def tables(text: str) -> list[list[str]]:
+    """The lines of each table, without its rules."""
+    _, *parts = text.split("\n\n")
+    return [[line for line in part.splitlines() if "─" not in line] for part in parts]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The words of each row, those of a row in all tables put together."""
+    first, *others = ([line.split() for line in table] for table in tables(text))
+    for table in others:
+        for row, more in zip(first, table, strict=True):
+            names = 2 if row[1:2] == ["tasks"] else 1
+            assert more[:names] == row[:names]
+            row += more[names:]
+    return first
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_no_number_is_cut_at_any_width(width: int | None) -> None:
     tasks = {f"task-{number}": (-27.25 - number, 1.5, 8.0**number) for number in range(38)}
     tasks |= {LONG: (0.0, -1.0, 5.0), "名[/b]": (0.0, -1.0, 5.0), "b\033[1m": (0.0, -1.0, 5.0)}
     big = {"episodes": 10**9, "steps": 5 * 10**11, "prompts": 10**7, "bytes": 123_400_000}
-    text = to_text(facts(tasks, **big), width)
-    _, table, whole = text.split("\n\n")
+    head, *found, whole = rows(printed(facts(tasks, **big), width))
     counts = ["1,000,000,000", "500,000,000,000"], ["50%", "10,000,000", "123.4", "MB"]
     expected = [
         [name, *counts[0], f"{-27.25 - number:.1f}", "1.50", str(8**number), *counts[1]]
@@ -95,26 +121,24 @@ def test_no_number_is_cut_at_any_width(width: int | None) -> None:
         [name, *counts[0], "0.0", "-1.00", "5", *counts[1]]
         for name in (LONG, "名[/b]", r"b\x1b[1m")
     ]
-    headings = "task episodes steps return min mean max success prompts size"
-    assert table.split() == sum(expected, headings.split())
+    assert found == expected
+    headings = "task episodes steps return min return mean return max success prompts size"
+    assert head == headings.split()
     total = "41 tasks 41,000,000,000 20,500,000,000,000 410,000,000 5.1 GB"
-    assert " ".join(whole.split()) == total
+    assert " ".join(whole) == total
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_lines_fit_and_columns_stand_one_below_the_other(width: int | None) -> None:
     names = ("button-press-topdown-wall-v3", "名前", "reach-v3")
-    text = to_text(facts(dict.fromkeys(names, (-3.5, 20.0, 300.0))), width)
-    table = text.split("\n\n")[1].splitlines()
-    each = len(table) // 4  # lines of a row
-    assert len(table) == 4 * each
-    columns = max(width or 1000, 28)  # but a name is never broken
-    assert all(cell_len(line) <= columns for line in table)
-    assert each == (1 if columns > 96 else 9 if width == 1 else 2 if width == 80 else 3)
-    for line in range(each):
-        lines = table[line::each]
-        ends = {cell_len(text) for text in lines}
-        assert len(ends) == 1 or {text.strip() for text in lines} == {"task", *names}
+    found = tables(printed(facts(dict.fromkeys(names, (-3.5, 20.0, 300.0))), width))
+    assert len(found) == {1: 8, 40: 8, 80: 2, 110: 1, 200: 1, None: 1}[width]
+    for table in found:
+        lines = [line.rstrip() for line in table]
+        assert len(lines) == 5
+        # A name is never broken, and one column stands beside it however narrow it is.
+        assert all(cell_len(line) <= max(width or 1000, 45) for line in lines)
+        assert len({cell_len(line) for line in lines[:-1]}) == 1
 
 
 @pytest.mark.parametrize(
@@ -133,9 +157,9 @@ def test_lines_fit_and_columns_stand_one_below_the_other(width: int | None) -> N
 )
 def test_decimals_tell_returns_apart(returns: tuple[float, ...], shown: list[str]) -> None:
     tasks = {f"task-{number}": (value, 1.0, 1e4) for number, value in enumerate(returns)}
-    rows = [line.split() for line in to_text(facts(tasks)).splitlines() if "task-" in line]
+    found = rows(printed(facts(tasks)))[1:-1]
     # Each column has its own.
-    assert [row[3:6] for row in rows] == [[value, "1.00", "10000"] for value in shown]
+    assert [row[3:6] for row in found] == [[value, "1.00", "10000"] for value in shown]
 
 
 def test_the_facts_are_one_json_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,8 +218,17 @@ def test_success_that_is_not_known_is_null(tmp_path: Path) -> None:
         task.add(Episode(np.zeros((1, 3)), np.zeros((1, 2)), np.ones(1), -1))
     description = describe(writer.finish(["a"]))
     assert description["tasks"]["a"]["success"] is None
-    rows = [line.split() for line in to_text(description).splitlines()]
-    assert rows[4][:8] == ["a", "1", "1", "1.00", "1.00", "1.00", "unknown", "0"]
+    row = rows(printed(description))[1]
+    assert row[:8] == [
+        "a",
+        "1",
+        "1",
+        "1.00",
+        "1.00",
+        "1.00",
+        "unknown",
+        "0",
+    ]
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
@@ -203,7 +236,7 @@ def test_a_return_that_became_no_number_is_named(tmp_path: Path, value: float) -
     store = write_store(tmp_path / "store", {"a": [[1.0], [2.0]]})
     file = store.path / "a" / "returns_to_go.npy"
     np.lib.format.open_memmap(file, "r+")[1] = value
-    with pytest.raises(UserError, match=r"a/returns_to_go.npy has changed since it was written"):
+    with pytest.raises(UserError, match=r"a/returns_to_go.npy is damaged .a return is"):
         describe(store)
 
 
@@ -218,7 +251,7 @@ def _at_terminal(width: int, command: list[str], environment: dict[str, str]) ->
             while part := os.read(ours, 1 << 16):
                 printed += part
     os.close(ours)
-    return printed.decode().replace("\r\n", "\n")
+    return re.sub(r"\x1b\[[0-9;]*m", "", printed.decode().replace("\r\n", "\n"))
 
 
 def test_the_width_is_the_terminals_and_there_is_none_in_a_pipe(tmp_path: Path) -> None:
@@ -228,6 +261,6 @@ def test_the_width_is_the_terminals_and_there_is_none_in_a_pipe(tmp_path: Path) 
     environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUTF8": "1"}
     description = describe(store)
     narrow = _at_terminal(40, command, environment)
-    assert narrow == to_text(description, 40) + "\n" != to_text(description) + "\n"
+    assert narrow == printed(description, 40) != printed(description)
     piped = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert piped.stdout == to_text(description) + "\n"
+    assert piped.stdout == printed(description)

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -182,12 +183,83 @@ def test_evaluations_whose_plans_were_drawn_otherwise_stand_side_by_side():
     from test_results import PLANS, make_result
 
     ways = [PLANS, PLANS | {"sampling_steps": 2}]
-    run = SimpleNamespace(name="run", evaluations=[make_result(plans=plans) for plans in ways])
+    run = SimpleNamespace(
+        name="run",
+        evaluations=[make_result(plans=plans) for plans in ways],
+        measure=None,
+        measure_of=lambda result: result.protocol.measure({}),
+    )
     (columns,) = tables.evaluations([run])
     assert [column.result.protocol.plans for column in columns] == ways
     _, html = tables.success(columns)
     assert "4 episodes, ddim of 10 steps<" in html and "4 episodes, ddim of 2 steps<" in html
     assert tables.protocol_notes(columns) == []
+
+
+SHORT = replace(family(METAWORLD).spec, episode_length=7)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"success_rule": "last"}, "success_rule last instead of any"),
+        ({"goal_seed": 5}, "goal_seed 5 instead of 240518080"),
+        ({"seed": 5}, "seed 5 instead of 0"),
+        ({"target_returns": (7.0,) * 3}, "target_returns 7 instead of the run's own"),
+        ({"episodes": 5}, "episodes 5 instead of 4"),
+        ({"environment": SHORT}, "episode_length 7 instead of 30"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_was_measured_in_another_way_replaces_nothing(runs, run, tmp_path, change, said):
+    """An evaluation of the last step, in which nothing is solved, beside those of three runs."""
+    three = [run, *runs[1:]]
+    before, page = tmp_path / "before.html", tmp_path / "page.html"
+    write_report(three, before)
+    (path,) = (run / "evaluation").glob("step-12-*.json")
+    usual = EvaluationResult.load(path)
+    protocol = replace(usual.protocol, **change)
+    shape = (3, protocol.episodes)
+    EvaluationResult(protocol, np.zeros(shape, bool), np.zeros(shape), 1.0, {}).save(path.parent)
+    write_report(three, page)
+    old, new = Parsed(before), Parsed(page)
+    (name,) = (name for name in old.tables if name.startswith("Overview"))
+    assert new.tables[name] == old.tables[name]
+    assert new.plot("success", "steps") == old.plot("success", "steps")
+    assert "Left out here" not in old.words
+    how = f"in another way: results with {said} (run at step 12)."
+    assert f"Left out here, because they were measured {how}" in new.words
+    assert new.words.count("Measured: ") == 2 and old.words.count("Measured: ") == 1
+    rows = new.tables["Success on 3 tasks"]
+    assert rows[:5] == old.tables["Success on 3 tasks"]
+    assert [row[1][:4] for row in rows[6:]] == 4 * ["0.00"] and len(rows) == 10
+
+
+def test_the_measure_that_most_runs_have_is_compared(runs, tmp_path):
+    copies = [Path(shutil.copytree(path, tmp_path / path.name)) for path in runs]
+    for number, path in enumerate(copies[:2]):
+        (file,) = (path / "evaluation").glob("step-12-*.json")
+        usual = EvaluationResult.load(file)
+        protocol = replace(usual.protocol, success_rule="last")
+        replace(usual, protocol=protocol, successes=np.full((3, 4), bool(number))).save(file.parent)
+    for path in copies[1:]:
+        for file in (path / "evaluation").glob("step-*-any-*"):
+            file.unlink()
+    write_report(copies, tmp_path / "page.html")
+    parsed = Parsed(tmp_path / "page.html")
+    heading, *rows = parsed.tables["Overview of the runs"]
+    shown = {row[0]: row[heading.index("success")][:4] for row in rows}
+    assert shown == {"harmodt-f": "0.00", "harmodt-r": "1.00", "prompt-dt": "–"}
+    assert "in the way that is compared: prompt-dt." in parsed.words
+    assert "success_rule any instead of last (harmodt-f at step 6, harmodt-f at step 12)" in (
+        parsed.words
+    )
+    assert {(r["run"], r["x"], r["value"]) for r in parsed.plot("success", "steps")} == {
+        ("harmodt-f", 12, 0), ("harmodt-r", 12, 1),
+    }  # fmt: skip
+    assert "Evaluations during training were measured in another way and are left out" in (
+        parsed.words
+    )
 
 
 def test_the_overview_has_what_each_run_is_and_took(runs, page):

@@ -25,12 +25,12 @@ from rich.console import Console
 from harmodt import train
 from harmodt.algorithms import ALGORITHMS
 from harmodt.checkpoint import checkpoint_steps
-from harmodt.environments import FAMILIES
+from harmodt.environments import FAMILIES, family
 from harmodt.errors import UserError
-from harmodt.files import owned, read_sealed
+from harmodt.files import json_checksum, owned
 from harmodt.progress import PlainConsole
 from harmodt.reproduce import __main__ as command
-from harmodt.reproduce import experiments
+from harmodt.reproduce import experiments, jobs
 from harmodt.reproduce.execute import Work, find_slots
 from harmodt.reproduce.experiments import BUDGETS, EXPERIMENTS, Variant
 from harmodt.reproduce.figure import describe
@@ -433,6 +433,13 @@ def outputs(folder: Path) -> dict[str, bytes]:
     }
 
 
+def table(path):
+    """A table's JSON file, whose checksum is right."""
+    content = json.loads(path.read_text())
+    assert content.pop("crc32") == json_checksum(content)
+    return content
+
+
 def test_a_reproduction_ends_in_a_table_of_its_runs(finished):
     text = (finished / "printed").read_text()
     assert text.count(": done, ") == 5 and "FAILED" not in text
@@ -440,8 +447,8 @@ def test_a_reproduction_ends_in_a_table_of_its_runs(finished):
         f"both-near-optimal-{algorithm}-seed-{seed}"
         for algorithm in ("prompt-dt", "harmodt-f") for seed in (0, 1)
     }  # fmt: skip
-    content, intact = read_sealed(finished / "toy.json")
-    assert intact and content["budget"] == "toy"
+    content = table(finished / "toy.json")
+    assert content["budget"] == "toy"
     folder, found = Folder(finished), make_plan("toy", "toy")
     for cell, row in zip(found.cells, content["rows"], strict=True):
         results = [find_result(folder, run, cell.question) for run in cell.runs]
@@ -480,7 +487,7 @@ def test_what_is_done_is_skipped(reproduced, monkeypatch, capsys):
 
 def test_seeds_are_added_or_left_out(reproduced, monkeypatch, capsys):
     in_process(monkeypatch, capsys, reproduced, "--seeds", "1")
-    content, _ = read_sealed(reproduced / "toy.json")
+    content = table(reproduced / "toy.json")
     assert [row["seeds"] for row in content["rows"]] == [[1], [1]]
     assert content["rows"][0]["deviation"] is None
 
@@ -568,11 +575,11 @@ def test_data_of_other_settings_are_refused_and_imported_ones_are_taken(
     says = f"the store {store} has episodes = 4 instead of 5: move it away, or name another"
     assert refused(reproduced, monkeypatch, capsys).startswith(says)
     found = make_plan("toy", "toy").collections[0]
+    from harmodt import sealed
     from harmodt.data.store import DataStore, read_manifest
-    from harmodt.files import write_sealed
 
     manifest = read_manifest(store / "manifest.json")
-    write_sealed(store / "manifest.json", {**manifest, "provenance": {"import": {}}})
+    sealed.write(store / "manifest.json", {**manifest, "provenance": {"import": {}}})
     assert Collect(Folder(reproduced), found).is_done()
     wanting = replace(found, tasks=("slow", "quick", "third"))
     with pytest.raises(UserError, match="lacks third: move it away"):
@@ -588,7 +595,7 @@ def test_a_damaged_result_is_named(reproduced, monkeypatch, capsys):
     assert str(path) in message and "its checksum fails" in message
 
 
-def test_plans_that_were_drawn_in_another_way_are_left_alone(tmp_path):
+def test_plans_that_were_drawn_in_another_way_are_left_alone(tmp_path, monkeypatch):
     from test_results import PROTOCOL, RETURNS, SUCCESSES, EvaluationResult
 
     found = make_plan("table2", "small")
@@ -598,11 +605,18 @@ def test_plans_that_were_drawn_in_another_way_are_left_alone(tmp_path):
     own = {name: dict(settings(run.config))[name] for name in names}
     assert own["sampler"] == "ddim"
 
+    metaworld = family("metaworld").spec
+    description = {"id": "a", "tasks": tasks, "environment": metaworld.to_json(), "config": {}}
+    directory = folder.run(run)
+    directory.path.mkdir(parents=True)
+    directory.write({**description, "store": "0", "conditioning": "0"})
+    monkeypatch.setattr(jobs, "own_targets", lambda run: dict.fromkeys(tasks, 1.0))
+
     def save(plans):
         protocol = replace(
             PROTOCOL, tasks=tasks, target_returns=(1.0,) * len(tasks), checkpoint=run.steps,
             episodes=cell.question.episodes, mask="none", plans=plans,
-            seed=Request().seed, goal_seed=Request().goal_seed,
+            seed=Request().seed, goal_seed=Request().goal_seed, environment=metaworld,
         )  # fmt: skip
         shape = (len(tasks), cell.question.episodes)
         values = np.resize(SUCCESSES, shape), np.resize(RETURNS, shape)
@@ -627,10 +641,25 @@ def test_evaluations_of_other_kinds_are_left_alone(reproduced, monkeypatch, caps
     run = make_plan("toy", "toy").runs[0]
     folder = Folder(reproduced)
     asked = find_result(folder, run, make_plan("toy", "toy").cells[0].question)
-    other = replace(asked, protocol=replace(asked.protocol, goal_seed=3), returns=asked.returns + 9)
-    other.save(folder.run(run).evaluation)
+    spec = asked.protocol.environment
+    changes = {
+        "goal_seed 3 instead of": {"goal_seed": 3},
+        "target_returns 7 instead of the run's own": {"target_returns": (7.0, 7.0)},
+        f"episode_length 2 instead of {spec.episode_length}": {
+            "environment": replace(spec, episode_length=2)
+        },
+    }
+    for other in changes.values():
+        protocol = replace(asked.protocol, **other)
+        replace(asked, protocol=protocol, returns=asked.returns + 9).save(
+            folder.run(run).evaluation
+        )
     in_process(monkeypatch, capsys, reproduced)
-    assert outputs(reproduced) == before
+    assert outputs(reproduced)["toy.csv"] == before["toy.csv"]
+    notes = table(reproduced / "toy.json")["notes"]
+    left_out = [note for note in notes if note.startswith("Left out")]
+    assert len(left_out) == 3 and all(f": {run.name} with " in note for note in left_out)
+    assert all(any(how in note for note in left_out) for how in changes)
     twice = replace(asked, protocol=replace(asked.protocol, backend="other"))
     twice.save(folder.run(run).evaluation)
     assert "are both of that run's last step" in refused(reproduced, monkeypatch, capsys)
@@ -649,7 +678,8 @@ def test_a_run_that_fails_is_named_and_the_rest_is_done(reproduced, finished):
     assert result.returncode == 1 and "Traceback" not in result.stdout + result.stderr
     lines = result.stdout.splitlines()
     place = lines.index(f"FAILED {run.name}: ended with status 2")
-    assert lines[place + 1].startswith(f"  error: the checkpoint {run}/checkpoints/00000008 is")
+    damaged = f"{run}/checkpoints/00000008/state.safetensors is damaged (its checksum fails)"
+    assert lines[place + 1].startswith(f"  error: {damaged}")
     assert lines[place + 3] == f"  repeat it with: python -m harmodt.evaluate {run} --episodes 2"
     assert "Of 4 results 1 are not there yet." in lines
     (path,) = (last / "evaluation").glob("*.json")
@@ -755,8 +785,8 @@ def test_the_others_are_compared_with_the_variant_that_is_asked_for(
 ):
     before = outputs(reproduced)
     text = in_process(monkeypatch, capsys, reproduced, "--reference", "HarmoDT-F")
-    usual, _ = read_sealed(reproduced / "toy.json")
-    asked, _ = read_sealed(reproduced / "toy-minus-harmodt-f.json")
+    usual = table(reproduced / "toy.json")
+    asked = table(reproduced / "toy-minus-harmodt-f.json")
     assert outputs(reproduced) == before and "minus HarmoDT-F" in text
     assert (usual["reference"], asked["reference"]) == ("Prompt-DT", "HarmoDT-F")
     differences = [

@@ -24,7 +24,7 @@ from ..config import ModelSize
 from ..data.transitions import WINDOW, transitions_of
 from ..masks.vector import ParameterVector
 from ..networks.task_mlp import TaskInput, TaskMLP
-from ..settings import NotNegative, ShareBelowOne
+from ..settings import ABOVE_ZERO, NotNegative, ShareBelowOne
 from .learner import Setup
 from .mlp import POLICY, MLPLearner, MLPSettings
 
@@ -44,14 +44,14 @@ class MTIQLSettings(MLPSettings):
     """The value and the critics read the task as a one-hot vector, or have a head for each task."""
     discount: ShareBelowOne = 0.99
     """γ, the discount of a reward one step later."""
-    expectile: Annotated[float, Meta(gt=0, lt=1)] = 0.7
+    expectile: Annotated[float, Meta(ge=ABOVE_ZERO, lt=1)] = 0.7
     """τ, the expectile of the critics' values that the value learns: 0.5 is the mean, 1 the
     largest."""
     temperature: NotNegative = 100.0
     """β in an action's weight exp(β A), which is at most 100. With 0 all actions count alike.
     Advantages A are divided by --return-scale, as rewards are: at 1000 and Meta-World's rewards of
     about 5 a step, one step's reward gives exp(0.5)."""
-    target_rate: Annotated[float, Meta(gt=0, le=1)] = 0.02
+    target_rate: Annotated[float, Meta(ge=ABOVE_ZERO, le=1)] = 0.02
     """Share of the way from the critics' targets to the critics that each step goes. IQL's code has
     0.005; short runs need more, because a reward spreads back about one step with each update."""
     short_ends: bool = True

@@ -21,9 +21,9 @@ from typing import Annotated, Any, Union
 import tyro
 
 from ..errors import printable, run_command
-from ..progress import progress_bar
+from ..progress import PlainConsole, progress_bar
 from ..settings import parse_arguments
-from .describe import describe, to_text
+from .describe import describe, show
 from .export import ExportConfig, export_data
 from .importing import ImportConfig, import_data
 from .merging import MergeConfig, merge_stores
@@ -50,7 +50,7 @@ class VerifyConfig:
 
 def _show(store: DataStore) -> None:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    print(to_text(describe(store), width))
+    show(describe(store), PlainConsole(), width)
 
 
 def _info(config: InfoConfig) -> None:

@@ -6,16 +6,20 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rich.cells import cell_len
+from rich.console import Console
 from rich.filesize import decimal
+from rich.table import Table, box
 
-from ..errors import UserError, printable
-from .store import DataStore
+from .. import sealed
+from ..progress import PlainConsole
+from .store import KIND, DataStore
 
 _HEADINGS = (
-    "task", "episodes", "steps", "return min", "mean", "max", "success", "prompts", "size"
-)  # fmt: skip
-_GAP = "  "
+    *("task", "episodes", "steps", "return min", "return mean", "return max"),
+    *("success", "prompts", "size"),
+)
+_WIDE = PlainConsole(width=10_000)
+"""Measures tables: wider than any."""
 
 
 def describe(store: DataStore) -> dict[str, Any]:
@@ -54,10 +58,8 @@ def _describe_task(store: DataStore, name: str) -> dict[str, Any]:
     task = store.task(name)
     lowest = float(task.train.returns.min())
     if not math.isfinite(lowest):  # which the manifest's mean would not be either
-        raise UserError(
-            f"{store.path / name / 'returns_to_go.npy'} has changed since it was written (a return "
-            f"is {lowest}): restore it from a copy or make the store again"
-        )
+        where = store.path / name / "returns_to_go.npy"
+        raise sealed.damaged(where, f"a return is {lowest}", KIND.remedy)
     known = task.train.successes[task.train.successes >= 0]
     return {
         "episodes": len(task.train),
@@ -70,20 +72,46 @@ def _describe_task(store: DataStore, name: str) -> dict[str, Any]:
     }
 
 
-def to_text(description: dict[str, Any], width: int | None = None) -> str:
-    """A description as a table, one row per task and one for the whole.
+def show(description: dict[str, Any], console: Console, width: int | None = None) -> None:
+    """Print what the store is, and a table with a row for each task and one for the whole.
 
     Args:
         description: by `describe`.
-        width: of the terminal; a row that does not fit goes on in lines of its own, between two of
-            its numbers. Without a width every row is one line.
+        width: of the terminal. Columns that do not fit beside the names of the tasks stand in
+            another table below, with the names again; no number is ever cut. Without a width
+            there is one table.
     """
+    console.print("\n".join(_title(description)), soft_wrap=True, highlight=False)
     *tasks, whole = _rows(description)
-    rows = [_HEADINGS, *tasks, whole]
-    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
-    lines = list(_lines(widths, width))
-    table = [_row(row, widths, lines) for row in rows]
-    return "\n".join([*_title(description), "", *table[:-1], "", table[-1]])
+    for columns in _parts([*tasks, whole], width):
+        console.print()
+        console.print(_table(tasks, whole, columns), crop=False)
+
+
+def _parts(rows: Sequence[Sequence[str]], width: int | None) -> Iterator[list[int]]:
+    """The columns of each table: the first, and as many others as fit, at least one."""
+    part = [0]
+    for column in range(1, len(_HEADINGS)):
+        table = _table(rows[:-1], rows[-1], [*part, column])
+        if len(part) > 1 and width is not None and _WIDE.measure(table).maximum > width:
+            yield part
+            part = [0]
+        part.append(column)
+    yield part
+
+
+def _table(tasks: Sequence[Sequence[str]], whole: Sequence[str], columns: Sequence[int]) -> Table:
+    """Some columns, as wide as their cells: the names to the left, all numbers to the right."""
+    table = Table(
+        show_footer=True, box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False
+    )
+    for column in columns:
+        heading, footer = _HEADINGS[column], whole[column]
+        table.add_column(heading, footer, justify="right" if column else "left", no_wrap=True)
+    for row in tasks:
+        table.add_row(*(row[column] for column in columns))
+    table.width = _WIDE.measure(table).maximum
+    return table
 
 
 def _title(description: dict[str, Any]) -> list[str]:
@@ -95,10 +123,8 @@ def _title(description: dict[str, Any]) -> list[str]:
     )
     origin = ", ".join(description["provenance"]) or "none"
     return [
-        printable(f"{description['path']}: {environment['family']} ({sizes})"),
-        printable(
-            f"checksum {description['checksum']}, provenance: {origin} (in full with --json)"
-        ),
+        f"{description['path']}: {environment['family']} ({sizes})",
+        f"checksum {description['checksum']}, provenance: {origin} (in full with --json)",
     ]
 
 
@@ -111,7 +137,7 @@ def _rows(description: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     returns = zip(*map(_numbers, columns), strict=True)
     for (name, task), numbers in zip(tasks.items(), returns, strict=True):
         share = "unknown" if task["success"] is None else f"{task['success']:.0%}"
-        yield _cells(printable(name), task, (*numbers, share))
+        yield _cells(name, task, (*numbers, share))
     yield _cells(f"{len(tasks)} tasks", description, ("", "", "", ""))
 
 
@@ -134,22 +160,3 @@ def _numbers(column: Sequence[float]) -> list[str]:
         low, high = (math.floor(math.log10(size)) for size in (min(sizes), max(sizes)))
         decimals = max(0, min(max(2 - low, 1 if low < 3 else 0), 5 - high))
     return [f"{number:.{decimals}f}" for number in column]
-
-
-def _lines(widths: Sequence[int], width: int | None) -> Iterator[range]:
-    """Which columns stand in the same line of a row, so that each line fits if one column does."""
-    start, used = 0, widths[0]
-    for column in range(1, len(widths)):
-        used += len(_GAP) + widths[column]
-        if width is not None and used > width:
-            yield range(start, column)
-            start, used = column, len(_GAP) + widths[column]
-    yield range(start, len(widths))
-
-
-def _row(cells: Sequence[str], widths: Sequence[int], lines: Sequence[range]) -> str:
-    """The name to the left, all numbers to the right of their columns; later lines are indented."""
-    room = [" " * (width - cell_len(cell)) for cell, width in zip(cells, widths, strict=True)]
-    padded = [cells[0] + room[0], *(_GAP + r + c for r, c in zip(room[1:], cells[1:], strict=True))]
-    shown = ["".join(padded[column] for column in line).rstrip() for line in lines]
-    return "\n".join(line for line in shown if line)

@@ -16,12 +16,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from torch import Tensor
 
+from .. import sealed
 from ..batch import Steps
 from ..config import DataSettings, PromptSettings, TrainConfig
 from ..draws import below, coin
 from ..environments import EnvironmentSpec
 from ..errors import UserError
-from ..files import checksum, read_bytes, write_bytes
+from ..files import checksum, write_bytes
+from ..rundir import RunDirectory
+from ..settings import from_json
 from .store import EPISODE_ARRAYS, Episodes, TaskData, array_types
 from .trajectories import Trajectories
 
@@ -82,14 +85,19 @@ class TaskConditioning:
                 f"task {data.name} has no prompt episodes, which are all that an unseen task may "
                 "show: make the store again with --prompt-episodes 10"
             )
-        target = config.evaluation.target_return
         return cls(
             name=data.name,
             mean=np.mean([task.mean for task in trained], axis=0),
             deviation=np.mean([task.deviation for task in trained], axis=0),
             prompts=_select(data.prompts, _choose_prompts(data, config.own.prompts())),
-            target_return=float(data.prompts.returns.max()) if target is None else target,
+            target_return=unseen_target(data, config),
         )
+
+
+def unseen_target(data: TaskData, config: TrainConfig) -> float:
+    """The return asked for in a task that is met untrained."""
+    target = config.evaluation.target_return
+    return float(data.prompts.returns.max()) if target is None else target
 
 
 class Inputs:
@@ -241,6 +249,21 @@ def save_conditioning(path: Path, tasks: Sequence[TaskConditioning], run: str) -
     return checksum(content)
 
 
+def own_targets(run: RunDirectory) -> dict[str, float]:
+    """The return that a run asks for in each of its tasks.
+
+    Raises:
+        UserError: there is no run, or it is damaged.
+    """
+    description = run.read()
+    where = f"environment in {run.description}"
+    environment = from_json(EnvironmentSpec, description.environment, where)
+    conditioning = load_conditioning(
+        run.conditioning, description.tasks, environment, description.conditioning
+    )
+    return {task.name: task.target_return for task in conditioning}
+
+
 def load_conditioning(
     path: Path, tasks: Sequence[str], environment: EnvironmentSpec, recorded: str
 ) -> list[TaskConditioning]:
@@ -253,18 +276,13 @@ def load_conditioning(
     Raises:
         UserError: it is missing, damaged or of another run.
     """
-    remedy = "restore it from a copy, or train the run again"
+    remedy = f"{sealed.RESTORE}, or train the run again"
+    content = sealed.read_binary(path, recorded, remedy)
     try:
-        content = read_bytes(path)
-        if checksum(content) != recorded:
-            raise UserError(f"{path} is damaged or of another run (its checksum fails): {remedy}")
         arrays = load(content)
-        conditioning = [_of_task(task, arrays, environment) for task in tasks]
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: {remedy}") from None
+        return [_of_task(task, arrays, environment) for task in tasks]
     except (SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): {remedy}") from None
-    return conditioning
+        raise sealed.damaged(path, error, remedy) from None
 
 
 def _of_task(

@@ -13,9 +13,10 @@ import numpy as np
 import tyro
 from rich.progress import Progress
 
+from .. import sealed
 from ..errors import UserError
 from ..progress import progress_bar
-from .store import EPISODE_ARRAYS, PROMPTS, DataStore, Episode
+from .store import EPISODE_ARRAYS, KIND, PROMPTS, DataStore, Episode
 from .writer import StoreWriter, make_or_open
 
 
@@ -159,11 +160,7 @@ class _Reading:
         return copy
 
     def check(self) -> None:
-        if f"{self._crc32:08x}" != self._recorded:
-            raise UserError(
-                f"{self._path} has changed since it was written (its checksum fails): restore it "
-                "from a copy or make the store again"
-            )
+        sealed.check(self._path, f"{self._crc32:08x}", self._recorded, KIND.remedy)
 
     def whole(self) -> np.ndarray:
         """A copy of the array, checked."""

@@ -9,11 +9,10 @@ The manifest is written last and atomically (`writer.py`), so a directory withou
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -21,9 +20,10 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from .. import sealed
 from ..environments import EnvironmentSpec
 from ..errors import UserError
-from ..files import json_checksum, read_bytes
+from ..files import json_checksum
 from ..settings import Count, Whole, from_json
 
 FORMAT = "harmodt-store"
@@ -34,8 +34,18 @@ PROMPTS = "prompts"
 UNKNOWN = -1
 """The success of an episode whose source does not tell."""
 
-_MAKERS = {"import": "harmodt.data import", "merge": "harmodt.data merge"}
-"""What makes a store besides collecting, by its name in the provenance."""
+KIND = sealed.Kind(
+    name="the manifest of a HarmoDT store",
+    format=FORMAT,
+    version=VERSION,
+    instead="give a store's directory",
+    again="make the store again in another folder with `python -m harmodt.collect`, or with "
+    "`python -m harmodt.data import`, and the settings that the file lists under provenance",
+    remedy=f"{sealed.RESTORE}, or make the store again",
+)
+_UNFINISHED = replace(
+    KIND, remedy=f"{sealed.RESTORE}, or move its folder away and give the same command again"
+)
 
 _HEADER_SIZE = 128
 """Bytes before the data of every array's file."""
@@ -194,6 +204,11 @@ class DataStore:
         """Training steps of all tasks."""
         return sum(content["steps"] for content in self.manifest["tasks"].values())
 
+    def longest_episode(self, tasks: Sequence[str]) -> int:
+        """Steps of the longest training episode of some tasks; at most the environments'."""
+        longest = max(int(self.task(name).train.lengths.max()) for name in tasks)
+        return min(longest, self.environment.episode_length)
+
     def verify(
         self,
         progress: Callable[[str], None] | None = None,
@@ -221,11 +236,8 @@ class DataStore:
                 progress(name)
             _check_size(self.path / name, entry)
             array = _open_array(self.path / name, entry)
-            if f"{zlib.crc32(array.data):08x}" != entry["crc32"]:
-                raise UserError(
-                    f"the checksum of {self.path / name} fails: the file has changed since it was "
-                    "written; restore it from a copy or make the store again"
-                )
+            crc32 = f"{zlib.crc32(array.data):08x}"
+            sealed.check(self.path / name, crc32, entry["crc32"], KIND.remedy)
 
     def size(self, task: str) -> int:
         """Bytes on disk of one task's arrays."""
@@ -266,40 +278,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is damaged, of another program or of another version.
     """
-    try:
-        manifest = json.loads(read_bytes(path), parse_float=_finite, parse_constant=_finite)
-        recorded = manifest.pop("crc32", None) if isinstance(manifest, dict) else None
-        actual = json_checksum(manifest)
-    except (ValueError, RecursionError) as error:  # nested too deep, for reading or for writing
-        raise UserError(_damaged(path, "no JSON")) from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"{path} is not the manifest of a HarmoDT store: give a store's directory")
-    if manifest.get("version") != VERSION:
-        provenance = manifest.get("provenance")
-        made = next((by for by in _MAKERS if isinstance(provenance, dict) and by in provenance), "")
-        command = _MAKERS.get(made, "harmodt.collect")
-        raise UserError(
-            f"{path} has version {manifest.get('version')!r:.20} and this program reads version "
-            f"{VERSION}: make the store again with `python -m {command}` and the settings that "
-            f"the file lists under provenance, after moving {path.parent} away"
-        )
-    if recorded != actual:
-        raise UserError(_damaged(path, "its checksum fails"))
-    _check_manifest(path, manifest)
+    kind = _UNFINISHED if path.name == UNFINISHED else KIND
+    manifest = sealed.read(path, dict[str, Any], kind)
+    _check_manifest(path, manifest, kind.remedy)
     return manifest
-
-
-def _damaged(path: Path, how: str) -> str:
-    again = "make the store again"
-    if path.name == UNFINISHED:
-        again = f"delete {path.parent} and give the same command again"
-    return f"{path} is damaged ({how}): restore it from a copy or {again}"
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(float(text)):
-        raise ValueError(f"{text} is not finite")
-    return float(text)
 
 
 class _Array(msgspec.Struct, forbid_unknown_fields=True):
@@ -334,12 +316,9 @@ class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
     tasks: dict[Annotated[str, Meta(pattern=r"\A(?!\.)[^/\0\ud800-\udfff]+\Z")], _Task]
 
 
-def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+def _check_manifest(path: Path, manifest: dict[str, Any], remedy: str) -> None:
     """Raise UserError where a manifest is not of its form, or its entries do not fit together."""
-    try:
-        found = msgspec.convert(manifest, _Manifest)
-    except (msgspec.ValidationError, UnicodeError) as error:
-        raise UserError(_damaged(path, str(error))) from None
+    found = sealed.convert(path, manifest, _Manifest, remedy)
     environment = from_json(EnvironmentSpec, found.environment, f"environment in {path}")
     for name, task in found.tasks.items():
         arrays = {
@@ -350,7 +329,7 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
         sizes = {len(task.observation_mean), len(task.observation_std)}
         fits = sizes == {environment.observation_size}
         if entries != arrays or not fits or task.shared_prompts > task.prompt_episodes:
-            raise UserError(_damaged(path, f"the entries of {name} do not fit together"))
+            raise sealed.damaged(path, f"the entries of {name} do not fit together", remedy)
 
 
 def _shapes(
@@ -378,14 +357,12 @@ def _check_size(path: Path, entry: dict[str, Any]) -> None:
     """Raise UserError where an array's file is missing, or shorter or longer than its data."""
     expected = np.dtype(entry["dtype"]).itemsize * math.prod(entry["shape"])
     try:
-        header = path.stat().st_size - expected
+        surplus = path.stat().st_size - expected - _HEADER_SIZE
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{path} is missing: restore it or make the store again") from error
-    if header != _HEADER_SIZE:
-        raise UserError(
-            f"{path} has {abs(header - _HEADER_SIZE)} bytes too "
-            f"{'few' if header < _HEADER_SIZE else 'many'}: restore it or make the store again"
-        )
+        raise UserError(f"{path} is missing: {KIND.remedy}") from error
+    if surplus:
+        size = f"{abs(surplus)} bytes too {'few' if surplus < 0 else 'many'}"
+        raise sealed.damaged(path, f"it has {size}", KIND.remedy)
 
 
 def _open_episodes(path: Path, files: dict[str, Any], prefix: str) -> Episodes:
@@ -396,17 +373,22 @@ def _open_episodes(path: Path, files: dict[str, Any], prefix: str) -> Episodes:
     starts = episodes.episode_starts
     rise = (starts[:-1] < starts[1:]).all()  # differences could wrap around
     if starts[0] != 0 or starts[-1] != len(episodes.rewards) or not rise:
-        raise UserError(_damaged(path / f"{prefix}episode_starts.npy", "it has no such episodes"))
+        where = path / f"{prefix}episode_starts.npy"
+        raise sealed.damaged(where, "its numbers are no beginnings of episodes", KIND.remedy)
     return episodes
 
 
 def _open_array(path: Path, entry: dict[str, Any]) -> np.ndarray:
+    """Map an array's file into memory.
+
+    Raises:
+        OSError: the system refuses to open it.
+        UserError: it is damaged.
+    """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except OSError as error:
-        raise UserError(f"{path} cannot be opened ({error.strerror}): mend that first") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: restore it or make the store again") from error
+    except (ValueError, EOFError) as error:
+        raise sealed.damaged(path, f"it is no array: {error}", KIND.remedy) from error
     if array.dtype.str != entry["dtype"] or list(array.shape) != entry["shape"]:
-        raise UserError(f"{path} does not fit the manifest: restore it or make the store again")
+        raise sealed.damaged(path, "it does not fit the manifest", KIND.remedy)
     return array

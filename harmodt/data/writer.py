@@ -13,9 +13,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from .. import sealed
 from ..environments import EnvironmentSpec
 from ..errors import UserError
-from ..files import LOCK, owned, replace_directory, sync_directory, write_sealed
+from ..files import LOCK, owned, replace_directory, sync_directory
 from .store import (
     FORMAT,
     MANIFEST,
@@ -110,7 +111,7 @@ class StoreWriter:
         return DataStore.open(self.path)
 
     def _save(self) -> None:
-        write_sealed(self.path / UNFINISHED, self._manifest)
+        sealed.write(self.path / UNFINISHED, self._manifest)
 
 
 class TaskWriter:

@@ -76,13 +76,14 @@ class Simulation:
         count = min(workers or available_cores(), len(tasks))
         videos = videos or {}
         found = family_named(family if isinstance(family, str) else family.family)
+        length = (found.spec if isinstance(family, str) else family).episode_length
         self._workers: list[_Worker] = []
         try:
             for rows in np.array_split(np.arange(len(tasks)), count):
                 self._workers.append(_Worker(rows, [tasks[row] for row in rows], variables or {}))
             for worker in self._workers:
                 paths = [videos.get(row) for row in worker.rows]
-                worker.send("build", (found, worker.tasks, goal_seed, paths))
+                worker.send("build", (found, worker.tasks, goal_seed, paths, length))
             self._receive()
         except BaseException:
             self.close()
@@ -225,13 +226,15 @@ def available_cores() -> int:
 
 
 def _build(
-    family: EnvironmentFamily, tasks: list[str], goal_seed: int, videos: list[Path | None]
+    family: EnvironmentFamily,
+    tasks: list[str],
+    goal_seed: int,
+    videos: list[Path | None],
+    episode_length: int,
 ) -> list[Environment]:
     environments: list[Environment] = [family.make(task, goal_seed) for task in tasks]
     return [
-        RecordedEnvironment(environment, family.spec.episode_length, video)
-        if video
-        else environment
+        RecordedEnvironment(environment, episode_length, video) if video else environment
         for environment, video in zip(environments, videos, strict=True)
     ]
 

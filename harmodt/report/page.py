@@ -181,8 +181,9 @@ def _choice(name: str, label: str, options: Sequence[tuple[str, str]]) -> str:
 
 
 def _overview(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
-    unevaluated = _lacking(runs, tables.final_evaluation, "Not evaluated on all of their tasks")
-    return tables.overview(runs) + _notes(unevaluated)
+    what = "Not evaluated on all of their tasks in the way that is compared"
+    unevaluated = _lacking(runs, tables.final_evaluation, what)
+    return tables.overview(runs) + _notes([*tables.left_out(runs), *unevaluated])
 
 
 def _training(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
@@ -212,6 +213,11 @@ def _training(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
         ),
     ]
     notes = _lacking(runs, lambda run: run.metrics, "No numbers over training were kept")
+    notes += _lacking(
+        runs,
+        lambda run: run.measure in (None, run.own_measure) or not run.series("mean_return"),
+        "Evaluations during training were measured in another way and are left out",
+    )
     notes += _lacking(runs, lambda run: run.costs, "Time was not recorded, by an earlier version")
     return (
         _choice("axis", "against", axes)
@@ -225,15 +231,19 @@ def _thinned(runs: Sequence[ReportedRun]) -> bool:
 
 
 def _scores(kind: str) -> Callable[[ReportedRun], list[tuple[int, float]]]:
-    """Success, or mean return where environments know no success, at every evaluation."""
+    """Success, or mean return where environments know no success, at every evaluation.
+
+    Only what was measured as the results that are compared.
+    """
 
     def scores(run: ReportedRun) -> list[tuple[int, float]]:
         solves = bool(run.description.environment.get("success"))
         if solves != (kind == "success"):
             return []
-        found = dict(run.series("success" if solves else "mean_return"))
-        result = tables.final_evaluation(run)
-        if result is not None:
+        found = {}
+        if run.measure in (None, run.own_measure):
+            found = dict(run.series("success" if solves else "mean_return"))
+        for result in run.compared:
             score = result.success_rate if solves else result.mean_return
             assert score is not None
             found[result.protocol.checkpoint] = score
@@ -246,7 +256,7 @@ def _success(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
     found = []
     for columns in tables.evaluations(runs):
         title, table = tables.success(columns)
-        notes = _notes(tables.protocol_notes(columns))
+        notes = _notes([tables.how_measured(columns, runs), *tables.protocol_notes(columns)])
         found.append(f"<h3>{text(title)}</h3>{table}{notes}")
     unevaluated = _lacking(runs, lambda run: run.evaluations, "Not evaluated yet")
     caption = (

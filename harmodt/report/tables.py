@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from ..errors import printable
-from ..results import EvaluationResult
+from ..results import EvaluationResult, Measure
 from ..settings import settings
 from ..training.costs import PARTS
 from . import numbers
@@ -91,22 +91,24 @@ def _swatch(index: int) -> str:
 
 
 def final_evaluation(run: ReportedRun) -> EvaluationResult | None:
-    """The last evaluation on its own tasks under its own masks, of several that with most episodes.
+    """The last of its evaluations that are compared; None where there is none."""
+    return run.compared[-1] if run.compared else None
 
-    None where there is none.
-    """
-    own = [
-        result
-        for result in run.evaluations
-        if result.protocol.unseen is None
-        and result.protocol.mask in ("task", "none")
-        and set(result.protocol.tasks) == set(run.description.tasks)
+
+def left_out(runs: Sequence[ReportedRun]) -> list[str]:
+    """A sentence for each measure that is not compared: how it differs, and which runs have it."""
+    found: dict[str, dict[str, None]] = {}
+    for run in runs:
+        for result in run.of_itself:
+            if run.measure is not None and run.measure_of(result) != run.measure:
+                how = ", ".join(run.measure.differences(run.measure_of(result)))
+                where = f"{run.name} at step {result.protocol.checkpoint:,}"
+                found.setdefault(how, {})[where] = None
+    return [
+        f"Left out here, because they were measured in another way: results with {how} "
+        f"({', '.join(places)})."
+        for how, places in found.items()
     ]
-    return max(own, key=_latest, default=None)
-
-
-def _latest(result: EvaluationResult) -> tuple[int, int]:
-    return result.protocol.checkpoint, result.protocol.episodes
 
 
 def overview(runs: Sequence[ReportedRun]) -> str:
@@ -171,22 +173,42 @@ class Column:
 
 
 def evaluations(runs: Sequence[ReportedRun]) -> list[list[Column]]:
-    """What is to be compared: evaluations on tasks of the runs or on unseen ones, by one measure.
+    """What is to be compared: a list for each measure, those of runs' own tasks first.
 
-    Of a run's evaluations on the same tasks under the same mask and with plans drawn in the same
-    way it is the latest, of several that with most episodes.
+    Of a run's evaluations of one measure, on the same tasks, under the same mask and with plans
+    drawn in the same way, it is the latest.
     """
-    groups: dict[tuple[bool, bool], list[Column]] = {}
+    groups: dict[Measure, list[Column]] = {}
     for index, run in enumerate(runs):
         chosen: dict[tuple[Any, ...], EvaluationResult] = {}
-        for result in sorted(run.evaluations, key=_latest):
+        for result in sorted(run.evaluations, key=lambda result: result.protocol.checkpoint):
             protocol = result.protocol
             plans = frozenset((protocol.plans or {}).items())
-            chosen[(protocol.unseen, protocol.mask, plans, frozenset(protocol.tasks))] = result
-        for result in chosen.values():
-            group = result.protocol.unseen is not None, result.successes is None
-            groups.setdefault(group, []).append(Column(index, run.name, result))
-    return [groups[group] for group in sorted(groups)]
+            key = run.measure_of(result), protocol.mask, plans, frozenset(protocol.tasks)
+            chosen[key] = result
+        for (measure, *_), result in chosen.items():
+            groups.setdefault(measure, []).append(Column(index, run.name, result))
+    compared = {run.measure for run in runs}
+
+    def order(measure: Measure) -> tuple[Any, ...]:
+        unseen, returns = measure.unseen is not None, measure.success_rule is None
+        return unseen, returns, measure not in compared, -len(groups[measure]), repr(measure)
+
+    return [groups[measure] for measure in sorted(groups, key=order)]
+
+
+def how_measured(columns: Sequence[Column], runs: Sequence[ReportedRun]) -> str:
+    """A sentence on the measure that evaluations share."""
+    first = columns[0]
+    measure = runs[first.run].measure_of(first.result)
+    rule = {"any": "solved at any step, ", "last": "solved at the last step, ", None: ""}
+    targets = measure.target_returns
+    asked = "each run's own" if targets is None else ", ".join(f"{t:,.6g}" for t in targets)
+    return (
+        f"Measured: {rule[measure.success_rule]}{measure.episodes} episodes per task of "
+        f"{measure.environment.episode_length} steps, goals of seed {measure.goal_seed}, prompts "
+        f"of seed {measure.seed}, return asked for: {asked}."
+    )
 
 
 def success(columns: Sequence[Column]) -> tuple[str, str]:

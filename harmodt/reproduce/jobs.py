@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..checkpoint import checkpoint_steps
+from ..data.inputs import own_targets, unseen_target
 from ..data.store import MANIFEST, DataStore
 from ..errors import UserError
-from ..results import EvaluationResult
+from ..results import EvaluationResult, Measure, plans_as_trained
 from ..rollout import Request
 from ..rundir import Description, RunDirectory
 from ..settings import settings, to_json
@@ -240,37 +241,58 @@ def find_result(folder: Folder, run: Run, question: Question) -> EvaluationResul
     """What a run's last checkpoint came to, asked as `harmodt.evaluate` does by default.
 
     Raises:
-        UserError: the evaluation is damaged, or there are two.
+        UserError: an evaluation is damaged, or there are two.
     """
-    directory, default = folder.run(run).evaluation, Request()
-    unseen, masks = None, {"task", "none"}
-    if question.mask is not None:
-        unseen = DataStore.open(folder.data(run.collection)).checksum
-        masks = {question.mask}
-    asked = (question.tasks, default.seed, default.goal_seed, unseen)
-    size = f"{len(question.tasks)}x{question.episodes}"
-    found: dict[Path, EvaluationResult] = {}
-    for path in sorted(directory.glob(f"step-{run.steps}-*-{size}-*.json")):
-        result = EvaluationResult.load(path)
-        p = result.protocol
-        by_default = p.success_rule in (default.success_rule, None) and p.mask in masks
-        by_default &= _is_planned_as_trained(p.plans, dict(settings(run.config)))
-        if by_default and (p.tasks, p.seed, p.goal_seed, p.unseen) == asked:
-            found[path] = result
+    results = _results(folder, run, question)
+    if not results:
+        return None
+    measure, own = _measure(folder, run, question)
+    found = [path for path, result in results.items() if result.protocol.measure(own) == measure]
     if len(found) > 1:
         raise UserError(
-            f"{' and '.join(path.name for path in found)} in {directory} are both of that run's "
-            "last step: move all but one away"
+            f"{' and '.join(path.name for path in found)} in {found[0].parent} are both of that "
+            "run's last step: move all but one away"
         )
-    return next(iter(found.values()), None)
+    return results[found[0]] if found else None
 
 
-def _is_planned_as_trained(plans: dict[str, Any] | None, of_run: dict[str, Any]) -> bool:
-    """Whether an evaluation drew plans, if at all, as its run's settings say."""
-    if plans is None:
-        return True
-    unread = {"sampling_steps"} if plans["sampler"] == "ddpm" else set()
-    return all(of_run[name] == value for name, value in plans.items() if name not in unread)
+def left_out(folder: Folder, run: Run, question: Question) -> list[str]:
+    """How the results that `find_result` leaves out, for the way they were asked, were asked."""
+    results = _results(folder, run, question)
+    if not results:
+        return []
+    measure, own = _measure(folder, run, question)
+    others = (result.protocol.measure(own) for result in results.values())
+    return [", ".join(measure.differences(other)) for other in others if other != measure]
+
+
+def _results(folder: Folder, run: Run, question: Question) -> dict[Path, EvaluationResult]:
+    """All results of a run's last step on a question's tasks, under its mask, however asked."""
+    masks = {"task", "none"} if question.mask is None else {question.mask}
+    trained, found = dict(settings(run.config)), {}
+    pattern = f"step-{run.steps}-*-{len(question.tasks)}x*.json"
+    for path in sorted(folder.run(run).evaluation.glob(pattern)):
+        result = EvaluationResult.load(path)
+        protocol = result.protocol
+        of_policy = protocol.mask in masks and plans_as_trained(protocol.plans, trained)
+        on_unseen = (protocol.unseen is not None) == (question.mask is not None)
+        if of_policy and on_unseen and protocol.tasks == question.tasks:
+            found[path] = result
+    return found
+
+
+def _measure(folder: Folder, run: Run, question: Question) -> tuple[Measure, dict[str, float]]:
+    """How a question is asked, and the return that is asked for in each task."""
+    directory = folder.run(run)
+    description = directory.read()
+    request = Request(episodes=question.episodes, episode_length=description.episode_length)
+    measure = request.measure(description.environment["family"])
+    if question.mask is None:
+        return measure, own_targets(directory)
+    store = DataStore.open(folder.data(run.collection))
+    tasks = {name: store.task(name) for name in question.tasks}
+    targets = {name: unseen_target(task, run.config) for name, task in tasks.items()}
+    return replace(measure, unseen=store.checksum), targets
 
 
 def _leaves(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:

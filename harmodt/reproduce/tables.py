@@ -17,14 +17,15 @@ from rich.console import Console
 from rich.table import Table, box
 from rich.text import Text
 
+from .. import sealed
 from ..data.store import MANIFEST, DataStore
 from ..environments import METAWORLD, family_of
-from ..files import clear_temporaries, write_bytes, write_sealed
+from ..files import clear_temporaries, write_bytes
 from ..results import stack, versions
 from ..settings import settings
 from ..statistics import Average, average, interquartile_mean, paired_difference, seed_deviation
 from ..training.records import read_records
-from .jobs import Folder, Train, find_result
+from .jobs import Folder, Train, find_result, left_out
 from .plan import Cell, Collection, Plan, Run
 
 FORMAT = "harmodt-reproduction"
@@ -103,7 +104,7 @@ class Outcome:
         writer.writerows(rows)
         write_bytes(table, text.getvalue().encode())
         write_bytes(readable, self.to_markdown().encode())
-        write_sealed(content, self.to_json())
+        sealed.write(content, self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain JSON values."""
@@ -276,6 +277,13 @@ def _notes(plan: Plan, folder: Folder, rows: Sequence[Row]) -> Iterator[str]:
     missing = sum(len(plan.seeds) - len(row.seeds) for row in rows)
     if missing:
         yield f"Of {len(rows) * len(plan.seeds)} results {missing} are not there yet."
+    if plan.experiment.measure != "harmony":
+        yield from dict.fromkeys(
+            f"Left out, because it was measured in another way: {run.name} with {how}."
+            for cell in plan.cells
+            for run in cell.runs
+            for how in left_out(folder, run, cell.question)
+        )
     seeds = ", ".join(map(str, plan.seeds))
     if plan.experiment.measure == "harmony":
         yield f"Scores are those of {rows[0].episodes} steps spread over training; seeds {seeds}."

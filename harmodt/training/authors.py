@@ -21,7 +21,7 @@ from torch import Tensor
 
 from harmodt_kernels import pack_bits
 
-from ..errors import UserError
+from ..errors import UserError, raise_refusal
 from ..masks.vector import ParameterVector
 
 _SHARED = {
@@ -82,6 +82,7 @@ class AuthorsCheckpoint:
                     raise ValueError(changed)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # PyTorch raises many kinds of exceptions for damage
+            raise_refusal(error, path)
             raise UserError(
                 f"{path} is damaged, or holds more than tensors and plain containers, which cannot "
                 "be read without running code: copy it again, or save {'model': "

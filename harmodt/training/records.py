@@ -1,22 +1,17 @@
-"""Numbers over training in a file: a JSON object a line, with its checksum.
-
-The last entry of a line is `crc32`, of the object without it, eight hexadecimal digits.
-"""
+"""Numbers over training in a file of sealed lines (`sealed.py`)."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import msgspec
-
+from .. import sealed
 from ..errors import UserError
-from ..files import checksum, read_bytes, write_bytes
+from ..files import write_bytes
 
-_CRC = ', "crc32": "'
+_REMEDY = "delete that line, or restore the file from a copy"
 
 Record = dict[str, float]
 """What was measured, by name, and the `step` that it was measured at."""
@@ -48,7 +43,7 @@ class Records:
 
     def write(self, record: Mapping[str, float]) -> None:
         """Append a record."""
-        self._file.write(_line(record))
+        self._file.write(sealed.seal_line(record))
         self._file.flush()
 
     def sync(self) -> None:
@@ -79,44 +74,18 @@ def read_records(path: Path, timed: bool) -> list[Record]:
 def _read(path: Path, timed: bool) -> list[tuple[Record, bytes]]:
     """Records with their lines; the last line, which a kill cut short, is left out."""
     found = []
-    *lines, _cut_short = read_bytes(path).split(b"\n")
-    for number, line in enumerate(lines, 1):
-        record = _parse(line)
-        if record is None:
-            raise UserError(
-                f"line {number} of {path} is damaged (its checksum fails): delete that line, or "
-                "restore the file from a copy"
-            )
+    for where, record, line in sealed.read_lines(path, Record, _REMEDY):
+        if not record.get("step", -1.0) >= 0:
+            raise sealed.damaged(where, "it has no step", _REMEDY)
         if ("seconds" in record) != timed:
-            raise UserError(f"{path} holds the numbers of another file: restore it from a copy")
+            raise UserError(f"{path} holds the numbers of another file: {sealed.RESTORE}")
         if timed and not ("peak_memory" in record and all(map(math.isfinite, record.values()))):
-            raise UserError(
-                f"line {number} of {path} is damaged (it lacks the memory, or a number is not "
-                "finite): delete that line, or restore the file from a copy"
-            )
-        found.append((record, line + b"\n"))
+            why = "it lacks the memory, or a number is not finite"
+            raise sealed.damaged(where, why, _REMEDY)
+        found.append((record, line))
     return found
 
 
 def _belongs_to(record: Record) -> float:
     """The step that wrote a record: what is done before a step, a mask update, belongs to that."""
     return record["step"] + ("harmony" in record)
-
-
-def _line(record: Mapping[str, float]) -> str:
-    """A record with its checksum, which stands last so that the rest can be had as text."""
-    text = json.dumps(record)
-    return f'{text[:-1]}{_CRC}{checksum(text.encode())}"}}\n'
-
-
-def _parse(line: bytes) -> Record | None:
-    """The numbers of a line with the step that they are of; None where it is damaged."""
-    text, _, found = line.partition(_CRC.encode())
-    content = text + b"}"
-    if found != f'{checksum(content)}"}}'.encode():
-        return None
-    try:
-        record = msgspec.convert(json.loads(content), Record)
-    except (ValueError, RecursionError):
-        return None
-    return record if record.get("step", -1.0) >= 0 else None

@@ -90,6 +90,7 @@ def begin(
             "tasks": list(tasks),
             "environment": store.environment.to_json(),
             "store": store.checksum,
+            "episode_length": store.longest_episode(tasks),
             "conditioning": save_conditioning(directory.conditioning, conditioning, run),
             "parts": [asdict(_part(setup, 0))],
             **trainer.learner.describe(),

@@ -196,7 +196,10 @@ class Trainer:
         Raises:
             Stopped: the checkpoint of this step is there, so the evaluation can be repeated.
         """
-        request = Request(episodes=self.setup.config.evaluation.evaluation_episodes)
+        request = Request(
+            episodes=self.setup.config.evaluation.evaluation_episodes,
+            episode_length=self.directory.read().episode_length,
+        )
         with self.stop.at_once(), log.costs.measure("evaluations"):
             result = play(self.learner.policy(self.step), request, console=log.console)
         self.learner.resume_training()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import UserError
+from ...errors import UserError, raise_refusal
 from . import check_array
 
 
@@ -22,6 +22,7 @@ def reading(path: Path, damaged: str) -> Iterator[None]:
             libraries meet damage with dozens of kinds of errors.
 
     Raises:
+        OSError: the system refuses to read the file.
         UserError: in the place of every other error.
     """
     if path.exists() and not path.is_file():
@@ -32,9 +33,8 @@ def reading(path: Path, damaged: str) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: download it again") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check it") from error
     except Exception as error:
+        raise_refusal(error, path)
         raise UserError(f"{path} is {damaged}") from error
 
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...environments.metaworld_names import ALL_TASKS
-from ...errors import UserError
+from ...errors import UserError, raise_refusal
 from ...files import read_bytes
 from ..store import UNKNOWN, Episode
 from . import Importer
@@ -183,6 +183,7 @@ def _read_columns(
     except UserError:
         raise
     except Exception as error:  # damage shows as dozens of kinds
+        raise_refusal(error, file)
         raise UserError(
             f"{file} is truncated or no Parquet file: download it again (after a git clone, with "
             "git lfs pull)"

@@ -10,7 +10,6 @@ left out. It is solved where `infos["success"]`, if there is one, is not 0 at an
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...environments import EnvironmentFamily
-from ...errors import UserError
+from ...errors import UserError, raise_refusal
 from ..store import UNKNOWN, Episode
 from . import Importer
 from .arrays import as_float32, one_per_step, solved
@@ -226,9 +225,7 @@ def _readable(where: str) -> Iterator[None]:
     except ImportError as error:  # of the storage format
         raise UserError(f"{where} cannot be read: {error}") from error
     except Exception as error:  # damage shows as dozens of kinds
-        errno = getattr(error, "errno", None)
-        if errno:
-            raise UserError(f"{where} cannot be read ({os.strerror(errno)}): check it") from error
+        raise_refusal(error, where)
         raise UserError(
             f"{where} is damaged or no Minari data ({type(error).__name__}): download or record "
             "it again"

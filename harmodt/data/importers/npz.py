@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...errors import UserError
+from ...errors import UserError, raise_refusal
 from ..store import UNKNOWN, Episode
 from . import Importer
 from .arrays import as_float32, one_per_step, reading, solved
@@ -118,6 +118,7 @@ def _read_array(path: Path, file: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
     except UserError:
         raise
     except Exception as error:  # NumPy and zipfile meet damage with dozens of kinds
+        raise_refusal(error, path)
         raise UserError(
             f"{path}: {key} is damaged or holds no plain numbers: download or write the file again"
         ) from error
