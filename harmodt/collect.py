@@ -2,28 +2,22 @@
 
     python -m harmodt.collect --output data/mt5 --tasks mt5 --episodes 100
 
-The work is cut into parts of a few episodes, each a file written whole. Every episode has its
-own generator, drawn from the seed, the task and the episode's number, so the store is the same
-to the byte whatever the number of processes and however often the collection was killed.
+The work is cut into parts of a few episodes. Worker processes write each part to a file, whole or
+not at all. Every episode has its own random generator, whose seed follows from the collection's
+seed, the task and the episode's number. The store is therefore the same to the byte, whatever the
+number of workers and however often the collection was killed.
 """
 
 from __future__ import annotations
 
 import functools
 import io
-import multiprocessing
-import os
 import shutil
-import signal
-import threading
 import zlib
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -31,15 +25,16 @@ import numpy as np
 import tyro
 from msgspec import Meta
 
+from .cores import count_cores
 from .data.store import UNKNOWN, DataStore, Episode
 from .data.writer import StoreWriter, make_or_open
 from .environments import FAMILIES, Environment, EnvironmentFamily, family_of
 from .environments import family as family_named
-from .environments.simulation import available_cores
 from .errors import UserError, printable, run_command
 from .files import checksum, read_bytes, write_bytes
 from .progress import progress_bar
 from .settings import Count, NotNegative, Share, Whole, check, parse_arguments
+from .workers import Served, Worker, end_workers, spread
 
 _PARTS = "parts"
 _LENGTHS = "lengths"
@@ -175,8 +170,7 @@ def _write_tasks(
         task: {part for part in parts[task] if _read_part(config, part) is None} for task in tasks
     }
     work = [part for task in tasks for part in parts[task] if part in missing[task]]
-    # Closed whatever happens, for the workers would go on with all that is queued.
-    with (
+    with (  # closing: the workers end whatever happens
         closing(_collect_parts(config, family, work)) as collected,
         progress_bar("episodes", enabled=progress) as bar,
     ):
@@ -229,71 +223,29 @@ def _seal(part: _Part, content: bytes) -> bytes:
 def _collect_parts(
     config: CollectConfig, family: EnvironmentFamily, parts: list[_Part]
 ) -> Generator[_Part, None, None]:
-    """Collect parts over processes; yields each when its file is written."""
+    """Collect parts in worker processes; yield each part when its file is written."""
     for directory in {part.path(config.output).parent for part in parts}:
         directory.mkdir(parents=True, exist_ok=True)
-    # Spawned rather than forked: the caller may hold threads and accelerators.
-    context = multiprocessing.get_context("spawn")
-    watched, lifeline = context.Pipe(duplex=False)
-    executor = ProcessPoolExecutor(
-        max_workers=config.workers or available_cores(),
-        mp_context=context,
-        initializer=_start_worker,
-        initargs=(watched,),
-    )
+    make = functools.partial(_Collector, config, family)
+    workers: list[Worker] = []
     try:
-        with _interruptions_held():
-            futures = {executor.submit(_collect_part, config, family, part): part for part in parts}
-        for future in as_completed(futures):
-            future.result()
-            yield futures[future]
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process was killed, perhaps for want of memory: run the same command again, "
-            "with fewer --workers"
-        ) from error
+        for _ in range(min(config.workers or count_cores(), len(parts))):
+            workers.append(Worker(make, "a worker", "use fewer --workers"))
+        yield from spread(workers, _Collector.collect, parts)
     finally:
-        lifeline.close()
-        executor.shutdown(cancel_futures=True)
+        end_workers(workers)
 
 
-@contextmanager
-def _interruptions_held() -> Iterator[None]:
-    """Hold Ctrl-C back; the processes that are started meanwhile leave it to their parent."""
-    held: list[int] = []
-    on_main = threading.current_thread() is threading.main_thread()
-    # The mask is for the new processes: in this one, another thread may still take the signal.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    if on_main:
-        handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if on_main:
-            signal.signal(signal.SIGINT, handler)
-        if held:
-            signal.raise_signal(signal.SIGINT)
+class _Collector(Served):
+    """In a worker: writes the parts that it is asked for."""
 
+    def __init__(self, config: CollectConfig, family: EnvironmentFamily) -> None:
+        self._config = config
+        self._family = family
 
-def _start_worker(watched: Connection) -> None:
-    """End at once, with all that a simulator has started, when the parent lets go or is killed.
-
-    MuJoCo's glfw starts a program when it is imported, which would complain of a broken pipe. A
-    group is killed together, also what is being started; the executor terminates the other workers
-    when the first has ended.
-    """
-
-    def end(*_: object) -> None:
-        os.kill(0, signal.SIGKILL)
-
-    def follow_parent() -> None:
-        watched.poll(None)
-        end()
-
-    os.setpgrp()
-    signal.signal(signal.SIGTERM, end)
-    threading.Thread(target=follow_parent, daemon=True).start()
+    def collect(self, part: _Part) -> None:
+        """Collect a part and write its file."""
+        _collect_part(self._config, self._family, part)
 
 
 def _collect_part(config: CollectConfig, family: EnvironmentFamily, part: _Part) -> None:
@@ -371,4 +323,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    # Workers import this module by its name, and would find no class of a module "__main__".
+    from harmodt.collect import main as main_of_module
+
+    run_command(main_of_module)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -165,6 +165,61 @@ def test_a_family_without_an_expert_is_refused_before_anything_is_written(
     assert not (tmp_path / "x").exists()
 
 
+SCRIPT = """
+from pathlib import Path
+import torch
+from harmodt import environments
+from harmodt.collect import CollectConfig, collect
+with open("ran", "a") as file:
+    file.write("once")
+environments.FAMILIES["toy"] = "toy_family:Toy"
+config = CollectConfig(Path("store"), ("both",), 12, 1, family="toy", workers=2)
+store = collect(config, progress=False)
+store.verify()
+print(*store.tasks)
+"""
+
+
+@pytest.mark.parametrize("script", ["without a main guard", "on standard input"])
+def test_a_script_collects_and_its_workers_do_not_run_it(tmp_path: Path, script: str) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    words = ["script.py"] if script == "without a main guard" else ["-"]
+    result = subprocess.run(
+        [sys.executable, *words],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        input=SCRIPT,
+        capture_output=True,
+        text=True,
+    )
+    assert (result.stdout, result.stderr) == ("slow quick\n", "")
+    assert (tmp_path / "ran").read_text() == "once"
+
+
+def test_a_worker_imports_neither_pytorch_nor_the_callers_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import harmodt.train
+
+    callers = {"torch", "pytest", __name__, harmodt.train.__name__, "harmodt.data.feed"}
+    monkeypatch.setitem(environments.FAMILIES, "modules", "toy_family:Modules")
+    with pytest.raises(UserError) as told:
+        collect(CollectConfig(tmp_path / "x", ("slow",), family="modules"), progress=False)
+    modules = str(told.value).split()
+    assert {"harmodt.collect", "toy_family"} <= {*modules}
+    assert callers - {"harmodt.data.feed"} <= sys.modules.keys() and not callers & {*modules}
+
+
+def test_a_killed_worker_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(environments.FAMILIES, "killed", "toy_family:Killed")
+    with pytest.raises(UserError) as death:
+        collect(CollectConfig(tmp_path / "x", ("slow",), family="killed"), progress=False)
+    assert str(death.value) == (
+        "a worker was killed by signal 9: if the machine ran out of memory, use fewer --workers; "
+        "else give the same command again"
+    )
+
+
 def test_a_finished_store_is_opened_as_it_is(whole: Path) -> None:
     times = {file: file.stat().st_mtime_ns for file in whole.rglob("*")}
     subprocess.run(_command(whole), check=True, capture_output=True)
@@ -212,7 +267,8 @@ def test_a_full_disk_is_reported_and_the_collection_goes_on_later(
         with pytest.raises(SystemExit) as stop:
             run_command(main)
     assert stop.value.code == 2
-    assert multiprocessing.active_children() == []
+    with pytest.raises(ChildProcessError):  # no worker is left
+        os.waitpid(-1, os.WNOHANG)
     assert "error: the disk is full" in capsys.readouterr().err
     with pytest.raises(UserError, match="unfinished"):
         DataStore.open(tmp_path / "full")

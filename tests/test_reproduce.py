@@ -25,6 +25,7 @@ from rich.console import Console
 from harmodt import train
 from harmodt.algorithms import ALGORITHMS
 from harmodt.checkpoint import checkpoint_steps
+from harmodt.cores import share
 from harmodt.environments import FAMILIES
 from harmodt.errors import UserError
 from harmodt.files import owned, read_sealed
@@ -300,12 +301,17 @@ def test_a_job_that_leaves_nothing_has_failed(tmp_path):
     assert work.failed == {"a": "ended without a result"}
 
 
-def test_every_gpu_has_its_runs_and_the_cpu_those_of_one_without(monkeypatch):
+@pytest.fixture
+def twelve_cores(monkeypatch):
+    """On a machine of twelve cores, with no share of them and no number of threads set."""
+    monkeypatch.setattr("harmodt.reproduce.execute.count_cores", lambda: 12)
+    for name in share(1):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_every_gpu_has_its_runs_and_the_cpu_those_of_one_without(monkeypatch, twelve_cores):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert find_slots("auto", 1) == [{"CUDA_VISIBLE_DEVICES": ""}]
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    two = find_slots("cpu", 2)
-    assert len(two) == 2 and two[0]["OMP_NUM_THREADS"]
     with pytest.raises(UserError, match="there is no GPU here"):
         find_slots("cuda", 1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -315,6 +321,30 @@ def test_every_gpu_has_its_runs_and_the_cpu_those_of_one_without(monkeypatch):
     gpus = [slot["CUDA_VISIBLE_DEVICES"] for slot in find_slots("cuda", 2)]
     assert gpus == ["GPU-7", "GPU-4", "GPU-7", "GPU-4"]
     assert find_slots("cpu", 1) == [{"CUDA_VISIBLE_DEVICES": ""}]
+
+
+@pytest.mark.parametrize(("gpus", "jobs", "each"), [(0, 2, 6), (0, 5, 2), (0, 13, 1), (2, 2, 3)])
+def test_jobs_at_a_time_share_the_cores(monkeypatch, twelve_cores, gpus, jobs, each):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    slots = find_slots("auto", jobs)
+    assert len(slots) == jobs * max(1, gpus)
+    for slot in slots:
+        assert slot["OMP_NUM_THREADS"] == slot["HARMODT_CORES"] == str(each)
+
+
+def test_a_number_of_threads_that_was_chosen_stays(monkeypatch, twelve_cores):
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    monkeypatch.setenv("HARMODT_CORES", "12")  # of which each has half
+    slot = find_slots("cpu", 2)[0]
+    assert "OMP_NUM_THREADS" not in slot
+    assert (slot["MKL_NUM_THREADS"], slot["HARMODT_CORES"]) == ("6", "6")
+
+
+def test_a_job_that_shares_the_machine_simulates_on_its_share(tmp_path, monkeypatch):
+    """As the stub's process counts the cores that there are for it."""
+    monkeypatch.setattr("harmodt.reproduce.execute.count_cores", lambda: 2)
+    do(tmp_path, [Stub(tmp_path / "a")], slots=2)
+    assert (tmp_path / "a.begun").read_text().split()[-1] == "1"
 
 
 def test_a_signal_ends_what_runs_and_waits_for_it(tmp_path):
