@@ -26,12 +26,14 @@ from harmodt import train
 from harmodt.algorithms import ALGORITHMS
 from harmodt.checkpoint import checkpoint_steps
 from harmodt.cores import share
+from harmodt.devices import Execution
 from harmodt.environments import FAMILIES
 from harmodt.errors import UserError
 from harmodt.files import owned, read_sealed
 from harmodt.progress import PlainConsole
 from harmodt.reproduce import __main__ as command
 from harmodt.reproduce import experiments
+from harmodt.reproduce.estimate import seconds_per_step
 from harmodt.reproduce.execute import Work, find_slots
 from harmodt.reproduce.experiments import BUDGETS, EXPERIMENTS, Variant
 from harmodt.reproduce.figure import describe
@@ -811,6 +813,58 @@ def test_a_dry_run_measures_and_writes_nothing(reproduced, monkeypatch, capsys):
     assert "4 runs and 1 collections" in " ".join(text.split())
     rows = [line for line in text.splitlines() if "Points" in line]
     assert "100%" in rows[0] and re.search(r" 50% +\d+ ms +\d+ s", rows[1])
+
+
+class Clock:
+    """A device that computes later than it is told to, and the time that passes meanwhile."""
+
+    def __init__(self):
+        self.now = self.queued = 0.0
+
+    def wait(self, device: torch.device) -> None:
+        assert device.type == "cuda"
+        self.now += self.queued
+        self.queued = 0.0
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_dry_run_times_what_a_long_run_repeats(monkeypatch, device):
+    """On a GPU three steps run as usual, the fourth is recorded and the others are replayed.
+
+    Each of them, and the first mask update, takes longer than those that follow; and a call returns
+    before the GPU has computed.
+    """
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(torch.cuda, "synchronize", clock.wait)
+    step_seconds, update_seconds = iter([900.0, 3, 3, 500, 1, 2, 1.5]), iter([700.0, 24, 16])
+
+    class FakeTrainer:
+        def __init__(self, setup, data):
+            self.step = 0
+
+        def train_step(self):
+            self.step += 1
+            self._compute(next(step_seconds))
+
+        def before_step(self):
+            assert self.step == 0  # where a mask update is due
+            self._compute(next(update_seconds))
+
+        def _compute(self, seconds):
+            if device == "cuda":
+                clock.queued += seconds
+            else:
+                clock.now += seconds
+
+    monkeypatch.setattr("harmodt.reproduce.estimate.Trainer", FakeTrainer)
+    chosen = replace(Execution.choose("cpu", False, "fp32"), device=torch.device(device))
+    monkeypatch.setattr(Execution, "choose", lambda *_: chosen)
+    runs = {run.config.algorithm: run for run in make_plan("toy", "toy").runs}
+    (every,) = {dict(settings(runs["harmodt-f"].config))["mask_update_every"]}
+    assert seconds_per_step(runs["harmodt-f"]) == 1 + 16 / every
+    step_seconds = iter([900.0, 3, 3, 500, 1, 2, 1.5])
+    assert seconds_per_step(runs["prompt-dt"]) == 1
 
 
 def test_the_list_has_every_experiment(monkeypatch, capsys):
