@@ -859,8 +859,10 @@ def test_a_dry_run_times_what_a_long_run_repeats(monkeypatch, device):
 
     monkeypatch.setattr("harmodt.reproduce.estimate.Trainer", FakeTrainer)
     chosen = replace(Execution.choose("cpu", False, "fp32"), device=torch.device(device))
-    monkeypatch.setattr(Execution, "choose", lambda *_: chosen)
     runs = {run.config.algorithm: run for run in make_plan("toy", "toy").runs}
+    options = runs["harmodt-f"].config.run
+    asked = (options.device, options.fused, options.precision, options.graph)
+    monkeypatch.setattr(Execution, "choose", lambda *given: {asked: chosen}[given])
     (every,) = {dict(settings(runs["harmodt-f"].config))["mask_update_every"]}
     assert seconds_per_step(runs["harmodt-f"]) == 1 + 16 / every
     step_seconds = iter([900.0, 3, 3, 500, 1, 2, 1.5])

@@ -38,7 +38,7 @@ def seconds_per_step(run: Run) -> float:
         UserError: the run's device or its kernels are not there.
     """
     options = run.config.run
-    execution = Execution.choose(options.device, options.fused, options.precision)
+    execution = Execution.choose(options.device, options.fused, options.precision, options.graph)
     with tempfile.TemporaryDirectory() as folder:
         store = _random_store(Path(folder) / "store", run)
         data = [store.task(name) for name in run.tasks]
