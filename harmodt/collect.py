@@ -55,23 +55,26 @@ class CollectConfig:
     episodes: Count = 100
     """Training episodes per task."""
     prompt_episodes: Whole = 10
-    """Episodes per task that are held apart as prompts."""
+    """Further episodes per task that are stored as prompts."""
     composition: Literal["near-optimal", "sub-optimal"] = "near-optimal"
-    """Exploration falling to none, as in a replay buffer, or the first half of such a buffer."""
+    """Near-optimal: exploration falls to none, as in a replay buffer; sub-optimal: the first half
+    of such a buffer."""
     prompt_source: Literal["expert", "composition"] | None = None
-    """Prompts by the expert alone, or explored as the data are: the default where sub-optimal."""
+    """Record prompts without exploration, or with that of the data; by default, prompts of
+    sub-optimal data are explored and others are not."""
     seed: Whole = 0
-    """Determines the data to the bit, whatever the number of workers."""
+    """Seed that determines the data to the bit, whatever the number of workers."""
     episode_length: Count | None = None
     """Steps per episode; by default as many as the environments have."""
     noise_start: NotNegative = 0.25
-    """Deviation of the Gaussian action noise in the first episode; it falls linearly to 0."""
+    """Standard deviation of the Gaussian action noise in the first episode; it falls linearly to
+    0."""
     random_start: Share = 0.8
     """Share of uniformly random actions in the first episode."""
     random_end: Annotated[float, Meta(gt=0, le=1)] = 0.5
     """Share of the episodes over which the share of random actions falls linearly to 0."""
     workers: Count | None = None
-    """Processes; as many as there are cores by default."""
+    """Number of processes; by default one per core."""
     family: Annotated[
         str | None,
         tyro.conf.arg(help=f"The environments: {', '.join(FAMILIES)}; by default the tasks' own."),
@@ -81,12 +84,15 @@ class CollectConfig:
 def collect(config: CollectConfig, progress: bool = True) -> DataStore:
     """Collect a store, or go on with one that was begun; returns it opened.
 
-    A store that is there already and was made with the same settings is opened as it is.
+    A store that was made with the same settings before is opened as it is.
 
     Raises:
-        UserError: a setting out of range, an unknown task, one without an expert, or a directory
-            that holds something else or is another process's at present.
-        OSError: the disk is full; what was collected so far is kept.
+        UserError: a setting is out of range; a task is unknown or has no expert; the directory
+            holds something else, or another process uses it; a worker process was killed.
+        OSError: the system refuses something, such as a write to a full disk. Episodes that were
+            collected so far are kept.
+        MemoryError: a worker process got no memory.
+        WorkerError: a worker process met another error.
     """
     check(config)
     found = family_named(config.family) if config.family else family_of(config.tasks)
@@ -109,11 +115,11 @@ def collect(config: CollectConfig, progress: bool = True) -> DataStore:
 
 
 def exploration(config: CollectConfig, episode: int, episodes: int) -> tuple[float, float]:
-    """Noise deviation and share of random actions in one of so many `episodes`.
+    """The deviation of the noise and the share of random actions in one of `episodes` episodes.
 
-    Both fall linearly over the near-optimal schedule: the noise over all of it, the random
-    actions over its part `random_end`. The sub-optimal schedule is the first half of a
-    near-optimal one with twice the episodes.
+    Both fall linearly from the first episode on: the noise until the last one, the share of random
+    actions until the part `random_end` of them. The schedule of sub-optimal data is the first half
+    of a near-optimal one with twice as many episodes.
     """
     schedule = episodes * (2 if config.composition == "sub-optimal" else 1)
     position = episode / max(1, schedule - 1)
@@ -123,7 +129,7 @@ def exploration(config: CollectConfig, episode: int, episodes: int) -> tuple[flo
 
 
 def _resolve(config: CollectConfig, family: EnvironmentFamily) -> CollectConfig:
-    """The settings with names resolved and defaults that depend on others filled in."""
+    """The settings with the full names of tasks and with all defaults filled in."""
     prompts: Literal["expert", "composition"]
     prompts = "composition" if config.composition == "sub-optimal" else "expert"
     length = config.episode_length
@@ -137,7 +143,7 @@ def _resolve(config: CollectConfig, family: EnvironmentFamily) -> CollectConfig:
 
 
 class _Part(NamedTuple):
-    """Consecutive episodes of one task that are collected together and stored in one file."""
+    """Consecutive episodes of one task that one worker collects into one file."""
 
     task: str
     kind: Literal["train", "prompts"]
@@ -163,14 +169,15 @@ def _parts(config: CollectConfig, task: str) -> list[_Part]:
 def _write_tasks(
     config: CollectConfig, family: EnvironmentFamily, writer: StoreWriter, progress: bool
 ) -> None:
-    """Collect the missing parts of all tasks; each task goes to the store once it is whole."""
+    """Collect the missing parts of all tasks, and write each task to the store when it is whole."""
     tasks = [task for task in config.tasks if task not in writer.tasks]
     parts = {task: _parts(config, task) for task in tasks}
     missing = {
         task: {part for part in parts[task] if _read_part(config, part) is None} for task in tasks
     }
     work = [part for task in tasks for part in parts[task] if part in missing[task]]
-    with (  # closing: the workers end whatever happens
+    # `closing` ends the workers whatever happens here.
+    with (
         closing(_collect_parts(config, family, work)) as collected,
         progress_bar("episodes", enabled=progress) as bar,
     ):
@@ -200,7 +207,7 @@ def _write_task(config: CollectConfig, writer: StoreWriter, task: str) -> None:
 
 
 def _read_part(config: CollectConfig, part: _Part) -> list[Sequence[Any]] | None:
-    """The fields of a part's episodes; None where it is missing or damaged, and to be collected."""
+    """The fields of a part's episodes; None where the file is missing or damaged."""
     try:
         content = read_bytes(part.path(config.output))
     except (OSError, UserError):
@@ -307,7 +314,7 @@ def _exploration_of(config: CollectConfig, part: _Part, number: int) -> tuple[fl
 
 
 def _settings(config: CollectConfig) -> dict[str, Any]:
-    """The settings that determine the data, as JSON."""
+    """The settings that determine the data, as JSON values."""
     settings = {**asdict(config), "tasks": list(config.tasks)}
     return {name: value for name, value in settings.items() if name not in ("output", "workers")}
 

@@ -58,11 +58,11 @@ def _quota(process: Path) -> float:
         mounts = (process / "mountinfo").read_text(errors="surrogateescape").splitlines()
     except OSError:
         return math.inf  # this system has no control groups
-    paths = {}  # of the process's group, by controller; version 2 has no controller's name
+    paths: dict[str, str] = {}  # the group's path by controller; version 2 names no controller
     for line in groups:
         _, controllers, path = line.split(":", 2)
         paths |= dict.fromkeys(controllers.split(","), path)
-    quotas = []
+    quotas: list[float] = []
     for line in mounts:
         before, _, after = line.partition(" - ")
         root, point = map(_unescaped, before.split()[3:5])

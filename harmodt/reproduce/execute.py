@@ -60,9 +60,12 @@ def find_slots(device: str, jobs: int) -> Sequence[Mapping[str, str]]:
     slots = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] * jobs
     if len(slots) == 1:
         return slots
-    shared = share(max(1, count_cores() // len(slots)))
-    chosen = shared.keys() & os.environ.keys() - {SHARE}
-    return [slot | {name: shared[name] for name in shared.keys() - chosen} for slot in slots]
+    shared = {
+        name: value
+        for name, value in share(max(1, count_cores() // len(slots))).items()
+        if name == SHARE or name not in os.environ
+    }
+    return [slot | shared for slot in slots]
 
 
 class Work:
