@@ -167,47 +167,58 @@ def test_a_family_without_an_expert_is_refused_before_anything_is_written(
 
 SCRIPT = """
 from pathlib import Path
-import torch
+import harmodt.train
 from harmodt import environments
 from harmodt.collect import CollectConfig, collect
 with open("ran", "a") as file:
     file.write("once")
-environments.FAMILIES["toy"] = "toy_family:Toy"
-config = CollectConfig(Path("store"), ("both",), 12, 1, family="toy", workers=2)
-store = collect(config, progress=False)
-store.verify()
-print(*store.tasks)
+environments.FAMILIES["toy"] = "toy_family:FAMILY"
+def main():
+    config = CollectConfig(Path("store"), ("both",), 12, 1, family="toy", workers=2)
+    store = collect(config, progress=False)
+    store.verify()
+    print(*store.tasks)
 """
 
 
-@pytest.mark.parametrize("script", ["without a main guard", "on standard input"])
-def test_a_script_collects_and_its_workers_do_not_run_it(tmp_path: Path, script: str) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
-    words = ["script.py"] if script == "without a main guard" else ["-"]
+def run_script(folder: Path, words: list[str], family: str, ending: str) -> tuple[str, str]:
+    """Run SCRIPT with its family and ending from a file or from standard input; what it prints."""
+    script = SCRIPT.replace("FAMILY", family) + ending
+    (folder / "script.py").write_text(script)
     result = subprocess.run(
         [sys.executable, *words],
-        cwd=tmp_path,
+        cwd=folder,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        input=SCRIPT,
+        input=script,
         capture_output=True,
         text=True,
     )
-    assert (result.stdout, result.stderr) == ("slow quick\n", "")
+    return result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("words", [["script.py"], ["-"]], ids=["no main guard", "standard input"])
+def test_a_script_collects_and_its_workers_do_not_run_it(tmp_path: Path, words: list[str]) -> None:
+    assert run_script(tmp_path, words, "Toy", "main()\n") == ("slow quick\n", "")
     assert (tmp_path / "ran").read_text() == "once"
 
 
-def test_a_worker_imports_neither_pytorch_nor_the_callers_modules(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import harmodt.train
-
-    callers = {"torch", "pytest", __name__, harmodt.train.__name__, "harmodt.data.feed"}
-    monkeypatch.setitem(environments.FAMILIES, "modules", "toy_family:Modules")
-    with pytest.raises(UserError) as told:
-        collect(CollectConfig(tmp_path / "x", ("slow",), family="modules"), progress=False)
-    modules = str(told.value).split()
-    assert {"harmodt.collect", "toy_family"} <= {*modules}
-    assert callers - {"harmodt.data.feed"} <= sys.modules.keys() and not callers & {*modules}
+def test_a_worker_imports_neither_pytorch_nor_the_callers_main_module(tmp_path: Path) -> None:
+    """The script has a main guard, and imports PyTorch with `harmodt.train`."""
+    ending = """
+if __name__ == "__main__":
+    import sys
+    from harmodt.errors import UserError
+    assert "torch" in sys.modules
+    try:
+        main()
+    except UserError as modules_of_worker:
+        print(modules_of_worker)
+"""
+    printed, errors = run_script(tmp_path, ["script.py"], "Modules", ending)
+    modules = {*printed.split()}
+    assert not errors and {"harmodt.collect", "toy_family"} <= modules
+    assert not modules & {"torch", "harmodt.train"}
+    assert (tmp_path / "ran").read_text() == "once"
 
 
 def test_a_killed_worker_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
