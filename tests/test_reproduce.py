@@ -840,7 +840,7 @@ def test_a_dry_run_times_what_a_long_run_repeats(monkeypatch, device):
     step_seconds, update_seconds = iter([900.0, 3, 3, 500, 1, 2, 1.5]), iter([700.0, 24, 16])
 
     class FakeTrainer:
-        def __init__(self, setup, data):
+        def __init__(self, *_):
             self.step = 0
 
         def train_step(self):
