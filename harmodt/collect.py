@@ -2,28 +2,22 @@
 
     python -m harmodt.collect --output data/mt5 --tasks mt5 --episodes 100
 
-The work is cut into parts of a few episodes, each a file written whole. Every episode has its
-own generator, drawn from the seed, the task and the episode's number, so the store is the same
-to the byte whatever the number of processes and however often the collection was killed.
+The work is cut into parts of a few episodes. Worker processes write each part to a file, whole or
+not at all. Every episode has its own random generator, whose seed follows from the collection's
+seed, the task and the episode's number. The store is therefore the same to the byte, whatever the
+number of workers and however often the collection was killed.
 """
 
 from __future__ import annotations
 
 import functools
 import io
-import multiprocessing
-import os
 import shutil
-import signal
-import threading
 import zlib
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -31,15 +25,16 @@ import numpy as np
 import tyro
 from msgspec import Meta
 
+from .cores import count_cores
 from .data.store import UNKNOWN, DataStore, Episode
 from .data.writer import StoreWriter, make_or_open
 from .environments import FAMILIES, Environment, EnvironmentFamily, family_of
 from .environments import family as family_named
-from .environments.simulation import available_cores
 from .errors import UserError, printable, run_command
 from .files import checksum, read_bytes, write_bytes
 from .progress import progress_bar
 from .settings import ABOVE_ZERO, Count, NotNegative, Share, Whole, check, parse_arguments
+from .workers import Served, Worker, end_workers, spread
 
 _PARTS = "parts"
 _LENGTHS = "lengths"
@@ -60,23 +55,26 @@ class CollectConfig:
     episodes: Count = 100
     """Training episodes per task."""
     prompt_episodes: Whole = 10
-    """Episodes per task that are held apart as prompts."""
+    """Further episodes per task that are stored as prompts."""
     composition: Literal["near-optimal", "sub-optimal"] = "near-optimal"
-    """Exploration falling to none, as in a replay buffer, or the first half of such a buffer."""
+    """Near-optimal: exploration falls to none, as in a replay buffer; sub-optimal: the first half
+    of such a buffer."""
     prompt_source: Literal["expert", "composition"] | None = None
-    """Prompts by the expert alone, or explored as the data are: the default where sub-optimal."""
+    """Record prompts without exploration, or with that of the data; by default, prompts of
+    sub-optimal data are explored and others are not."""
     seed: Whole = 0
-    """Determines the data to the bit, whatever the number of workers."""
+    """Seed that determines the data to the bit, whatever the number of workers."""
     episode_length: Count | None = None
     """Steps per episode; by default as many as the environments have."""
     noise_start: NotNegative = 0.25
-    """Deviation of the Gaussian action noise in the first episode; it falls linearly to 0."""
+    """Standard deviation of the Gaussian action noise in the first episode; it falls linearly to
+    0."""
     random_start: Share = 0.8
     """Share of uniformly random actions in the first episode."""
     random_end: Annotated[float, Meta(ge=ABOVE_ZERO, le=1)] = 0.5
     """Share of the episodes over which the share of random actions falls linearly to 0."""
     workers: Count | None = None
-    """Processes; as many as there are cores by default."""
+    """Number of processes; by default one per core."""
     family: Annotated[
         str | None,
         tyro.conf.arg(help=f"The environments: {', '.join(FAMILIES)}; by default the tasks' own."),
@@ -86,12 +84,15 @@ class CollectConfig:
 def collect(config: CollectConfig, progress: bool = True) -> DataStore:
     """Collect a store, or go on with one that was begun; returns it opened.
 
-    A store that is there already and was made with the same settings is opened as it is.
+    A store that was made with the same settings before is opened as it is.
 
     Raises:
-        UserError: a setting out of range, an unknown task, one without an expert, or a directory
-            that holds something else or is another process's at present.
-        OSError: the disk is full; what was collected so far is kept.
+        UserError: a setting is out of range; a task is unknown or has no expert; the directory
+            holds something else, or another process uses it; a worker process was killed.
+        OSError: the system refuses something, such as a write to a full disk. Episodes that were
+            collected so far are kept.
+        MemoryError: a worker process got no memory.
+        WorkerError: a worker process met another error.
     """
     check(config)
     found = family_named(config.family) if config.family else family_of(config.tasks)
@@ -114,11 +115,11 @@ def collect(config: CollectConfig, progress: bool = True) -> DataStore:
 
 
 def exploration(config: CollectConfig, episode: int, episodes: int) -> tuple[float, float]:
-    """Noise deviation and share of random actions in one of so many `episodes`.
+    """The deviation of the noise and the share of random actions in one of `episodes` episodes.
 
-    Both fall linearly over the near-optimal schedule: the noise over all of it, the random
-    actions over its part `random_end`. The sub-optimal schedule is the first half of a
-    near-optimal one with twice the episodes.
+    Both fall linearly from the first episode on: the noise until the last one, the share of random
+    actions until the part `random_end` of them. The schedule of sub-optimal data is the first half
+    of a near-optimal one with twice as many episodes.
     """
     schedule = episodes * (2 if config.composition == "sub-optimal" else 1)
     position = episode / max(1, schedule - 1)
@@ -128,7 +129,7 @@ def exploration(config: CollectConfig, episode: int, episodes: int) -> tuple[flo
 
 
 def _resolve(config: CollectConfig, family: EnvironmentFamily) -> CollectConfig:
-    """The settings with names resolved and defaults that depend on others filled in."""
+    """The settings with the full names of tasks and with all defaults filled in."""
     prompts: Literal["expert", "composition"]
     prompts = "composition" if config.composition == "sub-optimal" else "expert"
     length = config.episode_length
@@ -142,7 +143,7 @@ def _resolve(config: CollectConfig, family: EnvironmentFamily) -> CollectConfig:
 
 
 class _Part(NamedTuple):
-    """Consecutive episodes of one task that are collected together and stored in one file."""
+    """Consecutive episodes of one task that one worker collects into one file."""
 
     task: str
     kind: Literal["train", "prompts"]
@@ -168,14 +169,14 @@ def _parts(config: CollectConfig, task: str) -> list[_Part]:
 def _write_tasks(
     config: CollectConfig, family: EnvironmentFamily, writer: StoreWriter, progress: bool
 ) -> None:
-    """Collect the missing parts of all tasks; each task goes to the store once it is whole."""
+    """Collect the missing parts of all tasks, and write each task to the store when it is whole."""
     tasks = [task for task in config.tasks if task not in writer.tasks]
     parts = {task: _parts(config, task) for task in tasks}
     missing = {
         task: {part for part in parts[task] if _read_part(config, part) is None} for task in tasks
     }
     work = [part for task in tasks for part in parts[task] if part in missing[task]]
-    # Closed whatever happens, for the workers would go on with all that is queued.
+    # `closing` ends the workers whatever happens here.
     with (
         closing(_collect_parts(config, family, work)) as collected,
         progress_bar("episodes", enabled=progress) as bar,
@@ -206,7 +207,7 @@ def _write_task(config: CollectConfig, writer: StoreWriter, task: str) -> None:
 
 
 def _read_part(config: CollectConfig, part: _Part) -> list[Sequence[Any]] | None:
-    """The fields of a part's episodes; None where it is missing or damaged, and to be collected."""
+    """The fields of a part's episodes; None where the file is missing or damaged."""
     try:
         content = read_bytes(part.path(config.output))
     except (FileNotFoundError, UserError):
@@ -229,71 +230,29 @@ def _seal(part: _Part, content: bytes) -> bytes:
 def _collect_parts(
     config: CollectConfig, family: EnvironmentFamily, parts: list[_Part]
 ) -> Generator[_Part, None, None]:
-    """Collect parts over processes; yields each when its file is written."""
+    """Collect parts in worker processes; yield each part when its file is written."""
     for directory in {part.path(config.output).parent for part in parts}:
         directory.mkdir(parents=True, exist_ok=True)
-    # Spawned rather than forked: the caller may hold threads and accelerators.
-    context = multiprocessing.get_context("spawn")
-    watched, lifeline = context.Pipe(duplex=False)
-    executor = ProcessPoolExecutor(
-        max_workers=config.workers or available_cores(),
-        mp_context=context,
-        initializer=_start_worker,
-        initargs=(watched,),
-    )
+    make = functools.partial(_Collector, config, family)
+    workers: list[Worker] = []
     try:
-        with _interruptions_held():
-            futures = {executor.submit(_collect_part, config, family, part): part for part in parts}
-        for future in as_completed(futures):
-            future.result()
-            yield futures[future]
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process was killed, perhaps for want of memory: run the same command again, "
-            "with fewer --workers"
-        ) from error
+        for _ in range(min(config.workers or count_cores(), len(parts))):
+            workers.append(Worker(make, "a worker", "use fewer --workers"))
+        yield from spread(workers, _Collector.collect, parts)
     finally:
-        lifeline.close()
-        executor.shutdown(cancel_futures=True)
+        end_workers(workers)
 
 
-@contextmanager
-def _interruptions_held() -> Iterator[None]:
-    """Hold Ctrl-C back; the processes that are started meanwhile leave it to their parent."""
-    held: list[int] = []
-    on_main = threading.current_thread() is threading.main_thread()
-    # The mask is for the new processes: in this one, another thread may still take the signal.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    if on_main:
-        handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if on_main:
-            signal.signal(signal.SIGINT, handler)
-        if held:
-            signal.raise_signal(signal.SIGINT)
+class _Collector(Served):
+    """In a worker: writes the parts that it is asked for."""
 
+    def __init__(self, config: CollectConfig, family: EnvironmentFamily) -> None:
+        self._config = config
+        self._family = family
 
-def _start_worker(watched: Connection) -> None:
-    """End at once, with all that a simulator has started, when the parent lets go or is killed.
-
-    MuJoCo's glfw starts a program when it is imported, which would complain of a broken pipe. A
-    group is killed together, also what is being started; the executor terminates the other workers
-    when the first has ended.
-    """
-
-    def end(*_: object) -> None:
-        os.kill(0, signal.SIGKILL)
-
-    def follow_parent() -> None:
-        watched.poll(None)
-        end()
-
-    os.setpgrp()
-    signal.signal(signal.SIGTERM, end)
-    threading.Thread(target=follow_parent, daemon=True).start()
+    def collect(self, part: _Part) -> None:
+        """Collect a part and write its file."""
+        _collect_part(self._config, self._family, part)
 
 
 def _collect_part(config: CollectConfig, family: EnvironmentFamily, part: _Part) -> None:
@@ -355,7 +314,7 @@ def _exploration_of(config: CollectConfig, part: _Part, number: int) -> tuple[fl
 
 
 def _settings(config: CollectConfig) -> dict[str, Any]:
-    """The settings that determine the data, as JSON."""
+    """The settings that determine the data, as JSON values."""
     settings = {**asdict(config), "tasks": list(config.tasks)}
     return {name: value for name, value in settings.items() if name not in ("output", "workers")}
 
@@ -371,4 +330,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    # Workers import this module by its name, and would find no class of a module "__main__".
+    from harmodt.collect import main as main_of_module
+
+    run_command(main_of_module)

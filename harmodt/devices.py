@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from harmodt_kernels import (
 )
 
 from .config import Precision
+from .cores import SHARE, count_cores
 from .errors import UserError
 from .graph import CallGraph, CudaGraph
 
@@ -126,10 +128,17 @@ def prepare_cpu() -> None:
 
     Denormal numbers are flushed to zero: a softmax with widely spread scores is full of them, and
     products with them take ten times as long. Freed memory is kept: a tensor of a few MB would
-    otherwise be a fresh mapping each time, whose page faults cost more than computing it.
+    otherwise be a fresh mapping each time, whose page faults cost more than computing it. Where
+    `HARMODT_CORES` gives this process a share of the cores, PyTorch starts no more threads than
+    that, unless `OMP_NUM_THREADS` says how many.
+
+    Raises:
+        UserError: `HARMODT_CORES` is no whole number of 1 or more.
     """
     torch.set_flush_denormal(True)
     _keep_freed_memory()
+    if SHARE in os.environ and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(count_cores())
 
 
 def _keep_freed_memory() -> None:

@@ -1,7 +1,7 @@
-"""Any policy in the environments that it was trained for: episodes in lock-step.
+"""Plays any policy in the environments of its tasks, in episodes that advance in lock-step.
 
-Episode e of a task is played on goal e mod the family's number of goals. The seed of the goals is
-fixed unless it is given, so that every run that is compared meets the same ones.
+Episode e of a task has goal number e mod the family's number of goals. The seed of the goals is
+fixed unless a person gives another one, so that all runs that are compared meet the same goals.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 
 @dataclass(frozen=True)
 class Request:
-    """What to play.
+    """Which episodes to play, and how.
 
     Raises:
         UserError: a number is outside its bounds.
@@ -47,11 +47,11 @@ class Request:
     success_rule: Annotated[Literal["any", "last"], tyro.conf.arg(name="success")] = "any"
     """Count an episode as solved at any of its steps, or at its last."""
     seed: Seed = 0
-    """Of the prompts, and of a random mask."""
+    """Seed from which prompts and a random mask are drawn."""
     goal_seed: Seed = GOAL_SEED
-    """Of the goals; only results with the same one can be compared."""
+    """Seed from which goals are drawn; only results with the same goal seed can be compared."""
     target_return: float | None = None
-    """Return to ask of the policy; by default the best of each task's data."""
+    """Return to ask of the policy; by default the best return in each task's data."""
     environments: Count = 128
     """Environments in memory at once, about 25 MB each; more episodes are played in rounds."""
     workers: Count | None = None
@@ -98,15 +98,16 @@ def play(
     """Play every task's episodes, one policy call per time step for all that are played at once.
 
     Args:
-        policy: its histories are cleared.
-        request: the default is that of `python -m harmodt.evaluate`.
-        video_directory: where films of each task's first episode go, as NAME/TASK.mp4 with the
+        policy: the policy; it begins new episodes and forgets those that it was in.
+        request: which episodes to play; by default the same as `python -m harmodt.evaluate`.
+        video_directory: folder for a film of each task's first episode, as NAME/TASK.mp4 with the
             protocol's name.
         console: where to draw a progress bar; none by default.
 
     Raises:
-        UserError: a task is not among the policy's; no video can be made here.
-        SimulationError: a simulation process failed.
+        UserError: a task is not among the policy's; no video can be made here; a simulation process
+            was killed.
+        OSError, MemoryError, WorkerError: as `Simulation` raises them.
     """
     began = time.perf_counter()
     request = request or Request()
@@ -118,7 +119,7 @@ def play(
                 _play_round(policy, simulation, protocol, number, bar.show)
                 for number in range(protocol.rounds)
             ]
-    # The rounds are of one size, so the last may hold more episodes than are asked for.
+    # All rounds have the same size, so the last one may hold more episodes than are asked for.
     successes, returns = (
         np.concatenate(parts, axis=1)[:, : protocol.episodes] for parts in zip(*played, strict=True)
     )
@@ -132,7 +133,7 @@ def play(
 
 
 def make_protocol(policy: Policy, request: Request) -> Protocol:
-    """What `play` will do: the request, as this policy can meet it.
+    """What `play` will do: the request, with the policy's own values for what it leaves open.
 
     Raises:
         UserError: a task is not among the policy's.
@@ -169,7 +170,7 @@ def make_protocol(policy: Policy, request: Request) -> Protocol:
 
 
 def _simulate(protocol: Protocol, workers: int | None, video_directory: Path | None) -> Simulation:
-    """The environments of one round: those of a task are adjacent rows."""
+    """The environments of one round; a task's environments are adjacent rows."""
     size = protocol.episodes_per_round
     rows = [task for task in protocol.tasks for _ in range(size)]
     videos: dict[int, Path] = {}
@@ -189,9 +190,14 @@ def _play_round(
     number: int,
     show: Callable[[np.ndarray, np.ndarray], None],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One episode in every row: successes bool and returns float64, [tasks, episodes_per_round].
+    """Play one episode in every row.
 
-    `show` is told both after each step.
+    Args:
+        number: of the round, from 0.
+        show: called after each step with the successes and returns so far, [N] each.
+
+    Returns:
+        successes bool and returns float64, both [tasks, episodes_per_round].
     """
     tasks, size = len(protocol.tasks), protocol.episodes_per_round
     first = number * size
@@ -211,7 +217,7 @@ def _play_round(
 
 
 class _Bar:
-    """The progress of an evaluation: its steps, and how many episodes are solved."""
+    """Draws the progress of an evaluation: its steps, and how many episodes are solved."""
 
     def __init__(self, progress: Progress, protocol: Protocol) -> None:
         self._progress = progress
@@ -223,7 +229,12 @@ class _Bar:
         self._bar = progress.add_task("starting environments", total=total)
 
     def show(self, successes: np.ndarray, returns: np.ndarray) -> None:
-        """Take in a step of every row: whether each is solved, and its return so far."""
+        """Draw the next step.
+
+        Args:
+            successes: bool [N], whether each row's episode is solved.
+            returns: float64 [N], each row's return so far.
+        """
         self._steps += 1
         solved = self._solved_before + int(successes.sum())
         if self._steps % self._length == 0:

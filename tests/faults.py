@@ -71,6 +71,8 @@ MAINS = {
     "train": train,
 }
 TASKS = {"toy": ("slow", "quick"), "metaworld": ("reach-v3", "drawer-open-v3")}
+STARTED_BY = "STARTED_BY"
+"""The environment variable that tells which command has started a program."""
 LONGEST = 300
 """Seconds after which a command is taken to wait for ever."""
 EVALUATED = "--steps 8 --checkpoint-every 3 --keep-checkpoints 1 --evaluate-every 4"
@@ -260,6 +262,7 @@ def start(words: str, folder: Path, before: Callable[[], object] = lambda: None)
     status = 1
     try:
         os.setsid()
+        os.environ[STARTED_BY] = str(os.getpid())
         os.chdir(folder)
         out = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1)
@@ -267,7 +270,6 @@ def start(words: str, folder: Path, before: Callable[[], object] = lambda: None)
         name, *rest = shlex.split(words)
         main = MAINS[name]
         sys.argv = [str(main.__file__), *rest]
-        sys.modules["__main__"] = main  # which workers import
         signal.alarm(LONGEST)
         before()
         run_command(main.main)
@@ -307,21 +309,21 @@ def contents(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in files}
 
 
-def wait_until_alone(session: int) -> None:
+def wait_until_alone(command: int) -> None:
     """What a killed command had started ends by itself."""
     deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        if not any(_session(stat) == session for stat in Path("/proc").glob("[0-9]*/stat")):
-            return
+    while any(_started_by(command, process) for process in Path("/proc").glob("[0-9]*")):
+        assert time.monotonic() < deadline, f"processes that {command} started are left over"
         time.sleep(0.02)
-    raise AssertionError(f"processes of session {session} are left over")
 
 
-def _session(stat: Path) -> int | None:
+def _started_by(command: int, process: Path) -> bool:
+    """Whether a folder of /proc is that of a program that a command has started."""
     try:
-        return int(stat.read_text().rpartition(")")[2].split()[3])
+        variables = (process / "environ").read_bytes().split(b"\0")
+        return f"{STARTED_BY}={command}".encode() in variables
     except OSError:  # it has ended
-        return None
+        return False
 
 
 class Bench:

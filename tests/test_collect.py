@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -165,6 +165,72 @@ def test_a_family_without_an_expert_is_refused_before_anything_is_written(
     assert not (tmp_path / "x").exists()
 
 
+SCRIPT = """
+from pathlib import Path
+import harmodt.train
+from harmodt import environments
+from harmodt.collect import CollectConfig, collect
+with open("ran", "a") as file:
+    file.write("once")
+environments.FAMILIES["toy"] = "toy_family:FAMILY"
+def main():
+    config = CollectConfig(Path("store"), ("both",), 12, 1, family="toy", workers=2)
+    store = collect(config, progress=False)
+    store.verify()
+    print(*store.tasks)
+"""
+
+
+def run_script(folder: Path, words: list[str], family: str, ending: str) -> tuple[str, str]:
+    """Run SCRIPT with its family and ending from a file or from standard input; what it prints."""
+    script = SCRIPT.replace("FAMILY", family) + ending
+    (folder / "script.py").write_text(script)
+    result = subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        input=script,
+        capture_output=True,
+        text=True,
+    )
+    return result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("words", [["script.py"], ["-"]], ids=["no main guard", "standard input"])
+def test_a_script_collects_and_its_workers_do_not_run_it(tmp_path: Path, words: list[str]) -> None:
+    assert run_script(tmp_path, words, "Toy", "main()\n") == ("slow quick\n", "")
+    assert (tmp_path / "ran").read_text() == "once"
+
+
+def test_a_worker_imports_neither_pytorch_nor_the_callers_main_module(tmp_path: Path) -> None:
+    """The script has a main guard, and imports PyTorch with `harmodt.train`."""
+    ending = """
+if __name__ == "__main__":
+    import sys
+    from harmodt.errors import UserError
+    assert "torch" in sys.modules
+    try:
+        main()
+    except UserError as modules_of_worker:
+        print(modules_of_worker)
+"""
+    printed, errors = run_script(tmp_path, ["script.py"], "Modules", ending)
+    modules = {*printed.split()}
+    assert not errors and {"harmodt.collect", "toy_family"} <= modules
+    assert not modules & {"torch", "harmodt.train"}
+    assert (tmp_path / "ran").read_text() == "once"
+
+
+def test_a_killed_worker_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(environments.FAMILIES, "killed", "toy_family:Killed")
+    with pytest.raises(UserError) as death:
+        collect(CollectConfig(tmp_path / "x", ("slow",), family="killed"), progress=False)
+    assert str(death.value) == (
+        "a worker was killed by signal 9: if the machine ran out of memory, use fewer --workers; "
+        "else give the same command again"
+    )
+
+
 def test_a_finished_store_is_opened_as_it_is(whole: Path) -> None:
     times = {file: file.stat().st_mtime_ns for file in whole.rglob("*")}
     subprocess.run(_command(whole), check=True, capture_output=True)
@@ -212,7 +278,8 @@ def test_a_full_disk_is_reported_and_the_collection_goes_on_later(
         with pytest.raises(SystemExit) as stop:
             run_command(main)
     assert stop.value.code == 2
-    assert multiprocessing.active_children() == []
+    with pytest.raises(ChildProcessError):  # no worker is left
+        os.waitpid(-1, os.WNOHANG)
     assert "error: the disk is full" in capsys.readouterr().err
     with pytest.raises(UserError, match="unfinished"):
         DataStore.open(tmp_path / "full")

@@ -25,12 +25,15 @@ from rich.console import Console
 from harmodt import train
 from harmodt.algorithms import ALGORITHMS
 from harmodt.checkpoint import checkpoint_steps
+from harmodt.cores import share
+from harmodt.devices import Execution
 from harmodt.environments import FAMILIES, family
 from harmodt.errors import UserError
 from harmodt.files import json_checksum, owned
 from harmodt.progress import PlainConsole
 from harmodt.reproduce import __main__ as command
 from harmodt.reproduce import experiments, jobs
+from harmodt.reproduce.estimate import seconds_per_step
 from harmodt.reproduce.execute import Work, find_slots
 from harmodt.reproduce.experiments import BUDGETS, EXPERIMENTS, Variant
 from harmodt.reproduce.figure import describe
@@ -324,12 +327,17 @@ def test_a_job_that_leaves_nothing_has_failed(tmp_path):
     assert work.failed == {"a": "ended without a result"}
 
 
-def test_every_gpu_has_its_runs_and_the_cpu_those_of_one_without(monkeypatch):
+@pytest.fixture
+def twelve_cores(monkeypatch):
+    """On a machine of twelve cores, with no share of them and no number of threads set."""
+    monkeypatch.setattr("harmodt.reproduce.execute.count_cores", lambda: 12)
+    for name in share(1):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_every_gpu_has_its_runs_and_the_cpu_those_of_one_without(monkeypatch, twelve_cores):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert find_slots("auto", 1) == [{"CUDA_VISIBLE_DEVICES": ""}]
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    two = find_slots("cpu", 2)
-    assert len(two) == 2 and two[0]["OMP_NUM_THREADS"]
     with pytest.raises(UserError, match="there is no GPU here"):
         find_slots("cuda", 1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -339,6 +347,30 @@ def test_every_gpu_has_its_runs_and_the_cpu_those_of_one_without(monkeypatch):
     gpus = [slot["CUDA_VISIBLE_DEVICES"] for slot in find_slots("cuda", 2)]
     assert gpus == ["GPU-7", "GPU-4", "GPU-7", "GPU-4"]
     assert find_slots("cpu", 1) == [{"CUDA_VISIBLE_DEVICES": ""}]
+
+
+@pytest.mark.parametrize(("gpus", "jobs", "each"), [(0, 2, 6), (0, 5, 2), (0, 13, 1), (2, 2, 3)])
+def test_jobs_at_a_time_share_the_cores(monkeypatch, twelve_cores, gpus, jobs, each):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    slots = find_slots("auto", jobs)
+    assert len(slots) == jobs * max(1, gpus)
+    for slot in slots:
+        assert slot["OMP_NUM_THREADS"] == slot["HARMODT_CORES"] == str(each)
+
+
+def test_a_number_of_threads_that_was_chosen_stays(monkeypatch, twelve_cores):
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    monkeypatch.setenv("HARMODT_CORES", "12")  # of which each has half
+    slot = find_slots("cpu", 2)[0]
+    assert "OMP_NUM_THREADS" not in slot
+    assert (slot["MKL_NUM_THREADS"], slot["HARMODT_CORES"]) == ("6", "6")
+
+
+def test_a_job_that_shares_the_machine_simulates_on_its_share(tmp_path, monkeypatch):
+    """As the stub's process counts the cores that there are for it."""
+    monkeypatch.setattr("harmodt.reproduce.execute.count_cores", lambda: 2)
+    do(tmp_path, [Stub(tmp_path / "a")], slots=2)
+    assert (tmp_path / "a.begun").read_text().split()[-1] == "1"
 
 
 def test_a_signal_ends_what_runs_and_waits_for_it(tmp_path):
@@ -835,6 +867,60 @@ def test_a_dry_run_measures_and_writes_nothing(reproduced, monkeypatch, capsys):
     assert "4 runs and 1 collections" in " ".join(text.split())
     rows = [line for line in text.splitlines() if "Points" in line]
     assert "100%" in rows[0] and re.search(r" 50% +\d+ ms +\d+ s", rows[1])
+
+
+class Clock:
+    """A device that computes later than it is told to, and the time that passes meanwhile."""
+
+    def __init__(self):
+        self.now = self.queued = 0.0
+
+    def wait(self, device: torch.device) -> None:
+        assert device.type == "cuda"
+        self.now += self.queued
+        self.queued = 0.0
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_dry_run_times_what_a_long_run_repeats(monkeypatch, device):
+    """On a GPU three steps run as usual, the fourth is recorded and the others are replayed.
+
+    Each of them, and the first mask update, takes longer than those that follow; and a call returns
+    before the GPU has computed.
+    """
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(torch.cuda, "synchronize", clock.wait)
+    step_seconds, update_seconds = iter([900.0, 3, 3, 500, 1, 2, 1.5]), iter([700.0, 24, 16])
+
+    class FakeTrainer:
+        def __init__(self, *_):
+            self.step = 0
+
+        def train_step(self):
+            self.step += 1
+            self._compute(next(step_seconds))
+
+        def before_step(self):
+            assert self.step == 0  # where a mask update is due
+            self._compute(next(update_seconds))
+
+        def _compute(self, seconds):
+            if device == "cuda":
+                clock.queued += seconds
+            else:
+                clock.now += seconds
+
+    monkeypatch.setattr("harmodt.reproduce.estimate.Trainer", FakeTrainer)
+    chosen = replace(Execution.choose("cpu", False, "fp32"), device=torch.device(device))
+    runs = {run.config.algorithm: run for run in make_plan("toy", "toy").runs}
+    options = runs["harmodt-f"].config.run
+    asked = (options.device, options.fused, options.precision, options.graph)
+    monkeypatch.setattr(Execution, "choose", lambda *given: {asked: chosen}[given])
+    (every,) = {dict(settings(runs["harmodt-f"].config))["mask_update_every"]}
+    assert seconds_per_step(runs["harmodt-f"]) == 1 + 16 / every
+    step_seconds = iter([900.0, 3, 3, 500, 1, 2, 1.5])
+    assert seconds_per_step(runs["prompt-dt"]) == 1
 
 
 def test_the_list_has_every_experiment(monkeypatch, capsys):

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"harmodt_kernels"},
     {
+        "harmodt.cores",
         "harmodt.draws",
         "harmodt.errors",
         "harmodt.files",
@@ -23,6 +24,7 @@ FLOORS = [
         "harmodt.sealed",
         "harmodt.settings",
         "harmodt.statistics",
+        "harmodt.workers",
     },
     {"harmodt.batch", "harmodt.config", "harmodt.devices", "harmodt.rundir", "harmodt.checkpoint"},
     {"harmodt.environments", "harmodt.results"},

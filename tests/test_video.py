@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from runs import ended_process
 
-from harmodt.environments import METAWORLD
+from harmodt.environments import METAWORLD, video
 from harmodt.environments.simulation import Simulation
 from harmodt.environments.video import find_backend, upright
 from harmodt.errors import UserError
@@ -86,6 +86,14 @@ def test_no_backend_is_said_before_anything_is_run(tmp_path):
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr("harmodt.environments.video.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"harmodt\[video\]"):
+        find_backend()
+
+
+def test_a_backend_that_hangs_does_not_work(monkeypatch):
+    monkeypatch.setattr(video, "_PROBE", "import time; time.sleep(600)")
+    monkeypatch.setattr(video, "_PROBE_SECONDS", 0.5)
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    with pytest.raises(UserError, match="none works here"):
         find_backend()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import sys
 from dataclasses import dataclass
 
@@ -57,6 +59,20 @@ class Lost(Toy):
 
     def make(self, task, goal_seed=0):
         raise UserError(repr(sys.path))
+
+
+class Modules(Toy):
+    """The same, but it only says which modules were imported."""
+
+    def make(self, task, goal_seed=0):
+        raise UserError(" ".join(sys.modules))
+
+
+class Killed(Toy):
+    """The same, but whoever makes an environment is killed."""
+
+    def make(self, task, goal_seed=0):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Point(Environment):

@@ -1,4 +1,4 @@
-"""Films of episodes as MP4 files, drawn by MuJoCo without a screen."""
+"""Films of episodes as MP4 files; MuJoCo draws them without a screen."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from . import Environment
 
 BACKENDS = ("egl", "osmesa")  # hardware first
 SIZE = 480  # pixels, both ways
-FRAMES_PER_SECOND = 20  # about, at most
+FRAMES_PER_SECOND = 20  # at most, about
+
+_PROBE_SECONDS = 60
 
 _PROBE = """
 import mujoco
@@ -26,14 +28,18 @@ renderer.render()
 
 
 class RecordedEnvironment(Environment):
-    """An environment whose first episode is filmed into an MP4 file, in real time.
+    """An environment that films its first episode into an MP4 file, which plays in real time.
 
-    The file appears under its name when the episode is over, whole.
+    The file appears under its name, whole, when the episode is over.
 
     Args:
-        environment: the environment to film; to be used through this object from now on.
+        environment: the environment to film; from now on, use it through this object alone.
         episode_length: steps of an episode.
-        path: the MP4 file to write; its directory must be there.
+        path: the MP4 file to write; its directory must exist.
+
+    Raises:
+        UserError: the film could not be written, such as on a full disk; `reset` and `step` raise
+            it.
     """
 
     def __init__(self, environment: Environment, episode_length: int, path: Path) -> None:
@@ -56,7 +62,7 @@ class RecordedEnvironment(Environment):
             (SIZE, SIZE),
             fps=scene.steps_per_second / self._steps_per_frame,
             ffmpeg_log_level="quiet",
-            output_params=["-f", "mp4"],  # which the temporary name does not say
+            output_params=["-f", "mp4"],  # the temporary name does not end in .mp4
         )
         self._encoder.send(None)
 
@@ -83,7 +89,7 @@ class RecordedEnvironment(Environment):
         return result
 
     def close(self) -> None:
-        """Throw an unfinished film away."""
+        """Delete the film if it is unfinished."""
         self._stop()
         self._partial.unlink(missing_ok=True)
 
@@ -123,9 +129,9 @@ def upright(image: np.ndarray) -> np.ndarray:
 
 
 def count_frames(path: Path) -> int:
-    """Frames of an MP4 file; 0 where it is none.
+    """The number of frames in an MP4 file; 0 where the file is no film.
 
-    Its encoder ends without a word when the disk is full.
+    This shows whether a film is whole: its encoder ends without an error when the disk is full.
     """
     import imageio_ffmpeg  # an optional dependency
 
@@ -138,8 +144,8 @@ def count_frames(path: Path) -> int:
 def find_backend() -> str:
     """The value of MUJOCO_GL with which this machine can draw without a screen.
 
-    A MUJOCO_GL that is set already is the only one tried. Each is tried in a process of its own,
-    since MuJoCo chooses its backend once, when it is imported.
+    If MUJOCO_GL is set already, only its value is tried. Each value is tried in its own process,
+    because MuJoCo chooses its backend once, when it is imported.
 
     Raises:
         UserError: no backend works, or the packages that write MP4 files are not installed.
@@ -160,10 +166,13 @@ def find_backend() -> str:
 
 
 def _works(backend: str) -> bool:
-    probe = subprocess.run(
-        [sys.executable, "-c", _PROBE],
-        env=os.environ | {"MUJOCO_GL": backend},
-        capture_output=True,
-        timeout=60,
-    )
+    try:
+        probe = subprocess.run(
+            [sys.executable, "-c", _PROBE],
+            env=os.environ | {"MUJOCO_GL": backend},
+            capture_output=True,
+            timeout=_PROBE_SECONDS,
+        )
+    except subprocess.TimeoutExpired:  # a driver that hangs
+        return False
     return probe.returncode == 0

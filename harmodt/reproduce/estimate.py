@@ -1,4 +1,4 @@
-"""How long runs would take: by a few steps of each kind of run, taken here and now."""
+"""How long runs would take: measured here and now, by a few steps of each kind of run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ..algorithms import Setup
 from ..data.inputs import TaskConditioning
@@ -15,44 +16,62 @@ from ..data.store import DataStore, Episode
 from ..data.writer import StoreWriter
 from ..devices import Execution
 from ..environments import EnvironmentSpec, family_of
+from ..graph import WARM_UP
 from ..rundir import RunDirectory
 from ..settings import settings
 from ..training.trainer import Trainer
 from .plan import Run
 
 STEPS = 3
+"""Steps that are timed; the least time counts."""
+
+_UPDATES = 2  # mask updates that are timed
 _EPISODE_LENGTH = 60
 
 
 def seconds_per_step(run: Run) -> float:
-    """Of a run on this machine's device, its share of a mask update included.
+    """The time that a step of a run takes on this machine, with its share of a mask update.
 
-    The least of a few steps after the first one, on random numbers in place of its data.
+    It is measured on random numbers in place of the run's data. The first steps and the first mask
+    update are not timed: they compile kernels and record graphs, which a run does only once.
 
     Raises:
-        UserError: its device or kernels are not there.
+        UserError: the run's device or its kernels are not there.
     """
     options = run.config.run
-    execution = Execution.choose(options.device, options.fused, options.precision)
+    execution = Execution.choose(options.device, options.fused, options.precision, options.graph)
     with tempfile.TemporaryDirectory() as folder:
         store = _random_store(Path(folder) / "store", run)
         data = [store.task(name) for name in run.tasks]
         conditioning = tuple(TaskConditioning.from_data(task, run.config) for task in data)
         setup = Setup(run.config, store.environment, conditioning, execution)
         trainer = Trainer(setup, data, RunDirectory(Path(folder) / "run"))
-        trainer.train_step()
-        step = min(_seconds(trainer.train_step) for _ in range(STEPS))
+        for _ in range(WARM_UP + 1):  # the last one records a graph
+            trainer.train_step()
+        step = _least_seconds(trainer.train_step, STEPS, execution.device)
         every = dict(settings(run.config)).get("mask_update_every")
         if every is None:
             return step
-        trainer.step = 0
-        return step + _seconds(trainer.before_step) / every
+        trainer.step = 0  # at which an update is due
+        trainer.before_step()
+        return step + _least_seconds(trainer.before_step, _UPDATES, execution.device) / every
 
 
-def _seconds(function: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
+def _least_seconds(function: Callable[[], object], times: int, device: torch.device) -> float:
+    """The least time of some calls, each until the device has computed everything."""
+    found = []
+    for _ in range(times):
+        _wait_for(device)
+        began = time.perf_counter()
+        function()
+        _wait_for(device)
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _random_store(path: Path, run: Run) -> DataStore:

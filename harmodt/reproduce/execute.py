@@ -1,4 +1,4 @@
-"""Does jobs, each in a process of its own on a device, until none is left that can be done."""
+"""Does jobs, each in its own process on a device, until none is left that can be done."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,21 +13,22 @@ from pathlib import Path
 
 import torch
 
-from ..environments.simulation import available_cores
+from ..cores import SHARE, count_cores, share
 from ..errors import UserError
 from ..files import LOCK, owned
 from ..progress import PlainConsole, progress_bar
 from ..training.stop import Stop
+from ..workers import end_commands, start_command
 from .jobs import Folder, Job
 
 POLL_SECONDS = 0.1
 END_SECONDS = 60
-"""How long a process that was told to end may take to, its checkpoint included."""
+"""How long a job may take to save a checkpoint and end when it is told to."""
 
 
 @dataclass(frozen=True)
 class _Running:
-    """A job's process, what it was given of the machine, and when it began."""
+    """A job that runs: its process, its slot of the machine, and when it began."""
 
     job: Job
     process: subprocess.Popen[bytes]
@@ -37,42 +37,51 @@ class _Running:
 
 
 def find_slots(device: str, jobs: int) -> Sequence[Mapping[str, str]]:
-    """Where jobs run, each a few environment variables: one GPU each, or all jobs on the CPU.
+    """The slots of this machine, each of which runs one job at a time.
+
+    A slot is a few environment variables. They name the slot's GPU, or none, and its share of the
+    cores where there are several slots. Where OMP_NUM_THREADS or a variable like it is set already,
+    it stays as it is.
 
     Args:
         device: "cuda", "cpu", or "auto" for the GPUs where there are some.
-        jobs: how many at a time on each GPU, or on the CPU.
+        jobs: number of slots on each GPU, or on the CPU.
 
     Raises:
         UserError: there is no GPU.
     """
     count = torch.cuda.device_count() if device != "cpu" else 0
+    if device == "cuda" and not count:
+        raise UserError("there is no GPU here: leave --device out, or name cpu")
+    gpus = [""]  # on the CPU
     if count:
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = named.split(",")[:count] if named else map(str, range(count))
-        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] * jobs
-    if device == "cuda":
-        raise UserError("there is no GPU here: leave --device out, or name cpu")
-    slot: dict[str, str] = {"CUDA_VISIBLE_DEVICES": ""}
-    if jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
-        slot["OMP_NUM_THREADS"] = str(max(1, available_cores() // jobs))
-    return [slot] * jobs
+        gpus = named.split(",")[:count] if named else list(map(str, range(count)))
+    slots = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] * jobs
+    if len(slots) == 1:
+        return slots
+    shared = {
+        name: value
+        for name, value in share(max(1, count_cores() // len(slots))).items()
+        if name == SHARE or name not in os.environ
+    }
+    return [slot | shared for slot in slots]
 
 
 class Work:
-    """Jobs that are done, that run, that wait, and that failed.
+    """Jobs: those that are done, that run, that wait, and that failed.
 
     Args:
         jobs: in the order in which they begin.
         slots: as `find_slots` returns them.
-        folder: for logs.
-        console: told of each job that has ended.
+        folder: where the jobs' logs go.
+        console: where a line is printed for each job that has ended.
 
     Attributes:
-        failed: names of jobs and why they are not done.
+        failed: for the name of each job that failed, the reason.
 
     Raises:
-        UserError: what a job makes is damaged, or another's.
+        UserError: a job's directory holds something else, or a damaged file.
     """
 
     def __init__(
@@ -94,7 +103,7 @@ class Work:
     def do(self, stop: Stop) -> None:
         """Do all jobs that can be done.
 
-        Where a signal or an error stops the work, what runs is told to end, and waited for.
+        A signal or an error stops the work: the running jobs are told to end, and waited for.
         """
         self._folder.logs.mkdir(parents=True, exist_ok=True)
         orphans_end = time.monotonic() + END_SECONDS
@@ -108,13 +117,14 @@ class Work:
                     bar.update(line, completed=len(self._done), now=now)
                     time.sleep(POLL_SECONDS)
             finally:
-                _end([running.process for running in self._running])
+                end_commands([running.process for running in self._running], END_SECONDS)
 
     def _begin(self, wait: bool) -> None:
-        """Begin what can be begun.
+        """Begin the jobs that can begin.
 
         Args:
-            wait: for directories in use: what a killed reproduction began there ends by itself.
+            wait: leave jobs for later whose directory is in use: the run that a killed reproduction
+                began there ends by itself.
         """
         for job in list(self._waiting):
             if self.failed.keys() & {*job.needs}:
@@ -127,7 +137,7 @@ class Work:
                 self._running.append(_start(job, self._free.pop(0), self._folder))
 
     def _take_back(self) -> None:
-        """See what has ended, and how."""
+        """Take back the slots of jobs that have ended, and print how each ended."""
         for ended in [r for r in self._running if r.process.poll() is not None]:
             self._running.remove(ended)
             self._free.append(ended.slot)
@@ -140,20 +150,12 @@ class Work:
 
 
 def _start(job: Job, slot: Mapping[str, str], folder: Folder) -> _Running:
-    """Start a job's process, in a session of its own, which Ctrl-C does not reach."""
+    """Start a job's process, which ends with this one."""
     words = job.words()
-    launched = ["-m", "harmodt.reproduce.launch", str(os.getpid()), *words]
     with open(folder.log(job.name), "ab") as log:
         log.write(f"$ {command_of(words)}\n".encode())
         log.flush()
-        process = subprocess.Popen(
-            [sys.executable, *launched],
-            env={**os.environ, **slot},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        process = start_command(words, slot, log)
     return _Running(job, process, slot, time.monotonic())
 
 
@@ -173,7 +175,7 @@ def _in_use(directory: Path) -> bool:
 
 
 def _why_not(ended: _Running) -> str | None:
-    """Why a job that has ended is not done, if so."""
+    """The reason why a job that has ended is not done; None if it is."""
     status = ended.process.returncode
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
@@ -183,16 +185,3 @@ def _why_not(ended: _Running) -> str | None:
         return None if ended.job.is_done() else "ended without a result"
     except UserError as error:
         return str(error)
-
-
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Tell processes to end, and wait until they have."""
-    for process in processes:
-        process.terminate()
-    deadline = time.monotonic() + END_SECONDS
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()

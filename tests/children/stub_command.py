@@ -1,7 +1,7 @@
 """In place of a training run: `python -m stub_command FILE [--seconds S] [--status N]`.
 
-Writes its process id into FILE.begun, waits, and writes FILE, or exits with a status. When it is
-told to end it writes FILE.ended.
+Writes its process id and how many cores there are for it into FILE.begun, waits, and writes FILE,
+or exits with a status. When it is told to end it writes FILE.ended.
 """
 
 import argparse
@@ -10,6 +10,8 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+from harmodt.cores import count_cores
 
 parser = argparse.ArgumentParser()
 parser.add_argument("file", type=Path)
@@ -25,7 +27,7 @@ def leave(number: int, _: object) -> None:
 
 signal.signal(signal.SIGTERM, leave)
 begun = arguments.file.with_suffix(".tmp")
-begun.write_text(f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES')}")
+begun.write_text(f"{os.getpid()} {count_cores()}")
 begun.rename(arguments.file.with_suffix(".begun"))
 time.sleep(arguments.seconds)
 if arguments.status:

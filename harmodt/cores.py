@@ -1,0 +1,110 @@
+"""How many cores this process may keep busy, and the share that it gives to a child process."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from pathlib import Path, PurePosixPath
+
+from .errors import UserError
+
+SHARE = "HARMODT_CORES"
+"""The environment variable that limits the cores of a process and of its children."""
+
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+"""The environment variables that set how many threads the libraries of arithmetic start."""
+
+_PROCESS = Path("/proc/self")
+
+
+def count_cores() -> int:
+    """The number of cores that this process may keep busy, 1 or more.
+
+    It is the least of three: the cores that the process may run on (its affinity), the CPU quota
+    of its container, rounded up, and the share that `HARMODT_CORES` gives it.
+
+    Raises:
+        UserError: `HARMODT_CORES` is no whole number of 1 or more.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        there = len(os.sched_getaffinity(0))
+    else:
+        there = os.cpu_count() or 1
+    given = os.environ.get(SHARE, "")
+    if given and not (given.isascii() and given.isdigit() and int(given)):
+        raise UserError(
+            f"the environment variable {SHARE} is {given!r}: set it to a whole number of 1 or "
+            "more, or unset it"
+        )
+    return int(min(there, _quota(_PROCESS), int(given or there)))
+
+
+def share(cores: int) -> dict[str, str]:
+    """Environment variables for a child process that is to keep so many cores busy."""
+    return dict.fromkeys((SHARE, *THREADS), str(cores))
+
+
+def _quota(process: Path) -> float:
+    """The cores that the CPU quota of a process allows, rounded up; infinite without a quota.
+
+    A quota of a control group also holds for every group below it, so the least one counts.
+
+    Args:
+        process: the folder of the process in /proc.
+    """
+    try:
+        groups = (process / "cgroup").read_text(errors="surrogateescape").splitlines()
+        mounts = (process / "mountinfo").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return math.inf  # this system has no control groups
+    paths: dict[str, str] = {}  # the group's path by controller; version 2 names no controller
+    for line in groups:
+        _, controllers, path = line.split(":", 2)
+        paths |= dict.fromkeys(controllers.split(","), path)
+    quotas: list[float] = []
+    for line in mounts:
+        before, _, after = line.partition(" - ")
+        root, point = map(_unescaped, before.split()[3:5])
+        kind, _, options = after.split()[:3]
+        controller = {"cgroup2": "", "cgroup": "cpu"}.get(kind)
+        if controller in paths and (kind == "cgroup2" or "cpu" in options.split(",")):
+            quotas += map(_quota_of, _folders(paths[controller], root, Path(point)))
+    return min(quotas, default=math.inf)
+
+
+def _folders(path: str, root: str, point: Path) -> list[Path]:
+    """The folders of a control group and of the groups that it is in.
+
+    Args:
+        path: the group's path in its hierarchy.
+        root: the path of the group that is mounted.
+        point: the folder at which that group is mounted.
+    """
+    try:
+        inside = PurePosixPath(path).relative_to(root).parts
+    except ValueError:
+        inside = ()
+    if ".." in inside:  # the group is not under the mounted one, which is all that can be seen
+        inside = ()
+    return [point.joinpath(*inside[:depth]) for depth in range(len(inside) + 1)]
+
+
+def _quota_of(folder: Path) -> float:
+    """The quota of one control group, in cores, rounded up; infinite without one."""
+    text = _read(folder / "cpu.max")  # of version 2
+    text = text or _read(folder / "cpu.cfs_quota_us") + _read(folder / "cpu.cfs_period_us")
+    limit = re.fullmatch(r"([1-9]\d*)\s+([1-9]\d*)\s*", text)  # else "max" or -1: no quota
+    return -(-int(limit[1]) // int(limit[2])) if limit else math.inf
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
+
+
+def _unescaped(path: str) -> str:
+    """A path of mountinfo, which writes a space as \\040."""
+    return re.sub(r"\\(\d{3})", lambda digits: chr(int(digits[1], 8)), path)

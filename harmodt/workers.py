@@ -1,0 +1,312 @@
+"""Child processes that end with their parent: all that ties a child to its parent is here.
+
+A `Worker` is an interpreter of its own that holds an object and calls its methods.
+`start_command` starts a whole command, such as a training run, which saves its work before it ends.
+
+Both start a fresh program. A fork would be unsafe beside PyTorch's threads, and a child of
+`multiprocessing` would import the parent's main module, and PyTorch with it. Both lead a session of
+their own: Ctrl-C reaches the parent alone, and a child is killed together with all that it started.
+(MuJoCo's glfw, for example, starts a program when it is imported.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
+from typing import IO, Any, TypeVar
+
+from .cores import share
+from .errors import UserError
+
+_SERVE = """
+import sys
+sys.path[:] = sys.argv[4:]
+from harmodt.workers import serve
+serve(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
+"""
+
+_REQUESTS_AHEAD = 2  # a worker has its next request at hand while the parent is busy otherwise
+
+_PR_SET_PDEATHSIG = 1  # of prctl(2); the setting outlives execve
+
+Request = TypeVar("Request")
+
+
+class WorkerError(RuntimeError):
+    """A worker failed or died; the message names it and has what it reported."""
+
+
+class WorkerDied(WorkerError, UserError):
+    """A worker was killed or ended early, which is the machine's doing."""
+
+
+class Served:
+    """An object that a worker holds and whose methods its parent calls."""
+
+    def close(self) -> None:
+        """Leave nothing half done: called when the parent lets go or dies, and after an error."""
+
+
+class Worker:
+    """A process that holds an object and calls its methods in the order of the requests.
+
+    The process computes in one thread and looks for modules where this process does, and nowhere
+    else. It ends, with all that it has started, when this process lets go of it or dies in any way.
+    It also ends after the first error.
+
+    Args:
+        make: makes the object, in the worker, without arguments: a class that can be imported.
+        name: what error messages call the worker, as "a simulation worker (reach-v3)".
+        relief: what a person can do where memory runs out, as "simulate fewer environments".
+        patience: seconds in which the worker may finish a request and close its object when this
+            process lets go or dies; then it is killed.
+        variables: environment variables to set in the worker.
+
+    Attributes:
+        process: the child.
+        connection: `multiprocessing.connection.wait` tells when `receive` will not wait.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Served],
+        name: str,
+        relief: str,
+        patience: float = 0.0,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name = name
+        self._relief = relief
+        self._patience = patience
+        self.connection, requests = Pipe()
+        lifeline, self._lifeline = Pipe(duplex=False)
+        with requests, lifeline:  # the worker alone holds these ends: its death closes them
+            numbers = requests.fileno(), lifeline.fileno()
+            self.process = subprocess.Popen(
+                # -I: no module comes from the current folder or the user's before sys.path is set.
+                [sys.executable, "-I", "-c", _SERVE, *map(str, (*numbers, patience, *sys.path))],
+                env={**os.environ, **share(1), **(variables or {})},
+                stdin=subprocess.DEVNULL,
+                pass_fds=numbers,
+                start_new_session=True,
+            )
+        self.send(make)
+
+    def send(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Ask for a call; the answer to each is to be received, in the same order.
+
+        Args:
+            function: a method of the object's class, as `Class.method`.
+            arguments: the method's arguments after `self`.
+
+        Raises:
+            WorkerDied: the worker was killed or has ended.
+        """
+        try:
+            self.connection.send((function, arguments))
+        except OSError:
+            raise self._death() from None
+
+    def receive(self) -> Any:
+        """Wait for the answer to the oldest request that is not yet answered, and return it.
+
+        Raises:
+            UserError, OSError, MemoryError: what the method raised.
+            WorkerError: the method, or making the object, raised another error: its traceback.
+            WorkerDied: the worker was killed or has ended.
+        """
+        try:
+            outcome, value = self.connection.recv()
+        except (EOFError, OSError):
+            raise self._death() from None
+        if outcome == "refused":
+            raise value
+        if outcome == "failed":
+            raise WorkerError(f"{self.name} failed:\n{value}")
+        return value
+
+    def let_go(self) -> None:
+        """Have the worker end by itself, without waiting for it."""
+        self.connection.close()
+        self._lifeline.close()
+
+    def wait(self) -> None:
+        """Wait until the worker, of which this process has let go, has ended."""
+        _wait_or_kill(self.process, self._patience)
+
+    def _death(self) -> WorkerDied:
+        _kill(self.process)  # with what it had started
+        code = self.process.returncode
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
+        return WorkerDied(
+            f"{self.name} {how}: if the machine ran out of memory, {self._relief}; else give the "
+            "same command again"
+        )
+
+
+def end_workers(workers: Sequence[Worker]) -> None:
+    """End workers, and wait until they have ended."""
+    for worker in workers:
+        worker.let_go()
+    for worker in workers:
+        worker.wait()
+
+
+def spread(
+    workers: Sequence[Worker], function: Callable[..., Any], requests: Iterable[Request]
+) -> Iterator[Request]:
+    """Have workers call a method for each request; yield each request once it is answered.
+
+    Args:
+        workers: which have no unanswered requests.
+        function: as in `Worker.send`; a request is its only argument.
+        requests: given to the workers in this order, each to the next worker that is free.
+
+    Raises:
+        UserError, OSError, MemoryError, WorkerError: as `Worker.receive`.
+    """
+    left = iter(requests)
+    given: dict[object, tuple[Worker, deque[Request]]]
+    given = {worker.connection: (worker, deque()) for worker in workers}
+
+    def give(worker: Worker, unanswered: deque[Request]) -> None:
+        for request in islice(left, 1):
+            worker.send(function, request)
+            unanswered.append(request)
+
+    for _ in range(_REQUESTS_AHEAD):
+        for worker, unanswered in given.values():
+            give(worker, unanswered)
+    while busy := [worker.connection for worker, unanswered in given.values() if unanswered]:
+        for connection in wait(busy):
+            worker, unanswered = given[connection]
+            worker.receive()
+            answered = unanswered.popleft()
+            give(worker, unanswered)
+            yield answered
+
+
+def serve(requests: int, lifeline: int, patience: float) -> None:
+    """The worker's side: answer the parent's requests until it lets go or dies.
+
+    Args:
+        requests: descriptor of the socket on which requests come and answers go.
+        lifeline: descriptor of a pipe that closes when the parent lets go or dies.
+        patience: seconds in which a request may then be finished.
+    """
+
+    def end_at_once(*_: object) -> None:
+        os.kill(0, signal.SIGKILL)  # the whole group, so that no helper of a simulator is left
+
+    def end_with_parent() -> None:
+        os.read(lifeline, 1)
+        time.sleep(patience)
+        end_at_once()
+
+    signal.signal(signal.SIGTERM, end_at_once)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    connection, held = Connection(requests), None
+    try:
+        while (request := _next_request(connection)) is not None:
+            function, arguments = ForkingPickler.loads(request)
+            if held is None:  # the first request makes the object
+                held = function(*arguments)
+            else:
+                connection.send(("done", function(held, *arguments)))
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # the parent has gone, or does not listen any more
+            connection.send(_told(error))
+    finally:
+        if held is not None:
+            held.close()
+
+
+def _next_request(connection: Connection) -> bytes | None:
+    try:
+        return connection.recv_bytes()
+    except (EOFError, ConnectionError):
+        return None  # the parent has let go, or died
+
+
+def _told(error: BaseException) -> tuple[str, Any]:
+    """An error as the parent is told of it: as it is where it becomes a sentence there."""
+    if isinstance(error, (UserError, OSError, MemoryError)):
+        return "refused", error
+    return "failed", "".join(traceback.format_exception(error))
+
+
+def start_command(
+    words: Sequence[str], variables: Mapping[str, str], output: IO[bytes]
+) -> subprocess.Popen[bytes]:
+    """Start `python -m WORDS`; it gets SIGTERM when this process dies in any way.
+
+    Linux sends the signal when the thread that started the command ends: call this in a thread that
+    lives as long as the process, such as the main one.
+
+    Args:
+        words: the name of a module, and its arguments.
+        variables: environment variables to set for the command.
+        output: file for all that it prints.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-m", "harmodt.workers", str(os.getpid()), *words],
+        env={**os.environ, **variables},
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def end_commands(commands: Sequence[subprocess.Popen[bytes]], patience: float) -> None:
+    """Tell commands to end, by SIGTERM, and wait until they have.
+
+    Args:
+        patience: seconds after which those that are still there are killed.
+    """
+    for command in commands:
+        command.terminate()
+    deadline = time.monotonic() + patience
+    for command in commands:
+        _wait_or_kill(command, max(0.0, deadline - time.monotonic()))
+
+
+def _wait_or_kill(leader: subprocess.Popen[Any], seconds: float) -> None:
+    """Wait for a child that leads a process group; after some seconds, kill the whole group."""
+    try:
+        leader.wait(seconds)
+    except subprocess.TimeoutExpired:
+        _kill(leader)
+
+
+def _kill(leader: subprocess.Popen[Any]) -> None:
+    """Kill the process group that a child leads, also where the child itself has just ended."""
+    if leader.returncode is None:  # its number cannot be another's before its status is read
+        os.killpg(leader.pid, signal.SIGKILL)
+        leader.wait()
+
+
+def _become_command(parent: int, words: Sequence[str]) -> None:
+    """Become `python -m WORDS`, which gets SIGTERM when its parent dies."""
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM):
+        raise OSError(ctypes.get_errno(), "prctl")
+    if os.getppid() != parent:  # it died before the call
+        sys.exit(128 + signal.SIGTERM)
+    os.execv(sys.executable, [sys.executable, "-m", *words])
+
+
+if __name__ == "__main__":
+    _become_command(int(sys.argv[1]), sys.argv[2:])
