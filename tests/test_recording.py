@@ -163,7 +163,7 @@ def test_what_others_keep_of_it_stays_as_it_is() -> None:
     ids=["value", "places", "truths", "sizes", "random", "dropout", "in place", "comparison"],
 )
 def test_what_cannot_be_repeated_is_refused(broken: Callable[[Tensor], Tensor]) -> None:
-    with pytest.raises(CannotRecord, match="cannot be repeated"):
+    with pytest.raises(CannotRecord, match="a recording cannot replay"):
         Recording(lambda: broken(torch.ones(3)))
 
 
@@ -198,7 +198,9 @@ def test_a_kernel_that_ends_otherwise_is_noticed() -> None:
     rows[0, 0, 1] = 4
     recording.repeat()
     rows[0, 0, 1] = 5  # the table has rows 0 to 4
-    with pytest.raises(RuntimeError, match="harmodt_token_embedding returned 1, and -1 before"):
+    with pytest.raises(
+        RuntimeError, match="harmodt_token_embedding returned 1 in a replay, but -1 when recorded"
+    ):
         recording.repeat()
 
 

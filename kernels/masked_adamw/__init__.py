@@ -1,4 +1,4 @@
-"""AdamW restricted to the weights that are active in a step."""
+"""AdamW on the weights that are active in a step."""
 
 from .operation import masked_adamw
 from .reference import rates_of_step

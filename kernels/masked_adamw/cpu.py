@@ -1,4 +1,4 @@
-"""The masked AdamW step on a CPU: passes tensors to the C library."""
+"""Passes the tensors of the masked AdamW step to the C library."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def masked_adamw(
     weight_decay: float,
     rounded: Tensor | None = None,
 ) -> None:
-    """`harmodt::masked_adamw`, whose arguments, one by one, are those of its schema."""
+    """Computes `harmodt::masked_adamw`, with the arguments of its schema."""
     operands = AdamWOperands(
         weights.numel(),
         *map(pointer, (weights, gradient, first_moment, second_moment)),

@@ -9,21 +9,21 @@ from torch import Tensor
 from ..bits import BITS_PER_WORD
 from ..launch import launch
 
-# Mask words of one program: two loads of 16 bytes for each thread and vector.
+# Mask words per program: each thread loads 2 x 16 bytes of each vector.
 WORDS = 32
 NUM_WARPS = 4
 
 
 @triton.jit
 def lerp(start, end, weight):
-    """`torch.lerp`, with its roundings."""
+    """`torch.lerp`, with the same roundings."""
     near = weight < 0.5
     return tl.fma(tl.where(near, weight, weight - 1.0), end - start, tl.where(near, start, end))
 
 
 @triton.jit
 def active_in_step(mask_bits, mask_stride, mask_words, task_ids, tasks, word):
-    """Words of the weights that are active in one of the step's tasks."""
+    """Mask words of the weights that are active in at least one task of the step."""
     covered = word < mask_words
     active = tl.where(covered, 0, -1)
     for i in range(tasks):
@@ -41,7 +41,7 @@ def masked_adamw_kernel(
     mask_bits,  # int32 [T, mask_words], mask_stride apart
     task_ids,  # int64 [tasks]
     rates,  # [3]: learning rate, 1 / (1 - β₁ᵗ), 1 / √(1 - β₂ᵗ)
-    norm,  # of the gradient, []
+    norm,  # [], norm of the gradient
     rounded,  # [rounded_size]
     size,
     rounded_size,
@@ -57,20 +57,20 @@ def masked_adamw_kernel(
     ROUNDED: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """The step of the weights of some words.
+    """Steps the weights of one block of words.
 
-    A launch takes no structures: what a kernel needs is an argument each.
+    Operands are separate arguments: in a tuple, Triton would specialise every number.
     """
     start = tl.program_id(0).to(tl.int64) * (WORDS * 32)
-    word, place = tl.arange(0, WORDS), tl.arange(0, 32)
-    element = word[:, None] * 32 + place[None, :]  # [WORDS, 32]
+    word, bit = tl.arange(0, WORDS), tl.arange(0, 32)
+    element = word[:, None] * 32 + bit[None, :]  # [WORDS, 32]
     inside = element < size - start
     active = inside
     if MASKED:
         words = active_in_step(
             mask_bits, mask_stride, mask_words, task_ids, tasks, start // 32 + word
         )
-        active &= (words[:, None] & (1 << place[None, :])) != 0
+        active &= (words[:, None] & (1 << bit[None, :])) != 0
     weights += start + element
     first_moment += start + element
     second_moment += start + element
@@ -79,7 +79,7 @@ def masked_adamw_kernel(
     m = tl.load(first_moment, mask=inside)
     v = tl.load(second_moment, mask=inside)
 
-    # As `torch.nn.utils.clip_grad_norm_`; NaN stays NaN.
+    # The same as `torch.nn.utils.clip_grad_norm_`: NaN stays NaN.
     one = tl.cast(1.0, tl.float32)
     scale = tl.div_rn(one, tl.load(norm) + 1e-6) * tl.cast(max_norm, tl.float32)
     g *= tl.where(scale > one, one, scale)
@@ -90,7 +90,7 @@ def masked_adamw_kernel(
     update = tl.div_rn(new_m, denominator) * tl.load(rates + 1)
     update = tl.fma(tl.cast(weight_decay, tl.float32), w, update)
     new_w = tl.fma(-tl.load(rates), update, w)
-    # Selecting copies bits, so that whole vectors can be written.
+    # tl.where copies bits, so inactive weights can be stored too, and stores need no mask for them.
     new_w = tl.where(active, new_w, w)
     tl.store(weights, new_w, mask=inside)
     tl.store(first_moment, tl.where(active, new_m, m), mask=inside)
@@ -116,7 +116,7 @@ def masked_adamw(
     weight_decay: float,
     rounded: Tensor | None = None,
 ) -> None:
-    """`harmodt::masked_adamw`, whose arguments, one by one, are those of its schema."""
+    """Computes `harmodt::masked_adamw`, with the arguments of its schema."""
     size = weights.numel()
     launch(
         masked_adamw_kernel,
