@@ -1,8 +1,9 @@
-"""Evaluating MT5: 10 episodes per task, simulation included, after start-up.
+"""Times an evaluation of MT5: 10 episodes per task, with simulation, after start-up.
 
     pytest bench/bench_evaluate.py --benchmark-only
 
-The weights are untrained, which costs the same. Starting the simulation's workers is timed apart.
+The weights are untrained, because trained ones take the same time. Starting the simulation's
+workers is not timed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def bench_act(benchmark, store: DataStore, path: str) -> None:
     policy.start(np.repeat(np.arange(5), EPISODES))
     size = policy.environment.observation_size
     observations = np.random.default_rng(0).normal(size=(5 * EPISODES, size))
-    # Warmed up until the histories are full.
+    # The warm-up lasts until the histories are full.
     actions = benchmark.pedantic(policy.act, args=(observations,), rounds=30, warmup_rounds=20)
     assert np.abs(actions).max() <= 1.0
 
