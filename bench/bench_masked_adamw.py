@@ -24,7 +24,7 @@ import torch
 from measuring import DEVICE, ON_GPU, fused, measure, note_floor, random_masks, timer
 from torch import Tensor, nn
 
-from harmodt_kernels import REFERENCE, rates_of_step, unpack_bits
+from harmodt_kernels import REFERENCE, lr_and_corrections_at, unpack_bits
 
 SIZES = [1_458_720, 5_276_704] + ([75_000_000] if ON_GPU else [])
 MAX_NORM = 0.25
@@ -61,7 +61,7 @@ class Problem:
             self.second_moment,
             self.active_bits[None],
             torch.zeros(1, dtype=torch.int64, device=DEVICE),
-            torch.tensor(rates_of_step(1, 1e-3, ADAMW["betas"]), device=DEVICE),
+            torch.tensor(lr_and_corrections_at(1, 1e-3, ADAMW["betas"]), device=DEVICE),
             epsilon=1e-8,
             max_norm=MAX_NORM,
             **ADAMW,

@@ -15,7 +15,7 @@ A `Backend` holds all operations of one implementation. The functions named here
 from .backend import PYTORCH, REFERENCE, Backend, fused_backend
 from .bits import count_bits, pack_bits, unpack_bits, words_for
 from .harmony_selection import Selection, move_weights, select_harmony
-from .masked_adamw import masked_adamw, rates_of_step
+from .masked_adamw import lr_and_corrections_at, masked_adamw
 from .masked_layer_norm import MaskedLayerNorm
 from .masked_linear import MaskedLinear, masked_linear
 from .masks import NO_MASKS, LayerMasks
@@ -37,11 +37,11 @@ __all__ = [
     "Selection",
     "count_bits",
     "fused_backend",
+    "lr_and_corrections_at",
     "masked_adamw",
     "masked_linear",
     "move_weights",
     "pack_bits",
-    "rates_of_step",
     "select_harmony",
     "unpack_bits",
     "words_for",

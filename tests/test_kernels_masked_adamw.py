@@ -10,7 +10,7 @@ import torch
 from problems import ADAMW, LEARNING_RATE
 from torch import Tensor
 
-from harmodt_kernels import REFERENCE, Backend, fused_backend, pack_bits, rates_of_step
+from harmodt_kernels import REFERENCE, Backend, fused_backend, lr_and_corrections_at, pack_bits
 from harmodt_kernels.masked_adamw.reference import clipped
 
 # numpy's, where the interpreter computes with infinity
@@ -182,7 +182,7 @@ def test_clipping_is_pytorchs(scale: float, limit: float) -> None:
 
 def _rates(weights: Tensor, step: int = 1, betas: tuple[float, float] = ADAMW["betas"]) -> Tensor:
     """The rates of a step, as precise as the weights."""
-    rates = rates_of_step(step, LEARNING_RATE, betas)
+    rates = lr_and_corrections_at(step, LEARNING_RATE, betas)
     return torch.tensor(rates, dtype=weights.dtype, device=weights.device)
 
 
@@ -285,7 +285,7 @@ def test_operands_that_do_not_fit_are_refused(device) -> None:
         (4, state[4].repeat(1, 2)[:, ::2], ValueError, "mask_bits has strides"),
         (5, None, ValueError, "mask_bits needs the tasks of the step"),
         (5, state[5].int(), ValueError, "mask_bits needs the tasks of the step"),
-        (6, state[6][:2], ValueError, r"rates has shape \[2\]"),
+        (6, state[6][:2], ValueError, r"lr_and_corrections has shape \[2\]"),
         (2, state[2].repeat(2)[::2], ValueError, "first_moment has gaps"),
     ):
         wrong = [other if i == place else operand for i, operand in enumerate(state)]

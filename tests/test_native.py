@@ -24,7 +24,7 @@ from harmodt_kernels import (
     Backend,
     BackendUnavailable,
     fused_backend,
-    rates_of_step,
+    lr_and_corrections_at,
 )
 from harmodt_kernels.native import library
 
@@ -161,7 +161,7 @@ def test_selection_and_adamw(cpu: Backend) -> None:
         m, v = second.clone().unbind()
         v = v.abs()
         task = torch.tensor([0])
-        rates = torch.tensor(rates_of_step(3, 0.01, ADAMW["betas"]))
+        rates = torch.tensor(lr_and_corrections_at(3, 0.01, ADAMW["betas"]))
         backend.masked_adamw(weights, gradient, m, v, bits, task, rates, max_norm=1.0, **ADAMW)
         states.append((weights, m, v))
     for computed, expected in zip(*states, strict=True):

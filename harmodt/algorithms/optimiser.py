@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from harmodt_kernels import Backend, rates_of_step
+from harmodt_kernels import Backend, lr_and_corrections_at
 
 from ..config import OptimisationSettings
 from ..masks.vector import ParameterVector
@@ -81,7 +81,7 @@ class Optimiser:
         """What changes from step to step, for some steps, counted from 1: float32 [S, 3]."""
         settings = self.settings
         return torch.tensor(
-            [rates_of_step(s, learning_rate(s, settings), settings.betas) for s in steps]
+            [lr_and_corrections_at(s, learning_rate(s, settings), settings.betas) for s in steps]
         )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ def masked_adamw(
     second_moment: Tensor,
     mask_bits: Tensor | None,
     task_ids: Tensor | None,
-    rates: Tensor,
+    lr_and_corrections: Tensor,
     norm: Tensor,
     max_norm: float,
     first_rate: float,
@@ -35,7 +35,7 @@ def masked_adamw(
         second_rate=second_rate,
         epsilon=epsilon,
         weight_decay=weight_decay,
-        rates=pointer(rates),
+        lr_and_corrections=pointer(lr_and_corrections),
     )
     if mask_bits is not None and task_ids is not None:
         operands.mask_words = mask_bits.shape[1]

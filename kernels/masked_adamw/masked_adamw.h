@@ -27,8 +27,8 @@ void masked_adamw(const harmodt_adamw_operands& s, int threads) {
   // The same as `torch.nn.utils.clip_grad_norm_`: NaN stays NaN.
   float scale = 1 / (*s.norm + 1e-6f) * s.max_norm;
   if (scale > 1) scale = 1;
-  const float learning_rate = s.rates[0], first_correction = s.rates[1];
-  const float second_correction = s.rates[2];
+  const float learning_rate = s.lr_and_corrections[0], first_correction = s.lr_and_corrections[1];
+  const float second_correction = s.lr_and_corrections[2];
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t word = 0; word < (s.size + 31) / 32; ++word) {
     const uint32_t active_bits = active_in_step(s, word);

@@ -19,7 +19,7 @@ def masked_adamw(
     second_moment: Tensor,
     mask_bits: Tensor | None,
     task_ids: Tensor | None,
-    rates: Tensor,
+    lr_and_corrections: Tensor,
     *,
     betas: tuple[float, float],
     epsilon: float,
@@ -43,8 +43,8 @@ def masked_adamw(
         task_ids: int64 [G], the tasks of the step, below T. A GPU does not check them. A weight is
             active in the step if it is active in one of these tasks. Without masks nothing reads
             them.
-        rates: float32 [3], the learning rate and the bias corrections (`rates_of_step`). On a GPU,
-            the kernel reads them when it runs.
+        lr_and_corrections: float32 [3], the learning rate and the bias corrections, from
+            `lr_and_corrections_at`. On a GPU, the kernel reads them when it runs.
         max_norm: the gradient is clipped to this global norm.
         rounded: a buffer [≤ P] of another floating-point dtype, or None. The step writes a copy of
             the first weights to it.
@@ -57,7 +57,7 @@ def masked_adamw(
         ValueError: shapes do not fit together.
         IndexError: on a CPU, a task id is out of range.
     """
-    _check_vectors(weights, gradient, first_moment, second_moment, rates)
+    _check_vectors(weights, gradient, first_moment, second_moment, lr_and_corrections)
     if mask_bits is not None:
         _check_masks(mask_bits, task_ids, words_for(weights.numel()))
     if rounded is not None:
@@ -71,7 +71,7 @@ def masked_adamw(
         second_moment,
         mask_bits,
         None if mask_bits is None else task_ids,
-        rates,
+        lr_and_corrections,
         norm,
         max_norm,
         1 - beta1,
@@ -84,7 +84,11 @@ def masked_adamw(
 
 
 def _check_vectors(
-    weights: Tensor, gradient: Tensor, first_moment: Tensor, second_moment: Tensor, rates: Tensor
+    weights: Tensor,
+    gradient: Tensor,
+    first_moment: Tensor,
+    second_moment: Tensor,
+    lr_and_corrections: Tensor,
 ) -> None:
     size = weights.numel()
     for name, tensor, length in (
@@ -92,7 +96,7 @@ def _check_vectors(
         ("gradient", gradient, size),
         ("first_moment", first_moment, size),
         ("second_moment", second_moment, size),
-        ("rates", rates, 3),
+        ("lr_and_corrections", lr_and_corrections, 3),
     ):
         if tensor.dtype != torch.float32:
             raise TypeError(f"{name} is {tensor.dtype}, but the fused AdamW takes torch.float32")
@@ -138,7 +142,7 @@ register(
     __package__,
     "masked_adamw",
     "(Tensor(a!) weights, Tensor gradient, Tensor(b!) first_moment, Tensor(c!) second_moment, "
-    "Tensor? mask_bits, Tensor? task_ids, Tensor rates, Tensor norm, float max_norm, "
+    "Tensor? mask_bits, Tensor? task_ids, Tensor lr_and_corrections, Tensor norm, float max_norm, "
     "float first_rate, float second_rate, float epsilon, float weight_decay, "
     "Tensor(d!)? rounded=None) -> ()",
     _masked_adamw_fake,

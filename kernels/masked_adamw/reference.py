@@ -17,7 +17,7 @@ def masked_adamw(
     second_moment: Tensor,
     mask_bits: Tensor | None,
     task_ids: Tensor | None,
-    rates: Tensor,
+    lr_and_corrections: Tensor,
     *,
     betas: tuple[float, float],
     epsilon: float,
@@ -39,7 +39,8 @@ def masked_adamw(
             Weights beyond the last word are always active.
         task_ids: int64 [G], the tasks of the step. A weight is active in the step if it is active
             in one of these tasks. Without masks nothing reads them.
-        rates: [3], the learning rate and the bias corrections (`rates_of_step`).
+        lr_and_corrections: [3], the learning rate and the bias corrections, from
+            `lr_and_corrections_at`.
         max_norm: the gradient is clipped to this global norm.
         rounded: a buffer [≤ P] of another dtype, or None. The step writes a copy of the first
             weights to it.
@@ -49,7 +50,7 @@ def masked_adamw(
     """
     gradient, norm = clipped(gradient, max_norm)
     active = _active(mask_bits, task_ids, weights)
-    learning_rate, first_correction, second_correction = rates.to(weights.dtype)
+    learning_rate, first_correction, second_correction = lr_and_corrections.to(weights.dtype)
     beta1, beta2 = betas
     _replace(first_moment, active, first_moment.lerp(gradient, 1 - beta1))
     _replace(second_moment, active, second_moment.lerp(gradient.square(), 1 - beta2))
@@ -62,7 +63,7 @@ def masked_adamw(
     return norm
 
 
-def rates_of_step(
+def lr_and_corrections_at(
     step: int, learning_rate: float, betas: tuple[float, float]
 ) -> tuple[float, float, float]:
     """The learning rate of a step and the factors that correct the bias of its two moments.

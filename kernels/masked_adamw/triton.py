@@ -40,7 +40,7 @@ def masked_adamw_kernel(
     second_moment,  # [size]
     mask_bits,  # int32 [T, mask_words], mask_stride apart
     task_ids,  # int64 [tasks]
-    rates,  # [3]: learning rate, 1 / (1 - β₁ᵗ), 1 / √(1 - β₂ᵗ)
+    lr_and_corrections,  # [3]: learning rate, 1 / (1 - β₁ᵗ), 1 / √(1 - β₂ᵗ)
     norm,  # [], norm of the gradient
     rounded,  # [rounded_size]
     size,
@@ -85,11 +85,11 @@ def masked_adamw_kernel(
     g *= tl.where(scale > one, one, scale)
     new_m = lerp(m, g, tl.cast(first_rate, tl.float32))
     new_v = lerp(v, g * g, tl.cast(second_rate, tl.float32))
-    denominator = tl.sqrt_rn(new_v) * tl.load(rates + 2)
+    denominator = tl.sqrt_rn(new_v) * tl.load(lr_and_corrections + 2)
     denominator += tl.cast(epsilon, tl.float32)
-    update = tl.div_rn(new_m, denominator) * tl.load(rates + 1)
+    update = tl.div_rn(new_m, denominator) * tl.load(lr_and_corrections + 1)
     update = tl.fma(tl.cast(weight_decay, tl.float32), w, update)
-    new_w = tl.fma(-tl.load(rates), update, w)
+    new_w = tl.fma(-tl.load(lr_and_corrections), update, w)
     # tl.where copies bits, so inactive weights can be stored too, and stores need no mask for them.
     new_w = tl.where(active, new_w, w)
     tl.store(weights, new_w, mask=inside)
@@ -107,7 +107,7 @@ def masked_adamw(
     second_moment: Tensor,
     mask_bits: Tensor | None,
     task_ids: Tensor | None,
-    rates: Tensor,
+    lr_and_corrections: Tensor,
     norm: Tensor,
     max_norm: float,
     first_rate: float,
@@ -127,7 +127,7 @@ def masked_adamw(
         second_moment=second_moment,
         mask_bits=mask_bits,
         task_ids=task_ids,
-        rates=rates,
+        lr_and_corrections=lr_and_corrections,
         norm=norm,
         rounded=rounded,
         size=size,

@@ -71,7 +71,7 @@ typedef struct {
   float max_norm;
   float first_rate, second_rate;  // 1 - beta1 and 1 - beta2
   float epsilon, weight_decay;
-  const float* rates;             // learning rate, bias corrections of first and second moment
+  const float* lr_and_corrections;  // learning rate, bias corrections of first and second moment
 } harmodt_adamw_operands;
 
 // Causal self-attention over short sequences; qkv is [sequences][tokens][3][heads][head_size].

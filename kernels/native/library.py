@@ -87,7 +87,7 @@ class AdamWOperands(Structure):
         ("norm", c_void_p),
         *((name, c_float) for name in ("max_norm", "first_rate", "second_rate")),
         *((name, c_float) for name in ("epsilon", "weight_decay")),
-        ("rates", c_void_p),
+        ("lr_and_corrections", c_void_p),
     ]
 
 
