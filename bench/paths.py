@@ -327,9 +327,9 @@ class LibraryAdamW:
         epsilon: float,
         weight_decay: float,
         max_norm: float = math.inf,
-        rounded: None = None,
+        bf16_copy: None = None,
     ) -> Tensor:
-        assert rounded is None
+        assert bf16_copy is None
         learning_rate = rest[-1][0]  # the bias corrections follow
         if self._optimiser is None:
             self._vector = nn.Parameter(weights)

@@ -31,7 +31,7 @@ class LayerMasks:
             themselves get no gradient.
         queue: collects a linear layer's gradient together with other layers' gradients, so that one
             launch computes all of them; or None.
-        rounded: [N, K], a copy of a linear layer's weight in the dtype of its products, or None.
+        bf16_copy: [N, K], a copy of a linear layer's weight in the dtype of its products, or None.
             Products read it instead of the weight. It requires `group_gradients`.
     """
 
@@ -40,7 +40,7 @@ class LayerMasks:
     task_ids: Tensor | None
     group_gradients: tuple[Tensor, Tensor | None] | None = None
     queue: WeightGradients | None = None
-    rounded: Tensor | None = None
+    bf16_copy: Tensor | None = None
 
     @property
     def bits(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -53,11 +53,11 @@ class LayerMasks:
         Raises:
             ValueError: there is a copy, but no `group_gradients` to take its gradient.
         """
-        if self.rounded is None:
+        if self.bf16_copy is None:
             return weight
         if self.group_gradients is None:
-            raise ValueError("a rounded weight gets no gradient: give group_gradients as well")
-        return self.rounded
+            raise ValueError("a bf16_copy gets no gradient: give group_gradients as well")
+        return self.bf16_copy
 
 
 NO_MASKS = LayerMasks(None, None, None)

@@ -520,7 +520,7 @@ def masked_adamw_case(size: int, copied: int = 0) -> Case:
             epsilon=1e-8,
             weight_decay=1e-4,
             max_norm=0.25,
-            rounded=torch.zeros(copied, dtype=torch.bfloat16) if copied else None,
+            bf16_copy=torch.zeros(copied, dtype=torch.bfloat16) if copied else None,
         )
 
     return Case(f"{size:,} weights{', bf16 copy' if copied else ''}", run)

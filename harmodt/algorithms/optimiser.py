@@ -24,7 +24,7 @@ class Optimiser:
         rounded_to: a type in which it keeps a copy of the maskable weights, or None.
 
     Attributes:
-        rounded: that copy, [P_m], or None. `round_weights` writes it, and then every step.
+        bf16_copy: that copy, [P_m], or None. `round_weights` writes it, and then every step.
     """
 
     def __init__(
@@ -39,17 +39,17 @@ class Optimiser:
         self._backend = backend
         self.first_moment = torch.zeros_like(vector.weights)
         self.second_moment = torch.zeros_like(vector.weights)
-        self.rounded: Tensor | None = None
+        self.bf16_copy: Tensor | None = None
         if rounded_to is not None:
-            self.rounded = torch.empty_like(
+            self.bf16_copy = torch.empty_like(
                 vector.weights[: vector.maskable_size], dtype=rounded_to
             )
             self.round_weights()
 
     def round_weights(self) -> None:
         """Round weights that did not come from its steps: the first, or a checkpoint's."""
-        if self.rounded is not None:
-            self.rounded.copy_(self._vector.weights[: self._vector.maskable_size])
+        if self.bf16_copy is not None:
+            self.bf16_copy.copy_(self._vector.weights[: self._vector.maskable_size])
 
     def step(self, mask_bits: Tensor | None, task_ids: Tensor, rates: Tensor) -> Tensor:
         """Move the active weights.
@@ -74,7 +74,7 @@ class Optimiser:
             epsilon=self.settings.adam_epsilon,
             weight_decay=self.settings.weight_decay,
             max_norm=self.settings.gradient_clip,
-            rounded=self.rounded,
+            bf16_copy=self.bf16_copy,
         )
 
     def rates(self, steps: Sequence[int]) -> Tensor:

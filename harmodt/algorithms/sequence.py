@@ -250,7 +250,7 @@ class SequenceLearner:
                 # The layers write their gradients here; autograd would add them.
                 places = self.vector.gradient[None]
             masks = self.masks_of(task_ids, places)
-            self._masks = replace(masks, rounded=self.optimiser.rounded)
+            self._masks = replace(masks, bf16_copy=self.optimiser.bf16_copy)
         return self._masks.with_tasks(task_ids)
 
     def _operate(self, gradients: Tensor, task_ids: Tensor, step: Tensor) -> None:

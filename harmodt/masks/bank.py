@@ -34,7 +34,7 @@ class TaskMasks:
             embedding's, which autograd brings to its parameter.
         queue: where the gradients of linear layers wait to be computed together; its `finish` is to
             be called after a backward pass.
-        rounded: [P_m], the maskable weights in the type of matrix products, which linear layers
+        bf16_copy: [P_m], the maskable weights in the type of matrix products, which linear layers
             read in their place; or None. It needs group_gradients: the weights get no gradient.
     """
 
@@ -43,12 +43,12 @@ class TaskMasks:
     task_ids: Tensor
     group_gradients: Tensor | None = None
     queue: WeightGradients = field(default_factory=WeightGradients)
-    rounded: Tensor | None = None
+    bf16_copy: Tensor | None = None
     _parts: dict[nn.Module, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.rounded is not None and self.group_gradients is None:
-            raise ValueError("rounded weights get no gradient: give group_gradients as well")
+        if self.bf16_copy is not None and self.group_gradients is None:
+            raise ValueError("a bf16_copy gets no gradient: give group_gradients as well")
 
     def with_tasks(self, task_ids: Tensor) -> TaskMasks:
         """The same for a batch of other tasks; what layers have of them is not looked up again."""
@@ -62,9 +62,9 @@ class TaskMasks:
             return None
         if layer not in self._parts:
             of_layer = self._bits_of(layer), self._masked_gradients_of(layer)
-            self._parts[layer] = *of_layer, self._rounded_of(layer)
-        (weight_bits, bias_bits), gradients, rounded = self._parts[layer]
-        return LayerMasks(weight_bits, bias_bits, self.task_ids, gradients, self.queue, rounded)
+            self._parts[layer] = *of_layer, self._bf16_copy_of(layer)
+        (weight_bits, bias_bits), gradients, bf16_copy = self._parts[layer]
+        return LayerMasks(weight_bits, bias_bits, self.task_ids, gradients, self.queue, bf16_copy)
 
     def _bits_of(self, layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:
         if self.bits is None:
@@ -79,11 +79,11 @@ class TaskMasks:
         weight, bias = self.vector.layers[layer]
         return weight.of_groups(gradients), None if bias is None else bias.of_groups(gradients)
 
-    def _rounded_of(self, layer: nn.Module) -> Tensor | None:
-        if self.rounded is None or not isinstance(layer, MaskedLinear):
+    def _bf16_copy_of(self, layer: nn.Module) -> Tensor | None:
+        if self.bf16_copy is None or not isinstance(layer, MaskedLinear):
             return None
         weight, _ = self.vector.layers[layer]
-        return weight.view(self.rounded)
+        return weight.view(self.bf16_copy)
 
     def gradients_of(self, module: nn.Module) -> list[Tensor] | None:
         """Where the gradients of a module that no mask covers go, for each parameter.

@@ -23,7 +23,7 @@ def masked_adamw(
     second_rate: float,
     epsilon: float,
     weight_decay: float,
-    rounded: Tensor | None = None,
+    bf16_copy: Tensor | None = None,
 ) -> None:
     """Computes `harmodt::masked_adamw`, with the arguments of its schema."""
     operands = AdamWOperands(
@@ -43,5 +43,5 @@ def masked_adamw(
         operands.tasks = len(task_ids)
         operands.task_ids = pointer_to_ids(task_ids, len(mask_bits))
     library().harmodt_masked_adamw(byref(operands), threads())
-    if rounded is not None:
-        rounded.copy_(weights[: len(rounded)])
+    if bf16_copy is not None:
+        bf16_copy.copy_(weights[: len(bf16_copy)])

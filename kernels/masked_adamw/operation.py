@@ -25,7 +25,7 @@ def masked_adamw(
     epsilon: float,
     weight_decay: float,
     max_norm: float = math.inf,
-    rounded: Tensor | None = None,
+    bf16_copy: Tensor | None = None,
 ) -> Tensor:
     """Clip the gradient's norm, then run AdamW on the active weights. Others keep their bits.
 
@@ -46,8 +46,8 @@ def masked_adamw(
         lr_and_corrections: float32 [3], the learning rate and the bias corrections, from
             `lr_and_corrections_at`. On a GPU, the kernel reads them when it runs.
         max_norm: the gradient is clipped to this global norm.
-        rounded: a buffer [≤ P] of another floating-point dtype, or None. The step writes a copy of
-            the first weights to it.
+        bf16_copy: a buffer [≤ P] of another floating-point dtype, usually bf16, or None. The step
+            writes a copy of the first weights to it.
 
     Returns:
         The norm of the gradient before clipping, float32 [].
@@ -60,8 +60,8 @@ def masked_adamw(
     _check_vectors(weights, gradient, first_moment, second_moment, lr_and_corrections)
     if mask_bits is not None:
         _check_masks(mask_bits, task_ids, words_for(weights.numel()))
-    if rounded is not None:
-        _check_rounded(rounded, weights)
+    if bf16_copy is not None:
+        _check_bf16_copy(bf16_copy, weights)
     norm = torch.linalg.vector_norm(gradient)
     beta1, beta2 = betas
     torch.ops.harmodt.masked_adamw(
@@ -78,7 +78,7 @@ def masked_adamw(
         1 - beta2,
         epsilon,
         weight_decay,
-        rounded,
+        bf16_copy,
     )
     return norm
 
@@ -121,17 +121,17 @@ def _check_masks(mask_bits: Tensor, task_ids: Tensor | None, words: int) -> None
         raise ValueError("mask_bits needs the tasks of the step as task_ids, int64 [G]")
 
 
-def _check_rounded(rounded: Tensor, weights: Tensor) -> None:
-    if not rounded.is_floating_point():
-        raise TypeError(f"rounded is {rounded.dtype}: it must have a floating-point dtype")
-    if rounded.dim() != 1 or rounded.numel() > weights.numel():
+def _check_bf16_copy(bf16_copy: Tensor, weights: Tensor) -> None:
+    if not bf16_copy.is_floating_point():
+        raise TypeError(f"bf16_copy is {bf16_copy.dtype}: it must have a floating-point dtype")
+    if bf16_copy.dim() != 1 or bf16_copy.numel() > weights.numel():
         raise ValueError(
-            f"rounded has shape {list(rounded.shape)}: it must be [at most {weights.numel()}]"
+            f"bf16_copy has shape {list(bf16_copy.shape)}: it must be [at most {weights.numel()}]"
         )
-    if not rounded.is_contiguous():
-        raise ValueError("rounded has gaps between its elements")
-    if rounded.device != weights.device:
-        raise ValueError(f"rounded is on {rounded.device} and weights is on {weights.device}")
+    if not bf16_copy.is_contiguous():
+        raise ValueError("bf16_copy has gaps between its elements")
+    if bf16_copy.device != weights.device:
+        raise ValueError(f"bf16_copy is on {bf16_copy.device} and weights is on {weights.device}")
 
 
 def _masked_adamw_fake(*_: Any) -> None:
@@ -144,6 +144,6 @@ register(
     "(Tensor(a!) weights, Tensor gradient, Tensor(b!) first_moment, Tensor(c!) second_moment, "
     "Tensor? mask_bits, Tensor? task_ids, Tensor lr_and_corrections, Tensor norm, float max_norm, "
     "float first_rate, float second_rate, float epsilon, float weight_decay, "
-    "Tensor(d!)? rounded=None) -> ()",
+    "Tensor(d!)? bf16_copy=None) -> ()",
     _masked_adamw_fake,
 )

@@ -23,7 +23,7 @@ def masked_adamw(
     epsilon: float,
     weight_decay: float,
     max_norm: float = math.inf,
-    rounded: Tensor | None = None,
+    bf16_copy: Tensor | None = None,
 ) -> Tensor:
     """Clip the gradient's norm, then run AdamW on the active weights. Others keep their bits.
 
@@ -42,8 +42,8 @@ def masked_adamw(
         lr_and_corrections: [3], the learning rate and the bias corrections, from
             `lr_and_corrections_at`.
         max_norm: the gradient is clipped to this global norm.
-        rounded: a buffer [≤ P] of another dtype, or None. The step writes a copy of the first
-            weights to it.
+        bf16_copy: a buffer [≤ P] of another dtype, usually bf16, or None. The step writes a copy of
+            the first weights to it.
 
     Returns:
         The norm of the gradient before clipping, a tensor of one element.
@@ -58,8 +58,8 @@ def masked_adamw(
     update = (first_moment / denominator).mul_(first_correction)
     update.add_(weights, alpha=weight_decay)
     _replace(weights, active, torch.addcmul(weights, update, -learning_rate))
-    if rounded is not None:
-        rounded.copy_(weights[: len(rounded)])
+    if bf16_copy is not None:
+        bf16_copy.copy_(weights[: len(bf16_copy)])
     return norm
 
 

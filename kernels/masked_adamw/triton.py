@@ -42,9 +42,9 @@ def masked_adamw_kernel(
     task_ids,  # int64 [tasks]
     lr_and_corrections,  # [3]: learning rate, 1 / (1 - β₁ᵗ), 1 / √(1 - β₂ᵗ)
     norm,  # [], norm of the gradient
-    rounded,  # [rounded_size]
+    bf16_copy,  # [copy_size]
     size,
-    rounded_size,
+    copy_size,
     mask_words,
     mask_stride,
     tasks,
@@ -54,7 +54,7 @@ def masked_adamw_kernel(
     epsilon,
     weight_decay,
     MASKED: tl.constexpr,
-    ROUNDED: tl.constexpr,
+    BF16_COPY: tl.constexpr,
     WORDS: tl.constexpr,
 ):
     """Steps the weights of one block of words.
@@ -95,9 +95,9 @@ def masked_adamw_kernel(
     tl.store(weights, new_w, mask=inside)
     tl.store(first_moment, tl.where(active, new_m, m), mask=inside)
     tl.store(second_moment, tl.where(active, new_v, v), mask=inside)
-    if ROUNDED:
-        new_w = new_w.to(rounded.dtype.element_ty)
-        tl.store(rounded + start + element, new_w, mask=element < rounded_size - start)
+    if BF16_COPY:
+        new_w = new_w.to(bf16_copy.dtype.element_ty)
+        tl.store(bf16_copy + start + element, new_w, mask=element < copy_size - start)
 
 
 def masked_adamw(
@@ -114,7 +114,7 @@ def masked_adamw(
     second_rate: float,
     epsilon: float,
     weight_decay: float,
-    rounded: Tensor | None = None,
+    bf16_copy: Tensor | None = None,
 ) -> None:
     """Computes `harmodt::masked_adamw`, with the arguments of its schema."""
     size = weights.numel()
@@ -129,9 +129,9 @@ def masked_adamw(
         task_ids=task_ids,
         lr_and_corrections=lr_and_corrections,
         norm=norm,
-        rounded=rounded,
+        bf16_copy=bf16_copy,
         size=size,
-        rounded_size=0 if rounded is None else rounded.numel(),
+        copy_size=0 if bf16_copy is None else bf16_copy.numel(),
         mask_words=0 if mask_bits is None else mask_bits.shape[1],
         mask_stride=0 if mask_bits is None else mask_bits.stride(0),
         tasks=0 if task_ids is None else len(task_ids),
@@ -141,7 +141,7 @@ def masked_adamw(
         epsilon=epsilon,
         weight_decay=weight_decay,
         MASKED=mask_bits is not None,
-        ROUNDED=rounded is not None,
+        BF16_COPY=bf16_copy is not None,
         WORDS=WORDS,
         num_warps=NUM_WARPS,
         enable_fp_fusion=False,
