@@ -59,7 +59,7 @@ class Recording:
         with _Noticing(self), noting(self._note_call):
             self.result = function()
 
-    def repeat(self) -> None:
+    def replay(self) -> None:
         """Run the recorded operations on the inputs' current values, into the same tensors.
 
         Raises:
