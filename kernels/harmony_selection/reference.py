@@ -126,21 +126,21 @@ def select_harmony(
 
 
 def move_weights(mask_bits: Tensor, selection: Selection) -> None:
-    """Take the leaving weights out of each task's mask and the entering ones in, in place.
+    """Remove the leaving weights from each task's mask and add the entering ones, in place.
 
     Args:
         mask_bits: int32 [T, P / 32].
-        selection: for the same T tasks.
+        selection: the selection for the same T tasks.
 
     Raises:
-        ValueError: a task's selection is refused; no weight was moved.
+        ValueError: the selection refuses a task. Then no weight moves.
     """
     selection.check()
     indices = torch.cat((selection.leaving, selection.entering), 1)
     for row, chosen in zip(mask_bits, indices, strict=True):
         chosen = chosen[chosen >= 0]
         flips = torch.zeros_like(row)
-        # Each bit is added once, so that the sum is a union.
+        # Each bit is added at most once, so the sum is the union of the bits.
         flips.index_add_(0, chosen // 32, (1 << (chosen % 32)).to(torch.int32))
         row ^= flips
 
