@@ -38,7 +38,7 @@ class BuildLibrary(build_ext):
             )
             subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            # Everything else is installed all the same; the CPU kernels say so when they are used.
+            # The rest is installed anyway. The CPU kernels report this error when they are used.
             raise CompileError(f"the CPU kernels were not built: {error}") from error
 
 
@@ -52,7 +52,7 @@ setup(
     license_files=["LICENSE"],
     keywords=["offline reinforcement learning", "multi-task", "decision transformer"],
     python_requires=">=3.10",
-    # The bare name "kernels" belongs to another distribution, hence the longer import name.
+    # Another distribution has the name "kernels", so the package has a longer one.
     packages=[
         *find_packages(include=["harmodt", "harmodt.*"]),
         "harmodt_kernels",
@@ -68,36 +68,37 @@ setup(
     cmdclass={"build_ext": BuildLibrary},
     install_requires=[
         "torch>=2.11,<2.14",
-        # PyTorch's CUDA builds require one exact Triton of their own, its CPU builds none: a range
-        # lets either be satisfied.
+        # PyTorch's CUDA builds require one exact version of Triton, its CPU builds none. A range
+        # works with both.
         'triton>=3.6,<3.10; platform_system == "Linux" and platform_machine == "x86_64"',
         "numpy>=2.0",
         "metaworld>=3.1,<3.2",
-        # Meta-World 3.1 asks for exactly 3.3.0; named here because videos call it directly.
+        # Meta-World 3.1 requires exactly 3.3.0. It is listed because videos call MuJoCo directly.
         "mujoco>=3.3,<3.4",
         "gymnasium>=1.1,<2",
-        # Command lines straight from typed dataclasses: a setting is declared once.
+        # Makes command lines from typed dataclasses, so that a setting is declared once.
         "tyro>=1.0,<2",
-        # Settings in JSON, checked against their types and bounds.
+        # Reads settings from JSON and checks their types and bounds.
         "msgspec>=0.19",
-        # Progress bars and result tables on a terminal, plain lines in a log file.
+        # Prints progress bars and tables on a terminal, and plain lines in a log file.
         "rich>=13",
-        # Curves that people compare in the viewer they already have.
+        # Writes curves for a viewer that many people use already.
         "tensorboard>=2.15",
-        # Checkpoints that hold arrays only: loading one can run no code.
+        # Stores checkpoints with arrays only, so that loading one runs no code.
         "safetensors>=0.5",
     ],
     extras_require={
-        # One MP4 per task; the package brings its own encoder, so none is installed by hand.
+        # Writes one MP4 per task. The package contains an encoder, so users install none.
         "video": ["imageio-ffmpeg>=0.5"],
-        # Imports and exports of Minari's data sets (it needs Python 3.11), and of LeRobot's files.
+        # Imports and exports Minari's data sets (it needs Python 3.11).
         "minari": ['minari>=0.5; python_version >= "3.11"', "h5py>=3.8"],
+        # Imports LeRobot's files.
         "lerobot": ["pyarrow>=17"],
-        # Pages of runs: Vega-Lite with all that it needs, to be written into the page (0.9 MB,
-        # where Plotly has 4.7; SVG, which follows the page's colours and prints sharply), and the
-        # clustering of masks; SciPy is there already, with Meta-World.
+        # Makes pages of runs. Vega-Lite goes into the page itself (0.9 MB; Plotly has 4.7 MB). It
+        # draws SVG, which follows the page's colours and prints sharply. SciPy, which Meta-World
+        # installs anyway, clusters masks.
         "report": ["vl-convert-python>=1.9", "scipy>=1.13"],
-        # Trains the walkers' experts again; their weights come with the package.
+        # Trains the walkers' experts again. The package contains their weights.
         "experts": ["stable-baselines3>=2.7"],
         "dev": [
             "pytest>=8",
@@ -111,20 +112,20 @@ setup(
             "mypy>=1.15",
             # Runs the same checks before each commit; its hooks use this environment's tools.
             "pre-commit>=4",
-            # Says which of the pinned versions have known vulnerabilities.
+            # Lists the pinned versions that have known vulnerabilities.
             "pip-audit>=2.10",
-            # The tests write videos, and read them.
+            # The tests write and read videos.
             "imageio>=2.34",
             "imageio-ffmpeg>=0.5",
-            # They write data in others' formats, by the libraries that these are of.
+            # The tests write data in other formats, with the formats' own libraries.
             'minari>=0.5; python_version >= "3.11"',
             "h5py>=3.8",
             "pyarrow>=17",
             "tensordict>=0.8",
-            # They make pages of runs, and look at them in Chromium where there is one.
+            # The tests make pages of runs, and check them in Chromium if it is installed.
             "vl-convert-python>=1.9",
             "scipy>=1.13",
-            # They train an expert for a few steps.
+            # The tests train an expert for a few steps.
             "stable-baselines3>=2.7",
         ],
     },

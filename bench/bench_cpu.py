@@ -1,19 +1,19 @@
-"""The CPU kernels beside what PyTorch offers, one call of each in turn.
+"""Compares the CPU kernels with PyTorch's operations. The calls are made in turn.
 
     pytest bench/bench_cpu.py --benchmark-only
 
-A machine that others use as well changes its speed from second to second; the ratios of calls made
-in turn hold where their times do not. What the kernels stand beside:
+The speed of a shared machine changes from second to second. Ratios of calls that are made in turn
+are reliable even if their times are not. The kernels are compared with
 
-    PyTorch dense       F.linear as it is by default: MKL, on x86
-    oneDNN dense        F.linear under torch.set_float32_matmul_precision("medium"), which on CPUs
-                        chooses oneDNN
-    oneDNN masked copy  the same, after unpacking the mask and materialising W ⊙ M
+    PyTorch dense       F.linear with PyTorch's defaults: MKL, on x86
+    oneDNN dense        F.linear under torch.set_float32_matmul_precision("medium"), which selects
+                        oneDNN on CPUs
+    oneDNN masked copy  the same, after it unpacks the mask and computes W ⊙ M
 
-On a processor with matrix units that setting rounds operands to bf16: oneDNN then stands beside
-products in bf16 alone.
+On a processor with matrix units, the setting "medium" rounds operands to bf16. oneDNN is then
+compared with products in bf16 only.
 
-To hold both sides to AVX2, set ONEDNN_MAX_CPU_ISA=AVX2 and HARMODT_ISA=avx2.
+To limit both sides to AVX2, set ONEDNN_MAX_CPU_ISA=AVX2 and HARMODT_ISA=avx2.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def inside(context: Callable[[], Any], call: Callable[[], Any]) -> Callable[[], 
 @pytest.mark.parametrize(("passes", "products", "rows", "layer", "d"), CASES)
 def bench_linear(benchmark: Any, passes: str, products: str, rows: int, layer: str, d: int) -> None:
     problem = Problem.random(torch.float32, d, layer, 1, 4 if benchmark.disabled else rows)
-    problem.relu = False  # which PyTorch's layers do not have
+    problem.relu = False  # PyTorch's layers have no ReLU
     run = problem.forward if passes == "forward" else problem.forward_backward
 
     def masked_copy(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

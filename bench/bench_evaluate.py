@@ -1,8 +1,9 @@
-"""Evaluating MT5: 10 episodes per task, simulation included, after start-up.
+"""Times an evaluation of MT5: 10 episodes per task, with simulation, after start-up.
 
     pytest bench/bench_evaluate.py --benchmark-only
 
-The weights are untrained, which costs the same. Starting the simulation's workers is timed apart.
+The weights are untrained, because trained ones take the same time. Starting the simulation's
+workers is not timed.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
-"""Choosing the 100 weights that leave and the 100 that enter each task's mask, HarmoDT-F.
+"""Times the selection of 100 weights that leave and 100 that enter each task's mask, HarmoDT-F.
 
     pytest bench/bench_harmony_selection.py --benchmark-only
 
 The paper's model has 1.19 M maskable weights at d = 128 and 4.74 M at d = 256. The paths:
 
-    fused            the kernels, which never hold a matrix of scores; they count signs too
-    reference        the scores of one task at a time
-    scores + topk    the scores of all tasks, then torch.topk twice; no signs, no look for NaN
+    fused            the kernels, which store no matrix of scores; they also count signs
+    reference        computes the scores of one task at a time
+    scores + topk    computes the scores of all tasks, then torch.topk twice; it counts no signs and
+                     does not check for NaN
 
-The floor is to read both gradients of every task once, 8 bytes per task and weight.
-`share_of_floor` compares with the rate at which the device sums up a large vector.
+The minimum (floor) is to read both gradients of every task once, 8 bytes per task and weight.
+`share_of_floor` assumes the rate at which the device sums a large vector.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.benchmark(timer=timer)
 
 @dataclass
 class Problem:
-    """The operands of a selection, as `select_harmony` takes them."""
+    """The operands of `select_harmony`."""
 
     mask_bits: Tensor  # [T, P / 32]
     maskable_bits: Tensor  # [P / 32]
@@ -91,7 +92,7 @@ def scores_and_topk(
     balance: float,
     importance: str,
 ) -> Selection:
-    """The selection on whole matrices [T, P], where every element is a weight (Eq. 8 to 12)."""
+    """The selection from whole matrices [T, P] without padding (Eq. 8 to 12)."""
     active = unpack_bits(mask_bits, len(weights))
     fisher = (masked_gradients / losses[:, None]).square()
     harmony = masked_gradients * mean_gradient + balance * fisher
@@ -102,7 +103,7 @@ def scores_and_topk(
     return Selection(leaving, entering, moved, *moved.new_zeros(3, len(moved)))
 
 
-@functools.lru_cache(maxsize=1)  # the paths of a case share it
+@functools.lru_cache(maxsize=1)  # all paths of a case share the problem
 def problem_and_result(tasks: int, weights: int) -> tuple[Problem, Selection]:
     problem = Problem.random(tasks, weights)
     return problem, problem.select(REFERENCE.select_harmony)

@@ -1,9 +1,8 @@
-"""A mask update, and what it gains by choosing for all tasks at once.
+"""Times a mask update, and compares one selection for all tasks with one per task.
 
     pytest bench/bench_mask_update.py --benchmark-only
 
-An update is two forward and backward passes of every task, then the selection. A step of few tasks
-selects for few at a time: "a call per task" stands beside one call of all.
+An update runs two forward and backward passes for every task, then the selection.
 """
 
 from __future__ import annotations
@@ -40,15 +39,15 @@ def bench_mask_update(benchmark: Any, store: DataStore, gradients: str, size: st
 @pytest.mark.parametrize("tasks", [5, 50])
 def bench_selection_calls(benchmark: Any, tasks: int) -> None:
     problem = Problem.random(tasks, 32 * 1024 if benchmark.disabled else WEIGHTS[128])
-    parts = [_only(problem, task) for task in range(tasks)]
+    problems = [_only(problem, task) for task in range(tasks)]
     select = fused().select_harmony
-    whole = problem.select(select)
-    of_parts = zip(*(part.select(select) for part in parts), strict=True)
-    for field, rows in zip(whole, of_parts, strict=True):
+    together = problem.select(select)
+    one_by_one = zip(*(single.select(select) for single in problems), strict=True)
+    for field, rows in zip(together, one_by_one, strict=True):
         assert torch.equal(field, torch.cat(rows))
     calls = {
         "fused": lambda: problem.select(select),
-        "a call per task": lambda: [part.select(select) for part in parts],
+        "a call per task": lambda: [single.select(select) for single in problems],
     }
     measure_in_turn(benchmark, calls, seconds=1.0)
 

@@ -1,17 +1,17 @@
-"""One optimiser step: the gradient's norm is clipped, then AdamW moves the active weights.
+"""Times an optimiser step: it clips the gradient's norm, then AdamW moves the active weights.
 
     pytest bench/bench_masked_adamw.py --benchmark-only
 
-The sizes are the paper's models at d = 128 and 256 and, on a GPU, one that outgrows its caches. The
-paths:
+The sizes are those of the paper's models at d = 128 and 256 and, on a GPU, one that no cache holds.
+The paths:
 
     fused        one kernel after the norm
     reference    plain PyTorch
-    dense        clip_grad_norm_ and torch.optim.AdamW(fused=True): no masks
+    dense        clip_grad_norm_ and torch.optim.AdamW(fused=True), without masks
 
-The floor is to read weight, gradient and both moments once, to read the gradient once more before,
-for its norm, and to write all but the gradient: 32 bytes per weight, and the bits.
-`share_of_floor` compares with the rate at which the device sums up a large vector.
+The minimum (floor) is to read the gradient for its norm, then to read weight, gradient and both
+moments, and to write all of them except the gradient: 32 bytes per weight, plus the bits.
+`share_of_floor` assumes the rate at which the device sums a large vector.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from measuring import DEVICE, ON_GPU, fused, measure, note_floor, random_masks, timer
 from torch import Tensor, nn
 
-from harmodt_kernels import REFERENCE, rates_of_step, unpack_bits
+from harmodt_kernels import REFERENCE, lr_and_corrections_at, unpack_bits
 
 SIZES = [1_458_720, 5_276_704] + ([75_000_000] if ON_GPU else [])
 MAX_NORM = 0.25
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.benchmark(timer=timer)
 
 @dataclass
 class Problem:
-    """The operands of a first step; the gradient is 0 where no task uses a weight."""
+    """The operands of a first step. The gradient of a weight that no task uses is 0."""
 
     weights: Tensor  # [P]
     gradient: Tensor
@@ -61,7 +61,7 @@ class Problem:
             self.second_moment,
             self.active_bits[None],
             torch.zeros(1, dtype=torch.int64, device=DEVICE),
-            torch.tensor(rates_of_step(1, 1e-3, ADAMW["betas"]), device=DEVICE),
+            torch.tensor(lr_and_corrections_at(1, 1e-3, ADAMW["betas"]), device=DEVICE),
             epsilon=1e-8,
             max_norm=MAX_NORM,
             **ADAMW,

@@ -1,9 +1,9 @@
-"""The linear layers of a transformer block under the masks of several tasks.
+"""Times the linear layers of a transformer block with the masks of several tasks.
 
     pytest bench/bench_masked_linear.py --benchmark-only
 
-A step holds one group of 600 rows (8 windows of 75 tokens) for each task, at most GROUPS of them;
-the masks of all tasks are in memory. As in the model, the layer "up" ends in a ReLU. The paths:
+A step has a group of 600 rows (8 windows of 75 tokens) for each task, but at most GROUPS groups.
+The masks of all tasks are in memory. As in the model, the layer "up" ends in a ReLU. The paths:
 
     fused       the kernels, which apply the bits to tiles of W
     reference   plain PyTorch: one masked copy of W per group, then a batched product
@@ -11,8 +11,8 @@ the masks of all tasks are in memory. As in the model, the layer "up" ends in a 
     vmap        torch.func: a linear layer called on the stacked masked copies
     dense       no masks: the lower bound
 
-Before a path is timed, its results are compared with the definition in float64, on weights rounded
-to the dtype of the products.
+Before a path is timed, its results are compared with the definition in float64. For this the
+weights are rounded to the dtype of the products.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ GROUPS = 50 if ON_GPU else 5
 ROWS = 600
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3}  # of the norm
 
-# One layer with every number of tasks, every layer with five; on a GPU wider ones and in bf16.
+# One layer for each number of tasks, and all layers for five tasks. A GPU also times wider layers
+# and bf16.
 SIZES = [("up", tasks) for tasks in TASKS] + [(layer, 5) for layer in LAYERS if layer != "up"]
 if ON_GPU:
     CASES = [("bfloat16", 128, *size) for size in SIZES]
@@ -82,7 +83,7 @@ class Problem:
         return problem.with_relu() if layer == WITH_RELU else problem
 
     def with_relu(self) -> Problem:
-        """The layer with a ReLU, and no gradient where y is next to 0, on whichever side."""
+        """The layer with a ReLU. dy is 0 where y is close to 0: rounding could change its sign."""
         edges = [self.expected(masked)[0].abs() < 1e-2 for masked in (False, True)]
         dy = self.dy.masked_fill(edges[0] | edges[1], 0.0)
         return dataclasses.replace(self, dy=dy, relu=True)
@@ -102,7 +103,7 @@ class Problem:
         return y.detach(), *torch.autograd.grad(y, operands, self.dy)
 
     def expected(self, masked: bool) -> tuple[Tensor, ...]:
-        """What `forward_backward` should give, by the definition in float64."""
+        """The results of `forward_backward` by the definition in float64."""
         bits = self.masks[:2] if masked else (torch.full_like(b, -1) for b in self.masks[:2])
         weight, bias = (t.to(self.x.dtype).double() for t in (self.weight, self.bias))
         operands = self.x.double(), weight, bias, self.dy.double(), *bits
@@ -115,12 +116,12 @@ def of_backend(masked_linear: Callable[..., Tensor], problem: Problem) -> Forwar
 
 
 def activated(problem: Problem, forward: Forward) -> Forward:
-    """A layer and, where the problem has one, the ReLU after it."""
+    """A layer and, if the problem has one, the ReLU after it."""
     return (lambda *operands: forward(*operands).relu()) if problem.relu else forward
 
 
 def masked(values: Tensor, bits: Tensor, task_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """The copies of a weight or bias [..., K] under the masks of the groups' tasks, [G, ..., K]."""
+    """Masked copies of a weight or bias [..., K] for the groups' tasks, [G, ..., K]."""
     mask = unpack_bits(bits[task_ids], values.shape[-1])
     return torch.where(mask, values, 0.0).to(dtype)
 
@@ -147,7 +148,7 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def forward_of(path: str, problem: Problem, compiler: str) -> Forward:
-    """The layer along a path; `compiler` is torch.compile's backend."""
+    """The layer of a path; `compiler` is torch.compile's backend."""
     if path == "fused":
         return of_backend(fused().masked_linear, problem)
     if path == "vmap":
@@ -157,11 +158,11 @@ def forward_of(path: str, problem: Problem, compiler: str) -> Forward:
     reference = of_backend(PYTORCH.masked_linear, problem)
     if path == "reference":
         return reference
-    torch.compiler.reset()  # else the other cases count as recompilations, and those are limited
+    torch.compiler.reset()  # otherwise each case counts as a recompilation, which are limited
     return torch.compile(reference, fullgraph=True, dynamic=False, backend=compiler)
 
 
-@functools.lru_cache(maxsize=1)  # the paths of a case share it
+@functools.lru_cache(maxsize=1)  # all paths of a case share the problem
 def problem_and_results(
     dtype: str, d: int, layer: str, tasks: int, rows: int, is_masked: bool
 ) -> tuple[Problem, tuple[Tensor, ...]]:
@@ -178,7 +179,7 @@ def bench_masked_linear(
     problem, expected = problem_and_results(
         dtype, d, layer, tasks, 4 if benchmark.disabled else ROWS, path != "dense"
     )
-    # untimed, only that the whole graph is captured: generating code takes longer than all else
+    # Without timing, only check that the whole graph compiles: generating code takes too long.
     forward = forward_of(path, problem, "aot_eager" if benchmark.disabled else "inductor")
     run = problem.forward if passes == "forward" else problem.forward_backward
     actual = run(forward)

@@ -1,4 +1,4 @@
-"""Opening a store of 5 M steps: time, and the memory that it takes.
+"""Measures the time and the memory of opening a store of 5 M steps.
 
 pytest bench/bench_store.py --benchmark-only
 """
@@ -22,7 +22,7 @@ import re, sys
 from pathlib import Path
 from harmodt.data.store import DataStore
 
-def peak():  # of this program alone, in KB; getrusage would count its parent's
+def peak():  # this process's peak in KB; getrusage would include the parent's
     return re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]
 
 before = peak()
@@ -51,4 +51,5 @@ def bench_open(benchmark, tmp_path: Path) -> None:
     after, before = map(int, output.split())
     benchmark.extra_info["resident_mb"] = after >> 10
     benchmark.extra_info["of_which_opening_mb"] = (after - before) >> 10
-    print(f"\nresident after opening: {after >> 10} MB, {(after - before) >> 10} MB of them new")
+    new = (after - before) >> 10
+    print(f"\nresident memory after opening: {after >> 10} MB; opening took {new} MB of it")

@@ -1,10 +1,11 @@
-"""What gradient surgery adds to a training step, beside what learned masks add.
+"""Compares the time of gradient surgery in a training step with the time of learned masks.
 
     pytest bench/bench_surgery.py --benchmark-only
 
-All go through the kernels: "fused" is a step of Prompt-DT, then the same with each surgery, a step
-of HarmoDT-F, and an update of its masks. With the update's share, one of so many steps, a step of
-HarmoDT-F is what surgery compares with: every 100 steps is the quickstart's, 5000 the paper's.
+All steps use the kernels. "fused" is a step of Prompt-DT. The others are the same step with each
+surgery, a step of HarmoDT-F, and an update of its masks. Surgery is compared with a step of
+HarmoDT-F plus the step's share of a mask update: one update per 100 steps (the quickstart) or per
+5000 steps (the paper).
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from harmodt.data.store import DataStore
 from harmodt.settings import change
 from harmodt.training.trainer import Trainer
 
-TOLERANCE = {"pcgrad": 1e-3, "cagrad": 1e-3, "graddrop": 0.05}  # a few weights take another sign
+# Rounding changes the sign that GradDrop draws for a few weights.
+TOLERANCE = {"pcgrad": 1e-3, "cagrad": 1e-3, "graddrop": 0.05}
 SECONDS = 10.0
 UPDATES = (100, 5000)
 
 
 def make_prompt_dt(store: DataStore, surgery: str, on_kernels: bool, **settings: Any) -> Trainer:
-    """A trainer of Prompt-DT with some surgery, in the kernels or in plain PyTorch."""
+    """A trainer of Prompt-DT with a kind of surgery, by the kernels or by plain PyTorch."""
     config = change(preset("paper", "prompt-dt"), {**STEP, "surgery": surgery, **settings})
     config = change(config, {"fused": on_kernels, "graph": not ON_GPU})
     return tiny.make_trainer(store, config, DEVICE)
@@ -38,7 +40,7 @@ def make_prompt_dt(store: DataStore, surgery: str, on_kernels: bool, **settings:
 @pytest.mark.benchmark(group="training step with surgery or learned masks, d = 128, dropout 0.1")
 @pytest.mark.parametrize("tasks", [5, 50])
 def bench_surgery(benchmark: Any, store: DataStore, store_mt50: DataStore, tasks: int) -> None:
-    fused()  # or skip
+    fused()  # skips the benchmark if there are no fused kernels
     data = store if tasks == 5 else store_mt50
     check_agreement(store)
     settings: dict[str, Any] = {"tasks_per_step": tasks}
@@ -48,7 +50,7 @@ def bench_surgery(benchmark: Any, store: DataStore, store_mt50: DataStore, tasks
         for name, surgery in (("fused", "none"), *zip(TOLERANCE, TOLERANCE, strict=True))
     }
     trainers["HarmoDT-F"] = masked = make_trainer(data, "fused", **settings)
-    middle = masked.setup.config.optimisation.steps // 2  # where the most weights move
+    middle = masked.setup.config.optimisation.steps // 2  # the step at which the most weights move
     calls: dict[str, Callable[[], Any]] = {n: t.train_step for n, t in trainers.items()}
     calls["a mask update"] = lambda: masked.learner.before_step(middle)
     assert masked.learner.before_step(middle)["moved_weights"] == 100
@@ -62,7 +64,7 @@ def bench_surgery(benchmark: Any, store: DataStore, store_mt50: DataStore, tasks
 
 
 def check_agreement(store: DataStore) -> None:
-    """Assert that the kernels' step goes where plain PyTorch's does."""
+    """Assert that the kernels and plain PyTorch compute the same gradient."""
     for surgery, tolerance in TOLERANCE.items():
         gradients = (_gradient(store, surgery, on_kernels) for on_kernels in (True, False))
         assert_agree(*gradients, tolerance)

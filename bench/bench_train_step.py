@@ -1,13 +1,13 @@
-"""One optimiser step of the paper's model (d = 128, dropout 0.1), along each path in turn.
+"""Times an optimiser step of the paper's model (d = 128, dropout 0.1) with each path in turn.
 
     pytest bench/bench_train_step.py --benchmark-only
 
-The paths are those of paths.py: dense, without masks, is the lower bound of what masking can cost;
-masked copies are what a library's products need. A step is timed from the host until the device is
-done, and draws its batch, so that the sampling beside it can be read as a share of it. On a GPU
-the step is timed by itself too, captured as a CUDA graph: between cold caches, again and again, and
-with its batch. On a CPU `share_of_floor` compares a step with the arithmetic of its masked linear
-layers alone, at the processor's measured peak.
+paths.py describes the paths. "dense" has no masks: it is the lower bound. "masked copies" has the
+copies that a library's products need. A step is timed on the host until the device is done. It
+draws its batch, so the time of sampling, which is measured too, is a share of it. On a GPU the step
+is also timed as a CUDA graph: with cold caches, with warm caches, and with its batch. On a CPU
+`share_of_floor` is the time of the masked linear layers' arithmetic, at the processor's measured
+peak, as a share of the step.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from harmodt.training.trainer import Trainer
 from harmodt_kernels.native import library
 
 TASKS = (1, 5, 50)
-PRECISIONS = ("bf16", "fp32")  # a GPU's time may end before the second
+PRECISIONS = ("bf16", "fp32")  # the time on a GPU may end before the second
 SECONDS = 10.0
 TIMED = [
     pytest.param("cold caches", marks=pytest.mark.benchmark(timer=timer)),
     pytest.param("warm caches", marks=pytest.mark.benchmark(timer=timer)),
-    "with its batch",  # from the host
+    "with its batch",  # timed on the host
 ]
 SMALL = {"embed_dim": 64, "layers": 2, "heads": 2, "dropout": 0.0, "embedding_dropout": 0.0}
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}  # of three steps' change of the weights
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}  # relative to the change of the weights in three steps
 
 
 class LinearArithmetic(TorchDispatchMode):
@@ -63,14 +63,14 @@ class LinearArithmetic(TorchDispatchMode):
 
 
 def linear_operations(trainer: Trainer) -> int:
-    """Floating-point operations of the masked linear layers in a step, which is taken again."""
+    """Floating-point operations of the masked linear layers in a step. Repeats the step."""
     with LinearArithmetic() as arithmetic:
         trainer.learner._compute()
     return arithmetic.operations
 
 
 def peak(precision: str) -> float:
-    """Operations per second that this machine does now in registers, as the kernels multiply."""
+    """The peak of this machine now: the kernels' multiply-adds on registers, operations per s."""
     start = time.perf_counter()
     operations = library.library().harmodt_multiply_adds(
         100_000, precision == "bf16", library.threads()
@@ -79,10 +79,10 @@ def peak(precision: str) -> float:
 
 
 def note_graphs(benchmark: Any, trainers: Mapping[str, Trainer]) -> None:
-    """Add what recordings hold from call to call to the memory that a call was seen to take.
+    """Add the memory that recordings keep between calls to the memory that a call allocates.
 
     Args:
-        trainers: by the names of calls that were measured in turn, the benchmark's own first.
+        trainers: by the names of the calls that were measured in turn, the benchmark's own first.
     """
     beside = benchmark.extra_info["beside"]
     for index, (name, trainer) in enumerate(trainers.items()):
@@ -98,7 +98,7 @@ def held_bytes(trainer: Trainer) -> int:
 
 
 def note_arithmetic(benchmark: Any, trainer: Trainer, precision: str) -> None:
-    """Note the step's arithmetic at the machine's peak, as its floor; the benchmark has run."""
+    """Note the step's arithmetic at the machine's peak, its minimum. The benchmark has run."""
     peaks = statistics.median(peak(precision) for _ in range(20))
     floor = linear_operations(trainer) / peaks
     benchmark.extra_info["peak_flops"], benchmark.extra_info["floor_seconds"] = peaks, floor
@@ -107,7 +107,7 @@ def note_arithmetic(benchmark: Any, trainer: Trainer, precision: str) -> None:
 
 @pytest.fixture(scope="module")
 def check_agreement(store_mt50: DataStore) -> Callable[[str], None]:
-    """Asserts, once, that a small model learns the same along all paths in a precision."""
+    """Asserts, once per precision, that all paths train a small model to the same weights."""
     return functools.cache(functools.partial(_check_agreement, store_mt50))
 
 
@@ -121,7 +121,7 @@ def _check_agreement(store: DataStore, precision: str) -> None:
 
 
 def _learned(store: DataStore, path: str, precision: str) -> Tensor:
-    """What three steps of two tasks add to the weights."""
+    """The change of the weights in three steps of two tasks."""
     trainer = make_trainer(
         store,
         path,
@@ -138,7 +138,7 @@ def _learned(store: DataStore, path: str, precision: str) -> Tensor:
 
 
 def _is_timed(path: str, precision: str, tasks: int) -> bool:
-    if path == "compiled" and not ON_GPU:  # a minute of compiling, worth the same at all sizes
+    if path == "compiled" and not ON_GPU:  # compiling takes a minute, and one size is enough
         return (precision, tasks) == ("fp32", 5)
     return path != "dense, oneDNN" or precision == "bf16" or onednn_is_exact()
 
@@ -163,7 +163,7 @@ def bench_train_step(
         benchmark, {path: trainer.train_step for path, trainer in trainers.items()}, SECONDS
     )
     losses = {path: trainer.train_step().losses.mean() for path, trainer in trainers.items()}
-    for path, loss in losses.items():  # dropout draws others along each path
+    for path, loss in losses.items():  # each path draws other dropout
         assert abs(loss / losses["reference"] - 1) < 0.2, f"{path}: a loss of {loss}"
     if not ON_GPU and not benchmark.disabled:
         note_graphs(benchmark, trainers)
@@ -172,7 +172,7 @@ def bench_train_step(
 
 @pytest.fixture(scope="module")
 def graph_of(store_mt50: DataStore) -> Callable[..., Graph]:
-    """The step of a path as a graph; what is timed of it shares the last one."""
+    """Makes the step of a path as a graph. Consecutive benchmarks of one case share the graph."""
 
     @functools.lru_cache(maxsize=1)
     def make(path: str, precision: str, tasks: int) -> Graph:

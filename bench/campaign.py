@@ -1,15 +1,15 @@
-"""All that is to be measured on a GPU, in parts, with one command.
+"""Runs all measurements for a GPU with one command, in parts.
 
-    python bench/campaign.py --output results/                    what is not done yet
-    python bench/campaign.py --output results/ --minutes 9        what fits into nine minutes of it
+    python bench/campaign.py --output results/                  all parts that are not done yet
+    python bench/campaign.py --output results/ --minutes 9      those that fit into nine minutes
     python bench/campaign.py --output results/ --only kernels steps
-    python bench/campaign.py --list                               the parts and their limits
+    python bench/campaign.py --list                             the parts and their time limits
     python bench/campaign.py --output /tmp/results --device cpu --quick    small, to try it out
 
-A part that was done at this commit, on this device, is not done again; one that failed, was killed
-or took longer than its limit is, and does not end the others. RESULTS/campaign.json holds the
-results of all parts with what they depend on, campaign.md the tables of it, PART.log what a part
-printed.
+The command repeats no part that was done at this commit on this device. It repeats a part that
+failed, was killed or took longer than its limit; such a part does not stop the others.
+RESULTS/campaign.json holds the results of all parts and their circumstances, campaign.md the
+tables, and PART.log the output of a part.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ from harmodt.results import versions
 
 ROOT = Path(__file__).parents[1]
 BENCH = "bench"
-LOGGED = 40  # last lines of what a part prints
+LOGGED = 40  # lines that are kept from the end of a part's output
 STEP_TESTS = ("graph", "costs", "draws", "feed", "windows")
-PROCESSES = min(8, os.cpu_count() or 1)  # of tests: a kernel takes half a second to compile
-SPARE = 60  # seconds of a part's limit for a benchmark that has begun before it
+PROCESSES = min(8, os.cpu_count() or 1)  # that run tests: a kernel compiles in half a second
+SPARE = 60  # seconds before a part's limit: no benchmark starts after this
 
 
 @dataclass(frozen=True)
 class Part:
-    """Something to measure.
+    """One part of the measurements.
 
     Attributes:
-        name: on the command line and of its files.
-        question: what it answers.
-        limit: seconds, after which it is killed.
+        name: its name on the command line and in file names.
+        question: the question that it answers.
+        limit: the seconds after which it is killed.
         command: its arguments to Python; RESULT stands for the file of its result.
-        quick: further arguments that make it small.
-        table: makes Markdown of its result, if it leaves one.
-        needs: a module without which it is left out.
+        quick: more arguments that make it small.
+        table: makes a Markdown table of its result, if the part writes a result.
+        needs: the module that it needs; without the module the part is skipped.
     """
 
     name: str
@@ -72,34 +72,35 @@ class Part:
 
 
 def benchmarks(limit: int, *files: str) -> tuple[str, ...]:
-    """Arguments that run files of benchmarks for as long as there is time to begin another."""
+    """The arguments that run files of benchmarks until no time is left to start another."""
     options = ("-q", "--benchmark-only", "--benchmark-json=RESULT")
     names = (f"{BENCH}/bench_{file}.py" for file in files)
     return ("-m", "pytest", *names, *options, f"--most-seconds={limit - SPARE}")
 
 
 def all_parts(train_minutes: int = 0, output: Path = Path("results")) -> list[Part]:
-    """Every part, in order; `train_minutes` of real training come last, if any.
+    """All parts, in order.
 
     Args:
-        output: of the campaign, where the real run goes, and goes on.
+        train_minutes: minutes of real training, which is the last part; 0 for none.
+        output: the campaign's folder. The real run is in it, and resumes from it.
     """
     found = (f"tests/{path.name}" for path in (ROOT / "tests").glob("test_kernels_*.py"))
-    tests = sorted({*found} - {"tests/test_kernels_targets.py"})  # which needs no GPU
+    tests = sorted({*found} - {"tests/test_kernels_targets.py"})  # this file needs no GPU
     tests += [f"tests/test_{name}.py" for name in STEP_TESTS]
     run = output.resolve() / "mt5-run"
     start = ("--output", str(run)) if not run.exists() else ("--resume", str(run))
     parts = [
         Part(
             "tests",
-            "are the kernels right, and the step that is made of them?",
+            "are the kernels and the training step right?",
             420,
             ("-m", "pytest", "-q", "-n", str(PROCESSES), *tests),
             ("-k", "words_for"),
         ),
         Part(
             "errors",
-            "how far are results from float64, beside PyTorch's?",
+            "how large are the errors, compared with PyTorch's?",
             60,
             (f"{BENCH}/errors.py", "--output", "RESULT"),
             ("--rows", "8"),
@@ -127,7 +128,7 @@ def all_parts(train_minutes: int = 0, output: Path = Path("results")) -> list[Pa
         ),
         Part(
             "graphs",
-            "how fast is it as a CUDA graph?",
+            "how fast is a training step as a CUDA graph?",
             210,
             (*benchmarks(210, "train_step"), "-k", "graph"),
             (),
@@ -135,7 +136,7 @@ def all_parts(train_minutes: int = 0, output: Path = Path("results")) -> list[Pa
         ),
         Part(
             "profile",
-            "where does its time go?",
+            "which kernels take the time of a training step?",
             60,
             (f"{BENCH}/profile_kernels.py", "--output", "RESULT"),
             ("--tasks", "1"),
@@ -143,7 +144,7 @@ def all_parts(train_minutes: int = 0, output: Path = Path("results")) -> list[Pa
         ),
         Part(
             "memory",
-            "how much memory does it take?",
+            "how much memory does a training step take?",
             90,
             (f"{BENCH}/memory.py", "--output", "RESULT"),
             ("--tasks", "2"),
@@ -160,7 +161,7 @@ def all_parts(train_minutes: int = 0, output: Path = Path("results")) -> list[Pa
     ]
     real = Part(
         "meta-world",
-        "does a run collect, train and succeed?",
+        "does a real run collect, train and succeed?",
         60 * train_minutes,
         ("-m", "harmodt.train", *start),
         needs="metaworld",
@@ -169,11 +170,11 @@ def all_parts(train_minutes: int = 0, output: Path = Path("results")) -> list[Pa
 
 
 class Campaign:
-    """The parts that are done, in a file that is written whole after each.
+    """The results of the parts. After each part the file is written anew as a whole.
 
     Args:
-        output: directory of the results.
-        device: "cpu", or "cuda" for the GPU that PyTorch takes.
+        output: the folder of the results.
+        device: "cpu", or "cuda" for PyTorch's default GPU.
         quick: whether parts are small, to try them out.
     """
 
@@ -187,7 +188,7 @@ class Campaign:
             self.parts = json.loads(read_bytes(self.file))["parts"]
 
     def is_done(self, part: Part) -> bool:
-        """Whether the part was done with this code, on this device."""
+        """Whether the part was done at this commit on this device."""
         record = self.parts.get(part.name, {})
         return record.get("status") == "done" and record["at"] == self.at
 
@@ -201,7 +202,7 @@ class Campaign:
         record: dict[str, Any] = {"at": self.at, "machine": machine(), "command": command}
         begin = time.monotonic()
         if importlib.util.find_spec(part.needs) is None:
-            status = f"left out: {part.needs} is not installed"
+            status = f"skipped: {part.needs} is not installed"
         else:
             log = self.output / f"{part.name}.log"
             status = _run([sys.executable, *arguments, *more], part.limit, log, self._environment)
@@ -218,7 +219,7 @@ class Campaign:
         write_bytes(self.file.with_suffix(".md"), self.tables().encode())
 
     def tables(self) -> str:
-        """What was measured, as Markdown."""
+        """The tables of all results, as Markdown."""
         texts = []
         for part in all_parts(1):
             record = self.parts.get(part.name)
@@ -228,7 +229,7 @@ class Campaign:
             heading += f"{record['seconds']:.0f} s; `{' '.join(record['command'])}`"
             found, log = record.get("result") if part.table else None, record.get("log", [])
             if "pytest" in part.command and log:
-                heading += f"\n\n{log[-1]}"  # how many passed, and how many were left out
+                heading += f"\n\n{log[-1]}"  # pytest's summary: how many passed or were skipped
             body = part.table(found) if part.table and found else _fenced(log)
             texts.append(f"{heading}\n\n{body.strip()}\n")
         return "\n".join(texts)
@@ -236,18 +237,18 @@ class Campaign:
 
 def main() -> None:
     """The command line."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # it ends the part that runs
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # sys.exit also ends the running part
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n\n")[0], epilog=__doc__.partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("results"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--only", nargs="+", metavar="PART", help="these parts")
-    parser.add_argument("--minutes", type=float, help="begin no part whose limit ends later")
-    parser.add_argument("--train-minutes", type=int, default=0, help="for a real run on MT5")
-    parser.add_argument("--quick", action="store_true", help="small, to try the campaign out")
-    parser.add_argument("--list", action="store_true", help="the parts and their limits")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="run only these parts")
+    parser.add_argument("--minutes", type=float, help="start no part that could end after this")
+    parser.add_argument("--train-minutes", type=int, default=0, help="train on MT5 for so long")
+    parser.add_argument("--quick", action="store_true", help="make the parts small, to try them")
+    parser.add_argument("--list", action="store_true", help="print the parts and their limits")
     arguments = parser.parse_args()
     parts = all_parts(arguments.train_minutes, arguments.output)
     unknown = {*(arguments.only or ())} - {part.name for part in parts}
@@ -257,7 +258,7 @@ def main() -> None:
         print(listing(parts))
         return
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("PyTorch finds no GPU here: --device cpu --quick tries the campaign out")
+        parser.error("PyTorch finds no GPU: use --device cpu --quick to try the campaign out")
     chosen = [part for part in parts if not arguments.only or part.name in arguments.only]
     try:
         with owned(arguments.output):
@@ -271,15 +272,15 @@ def main() -> None:
 def run_parts(
     campaign: Campaign, parts: Sequence[Part], minutes: float | None = None
 ) -> dict[str, str]:
-    """Do the parts that are not done; returns those that still are not, and why."""
+    """Run the parts that are not done. Returns the parts that failed, with the reasons."""
     end = time.monotonic() + 60 * minutes if minutes else float("inf")
     missing = {}
     for part in parts:
         if campaign.is_done(part):
-            print(f"{part.name}: done before", flush=True)
+            print(f"{part.name}: done already", flush=True)
             continue
         if time.monotonic() + part.limit > end:
-            status = f"left out: its limit of {part.limit} s would end after --minutes"
+            status = f"skipped: its limit of {part.limit} s would end after --minutes"
         else:
             print(f"{part.name}: {part.question} (at most {part.limit} s)", flush=True)
             status = campaign.do(part)
@@ -298,7 +299,7 @@ def listing(parts: Sequence[Part]) -> str:
 
 
 def _run(command: Sequence[str], limit: float, log: Path, environment: dict[str, str]) -> str:
-    """Run a command and, where it must end early, all that it has started."""
+    """Run a command. If it must end early, kill it and all processes that it has started."""
     with open(log, "wb") as file:
         process = subprocess.Popen(
             command,
@@ -321,7 +322,7 @@ def _run(command: Sequence[str], limit: float, log: Path, environment: dict[str,
 
 
 def _without_samples(result: Any) -> Any:
-    """A result without the time of every round, of which there are thousands."""
+    """A result without the times of the single rounds, which are thousands."""
     if isinstance(result, dict):
         for benchmark in result.get("benchmarks", []):
             benchmark["stats"].pop("data", None)
@@ -333,7 +334,7 @@ def _fenced(lines: Sequence[str]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the results depend on beside the code and the device."""
+    """The circumstances of the results, apart from the commit and the device."""
     return {
         "versions": versions(("triton",)),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
@@ -350,14 +351,14 @@ def device_name(device: str) -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, "+" if files differ from it, or "unknown"."""
+    """The checkout's commit, with a "+" if files were changed, or "unknown"."""
     found = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
     changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
     return "unknown" if found is None else found + ("+" if changed else "")
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints; None where there is no such command, or it fails."""
+    """The output of a command; None if there is no such command, or it fails."""
     if shutil.which(command[0]) is None:
         return None
     result = subprocess.run(command, capture_output=True, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Synthetic data for the benchmarks, and what every result records."""
+"""Synthetic data for the benchmarks, and the circumstances that every result records."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--most-seconds",
         type=float,
         default=math.inf,
-        help="leave out the benchmarks that have not begun after that long, and say so",
+        help="skip all benchmarks that have not started after this many seconds",
     )
 
 
@@ -51,14 +51,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if time.monotonic() > item.config.stash[DEADLINE]:
-        pytest.skip("left out: --most-seconds have passed")
+        pytest.skip("--most-seconds have passed")
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)  # around all else, so that it ends in the tables
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # the outermost hook, so that the tables come last
 def pytest_terminal_summary(
     terminalreporter: Any, config: pytest.Config
 ) -> Generator[None, None, None]:
-    """A table per question in place of pytest-benchmark's own, which is for comparing runs."""
+    """Print a table per question. pytest-benchmark's own tables are for comparing runs."""
     session = config._benchmarksession  # type: ignore[attr-defined]
     compares = session.compare or session.verbose
     session.quiet = session.quiet or not compares
@@ -80,12 +80,12 @@ def pytest_terminal_summary(
 def pytest_benchmark_update_json(
     config: pytest.Config, benchmarks: list, output_json: dict
 ) -> None:
-    """Store what a figure depends on beside it."""
+    """Store the circumstances with the results."""
     output_json["torch"] = circumstances()
 
 
 def circumstances() -> dict[str, Any]:
-    """Versions, threads and the device of the benchmarks."""
+    """The versions, the number of threads and the device of the benchmarks."""
     return {
         "version": torch.__version__,
         "threads": torch.get_num_threads(),

@@ -1,10 +1,10 @@
-"""How far the kernels' results are from float64, beside PyTorch's own in the same precision.
+"""Compares the errors of the kernels with those of PyTorch in the same precision.
 
     python bench/errors.py [--output errors.json]
 
-An error is the norm of the difference over that of the result in float64. All operands can be
-held exactly in bf16, so that what is left is the error of computing. The layers are those of the
-paper's model with five tasks, a dropout of 0.
+An error is the norm of the difference from the result in float64, divided by the norm of this
+result. bf16 represents all operands exactly, so only the computation has an error. The layers are
+those of the paper's model with five tasks, without dropout.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Operation = Callable[[Backend, torch.dtype, torch.dtype], Results]
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="JSON file; by default a table is printed")
-    parser.add_argument("--rows", type=int, default=600, help="of each task")
+    parser.add_argument("--output", type=Path, help="JSON file; by default, print a table")
+    parser.add_argument("--rows", type=int, default=600, help="rows per task")
     arguments = parser.parse_args()
     rows = [row for name in PRECISIONS for row in measure(name, arguments.rows)]
     if arguments.output is None:
@@ -44,7 +44,7 @@ def main() -> None:
 def measure(precision: str, rows: int) -> list[dict[str, Any]]:
     """The errors of every result of every operation in a precision."""
     found = []
-    # What a GPU's kernels get in bf16 are tensors in bf16; those of a CPU round inside.
+    # In bf16, a GPU's kernels get bf16 tensors. A CPU's kernels round float32 tensors themselves.
     activations = torch.bfloat16 if precision == "bf16" and ON_GPU else torch.float32
     for name, operation in operations(rows).items():
         exact = operation(REFERENCE, torch.float64, torch.float64)
@@ -67,7 +67,7 @@ def measure(precision: str, rows: int) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """As Markdown."""
+    """The errors as a Markdown table."""
     heads = ["operation", "result", "precision", "error", "PyTorch's", "error ÷ PyTorch's"]
     return plain_table(
         heads,
@@ -104,8 +104,8 @@ def _linear(layer: str, rows: int) -> Operation:
         masked_linear = backend.masked_linear
         y = masked_linear(x, weight, bias, *problem.masks, relu=problem.relu)
         dx, *summed = torch.autograd.grad(y, (x, weight, bias), dy.to(y.dtype))
-        own = {"group_gradients": tuple(groups), "relu": problem.relu}
-        masked_linear(x, weight, bias, *problem.masks, **own).backward(dy.to(y.dtype))
+        options = {"group_gradients": tuple(groups), "relu": problem.relu}
+        masked_linear(x, weight, bias, *problem.masks, **options).backward(dy.to(y.dtype))
         return {"y": y, "dx": dx, "dW": summed[0], "db": summed[1], "dW of a group": groups[0]}
 
     return run
@@ -126,14 +126,14 @@ def _residual(layer: str, rows: int) -> Operation:
 
 
 def _norm_linear(layer: str, rows: int) -> Operation:
-    problem, of_norm = _exact_in_bf16(layer, rows), _exact_in_bf16("out", rows)
+    problem, norm = _exact_in_bf16(layer, rows), _exact_in_bf16("out", rows)
     masks = LayerMasks(*problem.masks)
-    norm_masks = LayerMasks(of_norm.bias_bits, of_norm.bias_bits, problem.task_ids)
+    norm_masks = LayerMasks(norm.bias_bits, norm.bias_bits, problem.task_ids)
 
     def run(backend: Backend, activations: torch.dtype, weights: torch.dtype) -> Results:
         operands = [
             t.to(weights).requires_grad_()
-            for t in (problem.x, of_norm.weight[0], of_norm.bias, problem.weight, problem.bias)
+            for t in (problem.x, norm.weight[0], norm.bias, problem.weight, problem.bias)
         ]
         y, _ = backend.norm_linear(*operands, norm_masks, masks)
         gradients = torch.autograd.grad(y, operands, problem.dy.to(y.dtype))

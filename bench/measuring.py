@@ -1,9 +1,10 @@
-"""How the benchmarks of the kernels measure: time on the device, peak memory, agreement.
+"""Measures time on the device, peak memory and agreement for the kernels' benchmarks.
 
-On a GPU a call is timed by two CUDA events around it, as `triton.testing.do_bench` does: after the
-caches were emptied, and behind a spin that hides how long Python takes to launch. That is the time
-of the kernels alone; what launching them costs shows in the training step's benchmark. The events
-are the timer of pytest-benchmark, whose statistics then hold for both kinds of device.
+On a GPU, two CUDA events around a call time it, as in `triton.testing.do_bench`. Before the call,
+the caches are emptied, and the device spins for a while, so that Python's launches do not add to
+the time. So this is the time of the kernels only; the training step's benchmark includes the time
+of launches. The events are the timer of pytest-benchmark, so its statistics work for both kinds of
+device.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ import tiny
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 MOST_ROUNDS = 100 if ON_GPU else 30
-SECONDS = 0.5  # per benchmark, if that is enough for three rounds
+SECONDS = 0.5  # per benchmark, or longer if three rounds take longer
 CACHE_BYTES = 1 << 28  # more than any GPU's L2 cache
-NO_KERNEL = ("Memcpy", "Memset", "Context", "Event", "Stream")  # in the profiler's list
+NO_KERNEL = ("Memcpy", "Memset", "Context", "Event", "Stream")  # profiler events, not kernels
 SPIN_CYCLES = 4_000_000  # about 2 ms
 
 
@@ -58,12 +59,12 @@ timer = Instant if ON_GPU else time.perf_counter
 
 
 def measure(benchmark: Any, call: Callable[[], object], *, cold: bool = True) -> None:
-    """Time a call whose results were found right, and note the peak of its memory.
+    """Time a call and note its peak memory. The caller has checked the call's results.
 
     Args:
         cold: whether a GPU's caches are emptied before each call.
     """
-    call()  # compiles what is compiled at the first call
+    call()  # the first call compiles
     benchmark.extra_info["peak_bytes"] = peak_bytes(call)
     prepare = functools.partial(_prepare, cold)
     rounds = 1 if benchmark.disabled else round(SECONDS / _seconds(call))
@@ -75,15 +76,15 @@ def measure(benchmark: Any, call: Callable[[], object], *, cold: bool = True) ->
 def measure_in_turn(
     benchmark: Any, calls: Mapping[str, Callable[[], object]], seconds: float = 3.0
 ) -> None:
-    """Time calls one after the other, again and again, from the host; the first is the benchmark's.
+    """Time calls in turn, round after round, on the host.
 
-    A machine that others use as well changes its speed from second to second; ratios of calls made
-    in turn hold where times do not. The medians and the peaks of memory of the calls after the
-    first are noted beside it.
+    The speed of a shared machine changes from second to second. Ratios of calls that are made in
+    turn are reliable even if times are not. The first call is the benchmark's own. For the others,
+    the benchmark's extra_info gets their medians and peak memory under "beside".
 
     Args:
-        calls: whose results were found right, by name.
-        seconds: for all rounds, if that is enough for three.
+        calls: the calls by name. The caller has checked their results.
+        seconds: the time for all rounds, or longer if three rounds take longer.
     """
     first, *others = (finished(call) for call in calls.values())
     if benchmark.disabled:
@@ -103,14 +104,14 @@ def measure_in_turn(
     benchmark.pedantic(first, setup=run_others, rounds=rounds)
     benchmark.extra_info.update(notes[0])
     benchmark.extra_info["beside"] = {
-        name: {"median": statistics.median(values), **of_call}
-        for name, values, of_call in zip([*calls][1:], times, notes[1:], strict=True)
+        name: {"median": statistics.median(values), **call_notes}
+        for name, values, call_notes in zip([*calls][1:], times, notes[1:], strict=True)
     }
 
 
 def _notes(call: Callable[[], object]) -> dict[str, int]:
-    """The peak of a call's memory and, on a GPU, the kernels that it launches."""
-    for _ in range(1 if ON_GPU else 2):  # compiles; on a CPU the second call of a step records it
+    """A call's peak memory and, on a GPU, the number of kernels that it launches."""
+    for _ in range(1 if ON_GPU else 2):  # the first call compiles; a CPU records the second step
         call()
     notes = {"peak_bytes": peak_bytes(call)}
     if ON_GPU:
@@ -120,14 +121,14 @@ def _notes(call: Callable[[], object]) -> dict[str, int]:
 
 
 def profiled(call: Callable[[], object]) -> tuple[dict[str, tuple[int, float]], Counter[str]]:
-    """What a call runs, by torch.profiler.
+    """Profile a call with torch.profiler.
 
     Args:
-        call: it returns when the device is done.
+        call: returns when the device is done.
 
     Returns:
-        The kernels on a GPU, on a CPU PyTorch's operations: how often and for how many seconds, by
-        name. And how often the host called what, by name, CUDA's functions among it.
+        The number and the seconds of each kernel on a GPU, or of PyTorch's operations on a CPU, by
+        name. And the number of the host's calls by name, including CUDA's functions.
     """
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if ON_GPU else [])
     with profile(activities=activities) as profiler:
@@ -147,7 +148,7 @@ def profiled(call: Callable[[], object]) -> tuple[dict[str, tuple[int, float]], 
 
 
 def finished(call: Callable[[], object]) -> Callable[[], object]:
-    """The call, and a wait for all that it started on the device."""
+    """The call, followed on a GPU by a wait until the device is done."""
     if not ON_GPU:
         return call
 
@@ -160,7 +161,7 @@ def finished(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """The most that a call holds beyond what there was before it, its results included."""
+    """The peak of the memory that a call adds, including its results."""
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -170,7 +171,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 def note_floor(benchmark: Any, floor_bytes: int) -> None:
-    """Note the fewest bytes the operation must move, and how near the timed call came to that."""
+    """Note the minimum of bytes that the operation must move, and its time's share of the call."""
     benchmark.extra_info["floor_bytes"] = floor_bytes
     if not benchmark.disabled:
         floor = floor_bytes / read_bandwidth()
@@ -179,25 +180,25 @@ def note_floor(benchmark: Any, floor_bytes: int) -> None:
 
 @functools.cache
 def read_bandwidth() -> float:
-    """Bytes per second at which the device sums up a large vector."""
+    """Bytes per second at which the device sums a large vector."""
     values = torch.ones(1 << (28 if ON_GPU else 25), device=DEVICE)
     return values.nbytes / min(_seconds(values.sum) for _ in range(10))
 
 
 def fused() -> Backend:
-    """The fused kernels; where there are none, the benchmark is skipped and says why."""
+    """The fused kernels. Without them, the benchmark is skipped with the reason."""
     try:
         backend = fused_backend(DEVICE)
     except BackendUnavailable as error:
         pytest.skip(str(error))
     if backend.name == "triton-interpreter":
-        pytest.skip("Triton's interpreter is not what a benchmark measures")
+        pytest.skip("benchmarks do not measure Triton's interpreter")
     return backend
 
 
 @contextlib.contextmanager
 def onednn() -> Iterator[None]:
-    """On a CPU, products by oneDNN, as torch.set_float32_matmul_precision("medium") has them."""
+    """On a CPU, use oneDNN's products, as torch.set_float32_matmul_precision("medium") does."""
     products = torch.backends.mkldnn.matmul
     before = products.fp32_precision
     products.fp32_precision = "bf16"
@@ -209,7 +210,7 @@ def onednn() -> Iterator[None]:
 
 @functools.cache
 def onednn_is_exact() -> bool:
-    """Whether PyTorch's setting for oneDNN leaves the operands of products in float32 here."""
+    """Whether oneDNN's products keep operands in float32 on this machine."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(64, 256, generator=generator) for _ in range(2))
     exact = x.double() @ weight.double().T
@@ -226,7 +227,7 @@ def random_store(path: Path, episodes: int, tasks: str = "mt5") -> DataStore:
 
 
 def random_masks(*shape: int) -> Tensor:
-    """int32 masks with 13 of 16 bits set on average: near the paper's four fifths, and quick."""
+    """int32 masks with 13 of 16 bits set on average: fast, and close to the paper's 4/5."""
     a, b, c, d = (
         torch.randint(-(1 << 31), 1 << 31, shape, dtype=torch.int32, device=DEVICE)
         for _ in range(4)
@@ -256,7 +257,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def _prepare(cold: bool = True) -> None:
-    """Before each timed call on a GPU: empty its caches, and let Python run ahead of it."""
+    """Before a timed call on a GPU: empty its caches, and let it spin while Python launches."""
     if ON_GPU and cold:
         torch.empty(CACHE_BYTES, dtype=torch.uint8, device=DEVICE).zero_()
     if ON_GPU:

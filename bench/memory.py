@@ -1,10 +1,10 @@
-"""The peak of a training step's memory against the number of tasks, along each path.
+"""Measures the peak memory of a training step for several numbers of tasks and each path.
 
     python bench/memory.py [--tasks 5 50 200 1000] [--output memory.json]
 
-Each task has one window in the step, so that the copies of weights show beside the activations.
-The step is the paper's model's (d = 128, dropout 0.1) in bf16. What is counted is what a step takes
-beyond the model, the optimiser and the packed masks of all tasks, which are listed.
+Each task has only one window in the step: otherwise activations would hide the copies of weights.
+The step is that of the paper's model (d = 128, dropout 0.1) in bf16. The peak does not include the
+model, the optimiser and the packed masks of all tasks; the masks have a column of their own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", type=int, nargs="+", default=[5, 50, 200, 1000])
-    parser.add_argument("--output", type=Path, help="JSON file; by default a table is printed")
+    parser.add_argument("--output", type=Path, help="JSON file; by default, print a table")
     arguments = parser.parse_args()
     prepare_cpu()
     with tempfile.TemporaryDirectory() as folder:
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def measure(store: DataStore, tasks: int) -> dict[str, Any]:
-    """The bytes of the masks and of a step along each path; None where they were too many."""
+    """The bytes of the masks, and of a step with each path; None if memory was not enough."""
     names = [store.tasks[index % len(store.tasks)] for index in range(tasks)]
     repeated = SimpleNamespace(tasks=names, task=store.task, environment=store.environment)
     with mock.patch.object(MaskBank, "initialise", _random_bank):
@@ -59,7 +59,7 @@ def measure(store: DataStore, tasks: int) -> dict[str, Any]:
 
 
 def _random_bank(vector: ParameterVector, sparsities: Sequence[float], *_: Any) -> MaskBank:
-    """In place of masks of the right densities, which take long to draw for a thousand tasks."""
+    """Random masks, because masks of the right densities take long to draw for 1000 tasks."""
     return MaskBank(vector, random_masks(len(sparsities), vector.maskable_size // 32))
 
 
@@ -74,7 +74,7 @@ def _peak(store: Any, path: str, tasks: int) -> int | None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """As Markdown."""
+    """The memory as a Markdown table."""
     cells = [
         [
             str(row["tasks"]),

@@ -1,17 +1,17 @@
-"""A training step along several paths, each a `Trainer`: batch, loss and all else are the same.
+"""Makes a `Trainer` for each path. A path is a way to compute the same training step.
 
 The paths:
 
     fused           the kernels
-    masked copies   one pass makes W ⊙ M of all layers for the tasks of the step, the library's
-                    batched products take these copies, and one pass masks and adds the gradients;
-                    all other operations are those of "fused"
+    masked copies   one pass makes W ⊙ M of all layers for the tasks of the step, PyTorch's batched
+                    products multiply with these copies, and one pass masks and sums the gradients.
+                    All other operations are those of "fused"
     reference       masks in plain PyTorch: --no-fused
     dense           Prompt-DT: the same model without masks, in PyTorch
-    dense, oneDNN   the same with the library's other products, on a CPU; on AMD's they are faster
+    dense, oneDNN   on a CPU, the same with oneDNN's products, which are faster on AMD's processors
     compiled        "dense" through torch.compile, with PyTorch's fused AdamW
 
-"masked copies" and "compiled", too, multiply by oneDNN where that is exact.
+"masked copies" and "compiled" also use oneDNN's products if these keep float32 operands.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from harmodt.settings import change
 from harmodt.training.trainer import Trainer
 from harmodt_kernels import PYTORCH, Backend, MaskedLinear, pack_bits, unpack_bits
 from harmodt_kernels.dropout_add.pytorch import dropout_mask
-from harmodt_kernels.norm_linear.reference import in_parts
+from harmodt_kernels.norm_linear.reference import norm_then_linear
 
 DENSE = ("dense", "compiled") if ON_GPU else ("dense", "dense, oneDNN", "compiled")
 PATHS = ("fused", "masked copies", "reference", *DENSE)
@@ -46,10 +46,10 @@ STEP = {"tasks_per_step": 5, "batch_per_task": 8}
 def make_trainer(
     store: DataStore, path: str, *, compiler: str = "inductor", **settings: Any
 ) -> Trainer:
-    """A trainer along a path; the benchmark is skipped if the device has no fused kernels.
+    """A trainer for a path. Skips the benchmark if the path's fused kernels are missing.
 
-    Its steps are recorded as graphs on a CPU, as a run's are; on a GPU, where they are timed as
-    such and as single launches, if `graph` is set.
+    On a CPU, the trainer records its steps, as a run does. On a GPU, it captures them only if
+    `graph` is set, because steps are timed with and without a graph.
 
     Args:
         compiler: torch.compile's backend, for the path "compiled".
@@ -64,7 +64,7 @@ def make_trainer(
         trainer = tiny.make_trainer(store, config, DEVICE, copies.backend)
         copies.bank = trainer.learner.bank
     elif path == "dense, oneDNN":
-        # the precision in which PyTorch chooses oneDNN, whatever that rounds to
+        # PyTorch selects oneDNN for this precision, whether or not oneDNN rounds operands
         config = change(config, {"precision": "bf16"})
         backend = dataclasses.replace(PYTORCH, rounds_inside=True)
         trainer = tiny.make_trainer(store, config, DEVICE, backend)
@@ -86,7 +86,7 @@ def make_trainer(
 
 
 class Graph:
-    """A trainer's step as one CUDA graph, along any path.
+    """A trainer's step as one CUDA graph, for any path.
 
     Attributes:
         memory: bytes of the graph's own pool.
@@ -101,15 +101,15 @@ class Graph:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
-        self._graph()  # is recorded
+        self._graph()  # this call captures the step
         self.memory = torch.cuda.memory_reserved() - before
 
     def replay(self) -> None:
-        """The step on the batch that is there."""
+        """Replay the step on the batch that is loaded."""
         self._graph()
 
     def step(self) -> None:
-        """Load the next step's inputs, then the step."""
+        """Load the next step's inputs, then replay the step."""
         self._step += 1
         self._learner.feed.load(self._step)
         self._graph()
@@ -117,33 +117,35 @@ class Graph:
 
 
 class MaskedCopies:
-    """The masked linear layers of a training step on copies W ⊙ M that are made once, [G, P_m].
+    """Masked linear layers for a training step that makes its copies W ⊙ M once, [G, P_m].
 
-    A layer's weight is a view of the model's vector, and its copies are the same view of the
-    vector's copies. Its gradients overwrite them: nothing reads them any more.
+    A layer's weight is a view of the model's vector. Its copies are the same view of the vector's
+    copies. The gradients overwrite the copies, which nothing reads any more.
 
     Args:
-        kernels: for all other operations.
+        kernels: computes all other operations.
 
     Attributes:
-        bank: the model's masks, to be given once there is a model.
+        bank: the model's masks. Set it when the model exists.
     """
 
     def __init__(self, kernels: Backend):
         self.bank: MaskBank
         self._kernels = kernels
-        self._copies: Tensor | None = None  # from the first layer to the optimiser
-        onednn_is_exact()  # found out before a step is recorded
+        self._copies: Tensor | None = None  # exist from the first layer to the optimiser
+        onednn_is_exact()  # computed and cached before a step is recorded
 
     @property
     def backend(self) -> Backend:
-        """The operations of a training step; for a mask update there are none."""
+        """The operations of a training step. They do not work for mask updates."""
         return dataclasses.replace(
             self._kernels,
-            # on a CPU a step of the kernels, which is recorded
+            # with this name, a CPU records the step as it records the kernels'
             name="masked copies" if ON_GPU else f"{self._kernels.name}, masked copies",
             masked_linear=self._masked_linear,
-            norm_linear=partial(in_parts, self._kernels.masked_layer_norm, self._masked_linear),
+            norm_linear=partial(
+                norm_then_linear, self._kernels.masked_layer_norm, self._masked_linear
+            ),
             linear_residual=self._linear_residual,
             masked_adamw=self._masked_adamw,
         )
@@ -160,16 +162,16 @@ class MaskedCopies:
         relu: bool = False,
         **more: Any,
     ) -> Tensor:
-        if weight_bits is None:  # the head, which has no masks
+        if weight_bits is None:  # the head has no masks
             layer = x, weight, bias, None, None, None
             return self._kernels.masked_linear(*layer, relu=relu, **more)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self._copies is None:
-            self.bank.vector.gradient.zero_()  # of these layers it is added up at the end
+            self.bank.vector.gradient.zero_()  # these layers' gradients are added at the end
             self._mask = self._mask_of(task_ids)
             self._copies = _copy(self.bank.vector.weights, self._mask, x.dtype)
-        return _Product.apply(x, self._of(weight), self._of(bias), relu)
+        return _Product.apply(x, self._copies_of(weight), self._copies_of(bias), relu)
 
     def _linear_residual(
         self, x: Tensor, *layer_and_masks: Any, seed: Tensor | None = None, **_: Any
@@ -184,7 +186,7 @@ class MaskedCopies:
         self._copies = None
         return self._kernels.masked_adamw(weights, gradient, *rest, **more)
 
-    def _of(self, parameter: Tensor) -> Tensor:
+    def _copies_of(self, parameter: Tensor) -> Tensor:
         assert self._copies is not None
         groups, size = self._copies.shape
         return self._copies.as_strided(
@@ -192,23 +194,23 @@ class MaskedCopies:
         )
 
     def _mask_of(self, task_ids: Tensor) -> Tensor:
-        """Of the linear layers alone: packed on a GPU; on a CPU unpacked, for it is used twice."""
+        """The linear layers' masks. They are unpacked on a CPU, which uses them twice."""
         bits = self.bank.bits[task_ids] & self._linear_bits
         return bits if ON_GPU else unpack_bits(bits, self.bank.vector.maskable_size)
 
     @functools.cached_property
     def _linear_bits(self) -> Tensor:
         vector = self.bank.vector
-        of_linear = torch.zeros(vector.maskable_size, dtype=torch.bool)
+        is_linear = torch.zeros(vector.maskable_size, dtype=torch.bool)
         for layer, slots in vector.layers.items():
             for slot in slots if isinstance(layer, MaskedLinear) else ():
                 if slot is not None:
-                    slot.view(of_linear).fill_(True)
-        return pack_bits(of_linear).to(DEVICE)
+                    slot.view(is_linear).fill_(True)
+        return pack_bits(is_linear).to(DEVICE)
 
 
 def _copy(weights: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The first weights of a vector under each mask, [G, P_m] in a dtype."""
+    """The first weights of a vector with each mask, [G, P_m] in `dtype`."""
     if ON_GPU:
         import copies_triton
 
@@ -221,7 +223,7 @@ def _copy(weights: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _add(total: Tensor, gradients: Tensor, mask: Tensor) -> None:
-    """Add gradients [G, P_m], each where its mask is, to the first elements of a vector."""
+    """Add gradients [G, P_m], each with its mask, to the first elements of a vector."""
     if ON_GPU:
         import copies_triton
 
@@ -232,7 +234,7 @@ def _add(total: Tensor, gradients: Tensor, mask: Tensor) -> None:
 
 
 class _Product(torch.autograd.Function):
-    """A layer's batched products; its gradients are written over weight and bias."""
+    """A layer's batched products. The backward pass overwrites weight and bias with gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
@@ -240,7 +242,7 @@ class _Product(torch.autograd.Function):
             y = torch.baddbmm(bias[:, None], x, weight.mT)
         y = y.relu_() if relu else y
         ctx.save_for_backward(x, y if relu else None)
-        ctx.weight, ctx.bias = weight, bias  # saved tensors may not be overwritten
+        ctx.weight, ctx.bias = weight, bias  # save_for_backward does not allow overwriting
         return y
 
     @staticmethod
@@ -259,7 +261,7 @@ def _fastest_products() -> contextlib.AbstractContextManager[None]:
 
 
 def for_compiler() -> Backend:
-    """Operations without masks that torch.compile takes whole, and PyTorch's own optimiser."""
+    """Operations without masks, which torch.compile compiles whole, and PyTorch's optimiser."""
 
     def dropout_add(
         x: Tensor | None, branch: Tensor, drop: float, seed: Tensor | None = None
@@ -284,7 +286,7 @@ def for_compiler() -> Backend:
 def _attention(
     qkv: Tensor, queries: slice, drop: float, past: None = None, seed: Tensor | None = None
 ) -> Tensor:
-    """Of whole sequences on a CPU; the compiler joins all that lies between the products."""
+    """Attention over whole sequences on a CPU. The compiler fuses all that is between products."""
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
     tokens = qkv.shape[1]
     later = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)[queries]
@@ -294,7 +296,7 @@ def _attention(
 
 
 def _dropout(x: Tensor, drop: float) -> Tensor:
-    """On a CPU the compiler's own random numbers are many times slower than these."""
+    """Dropout with fast random numbers on a CPU: the compiler's own are many times slower."""
     if ON_GPU or not drop:
         return F.dropout(x, drop)
     return x * _kept(x, drop).to(x.dtype) / (1 - drop)
@@ -302,7 +304,7 @@ def _dropout(x: Tensor, drop: float) -> Tensor:
 
 @torch.library.custom_op("harmodt_bench::kept", mutates_args=())
 def _kept(x: Tensor, drop: float) -> Tensor:
-    """Which elements stay, as `dropout` of "dense" draws it."""
+    """The elements that dropout keeps, drawn as for the path "dense"."""
     return dropout_mask(x.shape, drop)
 
 
@@ -312,9 +314,9 @@ def _(x: Tensor, drop: float) -> Tensor:
 
 
 class LibraryAdamW:
-    """`clip_grad_norm_` and `torch.optim.AdamW(fused=True)`, called as the masked AdamW is.
+    """`clip_grad_norm_` and `torch.optim.AdamW(fused=True)`, with the masked AdamW's arguments.
 
-    The model's parameters are one vector here too, which is the least work for an optimiser.
+    The model's parameters are one vector here too, which is the fastest case for an optimiser.
     """
 
     def __init__(self) -> None:
@@ -329,10 +331,10 @@ class LibraryAdamW:
         epsilon: float,
         weight_decay: float,
         max_norm: float = math.inf,
-        rounded: None = None,
+        bf16_copy: None = None,
     ) -> Tensor:
-        assert rounded is None
-        learning_rate = rest[-1][0]  # the first of a step's rates
+        assert bf16_copy is None
+        learning_rate = rest[-1][0]  # the bias corrections follow
         if self._optimiser is None:
             self._vector = nn.Parameter(weights)
             self._vector.grad = gradient

@@ -1,9 +1,9 @@
-"""What a training step launches and where the device's time goes, by torch.profiler: a table.
+"""Prints a table of the kernels of a training step and of their time, by torch.profiler.
 
     python bench/profile_kernels.py [--tasks 1 5 50] [--precision bf16] [--output profile.json]
 
-Kernels are counted for a step of the path "fused"; host waits are the calls in which the host
-stops until the device is done. On a CPU, PyTorch's operations stand in the place of kernels.
+The step is that of the path "fused". A host wait is a call in which the host waits until the device
+is done. On a CPU, the table shows PyTorch's operations instead of kernels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 5, 50])
     parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
-    parser.add_argument("--output", type=Path, help="JSON file; by default a table is printed")
+    parser.add_argument("--output", type=Path, help="JSON file; by default, print a table")
     arguments = parser.parse_args()
     prepare_cpu()
     with tempfile.TemporaryDirectory() as folder:
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def measure(store: DataStore, tasks: int, precision: str) -> dict[str, Any]:
-    """A step's time, kernels and waits; kernels by name, the longest first."""
+    """A step's time, kernels and host waits. Kernels are listed by name, the longest first."""
     trainer = make_trainer(store, "fused", tasks_per_step=tasks, precision=precision)
 
     def steps() -> None:
@@ -53,7 +53,7 @@ def measure(store: DataStore, tasks: int, precision: str) -> dict[str, Any]:
             trainer.train_step()
 
     run = finished(steps)
-    run()  # what is compiled at the first steps
+    run()  # the first steps compile
     begin = time.perf_counter()
     run()
     wall = time.perf_counter() - begin
@@ -71,7 +71,7 @@ def measure(store: DataStore, tasks: int, precision: str) -> dict[str, Any]:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """As Markdown: a line for each number of tasks, then the longest kernels of the last."""
+    """Markdown tables: a line per number of tasks, then the longest kernels of the last one."""
     what = "kernels" if ON_GPU else "operations"
     overview = plain_table(
         ["tasks", "a step", f"in {what}", what, "host waits"],

@@ -1,13 +1,13 @@
-"""Where the time of a training step goes: a Markdown table.
+"""Prints how the time of a training step is divided, as a Markdown table.
 
     python bench/profile_step.py [--path fused|reference|dense] [--dropout 0.1] [--precision bf16]
                                  [--tasks 1] [--size 5.29M] [--no-graph]
 
 The step is that of bench_train_step.py: the paper's model (d = 128), five tasks, 8 windows each.
-Every operation is timed where the recorded step calls it or, along the other paths, as PyTorch
-dispatches it; the last line of the table is what they leave of a step that is not observed. (Under
-PyTorch's profiler, whose memory lies between the tensors', these land on fresh pages again and
-again.) Beneath it stands the arithmetic of the masked linear layers at the peak that this machine
+Every operation is timed where the recorded step calls it; for the other paths, where PyTorch
+dispatches it. The line "everything else" is the rest of a step that is not observed. (PyTorch's
+profiler is not used: it allocates between the tensors, so that these land on fresh pages again and
+again.) The last line is the arithmetic of the masked linear layers, at the peak that this machine
 had between the steps.
 """
 
@@ -70,7 +70,7 @@ PARTS = {
 class OperationTimes(TorchDispatchMode):
     """Adds up the seconds of each operation, by its name without the overload.
 
-    Of a recorded step nothing is dispatched: its calls are replaced by such as are timed.
+    A replayed step dispatches nothing, so its recorded calls are replaced by timed ones.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -100,7 +100,7 @@ class OperationTimes(TorchDispatchMode):
 
 
 def name_of(call: partial[Any]) -> str:
-    """The operation that a recorded call is of, or what else it does."""
+    """The name of the operation that a recorded call runs, or of another function."""
     for function in (call.func, *call.args):
         if isinstance(function, torch._ops.OpOverload):
             return function.name().partition(".")[0]
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--tasks", type=int, default=5)
-    parser.add_argument("--size", default="1.47M", help="of the model; 5.29M is d = 256")
+    parser.add_argument("--size", default="1.47M", help="size of the model; 5.29M is d = 256")
     parser.add_argument("--no-graph", action="store_true", help="compute each step anew")
     arguments = parser.parse_args()
     prepare_cpu()
@@ -138,16 +138,16 @@ def main() -> None:
 
 
 def measure(trainer: Trainer, precision: str) -> tuple[float, dict[str, float], float]:
-    """Median seconds of a step that is not observed, the mean of each operation in others, and the
-    median of the machine's peak between them, in operations per second."""
+    """Median seconds of unobserved steps, mean seconds of each operation in observed steps, and the
+    median of the machine's peak between the steps, in operations per second."""
     times, peaks = [], []
     for _ in range(2):
-        trainer.train_step()  # the second is recorded
+        trainer.train_step()  # the second call records the step
     operations = OperationTimes(trainer)
     for step in range(-3, 2 * STEPS):
         peaks.append(peak(precision))
         start = time.perf_counter()
-        if step >= 0 and step % 2:  # in turn, so that both see the same machine
+        if step >= 0 and step % 2:  # in turn, because the machine's speed changes
             with operations:
                 trainer.train_step()
         else:
@@ -158,7 +158,7 @@ def measure(trainer: Trainer, precision: str) -> tuple[float, dict[str, float], 
 
 
 def table(step: float, operations: dict[str, float]) -> str:
-    """The parts of a step, and what is left of it."""
+    """The parts of a step, and the rest of its time."""
     parts = {part: sum(operations.get(n, 0.0) for n in names) for part, names in PARTS.items()}
     parts = {part: seconds for part, seconds in parts.items() if seconds}
     parts["everything else: embeddings, sampling, loss, Python"] = step - sum(parts.values())
@@ -171,8 +171,9 @@ def floor(operations: int, fastest: float, step: float) -> str:
     """The arithmetic of the masked linear layers at the machine's peak, as a share of a step."""
     seconds = operations / fastest
     return (
-        f"\nThe masked linear layers are {operations / 1e9:.1f} GFLOP, at the measured peak of "
-        f"{fastest / 1e9:.0f} GFLOP/s {1e3 * seconds:.1f} ms: {seconds / step:.2f} of a step."
+        f"\nThe masked linear layers compute {operations / 1e9:.1f} GFLOP. At the measured peak of "
+        f"{fastest / 1e9:.0f} GFLOP/s this takes {1e3 * seconds:.1f} ms: {seconds / step:.2f} of "
+        "a step."
     )
 
 

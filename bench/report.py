@@ -1,12 +1,12 @@
-"""Turn the benchmarks' results into Markdown tables and a plot.
+"""Turns the benchmarks' results into Markdown tables and a plot.
 
     pytest bench/ --benchmark-only --benchmark-json=results.json
     python bench/report.py results.json --output docs/measured.md
 
-A table per question, which is a group of benchmarks: for each path the median time, the fused
-kernels' time over it, and peak memory. `pytest bench/ --benchmark-only` ends in the same tables.
-With --output, a plot of time and memory against the number of tasks goes beside the tables, as an
-SVG file of the same name, if the results hold several numbers of tasks.
+Each group of benchmarks answers one question and gets a table: for each path the median time, the
+fused kernels' time divided by it, and the peak memory. `pytest bench/ --benchmark-only` prints the
+same tables at its end. With --output, an SVG file with the same name plots time and memory against
+the number of tasks, if the results have several numbers of tasks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 Result = dict[str, Any]  # one benchmark, as pytest-benchmark writes it
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; the shapes say the same again.
+# Okabe and Ito's colours, which colour-blind readers can distinguish. Each path also has a shape.
 STYLES = {
     "fused": {"color": "#0072B2", "marker": "o"},
     "reference": {"color": "#D55E00", "marker": "s"},
@@ -34,10 +34,8 @@ STYLES = {
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, help="what --benchmark-json wrote")
-    parser.add_argument(
-        "--output", type=Path, help="Markdown file; by default text to the terminal"
-    )
+    parser.add_argument("results", type=Path, help="the file that --benchmark-json wrote")
+    parser.add_argument("--output", type=Path, help="Markdown file; by default, print text")
     arguments = parser.parse_args()
     report = json.loads(arguments.results.read_text(encoding="utf-8"))
     if arguments.output is None:
@@ -53,13 +51,13 @@ def main() -> None:
 
 
 def tables(report: dict[str, Any]) -> str:
-    """Every question as a Markdown table, and below them what the figures depend on."""
+    """A Markdown table for each question, then a line with the circumstances."""
     parts = [f"### {name}\n\n{markdown(rows)}" for name, rows in questions(report["benchmarks"])]
     return "\n\n".join([*parts, circumstances(report)]) + "\n"
 
 
 def text_tables(report: dict[str, Any], width: int = 100) -> str:
-    """The same for a terminal, or for a file, of some width."""
+    """The same as plain text of at most `width` columns."""
     parts = [
         f"{textwrap.fill(name, width)}\n{text(rows, width)}"
         for name, rows in questions(report["benchmarks"])
@@ -69,11 +67,11 @@ def text_tables(report: dict[str, Any], width: int = 100) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one path in one case of a question.
+    """The measurements of one path in one case of a question.
 
     Attributes:
-        case: the parameters apart from the path, where they differ within the question.
-        notes: what the benchmark noted beside the median: peak_bytes, launches, share_of_floor.
+        case: the parameters that differ within the question, apart from the path.
+        notes: the benchmark's other results: peak_bytes, launches, share_of_floor.
     """
 
     case: str
@@ -83,7 +81,7 @@ class Row:
 
 
 def questions(results: list[Result]) -> list[tuple[str, list[Row]]]:
-    """The groups of benchmarks in order, each with its rows: case by case, the kernels first."""
+    """The groups of benchmarks in order, each with its rows by case, the fused path first."""
     groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(result["group"] or result["name"], []).append(result)
@@ -99,7 +97,10 @@ def _by_case(results: list[Result]) -> list[Row]:
 
 
 def rows_of(result: Result, case: str) -> list[Row]:
-    """A benchmark's own row, and those of what was timed in turn with it: then it is "fused"."""
+    """A benchmark's own row, and the rows of calls that were timed in turn with it.
+
+    If there are such calls, the benchmark's own path is "fused".
+    """
     beside = result["extra_info"].get("beside", {})
     name = result["name"].partition("[")[0].removeprefix("bench_").replace("_", " ")
     first = Row(
@@ -109,7 +110,7 @@ def rows_of(result: Result, case: str) -> list[Row]:
 
 
 def case_of(result: Result, results: list[Result]) -> str:
-    """What tells a benchmark from the others of its group, apart from the path."""
+    """The parameters in which a benchmark differs from others of its group, without the path."""
     differing = [
         str(value) if isinstance(value, str) else f"{key} {value}"
         for key, value in others(result).items()
@@ -122,7 +123,7 @@ def case_of(result: Result, results: list[Result]) -> str:
 
 
 def cells(rows: list[Row]) -> dict[str, list[str]]:
-    """The columns of a table; one that would be empty is left out."""
+    """The columns of a table, without empty ones."""
     fused = {row.case: row.median for row in rows if row.path == "fused"}
 
     def ratio(row: Row) -> str:
@@ -132,16 +133,16 @@ def cells(rows: list[Row]) -> dict[str, list[str]]:
     columns = {
         "": [row.path for row in rows],
         "time": [seconds(row.median) for row in rows],
-        "fused ÷ it": [ratio(row) for row in rows],
+        "fused ÷ this": [ratio(row) for row in rows],
         "peak memory": [size(row.notes.get("peak_bytes")) for row in rows],
         "launches": [str(row.notes.get("launches", "")) for row in rows],
-        "of the floor": [share(row.notes.get("share_of_floor")) for row in rows],
+        "minimum ÷ time": [share(row.notes.get("share_of_floor")) for row in rows],
     }
     return {head: column for head, column in columns.items() if any(column)}
 
 
 def markdown(rows: list[Row]) -> str:
-    """A table whose first column is the case, named once."""
+    """A table with the case in the first column, on the first of its rows."""
     named = [
         row.case if before is None or row.case != before.case else ""
         for before, row in zip([None, *rows], rows, strict=False)
@@ -154,7 +155,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def plain_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells as a Markdown table; columns of numbers, but for the first, are set to the right."""
+    """Cells as a Markdown table. Columns of numbers are aligned right, except the first."""
     lines = [list(row) for row in rows]
     rule = [
         "---:" if index and all(cell[:1].isdigit() for cell in column if cell) else "---"
@@ -164,7 +165,7 @@ def plain_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def text(rows: list[Row], width: int) -> str:
-    """A table with a line for each case above its paths, which are cut where there is no room."""
+    """A table with a line for each case above its paths. Long paths are truncated."""
     columns = cells(rows)
     room = width - 2 - sum(max(map(len, (h, *column))) + 2 for h, column in columns.items() if h)
     columns[""] = [p if len(p) <= room - 2 else f"{p[: room - 3]}…" for p in columns[""]]
@@ -203,7 +204,7 @@ def seconds(value: float) -> str:
 
 
 def size(value: int | None) -> str:
-    """A number of bytes, or nothing."""
+    """A number of bytes as text; "" for None."""
     if value is None:
         return ""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -217,7 +218,7 @@ def share(value: float | None) -> str:
 
 
 def circumstances(report: dict[str, Any]) -> str:
-    """What the figures depend on, in one line."""
+    """The circumstances of the results, in one line."""
     torch, commit, machine = report["torch"], report["commit_info"], report["machine_info"]
     changed = " with changes" if commit.get("dirty") else ""
     return (
@@ -229,10 +230,10 @@ def circumstances(report: dict[str, Any]) -> str:
 
 
 def by_tasks(results: list[Result]) -> list[Result]:
-    """The benchmarks, with their memory, that differ in path and number of tasks alone.
+    """The largest set of benchmarks that differ only in path and number of tasks.
 
-    Of several such sets, it is the one with most numbers of tasks, and the last of those; none if
-    there is no set with two.
+    Only benchmarks with a peak memory count. A set needs at least two numbers of tasks. Of sets
+    with equally many, the last one is taken.
     """
     sets: dict[str, list[Result]] = {}
     for result in results:
@@ -252,7 +253,7 @@ def numbers_of_tasks(results: list[Result]) -> list[int]:
 
 
 def title(result: Result) -> str:
-    """The set that a benchmark belongs to."""
+    """The title of the set that a benchmark belongs to."""
     fixed = [str(value) for key, value in others(result).items() if key not in ("tasks", "d")]
     if "d" in others(result):
         fixed.append(f"d = {others(result)['d']}")
@@ -261,7 +262,7 @@ def title(result: Result) -> str:
 
 
 def plot(results: list[Result], picture: Path) -> None:
-    """Draw time and memory of every path against the number of tasks, as SVG."""
+    """Plot time and memory of every path against the number of tasks, as SVG."""
     import matplotlib
 
     matplotlib.use("svg")

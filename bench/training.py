@@ -1,10 +1,10 @@
-"""Steps per second over minutes of training like MT50's, and what a million of them would take.
+"""Measures steps per second of training on 50 tasks, and estimates the time of a million steps.
 
     python bench/training.py [--seconds 60] [--output training.json]
 
-Fifty tasks of random episodes, the paper's settings in bf16 on the kernels, one task a step as in
-the paper, and five. A million steps hold 200 mask updates, of which one is timed; evaluations and
-checkpoints are not counted.
+The data are random episodes. The settings are the paper's, in bf16, with the kernels: one task per
+step as in the paper, then five. The estimate includes 200 mask updates, of which one is timed, but
+no evaluations and no checkpoints.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ STEPS, UPDATES = 1_000_000, 200
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=60.0, help="of each number of tasks")
-    parser.add_argument("--output", type=Path, help="JSON file; by default a table is printed")
+    parser.add_argument("--seconds", type=float, default=60.0, help="time per number of tasks")
+    parser.add_argument("--output", type=Path, help="JSON file; by default, print a table")
     arguments = parser.parse_args()
     prepare_cpu()
     with tempfile.TemporaryDirectory() as folder:
@@ -46,7 +46,7 @@ def main() -> None:
 def measure(store: DataStore, tasks: int, seconds: float) -> dict[str, Any]:
     """Train for some seconds, then update the masks once."""
     trainer = make_trainer(store, "fused", tasks_per_step=tasks, precision="bf16", graph=True)
-    trainer.before_step()  # what is made, and compiled, at the first update and the first steps
+    trainer.before_step()  # the first update and the first steps allocate and compile
     for _ in range(5):
         trainer.train_step()
     begin, steps = _now(), 0
@@ -70,15 +70,15 @@ def measure(store: DataStore, tasks: int, seconds: float) -> dict[str, Any]:
 
 
 def _now() -> float:
-    """Seconds, once the device is done."""
+    """The time in seconds, after the device is done."""
     if ON_GPU:
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """As Markdown."""
-    heads = ["tasks a step", "steps/s", "measured for", "a mask update", "1,000,000 steps"]
+    """The speeds as a Markdown table."""
+    heads = ["tasks per step", "steps/s", "measured for", "a mask update", "1,000,000 steps"]
     return plain_table(
         heads,
         [

@@ -71,7 +71,7 @@ class CallGraph(Graph):
             except CannotRecord as error:
                 raise UserError(_ADVICE.format(error)) from error
         else:
-            self.recording.repeat()
+            self.recording.replay()
         return self.recording.result.clone()
 
 

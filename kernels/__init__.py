@@ -1,10 +1,15 @@
 """The operations of HarmoDT on bit-packed masks.
 
-Installed as the package `harmodt_kernels`. Each operation has a folder: `reference.py` is its
-definition in plain PyTorch, `pytorch.py` a quicker way in PyTorch where there is one,
-`operation.py` the fused operation as PyTorch sees it, `triton.py` its kernels for GPUs, `cpu.py`
-its way to the C++ loops beside it, and `module.py` the layer. A `Backend` holds all operations of
-one implementation; the functions named here are the fused ones.
+This folder is installed as the package `harmodt_kernels`. Each operation has a folder:
+
+- `reference.py` defines the operation in plain PyTorch.
+- `pytorch.py`, where it exists, computes it faster in plain PyTorch.
+- `operation.py` checks the operands and registers the fused operation with PyTorch.
+- `triton.py` holds the kernels for GPUs.
+- `cpu.py` calls the C++ code beside it.
+- `module.py`, where it exists, is the layer (`torch.nn.Module`).
+
+A `Backend` holds all operations of one implementation. The functions named here are the fused ones.
 """
 
 from .backend import PYTORCH, REFERENCE, Backend, fused_backend
@@ -16,7 +21,7 @@ from .harmony_selection import (
     move_weights,
     select_harmony,
 )
-from .masked_adamw import masked_adamw, rates_of_step
+from .masked_adamw import lr_and_corrections_at, masked_adamw
 from .masked_layer_norm import MaskedLayerNorm
 from .masked_linear import MaskedLinear, masked_linear
 from .masks import NO_MASKS, LayerMasks
@@ -40,11 +45,11 @@ __all__ = [
     "UpdateRefused",
     "count_bits",
     "fused_backend",
+    "lr_and_corrections_at",
     "masked_adamw",
     "masked_linear",
     "move_weights",
     "pack_bits",
-    "rates_of_step",
     "select_harmony",
     "unpack_bits",
     "words_for",

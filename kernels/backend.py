@@ -1,4 +1,4 @@
-"""Which implementation of the operations a program uses, and how precisely it computes."""
+"""Selects an implementation of the operations and the precision of its matrix products."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ Precision = Literal["fp32", "tf32", "bf16"]
 
 @dataclass(frozen=True)
 class Backend:
-    """The operations of one implementation; all have the signatures of the definitions.
+    """The operations of one implementation. Each has the signature of its `reference.py`.
 
     Attributes:
         name: "reference"; "pytorch"; "triton"; "triton-interpreter" for the Triton kernels on a
             CPU; or "cpu-" and the instruction set of the CPU kernels.
-        implementations: the name of what runs, for each operation.
-        rounds_inside: whether its kernels round the operands of products to bf16 themselves where
-            PyTorch's switch for CPUs says so, so that no tensor is converted.
+        implementations: the name of the implementation of each operation.
+        rounds_inside: whether the kernels round the operands of products to bf16 themselves when
+            PyTorch's switch for CPUs asks for bf16. Then no tensor has to be converted.
     """
 
     name: str
@@ -70,17 +70,18 @@ class Backend:
     def precision(
         self, name: Precision, device: torch.device | str
     ) -> contextlib.AbstractContextManager[None]:
-        """A context in which matrices are multiplied in a precision, backward passes included.
+        """A context that sets the precision of matrix products, in backward passes too.
 
-        Afterwards the process multiplies as before.
+        On exit it restores the previous precision.
 
         Args:
-            name: "fp32"; "tf32", the short products of GPUs; or "bf16": operands are rounded to
-                bf16, inside the kernels where the backend can, else by PyTorch's autocast.
-            device: where the matrices are.
+            name: "fp32"; "tf32", which only GPUs have; or "bf16". For "bf16" the kernels round the
+                operands themselves if the backend can (`rounds_inside`); otherwise PyTorch's
+                autocast converts them.
+            device: the device of the matrices.
 
         Raises:
-            ValueError: there is no such precision, or TF32 is asked for off a GPU.
+            ValueError: the precision is unknown, or it is "tf32" and the device is no GPU.
         """
         device = torch.device(device)
         if name not in get_args(Precision):
@@ -91,14 +92,14 @@ class Backend:
 
     @contextlib.contextmanager
     def _computing(self, name: Precision, device: torch.device) -> Iterator[None]:
-        of = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-        products = of.matmul
+        library = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+        products = library.matmul
         by_switch = name == "tf32" or (name == "bf16" and self.rounds_inside)
         autocast = name == "bf16" and not self.rounds_inside
         before = products.fp32_precision
         products.fp32_precision = name if by_switch else "ieee"
         try:
-            # Without its cache, which would keep the weights of the first step.
+            # Autocast's cache would keep the converted weights of the first step.
             with torch.autocast(device.type, torch.bfloat16, autocast, cache_enabled=False):
                 yield
         finally:
@@ -106,7 +107,7 @@ class Backend:
 
 
 class _Operation(NamedTuple):
-    """An operation's functions: its definition, the quickest in plain PyTorch, the fused one."""
+    """An operation's definition, its fastest form in plain PyTorch, and its fused form."""
 
     reference: Callable[..., Any]
     pytorch: Callable[..., Any]
@@ -180,14 +181,14 @@ PYTORCH = Backend(
     implementations=dict.fromkeys(_OPERATIONS, "pytorch"),
     rounds_inside=False,
 )
-"""As quick as it gets in plain PyTorch, on any device."""
+"""The fastest implementation in plain PyTorch. It runs on any device."""
 
 
 def fused_backend(device: torch.device | str) -> Backend:
     """The fused kernels for a device.
 
     Raises:
-        BackendUnavailable: there are none; the message says why and what to do.
+        BackendUnavailable: the device has no fused kernels. The message says why and what to do.
     """
     device = torch.device(device)
     check_available(device)

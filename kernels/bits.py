@@ -1,6 +1,6 @@
-"""Binary masks packed one bit per weight, least significant bit first, in 32-bit words.
+"""Binary masks, packed into 32-bit words: one bit per weight, least significant bit first.
 
-A mask over K weights takes ceil(K / 32) int32 words; the bits beyond K are padding and stay 0.
+A mask over K weights takes ceil(K / 32) int32 words. The bits beyond K are padding and stay 0.
 """
 
 from __future__ import annotations
@@ -39,12 +39,14 @@ def unpack_bits(words: Tensor, size: int) -> Tensor:
 
 
 def all_ones(words: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """Unpack each bit to an integer of all ones or all zeros, [..., size].
+    """Unpack each bit to an integer whose bits are all 1 or all 0, [..., size].
+
+    A bitwise AND of this integer with a floating-point number of the same width keeps the number
+    or makes it 0, also if the number is NaN or infinite.
 
     Args:
         words: int32 [..., W].
-        dtype: the integer type. Its bitwise AND with the bits of a floating-point number of the
-            same width keeps the number or makes it 0, whatever it was.
+        dtype: the integer type.
     """
     return _unpack(words, size, dtype, -1)
 
@@ -52,10 +54,10 @@ def all_ones(words: Tensor, size: int, dtype: torch.dtype) -> Tensor:
 def _unpack(words: Tensor, size: int, dtype: torch.dtype, one: int) -> Tensor:
     """The first `size` bits of the last dimension, each as 0 or `one`."""
     if words.device.type != "cpu":
-        places = torch.arange(BITS_PER_WORD, dtype=torch.int32, device=words.device)
-        bits = ((words[..., None] >> places) & 1).mul_(one).to(dtype)
+        shifts = torch.arange(BITS_PER_WORD, dtype=torch.int32, device=words.device)
+        bits = ((words[..., None] >> shifts) & 1).mul_(one).to(dtype)
         return bits.flatten(-2)[..., :size]
-    # A CPU is faster with a byte at a time.
+    # On a CPU, a table of the 256 bytes is faster.
     table = ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).mul_(one).to(dtype)
     as_bytes = words.contiguous().view(torch.uint8)
     bits = table.index_select(0, as_bytes.flatten().int())

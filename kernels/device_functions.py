@@ -1,4 +1,4 @@
-"""What several Triton kernels compute inside: expanding masks, drawing what dropout drops."""
+"""Functions that several Triton kernels call: they expand masks and draw dropout."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ def masked_vector(values, bits, index, size):
 
 
 @triton.jit
-def kept(place, seed, threshold, scale):
-    """`scale` where the element at a place is kept, else 0: as `dropout_add.h` draws on a CPU.
+def kept(index, seed, threshold, scale):
+    """The dropout factor of an element: `scale` if the element is kept, else 0.
+
+    `dropout_add.h` draws the same factors on a CPU.
 
     Args:
-        place: uint32; places count modulo 2³².
-        seed: of the draw.
-        threshold: probability of dropping, times 2³¹.
+        index: uint32, the element's index modulo 2³².
+        seed: the seed of the draw.
+        threshold: the probability of dropping, times 2³¹.
         scale: 1 / (1 - probability of dropping).
     """
-    draw = place * tl.cast(0x9E3779B1, tl.uint32) + tl.cast(seed, tl.uint32)
+    draw = index * tl.cast(0x9E3779B1, tl.uint32) + tl.cast(seed, tl.uint32)
     draw ^= draw >> 16
     draw *= 0x7FEB352D
     draw ^= draw >> 15

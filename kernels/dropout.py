@@ -1,7 +1,8 @@
-"""What dropout drops: a hash of an element's place and a seed, so that every device drops the same.
+"""Draws dropout: a hash of an element's index and of a seed decides whether the element is dropped.
 
-Gradients draw it again in place of storing it. The seed is a tensor, which a GPU's kernels read by
-themselves: the host waits for nothing, and a CUDA graph draws anew whenever it is replayed.
+So every device drops the same elements, and a backward pass draws them again instead of storing
+them. The seed is a tensor that the kernels read on the device: the host never waits for it, and a
+replayed CUDA graph reads the seed's new value.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ from torch import Tensor
 
 
 def seed_for(drop: float, seed: Tensor | None, device: torch.device) -> Tensor | None:
-    """The seed of a draw: the one that is given, or one of the device's generator.
+    """The seed of a draw: the caller's, or one that the device's generator draws.
 
     Args:
-        drop: probability of dropping an element.
+        drop: the probability of dropping an element.
         seed: int64 [] or [1], at least 0 and below 2³¹, or None.
-        device: of the operands.
+        device: the device of the operands.
 
     Returns:
-        The seed, or None where nothing is dropped.
+        The seed, or None if `drop` is 0.
 
     Raises:
-        TypeError: the seed is no int64.
-        ValueError: it is more than one number, or on another device.
+        TypeError: the seed's dtype is not int64.
+        ValueError: the seed has more than one element, or is on another device.
     """
     if drop == 0.0:
         return None
@@ -43,13 +44,13 @@ def seed_for(drop: float, seed: Tensor | None, device: torch.device) -> Tensor |
 
 
 def kept(shape: Sequence[int], drop: float, seed: Tensor) -> Tensor:
-    """The factors of elements: 0 where one is dropped, else 1 / (1 - drop), float32 [*shape].
+    """The dropout factors, float32 [*shape]: 0 for a dropped element, else 1 / (1 - drop).
 
-    An element's place is its number in the order of the shape; places count modulo 2³².
+    The hash takes an element's row-major index in the shape, modulo 2³².
     """
     draw = torch.arange(math.prod(shape), device=seed.device).view(*shape) * 0x9E3779B1 + seed
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        draw = draw & 0xFFFFFFFF  # of int64, as an unsigned number of 32 bits
+        draw = draw & 0xFFFFFFFF  # keep the low 32 bits of the int64, as an unsigned number
         draw = (draw ^ (draw >> shift)) * factor
     draw = draw & 0xFFFFFFFF
     draw = (draw ^ (draw >> 16)) & 0x7FFFFFFF
@@ -58,6 +59,6 @@ def kept(shape: Sequence[int], drop: float, seed: Tensor) -> Tensor:
 
 
 def rate(drop: float) -> tuple[int, float]:
-    """How kernels draw what is dropped: its probability times 2³¹, and the factor of the rest."""
-    rounded = float(np.float32(drop))  # as the CPU's kernels take it
+    """The probability of dropping times 2³¹, and the factor of kept elements, for the kernels."""
+    rounded = float(np.float32(drop))  # the CPU's kernels take a float32
     return int(rounded * 2**31), 1 / (1 - rounded)

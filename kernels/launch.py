@@ -11,16 +11,16 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """Run a Triton kernel on the device of its first argument.
 
     Args:
-        kernel: a function under `triton.jit`.
+        kernel: a function decorated with `triton.jit`.
         grid: number of programs along each axis.
-        arguments: all of the kernel's arguments by name, first a tensor or a tuple that begins with
-            one, then `num_warps`, `num_stages` and `enable_fp_fusion`.
+        arguments: all of the kernel's arguments by name, then `num_warps`, `num_stages` and
+            `enable_fp_fusion`. The first is a tensor or a tuple that begins with a tensor.
     """
     first = next(iter(arguments.values()))
     while isinstance(first, tuple):
         first = first[0]
     device = first.device
-    if device.type == "cpu":  # the interpreter
+    if device.type == "cpu":  # Triton's interpreter runs the kernel
         kernel[grid](**arguments)
         return
     with torch.cuda.device(device):  # Triton launches on the current device
@@ -28,9 +28,10 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """How products are computed: "half" of 16-bit numbers, "tf32" where PyTorch is told so.
+    """How the kernels multiply operands of a dtype: "half", "tf32" or "ieee".
 
-    Else it is "ieee". The switch is PyTorch's own: `torch.backends.cuda.matmul.fp32_precision` or
+    16-bit operands are multiplied as "half". For float32 PyTorch's own switch decides between
+    "tf32" and "ieee": `torch.backends.cuda.matmul.fp32_precision` or
     `torch.set_float32_matmul_precision`.
     """
     if dtype != torch.float32:

@@ -1,4 +1,4 @@
-"""The masks of one layer: as its operands, and as the definitions apply them."""
+"""The masks of one layer as operands, and how the definitions apply them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerMasks:
-    """The masks of one layer under all tasks, and which of them each group of a batch uses.
+    """The masks of one layer in all tasks, and the task of each group of a batch.
 
     Attributes:
-        weight_bits: int32 [T, N, ceil(K / 32)] of a linear layer, [T, ceil(d / 32)] of a LayerNorm;
-            or None where every weight is active in every task.
+        weight_bits: int32 [T, N, ceil(K / 32)] for a linear layer, [T, ceil(d / 32)] for a
+            LayerNorm. None means that every weight is active in every task.
         bias_bits: int32 [T, ceil(N / 32)], or None without a bias or without masks.
-        task_ids: int64 [G], the task of each group; it is not read without masks.
-        group_gradients: tensors [G, N, K] and [G, N] (of a LayerNorm both [G, d]; None without a
-            bias) to which a backward pass writes the gradient of each group by itself, or of one
-            row, [1, ...], to which it writes their sum; weight and bias then get none.
-        queue: where a linear layer's gradients wait for those of other layers, or None.
-        rounded: [N, K], a linear layer's weight in the type of its products, which is read in place
-            of the weight where its gradients go to `group_gradients`; or None.
+        task_ids: int64 [G], the task of each group. Without masks nothing reads it.
+        group_gradients: the buffers for the gradients of weight and bias, or None. They have shapes
+            [G, N, K] and [G, N] (for a LayerNorm both [G, d]; without a bias the second is None),
+            and a backward pass writes each group's gradient to them. If their first dimension is 1
+            instead, it writes the sum over the groups. With these buffers, weight and bias
+            themselves get no gradient.
+        queue: collects a linear layer's gradient together with other layers' gradients, so that one
+            launch computes all of them; or None.
+        bf16_copy: [N, K], a copy of a linear layer's weight in the dtype of its products, or None.
+            Products read it instead of the weight. It requires `group_gradients`.
     """
 
     weight_bits: Tensor | None
@@ -38,28 +41,28 @@ class LayerMasks:
     task_ids: Tensor | None
     group_gradients: tuple[Tensor, Tensor | None] | None = None
     queue: WeightGradients | None = None
-    rounded: Tensor | None = None
+    bf16_copy: Tensor | None = None
 
     @property
     def bits(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The operands that say which weights are active."""
+        """The operands that say which weights and biases are active: bits and task ids."""
         return self.weight_bits, self.bias_bits, self.task_ids
 
     def operand_for(self, weight: Tensor) -> Tensor:
-        """What a linear layer multiplies with for its weight.
+        """The tensor that products read for `weight`: the copy if there is one.
 
         Raises:
-            ValueError: that is the rounded one, and there is no place for its gradient.
+            ValueError: there is a copy, but no `group_gradients` to take its gradient.
         """
-        if self.rounded is None:
+        if self.bf16_copy is None:
             return weight
         if self.group_gradients is None:
-            raise ValueError("a rounded weight gets no gradient: give group_gradients as well")
-        return self.rounded
+            raise ValueError("a bf16_copy gets no gradient: give group_gradients as well")
+        return self.bf16_copy
 
 
 NO_MASKS = LayerMasks(None, None, None)
-"""Of a layer whose weights are all active."""
+"""For a layer whose weights are all active."""
 
 
 def copies_of_groups(
@@ -69,15 +72,15 @@ def copies_of_groups(
     groups: int,
     gradient: Tensor | None = None,
 ) -> Tensor:
-    """One copy of a parameter for each group, 0 where the mask of the group's task is.
+    """One copy of a parameter for each group, 0 where the mask of the group's task is 0.
 
     Args:
         values: [..., K].
         bits: int32 [T, ..., ceil(K / 32)], or None for no masks.
         task_ids: int64 [G], or None for no masks.
         groups: G.
-        gradient: [G, ..., K], to which a backward pass writes that of each copy, or [1, ..., K],
-            to which it writes their sum; it does not reach `values` then.
+        gradient: a buffer, or None. A backward pass writes the gradient of each copy to
+            [G, ..., K], or their sum to [1, ..., K]. No gradient reaches `values` then.
 
     Returns:
         [G, ..., K].
@@ -86,13 +89,13 @@ def copies_of_groups(
     if gradient is not None:
         copies = copies.detach().requires_grad_()
 
-        def write(of_copies: Tensor) -> None:
-            gradient.copy_(of_copies.sum_to_size(gradient.shape))
+        def write(copy_gradients: Tensor) -> None:
+            gradient.copy_(copy_gradients.sum_to_size(gradient.shape))
 
         copies.register_hook(write)
     if bits is None:
         return copies
-    # not a product: 0 times NaN or infinity is NaN
+    # A product would not do: 0 times NaN or infinity is NaN.
     return torch.where(unpack_bits(bits[task_ids], values.shape[-1]), copies, 0.0)
 
 
@@ -113,13 +116,13 @@ def with_gradients_in(buffers: Sequence[Tensor | None] | None, *parameters: Any)
 
 @functools.cache
 def all_active(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """The bits of one task that uses every weight, int32 [1, ..., words], padding 0."""
-    with torch.inference_mode(False):  # whoever asks next may want gradients
+    """The mask of one task that uses every weight, int32 [1, ..., words]; padding bits are 0."""
+    with torch.inference_mode(False):  # the next caller of the cached tensor may need gradients
         return pack_bits(torch.ones(1, *shape, dtype=torch.bool, device=device))
 
 
 @functools.cache
 def first_task(groups: int, device: torch.device) -> Tensor:
-    """Ids of groups that all belong to the first task, int64 [G]."""
+    """Task ids of groups that all belong to task 0, int64 [G]."""
     with torch.inference_mode(False):
         return torch.zeros(groups, dtype=torch.int64, device=device)

@@ -1,8 +1,8 @@
 """Registers the fused operations with PyTorch, which dispatches them by device.
 
-Each operation `harmodt::NAME` is the function NAME of the `triton.py` beside its `operation.py` on
-a GPU, and of the `cpu.py` on a CPU. They are imported at the first call, so that importing the
-package needs neither Triton nor a GPU nor the C library.
+PyTorch calls the operation `harmodt::NAME`. On a GPU, the function NAME in `triton.py` computes it;
+on a CPU, the function NAME in `cpu.py`. The first call imports that file, so importing the package
+needs neither Triton nor a GPU nor the C library.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from .native import library
 Kernels = Literal["triton", "cpu"]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-"""What the Triton kernels compute with."""
+"""The dtypes that the Triton kernels take."""
 
 
 class BackendUnavailable(RuntimeError):
-    """There are no fused kernels for a device; the message says what is missing."""
+    """A device has no fused kernels. The message says what is missing."""
 
 
 _LIBRARY = torch.library.Library("harmodt", "DEF")
-_PACKAGES: dict[str, str] = {}  # of every operation
+_PACKAGES: dict[str, str] = {}  # operation to package
 
-# NVIDIA's Ampere: the oldest generation with bf16 and tf32 in its matrix units.
+# NVIDIA Ampere is the oldest generation whose matrix units multiply bf16 and TF32.
 _OLDEST_CAPABILITY = (8, 0)
 
 
 def register(package: str, name: str, schema: str, fake: Callable[..., Any]) -> None:
-    """Define `harmodt::NAME` with the function NAME of `PACKAGE.triton` and of `PACKAGE.cpu`.
+    """Define the operation `harmodt::NAME` from `PACKAGE.triton.NAME` and `PACKAGE.cpu.NAME`.
 
     Args:
         package: the operation's package.
-        name: of the operation and of the function.
-        schema: its arguments and results, in PyTorch's schema language.
-        fake: gives results of the right shape and dtype without computing them.
+        name: the name of the operation and of both functions.
+        schema: the operation's arguments and results, in PyTorch's schema language.
+        fake: returns empty results of the right shape and dtype.
     """
 
     _PACKAGES[name] = package
@@ -69,7 +69,7 @@ def kernel(name: str) -> Callable[..., Any]:
 
 
 def kernels_for(device: torch.device) -> Kernels:
-    """Which kernels run on a device."""
+    """The kernels that run on a device."""
     return "cpu" if device.type == "cpu" and not interpreted() else "triton"
 
 
@@ -79,7 +79,7 @@ def _function(module: str, name: str) -> Callable[..., Any]:
 
 
 def check_available(device: torch.device) -> None:
-    """Raise BackendUnavailable, which says what is missing, if the kernels cannot run there."""
+    """Raise BackendUnavailable, with what is missing, if the kernels cannot run on the device."""
     if device.type not in ("cpu", "cuda"):
         raise BackendUnavailable(f"there are no fused kernels for {device.type} devices")
     if kernels_for(device) == "cpu":
@@ -102,5 +102,5 @@ def check_available(device: torch.device) -> None:
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on a CPU: TRITON_INTERPRET=1 is set."""
+    """Whether TRITON_INTERPRET is set, so that Triton's interpreter runs the kernels on a CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")

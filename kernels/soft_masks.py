@@ -1,4 +1,4 @@
-"""Masks with values between 0 and 1, from the operations of a backend on bits."""
+"""Soft masks: masks with values between 0 and 1, computed by a backend for binary masks."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 
 from .backend import Backend
 from .masked_linear.gradients import WeightGradients
-from .norm_linear.reference import in_parts
+from .norm_linear.reference import norm_then_linear
 
 
 def soft_masks(backend: Backend, levels: int) -> Backend:
     """A backend whose masked layers multiply a weight by 0, 1/L, 2/L, ... or 1.
 
-    Where bits are T masks to `backend`, they are L T to this one: row l T + i says which weights of
-    task i have a value above l / L, so that a value is the mean of its L bits. A layer is linear in
-    its mask: it is computed under each of the L by itself, and what comes out is averaged. Without
-    masks it is computed once.
+    The bits hold L T masks for T tasks: mask l T + i marks the weights whose value in task i is
+    above l / L. So a value is the mean of its L bits. A layer is linear in its mask: `backend`
+    computes it once with each of the task's L masks, and the outputs are averaged. A layer without
+    masks is computed once.
 
     Args:
-        backend: what computes.
+        backend: computes the layers with binary masks.
         levels: L, at least 2.
     """
     layers = _Layers(backend, levels)
@@ -60,13 +60,13 @@ class _Layers:
         group_gradients: Gradients = None,
         queue: WeightGradients | None = None,
     ) -> Tensor:
-        """Its arguments are those of `masked_linear.reference`, which all implementations have."""
+        """Takes the arguments of `masked_linear.reference.masked_linear`."""
 
-        def under(x: Tensor, task_ids: Tensor | None, gradients: Gradients) -> Tensor:
+        def layer(x: Tensor, task_ids: Tensor | None, gradients: Gradients) -> Tensor:
             operands = x, weight, bias, weight_bits, bias_bits, task_ids
             return self.backend.masked_linear(*operands, group_gradients=gradients, queue=queue)
 
-        y = self._mean(under, x, weight_bits, task_ids, group_gradients)
+        y = self._mean(layer, x, weight_bits, task_ids, group_gradients)
         return y.relu() if relu else y
 
     def masked_layer_norm(
@@ -81,18 +81,18 @@ class _Layers:
         group_gradients: Gradients = None,
         **settings: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Its arguments are those of `masked_layer_norm.reference`."""
+        """Takes the arguments of `masked_layer_norm.reference.masked_layer_norm`."""
 
-        def under(x: Tensor, task_ids: Tensor | None, gradients: Gradients) -> Tensor:
+        def layer(x: Tensor, task_ids: Tensor | None, gradients: Gradients) -> Tensor:
             operands = x, weight, bias, weight_bits, bias_bits, task_ids
-            of_layer = {"group_gradients": gradients, **settings}
-            return self.backend.masked_layer_norm(*operands, **of_layer)[0]
+            options = {"group_gradients": gradients, **settings}
+            return self.backend.masked_layer_norm(*operands, **options)[0]
 
-        return self._mean(under, x, weight_bits, task_ids, group_gradients), x
+        return self._mean(layer, x, weight_bits, task_ids, group_gradients), x
 
     def norm_linear(self, *operands: Any, **settings: Any) -> tuple[Tensor, Tensor]:
-        """`in_parts` of the two."""
-        return in_parts(self.masked_layer_norm, self.masked_linear, *operands, **settings)
+        """Takes the arguments of `norm_linear.reference.norm_linear`."""
+        return norm_then_linear(self.masked_layer_norm, self.masked_linear, *operands, **settings)
 
     def linear_residual(
         self,
@@ -101,32 +101,38 @@ class _Layers:
         group_gradients: Gradients = None,
         queue: WeightGradients | None = None,
     ) -> Tensor:
-        """Its arguments are those of `linear_residual.reference`."""
-        *of_layer, residual, drop = operands
-        branch = self.masked_linear(*of_layer, group_gradients=group_gradients, queue=queue)
+        """Takes the arguments of `linear_residual.reference.linear_residual`."""
+        *layer_operands, residual, drop = operands
+        branch = self.masked_linear(*layer_operands, group_gradients=group_gradients, queue=queue)
         return self.backend.dropout_add(residual, branch, drop, seed)
 
     def _mean(
         self,
-        under: Callable[[Tensor, Tensor | None, Gradients], Tensor],
+        layer: Callable[[Tensor, Tensor | None, Gradients], Tensor],
         x: Tensor,
         bits: Tensor | None,
         task_ids: Tensor | None,
         gradients: Gradients,
     ) -> Tensor:
-        """The mean of what a layer makes of x, [G, R, K], under each of its tasks' L masks."""
+        """The mean of a layer's outputs for x, [G, R, K], over each task's L masks.
+
+        `layer` takes x, the mask of each group and the buffers for gradients.
+        """
         if bits is None or task_ids is None:
-            return under(x, task_ids, gradients)
+            return layer(x, task_ids, gradients)
         if gradients is not None and len(gradients[0]) > 1:
-            # Each group by itself: its L gradients are added where it has its own.
-            parts = []
+            # Groups are computed one by one: the L gradients of a group are summed into its row.
+            outputs = []
             for group in range(len(x)):
                 only = slice(group, group + 1)
-                of_weight, of_bias = gradients
-                own = of_weight[only], None if of_bias is None else of_bias[only]
-                parts.append(self._mean(under, x[only], bits, task_ids[only], own))
-            return torch.cat(parts)
+                weight_gradients, bias_gradients = gradients
+                buffers = (
+                    weight_gradients[only],
+                    None if bias_gradients is None else bias_gradients[only],
+                )
+                outputs.append(self._mean(layer, x[only], bits, task_ids[only], buffers))
+            return torch.cat(outputs)
         first_rows = torch.arange(0, len(bits), len(bits) // self.levels, device=bits.device)
         rows = (first_rows[:, None] + task_ids).flatten()
         copies = x.expand(self.levels, *x.shape).flatten(0, 1)
-        return under(copies, rows, gradients).unflatten(0, (self.levels, len(x))).mean(0)
+        return layer(copies, rows, gradients).unflatten(0, (self.levels, len(x))).mean(0)

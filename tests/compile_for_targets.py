@@ -1,10 +1,10 @@
-"""Compiles every kernel for GPUs that need not be there, and tabulates what came out.
+"""Compiles every kernel for several GPUs, without a GPU, and tabulates the results.
 
     python tests/compile_for_targets.py [--output build/kernels.md] [--all]
 
-The operations are called on CPU tensors with the shapes and strides of the model. In place of
-running a kernel, its launcher compiles it, so that Triton specialises it as it would on the GPU.
-The table is written as JSON too, beside the Markdown.
+The operations are called on CPU tensors with the shapes and strides of the model. The launcher
+compiles a kernel instead of running it, so Triton specialises the kernel as it would on the GPU.
+The table is also written as JSON, next to the Markdown file.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-# Those for which Triton compiles as for another, but that have less shared memory.
+# Triton compiles for these as for another target, but they have less shared memory.
 ALIKE = ("sm_86", "sm_89", "sm_120")
-# The one for which all is compiled unasked: it stands for the smaller tiles of the others.
+# Without --all, small tiles are compiled for this target only, which represents the others.
 USUAL = "sm_90"
 
-# In PTX and in AMD's assembly; wide loads are of 16 bytes or more per thread.
+# Patterns for PTX and AMD's assembly. A wide load has at least 16 bytes per thread.
 INSTRUCTIONS = {
     "matrix": r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_s?mfma)",
     "fma": r"\b(fma\.rn\.f32|v_(pk_)?fma\w*_f32)",
@@ -68,33 +68,33 @@ INSTRUCTIONS = {
     "wide_loads": r"\bld\.global\S*\.(v4\.\w32|v2\.\w64|v8\.\w32|v4\.\w64)|_load_dwordx4",
 }
 
-# What is given to a launch beside the kernel's own arguments.
+# Arguments of a launch that are not the kernel's.
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
-# The types of x, of the weights and of biases.
+# The dtypes of x, of weights and of biases.
 PRECISIONS = {
     "fp32": (torch.float32,) * 3,
     "tf32": (torch.float32,) * 3,
     "bf16": (torch.bfloat16,) * 3,
     "fp16": (torch.float16,) * 3,
-    "bf16, rounded weights": (torch.bfloat16, torch.bfloat16, torch.float32),
+    "bf16, bf16 weights": (torch.bfloat16, torch.bfloat16, torch.float32),
     "bf16, fp32 weights": (torch.bfloat16, torch.float32, torch.float32),
     "fp16, fp32 weights": (torch.float16, torch.float32, torch.float32),
 }
 # Maskable weights of the model of 1.47 million.
 WEIGHTS = 1_189_888
 
-# Those of a training run; the others are compiled for fewer sizes. Steps in bf16 read weights that
-# the optimiser has rounded, mask updates and policies the weights themselves.
+# The precisions of a training run. The others are compiled for fewer sizes. In bf16, steps read the
+# optimiser's bf16 copy of the weights; mask updates and policies read the weights themselves.
 TRAINING = ("fp32", "tf32", "bf16, fp32 weights")
-ROUNDED = "bf16, rounded weights"
+BF16_COPY = "bf16, bf16 weights"
 
 
 class Case(NamedTuple):
-    """A use of an operation, such as those of the model.
+    """A use of an operation, as in the model.
 
     Attributes:
-        largest: whether its tiles are the largest there are.
+        largest: whether the case uses the operation's largest tiles.
     """
 
     use: str
@@ -103,25 +103,25 @@ class Case(NamedTuple):
     largest: bool = False
 
     def belongs(self, target: str, everything: bool) -> bool:
-        """Whether it is compiled for a target, if all is asked for or if not."""
-        if target in ALIKE:  # rounding to TF32 takes float32's tiles; sm_80 shows what else it does
+        """Whether the case is compiled for a target; `everything`: with --all."""
+        if target in ALIKE:  # TF32 has float32's tiles here, and sm_80 shows its other properties
             return self.largest and (everything or self.precision != "tf32")
         return everything or self.largest or target == USUAL
 
 
 @dataclass
 class Compiled:
-    """What a kernel was compiled to.
+    """The result of compiling a kernel.
 
     Attributes:
         use: the first case that needs it.
         options: its compile-time constants, warps and stages.
         dot: whether it multiplies matrices.
-        registers: per thread.
+        registers: registers per thread.
         shared: bytes of shared memory per block.
-        spills: bytes of stack per thread (NVIDIA), or vector and scalar registers spilled (AMD).
-        instructions: how often each of `INSTRUCTIONS` stands in its code.
-        loop: instructions of PTX per product of matrices, in the smallest loop with any.
+        spills: bytes of stack per thread (NVIDIA), or spilled vector and scalar registers (AMD).
+        instructions: the number of each of `INSTRUCTIONS` in its code.
+        loop: PTX instructions per matrix product, in the smallest loop that has a product.
     """
 
     kernel: str
@@ -139,7 +139,7 @@ class Compiled:
 
 @dataclass
 class Compilation:
-    """All kernels, those that were compiled, and the cases that failed."""
+    """The names of all kernels, the compiled kernels, and the cases that failed."""
 
     kernels: list[str] = field(default_factory=list)
     compiled: list[Compiled] = field(default_factory=list)
@@ -149,9 +149,9 @@ class Compilation:
 def masked_linear_cases() -> Iterator[Case]:
     small, large = (5, 600, 128, 512), (5, 4800, 256, 1024)
     for precision in PRECISIONS:
-        # The rest takes the same tiles; each case takes seconds.
-        if precision == ROUNDED:
-            continue  # every layer of a step begins a branch or ends one
+        # Few cases, because each takes seconds. Other sizes have the same tiles.
+        if precision == BF16_COPY:
+            continue  # in a step, all layers start or end a branch, and have other cases
         if precision in ("fp32", "bf16, fp32 weights"):
             for d, rows in ((128, 600), (256, 4800)):
                 if d == 128 or precision != "fp32":
@@ -186,12 +186,12 @@ def masked_linear_case(
     words = words_for(inputs)
     weight_words = outputs * words
     end = weight_words + words_for(outputs)
-    # an odd layer alone, another as the first one of the model
+    # A layer of odd size is alone in the vector. Another layer is the first one of the model.
     all_words = end if inputs % 32 else words_for(WEIGHTS)
 
     def weights_of(vectors: Tensor) -> Tensor:
-        rows_of = vectors[..., : weight_words * 32].unflatten(-1, (outputs, words * 32))
-        return rows_of[..., :inputs]
+        padded_rows = vectors[..., : weight_words * 32].unflatten(-1, (outputs, words * 32))
+        return padded_rows[..., :inputs]
 
     def biases_of(vectors: Tensor) -> Tensor:
         return vectors[..., weight_words * 32 :][..., :outputs]
@@ -216,20 +216,23 @@ def masked_linear_case(
         )
         y.backward(torch.empty_like(y))
 
-    options = (("ReLU", relu), ("no bias", no_bias), ("gradients of groups", group_gradients))
+    options = (("ReLU", relu), ("no bias", no_bias), ("per-group gradients", group_gradients))
     size = f"{groups} × {rows} rows, {inputs} to {outputs}"
     return Case(", ".join([size, *(name for name, on in options if on)]), run, precision)
 
 
 def stationary_cases() -> Iterator[Case]:
-    # Of so many tasks that a program goes through several tiles of rows; the kernels that do.
     for drop in (0.0, 0.1):
         yield stationary_case("bf16, fp32 weights", drop)._replace(largest=True)
-        yield stationary_case(ROUNDED, drop)._replace(largest=True)
+        yield stationary_case(BF16_COPY, drop)._replace(largest=True)
 
 
 def stationary_case(precision: str, drop: float) -> Case:
-    """Forward behind a LayerNorm and beside a residual, and gradients of a deep layer's x."""
+    """Kernels with a stationary weight: many groups, so a program has several tiles of rows.
+
+    These are the forward passes with a LayerNorm or a residual, and the input gradient of a layer
+    with many inputs.
+    """
     dtype, weight_dtype, bias_dtype = PRECISIONS[precision]
     groups, rows, d = 50, 600, 128
 
@@ -250,28 +253,28 @@ def stationary_case(precision: str, drop: float) -> Case:
         torch.autograd.backward(ends, [torch.empty_like(end) for end in ends])
         with torch.no_grad(), torch.autocast("cpu", dtype):
             weight, bias, masks = layer(d, 4 * d)
-            rows_of_x = torch.empty(groups, rows, d)
+            x = torch.empty(groups, rows, d)
             bits = torch.zeros(3, words_for(d), dtype=torch.int32)
             norm_masks = LayerMasks(bits, bits, masks.task_ids)
-            norm_linear(rows_of_x, *torch.empty(2, d), weight, bias, norm_masks, masks, relu=True)
+            norm_linear(x, *torch.empty(2, d), weight, bias, norm_masks, masks, relu=True)
             weight, bias, masks = layer(d, d)
-            operands = rows_of_x.to(dtype), weight, bias, *masks.bits
-            linear_residual(*operands, rows_of_x, drop)
+            operands = x.to(dtype), weight, bias, *masks.bits
+            linear_residual(*operands, x, drop)
 
     use = f"{groups} × {rows} rows, d = {d}"
     return Case(f"{use}, dropout" if drop else use, run, precision)
 
 
 def linear_residual_cases() -> Iterator[Case]:
-    for precision in ("fp32", "bf16, fp32 weights", ROUNDED):
+    for precision in ("fp32", "bf16, fp32 weights", BF16_COPY):
         yield linear_residual_case(precision, 600, 512, 128)
-    for precision in ("bf16, fp32 weights", ROUNDED):
+    for precision in ("bf16, fp32 weights", BF16_COPY):
         case = linear_residual_case(precision, 4800, 1024, 256)
         yield case._replace(largest=True)
 
 
 def linear_residual_case(precision: str, rows: int, inputs: int, outputs: int) -> Case:
-    """Forward and backward pass with dropout, beside a residual of float32."""
+    """Forward and backward pass with dropout and a float32 residual."""
     dtype, weight_dtype, bias_dtype = PRECISIONS[precision]
 
     def run() -> None:
@@ -294,8 +297,8 @@ def linear_residual_case(precision: str, rows: int, inputs: int, outputs: int) -
 def norm_linear_cases() -> Iterator[Case]:
     yield norm_linear_case("fp32", 600, 128, 384)
     yield norm_linear_case("bf16, fp32 weights", 600, 128, 384)
-    yield norm_linear_case(ROUNDED, 600, 128, 384)
-    for precision in (*TRAINING, ROUNDED):
+    yield norm_linear_case(BF16_COPY, 600, 128, 384)
+    for precision in (*TRAINING, BF16_COPY):
         case = norm_linear_case(precision, 4800, 256, 1024, relu=True, backward=False)
         yield case._replace(largest=True)
 
@@ -309,12 +312,12 @@ def norm_linear_case(
     relu: bool = False,
     backward: bool = True,
 ) -> Case:
-    """Forward, and backward pass if asked for, under autocast; x is of float32."""
+    """Forward pass, and backward pass if `backward`, under autocast; x is float32."""
     dtype, weight_dtype, bias_dtype = PRECISIONS[precision]
 
     def run() -> None:
         gain, shift = torch.empty(2, inputs, requires_grad=True)
-        of_inputs = torch.zeros(3, words_for(inputs), dtype=torch.int32)
+        norm_bits = torch.zeros(3, words_for(inputs), dtype=torch.int32)
         ids = torch.zeros(5, dtype=torch.int64)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             y, x = norm_linear(
@@ -322,7 +325,7 @@ def norm_linear_case(
                 *(gain, shift),
                 torch.empty(outputs, inputs, dtype=weight_dtype, requires_grad=True),
                 torch.empty(outputs, dtype=bias_dtype, requires_grad=True),
-                LayerMasks(of_inputs, of_inputs, ids),
+                LayerMasks(norm_bits, norm_bits, ids),
                 LayerMasks(
                     torch.zeros(3, outputs, words_for(inputs), dtype=torch.int32),
                     torch.zeros(3, words_for(outputs), dtype=torch.int32),
@@ -338,22 +341,22 @@ def norm_linear_case(
 
 
 def weight_gradients_cases() -> Iterator[Case]:
-    # Few, because each takes seconds; with dropout, which takes the most registers.
+    # Few cases, because each takes seconds. With dropout, because it needs the most registers.
     for precision in TRAINING:
         yield weight_gradients_case(precision, 512, 1, drop=0.1)._replace(largest=True)
     yield weight_gradients_case(TRAINING[-1], 128, 50, drop=0.1)._replace(largest=True)
 
 
 def weight_gradients_case(precision: str, d: int, groups: int, *, drop: float) -> Case:
-    """The layers of a block together, as the model has them: rows after one another in vectors."""
-    dtype, _, of_gradients = PRECISIONS[precision]
+    """All layers of a block, with masks and gradients in flat vectors, as in the model."""
+    dtype, _, gradient_dtype = PRECISIONS[precision]
 
     def layer(
         inputs: int, outputs: int, normalised: bool, relu: bool, drop: float
     ) -> LayerGradients:
         size = outputs * (inputs + 1)
         bits = torch.zeros(3, WEIGHTS // 32, dtype=torch.int32)[:, : size // 32]
-        gradients = torch.empty(1, WEIGHTS, dtype=of_gradients)[:, :size]
+        gradients = torch.empty(1, WEIGHTS, dtype=gradient_dtype)[:, :size]
         dy = torch.empty(groups, 600, outputs, dtype=dtype)
         return LayerGradients(
             dy=dy,
@@ -385,7 +388,7 @@ def masked_layer_norm_cases() -> Iterator[Case]:
 
 
 def masked_layer_norm_case(precision: str, rows: int, size: int) -> Case:
-    """Forward and backward pass of a layer in flat vectors, whose x is of float32."""
+    """Forward and backward pass of a layer whose parameters are in flat vectors; x is float32."""
     dtype, *_ = PRECISIONS[precision]
 
     def run() -> None:
@@ -393,12 +396,11 @@ def masked_layer_norm_case(precision: str, rows: int, size: int) -> Case:
         bits = torch.zeros(3, 2 * words_for(size), dtype=torch.int32).chunk(2, 1)
         x = torch.empty(5, rows, size, requires_grad=True)
         ids = torch.zeros(5, dtype=torch.int64)
-        # With a residual's gradient, and without one but the gradients of groups.
+        # Once with a residual's gradient, once without it but with per-group gradients.
         for outputs, out in ((2, None), (1, tuple(torch.empty(2, 5, size)))):
-            given = masked_layer_norm(x, gain, bias, *bits, ids, dtype=dtype, group_gradients=out)[
-                :outputs
-            ]
-            torch.autograd.backward(given, [torch.empty_like(t) for t in given])
+            results = masked_layer_norm(x, gain, bias, *bits, ids, dtype=dtype, group_gradients=out)
+            results = results[:outputs]
+            torch.autograd.backward(results, [torch.empty_like(t) for t in results])
 
     return Case(f"5 × {rows} rows of {size}", run, precision)
 
@@ -411,7 +413,7 @@ def attention_cases() -> Iterator[Case]:
 
 
 def attention_case(precision: str, tokens: int, size: int) -> Case:
-    """Forward and backward pass with dropout, and acting with tokens of the past."""
+    """Forward and backward pass with dropout, and a policy's call with past tokens."""
     dtype, *_ = PRECISIONS[precision]
 
     def run() -> None:
@@ -432,7 +434,7 @@ def dropout_add_cases() -> Iterator[Case]:
 
 
 def dropout_add_case(precision: str, size: int) -> Case:
-    """A branch of 16 bits, where there is one, beside float32."""
+    """A branch in the precision's dtype, added to a float32 residual."""
     dtype, *_ = PRECISIONS[precision]
 
     def run() -> None:
@@ -469,7 +471,7 @@ def token_embedding_case(steps: tuple[int, int, int], observations: int, size: i
 
 
 def harmony_selection_cases() -> Iterator[Case]:
-    # the model's 1.2 million weights and the paper's largest count, then other chunks and sizes
+    # The model's 1.2 million weights with the paper's largest count, then other chunks and sizes.
     for importance, rule in itertools.product(("fisher", "magnitude"), ("paper", "upstream-score")):
         case = harmony_selection_case(5, WEIGHTS, 100, importance, rule)
         yield case._replace(largest=(importance, rule) == ("fisher", "paper"))
@@ -502,10 +504,12 @@ def harmony_selection_case(tasks: int, size: int, count: int, importance: str, r
 def masked_adamw_cases() -> Iterator[Case]:
     for size in (1_300_000, 39, 1):
         yield masked_adamw_case(size)._replace(largest=size > 39)
-    yield masked_adamw_case(1_300_000, rounded=WEIGHTS)._replace(largest=True)
+    yield masked_adamw_case(1_300_000, copied=WEIGHTS)._replace(largest=True)
 
 
-def masked_adamw_case(size: int, rounded: int = 0) -> Case:
+def masked_adamw_case(size: int, copied: int = 0) -> Case:
+    """A step; the first `copied` weights have a bf16 copy."""
+
     def run() -> None:
         masked_adamw(
             *torch.zeros(4, size),
@@ -516,10 +520,10 @@ def masked_adamw_case(size: int, rounded: int = 0) -> Case:
             epsilon=1e-8,
             weight_decay=1e-4,
             max_norm=0.25,
-            rounded=torch.zeros(rounded, dtype=torch.bfloat16) if rounded else None,
+            bf16_copy=torch.zeros(copied, dtype=torch.bfloat16) if copied else None,
         )
 
-    return Case(f"{size:,} weights{', rounded' if rounded else ''}", run)
+    return Case(f"{size:,} weights{', bf16 copy' if copied else ''}", run)
 
 
 CASES = {
@@ -538,13 +542,13 @@ CASES = {
 
 
 class TargetDriver:
-    """What Triton asks of a GPU's driver before it compiles."""
+    """The part of a GPU's driver that Triton calls before it compiles."""
 
     def __init__(self, target: str):
         self._target = target
 
     def get_current_device(self) -> int:
-        return list(TARGETS).index(self._target)  # Triton keeps what it compiled by device
+        return list(TARGETS).index(self._target)  # Triton caches compiled kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -557,7 +561,7 @@ def compile_operation(operation: str, target: str, everything: bool) -> Compilat
     """Compile the cases of an operation that belong to a target."""
     torch.set_num_threads(1)
     triton.runtime.driver.set_active(TargetDriver(target))
-    registration.interpreted = lambda: True  # what sends tensors of a CPU to the launchers
+    registration.interpreted = lambda: True  # sends CPU tensors to Triton's launchers
     result, seen = Compilation(), set()
     case: Case
 
@@ -585,7 +589,7 @@ def compile_operation(operation: str, target: str, everything: bool) -> Compilat
         switch.fp32_precision = "tf32" if case.precision == "tf32" else "ieee"
         try:
             case.run()
-        except Exception:  # reported with its traceback, so that one does not hide the others
+        except Exception:  # reported with its traceback; the other cases still run
             where = {"use": case.use, "precision": case.precision, "target": target}
             result.failures.append({**where, "error": traceback.format_exc()})
     switch.fp32_precision = usual
@@ -593,9 +597,11 @@ def compile_operation(operation: str, target: str, everything: bool) -> Compilat
 
 
 def describe(compiled: Any, case: Case, target: str, constants: dict[str, Any]) -> Compiled:
-    of_nvidia = TARGETS[target].backend == "cuda"
-    code = compiled.asm["ptx" if of_nvidia else "amdgcn"]
-    registers, spills = of_cubin(compiled.asm["cubin"]) if of_nvidia else of_amdgcn(code)
+    nvidia = TARGETS[target].backend == "cuda"
+    code = compiled.asm["ptx" if nvidia else "amdgcn"]
+    registers, spills = (
+        resources_of_cubin(compiled.asm["cubin"]) if nvidia else resources_of_amdgcn(code)
+    )
     return Compiled(
         kernel=compiled.name,
         use=case.use,
@@ -609,12 +615,12 @@ def describe(compiled: Any, case: Case, target: str, constants: dict[str, Any]) 
         instructions={
             name: len(re.findall(pattern, code)) for name, pattern in INSTRUCTIONS.items()
         },
-        loop=of_loop(code) if of_nvidia else None,
+        loop=instructions_per_product(code) if nvidia else None,
     )
 
 
-def of_loop(ptx: str) -> float | None:
-    """Instructions per product of matrices in the smallest loop with any."""
+def instructions_per_product(ptx: str) -> float | None:
+    """Instructions per matrix product in the smallest loop that has a product."""
     lines = [line.strip() for line in ptx.splitlines()]
     starts = ((i, re.match(r"(\$L__BB\w+):", line)) for i, line in enumerate(lines))
     labels = {label[1]: i for i, label in starts if label}
@@ -629,8 +635,8 @@ def of_loop(ptx: str) -> float | None:
     return min(found)[1] if found else None
 
 
-def of_cubin(cubin: bytes) -> tuple[int, list[int]]:
-    """Registers and spills of NVIDIA's machine code."""
+def resources_of_cubin(cubin: bytes) -> tuple[int, list[int]]:
+    """The registers and spills of NVIDIA's machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -640,8 +646,8 @@ def of_cubin(cubin: bytes) -> tuple[int, list[int]]:
     return registers, [stack]
 
 
-def of_amdgcn(code: str) -> tuple[int, list[int]]:
-    """Registers and spills from the metadata in AMD's assembly."""
+def resources_of_amdgcn(code: str) -> tuple[int, list[int]]:
+    """The registers and spills in the metadata of AMD's assembly."""
     registers, *spills = (
         int(re.search(rf"\.{name}:\s+(\d+)", code)[1])
         for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
@@ -650,19 +656,19 @@ def of_amdgcn(code: str) -> tuple[int, list[int]]:
 
 
 def compile_for_all(everything: bool) -> Compilation:
-    """Compile every operation for every target, with nothing from Triton's usual cache."""
+    """Compile every operation for every target, without Triton's usual cache."""
     os.environ.pop("TRITON_INTERPRET", None)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        # Fresh processes, because Triton reads whether to interpret when it is imported.
+        # New processes, because Triton reads TRITON_INTERPRET when it is imported.
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(PROCESSES, spawn) as pool:
             jobs = [(case, target, everything) for case in CASES for target in TARGETS]
-            parts = list(pool.map(compile_operation, *zip(*jobs, strict=True)))
+            results = list(pool.map(compile_operation, *zip(*jobs, strict=True)))
     return Compilation(
-        parts[0].kernels,
-        [compiled for part in parts for compiled in part.compiled],
-        [failure for part in parts for failure in part.failures],
+        results[0].kernels,
+        [compiled for result in results for compiled in result.compiled],
+        [failure for result in results for failure in result.failures],
     )
 
 
@@ -670,11 +676,11 @@ def markdown(compilation: Compilation) -> str:
     lines = [
         "# Kernels, compiled for each target",
         "",
-        f"By Triton {triton.__version__} under PyTorch {torch.__version__}. Registers are per "
-        "thread, shared memory is in bytes per block. Spills are bytes of stack per thread on "
-        "NVIDIA, and vector + scalar registers on AMD. Then instructions in the code: matrix "
-        "products, float32 multiply-adds, asynchronous copies, and loads of 16 bytes or more; and "
-        "in the loop of the matrix products, instructions of PTX for each.",
+        f"Compiled by Triton {triton.__version__} with PyTorch {torch.__version__}. Registers are "
+        "per thread, shared memory is in bytes per block. Spills are bytes of stack per thread on "
+        "NVIDIA, and vector + scalar registers on AMD. The next columns count instructions in the "
+        "code: matrix products, float32 multiply-adds, asynchronous copies, and loads of 16 bytes "
+        "or more. The last column has the PTX instructions per matrix product in its loop.",
     ]
     for kernel in compilation.kernels:
         lines += ["", f"## {kernel}", ""]
@@ -694,7 +700,9 @@ def markdown(compilation: Compilation) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help="the Markdown file to write")
-    parser.add_argument("--all", action="store_true", help=f"small tiles not for {USUAL} alone")
+    parser.add_argument(
+        "--all", action="store_true", help=f"compile small tiles not only for {USUAL}"
+    )
     arguments = parser.parse_args()
     output = arguments.output
     compilation = compile_for_all(arguments.all)

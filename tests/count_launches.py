@@ -1,9 +1,9 @@
-"""The kernels that a training step launches on a GPU, counted without one: a Markdown table.
+"""Counts the kernels that a training step launches on a GPU, without a GPU: a Markdown table.
 
     python tests/count_launches.py
 
-The step runs on the CPU: the fused operations go through the launchers that a GPU uses, whose
-kernels compute nothing here, and every other operation of PyTorch that computes is a kernel there.
+The step runs on the CPU. The fused operations call the launchers of a GPU, but their kernels
+compute nothing. Every other operation of PyTorch that computes something counts as a kernel.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ SIZES = {
 def step_launches(
     groups: int, dropout: float, precision: str = "fp32", layers: int = 6
 ) -> tuple[Counter, Counter]:
-    """Kernels of Triton and of PyTorch of one training step, by name.
+    """The numbers of Triton's and of PyTorch's kernels in one training step, by name.
 
-    The data lie on the device, and what is drawn of them is there: the step gathers its windows.
+    The data and the drawn indices are on the device: the step gathers its windows.
 
     Raises:
-        CannotRecord: the host reads something.
+        CannotRecord: the step needs the host to read a value.
     """
     with tempfile.TemporaryDirectory() as folder:
         store = make_store(Path(folder) / "store", TASKS[:groups])
@@ -54,9 +54,9 @@ def step_launches(
         )
         trainer = make_trainer(store, config)
         learner = trainer.learner
-        # Nothing that is launched depends on a number that a kernel computes.
+        # The kernels need not compute: no launch depends on a number that a kernel computes.
         with launching(lambda launch: lambda *_, **__: None):
-            trainer.train_step()  # what is made at the first step alone
+            trainer.train_step()  # the first step also does work that later ones do not
             recording = GraphRecording(learner._compute)
     return recording.kernels()
 

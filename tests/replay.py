@@ -1,8 +1,8 @@
-"""A computation recorded as a CUDA graph would hold it, and repeated, on the CPU.
+"""Records a computation on the CPU as a CUDA graph would capture it, and replays it.
 
-What is recorded are the operations of PyTorch and the launches of Triton kernels, with the tensors
-and numbers that they were given. Repeating them shows what a graph would: a tensor that was made
-anew is found at its old place, and a number that Python computed is the old one.
+The recording holds the operations of PyTorch and the launches of Triton kernels, with their tensors
+and numbers. A replay behaves as a graph does: it uses a tensor's old address even if the program
+has allocated a new tensor, and it uses the old value of a number that Python computed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Launch = Callable[..., None]
 
 @contextlib.contextmanager
 def launching(wrap: Callable[[Launch], Launch]) -> Iterator[None]:
-    """Launch kernels by what `wrap` makes of the function that launches them."""
+    """Replace the function that launches kernels with `wrap` of it."""
     with contextlib.ExitStack() as patches:
         for module in LAUNCHERS:
             if hasattr(module, "launch"):
@@ -42,7 +42,7 @@ def launching(wrap: Callable[[Launch], Launch]) -> Iterator[None]:
 
 
 class GraphRecording(Recording):
-    """A recording that holds launches of Triton kernels, and refuses what a GPU alone cannot do."""
+    """A recording with launches of Triton kernels. It refuses operations that need the host."""
 
     def __init__(self, function: Callable[[], Tensor]):
         with launching(self._noting):
@@ -50,31 +50,31 @@ class GraphRecording(Recording):
 
     def check(self, func: Any, args: Any) -> None:
         super().check(func, args)
-        if func._opname in ("lift_fresh", "_assert_async"):  # the host sends numbers, or waits
+        if func._opname in ("lift_fresh", "_assert_async"):  # the host sends values, or waits
             raise CannotRecord(f"{func.name()} cannot be in a CUDA graph")
 
     def _note_precision(self) -> None:
-        """Nothing: the switch is a CPU's."""
+        """Record nothing: this switch is for CPUs."""
 
     def kernels(self) -> tuple[Counter[str], Counter[str]]:
-        """The kernels that were launched, by name: those of Triton, and PyTorch's.
+        """The numbers of Triton's and of PyTorch's kernels, by name.
 
-        Those that keep a tile of the weight have "stationary" before their name.
+        A kernel with a stationary weight has "stationary" before its name.
         """
-        of_triton: Counter[str] = Counter()
-        of_pytorch: Counter[str] = Counter()
+        triton_kernels: Counter[str] = Counter()
+        pytorch_kernels: Counter[str] = Counter()
         for call in self.calls:
             operation = call.func if isinstance(call.func, torch._ops.OpOverload) else call.args[0]
             if isinstance(operation, torch._ops.OpOverload):
-                of_pytorch[operation._opname] += 1
+                pytorch_kernels[operation._opname] += 1
             else:
                 kind = "stationary " if call.keywords.get("STATIONARY") else ""
-                of_triton[kind + operation.__name__] += 1
-        return of_triton, of_pytorch
+                triton_kernels[kind + operation.__name__] += 1
+        return triton_kernels, pytorch_kernels
 
     def _noting(self, launch: Launch) -> Launch:
         def note(*args: Any, **kwargs: Any) -> None:
-            with _disable_current_modes():  # the interpreter computes with PyTorch, too
+            with _disable_current_modes():  # the interpreter's own PyTorch calls are not recorded
                 launch(*args, **kwargs)
                 args, kwargs = self.operands(args, kwargs)
             self.calls.append(functools.partial(launch, *args, **kwargs))

@@ -72,7 +72,7 @@ def test_a_question_is_a_table_of_medians_ratios_and_memory() -> None:
     assert REPORT["tables"](report(*LAYERS[:3])) == (
         "### layer, 1\n"
         "\n"
-        "| case |  | time | fused ÷ it | peak memory |\n"
+        "| case |  | time | fused ÷ this | peak memory |\n"
         "| --- | --- | ---: | ---: | ---: |\n"
         "| 8.26 kB of masks | fused | 25 µs |  | 999 B |\n"
         "|  | reference | 100 µs | 0.25 | 4 MB |\n"
@@ -86,7 +86,7 @@ def test_a_question_is_a_table_of_medians_ratios_and_memory() -> None:
 def test_ratios_are_to_the_fused_kernels_in_the_same_case() -> None:
     rows = REPORT["tables"](report(*STEPS)).splitlines()[2:9]
     assert rows == [
-        "| case |  | time | fused ÷ it | of the floor |",
+        "| case |  | time | fused ÷ this | minimum ÷ time |",
         "| --- | --- | ---: | ---: | ---: |",
         "| dropout 0.0 | fused | 300 ms |  |  |",
         "|  | dense | 100 ms | 3.00 |  |",
@@ -98,7 +98,7 @@ def test_ratios_are_to_the_fused_kernels_in_the_same_case() -> None:
 
 def test_what_was_timed_in_turn_is_a_row_of_its_own() -> None:
     assert REPORT["tables"](report(IN_TURN)).splitlines()[2:6] == [
-        "|  | time | fused ÷ it | peak memory | launches |",
+        "|  | time | fused ÷ this | peak memory | launches |",
         "| --- | ---: | ---: | ---: | ---: |",
         "| fused | 1 ms |  | 5 B | 3 |",
         "| dense, one | 2 ms | 0.50 | 7 kB | 9 |",
@@ -114,10 +114,10 @@ def test_the_text_holds_the_same_in_the_width_that_there_is(width: int) -> None:
     assert max(map(len, shown.splitlines())) <= width
     assert shown.startswith(
         "step\n"
-        "                time  fused ÷ it  of the floor\n"
+        "                time  fused ÷ this  minimum ÷ time\n"
         "dropout 0.0\n"
         "  fused       300 ms\n"
-        "  dense       100 ms        3.00\n"
+        "  dense       100 ms          3.00\n"
     )
     row = next(line for line in shown.splitlines() if line.startswith("  dense, one"))
     path, *numbers = re.split(" {2,}", row.strip())

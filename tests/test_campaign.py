@@ -114,8 +114,8 @@ def test_a_part_is_done_again_with_other_code_or_in_full(tmp_path, begin, monkey
 def test_what_does_not_fit_or_cannot_run_is_left_out_and_named(begin) -> None:
     parts = [part("long", "", limit=600), part("real", "", needs="no_such_module")]
     assert run_parts(begin(), parts, minutes=9) == {
-        "long": "left out: its limit of 600 s would end after --minutes",
-        "real": "left out: no_such_module is not installed",
+        "long": "skipped: its limit of 600 s would end after --minutes",
+        "real": "skipped: no_such_module is not installed",
     }
 
 

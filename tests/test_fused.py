@@ -103,11 +103,11 @@ def test_steps_from_rounded_weights_come_to_the_same_bits(store, device, algorit
         results.append(
             [losses(trainer, 2), *(t.clone() for t in trainer.learner.tensors().values())]
         )
-        rounded, vector = trainer.learner.optimisers["model"].rounded, trainer.learner.vector
-        assert (rounded is not None) == copy
+        bf16_copy, vector = trainer.learner.optimisers["model"].bf16_copy, trainer.learner.vector
+        assert (bf16_copy is not None) == copy
         if copy:
-            assert torch.equal(rounded, vector.weights[: vector.maskable_size].half())
-            rounded.fill_(torch.nan)  # they are what is read
+            assert torch.equal(bf16_copy, vector.weights[: vector.maskable_size].half())
+            bf16_copy.fill_(torch.nan)  # products read the copy
             assert trainer.train_step().losses.isnan().all()
     assert all(map(torch.equal, *results))
 
@@ -122,11 +122,11 @@ def test_the_weights_of_a_step_in_bf16_are_rounded_where_products_read_them_so(
             new = brings(weights)
             copy_to = partial(lambda vector, change, _: vector.add_(change), weights, new)
             trainer.load(SimpleNamespace(step=0, copy_to=copy_to))
-            rounded = learner._masks.of(learner.model.blocks[0].qkv).rounded
+            bf16_copy = learner._masks.of(learner.model.blocks[0].qkv).bf16_copy
             if precision == "fp32" or learner.execution.backend.rounds_inside:
-                assert rounded is None
+                assert bf16_copy is None
             else:
-                assert torch.equal(rounded, learner.model.blocks[0].qkv.weight.bfloat16())
+                assert torch.equal(bf16_copy, learner.model.blocks[0].qkv.weight.bfloat16())
 
 
 @pytest.mark.parametrize("surgery", ["none", "pcgrad"])

@@ -42,7 +42,7 @@ class Repeated:
         if self._recording is None:
             self._recording = GraphRecording(self._function)
         else:
-            self._recording.repeat()
+            self._recording.replay()
         return self._recording.result.clone()
 
 

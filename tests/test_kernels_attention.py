@@ -218,14 +218,18 @@ def test_operands_that_do_not_fit_are_named() -> None:
     for dtype in (torch.float64, torch.float16):
         with pytest.raises(TypeError, match=f"qkv is {dtype}"):
             attention(qkv.to(dtype), slice(None), 0.0)
-    with pytest.raises(ValueError, match=r"qkv \[2, 7, 2, 2, 16\] must be \[B, T, 3, heads"):
+    with pytest.raises(
+        ValueError, match=r"qkv has shape \[2, 7, 2, 2, 16\]: it must be \[B, T, 3, heads"
+    ):
         attention(qkv[:, :, :2], slice(None), 0.0)
     past = torch.zeros(2, 2, 3, 16)
-    with pytest.raises(TypeError, match=r"past is torch.float16 and qkv torch.float32"):
+    with pytest.raises(TypeError, match=r"past is torch.float16 and qkv is torch.float32"):
         attention(qkv, slice(None), 0.0, (past.half(), past.half()))
-    with pytest.raises(ValueError, match=r"past \[2, 2, 3, 16\], \[2, 2, 3, 8\]"):
+    with pytest.raises(ValueError, match=r"past has shapes \[2, 2, 3, 16\] and \[2, 2, 3, 8\]"):
         attention(qkv, slice(None), 0.0, (past, past[..., :8]))
-    with pytest.raises(ValueError, match=r"past \[1, 2, 3, 16\], .* as qkv \[2, 7, 3, 2, 16\]"):
+    with pytest.raises(
+        ValueError, match=r"past has shapes \[1, 2, 3, 16\] .* with qkv \[2, 7, 3, 2, 16\]"
+    ):
         attention(qkv, slice(None), 0.0, (past[:1], past[:1]))
     with pytest.raises(ValueError, match="no gradient"):
         attention(qkv.requires_grad_(), slice(None), 0.0, (past, past))

@@ -236,9 +236,9 @@ def test_the_smallest_of_a_row_are_those_of_a_stable_sort(
     monkeypatch.setattr(kernels, "VALUES", 64)
     scores = np.tile(np.float32(values) + np.float32(0), repeats)  # -0 is 0
     bits = scores.view(np.int32)
-    images = torch.from_numpy(bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(device)
+    keys = torch.from_numpy(bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(device)
     wanted = min(wanted, len(scores))
-    rows = torch.stack((images, images.flip(0)))[None]
+    rows = torch.stack((keys, keys.flip(0)))[None]
     (chosen,) = kernels.smallest_chunks(rows, wanted)
     for row, of_row in zip(chosen.cpu().numpy(), (scores, scores[::-1]), strict=True):
         np.testing.assert_array_equal(row, np.sort(np.argsort(of_row, kind="stable")[:wanted]))
@@ -492,12 +492,12 @@ def test_scores_that_nobody_asks_for_may_overflow(backend, device) -> None:
 
 @pytest.fixture
 def workspaces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes of the images that every launch of a kernel gets."""
+    """Bytes of the keys that every launch of a kernel gets."""
     sizes, launch = [], kernels.launch
 
     def spy(kernel: Any, grid: Any, **arguments: Any) -> None:
         if kernel is not kernels.move_weights_kernel:
-            found = [arguments[name] for name in ("minima", "images") if name in arguments]
+            found = [arguments[name] for name in ("minima", "keys") if name in arguments]
             sizes.append(sum(tensor.nbytes for tensor in found))
         launch(kernel, grid, **arguments)
 
@@ -512,7 +512,7 @@ def test_the_workspace_does_not_grow_with_the_tasks(device, workspaces, monkeypa
     for tasks in (1, 4, 17):
         check(Problem.usual(tasks, 40), fused_backend(device), device, count, RULES[0])
     assert len(workspaces) > 6  # more than one slice
-    # One task alone may need more: here the minima of its 40 chunks and all images of both sides.
+    # One task alone may need more: here the minima of its 40 chunks and all keys of both sides.
     assert max(workspaces) <= (5_000 if count == 3 else 8 * (40 + 1280))
 
 
@@ -576,7 +576,7 @@ def test_operands_that_do_not_fit_are_refused(device) -> None:
             6,
             operands[6][:2],
             ValueError,
-            r"losses has shape \[2\], and mask_bits of shape \[3",
+            r"losses has shape \[2\]: with mask_bits \[3",
         ),
         (2, operands[2][:100], ValueError, r"weights has shape \[100\]"),
         (4, operands[4].T.contiguous().T, ValueError, "dense_gradients has gaps"),
@@ -585,5 +585,5 @@ def test_operands_that_do_not_fit_are_refused(device) -> None:
         with pytest.raises(error, match=message):
             fused.select_harmony(*wrong, **arguments)
     selection = fused.select_harmony(*operands, **arguments)
-    with pytest.raises(ValueError, match="mask_bits holds 2 tasks and the selection 3"):
+    with pytest.raises(ValueError, match="mask_bits has 2 tasks and the selection 3"):
         fused.move_weights(operands[0][:2], selection)

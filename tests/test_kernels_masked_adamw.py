@@ -10,7 +10,7 @@ import torch
 from problems import ADAMW, LEARNING_RATE
 from torch import Tensor
 
-from harmodt_kernels import REFERENCE, Backend, fused_backend, pack_bits, rates_of_step
+from harmodt_kernels import REFERENCE, Backend, fused_backend, lr_and_corrections_at, pack_bits
 from harmodt_kernels.masked_adamw.reference import clipped
 
 # numpy's, where the interpreter computes with infinity
@@ -182,7 +182,7 @@ def test_clipping_is_pytorchs(scale: float, limit: float) -> None:
 
 def _rates(weights: Tensor, step: int = 1, betas: tuple[float, float] = ADAMW["betas"]) -> Tensor:
     """The rates of a step, as precise as the weights."""
-    rates = rates_of_step(step, LEARNING_RATE, betas)
+    rates = lr_and_corrections_at(step, LEARNING_RATE, betas)
     return torch.tensor(rates, dtype=weights.dtype, device=weights.device)
 
 
@@ -234,12 +234,12 @@ def test_the_first_weights_are_written_rounded(backend, device, dtype, covered) 
         pytest.skip("Triton's interpreter rounds to bf16 wrongly")
     state = _random_state(100, device)
     alone = [tensor.clone() for tensor in state]
-    rounded = torch.full((120,), 7.0, dtype=dtype, device=device)
-    backend.masked_adamw(*state, max_norm=0.25, rounded=rounded[:covered], **ADAMW)
+    bf16_copy = torch.full((120,), 7.0, dtype=dtype, device=device)
+    backend.masked_adamw(*state, max_norm=0.25, bf16_copy=bf16_copy[:covered], **ADAMW)
     backend.masked_adamw(*alone, max_norm=0.25, **ADAMW)
     assert all(map(torch.equal, state, alone))
-    assert torch.equal(rounded[:covered], state[0][:covered].to(dtype))  # inactive ones as well
-    assert (rounded[covered:] == 7).all()
+    assert torch.equal(bf16_copy[:covered], state[0][:covered].to(dtype))  # inactive ones as well
+    assert (bf16_copy[covered:] == 7).all()
 
 
 def test_five_runs_give_the_same(device) -> None:
@@ -256,9 +256,9 @@ def test_the_operation_composes(device) -> None:
     state = _random_state(100, device)
     norm = torch.linalg.vector_norm(state[1])
     floats = (0.25, 0.1, 0.001, 1e-8, 0.1)
-    operation, rounded = torch.ops.harmodt.masked_adamw.default, state[0][:64].half()
+    operation, bf16_copy = torch.ops.harmodt.masked_adamw.default, state[0][:64].half()
     torch.library.opcheck(operation, (*state, norm, *floats))
-    torch.library.opcheck(operation, (*state, norm, *floats, rounded))
+    torch.library.opcheck(operation, (*state, norm, *floats, bf16_copy))
 
 
 def test_it_compiles_into_one_graph(device) -> None:
@@ -285,20 +285,20 @@ def test_operands_that_do_not_fit_are_refused(device) -> None:
         (4, state[4].repeat(1, 2)[:, ::2], ValueError, "mask_bits has strides"),
         (5, None, ValueError, "mask_bits needs the tasks of the step"),
         (5, state[5].int(), ValueError, "mask_bits needs the tasks of the step"),
-        (6, state[6][:2], ValueError, r"rates has shape \[2\]"),
+        (6, state[6][:2], ValueError, r"lr_and_corrections has shape \[2\]"),
         (2, state[2].repeat(2)[::2], ValueError, "first_moment has gaps"),
     ):
         wrong = [other if i == place else operand for i, operand in enumerate(state)]
         with pytest.raises(error, match=message):
             fused_backend(device).masked_adamw(*wrong, **ADAMW)
-    for rounded, error, message in (
-        (torch.zeros(64, dtype=torch.int16), TypeError, "rounded is torch.int16"),
-        (torch.zeros(65), ValueError, r"rounded has shape \[65\]: it must be \[at most 64\]"),
-        (torch.zeros(64)[::2], ValueError, "rounded has gaps"),
-        (torch.zeros(64, device="meta"), ValueError, "rounded is on meta"),
+    for bf16_copy, error, message in (
+        (torch.zeros(64, dtype=torch.int16), TypeError, "bf16_copy is torch.int16"),
+        (torch.zeros(65), ValueError, r"bf16_copy has shape \[65\]: it must be \[at most 64\]"),
+        (torch.zeros(64)[::2], ValueError, "bf16_copy has gaps"),
+        (torch.zeros(64, device="meta"), ValueError, "bf16_copy is on meta"),
     ):
         with pytest.raises(error, match=message):
-            fused_backend(device).masked_adamw(*state, rounded=rounded, **ADAMW)
+            fused_backend(device).masked_adamw(*state, bf16_copy=bf16_copy, **ADAMW)
 
 
 def test_a_weight_is_active_in_any_task_of_the_step_and_beyond_the_masks(backend, device) -> None:

@@ -123,7 +123,7 @@ def test_the_registered_operations_keep_pytorchs_rules(device) -> None:
 def test_a_time_without_a_row_is_refused(cpu: Backend, time: int, step: int) -> None:
     problem = Problem.random((2, 3), (1, 39, 4), 40)
     problem.timesteps.view(-1)[step] = time
-    with pytest.raises(IndexError, match=f"timesteps holds {time}, and the table has 40 rows"):
+    with pytest.raises(IndexError, match=f"timesteps holds {time}, but the table has 40 rows"):
         cpu.token_embedding(problem.inputs, problem.timesteps, problem.parameters)
 
 

@@ -136,5 +136,5 @@ def test_a_block_keeps_a_gpu_busy_in_two_launches(monkeypatch, d, groups, precis
         (name, programs), *more = launches.made
         assert name == "masked_linear_weight_gradients_kernel"
         assert programs >= 132  # multiprocessors of NVIDIA's H100
-        assert [name for name, _ in more] in ([], ["sum_of_parts_kernel"])
+        assert [name for name, _ in more] in ([], ["sum_chunks_kernel"])
         assert not (more and (of_groups or groups < 50))

@@ -24,7 +24,7 @@ from harmodt_kernels import (
     Backend,
     BackendUnavailable,
     fused_backend,
-    rates_of_step,
+    lr_and_corrections_at,
 )
 from harmodt_kernels.native import library
 
@@ -126,7 +126,7 @@ def test_dropout_draws_the_same_with_every_instruction_set(cpu: Backend) -> None
 def test_a_task_without_a_mask_is_refused(task) -> None:
     backend, ids = fused_backend("cpu"), torch.tensor([0, task])
     x, bits = torch.zeros(2, 5, 32), torch.zeros(3, 1, dtype=torch.int32)
-    message = f"task_ids holds {task}, and there are the masks of 3 tasks"
+    message = f"task_ids holds {task}, but there are masks for 3 tasks only"
     with pytest.raises(IndexError, match=message):
         backend.masked_linear(x, torch.zeros(4, 32), None, bits[:, None].expand(3, 4, 1), None, ids)
     with pytest.raises(IndexError, match=message):
@@ -161,7 +161,7 @@ def test_selection_and_adamw(cpu: Backend) -> None:
         m, v = second.clone().unbind()
         v = v.abs()
         task = torch.tensor([0])
-        rates = torch.tensor(rates_of_step(3, 0.01, ADAMW["betas"]))
+        rates = torch.tensor(lr_and_corrections_at(3, 0.01, ADAMW["betas"]))
         backend.masked_adamw(weights, gradient, m, v, bits, task, rates, max_norm=1.0, **ADAMW)
         states.append((weights, m, v))
     for computed, expected in zip(*states, strict=True):
@@ -265,7 +265,9 @@ def test_structures_of_other_sizes_are_refused(name: str, tmp_path, monkeypatch)
     path.write_bytes(library.PATH.read_bytes())
     monkeypatch.setattr(library, "PATH", path)
     monkeypatch.setitem(library._STRUCTURES, name, Longer)
-    with pytest.raises(BackendUnavailable, match=rf"its {name} has \d+ bytes and is declared with"):
+    with pytest.raises(
+        BackendUnavailable, match=rf"its {name} has \d+ bytes where this version of harmodt has"
+    ):
         fused_backend("cpu")
 
 

@@ -65,7 +65,7 @@ def test_a_recording_repeats_on_other_inputs(names: list[str], seed: int) -> Non
         if recording is None:
             recording = Recording(computed)
         else:
-            recording.repeat()
+            recording.replay()
         assert torch.equal(recording.result, computed())
 
 
@@ -73,7 +73,7 @@ def test_what_is_changed_outside_is_changed_again() -> None:
     total, x = torch.zeros(3), torch.ones(3)
     recording = Recording(lambda: total.add_(x))
     x.fill_(5)
-    recording.repeat()
+    recording.replay()
     assert recording.result is total
     assert total.tolist() == [6, 6, 6]
 
@@ -90,7 +90,7 @@ def test_memory_is_used_again_once_a_tensor_is_gone() -> None:
     recording = Recording(chain)
     assert recording.nbytes == 2 * x.nbytes
     x.zero_()
-    recording.repeat()
+    recording.replay()
     assert recording.result.unique().tolist() == [50]
 
     def all_kept() -> Tensor:
@@ -112,9 +112,9 @@ def test_recordings_that_take_turns_share_memory() -> None:
     assert memory.nbytes == 4 * x.nbytes  # one result, and what a chain has at once
     for value, of_first, of_second in ((0, 7, 31), (1, 15, 63)):
         x.fill_(value)
-        first.repeat()
+        first.replay()
         assert first.result.unique().tolist() == [of_first]
-        second.repeat()
+        second.replay()
         assert second.result.unique().tolist() == [of_second]
 
 
@@ -145,7 +145,7 @@ def test_what_others_keep_of_it_stays_as_it_is() -> None:
     for _ in range(2):
         assert kept[0].tolist() == [0, 2, 4, 6]
         assert recording.result.tolist() == [1, 3, 5, 7]
-        recording.repeat()
+        recording.replay()
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_what_others_keep_of_it_stays_as_it_is() -> None:
     ids=["value", "places", "truths", "sizes", "random", "dropout", "in place", "comparison"],
 )
 def test_what_cannot_be_repeated_is_refused(broken: Callable[[Tensor], Tensor]) -> None:
-    with pytest.raises(CannotRecord, match="cannot be repeated"):
+    with pytest.raises(CannotRecord, match="a recording cannot replay"):
         Recording(lambda: broken(torch.ones(3)))
 
 
@@ -181,7 +181,7 @@ def test_products_are_repeated_in_their_precision() -> None:
 
     recording = Recording(computed)
     x.copy_(torch.randn(x.shape))
-    recording.repeat()
+    recording.replay()
     assert products.fp32_precision == before
     assert torch.equal(recording.result, computed())
 
@@ -196,10 +196,12 @@ def test_a_kernel_that_ends_otherwise_is_noticed() -> None:
     inputs = tuple(torch.ones(1, 1, 2, size) for size in (1, 2, 3))
     recording = Recording(lambda: backend.token_embedding(inputs, rows, parameters))
     rows[0, 0, 1] = 4
-    recording.repeat()
+    recording.replay()
     rows[0, 0, 1] = 5  # the table has rows 0 to 4
-    with pytest.raises(RuntimeError, match="harmodt_token_embedding returned 1, and -1 before"):
-        recording.repeat()
+    with pytest.raises(
+        RuntimeError, match="harmodt_token_embedding returned 1 in a replay, but -1 when recorded"
+    ):
+        recording.replay()
 
 
 @pytest.mark.usefixtures("native")
@@ -223,6 +225,6 @@ def test_recorded_dropout_draws_anew() -> None:
     recording = Recording(lambda: add(torch.zeros(64), x, 0.5, seed))
     first = recording.result.clone()
     seed.fill_(4)
-    recording.repeat()
+    recording.replay()
     assert not torch.equal(recording.result, first)
     assert torch.equal(recording.result, add(torch.zeros(64), x, 0.5, seed))

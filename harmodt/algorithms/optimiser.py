@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from harmodt_kernels import Backend, rates_of_step
+from harmodt_kernels import Backend, lr_and_corrections_at
 
 from ..config import OptimisationSettings
 from ..masks.vector import ParameterVector
@@ -24,7 +24,7 @@ class Optimiser:
         rounded_to: the type of a copy of the maskable weights, or None for no copy.
 
     Attributes:
-        rounded: the copy, [P_m], or None. `round_weights` and every step write it.
+        bf16_copy: the copy, [P_m], or None. `round_weights` and every step write it.
     """
 
     def __init__(
@@ -39,17 +39,17 @@ class Optimiser:
         self._backend = backend
         self.first_moment = torch.zeros_like(vector.weights)
         self.second_moment = torch.zeros_like(vector.weights)
-        self.rounded: Tensor | None = None
+        self.bf16_copy: Tensor | None = None
         if rounded_to is not None and vector.maskable_size:
-            self.rounded = torch.empty_like(
+            self.bf16_copy = torch.empty_like(
                 vector.weights[: vector.maskable_size], dtype=rounded_to
             )
             self.round_weights()
 
     def round_weights(self) -> None:
         """Write the copy anew, after the weights were changed from outside."""
-        if self.rounded is not None:
-            self.rounded.copy_(self._vector.weights[: self._vector.maskable_size])
+        if self.bf16_copy is not None:
+            self.bf16_copy.copy_(self._vector.weights[: self._vector.maskable_size])
 
     def step(self, mask_bits: Tensor | None, task_ids: Tensor, rates: Tensor) -> Tensor:
         """Move the active weights.
@@ -74,14 +74,14 @@ class Optimiser:
             epsilon=self.settings.adam_epsilon,
             weight_decay=self.settings.weight_decay,
             max_norm=self.settings.gradient_clip,
-            rounded=self.rounded,
+            bf16_copy=self.bf16_copy,
         )
 
     def rates(self, steps: Sequence[int]) -> Tensor:
         """Learning rate and bias corrections of some steps, counted from 1: float32 [S, 3]."""
         settings = self.settings
         return torch.tensor(
-            [rates_of_step(s, learning_rate(s, settings), settings.betas) for s in steps]
+            [lr_and_corrections_at(s, learning_rate(s, settings), settings.betas) for s in steps]
         )
 
     def tensors(self) -> dict[str, Tensor]:

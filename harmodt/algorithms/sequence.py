@@ -127,8 +127,10 @@ class SequenceLearner(Learner[SequenceOwn]):
         gradients = self.vector.gradient[None]
         if surgery != "none":  # zeros, because nothing is written to the padding
             gradients = gradients.new_zeros(tasks, gradients.shape[1])
-        rounded = self.optimisers[MODEL].rounded
-        self._masks = TaskMasks(self.vector, self.mask_bits, self.feed.task_ids, gradients, rounded)
+        bf16_copy = self.optimisers[MODEL].bf16_copy
+        self._masks = TaskMasks(
+            self.vector, self.mask_bits, self.feed.task_ids, gradients, bf16_copy
+        )
 
     @property
     def max_timesteps(self) -> int:

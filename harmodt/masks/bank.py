@@ -33,8 +33,8 @@ class TaskMasks:
             each group, a buffer of one row their sum. With P columns it takes the gradients of all
             parameters, with P_m columns those of the maskable weights: then the other parameters
             get their gradients from autograd.
-        rounded: [P_m], a copy of the maskable weights in the type of matrix products, which linear
-            layers read instead of the weights; or None. It needs group_gradients.
+        bf16_copy: [P_m], a copy of the maskable weights in the type of matrix products; or None.
+            Linear layers read it instead of the weights. It needs group_gradients.
 
     Attributes:
         queue: linear layers put the operands of their weight gradients here, so that several
@@ -50,16 +50,16 @@ class TaskMasks:
         bits: Tensor | None,
         task_ids: Tensor,
         group_gradients: Tensor | None = None,
-        rounded: Tensor | None = None,
+        bf16_copy: Tensor | None = None,
     ):
-        if rounded is not None and group_gradients is None:
-            raise ValueError("rounded weights get no gradient: give group_gradients as well")
+        if bf16_copy is not None and group_gradients is None:
+            raise ValueError("a bf16_copy gets no gradient: give group_gradients as well")
         self.vector = vector
         self.bits = bits
         self.task_ids = task_ids
         self.group_gradients = group_gradients
         self.queue = WeightGradients()
-        self._rounded = rounded
+        self._bf16_copy = bf16_copy
         self._layers: dict[nn.Module, LayerMasks] = {}
         self._shared: dict[nn.Module, list[Tensor]] = {}
 
@@ -69,9 +69,9 @@ class TaskMasks:
             return None
         if layer not in self._layers:  # views are made once: that takes longer than a small layer
             weight_bits, bias_bits = self._bits_of(layer)
-            gradients, rounded = self._gradients_of_masked(layer), self._rounded_of(layer)
+            gradients, bf16_copy = self._gradients_of_masked(layer), self._bf16_copy_of(layer)
             self._layers[layer] = LayerMasks(
-                weight_bits, bias_bits, self.task_ids, gradients, self.queue, rounded
+                weight_bits, bias_bits, self.task_ids, gradients, self.queue, bf16_copy
             )
         return self._layers[layer]
 
@@ -103,11 +103,11 @@ class TaskMasks:
         weight, bias = self.vector.layers[layer]
         return weight.of_groups(gradients), None if bias is None else bias.of_groups(gradients)
 
-    def _rounded_of(self, layer: nn.Module) -> Tensor | None:
-        if self._rounded is None or not isinstance(layer, MaskedLinear):
+    def _bf16_copy_of(self, layer: nn.Module) -> Tensor | None:
+        if self._bf16_copy is None or not isinstance(layer, MaskedLinear):
             return None
         weight, _ = self.vector.layers[layer]
-        return weight.view(self._rounded)
+        return weight.view(self._bf16_copy)
 
 
 class MaskBank:

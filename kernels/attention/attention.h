@@ -1,8 +1,9 @@
-// Causal self-attention over short sequences, one (sequence, head) at a time in a thread's cache.
+// Causal self-attention over short sequences. A thread works on one (sequence, head) at a time, which
+// fits in its cache.
 //
-// A block is kWidth queries, one in each lane, so that sums over keys and maxima need no shuffles. A
-// head's elements are cut into chunks of kWidth: a matrix of it is [chunks][rows][kWidth]. All
-// products are of kWidth rows or columns of such a chunk, a tile, which lie at constant distances.
+// A block is kWidth queries, one in each lane, so sums and maxima over keys need no shuffles. A head's
+// elements are cut into chunks of kWidth, so a matrix of a head is [chunks][rows][kWidth]. A tile is
+// kWidth rows or columns of a chunk, at constant distances. All products are products of tiles.
 #pragma once
 
 #include "dropout_add/dropout_add.h"
@@ -11,21 +12,21 @@
 
 namespace {
 
-// While a thread works on a head, it fetches this one after it: of the next one memory would still
-// be awaited.
+// While a thread works on a head, it prefetches the second head after it. If it prefetched the next
+// head, it would still have to wait for memory.
 constexpr int64_t kHeadsAhead = 2;
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
 
-// 2^x; below the normal numbers it is 0, and NaN stays.
+// 2^x. Results below the normal numbers are 0. NaN stays NaN.
 inline Vec power_of_two(Vec x) {
-  constexpr float round = 12582912.0f;  // behind whose last bit no fraction fits
+  constexpr float round = 12582912.0f;  // 1.5 * 2^23: x + round has no bits for a fraction
   Vec n = x + round;
   IntVec bits = (IntVec)n;
   n -= round;
-  Vec r = x - n, p = splat(1.5353362e-4f);  // a polynomial fitted to 2^r where |r| <= 1/2
-  const float more[] = {1.3398875e-3f, 9.61843692e-3f, 5.55033237e-2f,
-                        0.240226477f,  0.693147182f,   1.0f};
-  for (float c : more) p = fused_multiply_add(p, r, splat(c));
+  Vec r = x - n, p = splat(1.5353362e-4f);  // p is a polynomial fitted to 2^r for |r| <= 1/2
+  const float coefficients[] = {1.3398875e-3f, 9.61843692e-3f, 5.55033237e-2f,
+                                0.240226477f,  0.693147182f,   1.0f};
+  for (float c : coefficients) p = fused_multiply_add(p, r, splat(c));
 #if defined(__AVX512F__)
   (void)bits;
   auto normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
@@ -35,8 +36,8 @@ inline Vec power_of_two(Vec x) {
 #endif
 }
 
-// log2(x) of x >= 1: the exponent and a line for the rest, which is 0.05 off at most, then Newton's
-// steps, each of which leaves a third of the error's square.
+// log2(x) for x >= 1. The first estimate is the exponent plus a linear function of the mantissa, with
+// an error of at most 0.05. Then each Newton step leaves an error of a third of the error's square.
 inline Vec binary_logarithm(Vec x) {
   IntVec exponent = ((IntVec)x >> 23) - 127;
   Vec rest = (Vec)((IntVec)x - (exponent << 23));  // in [1, 2)
@@ -46,10 +47,10 @@ inline Vec binary_logarithm(Vec x) {
   return y;
 }
 
-// Sums of products, one for each row of a tile.
+// kWidth registers: one for each row of a tile.
 using Tile = Vec[kWidth];
 
-// The left operand of products: row i of them is a row, or a column, of a chunk.
+// The left operand of a product. Its row i is row i, or column i, of a chunk.
 struct ChunkRows {
   const float* first;
   float at(int i, int64_t k) const { return first[i * kWidth + k]; }
@@ -59,7 +60,7 @@ struct ChunkColumns {
   float at(int i, int64_t k) const { return first[k * kWidth + i]; }
 };
 
-inline void clear(Tile& total) {  // one by one, because = {} would do so in memory
+inline void clear(Tile& total) {  // = {} would put the tile into memory
   unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE { total[i] = Vec{}; });
 }
 
@@ -75,8 +76,8 @@ HARMODT_ALWAYS_INLINE inline void add_products(Left left, const float* right, in
   }
 }
 
-// A tile, in memory. The place is an argument: what a structure holds would be read again after each
-// store, which could have changed it.
+// Stores a tile. The address is an argument, because the compiler would read a structure's member
+// again after each store: the store could have changed it.
 HARMODT_ALWAYS_INLINE inline void store(float* to, const Tile& tile) {
   unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE { store(to + i * kWidth, tile[i]); });
 }
@@ -88,29 +89,29 @@ inline void transpose(Tile& tile) {
   unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE { tile[i] = (Vec)rows[i]; });
 }
 
-// Where a (sequence, head) lies in the tensors.
-struct Place {
-  int64_t inputs;   // of the first token's query; key and value lie `part` and 2 `part` further
-  int64_t outputs;  // of the first query's output
+// Offsets of a (sequence, head) in the tensors.
+struct Offsets {
+  int64_t inputs;   // the first token's query in qkv; its key and value are `part` and 2 `part` on
+  int64_t outputs;  // the first query's output in out
 };
 
-// What a thread needs for one (sequence, head) at a time. What is read many times is copied to its
-// memory, padded with zeros to whole chunks, and to whole tiles of keys with anything: no query sees
-// those.
+// The state of a thread for one (sequence, head) at a time. The thread copies everything that it reads
+// many times to its own memory. There, zeros pad the elements of a head to whole chunks. Keys are
+// padded to whole tiles, whose values do not matter, because no query sees them.
 struct Head {
   const harmodt_attention_shape& s;
-  int64_t total;             // keys: past and present tokens
-  int64_t padded_keys;       // in whole tiles
-  int64_t chunks, of_chunk;  // of a matrix of keys: how many, and from one to the next
-  int64_t part, stride;      // of qkv: from queries to keys, from token to token
+  int64_t total;                             // keys: past and present tokens
+  int64_t padded_keys;                       // keys in whole tiles
+  int64_t chunks, chunk_stride;              // chunks of a matrix of keys, and their distance
+  int64_t part, stride;                      // in qkv: from query to key, and from token to token
   float scale;
   uint32_t seed;
   float *keys, *values, *d_keys, *d_values;  // [chunks][padded_keys][kWidth]
   float *queries, *d_out;                    // of a block, [chunks][kWidth][kWidth]
-  float *queries_t, *d_out_t;                // the same with a query in each lane
+  float *queries_t, *d_out_t;                // the same, transposed: a query in each lane
   float *scores, *gradients;                 // of a block, [padded_keys][kWidth]
-  int64_t item;                              // sequence and head
-  Place here, later;                         // this one, and the one that is fetched
+  int64_t item;                              // sequence * heads + head
+  Offsets current, ahead;                    // of this head, and of the head that is prefetched
 
   static int64_t chunks_of(const harmodt_attention_shape& s) {
     return (s.head_size + kWidth - 1) / kWidth;
@@ -124,45 +125,45 @@ struct Head {
   Head(const harmodt_attention_shape& shape, float* memory) : s(shape), chunks(chunks_of(shape)) {
     total = s.past + s.tokens;
     padded_keys = tiles(total);
-    of_chunk = padded_keys * kWidth;
+    chunk_stride = padded_keys * kWidth;
     part = s.heads * s.head_size;
     stride = 3 * part;
     scale = 1 / __builtin_sqrtf(static_cast<float>(s.head_size));
     seed = seed_at(s.seed);
     for (float** matrix : {&keys, &values, &d_keys, &d_values}) {
       *matrix = memory;
-      memory += chunks * of_chunk;
+      memory += chunks * chunk_stride;
     }
     for (float** matrix : {&queries, &d_out, &queries_t, &d_out_t}) {
       *matrix = memory;
       memory += chunks * kWidth * kWidth;
     }
     scores = memory;
-    gradients = scores + of_chunk;
+    gradients = scores + chunk_stride;
   }
 
   void move_to(int64_t to) {
     item = to;
-    here = place_of(item);
-    later = place_of(smaller(item + kHeadsAhead, s.sequences * s.heads - 1));
+    current = offsets_of(item);
+    ahead = offsets_of(smaller(item + kHeadsAhead, s.sequences * s.heads - 1));
   }
-  Place place_of(int64_t of) const {
-    int64_t sequence = of / s.heads, column = of % s.heads * s.head_size;
+  Offsets offsets_of(int64_t head) const {
+    int64_t sequence = head / s.heads, column = head % s.heads * s.head_size;
     return {sequence * s.tokens * stride + column, sequence * s.queries * part + column};
   }
   int64_t token(int64_t query) const { return s.first_query + query * s.query_step; }
-  // Of the statistics.
+  // The index of a query in log_sums.
   int64_t row(int64_t query) const {
     return (item / s.heads * s.queries + query) * s.heads + item % s.heads;
   }
 
-  // A row of the head between tensors, where it has head_size elements, and here.
+  // Copy a row of head_size elements from a tensor to a matrix of chunks, and back.
   void get(const float* from, float* to) const {
-    for (int64_t c = 0; c < chunks; ++c, from += kWidth, to += of_chunk)
+    for (int64_t c = 0; c < chunks; ++c, from += kWidth, to += chunk_stride)
       store(to, load(from, lanes_left(s.head_size - c * kWidth)));
   }
   void put(const float* from, Vec factor, float* to) const {
-    for (int64_t c = 0; c < chunks; ++c, from += of_chunk, to += kWidth)
+    for (int64_t c = 0; c < chunks; ++c, from += chunk_stride, to += kWidth)
       store(to, load(from) * factor, lanes_left(s.head_size - c * kWidth));
   }
   void get_keys_and_values(const float* qkv) const {
@@ -171,39 +172,40 @@ struct Head {
       get(s.past_keys + at, keys + j * kWidth);
       get(s.past_values + at, values + j * kWidth);
     }
-    const float* from = qkv + here.inputs + part;
+    const float* from = qkv + current.inputs + part;
     for (int64_t j = s.past; j < total; ++j, from += stride) {
       get(from, keys + j * kWidth);
       get(from + part, values + j * kWidth);
     }
   }
   void clear_gradients() const {
-    for (int64_t i = 0; i < chunks * of_chunk; i += kWidth) {
+    for (int64_t i = 0; i < chunks * chunk_stride; i += kWidth) {
       store(d_keys + i, Vec{});
       store(d_values + i, Vec{});
     }
   }
   void put_gradients(float* d_qkv) const {
-    float* to = d_qkv + here.inputs + part;
+    float* to = d_qkv + current.inputs + part;
     for (int64_t j = 0; j < s.tokens; ++j, to += stride) {
       put(d_keys + j * kWidth, splat(scale), to);
       put(d_values + j * kWidth, splat(1.0f), to + part);
     }
   }
 
-  // scores[j] = rows[j] · the queries of columns, for a tile of keys from j on
+  // total[i] = rows[j + i] · columns, for the kWidth keys from j on; a column is a query.
   HARMODT_ALWAYS_INLINE inline void dots(const float* rows, const float* columns, int64_t j,
                                          Tile& total) const {
     clear(total);
     for (int64_t c = 0; c < chunks; ++c)
-      add_products(ChunkRows{rows + c * of_chunk + j * kWidth}, columns + c * kWidth * kWidth,
+      add_products(ChunkRows{rows + c * chunk_stride + j * kWidth}, columns + c * kWidth * kWidth,
                    kWidth, total);
   }
-  // out[j] += sum over the block's queries of weights[j] * rows, for so many keys in whole tiles
+  // out[j] += sum over the block's queries of weights[j][query] * rows[query], for `count` keys in
+  // whole tiles
   void add_outer(const float* weights, const float* rows, int64_t count, float* out) const {
     for (int64_t c = 0; c < chunks; ++c)
       for (int64_t j = 0; j < count; j += kWidth) {
-        float* to = out + c * of_chunk + j * kWidth;
+        float* to = out + c * chunk_stride + j * kWidth;
         Tile total;
         unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE { total[i] = load(to + i * kWidth); });
         add_products(ChunkRows{weights + j * kWidth}, rows + c * kWidth * kWidth, kWidth, total);
@@ -212,15 +214,17 @@ struct Head {
   }
 };
 
-// The queries `first` and later, kWidth of them; after the last one, it is repeated. In the course
-// of its work it fetches its share of a later head, some rows at a time: more at once would queue.
+// A block of kWidth queries from `first` on. If fewer are left, the last one fills the block. While a
+// block is computed, it prefetches its share of the head ahead, a few rows at a time: more requests at
+// once would only queue.
 struct Block {
   const Head& h;
   int64_t first, queries;
-  int64_t keys;               // that some query may see
-  int64_t seen_by_all;        // of those
-  int64_t from, to;           // tokens of the later head that it fetches
-  IntVec positions, unhashed_draws;  // among the keys; at the first key
+  int64_t keys;           // keys that at least one query may see
+  int64_t seen_by_all;    // keys that every query may see
+  int64_t from, to;       // tokens of the head ahead that this block prefetches
+  IntVec positions;       // the last key that each query sees
+  IntVec unhashed_draws;  // the unhashed dropout draw of each query at the first key
 
   Block(const Head& head, int64_t first_query) : h(head), first(first_query) {
     const harmodt_attention_shape& s = h.s;
@@ -239,23 +243,22 @@ struct Block {
                               h.seed);
   }
 
-  // Begin to read rows of the later head. Into the second-level cache: the rows are so far apart that
-  // they share few sets of the first. Inlined, because GCC drops calls of what only prefetches, for
-  // lack of an effect.
+  // Prefetches rows into the second-level cache. In the first-level cache they would share few sets,
+  // because they are so far apart. Inlined, because GCC drops calls of functions that only prefetch.
   HARMODT_ALWAYS_INLINE inline void fetch(const float* matrix, int64_t stride, int64_t rows) const {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t d = 0; d < h.s.head_size; d += 16)
         __builtin_prefetch(matrix + i * stride + d, 0, 2);
   }
-  // Of queries (0), keys (1) or values (2); and of the output.
+  // Prefetch queries (part 0), keys (1) or values (2) of the head ahead.
   HARMODT_ALWAYS_INLINE inline void fetch_inputs(const float* qkv, int part) const {
-    fetch(qkv + h.later.inputs + part * h.part + from * h.stride, h.stride, to - from);
+    fetch(qkv + h.ahead.inputs + part * h.part + from * h.stride, h.stride, to - from);
   }
   HARMODT_ALWAYS_INLINE inline void fetch_outputs(const float* out) const {
-    fetch(out + h.later.outputs + first * h.part, h.part, queries);
+    fetch(out + h.ahead.outputs + first * h.part, h.part, queries);
   }
 
-  // A chunk of rows that lie `stride` apart, the last one repeated.
+  // Load a chunk of the block's rows, which are `stride` apart. The last row fills the tile.
   HARMODT_ALWAYS_INLINE inline void get(const float* rows, int64_t stride, int64_t chunk,
                                         Tile& tile) const {
     uint32_t inside = lanes_left(h.s.head_size - chunk * kWidth);
@@ -265,7 +268,7 @@ struct Block {
       if (i + 1 < queries) from_row += stride;
     });
   }
-  // A chunk of the block's rows with a query in each lane, into rows that lie `stride` apart.
+  // Store a chunk with a query in each lane to the block's rows, which are `stride` apart.
   HARMODT_ALWAYS_INLINE inline void put(Tile& tile, int64_t chunk, float* rows,
                                         int64_t stride) const {
     transpose(tile);
@@ -274,9 +277,9 @@ struct Block {
       if (i < queries) store(rows + i * stride + chunk * kWidth, tile[i], inside);
     });
   }
-  // Queries, those with a query in each lane in the units of scores.
+  // Copy the block's queries. queries_t also holds the factor of the scores and log2(e).
   void get_queries(const float* qkv) const {
-    const float* rows = qkv + h.here.inputs + h.token(first) * h.stride;
+    const float* rows = qkv + h.current.inputs + h.token(first) * h.stride;
     for (int64_t c = 0; c < h.chunks; ++c) {
       int64_t at = c * kWidth * kWidth;
       Tile tile;
@@ -288,26 +291,26 @@ struct Block {
     }
   }
 
-  // Scores of the keys, as powers of two, in whole tiles: -inf where a query may not see a key.
-  // Returns the largest of each query.
+  // Compute the scores of all keys times log2(e), in whole tiles: -inf where a query may not see a
+  // key. Returns each query's largest score.
   Vec score() const {
-    Vec least = splat(-__builtin_inff()), most = least;
+    Vec lowest = splat(-__builtin_inff()), largest = lowest;
     for (int64_t j = 0; j < keys; j += kWidth) {
       Tile total;
       h.dots(h.keys, h.queries_t, j, total);
       if (j + kWidth > seen_by_all) {
         IntVec left = positions - static_cast<int32_t>(j);
         unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE {
-          total[i] = left < 0 ? least : total[i];
+          total[i] = left < 0 ? lowest : total[i];
           left -= 1;
         });
       }
       store(h.scores + j * kWidth, total);
       unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE {
-        most = total[i] > most ? total[i] : most;
+        largest = total[i] > largest ? total[i] : largest;
       });
     }
-    return most;
+    return largest;
   }
 };
 
@@ -316,29 +319,29 @@ void attention_of(const Block& block, const float* qkv, float* out, float* log_s
   const Head& h = block.h;
   block.fetch_inputs(qkv, 0);
   block.get_queries(qkv);
-  Vec most = block.score(), total{};
+  Vec largest = block.score(), total{};
   block.fetch_inputs(qkv, 1);
   IntVec draws = block.unhashed_draws;
   float *scores = h.scores, drop = h.s.dropout;
-  for (int64_t j = 0, keys = block.keys; j < keys; ++j, draws += kNextPlace) {
-    Vec e = power_of_two(load(scores + j * kWidth) - most);
+  for (int64_t j = 0, keys = block.keys; j < keys; ++j, draws += kIndexFactor) {
+    Vec e = power_of_two(load(scores + j * kWidth) - largest);
     total += e;
     store(scores + j * kWidth, Dropout ? e * kept(draws, drop) : e);
   }
   block.fetch_inputs(qkv, 2);
-  Vec share = 1 / total, log_sum = (most + binary_logarithm(total)) * kLn2;
+  Vec share = 1 / total, log_sum = (largest + binary_logarithm(total)) * kLn2;
   for (int64_t c = 0; c < h.chunks; ++c) {
     Tile sums;
     clear(sums);
-    add_products(ChunkColumns{h.values + c * h.of_chunk}, h.scores, block.keys, sums);
+    add_products(ChunkColumns{h.values + c * h.chunk_stride}, h.scores, block.keys, sums);
     unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE { sums[i] *= share; });
-    block.put(sums, c, out + h.here.outputs + block.first * h.part, h.part);
+    block.put(sums, c, out + h.current.outputs + block.first * h.part, h.part);
   }
   block.fetch_outputs(out);
   for (int64_t i = 0; i < block.queries; ++i) log_sums[h.row(block.first + i)] = log_sum[i];
 }
 
-// Adds to d_keys and d_values, and puts the queries' gradients into d_qkv.
+// Adds a block's gradients to d_keys and d_values, and stores its queries' gradients in d_qkv.
 template <bool Dropout>
 void attention_gradient_of(const Block& block, const float* d_out, const float* qkv,
                            const float* out, const float* log_sums, float* d_qkv) {
@@ -348,14 +351,14 @@ void attention_gradient_of(const Block& block, const float* d_out, const float* 
   Vec log_sum{}, dot{};
   for (int64_t i = 0; i < kWidth; ++i)
     log_sum[i] = log_sums[h.row(block.first + smaller(i, block.queries - 1))] * kLog2E;
-  int64_t outputs = h.here.outputs + block.first * h.part;
+  int64_t outputs = h.current.outputs + block.first * h.part;
   for (int64_t c = 0; c < h.chunks; ++c) {
     int64_t at = c * kWidth * kWidth;
     Tile gradients, products;
     block.get(d_out + outputs, h.part, c, gradients);
     block.get(out + outputs, h.part, c, products);
     unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE {
-      if (i >= block.queries) gradients[i] = Vec{};  // a repeated query counts once
+      if (i >= block.queries) gradients[i] = Vec{};  // queries that fill the block do not count
       products[i] *= gradients[i];
     });
     store(h.d_out + at, gradients);
@@ -376,7 +379,7 @@ void attention_gradient_of(const Block& block, const float* d_out, const float* 
   block.fetch_outputs(out);
   IntVec draws = block.unhashed_draws;
   float *score = h.scores, *gradient = h.gradients, drop = h.s.dropout;
-  for (int64_t j = 0; j < keys; ++j, draws += kNextPlace, score += kWidth, gradient += kWidth) {
+  for (int64_t j = 0; j < keys; ++j, draws += kIndexFactor, score += kWidth, gradient += kWidth) {
     Vec p = power_of_two(load(score) - log_sum), dp = load(gradient);
     Vec factor = Dropout ? kept(draws, drop) : splat(1.0f);
     store(score, Dropout ? p * factor : p);
@@ -390,15 +393,15 @@ void attention_gradient_of(const Block& block, const float* d_out, const float* 
   for (int64_t c = 0; c < h.chunks; ++c) {
     Tile sums;
     clear(sums);
-    add_products(ChunkColumns{h.keys + c * h.of_chunk}, h.gradients, block.keys, sums);
+    add_products(ChunkColumns{h.keys + c * h.chunk_stride}, h.gradients, block.keys, sums);
     unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE { sums[i] *= h.scale; });
-    block.put(sums, c, d_qkv + h.here.inputs + h.token(block.first) * h.stride,
+    block.put(sums, c, d_qkv + h.current.inputs + h.token(block.first) * h.stride,
               h.s.query_step * h.stride);
   }
   block.fetch_inputs(d_qkv, 2);
 }
 
-// Every (sequence, head): body(head), which stays the same one for a thread.
+// Calls body(head) for every (sequence, head). A thread uses one Head for all of its items.
 template <class Body>
 void for_heads(const harmodt_attention_shape& s, int threads, const Body& body) {
   int64_t items = s.sequences * s.heads;
@@ -414,26 +417,26 @@ void for_heads(const harmodt_attention_shape& s, int threads, const Body& body) 
 
 void attention(const harmodt_attention_shape& s, const float* qkv, float* out, float* log_sums,
                int threads) {
-  auto of_block = s.dropout > 0 ? attention_of<true> : attention_of<false>;
+  auto compute = s.dropout > 0 ? attention_of<true> : attention_of<false>;
   for_heads(s, threads, [&](const Head& h) {
     h.get_keys_and_values(qkv);
     for (int64_t first = 0; first < s.queries; first += kWidth)
-      of_block(Block(h, first), qkv, out, log_sums);
+      compute(Block(h, first), qkv, out, log_sums);
   });
 }
 
 void attention_gradient(const harmodt_attention_shape& s, const float* d_out, const float* qkv,
                         const float* out, const float* log_sums, float* d_qkv, int threads) {
-  auto of_block = s.dropout > 0 ? attention_gradient_of<true> : attention_gradient_of<false>;
+  auto compute = s.dropout > 0 ? attention_gradient_of<true> : attention_gradient_of<false>;
   for_heads(s, threads, [&](const Head& h) {
     h.get_keys_and_values(qkv);
     h.clear_gradients();
-    float* d_query = d_qkv + h.here.inputs;
+    float* d_query = d_qkv + h.current.inputs;
     if (s.queries < s.tokens)
       for (int64_t j = 0; j < s.tokens; ++j)
         for (int64_t d = 0; d < s.head_size; ++d) d_query[j * h.stride + d] = 0;
     for (int64_t first = 0; first < s.queries; first += kWidth)
-      of_block(Block(h, first), d_out, qkv, out, log_sums, d_qkv);
+      compute(Block(h, first), d_out, qkv, out, log_sums, d_qkv);
     h.put_gradients(d_qkv);
   });
 }

@@ -1,4 +1,4 @@
-"""The attention on a CPU: passes tensors to the C library."""
+"""Passes the attention's tensors to the C library."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def attention(
     drop: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`harmodt::attention`, whose arguments, one by one, are those of its schema."""
+    """Computes `harmodt::attention`, with the arguments of its schema."""
     sequences, _, _, heads, size = qkv.shape
     out = qkv.new_empty(sequences, wanted, heads, size)
     log_sums = qkv.new_empty(sequences, wanted, heads)
@@ -47,7 +47,7 @@ def attention_gradient(
     drop: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """`harmodt::attention_gradient`, whose arguments, one by one, are those of its schema."""
+    """Computes `harmodt::attention_gradient`, with the arguments of its schema."""
     d_qkv = torch.empty_like(qkv)
     d_out = d_out.contiguous()
     shape = shape_of(qkv, wanted, first, step, drop, seed)

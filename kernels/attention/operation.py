@@ -1,4 +1,4 @@
-"""The attention as PyTorch sees it: the public function and the registered operations."""
+"""The fused attention: its public function, its checks and its registered operations."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ def attention(
     past: tuple[Tensor, Tensor] | None = None,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """Scaled dot-product attention of some tokens of each sequence to themselves and those before.
+    """Causal scaled dot-product attention: a query token attends to itself and to earlier tokens.
 
-    The fused form of `reference.attention`, which drops the same weights: scores never leave the
-    chip and are computed again for the gradient, and results repeat bit for bit.
+    This is the fused form of `reference.attention` and drops the same weights. The scores are never
+    stored in memory; the backward pass computes them again. Results repeat bit for bit.
 
     Args:
-        qkv: [B, T, 3, H, D], query, key and value of every token and head; float32, on a GPU
-            float16 or bfloat16 too.
-        queries: those of the T tokens whose outputs are wanted, with a step above 0.
+        qkv: [B, T, 3, H, D], query, key and value of every token and head. float32; on a GPU also
+            float16 or bfloat16.
+        queries: selects the query tokens among the T tokens, with a step above 0.
         drop: probability of dropping the weight of a key.
-        past: keys and values [B, H, P, D] of the tokens before these, as qkv; P = 0 without. It is
-            for acting: with it there is no gradient.
-        seed: of the draw, int64 [] or [1], at least 0 and below 2³¹; or None for one that the
-            device's generator draws.
+        past: keys and values [B, H, P, D] of P earlier tokens, in the dtype of qkv; or None. A
+            policy passes its cache here. Calls with `past` have no gradient.
+        seed: the seed of dropout, int64 [] or [1], at least 0 and below 2³¹. With None the
+            device's generator draws one.
 
     Returns:
-        [B, tokens wanted, H, D], in the dtype of qkv. Sums are in float32; products of float32 are
-        in TF32 where PyTorch's own switch says so.
+        [B, query tokens, H, D], in the dtype of qkv. Sums are in float32. Products of float32 are
+        in TF32 if PyTorch's own switch says so.
 
     Raises:
-        TypeError: qkv or seed is of another type, or past of another than qkv.
-        ValueError: shapes or devices do not fit together, or a gradient is wanted through `past`.
-        BackendUnavailable: there are no fused kernels for the device.
+        TypeError: qkv or seed has a dtype that is not accepted, or past has another dtype than qkv.
+        ValueError: shapes or devices do not fit together, or a gradient is needed with `past`.
+        BackendUnavailable: the device has no fused kernels.
     """
     keys, values = past or (None, None)
     _check_types(qkv, keys, values)
@@ -49,7 +49,7 @@ def attention(
     settings = len(wanted), wanted.start, wanted.step, drop, seed_for(drop, seed, qkv.device)
     if past is not None:
         if torch.is_grad_enabled() and any(t.requires_grad for t in (qkv, *past)):
-            raise ValueError("attention to past tokens has no gradient: call it in torch.no_grad()")
+            raise ValueError("attention with `past` has no gradient: call it in torch.no_grad()")
         return torch.ops.harmodt.attention(qkv, keys, values, *settings)[0]
     return _Attention.apply(qkv.contiguous(), *settings)
 
@@ -58,26 +58,26 @@ def _check_types(qkv: Tensor, keys: Tensor | None, values: Tensor | None) -> Non
     taken = FLOATS if kernels_for(qkv.device) == "triton" else (torch.float32,)
     if qkv.dtype not in taken:
         raise TypeError(
-            f"qkv is {qkv.dtype}, and the fused attention takes {' or '.join(map(str, taken))}"
+            f"qkv is {qkv.dtype}, but the fused attention takes {' or '.join(map(str, taken))}"
         )
     for tensor in (keys, values):
         if tensor is not None and tensor.dtype != qkv.dtype:
-            raise TypeError(f"past is {tensor.dtype} and qkv {qkv.dtype}: they must be the same")
+            raise TypeError(f"past is {tensor.dtype} and qkv is {qkv.dtype}: use one dtype")
         if tensor is not None and tensor.device != qkv.device:
-            raise ValueError(f"past is on {tensor.device} and qkv on {qkv.device}")
+            raise ValueError(f"past is on {tensor.device} and qkv is on {qkv.device}")
 
 
 def _check_shapes(qkv: Tensor, keys: Tensor | None, values: Tensor | None) -> None:
     if qkv.dim() != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"qkv {list(qkv.shape)} must be [B, T, 3, heads, head size]")
+        raise ValueError(f"qkv has shape {list(qkv.shape)}: it must be [B, T, 3, heads, head size]")
     if keys is None or values is None:
         return
     sequences, _, _, heads, size = qkv.shape
     before = keys.shape[2] if keys.dim() == 4 else -1
     if not keys.shape == values.shape == (sequences, heads, before, size):
         raise ValueError(
-            f"past {list(keys.shape)}, {list(values.shape)} must be [B, heads, P, head size] "
-            f"as qkv {list(qkv.shape)}"
+            f"past has shapes {list(keys.shape)} and {list(values.shape)}: with qkv "
+            f"{list(qkv.shape)}, [B, T, 3, heads, head size], both must be [B, heads, P, head size]"
         )
 
 

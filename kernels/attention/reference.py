@@ -1,4 +1,4 @@
-"""The definition of the attention in plain PyTorch."""
+"""Defines the attention in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ def attention(
     past: tuple[Tensor, Tensor] | None = None,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """Scaled dot-product attention of some tokens of each sequence to themselves and those before.
+    """Causal scaled dot-product attention: a query token attends to itself and to earlier tokens.
 
     Args:
         qkv: [B, T, 3, H, D], query, key and value of every token and head.
-        queries: those of the T tokens whose outputs are wanted, with a step above 0.
+        queries: selects the query tokens among the T tokens, with a step above 0.
         drop: probability of dropping the weight of a key.
-        past: keys and values [B, H, P, D] of the tokens before these; P = 0 without.
-        seed: of the draw, int64 [] or [1], at least 0 and below 2³¹; or None for one that the
-            device's generator draws.
+        past: keys and values [B, H, P, D] of P earlier tokens, or None.
+        seed: the seed of dropout, int64 [] or [1], at least 0 and below 2³¹. With None the
+            device's generator draws one.
 
     Returns:
-        [B, tokens wanted, H, D].
+        [B, query tokens, H, D].
     """
     query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
     if past is not None:

@@ -1,8 +1,9 @@
 """Triton kernels of the attention.
 
-A sequence has `past` tokens and then `tokens`; `wanted` of these are queries: those numbered first,
-first + step, … Scores live on the chip alone. Sums over blocks of keys are rescaled as their
-maximum grows (Milakov and Gimelshein, arXiv 1805.02867).
+A sequence has `past` earlier tokens, then `tokens` present tokens. `wanted` of the present tokens
+are queries: numbers first, first + step, … Scores stay in registers and shared memory. When the
+maximum of the scores grows, the sums over earlier blocks of keys are rescaled (Milakov and
+Gimelshein, arXiv 1805.02867).
 """
 
 from __future__ import annotations
@@ -23,20 +24,22 @@ NOT_SPECIALISED = ["tokens", "past", "wanted", "first", "step", "seed", "thresho
 
 @triton.jit
 def load_rows(values, row, column, rows, columns, stride):
-    """values[row, column], rows `stride` apart, and 0 beyond the last ones."""
+    """values[row, column] with rows `stride` apart, and 0 outside [rows, columns]."""
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     return tl.load(values + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
 def load_keys(present, past_rows, j, column, past, tokens, size, stride, HAS_PAST: tl.constexpr):
-    """Keys, or values, number j: of the past, then of the present tokens, `stride` apart.
+    """The keys, or the values, of tokens j: first the past ones, then the present ones.
 
-    Rows of two tensors follow one another, hence the number of arguments.
+    Rows of `present` are `stride` apart.
+
+    Tiles, sizes and strides are separate arguments.
     """
     row = present + (j - past) * stride
     if HAS_PAST:
-        # As numbers, because Triton 3.7 cannot compile a choice of pointers for AMD's GPUs.
+        # Addresses as integers, because Triton 3.7 cannot select pointers on AMD's GPUs.
         earlier = (past_rows + j * size).to(tl.int64)
         row = tl.where(j < past, earlier, row.to(tl.int64)).to(row.dtype)
     inside = (j < past + tokens)[:, None] & (column < size)[None, :]
@@ -44,8 +47,8 @@ def load_keys(present, past_rows, j, column, past, tokens, size, stride, HAS_PAS
 
 
 @triton.jit
-def place_of(sequence, head, query, j, wanted, heads, keys):
-    """Where the weights of queries [.., 1] for keys [1, ..] stand, for dropout; uint32."""
+def dropout_index(sequence, head, query, j, wanted, heads, keys):
+    """The dropout index (uint32) of the attention weight of each query and key j."""
     row = (sequence * wanted + query).to(tl.uint32) * tl.cast(heads, tl.uint32)
     return (row + tl.cast(head, tl.uint32)) * tl.cast(keys, tl.uint32) + j.to(tl.uint32)
 
@@ -64,10 +67,10 @@ def attention_kernel(
     wanted,
     first,
     step,
-    scale,  # of the scores
+    scale,  # factor of the scores
     seed,  # int64 [1], or None
     threshold,
-    factor,  # of weights that are kept
+    factor,  # of weights that dropout keeps
     HAS_PAST: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -75,47 +78,50 @@ def attention_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out of some queries. A launch takes no structures: what a kernel needs is an argument."""
+    """Computes `out` for one block of queries of one head.
+
+    Operands are separate arguments: in a tuple, Triton would specialise every number.
+    """
     blocks = tl.cdiv(wanted, BLOCK_Q)
     item, q0 = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_Q
     sequence, head = item // heads, item % heads
-    part = heads * size  # from query to key, and from key to value
-    qkv += sequence.to(tl.int64) * tokens * 3 * part + head * size
+    width = heads * size  # from query to key, and from key to value
+    qkv += sequence.to(tl.int64) * tokens * 3 * width + head * size
     if HAS_PAST:
         past_keys += item.to(tl.int64) * past * size
         past_values += item.to(tl.int64) * past * size
     if DROPOUT:
         seed = tl.load(seed).to(tl.uint32)
     query, column = q0 + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
-    token = first + tl.minimum(query, wanted - 1) * step  # beyond the last: as the last, not stored
-    q = load_rows(qkv, token, column, tokens, size, 3 * part)
+    token = first + tl.minimum(query, wanted - 1) * step  # queries beyond the last are not stored
+    q = load_rows(qkv, token, column, tokens, size, 3 * width)
     scale = tl.cast(scale, tl.float32)
-    most = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     result = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     seen = past + first + (tl.minimum(q0 + BLOCK_Q, wanted) - 1) * step + 1
     for k0 in range(0, seen, BLOCK_K):
         j = k0 + tl.arange(0, BLOCK_K)
-        k = load_keys(qkv + part, past_keys, j, column, past, tokens, size, 3 * part, HAS_PAST)
+        k = load_keys(qkv + width, past_keys, j, column, past, tokens, size, 3 * width, HAS_PAST)
         v = load_keys(
-            qkv + 2 * part, past_values, j, column, past, tokens, size, 3 * part, HAS_PAST
+            qkv + 2 * width, past_values, j, column, past, tokens, size, 3 * width, HAS_PAST
         )
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         scores = tl.where(j[None, :] <= past + token[:, None], scores, float("-inf"))
-        new = tl.maximum(most, tl.max(scores, 1))
+        new = tl.maximum(largest, tl.max(scores, 1))
         weights = tl.exp(scores - new[:, None])
-        shrunk = tl.exp(most - new)
+        shrunk = tl.exp(largest - new)
         total = total * shrunk + tl.sum(weights, 1)
         if DROPOUT:
-            place = place_of(
+            index = dropout_index(
                 sequence, head, query[:, None], j[None, :], wanted, heads, past + tokens
             )
-            weights *= kept(place, seed, threshold, factor)
+            weights *= kept(index, seed, threshold, factor)
         result = tl.dot(weights.to(v.dtype), v, result * shrunk[:, None], input_precision=PRECISION)
-        most = new
+        largest = new
     row = (sequence.to(tl.int64) * wanted + query) * heads + head
     inside = query < wanted
-    tl.store(log_sums + row, most + tl.log(total), mask=inside)
+    tl.store(log_sums + row, largest + tl.log(total), mask=inside)
     tl.store(
         out + row[:, None] * size + column[None, :],
         (result / total[:, None]).to(out.dtype.element_ty),
@@ -125,10 +131,12 @@ def attention_kernel(
 
 @triton.jit
 def load_queries(qkv, d_out, out, log_sums, query, column, wanted, first, step, heads, size):
-    """Queries of a head with what their gradients need; the arguments are those of the kernel.
+    """Load a tile of queries of one head with everything that their gradients need.
+
+    Tiles, sizes and strides are separate arguments.
 
     Returns:
-        Tiles of queries and of d_out, and per query the sum of d_out * out, and log_sums.
+        The tiles of queries and of d_out, and for each query the sum of d_out * out and log_sums.
     """
     q = load_rows(
         qkv + first * 3 * heads * size, query, column, wanted, size, step * 3 * heads * size
@@ -152,27 +160,29 @@ def attention_gradient_kernel(
     wanted,
     first,
     step,
-    scale,  # of the scores
+    scale,  # factor of the scores
     seed,  # int64 [1], or None
     threshold,
-    factor,  # of weights that are kept
+    factor,  # of weights that dropout keeps
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The gradient of some queries, or of some keys and values.
+    """Computes the gradients of one block of queries, or of one block of keys and values.
 
-    Either needs the scores, which are computed for both: so each sum is of one program, in a fixed
-    order. A launch takes no structures: what a kernel needs is an argument each.
+    Both kinds of program compute the scores they need. So one program computes each whole sum, in a
+    fixed order.
+
+    Operands are separate arguments: in a tuple, Triton would specialise every number.
     """
     query_blocks = tl.cdiv(wanted, BLOCK_Q)
     blocks = query_blocks + tl.cdiv(tokens, BLOCK_K)
     item, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     sequence, head = item // heads, item % heads
-    part = heads * size
-    stride = 3 * part
+    width = heads * size
+    stride = 3 * width
     before = sequence.to(tl.int64) * tokens * stride + head * size
     qkv += before
     d_qkv += before
@@ -194,15 +204,17 @@ def attention_gradient_kernel(
         seen = first + (tl.minimum(block * BLOCK_Q + BLOCK_Q, wanted) - 1) * step + 1
         for k0 in range(0, seen, BLOCK_K):
             j = k0 + tl.arange(0, BLOCK_K)
-            k = load_rows(qkv + part, j, column, tokens, size, stride)
-            v = load_rows(qkv + 2 * part, j, column, tokens, size, stride)
+            k = load_rows(qkv + width, j, column, tokens, size, stride)
+            v = load_rows(qkv + 2 * width, j, column, tokens, size, stride)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             allowed = j[None, :] <= token[:, None]
             weights = tl.where(allowed, tl.exp(scores - log_sum[:, None]), 0.0)
             d_weights = tl.dot(d_rows, tl.trans(v), input_precision=PRECISION)
             if DROPOUT:
-                place = place_of(sequence, head, query[:, None], j[None, :], wanted, heads, tokens)
-                d_weights *= kept(place, seed, threshold, factor)
+                index = dropout_index(
+                    sequence, head, query[:, None], j[None, :], wanted, heads, tokens
+                )
+                d_weights *= kept(index, seed, threshold, factor)
             d_scores = weights * (d_weights - along[:, None]) * scale
             d_q = tl.dot(d_scores.to(k.dtype), k, d_q, input_precision=PRECISION)
         tl.store(
@@ -213,11 +225,11 @@ def attention_gradient_kernel(
     else:
         k0 = (block - query_blocks) * BLOCK_K
         j = k0 + tl.arange(0, BLOCK_K)
-        k = load_rows(qkv + part, j, column, tokens, size, stride)
-        v = load_rows(qkv + 2 * part, j, column, tokens, size, stride)
+        k = load_rows(qkv + width, j, column, tokens, size, stride)
+        v = load_rows(qkv + 2 * width, j, column, tokens, size, stride)
         d_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
         d_v = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-        after = tl.cdiv(tl.maximum(k0 - first, 0), step)  # queries before see none of the keys
+        after = tl.cdiv(tl.maximum(k0 - first, 0), step)  # earlier queries see none of these keys
         for q0 in range(after, wanted, BLOCK_Q):
             query = q0 + tl.arange(0, BLOCK_Q)
             q, d_rows, along, log_sum = load_queries(
@@ -229,21 +241,23 @@ def attention_gradient_kernel(
             d_weights = tl.dot(v, tl.trans(d_rows), input_precision=PRECISION)
             dropped = weights
             if DROPOUT:
-                place = place_of(sequence, head, query[None, :], j[:, None], wanted, heads, tokens)
-                factors = kept(place, seed, threshold, factor)
+                index = dropout_index(
+                    sequence, head, query[None, :], j[:, None], wanted, heads, tokens
+                )
+                factors = kept(index, seed, threshold, factor)
                 dropped = weights * factors
                 d_weights *= factors
             d_v = tl.dot(dropped.to(d_rows.dtype), d_rows, d_v, input_precision=PRECISION)
             d_scores = weights * (d_weights - along[None, :]) * scale
             d_k = tl.dot(d_scores.to(q.dtype), q, d_k, input_precision=PRECISION)
         inside = (j < tokens)[:, None] & (column < size)[None, :]
-        rows = d_qkv + part + j[:, None] * stride + column[None, :]
+        rows = d_qkv + width + j[:, None] * stride + column[None, :]
         tl.store(rows, d_k.to(d_qkv.dtype.element_ty), mask=inside)
-        tl.store(rows + part, d_v.to(d_qkv.dtype.element_ty), mask=inside)
+        tl.store(rows + width, d_v.to(d_qkv.dtype.element_ty), mask=inside)
 
 
 class Tile(NamedTuple):
-    """Queries and keys that a program holds at a time."""
+    """The queries and keys that a program processes at a time."""
 
     queries: int
     keys: int
@@ -251,8 +265,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By how the products are computed, "half" being those of 16-bit numbers, for heads of up to 64
-# elements and for longer ones.
+# Tiles by precision ("half": 16-bit operands), for heads of up to 64 elements and for larger ones.
 FORWARD = {
     "ieee": (Tile(32, 32, 4, 2), Tile(16, 16, 4, 2)),
     "tf32": (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
@@ -266,7 +279,7 @@ GRADIENT = {
 
 
 def tile_of(table: dict[str, tuple[Tile, Tile]], qkv: Tensor) -> tuple[str, Tile, int]:
-    """Precision, tile, and the elements of a head rounded up to what matrix units take."""
+    """The precision, the tile, and the head size rounded up to a size that matrix units take."""
     precision = precision_of(qkv.dtype)
     block = max(16, triton.next_power_of_2(qkv.shape[4]))
     return precision, table[precision][block > 64], block
@@ -282,7 +295,7 @@ def attention(
     drop: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`harmodt::attention`, whose arguments, one by one, are those of its schema."""
+    """Computes `harmodt::attention`, with the arguments of its schema."""
     qkv = qkv.contiguous()
     sequences, tokens, _, heads, size = qkv.shape
     out = qkv.new_empty(sequences, wanted, heads, size)
@@ -332,10 +345,10 @@ def attention_gradient(
     drop: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """`harmodt::attention_gradient`, whose arguments, one by one, are those of its schema."""
+    """Computes `harmodt::attention_gradient`, with the arguments of its schema."""
     d_out = d_out.contiguous()
     sequences, tokens, _, heads, size = qkv.shape
-    # queries that are not wanted have no gradient
+    # Tokens that are no queries have a query gradient of 0.
     d_qkv = torch.empty_like(qkv) if wanted == tokens else torch.zeros_like(qkv)
     precision, tile, block = tile_of(GRADIENT, qkv)
     threshold, factor = rate(drop)

@@ -1,4 +1,4 @@
-"""The residual connection with dropout on a CPU: passes tensors to the C library."""
+"""Passes the tensors of the residual connection with dropout to the C library."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-// Dropout whose draws depend on an element's place and a seed alone, so that a backward pass, however
-// many threads and whatever the instruction set, draws them again.
+// Dropout. A draw depends only on the element's index and on a seed. So a backward pass draws the same
+// again, with any number of threads and any instruction set.
 #pragma once
 
 #include "native/kernels.h"
@@ -7,7 +7,7 @@
 
 namespace {
 
-// Integers that look random.
+// Hashes integers to random-looking integers.
 inline IntVec hash(IntVec x) {
   typedef uint32_t UVec __attribute__((vector_size(HARMODT_WIDTH * 4)));
   UVec v = (UVec)x;
@@ -19,36 +19,36 @@ inline IntVec hash(IntVec x) {
   return (IntVec)v;
 }
 
-// What the draw at a place is hashed from; from a place to its neighbour it grows by kNextPlace.
-constexpr int32_t kNextPlace = static_cast<int32_t>(0x9E3779B1u);
-inline IntVec unhashed(IntVec place, uint32_t seed) {
-  return place * kNextPlace + static_cast<int32_t>(seed);
+// The input of the hash for the element at an index. It grows by kIndexFactor from index to index.
+constexpr int32_t kIndexFactor = static_cast<int32_t>(0x9E3779B1u);
+inline IntVec unhashed(IntVec index, uint32_t seed) {
+  return index * kIndexFactor + static_cast<int32_t>(seed);
 }
 
-// 1 / (1 - drop) where the element of a draw is kept, else 0.
+// The dropout factors: 1 / (1 - drop) for a kept element, else 0.
 inline Vec kept(IntVec unhashed_draw, float drop) {
   int32_t threshold = static_cast<int32_t>(drop * 2147483648.0);
   return (hash(unhashed_draw) & 0x7fffffff) < threshold ? Vec{} : splat(1 / (1 - drop));
 }
 
-// The seed of a draw, which lies in memory so that a recorded call draws anew; 0 without one.
+// The seed, or 0 for null. It is read from memory, so that a replayed call draws with a new seed.
 inline uint32_t seed_at(const int64_t* seed) { return seed ? static_cast<uint32_t>(*seed) : 0; }
 
-// What is dropped of a tensor.
+// The dropout of a tensor.
 struct Dropout {
   float drop;
   uint32_t seed;
   explicit operator bool() const { return drop > 0; }
 
-  // Neighbours of which the first is at a place, dropped or rescaled.
-  Vec of(Vec v, int64_t place) const {
+  // Drops or rescales the elements of v, the first of which has this index in the tensor.
+  Vec of(Vec v, int64_t index) const {
     IntVec lane;
     for (int i = 0; i < kWidth; ++i) lane[i] = i;
-    return v * kept(unhashed(lane + static_cast<int32_t>(place), seed), drop);
+    return v * kept(unhashed(lane + static_cast<int32_t>(index), seed), drop);
   }
 };
 
-// out = x + branch, elements of the branch dropped or rescaled; x may be null.
+// out = x + dropout(branch); x may be null, for 0.
 void dropout_add(int64_t size, const float* x, const float* branch, float* out,
                  const Dropout& dropout, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)

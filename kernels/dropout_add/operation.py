@@ -1,4 +1,4 @@
-"""Dropout with the residual sum as PyTorch sees it: the public function, the operation."""
+"""The fused residual connection with dropout: its public function, checks and operation."""
 
 from __future__ import annotations
 
@@ -16,35 +16,39 @@ def dropout_add(
 ) -> Tensor:
     """x + dropout(branch).
 
-    The fused form of `reference.dropout_add`, which drops the same elements: nothing but the sum is
-    materialised.
+    This is the fused form of `reference.dropout_add` and drops the same elements. It allocates
+    nothing but the sum.
 
     Args:
-        x, branch: of the same shape; float32, on a GPU float16 or bfloat16 too. x may be None,
+        x, branch: tensors of one shape. float32; on a GPU also float16 or bfloat16. x may be None,
             for 0.
-        drop: probability of dropping an element of the branch, in [0, 1); the rest is rescaled.
-        seed: of the draw, int64 [] or [1], at least 0 and below 2³¹; or None for one that the
-            device's generator draws.
+        drop: probability of dropping an element of the branch, in [0, 1). Kept elements are divided
+            by 1 - drop.
+        seed: the seed of dropout, int64 [] or [1], at least 0 and below 2³¹. With None the
+            device's generator draws one.
 
     Returns:
-        As x and branch, in the dtype of their sum. It is computed in float32.
+        The sum, in the shape of branch and the dtype to which PyTorch promotes x and branch. It is
+        computed in float32.
 
     Raises:
-        TypeError: x, branch or seed is of another type.
+        TypeError: x, branch or seed has a dtype that is not accepted.
         ValueError: shapes or devices do not fit together.
-        BackendUnavailable: there are no fused kernels for the device.
+        BackendUnavailable: the device has no fused kernels.
     """
     taken = FLOATS if kernels_for(branch.device) == "triton" else (torch.float32,)
     for name, tensor in (("x", x), ("branch", branch)):
         if tensor is not None and tensor.dtype not in taken:
             raise TypeError(
-                f"{name} is {tensor.dtype}, and the fused dropout_add takes "
+                f"{name} is {tensor.dtype}, but the fused dropout_add takes "
                 + " or ".join(str(dtype) for dtype in taken)
             )
     if x is not None and x.device != branch.device:
-        raise ValueError(f"x is on {x.device} and branch on {branch.device}")
+        raise ValueError(f"x is on {x.device} and branch is on {branch.device}")
     if x is not None and x.shape != branch.shape:
-        raise ValueError(f"x {list(x.shape)} and branch {list(branch.shape)} must have one shape")
+        raise ValueError(
+            f"x has shape {list(x.shape)} and branch {list(branch.shape)}: they must be equal"
+        )
     seed = seed_for(drop, seed, branch.device)
     if seed is None:
         return branch if x is None else x + branch
@@ -61,9 +65,10 @@ class _DropoutAdd(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        of_x, of_branch = ctx.dtypes
-        d_branch = torch.ops.harmodt.dropout_add(None, dy, ctx.drop, *ctx.saved_tensors, of_branch)
-        return dy.to(of_x) if ctx.needs_input_grad[0] else None, d_branch, None, None
+        x_dtype, branch_dtype = ctx.dtypes
+        operands = None, dy, ctx.drop, *ctx.saved_tensors, branch_dtype
+        d_branch = torch.ops.harmodt.dropout_add(*operands)
+        return dy.to(x_dtype) if ctx.needs_input_grad[0] else None, d_branch, None, None
 
 
 def _dropout_add_fake(

@@ -1,4 +1,4 @@
-"""Dropout and the residual connection as quick as they get in plain PyTorch."""
+"""The fastest form of dropout and the residual connection in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 def dropout_add(
     x: Tensor | None, branch: Tensor, drop: float, seed: Tensor | None = None
 ) -> Tensor:
-    """The same as `reference.dropout_add` but for what is dropped.
+    """The same as `reference.dropout_add`, except for the elements that are dropped.
 
-    That follows from PyTorch's generators, and `seed` is not read; on a CPU, `drop` is rounded to
+    PyTorch's generators draw them: `seed` is ignored. On a CPU, `drop` is rounded to a multiple of
     1/65536.
     """
     dropped = dropout(branch, drop)
@@ -23,7 +23,7 @@ def dropout_add(
 
 
 def dropout(x: Tensor, drop: float) -> Tensor:
-    """Zero elements with probability `drop` and rescale the rest."""
+    """Set elements to 0 with probability `drop` and divide the others by 1 - drop."""
     if drop == 0.0:
         return x
     if x.device.type != "cpu":
@@ -32,10 +32,10 @@ def dropout(x: Tensor, drop: float) -> Tensor:
 
 
 def dropout_mask(shape: Sequence[int], drop: float) -> Tensor:
-    """bool tensor on the CPU, False with probability `drop` (rounded to 1/65536).
+    """A bool tensor on the CPU, False with probability `drop` (in multiples of 1/65536).
 
-    A 16-bit random number per element, four from one draw, is several times cheaper than PyTorch's
-    Bernoulli samples.
+    One draw of 64 bits gives the 16-bit random numbers of four elements. This is several times
+    cheaper than PyTorch's Bernoulli samples.
     """
     size = math.prod(shape)
     draws = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None)

@@ -1,4 +1,4 @@
-"""The definition of the residual connection with dropout in plain PyTorch."""
+"""Defines the residual connection with dropout in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ def dropout_add(
     """x + dropout(branch).
 
     Args:
-        x, branch: of the same shape; x may be None, for 0.
-        drop: probability of dropping an element of the branch, in [0, 1); the rest is rescaled.
-        seed: of the draw, int64 [] or [1], at least 0 and below 2³¹; or None for one that the
-            device's generator draws.
+        x, branch: tensors of one shape; x may be None, for 0.
+        drop: probability of dropping an element of the branch, in [0, 1). Kept elements are divided
+            by 1 - drop.
+        seed: the seed of dropout, int64 [] or [1], at least 0 and below 2³¹. With None the
+            device's generator draws one.
     """
     seed = seed_for(drop, seed, branch.device)
     if seed is not None:

@@ -11,7 +11,7 @@ from ..device_functions import kept
 from ..dropout import rate
 from ..launch import launch
 
-# Elements of one program: two loads of 16 bytes for each thread and operand in float32.
+# Elements per program: each thread loads 2 x 16 bytes of each float32 operand.
 BLOCK = 1024
 NUM_WARPS = 4
 
@@ -28,14 +28,17 @@ def dropout_add_kernel(
     HAS_X: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out of some elements. A launch takes no structures: what a kernel needs is an argument."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < size
-    result = tl.load(branch + place, mask=inside).to(tl.float32)
-    result *= kept(place.to(tl.uint32), tl.load(seed), threshold, scale)
+    """Computes one block of elements of `out`.
+
+    Operands are separate arguments: in a tuple, Triton would specialise every number.
+    """
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < size
+    result = tl.load(branch + index, mask=inside).to(tl.float32)
+    result *= kept(index.to(tl.uint32), tl.load(seed), threshold, scale)
     if HAS_X:
-        result += tl.load(x + place, mask=inside).to(tl.float32)
-    tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
+        result += tl.load(x + index, mask=inside).to(tl.float32)
+    tl.store(out + index, result.to(out.dtype.element_ty), mask=inside)
 
 
 def dropout_add(

@@ -1,4 +1,4 @@
-"""The harmony selection on a CPU: passes tensors to the C library."""
+"""Passes the tensors of the harmony selection to the C library."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def select_harmony(
     importance: str,
     rule: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`harmodt::select_harmony`, whose arguments, one by one, are those of its schema."""
+    """Computes `harmodt::select_harmony`, with the arguments of its schema."""
     tasks, words = mask_bits.shape
     columns = min(count, weights.numel())
     leaving = torch.empty(tasks, columns, dtype=torch.int64)
@@ -51,7 +51,7 @@ def select_harmony(
     )
     results = (pointer(t) for t in (leaving, entering, counts, refused))
     if not library().harmodt_select_harmony(byref(operands), *results, threads()):
-        raise MemoryError(f"there is no memory to select {columns} weights")
+        raise MemoryError(f"there is not enough memory to select {columns} weights per task")
     return leaving, entering, counts, refused
 
 

@@ -1,14 +1,15 @@
-// The harmony selection: one pass over the gradients with a running threshold on either side.
+// The harmony selection: one pass over the gradients, with a running threshold for the weights that
+// leave and another for those that enter.
 //
-// The key of a candidate is one integer: its score in the high half, as an integer of the same
-// order, and its index in the low half. No two are equal, so that the smallest ones do not depend on
-// how the vector is divided among threads, and ties go to the lowest index.
+// The key of a candidate is one integer. Its high half is the score, as an integer with the same
+// order; its low half is the index. No two keys are equal. So the smallest keys do not depend on how
+// the vector is divided among threads, and ties go to the lowest index.
 //
-// Scores are computed operation by operation as in the definition, because the last bit decides
-// ties: this file is compiled without contraction to fused multiply-adds.
+// Scores are computed with exactly the operations of reference.py, because the last bit decides ties.
+// So this file is compiled without contraction to fused multiply-adds.
 #pragma once
 
-#include "harmony_selection/parts.h"
+#include "harmony_selection/chunks.h"
 #include "native/kernels.h"
 #include "native/simd.h"
 
@@ -16,7 +17,7 @@ namespace {
 
 inline int64_t key_of(float score, int64_t index) {
   int32_t bits;
-  score += 0.0f;  // -0 is 0
+  score += 0.0f;  // turns -0 into 0
   __builtin_memcpy(&bits, &score, 4);
   return (static_cast<int64_t>(bits ^ ((bits >> 31) & 0x7fffffff)) << 32) | index;
 }
@@ -29,7 +30,8 @@ inline float score_of(int64_t key) {
   return score;
 }
 
-// The smallest keys so far of one side; `threshold` is the score that a later one must be below.
+// The smallest keys so far of the weights that leave, or that enter. A later candidate counts only if
+// its score is below `threshold`.
 struct Smallest {
   int64_t* keys;
   int64_t capacity, count, held = 0;
@@ -48,7 +50,7 @@ struct Smallest {
     if (held <= count) return;
     keep_smallest(keys, held, count);
     held = count;
-    // Those that come later have higher indices: at the same score they are larger.
+    // Later candidates have higher indices, so at an equal score their keys are larger.
     if (count) threshold = score_of(keys[count - 1]);
   }
 };
@@ -65,8 +67,8 @@ inline Vec harmony(Vec masked, Vec mean, Vec weight, float reciprocal, float bal
   return Paper ? agreement + balance * score : balance * agreement + score;
 }
 
-// Words [first, last) of a task: their candidates, and how many signs agree and differ. Returns
-// what is refused.
+// Finds the candidates in words [first, last) of a task and counts the signs that agree and differ.
+// Returns the reason if the task is refused.
 template <bool Fisher, bool Paper>
 Refusal select_words(const harmodt_selection_operands& s, int64_t task, int64_t first, int64_t last,
                      Smallest& leaving, Smallest& entering, int64_t* signs) {
@@ -74,7 +76,7 @@ Refusal select_words(const harmodt_selection_operands& s, int64_t task, int64_t 
   const float* masked = s.masked_gradients + task * s.masked_stride;
   const float* dense = s.dense_gradients + task * s.dense_stride;
   float reciprocal = 1.0f / s.losses[task];
-  Vec finite{};  // stays 0 unless something times 0 is NaN
+  Vec finite{};  // stays 0 while all values are finite: NaN and infinity times 0 are NaN
   IntVec agreeing{}, differing{};
   for (int64_t at = first * 32; at < last * 32; at += kWidth) {
     uint32_t active = bits_at(bits, at);
@@ -89,9 +91,10 @@ Refusal select_words(const harmodt_selection_operands& s, int64_t task, int64_t 
               keep(comes, inactive) * 0.0f;
     leaving.offer(stays, active, at);
     entering.offer(comes, inactive, at);
-    // Compared, not multiplied: no underflow. A lane that is true is -1.
-    Vec of_weights = keep(mean, maskable);
-    IntVec counted = (m != 0.0f) & (of_weights != 0.0f), same = (m > 0.0f) == (of_weights > 0.0f);
+    // Signs are compared, because a product could underflow. A lane that is true is -1.
+    Vec mean_of_weights = keep(mean, maskable);
+    IntVec counted = (m != 0.0f) & (mean_of_weights != 0.0f);
+    IntVec same = (m > 0.0f) == (mean_of_weights > 0.0f);
     agreeing -= counted & same;
     differing -= counted & ~same;
   }
@@ -101,30 +104,31 @@ Refusal select_words(const harmodt_selection_operands& s, int64_t task, int64_t 
     signs[1] += differing[i];
   }
   bool fine = to_bits(finite == 0.0f) == to_bits(Vec{} == 0.0f);
-  return fine ? kFine : what_is_wrong(masked, dense, s.mean_gradient, first * 32, last * 32);
+  return fine ? kFine : refusal_in(masked, dense, s.mean_gradient, first * 32, last * 32);
 }
 
 typedef Refusal (*SelectWords)(const harmodt_selection_operands&, int64_t, int64_t, int64_t,
                                Smallest&, Smallest&, int64_t*);
 
-// Every task is cut into parts; keys are [tasks][parts][2][capacity]. `counts` has their numbers, and
-// those of the signs that agree and differ.
-void select_harmony(const harmodt_selection_operands& s, int64_t parts, int64_t capacity,
+// Finds the smallest keys of each chunk of each task: keys are [tasks][chunks][2][capacity].
+// counts [tasks][chunks][4] are the numbers of leaving and entering keys, and of signs that agree and
+// differ.
+void select_harmony(const harmodt_selection_operands& s, int64_t chunks, int64_t capacity,
                     int64_t* keys, int64_t* counts, uint8_t* refused, int threads) {
   SelectWords select = s.fisher ? (s.paper ? select_words<true, true> : select_words<true, false>)
                                 : (s.paper ? select_words<false, true> : select_words<false, false>);
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t item = 0; item < s.tasks * parts; ++item) {
-    int64_t task = item / parts, part = item % parts;
+  for (int64_t item = 0; item < s.tasks * chunks; ++item) {
+    int64_t task = item / chunks, chunk = item % chunks;
     Smallest leaving{keys + item * 2 * capacity, capacity, s.count};
     Smallest entering{leaving.keys + capacity, capacity, s.count};
-    int64_t* of_part = counts + 4 * item;
-    refused[item] = select(s, task, s.words * part / parts, s.words * (part + 1) / parts, leaving,
-                           entering, of_part + 2);
+    int64_t* chunk_counts = counts + 4 * item;
+    refused[item] = select(s, task, s.words * chunk / chunks, s.words * (chunk + 1) / chunks, leaving,
+                           entering, chunk_counts + 2);
     leaving.shrink();
     entering.shrink();
-    of_part[0] = leaving.held;
-    of_part[1] = entering.held;
+    chunk_counts[0] = leaving.held;
+    chunk_counts[1] = entering.held;
   }
 }
 

@@ -1,4 +1,4 @@
-"""The harmony selection as PyTorch sees it: the public functions and the registered operations."""
+"""The fused harmony selection: its public functions, its checks and its registered operations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from ..bits import BITS_PER_WORD
 from ..registration import register
 from .reference import HarmonyRule, Importance, Selection, check_choice
 
-# Indices of elements are 32-bit integers, up to the end of the last chunk or program's values.
+# The kernels index elements with 32-bit integers. The last chunk, or the last program's values, may
+# reach beyond the end of the vector.
 MOST_BITS = 2**31 - 2048
 
 
@@ -29,29 +30,29 @@ def select_harmony(
     importance: Importance,
     rule: HarmonyRule = "paper",
 ) -> Selection:
-    """Choose `count` weights of every task's mask to give up and as many to take.
+    """Select the `count` weights that leave each task's mask and the `count` weights that enter it.
 
-    The fused form of `reference.select_harmony`, with the same arguments and the same result, in
-    float32. It reads the gradients once and small parts of them again, its workspace does not grow
-    with the number of tasks, and the host waits for nothing. Tensors and settings are an argument
-    each, as PyTorch's dispatcher takes them.
+    This is the fused form of `reference.select_harmony`, with the same arguments and the same
+    result, in float32. It reads the gradients once, and a few chunks of them a second time. Its
+    workspace does not grow with the number of tasks. The host does not wait for the device.
 
     Args:
         mask_bits: int32 [T, P / 32], the masks.
-        maskable_bits: int32 [P / 32], 1 where the element is a weight and 0 where it is padding.
+        maskable_bits: int32 [P / 32], 1 for a weight and 0 for padding.
         weights: float32 [P], the maskable weights θ; P ≤ 2³¹ - 2048.
         masked_gradients: float32 [T, P], ḡ_i = ∇L_i(θ ⊙ M^i) ⊙ M^i.
         dense_gradients: float32 [T, P], g_i = ∇L_i(θ).
         mean_gradient: float32 [P], ĝ, the mean of ḡ_i over all tasks.
-        losses: float32 [T], L_i(θ ⊙ M^i), read by the paper's Fisher importance.
-        count: weights to move per task, capped by the number of candidates on either side.
+        losses: float32 [T], L_i(θ ⊙ M^i). Only the paper's Fisher importance reads them.
+        count: weights to move per task. If a task has fewer active or fewer inactive weights, it
+            moves fewer.
         balance: λ, the weight of importance against agreement.
         importance: "fisher" (HarmoDT-F) or "magnitude" (HarmoDT-M).
         rule: "paper" or "upstream-score", as in `reference.select_harmony`.
 
     Raises:
         TypeError: a tensor has another dtype.
-        ValueError: shapes disagree, or there is no such importance or rule.
+        ValueError: shapes do not fit together, or the importance or the rule is unknown.
     """
     check_choice(importance, rule)
     _check_tensors(
@@ -81,11 +82,11 @@ def select_harmony(
 
 
 def move_weights(mask_bits: Tensor, selection: Selection) -> None:
-    """Take the leaving weights out of each task's mask and the entering ones in, in place.
+    """Remove the leaving weights from each task's mask and add the entering ones, in place.
 
     Args:
         mask_bits: int32 [T, P / 32].
-        selection: for the same T tasks.
+        selection: the selection for the same T tasks.
 
     Raises:
         UpdateRefused: as `Selection.check` does; no weight was moved.
@@ -94,7 +95,8 @@ def move_weights(mask_bits: Tensor, selection: Selection) -> None:
     selection.check()
     if len(mask_bits) != len(selection.leaving):
         raise ValueError(
-            f"mask_bits holds {len(mask_bits)} tasks and the selection {len(selection.leaving)}"
+            f"mask_bits has {len(mask_bits)} tasks and the selection {len(selection.leaving)}: "
+            "these must be equal"
         )
     torch.ops.harmodt.move_weights(mask_bits, selection.leaving, selection.entering)
 
@@ -111,7 +113,9 @@ def _check_tensors(
     tasks, words = mask_bits.shape
     size = words * BITS_PER_WORD
     if size > MOST_BITS:
-        raise ValueError(f"a mask has {size} bits, and the fused selection takes {MOST_BITS}")
+        raise ValueError(
+            f"a mask has {size} bits, but the fused selection takes at most {MOST_BITS}"
+        )
     for name, tensor, dtype, shape in (
         ("mask_bits", mask_bits, torch.int32, (tasks, words)),
         ("maskable_bits", maskable_bits, torch.int32, (words,)),
@@ -122,14 +126,14 @@ def _check_tensors(
         ("losses", losses, torch.float32, (tasks,)),
     ):
         if tensor.dtype != dtype:
-            raise TypeError(f"{name} is {tensor.dtype}, and the fused selection takes {dtype}")
+            raise TypeError(f"{name} is {tensor.dtype}, but the fused selection takes {dtype}")
         if tensor.shape != shape:
             raise ValueError(
-                f"{name} has shape {list(tensor.shape)}, and mask_bits of shape "
-                f"{[tasks, words]} needs {list(shape)}"
+                f"{name} has shape {list(tensor.shape)}: with mask_bits {[tasks, words]} it must "
+                f"be {list(shape)}"
             )
         if shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"{name} has gaps between its elements; pass {name}.contiguous()")
+            raise ValueError(f"{name} has gaps between its elements: pass {name}.contiguous()")
 
 
 def _select_harmony_fake(

@@ -1,6 +1,6 @@
-"""The definition of the harmony selection in plain PyTorch (Algorithm 2 of the HarmoDT paper).
+"""Defines the harmony selection in plain PyTorch (Algorithm 2 of the HarmoDT paper).
 
-It materialises the scores of one task at a time, which the fused backends never do.
+It stores the scores of one task at a time. The fused backends never store all scores of a task.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ REFUSALS = (
     "the mean gradient holds NaN or infinity",
     "its scores overflow",
 )
-"""Why a task's selection is refused: the first of these that holds."""
+"""The reasons to refuse a task's selection. If several hold, the first counts."""
 
 _FROM_FINITE = (4, 6)
 """Numbers, from 1, of the refusals where every gradient and every loss is finite."""
@@ -48,16 +48,16 @@ class NotFinite(UpdateRefused):
 
 
 class Selection(NamedTuple):
-    """Which weights leave and which enter each task's mask.
+    """The weights that leave and enter each task's mask.
 
     Attributes:
-        leaving, entering: int64 [T, C], indices into the maskable vector in no particular order;
-            the first `moved` of each row count and the rest are -1.
-        moved: int64 [T].
-        agreeing, differing: int64 [T], weights whose ḡ_i and ĝ have the same sign, and opposite
-            ones (Definition 3.2); those with a zero factor are neither.
-        refused: uint8 [T], 0, or 1 + the index in `REFUSALS` of what is wrong with a task; the
-            rest of it then means nothing.
+        leaving, entering: int64 [T, C], indices into the maskable vector, in no particular order.
+            In each row the first `moved` indices count; the rest are -1.
+        moved: int64 [T], the number of weights that leave and of weights that enter.
+        agreeing, differing: int64 [T], the number of weights whose ḡ_i and ĝ have the same sign
+            and opposite signs (Definition 3.2). A weight with a zero in either counts as neither.
+        refused: uint8 [T], 0 for a valid selection, else 1 + the index of the reason in `REFUSALS`.
+            The task's other results are then meaningless.
     """
 
     leaving: Tensor
@@ -76,7 +76,7 @@ class Selection(NamedTuple):
         """
         refused = self.refused.tolist()
         if any(refused):
-            # One task's NaN makes the mean NaN, which refuses all tasks: the first reason is its.
+            # One bad gradient spoils the mean, which refuses all tasks: the lowest is the cause.
             number = min(filter(None, refused))
             kind = UpdateRefused if number in _FROM_FINITE else NotFinite
             raise kind(refused.index(number), REFUSALS[number - 1])
@@ -96,30 +96,32 @@ def select_harmony(
     importance: Importance,
     rule: HarmonyRule = "paper",
 ) -> Selection:
-    """Choose `count` weights of every task's mask to give up and as many to take.
+    """Select the `count` weights that leave each task's mask and the `count` weights that enter it.
 
-    A task gives up the active weights of smallest harmony (Eq. 8 and 9) and takes the inactive
-    weights of largest agreement with the mean gradient (Eq. 10). Both are chosen on the mask as it
-    is, and ties go to the lowest index. Nothing is changed: `move_weights` applies the selection,
-    and refuses it if a gradient, a loss or a score of it is NaN or infinite. Tensors and settings
-    are an argument each, as PyTorch's dispatcher takes them.
+    The active weights of smallest harmony leave (Eq. 8 and 9). The inactive weights of largest
+    agreement with the mean gradient enter (Eq. 10). Both are selected on the current mask, and ties
+    go to the lowest index. This function changes nothing: `move_weights` applies the selection. It
+    refuses the selection if a gradient, a loss or a score is NaN or infinite.
+
+    Every implementation takes these arguments.
 
     Args:
         mask_bits: int32 [T, P / 32], the masks.
-        maskable_bits: int32 [P / 32], 1 where the element is a weight and 0 where it is padding.
+        maskable_bits: int32 [P / 32], 1 for a weight and 0 for padding.
         weights: [P], the maskable weights θ.
         masked_gradients: [T, P], ḡ_i = ∇L_i(θ ⊙ M^i) ⊙ M^i.
         dense_gradients: [T, P], g_i = ∇L_i(θ).
-        mean_gradient: [P], ĝ, the mean of ḡ_i over all tasks, which may be more than these T.
-        losses: [T], L_i(θ ⊙ M^i), read by the paper's Fisher importance.
-        count: weights to move per task, capped by the number of candidates on either side.
+        mean_gradient: [P], ĝ, the mean of ḡ_i over all tasks, of which there may be more than T.
+        losses: [T], L_i(θ ⊙ M^i). Only the paper's Fisher importance reads them.
+        count: weights to move per task. If a task has fewer active or fewer inactive weights, it
+            moves fewer.
         balance: λ, the weight of importance against agreement.
         importance: "fisher" (HarmoDT-F) or "magnitude" (HarmoDT-M).
         rule: "paper", H = A + λI with I_F = (ḡ / L)²; or "upstream-score", H = λA + I with
             I_F = ḡ², the score that the authors' code computes.
 
     Raises:
-        ValueError: there is no such importance or rule.
+        ValueError: the importance or the rule is unknown.
     """
     check_choice(importance, rule)
     divides = importance == "fisher" and rule == "paper"
@@ -139,8 +141,8 @@ def select_harmony(
         refused[task] = refusal(masked, dense, loss, divides, mean_gradient, scores)
         if refused[task]:
             continue
-        of_weights = torch.where(maskable, mean_gradient, 0.0)
-        agreeing[task], differing[task] = count_signs(masked, of_weights)
+        mean_of_weights = torch.where(maskable, mean_gradient, 0.0)
+        agreeing[task], differing[task] = count_signs(masked, mean_of_weights)
         number = min(count, int(active.sum()), int(inactive.sum()))
         leaving[task, :number] = smallest(harmony, active, number)
         entering[task, :number] = smallest(-agreement, inactive, number)
@@ -149,11 +151,11 @@ def select_harmony(
 
 
 def move_weights(mask_bits: Tensor, selection: Selection) -> None:
-    """Take the leaving weights out of each task's mask and the entering ones in, in place.
+    """Remove the leaving weights from each task's mask and add the entering ones, in place.
 
     Args:
         mask_bits: int32 [T, P / 32].
-        selection: for the same T tasks.
+        selection: the selection for the same T tasks.
 
     Raises:
         UpdateRefused: as `Selection.check` does; no weight was moved.
@@ -163,13 +165,13 @@ def move_weights(mask_bits: Tensor, selection: Selection) -> None:
     for row, chosen in zip(mask_bits, indices, strict=True):
         chosen = chosen[chosen >= 0]
         flips = torch.zeros_like(row)
-        # Each bit is added once, so that the sum is a union.
+        # Each bit is added at most once, so the sum is the union of the bits.
         flips.index_add_(0, chosen // 32, (1 << (chosen % 32)).to(torch.int32))
         row ^= flips
 
 
 def check_choice(importance: str, rule: str) -> None:
-    """Raise ValueError if there is no such importance or rule."""
+    """Raise ValueError if the importance or the rule is unknown."""
     for name, chosen, choices in (
         ("importance", importance, get_args(Importance)),
         ("rule", rule, get_args(HarmonyRule)),
@@ -181,7 +183,7 @@ def check_choice(importance: str, rule: str) -> None:
 def refusal(
     masked: Tensor, dense: Tensor, loss: Tensor, divides: bool, mean: Tensor, scores: Tensor
 ) -> int:
-    """What is wrong with a task, as `Selection.refused` has it; `divides` by the loss or not."""
+    """A task's value of `Selection.refused`. `divides`: the importance divides by the loss."""
     masked_is_fine, dense_is_fine, loss_is_fine, mean_is_fine, scores_are_fine = (
         bool(torch.isfinite(values).all()) for values in (masked, dense, loss, mean, scores)
     )
@@ -191,7 +193,7 @@ def refusal(
 
 
 def count_signs(gradients: Tensor, mean_gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """How many signs agree with those of the mean gradient and how many differ, int64 [...].
+    """Count the signs that agree with the mean gradient's and those that differ, int64 [...].
 
     Args:
         gradients: [..., P].
@@ -210,7 +212,7 @@ def harmony_scores(
     importance: Importance,
     rule: HarmonyRule,
 ) -> Tensor:
-    """H of one task (Eq. 8) over the maskable vector [P]; it holds for the active entries."""
+    """The harmony H of one task (Eq. 8), [P]. Only active weights have one."""
     agreement = masked_gradient * mean_gradient
     if importance == "magnitude":
         score = weights.abs()
@@ -222,7 +224,7 @@ def harmony_scores(
 
 
 def smallest(scores: Tensor, candidates: Tensor, count: int) -> Tensor:
-    """Indices of the `count` smallest scores among the candidates, lowest index first on ties."""
+    """The indices of the `count` smallest scores among the candidates. Ties go to low indices."""
     if count == 0:
         return torch.empty(0, dtype=torch.int64, device=scores.device)
     scores = torch.where(candidates, scores, torch.inf)

@@ -1,15 +1,15 @@
 """Triton kernels of the harmony selection.
 
-Every element of a task's maskable vector is a candidate on one side at most: an active weight for
-leaving, by its harmony H, and an inactive one for entering, by -g·ĝ; on both sides the smallest are
-chosen. A score's image is an int32 of the same order. Candidates are compared by image and then by
-index, so that no two are equal and ties go to the lowest index.
+There are two sides. An active weight is a candidate to leave, with its harmony H as score. An
+inactive weight is a candidate to enter, with -g·ĝ as score. On both sides the candidates with the
+smallest scores are selected. The key of a score is an int32 with the same order. Candidates are
+compared by key, then by index: no two are equal, and ties go to the lowest index.
 
-The vector is cut into chunks. One read of the gradients gives the smallest image of each chunk and
-side. The C smallest candidates of a side lie in the C chunks with the smallest minima, so that only
-these chunks' images are computed again. The smallest of either are found without a sort: four
-histograms give the largest image that is taken, digit by digit, and a pass in the order of the
-indices collects what is below it and the first of those that equal it.
+The vector is cut into chunks. One read of the gradients gives the smallest key (the minimum) of
+each chunk and side. The C smallest candidates of a side lie in the C chunks with the smallest
+minima. So the keys of only these chunks are computed again. The chunks, then the candidates, are
+selected without a sort. Four histograms find the largest selected key, one byte after another. A
+pass in the order of indices then collects all smaller keys and the first of the equal ones.
 """
 
 from __future__ import annotations
@@ -26,23 +26,24 @@ from ..bits import BITS_PER_WORD
 from ..launch import launch
 from .reference import REFUSALS
 
-# Bytes of images that exist at a time. One task alone may need more: 9 for each of its weights at
-# most, where one in 32 or more of them move.
+# Bytes of keys that exist at a time. One task alone may need more: up to 9 bytes per weight, if at
+# least one weight in 32 moves.
 WORKSPACE = 64 << 20
 
 MOST_WORDS_PER_CHUNK = 32
 
-# Of one program: mask words, tasks that share one read of the mean gradient, warps, indices.
+# One program takes so many mask words, tasks (which share a read of the mean gradient), warps, and
+# indices of weights to move.
 WORDS = 32
 TASKS = 8
 NUM_WARPS = 4
 INDICES = 128
-# Of one program that finds the smallest of a row: values at a time, warps.
+# A program that selects the smallest of a row takes so many values at a time, with so many warps.
 VALUES = 2048
 VALUES_WARPS = 16
 
-# The images of all finite scores lie between these.
-REFUSED = tl.constexpr(-(2**31))  # and the number of a refusal
+# The keys of all finite scores lie between these. REFUSAL + i is the key of refusal i.
+REFUSAL = tl.constexpr(-(2**31))
 NO_CANDIDATE = tl.constexpr(2**31 - 1)
 
 MASKED, DENSE, LOSS, ZERO_LOSS, MEAN, SCORE = (tl.constexpr(i + 1) for i in range(len(REFUSALS)))
@@ -50,7 +51,7 @@ MASKED, DENSE, LOSS, ZERO_LOSS, MEAN, SCORE = (tl.constexpr(i + 1) for i in rang
 
 @triton.jit
 def harmony(masked, mean, weight, loss, balance, FISHER: tl.constexpr, PAPER: tl.constexpr):
-    # Operation by operation as in the reference, because the last bit decides ties.
+    # The same operations as in reference.py, because the last bit decides ties.
     agreement = masked * mean
     if not FISHER:
         score = tl.abs(weight)
@@ -64,7 +65,7 @@ def harmony(masked, mean, weight, loss, balance, FISHER: tl.constexpr, PAPER: tl
 
 @triton.jit
 def ordered(score):
-    """int32 in the order of the float32 scores; -0.0 equals 0.0."""
+    """The int32 keys of float32 scores, with the same order. -0.0 and 0.0 have one key."""
     bits = (score + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -95,32 +96,33 @@ def harmony_minima_kernel(
     WORDS: tl.constexpr,
     TASKS: tl.constexpr,
 ):
-    """The smallest image of each chunk and side, and how many signs agree and differ in a block.
+    """Computes the smallest key of each chunk and side, and counts agreeing and differing signs.
 
-    What is refused counts as an image of the leaving weights, below all others. A launch takes no
-    structures: what a kernel needs is an argument each.
+    A refusal is stored as the minimum of the leaving side, where it is below all keys of scores.
+
+    Operands are separate arguments: in a tuple, Triton would specialise every number.
     """
     block, group = tl.program_id(0) // task_groups, tl.program_id(0) % task_groups
     word = block * WORDS + tl.arange(0, WORDS)
     inside = word < words
-    place = tl.arange(0, 32)
-    bit = 1 << place[None, :]
-    # Beyond the end the last word is read again, as elements that are no candidates.
-    element = tl.minimum(word, words - 1)[:, None] * 32 + place[None, :]  # [WORDS, 32]
+    bit_index = tl.arange(0, 32)
+    bit = 1 << bit_index[None, :]
+    # Beyond the end, the last word is read again. Its elements are then no candidates.
+    element = tl.minimum(word, words - 1)[:, None] * 32 + bit_index[None, :]  # [WORDS, 32]
     maskable = tl.load(maskable_bits + word, mask=inside, other=0)
     mean = tl.load(mean_gradient + element)
-    # Padding has no score and no sign, but 0 times its NaN or infinity is found.
+    # Padding has no score and no sign. But if its mean is NaN or infinite, 0 times it is NaN.
     mean = tl.where((maskable[:, None] & bit) != 0, mean, mean * 0.0)
     weight = mean if FISHER else tl.load(weights + element)
     balance = tl.cast(balance, tl.float32)
     CHUNKS: tl.constexpr = WORDS // CHUNK_WORDS
     chunk = block * CHUNKS + tl.arange(0, CHUNKS)
     worst = tl.where(tl.abs(mean) < float("inf"), SCORE, MEAN)
-    worst = REFUSED + tl.min(tl.reshape(worst, [CHUNKS, CHUNK_WORDS * 32]), 1)
+    worst = REFUSAL + tl.min(tl.reshape(worst, [CHUNKS, CHUNK_WORDS * 32]), 1)
     side = tl.arange(0, 2)
     first = group * TASKS
     last = tl.minimum(first + TASKS, tasks)
-    for task_index in tl.range(first, last, num_stages=3):  # reads two tasks ahead
+    for task_index in tl.range(first, last, num_stages=3):  # loads run two tasks ahead
         task = tl.cast(task_index, tl.int64)
         masked = tl.load(masked_gradients + task * masked_stride + element)
         dense = tl.load(dense_gradients + task * dense_stride + element)
@@ -130,23 +132,24 @@ def harmony_minima_kernel(
         inactive = ((maskable & ~active_bits)[:, None] & bit) != 0
         score = harmony(masked, mean, weight, loss, balance, FISHER, PAPER)
         score = tl.where(active, score, -(dense * mean))
-        image = ordered(score)
-        leaving = tl.where(active, image, NO_CANDIDATE)
-        leaving = tl.where(tl.abs(score) < float("inf"), leaving, REFUSED + SCORE)
-        leaving = tl.where(tl.abs(dense) < float("inf"), leaving, REFUSED + DENSE)
-        leaving = tl.where(tl.abs(masked) < float("inf"), leaving, REFUSED + MASKED)
-        entering = tl.where(inactive, image, NO_CANDIDATE)
+        key = ordered(score)
+        leaving = tl.where(active, key, NO_CANDIDATE)
+        leaving = tl.where(tl.abs(score) < float("inf"), leaving, REFUSAL + SCORE)
+        leaving = tl.where(tl.abs(dense) < float("inf"), leaving, REFUSAL + DENSE)
+        leaving = tl.where(tl.abs(masked) < float("inf"), leaving, REFUSAL + MASKED)
+        entering = tl.where(inactive, key, NO_CANDIDATE)
         leaving = tl.min(tl.reshape(leaving, [CHUNKS, CHUNK_WORDS * 32]), 1)
         entering = tl.min(tl.reshape(entering, [CHUNKS, CHUNK_WORDS * 32]), 1)
-        leaving = tl.where(leaving == REFUSED + SCORE, worst, leaving)
+        leaving = tl.where(leaving == REFUSAL + SCORE, worst, leaving)
         if FISHER and PAPER:
-            leaving = tl.where(loss > 0.0, leaving, tl.minimum(leaving, REFUSED + ZERO_LOSS))
+            leaving = tl.where(loss > 0.0, leaving, tl.minimum(leaving, REFUSAL + ZERO_LOSS))
         finite = tl.abs(loss) < float("inf")
-        leaving = tl.where(finite, leaving, tl.minimum(leaving, REFUSED + LOSS))
+        leaving = tl.where(finite, leaving, tl.minimum(leaving, REFUSAL + LOSS))
         smallest = tl.join(leaving, entering)  # [CHUNKS, 2]
         out = minima + task * 2 * chunks + chunk[:, None] + side[None, :] * chunks
         tl.store(out, smallest, mask=chunk[:, None] < chunks)
-        # Both numbers in one sum: neither reaches 2^16. Compared, not multiplied: no underflow.
+        # One sum holds both counts, because neither reaches 2^16. Signs are compared, because a
+        # product could underflow.
         counted = (masked != 0.0) & (mean != 0.0)
         sign = tl.where((masked > 0.0) == (mean > 0.0), 1, 1 << 16)
         numbers = tl.sum(tl.sum(tl.where(counted, sign, 0), 1), 0)
@@ -155,7 +158,7 @@ def harmony_minima_kernel(
 
 
 @triton.jit(do_not_specialize=["blocks", "chosen"])
-def harmony_images_kernel(
+def harmony_keys_kernel(
     mask_bits,  # int32 [tasks, words], mask_stride apart
     maskable_bits,  # int32 [words]
     weights,  # [32 words]
@@ -169,7 +172,7 @@ def harmony_images_kernel(
     words,
     balance,
     chosen_chunks,  # int32 [tasks, 2, chosen]
-    images,  # int32 [tasks, 2, chosen, CHUNK_WORDS * 32]
+    keys,  # int32 [tasks, 2, chosen, CHUNK_WORDS * 32]
     blocks,
     chosen,
     FISHER: tl.constexpr,
@@ -177,7 +180,10 @@ def harmony_images_kernel(
     CHUNK_WORDS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """The images of all elements of the chosen chunks; its arguments are as above."""
+    """Computes the keys of all elements of the chosen chunks.
+
+    Operands are separate arguments: in a tuple, Triton would specialise every number.
+    """
     task, side = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(1)
     row = (tl.program_id(0) % blocks) * WORDS + tl.arange(0, WORDS)
     inside = row < chosen * CHUNK_WORDS
@@ -185,10 +191,10 @@ def harmony_images_kernel(
     chunk = tl.load(chosen_chunks + row // CHUNK_WORDS, mask=inside, other=0)
     word = chunk * CHUNK_WORDS + row % CHUNK_WORDS
     present = inside & (word < words)
-    # Beyond the end the last word is read again, as elements that are no candidates.
+    # Beyond the end, the last word is read again. Its elements are then no candidates.
     word = tl.minimum(word, words - 1)
-    place = tl.arange(0, 32)
-    element = word[:, None] * 32 + place[None, :]  # [WORDS, 32]
+    bit_index = tl.arange(0, 32)
+    element = word[:, None] * 32 + bit_index[None, :]  # [WORDS, 32]
     active_bits = tl.load(mask_bits + task * mask_stride + word)
     mean = tl.load(mean_gradient + element)
     if side == 0:
@@ -201,22 +207,24 @@ def harmony_images_kernel(
         score = -(tl.load(dense_gradients + task * dense_stride + element) * mean)
         eligible = tl.load(maskable_bits + word) & ~active_bits
     eligible = tl.where(present, eligible, 0)
-    image = tl.where((eligible[:, None] & (1 << place[None, :])) != 0, ordered(score), NO_CANDIDATE)
-    images += (task * 2 + side) * chosen * (CHUNK_WORDS * 32)
-    tl.store(images + row[:, None] * 32 + place[None, :], image, mask=inside[:, None])
+    key = tl.where(
+        (eligible[:, None] & (1 << bit_index[None, :])) != 0, ordered(score), NO_CANDIDATE
+    )
+    keys += (task * 2 + side) * chosen * (CHUNK_WORDS * 32)
+    tl.store(keys + row[:, None] * 32 + bit_index[None, :], key, mask=inside[:, None])
 
 
 @triton.jit
 def rising(values, index, size):
-    """Some of int32 values [size] as uint32 of the same order."""
+    """values[index] of int32 values [size], as uint32 with the same order."""
     value = tl.load(values + index, mask=index < size, other=NO_CANDIDATE)
     return value.to(tl.uint32, bitcast=True) ^ 0x80000000
 
 
 @triton.jit
 def largest_taken(values, size, wanted, VALUES: tl.constexpr):
-    """The largest of the `wanted` smallest of int32 values [size], as uint32 of the same order, and
-    how many of those that equal it are taken."""
+    """The largest of the `wanted` smallest int32 values [size], as a uint32 with the same order;
+    and how many values equal to it belong to the `wanted` smallest."""
     largest = tl.full([], 0, tl.uint32)
     bin = tl.arange(0, 256)
     for digit in range(4):
@@ -235,27 +243,31 @@ def largest_taken(values, size, wanted, VALUES: tl.constexpr):
 
 @triton.jit
 def store_smallest(values, size, wanted, chunks, out, CHUNK: tl.constexpr, VALUES: tl.constexpr):
-    """The places of the `wanted` smallest of int32 values [size] in rising order, the first of
-    those that are equal; or the elements there, if the values are those of chunks."""
+    """Store the indices of the `wanted` smallest int32 values [size], in rising order of the index.
+
+    Ties go to the lowest index. If the values belong to chosen chunks (CHUNK > 1), the elements'
+    indices in the whole vector are stored.
+    """
     largest, ties = largest_taken(values, size, wanted, VALUES)
-    below = tl.full([], 0, tl.int32)  # in front of these values
+    # Numbers of smaller and of equal values in the earlier blocks.
+    below = tl.full([], 0, tl.int32)
     equal = tl.full([], 0, tl.int32)
     for first in range(0, size, VALUES):
         index = first + tl.arange(0, VALUES)
         value = rising(values, index, size)
         is_below = value < largest
         is_equal = (index < size) & (value == largest)
-        # Both numbers in one sum: neither reaches 2^16.
+        # One sum holds both counts, because neither reaches 2^16.
         kind = tl.where(is_below, 1, tl.where(is_equal, 1 << 16, 0))
         numbers = tl.cumsum(kind, 0) - kind
         equals = equal + (numbers >> 16)
         column = below + (numbers & 0xFFFF) + tl.minimum(equals, ties)
         taken = is_below | (is_equal & (equals < ties))
-        place = index
+        element = index
         if CHUNK > 1:
             chunk = tl.load(chunks + index // CHUNK, mask=taken, other=0)
-            place = chunk * CHUNK + index % CHUNK
-        tl.store(out + column, place, mask=taken)
+            element = chunk * CHUNK + index % CHUNK
+        tl.store(out + column, element, mask=taken)
         numbers = tl.sum(kind, 0)
         below += numbers & 0xFFFF
         equal += numbers >> 16
@@ -269,26 +281,26 @@ def harmony_chunks_kernel(
     chosen,
     VALUES: tl.constexpr,
 ):
-    """The chunks with the smallest minima."""
+    """Selects the chunks with the smallest minima."""
     row = tl.program_id(0).to(tl.int64)
     out = chosen_chunks + row * chosen
     store_smallest(minima + row * size, size, chosen, chosen_chunks, out, 1, VALUES)
 
 
 @triton.jit
-def candidates(images, size, VALUES: tl.constexpr):
-    """How many of the images [size] are of candidates."""
+def candidates(keys, size, VALUES: tl.constexpr):
+    """The number of candidates among keys [size]."""
     number = tl.zeros([VALUES], tl.int32)
     for first in range(0, size, VALUES):
         index = first + tl.arange(0, VALUES)
-        image = tl.load(images + index, mask=index < size, other=NO_CANDIDATE)
-        number += (image != NO_CANDIDATE).to(tl.int32)
+        key = tl.load(keys + index, mask=index < size, other=NO_CANDIDATE)
+        number += (key != NO_CANDIDATE).to(tl.int32)
     return tl.sum(number, 0)
 
 
 @triton.jit(do_not_specialize=["chunks", "chosen", "blocks", "columns"])
 def harmony_elements_kernel(
-    images,  # int32 [tasks, 2, chosen, CHUNK]
+    keys,  # int32 [tasks, 2, chosen, CHUNK]
     chosen_chunks,  # int32 [tasks, 2, chosen]
     minima,  # int32 [tasks, 2, chunks]
     signs,  # int32 [tasks, blocks, 2]
@@ -303,18 +315,20 @@ def harmony_elements_kernel(
     CHUNK: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """The elements with the smallest images, and what else is told of a task; all of it goes to
-    arguments of its own."""
+    """Selects the elements with the smallest keys, and writes a task's counts and refusal.
+
+    Operands are separate arguments: in a tuple, Triton would specialise every number.
+    """
     task, side = (tl.program_id(0) // 2).to(tl.int64), tl.program_id(0) % 2
     size = chosen * CHUNK
-    images += task * 2 * size
-    moved = tl.minimum(candidates(images, size, VALUES), candidates(images + size, size, VALUES))
+    keys += task * 2 * size
+    moved = tl.minimum(candidates(keys, size, VALUES), candidates(keys + size, size, VALUES))
     moved = tl.minimum(moved, columns)
     out = leaving if side == 0 else entering
     out += task * columns
     chosen_chunks += task * 2 * chosen
-    of_side = chosen_chunks + side * chosen
-    store_smallest(images + side * size, size, moved, of_side, out, CHUNK, VALUES)
+    side_chunks = chosen_chunks + side * chosen
+    store_smallest(keys + side * size, size, moved, side_chunks, out, CHUNK, VALUES)
     for first in range(0, columns, VALUES):
         column = first + tl.arange(0, VALUES)
         tl.store(out + column, -1, mask=(column >= moved) & (column < columns))
@@ -327,11 +341,11 @@ def harmony_elements_kernel(
         tl.store(counts + task * 3, moved)
         least = tl.full([VALUES], NO_CANDIDATE, tl.int32)
         for first in range(0, chosen, VALUES):
-            place = first + tl.arange(0, VALUES)
-            chunk = tl.load(chosen_chunks + place, mask=place < chosen, other=0)
+            index = first + tl.arange(0, VALUES)
+            chunk = tl.load(chosen_chunks + index, mask=index < chosen, other=0)
             minimum = tl.load(minima + task * 2 * chunks + chunk)
             least = tl.minimum(least, minimum)
-        reason = tl.min(least, 0) ^ REFUSED  # its difference, which would overflow
+        reason = tl.min(least, 0) ^ REFUSAL  # a subtraction would overflow
         tl.store(refused + task, tl.where((reason > 0) & (reason <= SCORE), reason, 0))
 
 
@@ -352,7 +366,7 @@ def move_weights_kernel(
         indices = entering if side else leaving
         index = tl.load(indices + task * columns + column, mask=column < columns, other=-1)
         bit = 1 << (index % 32).to(tl.int32)
-        # Every bit is flipped once, so that the order does not matter.
+        # Every bit is flipped at most once, so the order does not matter.
         tl.atomic_xor(mask_bits + index // 32, bit, mask=index >= 0, sem="relaxed")
 
 
@@ -369,33 +383,33 @@ def select_harmony(
     importance: str,
     rule: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`harmodt::select_harmony`, whose arguments, one by one, are those of its schema."""
+    """Computes `harmodt::select_harmony`, with the arguments of its schema."""
     tasks, size = len(mask_bits), weights.numel()
     columns = min(count, size)
     chunk_words = words_per_chunk(size, columns)
     chunks = triton.cdiv(size, chunk_words * BITS_PER_WORD)
-    chosen = min(max(columns, 1), chunks)  # one even if nothing moves: it tells what is refused
+    chosen = min(max(columns, 1), chunks)  # one chunk even if nothing moves: it holds a refusal
     tasks_at_once = max(1, WORKSPACE // (8 * (chunks + chosen * chunk_words * BITS_PER_WORD)))
     leaving = mask_bits.new_empty(tasks, columns, dtype=torch.int64)
     entering = torch.empty_like(leaving)
     counts = mask_bits.new_empty(tasks, 3, dtype=torch.int64)
     refused = mask_bits.new_empty(tasks, dtype=torch.uint8)
     for first in range(0, tasks, tasks_at_once):
-        part = slice(first, first + tasks_at_once)
+        some = slice(first, first + tasks_at_once)
         operands = {
-            "mask_bits": mask_bits[part],
+            "mask_bits": mask_bits[some],
             "maskable_bits": maskable_bits,
             "weights": weights,
-            "masked_gradients": masked_gradients[part],
-            "dense_gradients": dense_gradients[part],
+            "masked_gradients": masked_gradients[some],
+            "dense_gradients": dense_gradients[some],
             "mean_gradient": mean_gradient,
-            "losses": losses[part],
+            "losses": losses[some],
         }
         results = {
-            "leaving": leaving[part],
-            "entering": entering[part],
-            "counts": counts[part],
-            "refused": refused[part],
+            "leaving": leaving[some],
+            "entering": entering[some],
+            "counts": counts[some],
+            "refused": refused[some],
         }
         select_some(
             operands,
@@ -411,13 +425,13 @@ def select_harmony(
 
 
 def words_per_chunk(size: int, count: int) -> int:
-    """Words of about sqrt(P / C) elements: the minima are then as many as the candidates."""
+    """Words of a chunk of about sqrt(P / C) elements. Then there are as many minima as keys."""
     elements = 2 ** round(math.log2(max(size, 1) / max(count, 1)) / 2)
     return min(max(elements // BITS_PER_WORD, 1), MOST_WORDS_PER_CHUNK)
 
 
 def operands_of_launch(operands: dict[str, Tensor], **options: Any) -> dict[str, Any]:
-    """The arguments that the kernels share which read the gradients."""
+    """The arguments of a launch that the two kernels that read gradients share."""
     return {
         **operands,
         "mask_stride": operands["mask_bits"].stride(0),
@@ -438,7 +452,7 @@ def select_some(
     chosen: int,
     **options: Any,
 ) -> None:
-    """Select for as many tasks as the workspace holds, and write the results."""
+    """Select for as many tasks as the workspace holds, and write to `results`."""
     mask_bits, chunk_words = operands["mask_bits"], options["CHUNK_WORDS"]
     tasks, words = mask_bits.shape
     arguments = operands_of_launch(operands, **options)
@@ -447,7 +461,7 @@ def select_some(
     signs = mask_bits.new_empty(tasks, blocks, 2)
     launch(
         harmony_minima_kernel,
-        # Programs that read the same part of the mean gradient run next to each other.
+        # Programs that read the same block of the mean gradient have consecutive numbers.
         (blocks * task_groups,),
         **arguments,
         minima=minima,
@@ -460,21 +474,21 @@ def select_some(
     )
     chosen_chunks = smallest_chunks(minima, chosen)
     rows = chosen * chunk_words
-    images = mask_bits.new_empty(tasks, 2, rows * BITS_PER_WORD)
-    image_blocks = triton.cdiv(rows, WORDS)
+    keys = mask_bits.new_empty(tasks, 2, rows * BITS_PER_WORD)
+    key_blocks = triton.cdiv(rows, WORDS)
     launch(
-        harmony_images_kernel,
-        (tasks * image_blocks, 2),
+        harmony_keys_kernel,
+        (tasks * key_blocks, 2),
         **arguments,
         chosen_chunks=chosen_chunks,
-        images=images,
-        blocks=image_blocks,
+        keys=keys,
+        blocks=key_blocks,
         chosen=chosen,
     )
     launch(
         harmony_elements_kernel,
         (2 * tasks,),
-        images=images,
+        keys=keys,
         chosen_chunks=chosen_chunks,
         minima=minima,
         signs=signs,
@@ -491,8 +505,10 @@ def select_some(
 
 
 def smallest_chunks(minima: Tensor, chosen: int) -> Tensor:
-    """The places of the smallest in each row of int32 [T, 2, chunks], in rising order and of those
-    that are equal the first: int32 [T, 2, chosen]."""
+    """The indices of the `chosen` smallest minima in each row of int32 [T, 2, chunks].
+
+    They are in rising order, int32 [T, 2, chosen]. Ties go to the lowest index.
+    """
     tasks, sides, chunks = minima.shape
     chosen_chunks = minima.new_empty(tasks, sides, chosen)
     launch(

@@ -1,4 +1,4 @@
-"""The masked linear layer that ends a residual branch, with dropout and the residual sum."""
+"""The masked linear layer at the end of a residual branch, with dropout and the residual sum."""
 
 from .operation import linear_residual
 

@@ -1,4 +1,4 @@
-"""The layer that ends a residual branch as PyTorch sees it: the masked linear layer's operation."""
+"""The fused layer at the end of a residual branch. It uses the masked linear layer's operation."""
 
 from __future__ import annotations
 
@@ -27,26 +27,29 @@ def linear_residual(
 ) -> Tensor:
     """residual + dropout(x[g] (W ⊙ M)ᵀ + b ⊙ m).
 
-    The fused form of `reference.linear_residual`: one pass, in which the layer's output is rounded
-    by nothing but the sum, and backward passes that drop while they read.
+    This is the fused form of `reference.linear_residual`. One pass computes the layer, dropout and
+    the sum, so the layer's output is not rounded before the sum. The backward passes apply dropout
+    to dy while they read it.
+
+    Tensors and settings are separate arguments, as PyTorch's dispatcher takes them.
 
     Args:
-        residual: [G, R, N], float32, float16 or bfloat16, whatever the type of x.
-        drop, seed: those of `dropout_add`, whose branch is the layer's output. The other arguments
-            are those of `masked_linear`.
+        x, weight, bias, weight_bits, bias_bits, task_ids, group_gradients, queue: as in
+            `masked_linear`.
+        residual: [G, R, N], float32, float16 or bfloat16. Its dtype may differ from the dtype of x.
+        drop, seed: as in `dropout_add`.
 
     Returns:
-        [G, R, N], in the dtype of the sum.
+        [G, R, N], in the dtype to which PyTorch promotes residual and the layer's output.
 
     Raises:
-        TypeError, ValueError, IndexError, BackendUnavailable: as `masked_linear`; or residual has
-            another type or shape than it must, or is on another device.
+        TypeError, ValueError, IndexError, BackendUnavailable: as in `masked_linear`; also if the
+            dtype, the shape or the device of residual is wrong.
     """
-    given = x, weight, bias, weight_bits, bias_bits, task_ids
-    layer = operands_of(given, group_gradients)
+    layer = operands_of((x, weight, bias, weight_bits, bias_bits, task_ids), group_gradients)
     _check_residual(residual, (*x.shape[:2], len(weight)), x.device)
-    added = residual.reshape(*layer[0].shape[:2], len(weight))
-    end = False, added, drop, seed_for(drop, seed, x.device)
+    residual_rows = residual.reshape(*layer[0].shape[:2], len(weight))
+    end = False, residual_rows, drop, seed_for(drop, seed, x.device)
     sums = differentiable((*layer, *end), group_gradients, queue)
     return sums if weight_bits is not None else sums.view(residual.shape)
 
@@ -54,9 +57,11 @@ def linear_residual(
 def _check_residual(residual: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if residual.dtype not in FLOATS:
         raise TypeError(
-            f"residual is {residual.dtype}, and the fused layer takes float32, float16 or bfloat16"
+            f"residual is {residual.dtype}, but the fused layer takes float32, float16 or bfloat16"
         )
     if residual.shape != shape:
-        raise ValueError(f"residual {list(residual.shape)} must be as the output, {list(shape)}")
+        raise ValueError(
+            f"residual has shape {list(residual.shape)}: it must be {list(shape)}, as the output"
+        )
     if residual.device != device:
-        raise ValueError(f"residual is on {residual.device} and x on {device}")
+        raise ValueError(f"residual is on {residual.device} and x is on {device}")

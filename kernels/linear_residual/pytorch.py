@@ -1,4 +1,4 @@
-"""The masked linear layer that ends a residual branch, as quick as it gets in plain PyTorch."""
+"""The fastest form in plain PyTorch of the masked linear layer at the end of a residual branch."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def linear_residual(
     group_gradients: tuple[Tensor, Tensor | None] | None = None,
     queue: WeightGradients | None = None,
 ) -> Tensor:
-    """The same as `reference.linear_residual`, whose arguments are these, but for what is dropped.
+    """The same as `reference.linear_residual`, except for the elements that are dropped.
 
-    That follows from PyTorch's generators: `seed` is not read. Nor is `queue` used: no
-    gradients wait here.
+    PyTorch's generators draw them: the argument `seed` is ignored. Gradients are written at once:
+    `queue` is ignored too.
     """
     masks = weight_bits, bias_bits, task_ids
     branch = masked_linear(x, weight, bias, *masks, group_gradients=group_gradients)

@@ -1,4 +1,4 @@
-"""The definition of the masked linear layer that ends a residual branch, in plain PyTorch."""
+"""Defines the masked linear layer at the end of a residual branch in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -25,13 +25,16 @@ def linear_residual(
 ) -> Tensor:
     """residual + dropout(x[g] (W ⊙ M)ᵀ + b ⊙ m).
 
+    Every implementation takes these arguments.
+
     Args:
+        x, weight, bias, weight_bits, bias_bits, task_ids, group_gradients, queue: as in
+            `masked_linear`.
         residual: [G, R, N].
-        drop, seed: those of `dropout_add`, whose branch is the layer's output. The other arguments
-            are those of `masked_linear`.
+        drop, seed: as in `dropout_add`.
 
     Returns:
-        [G, R, N], in the dtype of the sum.
+        [G, R, N], in the dtype to which PyTorch promotes residual and the layer's output.
     """
     masks = weight_bits, bias_bits, task_ids
     branch = masked_linear(x, weight, bias, *masks, group_gradients=group_gradients)

@@ -1,6 +1,6 @@
-"""AdamW restricted to the weights that are active in a step."""
+"""AdamW on the weights that are active in a step."""
 
 from .operation import masked_adamw
-from .reference import rates_of_step
+from .reference import lr_and_corrections_at
 
-__all__ = ["masked_adamw", "rates_of_step"]
+__all__ = ["lr_and_corrections_at", "masked_adamw"]

@@ -1,4 +1,4 @@
-"""The masked AdamW step on a CPU: passes tensors to the C library."""
+"""Passes the tensors of the masked AdamW step to the C library."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def masked_adamw(
     second_moment: Tensor,
     mask_bits: Tensor | None,
     task_ids: Tensor | None,
-    rates: Tensor,
+    lr_and_corrections: Tensor,
     norm: Tensor,
     max_norm: float,
     first_rate: float,
     second_rate: float,
     epsilon: float,
     weight_decay: float,
-    rounded: Tensor | None = None,
+    bf16_copy: Tensor | None = None,
 ) -> None:
-    """`harmodt::masked_adamw`, whose arguments, one by one, are those of its schema."""
+    """Computes `harmodt::masked_adamw`, with the arguments of its schema."""
     operands = AdamWOperands(
         weights.numel(),
         *map(pointer, (weights, gradient, first_moment, second_moment)),
@@ -35,7 +35,7 @@ def masked_adamw(
         second_rate=second_rate,
         epsilon=epsilon,
         weight_decay=weight_decay,
-        rates=pointer(rates),
+        lr_and_corrections=pointer(lr_and_corrections),
     )
     if mask_bits is not None and task_ids is not None:
         operands.mask_words = mask_bits.shape[1]
@@ -43,5 +43,5 @@ def masked_adamw(
         operands.tasks = len(task_ids)
         operands.task_ids = pointer_to_ids(task_ids, len(mask_bits))
     library().harmodt_masked_adamw(byref(operands), threads())
-    if rounded is not None:
-        rounded.copy_(weights[: len(rounded)])
+    if bf16_copy is not None:
+        bf16_copy.copy_(weights[: len(bf16_copy)])

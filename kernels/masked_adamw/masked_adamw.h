@@ -1,5 +1,5 @@
-// AdamW where a weight is active; everything else stays bit for bit. Compiled without contraction:
-// the roundings are PyTorch's.
+// AdamW on the active weights. All other values keep their bits. This file is compiled without
+// contraction to fused multiply-adds, so that it rounds as PyTorch does.
 #pragma once
 
 #include "native/kernels.h"
@@ -7,13 +7,13 @@
 
 namespace {
 
-// As torch.lerp, with its roundings.
+// torch.lerp, with the same roundings.
 inline Vec lerp(Vec start, Vec end, float weight) {
   return weight < 0.5f ? fused_multiply_add(splat(weight), end - start, start)
                        : fused_multiply_add(splat(weight - 1.0f), end - start, end);
 }
 
-// The weights of a word that are active in one of the step's tasks.
+// The bits of a mask word whose weights are active in at least one task of the step.
 inline uint32_t active_in_step(const harmodt_adamw_operands& s, int64_t word) {
   if (word >= s.mask_words) return ~0u;
   uint32_t active = 0;
@@ -24,20 +24,20 @@ inline uint32_t active_in_step(const harmodt_adamw_operands& s, int64_t word) {
 }
 
 void masked_adamw(const harmodt_adamw_operands& s, int threads) {
-  // As `torch.nn.utils.clip_grad_norm_`; NaN stays NaN.
+  // The same as `torch.nn.utils.clip_grad_norm_`: NaN stays NaN.
   float scale = 1 / (*s.norm + 1e-6f) * s.max_norm;
   if (scale > 1) scale = 1;
-  const float learning_rate = s.rates[0], first_correction = s.rates[1];
-  const float second_correction = s.rates[2];
+  const float learning_rate = s.lr_and_corrections[0], first_correction = s.lr_and_corrections[1];
+  const float second_correction = s.lr_and_corrections[2];
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t word = 0; word < (s.size + 31) / 32; ++word) {
-    const uint32_t of_word = active_in_step(s, word);
-    if (!of_word) continue;
+    const uint32_t active_bits = active_in_step(s, word);
+    if (!active_bits) continue;
     for (int64_t at = word * 32; at < smaller(word * 32 + 32, s.size); at += kWidth) {
-      // All lanes are stored, those of inactive weights as they were: memory takes whole cache lines
-      // faster than parts of them.
+      // All lanes are stored, inactive weights with their old bits: storing a whole cache line is
+      // faster than storing some of its elements.
       uint32_t inside = lanes_left(s.size - at);
-      IntVec active = expand(of_word >> (at & 31));
+      IntVec active = expand(active_bits >> (at & 31));
       const Vec old_w = load(s.weights + at, inside), old_m = load(s.first_moment + at, inside);
       const Vec old_v = load(s.second_moment + at, inside);
       Vec g = load(s.gradient + at, inside) * scale, w = old_w, m = old_m, v = old_v;

@@ -1,4 +1,4 @@
-"""The masked AdamW step as PyTorch sees it: the public function and the registered operation."""
+"""The fused masked AdamW step: its public function, its checks and its registered operation."""
 
 from __future__ import annotations
 
@@ -19,45 +19,49 @@ def masked_adamw(
     second_moment: Tensor,
     mask_bits: Tensor | None,
     task_ids: Tensor | None,
-    rates: Tensor,
+    lr_and_corrections: Tensor,
     *,
     betas: tuple[float, float],
     epsilon: float,
     weight_decay: float,
     max_norm: float = math.inf,
-    rounded: Tensor | None = None,
+    bf16_copy: Tensor | None = None,
 ) -> Tensor:
-    """Clip the gradient's norm, then AdamW on the active weights; all else stays bit for bit.
+    """Clip the gradient's norm, then run AdamW on the active weights. Others keep their bits.
 
-    The fused form of `reference.masked_adamw`: one kernel after the norm's, in float32.
-    Tensors and settings are an argument each, as PyTorch's optimisers take them.
+    This is the fused form of `reference.masked_adamw`, in float32. One kernel runs after the one
+    that computes the norm.
+
+    Tensors and settings are separate arguments, as PyTorch's dispatcher takes them.
 
     Args:
-        weights, first_moment, second_moment: float32 [P], changed in place where active.
-        gradient: float32 [P]; it stays as it is.
-        mask_bits: int32 [T, words], the masks of all tasks; or None where every weight is active.
-            Weights that they do not reach are active too.
-        task_ids: int64 [G], the tasks of the step, in any of which a weight must be active; below
-            T, which a GPU does not check. Not read without masks.
-        rates: float32 [3], what changes from step to step: `rates_of_step`. A GPU reads them when
-            the kernel runs.
-        max_norm: the gradient is scaled to at most this global norm.
-        rounded: of another floating-point type [≤ P], where the first weights are written, rounded
-            to it; or None.
+        weights, first_moment, second_moment: float32 [P]. Elements of active weights are changed in
+            place.
+        gradient: float32 [P]. It is not changed.
+        mask_bits: int32 [T, words], the masks of all tasks; or None if every weight is active.
+            Weights beyond the last word are always active.
+        task_ids: int64 [G], the tasks of the step, below T. A GPU does not check them. A weight is
+            active in the step if it is active in one of these tasks. Without masks nothing reads
+            them.
+        lr_and_corrections: float32 [3], the learning rate and the bias corrections, from
+            `lr_and_corrections_at`. On a GPU, the kernel reads them when it runs.
+        max_norm: the gradient is clipped to this global norm.
+        bf16_copy: a buffer [≤ P] of another floating-point dtype, usually bf16, or None. The step
+            writes a copy of the first weights to it.
 
     Returns:
-        The norm of the gradient, float32 [].
+        The norm of the gradient before clipping, float32 [].
 
     Raises:
         TypeError: a tensor has another dtype.
-        ValueError: shapes disagree.
-        IndexError: on a CPU, there is no such task.
+        ValueError: shapes do not fit together.
+        IndexError: on a CPU, a task id is out of range.
     """
-    _check_vectors(weights, gradient, first_moment, second_moment, rates)
+    _check_vectors(weights, gradient, first_moment, second_moment, lr_and_corrections)
     if mask_bits is not None:
         _check_masks(mask_bits, task_ids, words_for(weights.numel()))
-    if rounded is not None:
-        _check_rounded(rounded, weights)
+    if bf16_copy is not None:
+        _check_bf16_copy(bf16_copy, weights)
     norm = torch.linalg.vector_norm(gradient)
     beta1, beta2 = betas
     torch.ops.harmodt.masked_adamw(
@@ -67,20 +71,24 @@ def masked_adamw(
         second_moment,
         mask_bits,
         None if mask_bits is None else task_ids,
-        rates,
+        lr_and_corrections,
         norm,
         max_norm,
         1 - beta1,
         1 - beta2,
         epsilon,
         weight_decay,
-        rounded,
+        bf16_copy,
     )
     return norm
 
 
 def _check_vectors(
-    weights: Tensor, gradient: Tensor, first_moment: Tensor, second_moment: Tensor, rates: Tensor
+    weights: Tensor,
+    gradient: Tensor,
+    first_moment: Tensor,
+    second_moment: Tensor,
+    lr_and_corrections: Tensor,
 ) -> None:
     size = weights.numel()
     for name, tensor, length in (
@@ -88,10 +96,10 @@ def _check_vectors(
         ("gradient", gradient, size),
         ("first_moment", first_moment, size),
         ("second_moment", second_moment, size),
-        ("rates", rates, 3),
+        ("lr_and_corrections", lr_and_corrections, 3),
     ):
         if tensor.dtype != torch.float32:
-            raise TypeError(f"{name} is {tensor.dtype}, and the fused AdamW takes torch.float32")
+            raise TypeError(f"{name} is {tensor.dtype}, but the fused AdamW takes torch.float32")
         if tensor.shape != (length,):
             raise ValueError(
                 f"{name} has shape {list(tensor.shape)}: for {size} weights it must be [{length}]"
@@ -113,17 +121,17 @@ def _check_masks(mask_bits: Tensor, task_ids: Tensor | None, words: int) -> None
         raise ValueError("mask_bits needs the tasks of the step as task_ids, int64 [G]")
 
 
-def _check_rounded(rounded: Tensor, weights: Tensor) -> None:
-    if not rounded.is_floating_point():
-        raise TypeError(f"rounded is {rounded.dtype}: it must be a floating-point type")
-    if rounded.dim() != 1 or rounded.numel() > weights.numel():
+def _check_bf16_copy(bf16_copy: Tensor, weights: Tensor) -> None:
+    if not bf16_copy.is_floating_point():
+        raise TypeError(f"bf16_copy is {bf16_copy.dtype}: it must have a floating-point dtype")
+    if bf16_copy.dim() != 1 or bf16_copy.numel() > weights.numel():
         raise ValueError(
-            f"rounded has shape {list(rounded.shape)}: it must be [at most {weights.numel()}]"
+            f"bf16_copy has shape {list(bf16_copy.shape)}: it must be [at most {weights.numel()}]"
         )
-    if not rounded.is_contiguous():
-        raise ValueError("rounded has gaps between its elements")
-    if rounded.device != weights.device:
-        raise ValueError(f"rounded is on {rounded.device} and weights on {weights.device}")
+    if not bf16_copy.is_contiguous():
+        raise ValueError("bf16_copy has gaps between its elements")
+    if bf16_copy.device != weights.device:
+        raise ValueError(f"bf16_copy is on {bf16_copy.device} and weights is on {weights.device}")
 
 
 def _masked_adamw_fake(*_: Any) -> None:
@@ -134,8 +142,8 @@ register(
     __package__,
     "masked_adamw",
     "(Tensor(a!) weights, Tensor gradient, Tensor(b!) first_moment, Tensor(c!) second_moment, "
-    "Tensor? mask_bits, Tensor? task_ids, Tensor rates, Tensor norm, float max_norm, "
+    "Tensor? mask_bits, Tensor? task_ids, Tensor lr_and_corrections, Tensor norm, float max_norm, "
     "float first_rate, float second_rate, float epsilon, float weight_decay, "
-    "Tensor(d!)? rounded=None) -> ()",
+    "Tensor(d!)? bf16_copy=None) -> ()",
     _masked_adamw_fake,
 )

@@ -9,21 +9,21 @@ from torch import Tensor
 from ..bits import BITS_PER_WORD
 from ..launch import launch
 
-# Mask words of one program: two loads of 16 bytes for each thread and vector.
+# Mask words per program: each thread loads 2 x 16 bytes of each vector.
 WORDS = 32
 NUM_WARPS = 4
 
 
 @triton.jit
 def lerp(start, end, weight):
-    """`torch.lerp`, with its roundings."""
+    """`torch.lerp`, with the same roundings."""
     near = weight < 0.5
     return tl.fma(tl.where(near, weight, weight - 1.0), end - start, tl.where(near, start, end))
 
 
 @triton.jit
 def active_in_step(mask_bits, mask_stride, mask_words, task_ids, tasks, word):
-    """Words of the weights that are active in one of the step's tasks."""
+    """Mask words of the weights that are active in at least one task of the step."""
     covered = word < mask_words
     active = tl.where(covered, 0, -1)
     for i in range(tasks):
@@ -40,11 +40,11 @@ def masked_adamw_kernel(
     second_moment,  # [size]
     mask_bits,  # int32 [T, mask_words], mask_stride apart
     task_ids,  # int64 [tasks]
-    rates,  # [3]: learning rate, 1 / (1 - β₁ᵗ), 1 / √(1 - β₂ᵗ)
-    norm,  # of the gradient, []
-    rounded,  # [rounded_size]
+    lr_and_corrections,  # [3]: learning rate, 1 / (1 - β₁ᵗ), 1 / √(1 - β₂ᵗ)
+    norm,  # [], norm of the gradient
+    bf16_copy,  # [copy_size]
     size,
-    rounded_size,
+    copy_size,
     mask_words,
     mask_stride,
     tasks,
@@ -54,23 +54,23 @@ def masked_adamw_kernel(
     epsilon,
     weight_decay,
     MASKED: tl.constexpr,
-    ROUNDED: tl.constexpr,
+    BF16_COPY: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """The step of the weights of some words.
+    """Steps the weights of one block of words.
 
-    A launch takes no structures: what a kernel needs is an argument each.
+    Operands are separate arguments: in a tuple, Triton would specialise every number.
     """
     start = tl.program_id(0).to(tl.int64) * (WORDS * 32)
-    word, place = tl.arange(0, WORDS), tl.arange(0, 32)
-    element = word[:, None] * 32 + place[None, :]  # [WORDS, 32]
+    word, bit = tl.arange(0, WORDS), tl.arange(0, 32)
+    element = word[:, None] * 32 + bit[None, :]  # [WORDS, 32]
     inside = element < size - start
     active = inside
     if MASKED:
         words = active_in_step(
             mask_bits, mask_stride, mask_words, task_ids, tasks, start // 32 + word
         )
-        active &= (words[:, None] & (1 << place[None, :])) != 0
+        active &= (words[:, None] & (1 << bit[None, :])) != 0
     weights += start + element
     first_moment += start + element
     second_moment += start + element
@@ -79,25 +79,25 @@ def masked_adamw_kernel(
     m = tl.load(first_moment, mask=inside)
     v = tl.load(second_moment, mask=inside)
 
-    # As `torch.nn.utils.clip_grad_norm_`; NaN stays NaN.
+    # The same as `torch.nn.utils.clip_grad_norm_`: NaN stays NaN.
     one = tl.cast(1.0, tl.float32)
     scale = tl.div_rn(one, tl.load(norm) + 1e-6) * tl.cast(max_norm, tl.float32)
     g *= tl.where(scale > one, one, scale)
     new_m = lerp(m, g, tl.cast(first_rate, tl.float32))
     new_v = lerp(v, g * g, tl.cast(second_rate, tl.float32))
-    denominator = tl.sqrt_rn(new_v) * tl.load(rates + 2)
+    denominator = tl.sqrt_rn(new_v) * tl.load(lr_and_corrections + 2)
     denominator += tl.cast(epsilon, tl.float32)
-    update = tl.div_rn(new_m, denominator) * tl.load(rates + 1)
+    update = tl.div_rn(new_m, denominator) * tl.load(lr_and_corrections + 1)
     update = tl.fma(tl.cast(weight_decay, tl.float32), w, update)
-    new_w = tl.fma(-tl.load(rates), update, w)
-    # Selecting copies bits, so that whole vectors can be written.
+    new_w = tl.fma(-tl.load(lr_and_corrections), update, w)
+    # tl.where copies bits, so inactive weights can be stored too, and stores need no mask for them.
     new_w = tl.where(active, new_w, w)
     tl.store(weights, new_w, mask=inside)
     tl.store(first_moment, tl.where(active, new_m, m), mask=inside)
     tl.store(second_moment, tl.where(active, new_v, v), mask=inside)
-    if ROUNDED:
-        new_w = new_w.to(rounded.dtype.element_ty)
-        tl.store(rounded + start + element, new_w, mask=element < rounded_size - start)
+    if BF16_COPY:
+        new_w = new_w.to(bf16_copy.dtype.element_ty)
+        tl.store(bf16_copy + start + element, new_w, mask=element < copy_size - start)
 
 
 def masked_adamw(
@@ -107,16 +107,16 @@ def masked_adamw(
     second_moment: Tensor,
     mask_bits: Tensor | None,
     task_ids: Tensor | None,
-    rates: Tensor,
+    lr_and_corrections: Tensor,
     norm: Tensor,
     max_norm: float,
     first_rate: float,
     second_rate: float,
     epsilon: float,
     weight_decay: float,
-    rounded: Tensor | None = None,
+    bf16_copy: Tensor | None = None,
 ) -> None:
-    """`harmodt::masked_adamw`, whose arguments, one by one, are those of its schema."""
+    """Computes `harmodt::masked_adamw`, with the arguments of its schema."""
     size = weights.numel()
     launch(
         masked_adamw_kernel,
@@ -127,11 +127,11 @@ def masked_adamw(
         second_moment=second_moment,
         mask_bits=mask_bits,
         task_ids=task_ids,
-        rates=rates,
+        lr_and_corrections=lr_and_corrections,
         norm=norm,
-        rounded=rounded,
+        bf16_copy=bf16_copy,
         size=size,
-        rounded_size=0 if rounded is None else rounded.numel(),
+        copy_size=0 if bf16_copy is None else bf16_copy.numel(),
         mask_words=0 if mask_bits is None else mask_bits.shape[1],
         mask_stride=0 if mask_bits is None else mask_bits.stride(0),
         tasks=0 if task_ids is None else len(task_ids),
@@ -141,7 +141,7 @@ def masked_adamw(
         epsilon=epsilon,
         weight_decay=weight_decay,
         MASKED=mask_bits is not None,
-        ROUNDED=rounded is not None,
+        BF16_COPY=bf16_copy is not None,
         WORDS=WORDS,
         num_warps=NUM_WARPS,
         enable_fp_fusion=False,

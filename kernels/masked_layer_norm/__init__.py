@@ -1,4 +1,4 @@
-"""LayerNorm whose gains and biases are masked per task."""
+"""LayerNorm with a mask per task on its weight and bias."""
 
 from .module import MaskedLayerNorm
 from .operation import masked_layer_norm

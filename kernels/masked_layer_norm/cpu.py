@@ -1,4 +1,4 @@
-"""The masked LayerNorm on a CPU: passes tensors to the C library."""
+"""Passes the tensors of the masked LayerNorm to the C library."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def masked_layer_norm(
     epsilon: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes `harmodt::masked_layer_norm`, with the arguments of its schema."""
     x = x.contiguous()
     y, statistics = torch.empty_like(x), x.new_empty(*x.shape[:2], 2)
     shape = shape_of(x, weight_bits, bias_bits, task_ids, epsilon)
@@ -39,7 +40,7 @@ def masked_layer_norm(
 
 @functools.cache
 def no_arrivals(groups: int) -> Tensor:
-    """In place of the counters by which a GPU's programs find the last of a group, int32 [G]."""
+    """Zeros, int32 [G]. Only a GPU needs these counters, to find the last program of a group."""
     with torch.inference_mode(False):
         return torch.zeros(groups, dtype=torch.int32)
 
@@ -57,7 +58,7 @@ def masked_layer_norm_gradient(
     weight_out: Tensor,
     bias_out: Tensor,
 ) -> Tensor:
-    """Its arguments are the operands of the registered operation, one by one."""
+    """Computes `harmodt::masked_layer_norm_gradient`, with the arguments of its schema."""
     dy, x = dy.float().contiguous(), x.contiguous()
     d_residual = None if d_residual is None else d_residual.contiguous()
     dx = torch.empty_like(x)

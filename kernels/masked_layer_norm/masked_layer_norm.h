@@ -1,4 +1,5 @@
-// LayerNorm under the masks of each group's task. A row is read twice, the second time from cache.
+// LayerNorm with the masks of each group's task. A row is read several times, after the first from the
+// cache.
 #pragma once
 
 #include "native/kernels.h"
@@ -6,8 +7,8 @@
 
 namespace {
 
-// Rows whose gradients of gain and bias are summed up by one thread.
-constexpr int64_t kPartRows = 64;
+// The rows of a chunk. One thread sums the gradients of gain and bias over a chunk.
+constexpr int64_t kChunkRows = 64;
 
 // The sum of a register's lanes.
 inline float sum(Vec v) {
@@ -19,7 +20,7 @@ inline float sum(Vec v) {
   return v[0];
 }
 
-// A row under a mask: elements whose bit is not set are 0.
+// A row with a mask: elements whose bit is not set are 0.
 struct MaskedRow {
   const float* values;
   const int32_t* bits;
@@ -35,7 +36,7 @@ inline const int32_t* bias_bits_of(const harmodt_layer_norm_shape& s, int64_t gr
   return s.bias_bits + s.task_ids[group] * s.bias_bits_task_stride;
 }
 
-// Mean and inverse deviation of a row.
+// Mean and inverse standard deviation of a row.
 struct Statistics {
   float mean, scale;
 };
@@ -52,18 +53,18 @@ inline Statistics statistics_of(const float* row, int64_t size, float epsilon) {
   return {mean, 1 / __builtin_sqrtf(sum(squares) / size + epsilon)};
 }
 
-// Those of all rows, [groups][rows][2].
+// Writes the statistics of all rows, [groups][rows][2].
 void layer_norm_statistics(const harmodt_layer_norm_shape& s, const float* x, float* statistics,
                            int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < s.groups * s.rows; ++row) {
-    Statistics of_row = statistics_of(x + row * s.size, s.size, s.epsilon);
-    statistics[2 * row] = of_row.mean;
-    statistics[2 * row + 1] = of_row.scale;
+    auto [mean, scale] = statistics_of(x + row * s.size, s.size, s.epsilon);
+    statistics[2 * row] = mean;
+    statistics[2 * row + 1] = scale;
   }
 }
 
-// y = normalised x times gain plus bias; statistics are each row's mean and inverse deviation.
+// y = normalised x * gain + bias. Also writes each row's statistics.
 void masked_layer_norm(const harmodt_layer_norm_shape& s, const float* x, const float* weight,
                        const float* bias, float* y, float* statistics, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -84,7 +85,8 @@ void masked_layer_norm(const harmodt_layer_norm_shape& s, const float* x, const 
   }
 }
 
-// The gradient of x, and the sums over some rows of those of gain and bias, [2][size].
+// Computes dx for rows [first, last) of a group, and in `sums`, [2][size], the sums over these rows of
+// the gradients of gain and bias.
 void layer_norm_gradient_of(const harmodt_layer_norm_shape& s, int64_t group, int64_t first,
                             int64_t last, const float* dy, const float* d_residual, const float* x,
                             const float* statistics, const float* weight, float* dx, float* sums) {
@@ -115,17 +117,18 @@ void layer_norm_gradient_of(const harmodt_layer_norm_shape& s, int64_t group, in
   }
 }
 
-// `sums` holds [groups][parts][2][size], parts of kPartRows rows.
+// Computes dx and the gradients of gain and bias. Each group's rows are cut into chunks.
 void masked_layer_norm_gradient(const harmodt_layer_norm_shape& s, const float* dy,
                                 const float* d_residual, const float* x, const float* statistics,
                                 const float* weight, float* dx, const harmodt_weight_gradient& out,
                                 int threads) {
-  int64_t parts = (s.rows + kPartRows - 1) / kPartRows;
-  auto* sums = static_cast<float*>(scratch(sizeof(float) * s.groups * parts * 2 * s.size));
+  int64_t chunks = (s.rows + kChunkRows - 1) / kChunkRows;
+  // [groups][chunks][2][size]
+  auto* sums = static_cast<float*>(scratch(sizeof(float) * s.groups * chunks * 2 * s.size));
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t item = 0; item < s.groups * parts; ++item) {
-    int64_t group = item / parts, first = item % parts * kPartRows;
-    layer_norm_gradient_of(s, group, first, smaller(s.rows, first + kPartRows), dy, d_residual,
+  for (int64_t item = 0; item < s.groups * chunks; ++item) {
+    int64_t group = item / chunks, first = item % chunks * kChunkRows;
+    layer_norm_gradient_of(s, group, first, smaller(s.rows, first + kChunkRows), dy, d_residual,
                            x, statistics, weight, dx, sums + item * 2 * s.size);
   }
   for (int64_t j = 0; j < s.size; j += kWidth) {
@@ -133,9 +136,9 @@ void masked_layer_norm_gradient(const harmodt_layer_norm_shape& s, const float* 
     Vec all_gains{}, all_shifts{};
     for (int64_t group = 0; group < s.groups; ++group) {
       Vec gain{}, shift{};
-      for (int64_t part = group * parts; part < (group + 1) * parts; ++part) {
-        gain += load(sums + part * 2 * s.size + j, inside);
-        shift += load(sums + part * 2 * s.size + s.size + j, inside);
+      for (int64_t chunk = group * chunks; chunk < (group + 1) * chunks; ++chunk) {
+        gain += load(sums + chunk * 2 * s.size + j, inside);
+        shift += load(sums + chunk * 2 * s.size + s.size + j, inside);
       }
       gain = keep(gain, bits_at(weight_bits_of(s, group), j));
       shift = keep(shift, bits_at(bias_bits_of(s, group), j));

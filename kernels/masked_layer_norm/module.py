@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 class MaskedLayerNorm(nn.LayerNorm):
-    """A `torch.nn.LayerNorm` over groups of rows, each under the mask of its task.
+    """A `torch.nn.LayerNorm` over groups of rows. Each group has the mask of its task.
 
-    The masks come with each call; parameters and their names are those of `nn.LayerNorm`.
+    Each call gets the masks. The parameters have the names that they have in `nn.LayerNorm`.
 
     Args:
         size: d.
         eps: added to the variance.
-        backend: whose operation is used, or None for the fused one of the input's device.
+        backend: computes the layer. None selects the fused operation for the input's device.
         device, dtype: of the parameters.
     """
 
@@ -46,29 +46,29 @@ class MaskedLayerNorm(nn.LayerNorm):
 
         Args:
             x: [G, R, d].
-            masks: those of the layer, or None where every weight is active.
+            masks: the layer's masks, or None if every weight is active.
 
         Returns:
-            What is normalised, [G, R, d], under autocast in the autocast dtype; and x itself, for
-            the residual sum of the branch that begins here.
+            y, [G, R, d], the normalised rows, under autocast in the autocast dtype; and x itself,
+            for the residual sum of the branch that begins here.
 
         Raises:
-            BackendUnavailable: there is no fused kernel for the device.
+            BackendUnavailable: the device has no fused kernel.
         """
         backend = self.backend
         apply: Callable[..., tuple[Tensor, Tensor]] = (
             backend.masked_layer_norm if backend else masked_layer_norm
         )
-        # What follows is a product, which would convert y.
+        # A product reads y next, and would convert it.
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else None
-        of_layer = masks or NO_MASKS
+        masks = masks or NO_MASKS
         return apply(
             x,
             self.weight,
             self.bias,
-            *of_layer.bits,
+            *masks.bits,
             epsilon=self.eps,
             dtype=dtype,
-            group_gradients=of_layer.group_gradients,
+            group_gradients=masks.group_gradients,
         )

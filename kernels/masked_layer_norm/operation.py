@@ -1,4 +1,4 @@
-"""The masked LayerNorm as PyTorch sees it: the public function and the registered operations."""
+"""The fused masked LayerNorm: its public function, its checks and its registered operations."""
 
 from __future__ import annotations
 
@@ -24,35 +24,37 @@ def masked_layer_norm(
     dtype: torch.dtype | None = None,
     group_gradients: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """LayerNorm under the mask of each group's task: y[g] = normalised x[g] (w ⊙ M) + b ⊙ m.
+    """LayerNorm with the mask of each group's task: y[g] = normalised x[g] (w ⊙ M) + b ⊙ m.
 
-    The fused form of `reference.masked_layer_norm`, whose arguments are these: one pass over x, in
-    float32. Results repeat bit for bit.
+    This is the fused form of `reference.masked_layer_norm`: one pass over x, in float32. Results
+    repeat bit for bit.
+
+    Tensors and settings are separate arguments, as PyTorch's dispatcher takes them.
 
     Args:
-        x: [G, R, d], one task per group; each row is normalised. float32, on a GPU float16 or
-            bfloat16 too.
+        x: [G, R, d], one task per group; each row is normalised. float32; on a GPU also float16 or
+            bfloat16.
         weight, bias: float32 [d].
-        weight_bits, bias_bits: int32 [T, ceil(d / 32)], the masks of all tasks; or None where
-            every weight and bias is active.
-        task_ids: int64 [G], the task of each group, below T; ids may repeat. A GPU does not check
-            them. Not read without masks.
+        weight_bits, bias_bits: int32 [T, ceil(d / 32)], the masks of all tasks; or None if every
+            weight and bias is active.
+        task_ids: int64 [G], the task of each group, below T. Ids may repeat. A GPU does not check
+            them. Without masks nothing reads them.
         epsilon: added to the variance.
-        dtype: of y, that of x by default.
-        group_gradients: two tensors [G, d] to which the backward pass writes the gradients of
-            weight and bias of each group by itself, or [1, d], to which it writes their sums;
-            weight and bias then get none.
+        dtype: the dtype of y; by default the dtype of x.
+        group_gradients: buffers for the gradients of weight and bias, or None. The backward pass
+            writes each group's gradients to two tensors [G, d], or their sums to two tensors
+            [1, d]. Weight and bias themselves then get no gradient.
 
     Returns:
-        y, [G, R, d]; and x itself, for the residual sum of the branch that
-        begins with y: its gradient there is added in the pass that computes the rest of it.
+        y, [G, R, d]; and x itself, for the residual sum of the branch that begins with y. The pass
+        that computes the gradient of x also adds the gradient that comes from this sum.
 
     Raises:
-        TypeError: x is of another type, weight or bias not float32, bits not int32 or task_ids not
-            int64.
+        TypeError: x has a dtype that is not accepted, weight or bias is not float32, bits are not
+            int32, or task_ids is not int64.
         ValueError: shapes, strides or devices do not fit together.
-        IndexError: on a CPU, there is no such task.
-        BackendUnavailable: there are no fused kernels for the device.
+        IndexError: on a CPU, a task id is out of range.
+        BackendUnavailable: the device has no fused kernels.
     """
     if weight_bits is None:
         if bias_bits is not None:
@@ -77,7 +79,7 @@ def _without_masks(
     dtype: torch.dtype | None,
     group_gradients: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """The layer under a mask of all weights."""
+    """The layer with a mask in which every weight is active."""
     everything = all_active(weight.shape, x.device)
     return masked_layer_norm(
         x,
@@ -104,7 +106,7 @@ def check_operands(
     """Raise TypeError or ValueError if operands of `masked_layer_norm` do not fit together.
 
     Args:
-        names: of weight and bias, for who calls them otherwise.
+        names: the caller's names for weight and bias, for the messages.
     """
     if len(x) == 0:
         raise ValueError("x has no groups: give at least one")
@@ -121,32 +123,32 @@ def check_operands(
     ]
     for name, tensor, dtype, shape in expected:
         if tensor.dtype != dtype:
-            raise TypeError(f"{name} is {tensor.dtype}, and the fused LayerNorm takes {dtype}")
+            raise TypeError(f"{name} is {tensor.dtype}, but the fused LayerNorm takes {dtype}")
         if shape is None:
             continue
         if x.dim() != 3 or tensor.shape != shape:
             raise ValueError(
-                f"{name} has shape {list(tensor.shape)}: with x {list(x.shape)}, which must be "
-                f"[groups, rows, size], it must be {list(shape)}"
+                f"{name} has shape {list(tensor.shape)}: with x {list(x.shape)} it must be "
+                f"{list(shape)}; x must be [groups, rows, size]"
             )
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(f"{name} has strides {tensor.stride()}: the last must be 1")
         if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}")
+            raise ValueError(f"{name} is on {tensor.device} and x is on {x.device}")
 
 
 def check_outputs(
     groups: int, weight: Tensor, weight_out: Tensor | None, bias_out: Tensor | None
 ) -> None:
-    """Raise ValueError if its gradients cannot be written there."""
+    """Raise ValueError if the layer's gradients cannot be written to these tensors."""
     for tensor in (weight_out, bias_out):
         if tensor is None:
             continue
-        right = tensor.shape in ((groups, len(weight)), (1, len(weight)))
-        if not right or tensor.dtype != torch.float32 or tensor.stride(-1) != 1:
+        fits = tensor.shape in ((groups, len(weight)), (1, len(weight)))
+        if not fits or tensor.dtype != torch.float32 or tensor.stride(-1) != 1:
             raise ValueError(
-                f"group_gradients has {tensor.dtype} {list(tensor.shape)}: it must be float32, "
-                f"{[groups, len(weight)]} or {[1, len(weight)]}, with 1 as its last stride"
+                f"group_gradients has a tensor {tensor.dtype} {list(tensor.shape)}: it must be "
+                f"float32, {[groups, len(weight)]} or {[1, len(weight)]}, and its last stride 1"
             )
 
 
@@ -165,7 +167,7 @@ class _MaskedLayerNorm(torch.autograd.Function):
         weight_out: Tensor | None,
         bias_out: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Its arguments stand one by one, because autograd looks for tensors among them."""
+        """Autograd finds tensors among the arguments only, not inside tuples."""
         y, *kept = torch.ops.harmodt.masked_layer_norm(
             x, weight, bias, weight_bits, bias_bits, task_ids, epsilon, dtype
         )
@@ -213,7 +215,7 @@ register(
 register(
     __package__,
     "masked_layer_norm_gradient",
-    # A GPU's kernel counts in `arrivals`, and leaves it as it was: all 0.
+    # A GPU's kernel counts its programs in `arrivals`, then sets it back to 0.
     "(Tensor dy, Tensor? d_residual, Tensor x, Tensor statistics, Tensor arrivals, Tensor weight, "
     "Tensor weight_bits, Tensor bias_bits, Tensor task_ids, Tensor(a!) weight_out, "
     "Tensor(b!) bias_out) -> Tensor",

@@ -1,4 +1,4 @@
-"""The masked LayerNorm as quick as it gets in plain PyTorch."""
+"""The fastest form of the masked LayerNorm in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def masked_layer_norm(
     dtype: torch.dtype | None = None,
     group_gradients: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same as `reference.masked_layer_norm`, whose arguments are these.
+    """The same as `reference.masked_layer_norm`, with the same arguments.
 
-    It is PyTorch's own layer where nothing is masked.
+    Without masks it is PyTorch's own layer.
     """
     if weight_bits is None and (group_gradients is None or len(group_gradients[0]) == 1):
         weight, bias = with_gradients_in(group_gradients, weight, bias)

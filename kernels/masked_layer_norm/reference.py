@@ -1,4 +1,4 @@
-"""The definition of the masked LayerNorm in plain PyTorch."""
+"""Defines the masked LayerNorm in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -21,25 +21,28 @@ def masked_layer_norm(
     dtype: torch.dtype | None = None,
     group_gradients: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """LayerNorm under the mask of each group's task: y[g] = normalised x[g] (w ⊙ M) + b ⊙ m.
+    """LayerNorm with the mask of each group's task: y[g] = normalised x[g] (w ⊙ M) + b ⊙ m.
 
-    Differentiable in x, weight and bias; the gradient of an inactive weight is exactly zero.
-    Weights that are inactive may hold any value, NaN included. Masks are an argument each, as of
-    all layers.
+    The layer is differentiable in x, weight and bias. The gradient of an inactive weight is exactly
+    0. Inactive weights may have any value, also NaN.
+
+    Every implementation takes these arguments.
 
     Args:
         x: [G, R, d], one task per group; each row is normalised.
         weight, bias: [d].
-        weight_bits, bias_bits: int32 [T, ceil(d / 32)], the masks of all tasks; or None where
-            every weight and bias is active.
-        task_ids: int64 [G], the task of each group; ids may repeat. Not read without masks.
+        weight_bits, bias_bits: int32 [T, ceil(d / 32)], the masks of all tasks; or None if every
+            weight and bias is active.
+        task_ids: int64 [G], the task of each group. Ids may repeat. Without masks nothing reads
+            them.
         epsilon: added to the variance.
-        dtype: of y, if it is another one than what comes out.
-        group_gradients: two tensors [G, d] to which the backward pass writes the gradients of
-            weight and bias of each group by itself; weight and bias then get none.
+        dtype: the dtype of y. None keeps the dtype that PyTorch's promotion gives.
+        group_gradients: buffers for the gradients of weight and bias, or None. The backward pass
+            writes each group's gradients to two tensors [G, d], or their sums to two tensors
+            [1, d]. Weight and bias themselves then get no gradient.
 
     Returns:
-        y, [G, R, d], and x itself, for the residual sum of the branch that begins with y.
+        y, [G, R, d]; and x itself, for the residual sum of the branch that begins with y.
     """
     normalised = F.layer_norm(x, x.shape[-1:], eps=epsilon)
     weight_out, bias_out = group_gradients or (None, None)

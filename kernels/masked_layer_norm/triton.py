@@ -1,7 +1,6 @@
 """Triton kernels of the masked LayerNorm.
 
-Shapes in comments: G groups, R rows of each, d elements of a row. A program holds whole rows in
-registers, and computes in float32 whatever the operands are.
+A program holds whole rows in registers. It computes in float32, whatever the operands' dtype.
 """
 
 from __future__ import annotations
@@ -14,23 +13,26 @@ from torch import Tensor
 from ..device_functions import masked_vector
 from ..launch import launch
 
-# Elements of x that a program holds at a time: 32 for each thread.
+# Elements of x that a program holds at a time: 32 per thread.
 ELEMENTS = 4096
 NUM_WARPS = 4
-# Rows whose gradients one program adds up, at most: as many programs as fill a GPU are left of the
-# 600 rows of a group.
+# The most rows whose gradients one program sums. With this limit, the 600 rows of a group still
+# make enough programs to fill a GPU.
 ROWS = 16
 
 
 @triton.jit
-def comes_last(arrivals, programs):
-    """Whether this program is the last of some to ask here: it sees what all stored before.
+def is_last(arrivals, programs):
+    """Count this program's arrival, and return whether it is the last of `programs` to arrive.
 
-    The barrier puts the stores of a program's threads before its count, which one thread adds.
-    `acq_rel` hands them on to who counts later, and to this program those of who counted before,
-    on the whole GPU. AMD's barrier does not wait for stores: there, each thread has used what it
-    loaded after it stored, by when its stores are done. Nobody waits for another program, and the
-    last one puts the counter back to 0.
+    The last program sees everything that the others stored before they arrived. No program waits
+    for another, and the last one sets the counter back to 0.
+
+    Why it sees the stores: the barrier orders all stores of this program's threads before the
+    count, which one thread adds. `acq_rel` makes these stores visible to every program of the GPU
+    that counts later, and makes the stores of earlier programs visible to this one. AMD's barrier
+    does not wait for stores. But there each thread has already used values that it loaded after its
+    stores, so the stores are complete.
     """
     tl.debug_barrier()
     last = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == programs - 1
@@ -40,16 +42,16 @@ def comes_last(arrivals, programs):
 
 
 @triton.jit
-def sums_of_parts(parts, count, column, size, PARTS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The sums of [count, 2, size] over the parts, in a fixed order."""
-    part = tl.arange(0, PARTS)
-    gains = tl.zeros([PARTS, BLOCK_D], tl.float32)
-    shifts = tl.zeros([PARTS, BLOCK_D], tl.float32)
-    for first in range(0, count, PARTS):
-        place = (first + part).to(tl.int64)[:, None] * 2 * size + column[None, :]
-        inside = (first + part < count)[:, None] & (column < size)[None, :]
-        gains += tl.load(parts + place, mask=inside, other=0.0)
-        shifts += tl.load(parts + size + place, mask=inside, other=0.0)
+def sum_chunks(chunks, count, column, size, CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The sums of [count, 2, size] over the first dimension, in a fixed order."""
+    chunk = tl.arange(0, CHUNKS)
+    gains = tl.zeros([CHUNKS, BLOCK_D], tl.float32)
+    shifts = tl.zeros([CHUNKS, BLOCK_D], tl.float32)
+    for first in range(0, count, CHUNKS):
+        offset = (first + chunk).to(tl.int64)[:, None] * 2 * size + column[None, :]
+        inside = (first + chunk < count)[:, None] & (column < size)[None, :]
+        gains += tl.load(chunks + offset, mask=inside, other=0.0)
+        shifts += tl.load(chunks + size + offset, mask=inside, other=0.0)
     return tl.sum(gains, 0), tl.sum(shifts, 0)
 
 
@@ -62,8 +64,8 @@ def masked_layer_norm_kernel(
     bias_bits,  # int32 [tasks, words], bias_task_stride apart
     task_ids,  # int64 [groups]
     y,  # [groups, rows, size]
-    statistics,  # float32 [groups, rows, 2]: mean and inverse deviation
-    arrivals,  # int32 [groups]: 0, for the gradient's programs to count
+    statistics,  # float32 [groups, rows, 2]: mean and inverse standard deviation
+    arrivals,  # int32 [groups]: this kernel writes 0, the gradient's programs count in it
     rows,
     tiles,
     size,
@@ -73,15 +75,18 @@ def masked_layer_norm_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """y of some rows. A launch takes no structures: what a kernel needs is an argument each."""
+    """Computes y for one block of rows of one group.
+
+    Operands are separate arguments: in a tuple, Triton would specialise every number.
+    """
     group, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_R
     task = tl.load(task_ids + group)
     start = group.to(tl.int64) * rows + first
     row, column = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     in_rows, in_size = first + row < rows, column < size
     inside = in_rows[:, None] & in_size[None, :]
-    place = row[:, None] * size + column[None, :]
-    values = tl.load(x + start * size + place, mask=inside, other=0.0).to(tl.float32)
+    offset = row[:, None] * size + column[None, :]
+    values = tl.load(x + start * size + offset, mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(values, 1) / size
     centred = tl.where(in_size[None, :], values - mean[:, None], 0.0)
     variance = tl.sum(centred * centred, 1) / size
@@ -91,7 +96,7 @@ def masked_layer_norm_kernel(
     shift = tl.load(bias + column, mask=in_size, other=0.0).to(tl.float32)
     shift = masked_vector(shift, bias_bits + task * bias_task_stride, column, size)
     result = centred * scale[:, None] * gain[None, :] + shift[None, :]
-    tl.store(y + start * size + place, result.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + start * size + offset, result.to(y.dtype.element_ty), mask=inside)
     tl.store(statistics + (start + row) * 2, mean, mask=in_rows)
     tl.store(statistics + (start + row) * 2 + 1, scale, mask=in_rows)
     if first == 0:
@@ -104,13 +109,13 @@ def masked_layer_norm_gradient_kernel(
     d_residual,  # as x, or None
     x,  # [groups, rows, size]
     statistics,  # float32 [groups, rows, 2]
-    arrivals,  # int32 [groups], 0: the programs of each group that are done, or of all
+    arrivals,  # int32 [groups], initially 0: counts finished programs, per group or of all
     weight,  # [size]
     weight_bits,  # int32 [tasks, words], weight_task_stride apart
     bias_bits,  # int32 [tasks, words], bias_task_stride apart
     task_ids,  # int64 [groups]
     dx,  # [groups, rows, size]
-    sums,  # float32 [groups, tiles, 2, size]: the masked gradients by some rows
+    sums,  # float32 [groups, tiles, 2, size]: masked gradients of gain and bias of each tile
     weight_out,  # [groups, size], weight_group_stride apart, or [1, size]
     bias_out,  # [groups, size], bias_group_stride apart, or [1, size]
     rows,
@@ -120,18 +125,18 @@ def masked_layer_norm_gradient_kernel(
     bias_task_stride,
     weight_group_stride,
     bias_group_stride,
-    OF_GROUPS: tl.constexpr,
+    PER_GROUP: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PARTS: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
-    """dx of some rows, and the gradients of gain and bias: of each group, or of all.
+    """Computes dx for one block of rows, and the gradients of gain and bias per group or of all.
 
-    A program stores the sums over its rows, and the last one adds up what all have stored: in order
-    of the rows, so that it has no effect which one that is.
+    Each program stores the sums over its rows. The last program to finish adds up the stored sums,
+    in the order of the rows. So the result does not depend on which program is the last.
 
-    A launch takes no structures: what a kernel needs is an argument each.
+    Operands are separate arguments: in a tuple, Triton would specialise every number.
     """
     group, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_R
     task = tl.load(task_ids + group)
@@ -139,9 +144,9 @@ def masked_layer_norm_gradient_kernel(
     row, column = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     in_rows, in_size = first + row < rows, column < size
     inside = in_rows[:, None] & in_size[None, :]
-    place = row[:, None] * size + column[None, :]
-    values = tl.load(x + start * size + place, mask=inside, other=0.0).to(tl.float32)
-    d = tl.load(dy + start * size + place, mask=inside, other=0.0).to(tl.float32)
+    offset = row[:, None] * size + column[None, :]
+    values = tl.load(x + start * size + offset, mask=inside, other=0.0).to(tl.float32)
+    d = tl.load(dy + start * size + offset, mask=inside, other=0.0).to(tl.float32)
     mean = tl.load(statistics + (start + row) * 2, mask=in_rows, other=0.0)
     scale = tl.load(statistics + (start + row) * 2 + 1, mask=in_rows, other=0.0)
     normalised = tl.where(inside, (values - mean[:, None]) * scale[:, None], 0.0)
@@ -149,23 +154,23 @@ def masked_layer_norm_gradient_kernel(
     bias_bits += task * bias_task_stride
     d_gain = masked_vector(tl.sum(d * normalised, 0), weight_bits, column, size)
     d_shift = masked_vector(tl.sum(d, 0), bias_bits, column, size)
-    of_rows = sums + tl.program_id(0).to(tl.int64) * 2 * size
-    tl.store(of_rows + column, d_gain, mask=in_size)
-    tl.store(of_rows + size + column, d_shift, mask=in_size)
+    row_sums = sums + tl.program_id(0).to(tl.int64) * 2 * size
+    tl.store(row_sums + column, d_gain, mask=in_size)
+    tl.store(row_sums + size + column, d_shift, mask=in_size)
     gain = tl.load(weight + column, mask=in_size, other=0.0).to(tl.float32)
     gain = masked_vector(gain, weight_bits, column, size)
     d *= gain[None, :]
     along = tl.sum(d * normalised, 1) / size
     result = (d - (tl.sum(d, 1) / size)[:, None] - normalised * along[:, None]) * scale[:, None]
     if HAS_RESIDUAL:
-        result += tl.load(d_residual + start * size + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dx + start * size + place, result.to(dx.dtype.element_ty), mask=inside)
+        result += tl.load(d_residual + start * size + offset, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx + start * size + offset, result.to(dx.dtype.element_ty), mask=inside)
     out, programs = tl.zeros([], tl.int64), tl.num_programs(0)
-    if OF_GROUPS:
+    if PER_GROUP:
         out, programs = group.to(tl.int64), tiles
-    if comes_last(arrivals + out, programs):
-        parts = sums + out * tiles * 2 * size
-        d_gain, d_shift = sums_of_parts(parts, programs, column, size, PARTS, BLOCK_D)
+    if is_last(arrivals + out, programs):
+        chunks = sums + out * tiles * 2 * size
+        d_gain, d_shift = sum_chunks(chunks, programs, column, size, CHUNKS, BLOCK_D)
         tl.store(weight_out + out * weight_group_stride + column, d_gain, mask=in_size)
         tl.store(bias_out + out * bias_group_stride + column, d_shift, mask=in_size)
 
@@ -180,6 +185,7 @@ def masked_layer_norm(
     epsilon: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes `harmodt::masked_layer_norm`, with the arguments of its schema."""
     x = x.contiguous()
     groups, rows, size = x.shape
     y = torch.empty_like(x, dtype=dtype)
@@ -225,7 +231,7 @@ def masked_layer_norm_gradient(
     weight_out: Tensor,
     bias_out: Tensor,
 ) -> Tensor:
-    """Its arguments are the operands of the registered operation, one by one."""
+    """Computes `harmodt::masked_layer_norm_gradient`, with the arguments of its schema."""
     dy, x = dy.contiguous(), x.contiguous()
     groups, rows, size = x.shape
     tiles, block_r, block_d = tiles_of(rows, size)
@@ -254,11 +260,11 @@ def masked_layer_norm_gradient(
         bias_task_stride=bias_bits.stride(0),
         weight_group_stride=weight_out.stride(0),
         bias_group_stride=bias_out.stride(0),
-        OF_GROUPS=len(weight_out) == groups,
+        PER_GROUP=len(weight_out) == groups,
         HAS_RESIDUAL=d_residual is not None,
         BLOCK_R=block_r,
         BLOCK_D=block_d,
-        PARTS=max(1, ELEMENTS // 2 // block_d),
+        CHUNKS=max(1, ELEMENTS // 2 // block_d),
         num_warps=NUM_WARPS,
         enable_fp_fusion=True,
     )
@@ -266,7 +272,7 @@ def masked_layer_norm_gradient(
 
 
 def tiles_of(rows: int, size: int) -> tuple[int, int, int]:
-    """Programs of a group, one at least; rows of each; a row's size rounded to a power of two."""
+    """Programs per group (at least 1), rows per program, and size rounded up to a power of 2."""
     columns = triton.next_power_of_2(size)
-    of_program = max(1, min(ROWS, ELEMENTS // columns))
-    return max(1, triton.cdiv(rows, of_program)), of_program, columns
+    program_rows = max(1, min(ROWS, ELEMENTS // columns))
+    return max(1, triton.cdiv(rows, program_rows)), program_rows, columns

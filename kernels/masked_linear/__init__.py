@@ -1,4 +1,4 @@
-"""Linear layer whose weights are masked per task."""
+"""Linear layer with a mask per task on its weight and bias."""
 
 from .gradients import WeightGradients
 from .module import MaskedLinear

@@ -1,4 +1,4 @@
-"""The masked linear layer on a CPU: passes tensors to the C library."""
+"""Passes the tensors of the masked linear layer to the C library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .gradients import LayerGradients, layers_of
 
 
 def bf16_products() -> bool:
-    """Whether products of float32 are computed in bf16: PyTorch's own switch for CPUs."""
+    """Whether PyTorch's switch for CPUs sets products of float32 to bf16."""
     return torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
 
 
@@ -28,9 +28,9 @@ def masked_linear(
     drop: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """`harmodt::masked_linear`, whose arguments, one by one, are those of its schema."""
+    """Computes `harmodt::masked_linear`, with the arguments of its schema."""
     dtype = check_dtype(x.dtype)
-    operand, added = as_float(x), None if residual is None else as_float(residual)
+    operand, float_residual = as_float(x), None if residual is None else as_float(residual)
     y = operand.new_empty(*x.shape[:2], len(weight))
     weight, bias = weight.float(), None if bias is None else bias.float()
     shape = shape_of(operand, weight, y, weight_bits, bias_bits, task_ids, dtype)
@@ -38,7 +38,7 @@ def masked_linear(
         byref(shape),
         *map(pointer, (operand, weight, bias)),
         relu,
-        pointer(added),
+        pointer(float_residual),
         drop,
         pointer(seed),
         pointer(y),
@@ -104,7 +104,7 @@ def write_gradients(layer: LayerGradients) -> None:
 
 def check_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype == torch.float16:
-        raise TypeError("x is float16, and the CPU kernels take float32 or bfloat16")
+        raise TypeError("x is float16, but the CPU kernels take float32 or bfloat16")
     return dtype
 
 

@@ -1,6 +1,6 @@
-"""What the Triton kernels of the masked linear layer do to tiles, inside.
+"""Functions on tiles that the Triton kernels of the masked linear layer call.
 
-Shapes are those of triton.py.
+triton.py describes the shapes.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ def masked_weight(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """W ⊙ M of outputs n and inputs k, whose masks are in these words; 0 beyond the last.
+    """The tile W ⊙ M of outputs n and inputs k; 0 outside the weight.
 
-    A tile and the places of weight and mask are an argument each.
+    `word` are the mask words of inputs k.
+
+    Tiles, sizes and strides are separate arguments.
     """
     in_outputs, near = (n < outputs)[:, None], tl.minimum(n, outputs - 1)[:, None]
     w = tl.load(weight + near * weight_stride + k[None, :], mask=(k < inputs)[None, :], other=0.0)
@@ -44,32 +46,34 @@ def masked_weight(
 
 @triton.jit
 def masked_bias(bias, bits, n, outputs):
-    """The bias of outputs n under a task's mask, float32."""
+    """The bias of outputs n with a task's mask, float32."""
     b = tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)
     return masked_vector(b, bits, n, outputs)
 
 
 @triton.jit
 def load_x(x, row, k, inputs):
-    """Rows of x, 0 where there are no inputs k."""
+    """A tile of x: some rows and inputs k; 0 beyond the last input."""
     return tl.load(x + row[:, None] * inputs + k[None, :], mask=(k < inputs)[None, :], other=0.0)
 
 
 @triton.jit
 def load_dy(
-    dy, y, start, place, mask, seed, threshold, factor, RELU: tl.constexpr, DROPOUT: tl.constexpr
+    dy, y, start, offset, mask, seed, threshold, factor, RELU: tl.constexpr, DROPOUT: tl.constexpr
 ):
-    """dy where ReLU and dropout let y pass, else 0.
+    """A tile of dy with the gradients of ReLU and dropout applied.
 
-    Tensors, a place in them and a draw of dropout are an argument each.
+    The tile is at elements start + offset of dy and y.
+
+    Tiles, sizes and strides are separate arguments.
     """
-    dy_tile = tl.load(dy + start + place, mask=mask, other=0.0)
+    dy_tile = tl.load(dy + start + offset, mask=mask, other=0.0)
     if RELU:
-        y_tile = tl.load(y + start + place, mask=mask, other=0.0)
+        y_tile = tl.load(y + start + offset, mask=mask, other=0.0)
         dy_tile = tl.where(y_tile <= 0.0, 0.0, dy_tile)
     if DROPOUT:
-        draw = start.to(tl.uint32) + place.to(tl.uint32)
-        dy_tile = dy_tile.to(tl.float32) * kept(draw, seed, threshold, factor)
+        index = start.to(tl.uint32) + offset.to(tl.uint32)
+        dy_tile = dy_tile.to(tl.float32) * kept(index, seed, threshold, factor)
     return dy_tile
 
 
@@ -92,28 +96,28 @@ def store_y(
     RELU: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """Finish sums [outputs, rows] and store them: bias, ReLU, dropout, residual.
+    """Add the bias to sums [outputs, rows], apply ReLU and dropout, add the residual, store y.
 
-    Tensors, a place in them, what is applied and a draw of dropout are an argument each.
+    Tiles, sizes and strides are separate arguments.
     """
     if HAS_BIAS:
         total += b[:, None]
     if RELU:
-        total = tl.where(total <= 0.0, 0.0, total)  # NaN stays
+        total = tl.where(total <= 0.0, 0.0, total)  # NaN stays NaN
     result = tl.trans(total)
     before = start * outputs
-    place = row[:, None] * outputs + n[None, :]
+    offset = row[:, None] * outputs + n[None, :]
     inside = (row < rows_left)[:, None] & (n < outputs)[None, :]
     if DROPOUT:
-        draw = before.to(tl.uint32) + place.to(tl.uint32)
-        result *= kept(draw, seed, threshold, factor)
+        index = before.to(tl.uint32) + offset.to(tl.uint32)
+        result *= kept(index, seed, threshold, factor)
     if HAS_RESIDUAL:
-        result += tl.load(residual + before + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + before + place, result.to(y.dtype.element_ty), mask=inside)
+        result += tl.load(residual + before + offset, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + before + offset, result.to(y.dtype.element_ty), mask=inside)
 
 
 class Norm(NamedTuple):
-    """A LayerNorm before the layer, as the forward kernel takes it; and what it writes."""
+    """The LayerNorm before the layer: the forward kernel's operands, and three outputs."""
 
     gain: Tensor  # [inputs]
     shift: Tensor  # [inputs]
@@ -122,14 +126,14 @@ class Norm(NamedTuple):
     gain_task_stride: int
     shift_task_stride: int
     epsilon: float
-    statistics: Tensor  # float32 [groups, rows, 2]: mean and inverse deviation
-    affine: Tensor  # float32 [groups, 2, inputs]: gain and shift under the masks
-    arrivals: Tensor  # int32 [groups]: 0, for the programs of the LayerNorm's gradient to count
+    statistics: Tensor  # output, float32 [groups, rows, 2]: mean and inverse standard deviation
+    affine: Tensor  # output, float32 [groups, 2, inputs]: gain and shift with masks
+    arrivals: Tensor  # output, int32 [groups]: 0; the LayerNorm's gradient counts programs in it
 
 
 @triton.jit
 def row_statistics(x, row, inputs, epsilon, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Mean and inverse deviation of some rows, which two passes read from the cache."""
+    """Mean and inverse standard deviation of some rows. Two passes read them, from the cache."""
     total = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     for k0 in range(0, inputs, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
@@ -147,7 +151,7 @@ def row_statistics(x, row, inputs, epsilon, BLOCK_R: tl.constexpr, BLOCK_K: tl.c
 
 @triton.jit
 def tile_statistics(x_tile, k, inputs, epsilon):
-    """Mean and inverse deviation of rows that lie in a tile whole, 0 beyond inputs k."""
+    """Mean and inverse standard deviation of a tile of whole rows, 0 beyond the last input."""
     values = x_tile.to(tl.float32)
     mean = tl.sum(values, 1) / inputs
     centred = tl.where((k < inputs)[None, :], values - mean[:, None], 0.0)
@@ -157,15 +161,15 @@ def tile_statistics(x_tile, k, inputs, epsilon):
 
 @triton.jit
 def store_statistics(norm, start, row, rows_left, mean, scale):
-    """Keep those of some rows for the gradients."""
-    place = norm.statistics + (start + row) * 2
-    tl.store(place, mean, mask=row < rows_left)
-    tl.store(place + 1, scale, mask=row < rows_left)
+    """Store the statistics of some rows for the backward pass."""
+    out = norm.statistics + (start + row) * 2
+    tl.store(out, mean, mask=row < rows_left)
+    tl.store(out + 1, scale, mask=row < rows_left)
 
 
 @triton.jit
 def gain_and_shift(norm, task, k, inputs):
-    """Those of a LayerNorm, for inputs k under a task's mask."""
+    """Gain and shift of the LayerNorm for inputs k, with a task's mask."""
     gain = tl.load(norm.gain + k, mask=k < inputs, other=0.0)
     gain = masked_vector(gain, norm.gain_bits + task * norm.gain_task_stride, k, inputs)
     shift = tl.load(norm.shift + k, mask=k < inputs, other=0.0)
@@ -175,7 +179,7 @@ def gain_and_shift(norm, task, k, inputs):
 
 @triton.jit
 def begin_group(norm, group, task, inputs, BLOCK_K: tl.constexpr):
-    """Write what a group has once for the gradients: gain and shift, and a counter of 0."""
+    """Write a group's inputs of the backward pass: masked gain and shift, and a counter of 0."""
     tl.store(norm.arrivals + group, 0)
     affine = norm.affine + group.to(tl.int64) * 2 * inputs
     for k0 in range(0, inputs, BLOCK_K):
@@ -187,6 +191,6 @@ def begin_group(norm, group, task, inputs, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def normalised(x_tile, mean, scale, gain, shift):
-    """A tile of rows as the LayerNorm leaves them, float32."""
+    """A tile of rows after the LayerNorm, float32."""
     centred = x_tile.to(tl.float32) - mean[:, None]
     return centred * scale[:, None] * gain[None, :] + shift[None, :]

@@ -1,10 +1,10 @@
-// The masked linear layer: products in the manner of BLIS, whose panels are masked while packed.
+// The masked linear layer: matrix products as in BLIS. The masks are applied while panels are packed.
 //
-// A panel is kPanel columns of the right operand, [depth][kPanel], packed once by the thread that
-// uses it. A block is kRows rows of the left operand. In bf16 both hold pairs of neighbours along the
-// depth, so that it is half as deep; where there are matrix units (AMX), they multiply blocks of
-// kTileRows. Every output element is summed up by one thread in a fixed order, whatever the number
-// of threads.
+// A panel is kPanel columns of the right operand, [depth][kPanel]. The thread that uses a panel packs
+// it once. A block is kRows rows of the left operand. In bf16, panels and blocks hold pairs of
+// neighbours along the depth, which halves the depth. If the processor has matrix units (AMX), they
+// multiply blocks of kTileRows rows. One thread sums each output element, in a fixed order that does
+// not depend on the number of threads.
 #pragma once
 
 #include <type_traits>
@@ -17,7 +17,8 @@
 
 namespace {
 
-// Registers of the inner product: kRows * kPanelVecs sums, kPanelVecs of the panel, one broadcast.
+// The inner loop uses kRows * kPanelVecs registers for sums, kPanelVecs for the panel, and one for a
+// broadcast element.
 #if HARMODT_WIDTH == 16
 constexpr int kRows = 6, kPanelVecs = 4;
 #elif HARMODT_WIDTH == 8
@@ -26,42 +27,42 @@ constexpr int kRows = 6, kPanelVecs = 2;
 constexpr int kRows = 4, kPanelVecs = 2;
 #endif
 constexpr int64_t kPanel = kPanelVecs * kWidth;
-// Rows that are multiplied at a time.
+// Rows of a block.
 template <bool Pairs>
 constexpr int64_t kBlock = kTiles<Pairs> ? kTileRows : kRows;
-// Rows of the weight gradient whose left operand is packed together.
+// Rows of the weight gradient whose left operand is packed at a time (a strip).
 template <bool Pairs>
 constexpr int64_t kStrip = kTiles<Pairs> ? kTileRows : 8 * kRows;
-// Rows that go through all panels before the next ones do, and the most memory of these panels, so
-// that both stay in a core's cache.
+// A chunk of rows is multiplied with all panels before the next chunk. A chunk, and panels of at most
+// kPanelBytes, stay in a core's cache.
 template <bool Pairs>
 constexpr int64_t kChunk = kTiles<Pairs> ? 2 * kTileRows : 4 * kRows;
 constexpr int64_t kPanelBytes = 1 << 20;
-// Most rows of a group that are summed up at a time in the weight gradient, where they are the depth,
-// for the same reason; pairs of bf16 take half of the memory.
+// In the weight gradient, rows are the depth. At most so many rows are summed at a time, again to stay
+// in the cache. Pairs of bf16 need half the memory.
 template <bool Pairs>
 constexpr int64_t kMostDepth = Pairs ? 640 : 320;
-// Fewest rows of a group that are worth another packing of their panels.
+// With fewer rows than this, packing the same panels in another thread costs more than it gains.
 constexpr int64_t kFewestRows = 256;
-// Rows that are packed as columns at a time: more of them would share few of a cache's sets.
-constexpr int64_t kTogether = 4;
+// Rows that are packed as columns at a time. More rows would share too few sets of the cache.
+constexpr int64_t kRowsTogether = 4;
 
-// Rows of a panel of x that are fetched ahead, and columns of a weight: rows may be far apart in
-// memory.
+// How many rows ahead a panel of x is prefetched, and how many columns ahead a weight. Rows may be far
+// apart in memory.
 constexpr int kAhead = 8, kColumnsAhead = 32;
 constexpr int64_t kLine = 16;  // floats of a cache line
 
 template <bool Pairs>
 using Element = std::conditional_t<Pairs, int32_t, float>;
 
-// Of a panel; matrix units take whole tiles, the rest of which is 0.
+// The depth of a panel for a size. Matrix units take whole tiles, which zeros fill.
 template <bool Pairs>
 int64_t depth_of(int64_t size) {
   if (kTiles<Pairs>) return (size + 2 * kTileDepth - 1) / (2 * kTileDepth) * kTileDepth;
   return Pairs ? (size + 1) / 2 : size;
 }
 
-// A left operand whose rows lie in memory one after the other, and a packed strip of columns.
+// A left operand: rows in memory, or a packed strip of columns.
 template <class T>
 struct InRows {
   const T* first;
@@ -74,15 +75,15 @@ struct InStrip {
   T at(int64_t row, int64_t k) const { return first[k * kStrip<false> + row]; }
 };
 
-// Rows that are read later, or none: of one matrix, or of two that lie alike. They are fetched in the
-// course of a product, for more at once would queue.
-struct Later {
+// Rows of one matrix, or of two with the same layout, that a product prefetches while it runs. A null
+// pointer means no rows. Only a few rows are prefetched at a time: more requests would only queue.
+struct LaterRows {
   const float* first = nullptr;
   const float* second = nullptr;
   int64_t stride = 0;
 
-  // Begin to read the columns of some rows that follow k of the depth, into the second-level cache.
-  // Inlined, for GCC drops calls that only prefetch.
+  // Prefetches Lines cache lines of each of Rows rows into the second-level cache, from the column
+  // that belongs to k. Inlined, because GCC drops calls of functions that only prefetch.
   template <int Rows, int Lines>
   HARMODT_ALWAYS_INLINE inline void fetch(int64_t k) const {
     for (const float* matrix : {first, second})
@@ -92,18 +93,18 @@ struct Later {
   }
 };
 
-// The same where nothing is fetched.
-struct Nothing {
+// Prefetches nothing.
+struct NoRows {
   template <int Rows, int Lines>
   void fetch(int64_t) const {}
 };
 
-// Sums of products: of Rows rows and the columns of a panel.
+// Sums of products for Rows rows and the columns of a panel.
 template <int Rows>
 using Sums = Vec[Rows][kPanelVecs];
 
-// sums[i][j] = sum over k of left.at(i, k) * panel[k * panel_stride + j]
-// Meanwhile as many later rows are fetched, or nothing is.
+// sums[i][j] = sum over k of left.at(i, k) * panel[k * panel_stride + j]. Meanwhile it prefetches as
+// many rows of `later`.
 template <int Rows, int Ahead = 0, class Left, class T, class Fetched>
 HARMODT_ALWAYS_INLINE inline void multiply(Left left, const T* panel, int64_t panel_stride,
                                            int64_t depth, Sums<Rows>& sums, Fetched later) {
@@ -119,7 +120,7 @@ HARMODT_ALWAYS_INLINE inline void multiply(Left left, const T* panel, int64_t pa
     });
     unrolled<Rows>([&](auto i) HARMODT_ALWAYS_INLINE {
       auto value = splat(left.at(i, k));
-      asm volatile("" : "+x"(value));  // one broadcast, not one in each product
+      asm volatile("" : "+x"(value));  // makes GCC broadcast once, not once per product
       unrolled<kPanelVecs>([&](auto j) HARMODT_ALWAYS_INLINE {
         sums[i][j] = multiply_add(sums[i][j], value, right[j]);
       });
@@ -127,27 +128,29 @@ HARMODT_ALWAYS_INLINE inline void multiply(Left left, const T* panel, int64_t pa
   }
 }
 
-// From row to row of a packed left operand.
+// The distance between rows of a packed left operand.
 template <bool Pairs>
 int64_t packed_stride(int64_t size) {
   return (depth_of<Pairs>(size) + kWidth - 1) / kWidth * kWidth;
 }
 
-// Call body(std::integral_constant<int, rows>) for rows <= kRows known at run time.
+// Calls body(std::integral_constant<int, rows>) for a number of rows <= kRows that is known at run
+// time.
 template <int Rows = kRows, class Body>
 inline void with_rows(int64_t rows, const Body& body) {
   if (rows == Rows) return body(std::integral_constant<int, Rows>{});
   if constexpr (Rows > 1) with_rows<Rows - 1>(rows, body);
 }
 
-// The weight of one group: rows `stride` apart, with the bits of each row.
+// The weight with the mask of one group. Rows of weight and bits are a stride apart.
 struct MaskedWeight {
   const float* weight;
   int64_t stride;
   const int32_t* bits;
   int64_t bits_stride;
 
-  // Elements [row][column...] within `columns`, 0 where the bit is not set.
+  // A register of elements [row][column], [row][column + 1], …; 0 where the bit is not set and beyond
+  // `columns`.
   Vec at(int64_t row, int64_t column, int64_t columns) const {
     if (column >= columns) return Vec{};
     __builtin_prefetch(weight + row * stride + column + kColumnsAhead);
@@ -156,7 +159,7 @@ struct MaskedWeight {
   }
 };
 
-// panel[k][j] = (W ⊙ M)[first + j][k]: registers along k are loaded masked and transposed.
+// panel[k][j] = (W ⊙ M)[first + j][k]. Registers along k are loaded with the mask, then transposed.
 template <bool Pairs>
 void pack_transposed(MaskedWeight w, int64_t first, int64_t rows, int64_t inputs,
                      Element<Pairs>* panel) {
@@ -196,7 +199,7 @@ void pack_straight(MaskedWeight w, int64_t first, int64_t inputs, int64_t output
     }
 }
 
-// Columns of rows `stride` apart; elements beyond them are 0.
+// Rows of `columns` elements, `stride` apart. Elements beyond `columns` are 0.
 struct Rows {
   const float* values;
   int64_t stride, columns;
@@ -204,56 +207,55 @@ struct Rows {
   void prefetch(int64_t row, int64_t column) const {
     __builtin_prefetch(values + row * stride + column);
   }
-  Later later(int64_t row) const { return {values + row * stride, nullptr, stride}; }
+  LaterRows later(int64_t row) const { return {values + row * stride, nullptr, stride}; }
   Vec at(int64_t row, int64_t column) const {
     uint32_t inside = lanes_left(columns - column);
     return inside ? load(values + row * stride + column, inside) : Vec{};
   }
 };
 
-// The same of dy, from a place of it on. Where the layer had a ReLU (y is given), only elements
-// where y > 0; where it had dropout, those that were not dropped.
+// Rows of dy, as Rows. If the layer had a ReLU (y is not null), elements where y <= 0 are 0. If it had
+// dropout, dropped elements are 0 and the others rescaled. `offset` is the first element's index.
 struct GradientRows {
   Rows dy;
   const float* y;
   Dropout dropout;
-  int64_t place;
+  int64_t offset;
 
   void prefetch(int64_t row, int64_t column) const {
     dy.prefetch(row, column);
     if (y) __builtin_prefetch(y + row * dy.stride + column);
   }
-  Later later(int64_t row) const {
+  LaterRows later(int64_t row) const {
     return {dy.values + row * dy.stride, y ? y + row * dy.stride : nullptr, dy.stride};
   }
   Vec at(int64_t row, int64_t column) const {
     Vec v = dy.at(row, column);
     if (y) v = Rows{y, dy.stride, dy.columns}.at(row, column) <= 0 ? Vec{} : v;
-    return dropout ? dropout.of(v, place + row * dy.stride + column) : v;
+    return dropout ? dropout.of(v, offset + row * dy.stride + column) : v;
   }
 };
 
-// What the gradients of a layer follow from: dy, its output if that went through a ReLU, else null,
-// and what was dropped of it.
+// The gradient dy of a layer's output; y if the layer had a ReLU, else null; and the layer's dropout.
 struct OutputGradient {
   const float* dy;
   const float* y;
   Dropout dropout;
 
-  // Rows from a place on.
-  GradientRows from(int64_t place, int64_t stride, int64_t columns) const {
-    return {{dy + place, stride, columns}, y ? y + place : nullptr, dropout, place};
+  // The rows from an element's offset on.
+  GradientRows from(int64_t offset, int64_t stride, int64_t columns) const {
+    return {{dy + offset, stride, columns}, y ? y + offset : nullptr, dropout, offset};
   }
 };
 
-// Whole rows of x as the LayerNorm before the layer leaves them.
+// Whole rows of x, normalised by the LayerNorm before the layer.
 struct NormalisedRows {
   Rows x;
-  const float* statistics;  // of each row: mean and inverse deviation
+  const float* statistics;  // mean and inverse standard deviation of each row
   const float* affine;      // gain and shift with masks, [2][columns]
 
   void prefetch(int64_t row, int64_t column) const { x.prefetch(row, column); }
-  Later later(int64_t row) const { return x.later(row); }
+  LaterRows later(int64_t row) const { return x.later(row); }
   Vec at(int64_t row, int64_t column) const {
     uint32_t inside = lanes_left(x.columns - column);
     if (!inside) return Vec{};
@@ -264,7 +266,7 @@ struct NormalisedRows {
   }
 };
 
-// packed[i][d] = rows from `first` on of a left operand with so many columns, as pairs or as they are.
+// Packs rows [first, first + rows) of a left operand: packed[i][d] is a float, or a pair of bf16.
 template <bool Pairs, class Left>
 void pack_rows(Left left, int64_t first, int64_t rows, int64_t columns,
                Element<Pairs>* packed) {
@@ -279,9 +281,9 @@ void pack_rows(Left left, int64_t first, int64_t rows, int64_t columns,
     }
 }
 
-// Where the products of some rows and a panel go, and what becomes of them on the way: a bias is
-// added (bias[j], or null), a ReLU applied; or they are dropped and added to a residual, which lies
-// as they do (or is null).
+// The output of the product of some rows and a panel. Before the result is stored, a bias is added
+// (bias[j], or null), a ReLU is applied if `relu`, then dropout, and a residual with the layout of the
+// output is added (or null).
 struct Out {
   float* rows;
   int64_t stride, columns;
@@ -289,18 +291,18 @@ struct Out {
   bool relu = false;
   const float* residual = nullptr;
   Dropout dropout = {};
-  int64_t place = 0;  // of the first element, for dropout
+  int64_t offset = 0;  // index of the first element, for dropout
 
   Out from_row(int64_t row) const {
-    Out later = *this;
-    later.rows += row * stride;
-    if (residual) later.residual += row * stride;
-    later.place += row * stride;
-    return later;
+    Out rest = *this;
+    rest.rows += row * stride;
+    if (residual) rest.residual += row * stride;
+    rest.offset += row * stride;
+    return rest;
   }
 };
 
-// `Ends`: they end a branch, with dropout or a residual.
+// Ends: the layer ends a residual branch, so there is dropout or a residual.
 template <int Rows, bool Ends>
 HARMODT_ALWAYS_INLINE inline void finish_as(const Sums<Rows>& sums, const Out& out) {
   unrolled<kPanelVecs>([&](auto j) HARMODT_ALWAYS_INLINE {
@@ -312,22 +314,23 @@ HARMODT_ALWAYS_INLINE inline void finish_as(const Sums<Rows>& sums, const Out& o
       Vec v = sums[i][j];
       if (out.bias) v += bias;
       if (out.relu) v = v <= 0 ? Vec{} : v;  // NaN stays
-      if (Ends && out.dropout) v = out.dropout.of(v, out.place + at);
+      if (Ends && out.dropout) v = out.dropout.of(v, out.offset + at);
       if (Ends && out.residual) v = load(out.residual + at, inside) + v;
       store(out.rows + at, v, inside);
     });
   });
 }
 
-// `out` is copied: stores could change one that others see, and it would be read again after each.
+// `out` is passed by value. A store could change an object that others can see, so the compiler would
+// read a reference's members again after each store.
 template <int Rows>
 HARMODT_ALWAYS_INLINE inline void finish(const Sums<Rows>& sums, Out out) {
   if (out.residual || out.dropout) return finish_as<Rows, true>(sums, out);
   finish_as<Rows, false>(sums, out);
 }
 
-// Begin to read the lines that some rows will be written to, and those of the residual. Inlined, for
-// GCC drops calls that only prefetch.
+// Prefetches the cache lines of the output and of the residual for some rows. Inlined, because GCC
+// drops calls of functions that only prefetch.
 HARMODT_ALWAYS_INLINE inline void fetch(const Out& out, int64_t rows) {
   for (int64_t i = 0; i < rows; ++i)
     for (int j = 0; j < kPanelVecs; ++j)
@@ -337,25 +340,25 @@ HARMODT_ALWAYS_INLINE inline void fetch(const Out& out, int64_t rows) {
       __builtin_prefetch(out.residual + i * out.stride + j * kWidth);
 }
 
-// The rows of a block times a panel. Not inlined: what surrounds it could keep registers that the
-// sums need.
+// The rows of a block times a panel. Not inlined, because surrounding code could occupy registers that
+// the sums need.
 template <int Rows, class T>
 __attribute__((noinline)) void rows_of_block(InRows<T> left, const T* panel, int64_t depth,
-                                             const Out& out, const Later& later) {
+                                             const Out& out, const LaterRows& later) {
   fetch(out, Rows);
   Sums<Rows> sums;
   multiply<Rows>(left, panel, kPanel, depth, sums, later);
   finish<Rows>(sums, out);
 }
 
-// out[i][j] = left[i] · panel column j for a block of rows, and what `out` makes of it
+// left[i] · panel column j for a block of rows; `out` says how the results are finished.
 template <bool Pairs>
 void block_times_panel(const Element<Pairs>* left, int64_t left_stride, int64_t rows,
                        int64_t depth, const Element<Pairs>* panel, const Out& out,
-                       const Later& later) {
+                       const LaterRows& later) {
   if constexpr (kTiles<Pairs>) {
     Vec total[kTileRows][1][kPanelVecs];
-    if (out.stride > 2 * kPanel) fetch(out, rows);  // narrower ones a processor foresees
+    if (out.stride > 2 * kPanel) fetch(out, rows);  // a processor prefetches narrower rows itself
     multiply_tiles(left, left_stride, panel, depth, reinterpret_cast<Vec(*)[kPanelVecs]>(total));
     for (int64_t i = 0; i < rows; ++i) finish<1>(total[i], out.from_row(i));
     return;
@@ -365,39 +368,41 @@ void block_times_panel(const Element<Pairs>* left, int64_t left_stride, int64_t 
   });
 }
 
-// Parts of the rows of each group, so that every thread has as much to do; and so that threads that
-// share a group's few panels read rows of their own.
-int64_t row_parts(int64_t groups, int64_t panels, int64_t rows, int threads) {
-  int64_t parts = 1;
+// The number of ranges into which each group's rows are cut. All threads then have about the same
+// work. If several threads share the few panels of a group, each reads its own rows.
+int64_t row_ranges(int64_t groups, int64_t panels, int64_t rows, int threads) {
+  int64_t ranges = 1;
   if (groups < threads && panels <= 2 * threads)
-    parts = larger(parts, smaller(threads, rows / kFewestRows));
-  int64_t items = groups * panels * parts;
-  if (items % threads == 0 || items >= 8 * threads) return parts;
-  return larger(parts, smaller(threads, (rows + 8 * kRows - 1) / (8 * kRows)));
+    ranges = larger(ranges, smaller(threads, rows / kFewestRows));
+  int64_t items = groups * panels * ranges;
+  if (items % threads == 0 || items >= 8 * threads) return ranges;
+  return larger(ranges, smaller(threads, (rows + 8 * kRows - 1) / (8 * kRows)));
 }
 
-// Panels of a group, one after the other, times some of the group's rows.
+// Work of a thread: a range of a group's rows times consecutive panels.
 struct Item {
-  int64_t group, panel, panels;  // the first, and how many
-  int64_t first, last;           // rows
+  int64_t group;
+  int64_t panel, panels;  // the first panel, and the number of panels
+  int64_t first, last;    // rows [first, last)
 };
 
-// Every (group, part of the rows, panel), those of the same rows together: body(item).
+// Calls body(item) until every (group, range of rows, panel) is done. An item takes several panels for
+// the same rows.
 template <class Body>
 void for_panels(const harmodt_linear_shape& s, int64_t width, int64_t depth, int threads,
                 const Body& body) {
   int64_t panels = (width + kPanel - 1) / kPanel;
   int64_t most = larger(1, kPanelBytes / (4 * depth * kPanel + 1));
-  int64_t parts = row_parts(s.groups, panels, s.rows, threads);
-  int64_t rows = (s.rows + parts - 1) / parts;
-  int64_t pairs = s.groups * parts * panels;
+  int64_t ranges = row_ranges(s.groups, panels, s.rows, threads);
+  int64_t rows = (s.rows + ranges - 1) / ranges;
+  int64_t products = s.groups * ranges * panels;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t thread = 0; thread < threads; ++thread) {
-    int64_t from = pairs * thread / threads, to = pairs * (thread + 1) / threads;
+    int64_t from = products * thread / threads, to = products * (thread + 1) / threads;
     while (from < to) {
-      int64_t panel = from % panels, part = from / panels % parts, group = from / panels / parts;
+      int64_t panel = from % panels, range = from / panels % ranges, group = from / panels / ranges;
       int64_t together = smaller(most, smaller(panels - panel, to - from));
-      int64_t first = part * rows, last = smaller(s.rows, first + rows);
+      int64_t first = range * rows, last = smaller(s.rows, first + rows);
       if (first < last) body(Item{group, panel, together, first, last});
       from += together;
     }
@@ -409,9 +414,9 @@ MaskedWeight weight_of(const harmodt_linear_shape& s, const float* weight, int64
           s.weight_bits_row_stride};
 }
 
-// The rows of an item times its panels, of which pack(panel, memory) fills each, and a bias after it,
-// and out_of(panel, bias) has the columns. Rows that are not multiplied as they stand in memory
-// (`in_place`) get packed.
+// The rows of an item times its panels. pack(panel, memory) packs a panel, and after it the bias;
+// out_of(panel, bias) is its output. The rows are packed too, unless `in_place` points to them: then
+// they are multiplied where they are in memory.
 template <bool Pairs, class Left, class Pack, class OutOf>
 void rows_times_panels(const Item& item, const Left& left, const float* in_place, int64_t size,
                        const Pack& pack, const OutOf& out_of) {
@@ -420,7 +425,7 @@ void rows_times_panels(const Item& item, const Left& left, const float* in_place
   int64_t panel_size = (depth + 1) * kPanel;
   bool packs = Pairs || !in_place;
   if (packs) stride = packed_stride<Pairs>(size);
-  // A block is multiplied as a whole, and its rows beyond the last are left out of the result.
+  // Blocks are multiplied as a whole: there is memory for one more block beyond the last row.
   auto* panels = static_cast<Element<Pairs>*>(
       scratch(4 * (item.panels * panel_size + (packs ? (chunk + block) * stride : 0))));
   auto* packed = panels + item.panels * panel_size;
@@ -436,7 +441,7 @@ void rows_times_panels(const Item& item, const Left& left, const float* in_place
       Out out = out_of(item.panel + p, bias).from_row(r);
       for (int64_t i = 0; i < height; i += block)
         block_times_panel<Pairs>(from + i * stride, stride, smaller(block, height - i), depth, panel,
-                                 out.from_row(i), p == 0 ? left.later(r + chunk + i) : Later{});
+                                 out.from_row(i), p == 0 ? left.later(r + chunk + i) : LaterRows{});
     }
   }
 }
@@ -448,14 +453,15 @@ struct Norm {
   explicit operator bool() const { return affine; }
 };
 
-// Rows of x from one on, which belongs to a group, normalised.
+// The normalised rows of x from `row` on, which belong to a group.
 NormalisedRows normalised(const harmodt_linear_shape& s, const Norm& norm, const float* x,
                           int64_t group, int64_t row) {
   return {{x + row * s.inputs, s.inputs, s.inputs}, norm.statistics + 2 * row,
           norm.affine + group * 2 * s.inputs};
 }
 
-// The residual sum behind a layer: rows as the layer's output, or null, and what of that is dropped.
+// The residual sum after a layer: the residual, with the layout of the layer's output, or null; and
+// the dropout of the layer's output.
 struct Residual {
   const float* rows;
   Dropout dropout;
@@ -477,9 +483,9 @@ void masked_linear(const harmodt_linear_shape& s, const Norm& norm, const float*
         store(masked + j, load(bias + n + j, bits_at(bits, n + j) & lanes_left(columns - j)));
     };
     auto out_of = [&](int64_t index, const float* masked_bias) {
-      int64_t n = index * kPanel, place = row * s.outputs + n;
-      return Out{y + place, s.outputs, smaller(kPanel, s.outputs - n), bias ? masked_bias : nullptr,
-                 relu, residual.rows ? residual.rows + place : nullptr, residual.dropout, place};
+      int64_t n = index * kPanel, offset = row * s.outputs + n;
+      return Out{y + offset, s.outputs, smaller(kPanel, s.outputs - n), bias ? masked_bias : nullptr,
+                 relu, residual.rows ? residual.rows + offset : nullptr, residual.dropout, offset};
     };
     Rows rows{x + row * s.inputs, s.inputs, s.inputs};
     if (norm)
@@ -509,13 +515,13 @@ void masked_linear_input_gradient(const harmodt_linear_shape& s, const OutputGra
   });
 }
 
-// Columns of a matrix, along its rows as depth, in strips of Width: packed[strip][d][j],
-// or where they are `Transposed` packed[j][d]. Rows are read once and in the order of memory; sums,
-// if given, are over them.
+// Packs the columns of a matrix in strips of Width columns. The rows are the depth:
+// packed[strip][d][j], or packed[j][d] if Transposed. Each row is read once, in the order of memory.
+// If sums is not null, it gets the sum of each column.
 template <bool Pairs, int64_t Width, bool Transposed, class Source>
 void pack_columns(Source source, int64_t rows, int64_t columns, Element<Pairs>* packed,
                   float* sums) {
-  constexpr int64_t together = Transposed ? kWidth : kTogether;
+  constexpr int64_t together = Transposed ? kWidth : kRowsTogether;
   constexpr int64_t per_lane = Pairs ? 2 : 1, ahead = per_lane * together;
   int64_t depth = depth_of<Pairs>(rows), width = (columns + Width - 1) / Width * Width;
   for (int64_t j = 0; sums && j < width; j += kWidth) store(sums + j, Vec{});
@@ -550,7 +556,7 @@ void pack_columns(Source source, int64_t rows, int64_t columns, Element<Pairs>* 
     }
 }
 
-// Where the gradient of a group goes, and whether there is one already to which it is added.
+// The buffers and masks of a group's gradient, and whether the gradient is added to the buffers.
 struct GroupGradient {
   float* weight;
   float* bias;
@@ -559,7 +565,8 @@ struct GroupGradient {
   bool add;
 };
 
-// Rows of the gradient within a panel, masked and put or added to their place.
+// Masks sums of the weight gradient and stores them, or adds them, at columns [k, k + columns) of
+// `out`.
 template <int Rows>
 HARMODT_ALWAYS_INLINE inline void finish_gradient(const Sums<Rows>& sums, const int32_t* bits,
                                                   int64_t bits_stride, int64_t k, int64_t columns,
@@ -576,13 +583,14 @@ HARMODT_ALWAYS_INLINE inline void finish_gradient(const Sums<Rows>& sums, const 
   });
 }
 
-// The rows of a strip times a panel that may lie far apart in memory. Not inlined, as above.
+// The rows of a strip times a panel, whose rows may be far apart in memory. Not inlined, for the same
+// reason as rows_of_block.
 template <int Rows, class T>
 __attribute__((noinline)) void rows_of_strip(InStrip<T> strip, const T* panel, int64_t panel_stride,
                                              int64_t depth, const int32_t* bits,
                                              int64_t bits_stride, int64_t k, int64_t columns,
                                              bool add, float* out, int64_t out_stride,
-                                             const Later& later) {
+                                             const LaterRows& later) {
   for (int i = 0; i < Rows; ++i)
     for (int j = 0; j < kPanelVecs; ++j)
       __builtin_prefetch(out + i * out_stride + k + j * kWidth, 1);
@@ -590,16 +598,17 @@ __attribute__((noinline)) void rows_of_strip(InStrip<T> strip, const T* panel, i
   if (later.first)
     multiply<Rows, kAhead>(strip, panel, panel_stride, depth, sums, later);
   else
-    multiply<Rows, kAhead>(strip, panel, panel_stride, depth, sums, Nothing{});
+    multiply<Rows, kAhead>(strip, panel, panel_stride, depth, sums, NoRows{});
   finish_gradient<Rows>(sums, bits, bits_stride, k, columns, add, out, out_stride);
 }
 
-// A strip of dy, packed, times a panel of x: rows [n, n + height) and columns [k, k + columns).
+// A packed strip of dy times a panel of x: rows [n, n + height) and columns [k, k + columns) of the
+// weight gradient.
 template <bool Pairs>
 void strip_times_panel(const harmodt_linear_shape& s, const Element<Pairs>* strip, int64_t n,
                        int64_t height, const Element<Pairs>* panel, int64_t panel_stride,
                        int64_t k, int64_t columns, int64_t depth, const GroupGradient& out,
-                       int64_t row_stride, Later later) {
+                       int64_t row_stride, LaterRows later) {
   int64_t bits_stride = s.weight_bits_row_stride;
   const int32_t* bits = out.weight_bits + n * bits_stride;
   float* to = out.weight + n * row_stride;
@@ -621,15 +630,15 @@ void strip_times_panel(const harmodt_linear_shape& s, const Element<Pairs>* stri
   }
 }
 
-// Whether panels of x are multiplied where they lie: if they are whole, and their rows not so far
-// apart, nor as narrow as a cache line, that they would share few of the cache's sets.
+// Whether panels of x are multiplied without packing. This needs whole panels. Also, rows must not be
+// too far apart and not as narrow as a cache line: then they would share few sets of the cache.
 template <bool Pairs>
 bool multiplies_in_place(int64_t inputs) {
   return !Pairs && kWidth == 16 && inputs % kPanel == 0 && inputs <= 512;
 }
 
-// The gradient of weight rows [from, to) of one group, of some rows of its dy and x. Panels of x
-// are packed, unless they are multiplied where they lie (`in_place`).
+// The gradient of weight rows [from, to) of one group, summed over some rows of its dy and x. Panels
+// of x are packed, unless `in_place` points to them.
 template <bool Pairs, class Right>
 void weight_gradient_of(const harmodt_linear_shape& s, const GradientRows& dy, const Right& x,
                         const float* in_place, int64_t rows, int64_t from, int64_t to,
@@ -656,9 +665,8 @@ void weight_gradient_of(const harmodt_linear_shape& s, const GradientRows& dy, c
     out.bias[n] = (out.add ? out.bias[n] : 0) + (kept ? sums[n - from] : 0);
   }
   TileConfiguration<Pairs> configuration;
-  // Of rows that are multiplied where they lie, the next ones are fetched, as much as the depth at a
-  // time.
-  Later later{in_place ? in_place + rows * s.inputs : nullptr, nullptr, depth};
+  // If x is multiplied in place, the rows of x that come next are prefetched.
+  LaterRows later{in_place ? in_place + rows * s.inputs : nullptr, nullptr, depth};
   for (int64_t n = from; n < to; n += strip)
     for (int64_t k = 0; k < s.inputs; k += kPanel) {
       strip_times_panel<Pairs>(s, packed + (n - from) * depth, n, smaller(strip, to - n),
@@ -681,25 +689,25 @@ void masked_linear_weight_gradient(const harmodt_linear_shape& s, const Norm& no
     int64_t from = blocks * thread / threads * block;
     int64_t to = smaller(s.outputs, blocks * (thread + 1) / threads * block);
     for (int64_t group = 0; group < s.groups; ++group) {
-      int64_t place = out.per_group ? group : 0, task = s.task_ids[group];
+      int64_t out_group = out.per_group ? group : 0, task = s.task_ids[group];
       for (int64_t first = 0; first < s.rows || first == 0; first += chunk) {
         int64_t row = group * s.rows + first;
         GradientRows left = dy.from(row * s.outputs + from, s.outputs, to - from);
-        GroupGradient of_group{
-            out.weight + place * out.weight_group_stride,
-            out.bias ? out.bias + place * out.bias_group_stride : nullptr,
+        GroupGradient gradient{
+            out.weight + out_group * out.weight_group_stride,
+            out.bias ? out.bias + out_group * out.bias_group_stride : nullptr,
             s.weight_bits + task * s.weight_bits_task_stride,
             s.bias_bits ? s.bias_bits + task * s.bias_bits_task_stride : nullptr,
             first > 0 || (group > 0 && !out.per_group)};
-        auto of_rows = [&](const auto& right, const float* in_place) {
+        auto add_rows = [&](const auto& right, const float* in_place) {
           weight_gradient_of<Pairs>(s, left, right, in_place, smaller(chunk, s.rows - first), from,
-                                    to, of_group, out.weight_row_stride);
+                                    to, gradient, out.weight_row_stride);
         };
         Rows rows{x + row * s.inputs, s.inputs, s.inputs};
         if (norm)
-          of_rows(normalised(s, norm, x, group, row), nullptr);
+          add_rows(normalised(s, norm, x, group, row), nullptr);
         else
-          of_rows(rows, multiplies_in_place<Pairs>(s.inputs) ? rows.values : nullptr);
+          add_rows(rows, multiplies_in_place<Pairs>(s.inputs) ? rows.values : nullptr);
       }
     }
   }

@@ -15,15 +15,16 @@ if TYPE_CHECKING:
 
 
 class MaskedLinear(nn.Linear):
-    """A `torch.nn.Linear` over groups of rows, each under the mask of its task.
+    """A `torch.nn.Linear` over groups of rows. Each group has the mask of its task.
 
-    A weight or bias that is inactive in a group's task counts as zero there and gets no gradient
-    from it. The masks come with each call; parameters and their names are those of `nn.Linear`.
+    If a weight or bias is inactive in a group's task, it counts as 0 for the group and gets no
+    gradient from it. Each call gets the masks. The parameters have the names that they have in
+    `nn.Linear`.
 
     Args:
         in_features, out_features: sizes K and N.
-        bias: whether there is a bias, which is masked too.
-        backend: whose operation is used, or None for the fused one of the input's device.
+        bias: whether the layer has a bias, which is masked too.
+        backend: computes the layer. None selects the fused operation for the input's device.
         device, dtype: of the parameters.
     """
 
@@ -45,22 +46,22 @@ class MaskedLinear(nn.Linear):
 
         Args:
             x: [G, R, K].
-            masks: those of the layer, or None where every weight is active.
+            masks: the layer's masks, or None if every weight is active.
 
         Returns:
             [G, R, N].
 
         Raises:
-            BackendUnavailable: there is no fused kernel for the device.
+            BackendUnavailable: the device has no fused kernel.
         """
         apply = masked_linear if self.backend is None else self.backend.masked_linear
-        of_layer = masks or NO_MASKS
+        masks = masks or NO_MASKS
         return apply(
             x,
-            of_layer.operand_for(self.weight),
+            masks.operand_for(self.weight),
             self.bias,
-            *of_layer.bits,
+            *masks.bits,
             relu=relu,
-            group_gradients=of_layer.group_gradients,
-            queue=of_layer.queue,
+            group_gradients=masks.group_gradients,
+            queue=masks.queue,
         )

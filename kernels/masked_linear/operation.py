@@ -1,4 +1,4 @@
-"""The masked linear layer as PyTorch sees it: the public function and the registered operations."""
+"""The fused masked linear layer: its public function, checks and registered operations."""
 
 from __future__ import annotations
 
@@ -25,58 +25,60 @@ def masked_linear(
     group_gradients: tuple[Tensor, Tensor | None] | None = None,
     queue: WeightGradients | None = None,
 ) -> Tensor:
-    """Linear layer under the mask of each group's task: y[g] = x[g] (W ⊙ M)ᵀ + b ⊙ m.
+    """Linear layer with the mask of each group's task: y[g] = x[g] (W ⊙ M)ᵀ + b ⊙ m.
 
-    Differentiable in x, weight and bias; the gradient of an inactive weight is exactly zero
-    (Eq. 4 of the HarmoDT paper). Weights that are inactive may hold any value, NaN included.
-    Neither W ⊙ M nor the products of single groups are materialised, and results repeat bit for
-    bit. The last dimension of weights and masks must have stride 1; the others are free. The
-    arguments are those of `reference.masked_linear`.
+    This is the fused form of `reference.masked_linear`. The layer is differentiable in x, weight
+    and bias. The gradient of an inactive weight is exactly 0 (Eq. 4 of the HarmoDT paper). Inactive
+    weights may have any value, also NaN. Neither W ⊙ M nor the gradient products of single groups
+    are stored in memory, and results repeat bit for bit. The last dimension of weights and masks
+    must have stride 1; their other strides are free.
+
+    Tensors and settings are separate arguments, as PyTorch's dispatcher takes them.
 
     Args:
         x: [G, R, K], one task per group; float32, float16 or bfloat16.
         weight: [N, K], in float32 or the dtype of x.
-        bias: [N] or None, likewise.
-        weight_bits: int32 [T, N, ceil(K / 32)], the masks of all tasks; or None where every weight
+        bias: [N] in float32 or the dtype of x, or None.
+        weight_bits: int32 [T, N, ceil(K / 32)], the masks of all tasks; or None if every weight
             and bias is active.
         bias_bits: int32 [T, ceil(N / 32)], or None without a bias or without masks.
-        task_ids: int64 [G], the task of each group, below T; ids may repeat. A GPU does not check
-            them. Not read without masks.
+        task_ids: int64 [G], the task of each group, below T. Ids may repeat. A GPU does not check
+            them. Without masks nothing reads them.
         relu: apply max(0, y) to the output.
-        group_gradients: tensors [G, N, K] and [G, N] (None without a bias) to which the backward
-            pass writes the gradient of each group by itself, or [1, N, K] and [1, N], to which it
-            writes their sum; weight and bias then get none.
-        queue: where the gradients of groups or their sums wait for those of other layers, until its
-            `finish` is called; None if none are to wait.
+        group_gradients: buffers for the gradients of weight and bias, or None. The backward pass
+            writes each group's gradients to tensors [G, N, K] and [G, N] (None without a bias), or
+            their sum to tensors [1, N, K] and [1, N]. Weight and bias themselves then get no
+            gradient.
+        queue: collects the gradients for `group_gradients` of several layers, and computes them at
+            the latest when its `finish` is called. With None they are computed at once.
 
     Returns:
-        [G, R, N], in the dtype of x (under autocast, in the autocast dtype). Sums are in float32;
-        products of float32 are in TF32 where PyTorch's own switch says so.
+        [G, R, N], in the dtype of x (under autocast, in the autocast dtype). Sums are in float32.
+        Products of float32 are in TF32 if PyTorch's own switch says so.
 
     Raises:
-        TypeError: the floating-point types are others.
-        ValueError: shapes, strides, devices or integer types do not fit together.
-        IndexError: on a CPU, there is no such task.
-        BackendUnavailable: there are no fused kernels for the device.
+        TypeError: a floating-point dtype is not accepted.
+        ValueError: shapes, strides, devices or integer dtypes do not fit together.
+        IndexError: on a CPU, a task id is out of range.
+        BackendUnavailable: the device has no fused kernels.
     """
-    given = x, weight, bias, weight_bits, bias_bits, task_ids
-    layer = operands_of(given, group_gradients)
+    layer = operands_of((x, weight, bias, weight_bits, bias_bits, task_ids), group_gradients)
     y = differentiable((*layer, relu, None, 0.0, None), group_gradients, queue)
     return y if weight_bits is not None else y.view(*x.shape[:2], len(weight))
 
 
 def operands_of(
-    given: tuple[Any, ...], group_gradients: tuple[Tensor, Tensor | None] | None
+    arguments: tuple[Any, ...], group_gradients: tuple[Tensor, Tensor | None] | None
 ) -> tuple[Any, ...]:
-    """A layer as `harmodt::masked_linear` takes it: with masks, and x in the dtype of autocast.
+    """The first operands of `harmodt::masked_linear`: with masks, and x in the dtype of autocast.
 
     Args:
-        given: the first six arguments of `masked_linear`.
+        arguments: the first six arguments of `masked_linear`.
 
     Raises:
-        TypeError, ValueError: they do not fit together.
+        TypeError, ValueError: the arguments do not fit together.
     """
-    x, weight, bias, weight_bits, bias_bits, task_ids = given
+    x, weight, bias, weight_bits, bias_bits, task_ids = arguments
     if weight_bits is None:
         x, weight_bits, bias_bits, task_ids = _without_masks(
             x, weight, bias, bias_bits, group_gradients
@@ -96,21 +98,23 @@ def _without_masks(
     bias_bits: Tensor | None,
     group_gradients: tuple[Tensor, Tensor | None] | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """The batch as one group, or each group if its gradients are wanted, and a mask of all weights.
+    """Operands for a layer without masks: a mask in which every weight is active.
+
+    The batch becomes one group, unless each group's gradient is needed.
 
     Returns:
-        [1, G R, K] or [G, R, K], weight_bits, bias_bits and task_ids.
+        x as [1, G R, K] or [G, R, K], weight_bits, bias_bits and task_ids.
 
     Raises:
-        ValueError: there are masks of the bias alone, or x is no batch of groups.
+        ValueError: there is a mask of the bias only, or x is not [G, R, K] with G > 0.
     """
     if bias_bits is not None:
         raise ValueError("bias_bits is given without weight_bits: give both or neither")
     _check_groups(x)
-    by_group = group_gradients and len(group_gradients[0]) == len(x)
-    rows = x if by_group else x.flatten(0, 1)[None]
-    of_bias = None if bias is None else all_active(bias.shape, x.device)
-    return rows, all_active(weight.shape, x.device), of_bias, first_task(len(rows), x.device)
+    per_group = group_gradients and len(group_gradients[0]) == len(x)
+    rows = x if per_group else x.flatten(0, 1)[None]
+    bias_mask = None if bias is None else all_active(bias.shape, x.device)
+    return rows, all_active(weight.shape, x.device), bias_mask, first_task(len(rows), x.device)
 
 
 def check_operands(
@@ -126,7 +130,7 @@ def check_operands(
     """Raise TypeError or ValueError if the arguments of `masked_linear` do not fit together.
 
     Args:
-        dtype: of the products, if x is made another one.
+        dtype: the dtype of the products, if it is not the dtype of x.
     """
     weight_out, bias_out = group_gradients or (None, None)
     _check_types(x, dtype or x.dtype, weight, bias, weight_bits, bias_bits, task_ids)
@@ -144,8 +148,8 @@ def _check_types(
 ) -> None:
     if x.dtype not in FLOATS:
         raise TypeError(
-            f"x is {x.dtype}, and the fused masked linear takes float32, float16 or bfloat16; "
-            "the reference takes any"
+            f"x is {x.dtype}, but the fused masked linear takes float32, float16 or bfloat16; "
+            "the reference backend takes any"
         )
     if weight.dtype not in (torch.float32, dtype):
         raise TypeError(f"weight is {weight.dtype}: it must be float32 or x's {dtype}")
@@ -159,12 +163,12 @@ def _check_types(
     if task_ids.dtype != torch.int64:
         raise ValueError(f"task_ids is {task_ids.dtype}: it must be int64")
     if (bias is None) != (bias_bits is None):
-        raise ValueError("bias and bias_bits go together: give both or neither")
+        raise ValueError("bias and bias_bits belong together: give both or neither")
 
 
 def _check_groups(x: Tensor) -> None:
     if x.dim() != 3:
-        raise ValueError(f"x must be [groups, rows, inputs] and has shape {list(x.shape)}")
+        raise ValueError(f"x has shape {list(x.shape)}: it must be [groups, rows, inputs]")
     if len(x) == 0:
         raise ValueError("x has no groups: give at least one")
 
@@ -184,7 +188,9 @@ def _check_layout(
     outputs, tasks = len(weight), len(weight_bits)
     sums = 1 if weight_out is not None and len(weight_out) == 1 else groups
     if weight_out is not None and (bias is None) != (bias_out is None):
-        raise ValueError("group_gradients must hold a bias gradient exactly if there is a bias")
+        raise ValueError(
+            "group_gradients must have a tensor for the bias if and only if bias is given"
+        )
     device = x.device
     for name, tensor, shape in (
         ("weight", weight, (outputs, inputs)),
@@ -205,7 +211,7 @@ def _check_layout(
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(f"{name} has strides {tensor.stride()}: the last must be 1")
         if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}")
+            raise ValueError(f"{name} is on {tensor.device} and x is on {x.device}")
 
 
 def differentiable(
@@ -213,7 +219,7 @@ def differentiable(
     group_gradients: tuple[Tensor, Tensor | None] | None,
     queue: WeightGradients | None,
 ) -> Tensor:
-    """`harmodt::masked_linear` of all its operands, with gradients where they are recorded."""
+    """`harmodt::masked_linear` on all its operands, differentiable if gradients are enabled."""
     if not torch.is_grad_enabled():
         return torch.ops.harmodt.masked_linear(*operands)
     return _MaskedLinear.apply(*operands, *(group_gradients or (None, None)), queue)
@@ -237,40 +243,41 @@ class _MaskedLinear(torch.autograd.Function):
         bias_out: Tensor | None,
         queue: WeightGradients | None,
     ) -> Tensor:
-        """Its arguments stand one by one, because autograd looks for tensors among them."""
+        """Autograd finds tensors among the arguments only, not inside tuples."""
         masks = weight_bits, bias_bits, task_ids
         y = torch.ops.harmodt.masked_linear(x, weight, bias, *masks, relu, residual, drop, seed)
         ctx.save_for_backward(x, weight, *masks, y if relu else None, seed)
         ctx.group_gradients, ctx.queue, ctx.drop = (weight_out, bias_out), queue, drop
-        ctx.of_residual = None if residual is None else residual.dtype
+        ctx.residual_dtype = None if residual is None else residual.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, weight_bits, bias_bits, task_ids, y, seed = ctx.saved_tensors
         masks, (weight_out, bias_out) = (weight_bits, bias_bits, task_ids), ctx.group_gradients
-        # The gradient of x comes last: it takes the memory that the weights' sums have left.
+        # The gradient of x comes last, so it can use the memory that the weight gradient freed.
         layer = LayerGradients(dy, y, x, *masks, weight_out, bias_out, ctx.drop, seed)
-        of_weights = weight_gradients(ctx, weight, layer)
+        d_weight_and_bias = weight_gradients(ctx, weight, layer)
         dx = d_residual = None
         if ctx.needs_input_grad[0]:
             dx = torch.ops.harmodt.masked_linear_input_gradient(
                 dy, y, weight, weight_bits, task_ids, x.dtype, ctx.drop, seed
             )
-        if ctx.of_residual is not None:
-            d_residual = dy.to(ctx.of_residual)
-        return dx, *of_weights, *[None] * 4, d_residual, *[None] * 5
+        if ctx.residual_dtype is not None:
+            d_residual = dy.to(ctx.residual_dtype)
+        return dx, *d_weight_and_bias, *[None] * 4, d_residual, *[None] * 5
 
 
 def weight_gradients(
     ctx: Any, weight: Tensor, layer: LayerGradients
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of weight and bias that a layer's backward pass gives to autograd.
+    """The gradients of weight and bias that a layer's backward pass returns to autograd.
 
-    If the layer was told where to write them, autograd gets none, and they may wait in its `queue`.
+    If the layer has output buffers (`weight_out`), the gradients go there, perhaps through the
+    `queue`, and autograd gets None.
 
     Args:
-        ctx: of a layer whose second and third arguments are weight and bias.
+        ctx: the context of a layer whose second and third arguments are weight and bias.
     """
     if layer.weight_out is not None:
         if ctx.queue is None:
@@ -283,7 +290,7 @@ def weight_gradients(
     d_weight = weight.new_empty(1, *weight.shape, dtype=torch.float32)
     d_bias = None if layer.bias_bits is None else d_weight.new_empty(1, len(weight))
     write([layer._replace(weight_out=d_weight, bias_out=d_bias)])
-    # Autograd rounds the bias's: it may be of another type than the weight.
+    # Autograd converts the bias gradient: the bias may have another dtype than the weight.
     return d_weight[0].to(weight.dtype), None if d_bias is None else d_bias[0]
 
 
@@ -304,7 +311,7 @@ def _weight_gradients_fake(*_: Any) -> None:
 register(
     __package__,
     "masked_linear",
-    # with the dropout and the residual sum that end a branch
+    # residual, drop and seed: the dropout and the residual sum at the end of a branch
     "(Tensor x, Tensor weight, Tensor? bias, Tensor weight_bits, Tensor? bias_bits, "
     "Tensor task_ids, bool relu, Tensor? residual=None, float drop=0.0, Tensor? seed=None) "
     "-> Tensor",
@@ -320,7 +327,7 @@ register(
 register(
     __package__,
     "masked_linear_weight_gradients",
-    # of several layers, in the order of `LayerGradients`; bias_out of those that have a bias
+    # Lists over layers, in the order of `LayerGradients`. bias_out has only layers with a bias.
     "(Tensor[] dy, Tensor?[] y, Tensor[] x, Tensor[] weight_bits, Tensor?[] bias_bits, "
     "Tensor[] task_ids, Tensor(a!)[] weight_out, Tensor(b!)[] bias_out, float[] drop, "
     "Tensor?[] seed, Tensor?[] statistics, Tensor?[] affine) -> ()",

@@ -1,6 +1,6 @@
-"""The masked linear layer as quick as it gets in plain PyTorch.
+"""The fastest form of the masked linear layer in plain PyTorch.
 
-Autograd through `torch.where` gives the same gradients in more passes over the masked copies.
+Autograd through `torch.where` would give the same gradients, but with more passes over the copies.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def masked_linear(
     group_gradients: tuple[Tensor, Tensor | None] | None = None,
     queue: WeightGradients | None = None,
 ) -> Tensor:
-    """The same as `reference.masked_linear`, whose arguments are these.
+    """The same as `reference.masked_linear`, with the same arguments and its own backward pass.
 
-    It has a backward pass of its own, in which no gradients wait: `queue` is not used.
+    Gradients are written at once: `queue` is ignored.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -75,21 +75,21 @@ class _MaskedLinear(torch.autograd.Function):
         x, masked_weight, bits, bias_bits, y = ctx.saved_tensors
         dy = dy if y is None else dy.masked_fill(y <= 0, 0.0)
         dx = dy @ masked_weight if ctx.needs_input_grad[0] else None
-        of_weights = _mask(dy.mT @ x, bits)  # [G, N, K]
-        of_biases = _mask(dy.sum(1, dtype=ctx.dtype), bias_bits) if ctx.has_bias else None
+        d_weights = _mask(dy.mT @ x, bits)  # [G, N, K]
+        d_biases = _mask(dy.sum(1, dtype=ctx.dtype), bias_bits) if ctx.has_bias else None
         if ctx.group_gradients is not None:
-            for out, gradient in zip(ctx.group_gradients, (of_weights, of_biases), strict=True):
+            for out, gradient in zip(ctx.group_gradients, (d_weights, d_biases), strict=True):
                 if gradient is not None:
                     out.copy_(gradient.to(out.dtype).sum_to_size(out.shape))
             return dx, *[None] * 6
-        d_bias = None if of_biases is None else of_biases.sum(0)
-        return dx, of_weights.sum(0, dtype=ctx.dtype), d_bias, *[None] * 4
+        d_bias = None if d_biases is None else d_biases.sum(0)
+        return dx, d_weights.sum(0, dtype=ctx.dtype), d_bias, *[None] * 4
 
 
 def _mask(values: Tensor, bits: Tensor | None) -> Tensor:
-    """Values [..., K], 0 where a bit is; all of them without bits."""
+    """Values [..., K], set to 0 where the bit is 0; unchanged without bits."""
     if bits is None:
         return values
-    # not a product: 0 times NaN or infinity is NaN
+    # A product would not do: 0 times NaN or infinity is NaN.
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
     return (values.view(integer) & all_ones(bits, values.shape[-1], integer)).view(values.dtype)

@@ -1,6 +1,6 @@
-"""The definition of the masked linear layer in plain PyTorch.
+"""Defines the masked linear layer in plain PyTorch.
 
-It materialises one masked weight copy for each group, which the fused backends never do.
+It stores one masked copy of the weight per group. The fused backends store none.
 """
 
 from __future__ import annotations
@@ -24,24 +24,27 @@ def masked_linear(
     group_gradients: tuple[Tensor, Tensor | None] | None = None,
     queue: WeightGradients | None = None,
 ) -> Tensor:
-    """Linear layer under the mask of each group's task: y[g] = x[g] (W ⊙ M)ᵀ + b ⊙ m.
+    """Linear layer with the mask of each group's task: y[g] = x[g] (W ⊙ M)ᵀ + b ⊙ m.
 
-    Differentiable in x, weight and bias; the gradient of an inactive weight is exactly zero
-    (Eq. 4 of the HarmoDT paper). Weights that are inactive may hold any value, NaN included.
-    Every implementation has these arguments.
+    The layer is differentiable in x, weight and bias. The gradient of an inactive weight is exactly
+    0 (Eq. 4 of the HarmoDT paper). Inactive weights may have any value, also NaN. Every
+    implementation takes these arguments.
 
     Args:
         x: [G, R, K], one task per group.
         weight: [N, K].
         bias: [N] or None.
-        weight_bits: int32 [T, N, ceil(K / 32)], the masks of all tasks; or None where every weight
+        weight_bits: int32 [T, N, ceil(K / 32)], the masks of all tasks; or None if every weight
             and bias is active.
         bias_bits: int32 [T, ceil(N / 32)], or None without a bias or without masks.
-        task_ids: int64 [G], the task of each group; ids may repeat. Not read without masks.
+        task_ids: int64 [G], the task of each group. Ids may repeat. Without masks nothing reads
+            them.
         relu: apply max(0, y) to the output.
-        group_gradients: tensors [G, N, K] and [G, N] (None without a bias) to which the backward
-            pass writes the gradient of each group by itself; weight and bias then get none.
-        queue: not used here, where no gradients wait.
+        group_gradients: buffers for the gradients of weight and bias, or None. The backward pass
+            writes each group's gradients to tensors [G, N, K] and [G, N] (None without a bias), or
+            their sum to tensors [1, N, K] and [1, N]. Weight and bias themselves then get no
+            gradient.
+        queue: ignored: gradients are written at once.
 
     Returns:
         [G, R, N], in the dtype of x (under autocast, in the autocast dtype).

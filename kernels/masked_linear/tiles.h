@@ -1,20 +1,21 @@
-// Products of bf16 on matrix units: AMX, where the including file is compiled for it.
+// Products of bf16 on AMX matrix units, if the including file is compiled for them.
 #pragma once
 
 #include "native/simd.h"
 
 namespace {
 
-// A tile has 16 rows of 64 bytes; four of them are summed up at a time, 2 x 2.
+// A tile register has 16 rows of 64 bytes. Four tiles, 2 x 2, hold the sums of a product.
 constexpr int64_t kTileDepth = 16, kTileRows = 32;
 
 #if defined(__AMX_BF16__)
 
-// Whether products are computed on matrix units.
+// Whether matrix units compute the products.
 template <bool Pairs>
 constexpr bool kTiles = Pairs;
 
-// The calling thread's tiles for as long as this lives. Whoever uses tiles sets their shapes first.
+// Sets the shapes of the calling thread's tiles, which must happen before their first use. The
+// destructor releases the tiles.
 template <bool Pairs>
 struct TileConfiguration {
   TileConfiguration() {
@@ -24,15 +25,15 @@ struct TileConfiguration {
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } shapes;
-    asm volatile("ldtilecfg %0" : : "m"(shapes));  // GCC's intrinsic reads its first 8 bytes alone
+    asm volatile("ldtilecfg %0" : : "m"(shapes));  // GCC's intrinsic would read only 8 bytes of it
   }
   ~TileConfiguration() {
     if constexpr (Pairs) _tile_release();
   }
 };
 
-// total[i] = sum over d of left[i * left_stride + d] * panel[d][...], pairs of bf16: 32 rows, and a
-// panel of 64 columns whose depth is a multiple of kTileDepth.
+// total[i] = sum over d of left[i * left_stride + d] * panel[d][...]. Elements are pairs of bf16. There
+// are 32 rows and a panel of 64 columns, and depth is a multiple of kTileDepth.
 __attribute__((noinline)) void multiply_tiles(const int32_t* left, int64_t left_stride,
                                               const int32_t* panel, int64_t depth, Vec (*total)[4]) {
   constexpr int64_t panel_bytes = 4 * 64;
@@ -61,7 +62,7 @@ __attribute__((noinline)) void multiply_tiles(const int32_t* left, int64_t left_
   }
 }
 
-// Four products of tiles at a time, of zeros.
+// Multiplies tiles of zeros, four products per repeat.
 inline void multiply_empty_tiles(int64_t repeats) {
   TileConfiguration<true> configuration;
   for (int64_t r = 0; r < repeats; ++r) {
@@ -81,7 +82,7 @@ inline void multiply_empty_tiles(int64_t) {}
 
 template <bool Pairs>
 struct TileConfiguration {
-  TileConfiguration() {}  // unlike an aggregate, no variable of it is unused
+  TileConfiguration() {}  // without a constructor, GCC warns that its variables are unused
 };
 
 #endif

@@ -1,12 +1,13 @@
 """Triton kernels of the masked linear layer.
 
-Shapes in comments: G groups, R rows of each, K inputs, N outputs, T tasks; x is [G, R, K], y is
-[G, R, N], the weight is [N, K]. The mask of a weight tile is expanded from its words where the tile
-is in registers, so that neither W ⊙ M nor an unpacked mask exists in memory.
+There are G groups of R rows, K inputs, N outputs and T tasks: x is [G, R, K], y is [G, R, N], the
+weight is [N, K]. The kernels expand a mask's words while the tile of the weight is in registers. So
+neither W ⊙ M nor an unpacked mask exists in memory.
 
-The masked weight is the left operand of its products, whose results are hence transposed: matrix
-units can take that operand from registers (wgmma) or from tensor memory (tcgen05). Triton still
-brings it into their layout through shared memory, once for every time that it is masked.
+The masked weight is the left operand of its products, and so the results are transposed. The
+reason: matrix units can take the left operand from registers (wgmma) or from tensor memory
+(tcgen05). Still, each time a tile is masked, Triton converts it to the units' layout through
+shared memory.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ from .gradients import LayerGradients, layers_of
 def tile_of(row_tiles, column_tiles):
     """Row tile and column tile of this program.
 
-    Programs go down 8 row tiles before the next column: they share the tile of the weight, and a
-    wave of them needs few tiles of both operands.
+    Consecutive programs take 8 row tiles of one column, then 8 of the next column. Programs of a
+    column share a tile of the weight, and a wave of programs needs few tiles of both operands.
     """
     program = tl.program_id(0)
     first = program // (8 * column_tiles) * 8
@@ -54,16 +55,16 @@ def tile_of(row_tiles, column_tiles):
 
 
 @triton.jit
-def place_of_rows(rows, tiles_of_program, column_tiles, BLOCK_R: tl.constexpr):
-    """Group, first row, row after the last, and column tile of a program with some tiles of rows.
+def rows_of_program(rows, tiles_of_program, column_tiles, BLOCK_R: tl.constexpr):
+    """Group, first row, end of the rows, and column tile of a program with several tiles of rows.
 
-    Programs with the same rows are next to each other.
+    Programs with the same rows have consecutive numbers.
     """
     height = tiles_of_program * BLOCK_R
-    parts = tl.cdiv(rows, height)
-    part, column_tile = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
-    first = part % parts * height
-    return part // parts, first, tl.minimum(first + height, rows), column_tile
+    ranges = tl.cdiv(rows, height)
+    index, column_tile = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
+    first = index % ranges * height
+    return index // ranges, first, tl.minimum(first + height, rows), column_tile
 
 
 @triton.jit(do_not_specialize=["groups", "rows", "tiles_of_program", "seed", "threshold"])
@@ -88,7 +89,7 @@ def masked_linear_kernel(
     threshold,
     factor,  # of elements that dropout keeps
     norm,  # a Norm, or None
-    tiles_of_program,  # if it is STATIONARY
+    tiles_of_program,  # tiles of rows per program, if STATIONARY
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
@@ -99,14 +100,16 @@ def masked_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y of one tile, or of some tiles of a group's rows, one after the other (`STATIONARY`).
+    """Computes one tile of y; if STATIONARY, several tiles of a group's rows one after another.
 
-    A tile of W ⊙ M that holds all inputs stays for all of those. What a kernel needs is an argument
-    each, and a LayerNorm before it is one more.
+    A stationary program keeps its tile of W ⊙ M, which has all inputs, for all of its tiles.
+
+    Operands are separate arguments: in a tuple, Triton would specialise every number.
     """
     if STATIONARY:
-        place = place_of_rows(rows, tiles_of_program, tl.cdiv(outputs, BLOCK_N), BLOCK_R)
-        group, first, end, column_tile = place
+        group, first, end, column_tile = rows_of_program(
+            rows, tiles_of_program, tl.cdiv(outputs, BLOCK_N), BLOCK_R
+        )
         task = tl.load(task_ids + group)
         k, word = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_K // 32)
         n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -128,7 +131,7 @@ def masked_linear_kernel(
         row = tl.arange(0, BLOCK_R)
         for r0 in range(first, end, BLOCK_R):
             start = group.to(tl.int64) * rows + r0
-            # Rows beyond the last are computed as the last.
+            # Rows beyond the last are computed with the last row's data, and not stored.
             x_tile = load_x(x + start * inputs, tl.minimum(row, rows - 1 - r0), k, inputs)
             if norm is not None:
                 mean, scale = tile_statistics(x_tile, k, inputs, norm.epsilon)
@@ -151,7 +154,7 @@ def masked_linear_kernel(
         first = row_tile % tiles_of_group * BLOCK_R
         task = tl.load(task_ids + group)
         row = tl.arange(0, BLOCK_R)
-        near = tl.minimum(row, rows - 1 - first)  # rows beyond the last are computed as the last
+        near = tl.minimum(row, rows - 1 - first)  # rows beyond the last read the last row
         n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         start = group.to(tl.int64) * rows + first
         x += start * inputs
@@ -209,7 +212,7 @@ def masked_linear_input_gradient_kernel(
     seed,  # int64 [1], or None
     threshold,
     factor,  # of elements that dropout keeps
-    tiles_of_program,  # if it is STATIONARY
+    tiles_of_program,  # tiles of rows per program, if STATIONARY
     RELU: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -218,15 +221,17 @@ def masked_linear_input_gradient_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dx of one tile, or of some tiles of a group's rows, one after the other (`STATIONARY`).
+    """Computes one tile of dx; if STATIONARY, several tiles of a group's rows one after another.
 
-    A tile of W ⊙ M that holds all outputs stays for all of those. For one tile W is loaded here,
-    though `masked_weight` does the same: with that, registers spill. What a kernel needs is an
-    argument each.
+    A stationary program keeps its tile of W ⊙ M, which has all outputs, for all of its tiles. The
+    other branch loads W itself: with `masked_weight`, registers would spill.
+
+    Operands are separate arguments: in a tuple, Triton would specialise every number.
     """
     if STATIONARY:
-        place = place_of_rows(rows, tiles_of_program, tl.cdiv(inputs, BLOCK_K), BLOCK_R)
-        group, first, end, column_tile = place
+        group, first, end, column_tile = rows_of_program(
+            rows, tiles_of_program, tl.cdiv(inputs, BLOCK_K), BLOCK_R
+        )
         n = tl.arange(0, BLOCK_N)
         k = column_tile * BLOCK_K + tl.arange(0, BLOCK_K)
         word = column_tile * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
@@ -243,9 +248,9 @@ def masked_linear_input_gradient_kernel(
         for r0 in range(first, end, BLOCK_R):
             near = tl.minimum(row, rows - 1 - r0)  # rows beyond the last are not stored
             start = group.to(tl.int64) * rows + r0
-            of_dy, mask = near[:, None] * outputs + n[None, :], (n < outputs)[None, :]
+            dy_offset, mask = near[:, None] * outputs + n[None, :], (n < outputs)[None, :]
             dy_tile = load_dy(
-                *(dy, y, start * outputs, of_dy, mask, seed, threshold, factor),
+                *(dy, y, start * outputs, dy_offset, mask, seed, threshold, factor),
                 RELU=RELU,
                 DROPOUT=DROPOUT,
             )
@@ -285,12 +290,12 @@ def masked_linear_input_gradient_kernel(
                 mask=in_outputs[:, None] & (word * 32 < inputs)[None, :],
                 other=0,
             )
-            place = dy_row[:, None] * outputs + n[None, :]
+            offset = dy_row[:, None] * outputs + n[None, :]
             dy_tile = load_dy(
                 dy,
                 y,
                 start * outputs,
-                place,
+                offset,
                 in_outputs[None, :],
                 seed,
                 threshold,
@@ -308,9 +313,10 @@ def masked_linear_input_gradient_kernel(
 
 
 class Layer(NamedTuple):
-    """A layer as the kernels below take it.
+    """A layer as an argument of `masked_linear_weight_gradients_kernel`.
 
-    Of numbers in tuples Triton always compiles anew where they become 1, or multiples of 16.
+    `do_not_specialize` does not reach numbers in tuples: if one becomes 1 or a multiple of 16,
+    Triton compiles the kernel again.
     """
 
     dy: Tensor  # [groups, rows, outputs]
@@ -319,8 +325,8 @@ class Layer(NamedTuple):
     weight_bits: Tensor  # int32 [tasks, outputs, words], task_stride and bits_stride apart
     bias_bits: Tensor | None  # int32 [tasks, words], bias_task_stride apart; None without a bias
     task_ids: Tensor  # int64 [groups]
-    weight_out: Tensor  # [parts, outputs, inputs], weight_part_stride and weight_row_stride apart
-    bias_out: Tensor | None  # [parts, outputs], bias_part_stride apart; None without a bias
+    weight_out: Tensor  # [chunks, outputs, inputs], weight_chunk_stride, weight_row_stride apart
+    bias_out: Tensor | None  # [chunks, outputs], bias_chunk_stride apart; None without a bias
     groups: int
     rows: int
     inputs: int
@@ -329,42 +335,42 @@ class Layer(NamedTuple):
     task_stride: int
     bits_stride: int
     bias_task_stride: int
-    weight_part_stride: int
+    weight_chunk_stride: int
     weight_row_stride: int
-    bias_part_stride: int
+    bias_chunk_stride: int
     seed: Tensor | None  # int64 [1]; None without dropout
     threshold: int
     factor: float  # of elements that dropout keeps
-    statistics: Tensor | None  # of the LayerNorm before the layer: as `LayerGradients` has them
+    statistics: Tensor | None  # of the LayerNorm before the layer: see `LayerGradients`
     affine: Tensor | None
 
 
 @triton.jit
 def columns_of(layer, BLOCK_K: tl.constexpr):
-    """Tiles side by side in the weight, and one more for the bias."""
+    """The tiles side by side in the weight, plus one for the bias if there is one."""
     tiles = tl.cdiv(layer.inputs, BLOCK_K)
     return tiles if layer.bias_bits is None else tiles + 1
 
 
 @triton.jit
-def bias_gradient_tile(layer, part, n, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
-    """One part of bias_out for outputs n: the masked sums of dy over the rows of its groups."""
+def bias_gradient_tile(layer, chunk, n, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Computes bias_out for outputs n and one chunk of groups: sums of dy over rows, with masks."""
     row = tl.arange(0, BLOCK_R)
-    place = n[:, None] + row[None, :] * layer.outputs
+    offset = n[:, None] + row[None, :] * layer.outputs
     seed = layer.seed
     if layer.seed is not None:
         seed = tl.load(layer.seed).to(tl.uint32)
     total = tl.zeros([BLOCK_N], tl.float32)
-    first = part * layer.groups_of_program
+    first = chunk * layer.groups_of_program
     for group in range(first, tl.minimum(first + layer.groups_of_program, layer.groups)):
         start = group * layer.rows
-        of_group = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+        group_sum = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
         for r0 in tl.range(0, layer.rows, BLOCK_R, num_stages=4):
-            of_group += load_dy(
+            group_sum += load_dy(
                 layer.dy,
                 layer.y,
                 (start + r0) * layer.outputs,
-                place,
+                offset,
                 (n < layer.outputs)[:, None] & (r0 + row < layer.rows)[None, :],
                 seed,
                 layer.threshold,
@@ -373,15 +379,15 @@ def bias_gradient_tile(layer, part, n, BLOCK_N: tl.constexpr, BLOCK_R: tl.conste
                 DROPOUT=layer.seed is not None,
             ).to(tl.float32)
         bits = layer.bias_bits + tl.load(layer.task_ids + group) * layer.bias_task_stride
-        total += masked_vector(tl.sum(of_group, 1), bits, n, layer.outputs)
-    out = layer.bias_out + part * layer.bias_part_stride
+        total += masked_vector(tl.sum(group_sum, 1), bits, n, layer.outputs)
+    out = layer.bias_out + chunk * layer.bias_chunk_stride
     tl.store(out + n, total.to(out.dtype.element_ty), mask=n < layer.outputs)
 
 
 @triton.jit
 def weight_gradient_tile(
     layer,
-    part,
+    chunk,
     n,
     column,
     PRECISION: tl.constexpr,
@@ -389,10 +395,10 @@ def weight_gradient_tile(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One part of weight_out for outputs n and a column of inputs.
+    """Computes weight_out for outputs n, one column of tiles and one chunk of groups.
 
-    Its arguments are one by one what the tile needs. The loops over groups and rows stay in one
-    function, where Triton overlaps loads and products.
+    The arguments say which tile. The loops over groups and rows are in one function, so that Triton
+    overlaps loads and products.
     """
     k = column * BLOCK_K + tl.arange(0, BLOCK_K)
     word = column * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
@@ -401,25 +407,25 @@ def weight_gradient_tile(
     if layer.seed is not None:
         seed = tl.load(layer.seed).to(tl.uint32)
     total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    first = part * layer.groups_of_program
+    first = chunk * layer.groups_of_program
     for group in range(first, tl.minimum(first + layer.groups_of_program, layer.groups)):
         start = group * layer.rows
         if layer.statistics is not None:
             affine = layer.affine + group * 2 * layer.inputs
-        of_group = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        group_sum = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         for r0 in range(0, layer.rows, BLOCK_R):
-            # Rows beyond the last are read as the last, and x or dy is 0 there. dy is read
-            # transposed, as it is multiplied: before tl.trans its loads would be narrower.
+            # Rows beyond the last read the last row, and there x or dy is set to 0. dy is loaded
+            # transposed, as the product needs it: with tl.trans, its loads would be narrower.
             in_rows = r0 + row < layer.rows
             near = tl.minimum(row, layer.rows - 1 - r0)
-            dy_place = n[:, None] + near[None, :] * layer.outputs
-            x_place = near[:, None] * layer.inputs + k[None, :]
+            dy_offset = n[:, None] + near[None, :] * layer.outputs
+            x_offset = near[:, None] * layer.inputs + k[None, :]
             x_mask = in_inputs[None, :]
             dy_before = (start + r0) * layer.outputs
-            dy_tile = tl.load(layer.dy + dy_before + dy_place, mask=in_outputs[:, None], other=0.0)
+            dy_tile = tl.load(layer.dy + dy_before + dy_offset, mask=in_outputs[:, None], other=0.0)
             if layer.y is not None:
                 y_tile = tl.load(
-                    layer.y + dy_before + dy_place, mask=in_outputs[:, None], other=0.0
+                    layer.y + dy_before + dy_offset, mask=in_outputs[:, None], other=0.0
                 )
                 dy_tile = tl.where(y_tile <= 0.0, 0.0, dy_tile)
             if (layer.y is not None) | (layer.statistics is not None):
@@ -427,7 +433,7 @@ def weight_gradient_tile(
             else:
                 x_mask = x_mask & in_rows[:, None]
             x_before = (start + r0) * layer.inputs
-            x_tile = tl.load(layer.x + x_before + x_place, mask=x_mask, other=0.0)
+            x_tile = tl.load(layer.x + x_before + x_offset, mask=x_mask, other=0.0)
             if layer.statistics is not None:
                 statistics = layer.statistics + (start + r0) * 2 + near * 2
                 mean, scale = tl.load(statistics), tl.load(statistics + 1)
@@ -435,10 +441,10 @@ def weight_gradient_tile(
                 shift = tl.load(affine + layer.inputs + k, mask=in_inputs, other=0.0)
                 x_tile = normalised(x_tile, mean, scale, gain, shift).to(layer.dy.dtype.element_ty)
             if layer.seed is not None:
-                draw = dy_before.to(tl.uint32) + dy_place.to(tl.uint32)
-                dy_tile = dy_tile.to(tl.float32) * kept(draw, seed, layer.threshold, layer.factor)
+                index = dy_before.to(tl.uint32) + dy_offset.to(tl.uint32)
+                dy_tile = dy_tile.to(tl.float32) * kept(index, seed, layer.threshold, layer.factor)
             dy_tile = dy_tile.to(x_tile.dtype)
-            of_group = tl.dot(dy_tile, x_tile, of_group, input_precision=PRECISION)
+            group_sum = tl.dot(dy_tile, x_tile, group_sum, input_precision=PRECISION)
         words = tl.load(
             layer.weight_bits
             + tl.load(layer.task_ids + group) * layer.task_stride
@@ -447,8 +453,8 @@ def weight_gradient_tile(
             mask=in_outputs[:, None] & (word * 32 < layer.inputs)[None, :],
             other=0,
         )
-        total += tl.where(bits_of(words, BLOCK_N, BLOCK_K), of_group, 0.0)
-    out = layer.weight_out + part * layer.weight_part_stride
+        total += tl.where(bits_of(words, BLOCK_N, BLOCK_K), group_sum, 0.0)
+    out = layer.weight_out + chunk * layer.weight_chunk_stride
     tl.store(
         out + n[:, None] * layer.weight_row_stride + k[None, :],
         total.to(out.dtype.element_ty),
@@ -458,16 +464,16 @@ def weight_gradient_tile(
 
 @triton.jit
 def masked_linear_weight_gradients_kernel(
-    layers,  # a Layer each
-    LAYERS: tl.constexpr,  # how many: of tuples with None in them Triton 3.6 finds no length
+    layers,  # a tuple of Layer
+    LAYERS: tl.constexpr,  # their number: Triton 3.6 has no length for tuples that contain None
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One tile of some layer's weight_out, or of its bias_out, for some groups after one another.
+    """Computes one tile of a layer's weight_out or bias_out for one chunk of groups.
 
-    The programs of a layer follow those of the one before.
+    The first programs belong to the first layer, the next ones to the second, and so on.
     """
     program = tl.program_id(0)
     for i in tl.static_range(LAYERS):
@@ -477,16 +483,16 @@ def masked_linear_weight_gradients_kernel(
         programs = tiles * tl.cdiv(layer.groups, layer.groups_of_program)
         if (program >= 0) & (program < programs):
             tile = program % tiles
-            part = (program // tiles).to(tl.int64)
+            chunk = (program // tiles).to(tl.int64)
             n = tile // columns * BLOCK_N + tl.arange(0, BLOCK_N)
             column = tile % columns
             if column * BLOCK_K >= layer.inputs:
                 if layer.bias_bits is not None:
-                    bias_gradient_tile(layer, part, n, BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R)
+                    bias_gradient_tile(layer, chunk, n, BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R)
             else:
                 weight_gradient_tile(
                     layer,
-                    part,
+                    chunk,
                     n,
                     column,
                     PRECISION=PRECISION,
@@ -498,9 +504,9 @@ def masked_linear_weight_gradients_kernel(
 
 
 class Sum(NamedTuple):
-    """Parts that the kernel below adds up."""
+    """A gradient in chunks, and the buffer for its sum: an argument of `sum_chunks_kernel`."""
 
-    parts: Tensor  # [number, rows, columns]
+    chunks: Tensor  # [number, rows, columns]
     out: Tensor  # [rows, columns], row_stride apart
     number: int
     rows: int
@@ -509,31 +515,32 @@ class Sum(NamedTuple):
 
 
 @triton.jit
-def sum_of_parts_kernel(
-    sums,  # a Sum each
+def sum_chunks_kernel(
+    sums,  # a tuple of Sum
     BLOCK: tl.constexpr,
 ):
-    """Some elements of one `out`: the sums of the parts, first to last."""
+    """Computes one block of elements of one `out`. The chunks are added from first to last."""
     program = tl.program_id(0)
     for i in tl.static_range(len(sums)):
-        of = sums[i]
-        size = of.rows * of.columns
+        gradient = sums[i]
+        size = gradient.rows * gradient.columns
         programs = tl.cdiv(size, BLOCK)
         if (program >= 0) & (program < programs):
-            place = program * BLOCK + tl.arange(0, BLOCK)
-            inside = place < size
-            parts = of.parts + place
+            index = program * BLOCK + tl.arange(0, BLOCK)
+            inside = index < size
+            chunks = gradient.chunks + index
             total = tl.zeros([BLOCK], tl.float32)
-            for _ in range(of.number):
-                total += tl.load(parts, mask=inside, other=0.0)
-                parts += size
-            out = of.out + place // of.columns * of.row_stride + place % of.columns
-            tl.store(out, total.to(of.out.dtype.element_ty), mask=inside)
+            for _ in range(gradient.number):
+                total += tl.load(chunks, mask=inside, other=0.0)
+                chunks += size
+            row, column = index // gradient.columns, index % gradient.columns
+            out = gradient.out + row * gradient.row_stride + column
+            tl.store(out, total.to(gradient.out.dtype.element_ty), mask=inside)
         program -= programs
 
 
 class Tile(NamedTuple):
-    """What one program computes: rows by columns of a result, `depth` of the sum at a time."""
+    """The rows and columns of the result that a program computes, and the depth of one product."""
 
     rows: int
     columns: int
@@ -542,43 +549,44 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By how the products are computed, "half" being those of 16-bit numbers; the largest tile of which
-# there are enough is taken. None spills registers on any target that it is compiled for, or takes
-# more shared memory than the GPUs with the least: 99 KiB on NVIDIA's, 64 KiB on AMD's. IEEE float32
-# is computed without matrix units, and larger tiles spill.
+# Tiles by precision ("half": 16-bit operands), larger ones first. The largest tile is used that
+# still makes enough programs. No tile spills registers on any target that the tests compile for.
+# None needs more shared memory than the smallest GPUs have: 99 KiB on NVIDIA's, 64 KiB on AMD's.
+# IEEE float32 is computed without matrix units, where larger tiles would spill.
 
-# Rows are those of x, columns outputs.
+# Rows are rows of x, columns are outputs.
 FORWARD = {
     "ieee": (Tile(64, 64, 32, 4, 3),),
     "tf32": (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
     "half": (Tile(128, 128, 64, 8, 2), Tile(64, 64, 32, 4, 3)),
 }
-# Columns are inputs.
+# Rows are rows of dy, columns are inputs.
 INPUT_GRADIENT = {
     "ieee": (Tile(64, 64, 16, 8, 4),),
     "tf32": (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
     "half": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 4)),
 }
-# For sums of up to `depth` products of 16-bit numbers, where every program gets several tiles of
-# rows: by the bytes that are loaded for an element of x, or of dy and y.
+# Stationary tiles, for 16-bit operands and sums of up to `depth` products, if every program gets
+# several tiles of rows. The keys are the bytes loaded for an element of x, or of dy and y.
 STATIONARY = {2: Tile(64, 64, 128, 4, 3), 4: Tile(64, 64, 128, 4, 2)}
-# Rows are outputs, columns inputs. With 64 rows wgmma would be used, whose operands of TF32 must be
-# transposed in shared memory: they would be copied there 4 bytes at a time.
+# Rows are outputs, columns are inputs. TF32 has no tile of 64 rows: Triton would then use wgmma,
+# which needs TF32 operands transposed in shared memory, and would copy them there 4 bytes at a
+# time.
 WEIGHT_GRADIENT = {
     "ieee": (Tile(64, 64, 16, 4, 4), Tile(32, 32, 16, 4, 3)),
     "tf32": (Tile(32, 32, 32, 4, 2),),
     "half": (Tile(128, 128, 16, 8, 4), Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 4)),
 }
 
-# Programs that keep a GPU busy: one for each multiprocessor of NVIDIA's H100.
+# Enough programs to keep a GPU busy: one for each multiprocessor of an NVIDIA H100.
 ENOUGH = 132
 
-# Sums over groups that are divided among programs: for how many times as many programs as that, and
-# of how many groups at least.
-PARTS_OF_ENOUGH = 4
-GROUPS_OF_PART = 4
+# Sums over groups are cut into chunks, to make up to CHUNKED_PROGRAMS times ENOUGH programs. A
+# chunk has at least GROUPS_OF_CHUNK groups.
+CHUNKED_PROGRAMS = 4
+GROUPS_OF_CHUNK = 4
 
-# Elements that a program adds up.
+# Elements per program of `sum_chunks_kernel`.
 SUM_BLOCK = 1024
 
 
@@ -596,12 +604,15 @@ def masked_linear(
     norm: Norm | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`harmodt::masked_linear`, and the last two arguments: those of `harmodt::norm_linear`."""
+    """Computes `harmodt::masked_linear`; with `norm` and `dtype`, `harmodt::norm_linear`.
+
+    It takes the arguments of their schemas.
+    """
     x = x.contiguous()
     groups, rows, inputs = x.shape
     outputs, dtype = len(weight), dtype or x.dtype
-    of_sum = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
-    y = torch.empty(groups, rows, outputs, dtype=of_sum, device=x.device)
+    y_dtype = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
+    y = torch.empty(groups, rows, outputs, dtype=y_dtype, device=x.device)
     plan = product_plan(FORWARD, x, dtype, inputs, outputs, x.element_size())
     threshold, factor = rate(drop)
     launch(
@@ -686,16 +697,16 @@ def masked_linear_input_gradient(
 
 
 def masked_linear_weight_gradients(*operands: list) -> None:
-    """`harmodt::masked_linear_weight_gradients`: two launches, or one if no sums are in parts."""
+    """Computes `harmodt::masked_linear_weight_gradients`. A second launch sums chunks."""
     layers = layers_of(*operands)
-    precision, tile, parts = weight_gradient_plan(layers)
-    described = [describe(layer, parts) for layer in layers]
+    precision, tile, chunks = weight_gradient_plan(layers)
+    kernel_layers = [kernel_layer(layer, chunks) for layer in layers]
     tiles = (tiles_of(layer, tile, with_bias=True) for layer in layers)
     launch(
         masked_linear_weight_gradients_kernel,
-        (sum(n * len(of.weight_out) for n, of in zip(tiles, described, strict=True)),),
-        layers=tuple(described),
-        LAYERS=len(described),
+        (sum(n * len(layer.weight_out) for n, layer in zip(tiles, kernel_layers, strict=True)),),
+        layers=tuple(kernel_layers),
+        LAYERS=len(kernel_layers),
         PRECISION="tf32" if precision == "tf32" else "ieee",
         BLOCK_N=tile.rows,
         BLOCK_K=tile.columns,
@@ -704,15 +715,15 @@ def masked_linear_weight_gradients(*operands: list) -> None:
         num_stages=tile.stages,
         enable_fp_fusion=True,
     )
-    add_parts(layers, described)
+    sum_chunks(layers, kernel_layers)
 
 
-def describe(layer: LayerGradients, parts: int) -> Layer:
-    """A layer as the kernel takes it, its sums in up to so many parts."""
+def kernel_layer(layer: LayerGradients, chunks: int) -> Layer:
+    """A layer as the kernel's argument, with sums over groups in up to `chunks` chunks."""
     dy, x, bias_bits = layer.dy.contiguous(), layer.x.contiguous(), layer.bias_bits
     groups, rows, inputs = x.shape
     weight_out, bias_out = layer.weight_out, layer.bias_out
-    each = groups_per_program(layer, parts)
+    each = groups_per_program(layer, chunks)
     if len(weight_out) != triton.cdiv(groups, each):
         weight_out = torch.empty(triton.cdiv(groups, each), *weight_out.shape[1:], device=x.device)
         bias_out = None if bias_out is None else weight_out.new_empty(weight_out.shape[:2])
@@ -734,9 +745,9 @@ def describe(layer: LayerGradients, parts: int) -> Layer:
         task_stride=layer.weight_bits.stride(0),
         bits_stride=layer.weight_bits.stride(1),
         bias_task_stride=0 if bias_bits is None else bias_bits.stride(0),
-        weight_part_stride=weight_out.stride(0),
+        weight_chunk_stride=weight_out.stride(0),
         weight_row_stride=weight_out.stride(1),
-        bias_part_stride=0 if bias_out is None else bias_out.stride(0),
+        bias_chunk_stride=0 if bias_out is None else bias_out.stride(0),
         seed=layer.seed,
         threshold=threshold,
         factor=factor,
@@ -745,21 +756,24 @@ def describe(layer: LayerGradients, parts: int) -> Layer:
     )
 
 
-def add_parts(layers: list[LayerGradients], described: list[Layer]) -> None:
-    """Write the sums that are in parts to where the layers want them, in one launch."""
+def sum_chunks(layers: list[LayerGradients], kernel_layers: list[Layer]) -> None:
+    """Sum the gradients that were computed in chunks into the layers' buffers, in one launch."""
     pairs = []
-    for layer, of in zip(layers, described, strict=True):
-        for parts, out in ((of.weight_out, layer.weight_out), (of.bias_out, layer.bias_out)):
-            if parts is not None and out is not None and parts is not out:
-                pairs.append((parts, out))
+    for layer, computed in zip(layers, kernel_layers, strict=True):
+        for chunks, out in (
+            (computed.weight_out, layer.weight_out),
+            (computed.bias_out, layer.bias_out),
+        ):
+            if chunks is not None and out is not None and chunks is not out:
+                pairs.append((chunks, out))
     if not pairs:
         return
     sums = [
-        Sum(parts, out, len(parts), math.prod(out.shape[:-1]), out.shape[-1], out.stride(-2))
-        for parts, out in pairs
+        Sum(chunks, out, len(chunks), math.prod(out.shape[:-1]), out.shape[-1], out.stride(-2))
+        for chunks, out in pairs
     ]
     launch(
-        sum_of_parts_kernel,
+        sum_chunks_kernel,
         (sum(triton.cdiv(out.numel(), SUM_BLOCK) for _, out in pairs),),
         sums=tuple(sums),
         BLOCK=SUM_BLOCK,
@@ -772,8 +786,8 @@ class Plan(NamedTuple):
     """How a product is divided among programs.
 
     Attributes:
-        stationary: whether a program keeps its tile of the weight for some tiles of a group's rows.
-        tiles_of_program: how many, else 1.
+        stationary: whether a program keeps its tile of the weight for several tiles of rows.
+        tiles_of_program: the number of these tiles, else 1.
     """
 
     precision: str
@@ -783,7 +797,7 @@ class Plan(NamedTuple):
     tiles_of_program: int = 1
 
     def options(self) -> dict[str, Any]:
-        """Arguments of a launch."""
+        """The arguments of a launch that follow from the plan."""
         return {
             "tiles_of_program": self.tiles_of_program,
             "PRECISION": "tf32" if self.precision == "tf32" else "ieee",
@@ -802,21 +816,27 @@ def product_plan(
     columns: int,
     loaded: int,
 ) -> Plan:
-    """Of products of a dtype with the groups and rows of x, so many columns, and sums so deep.
+    """The plan for a product.
 
     Args:
-        loaded: bytes for each element of x.
+        table: the tiles by precision.
+        x: gives the groups and the rows of the product.
+        dtype: the dtype of the product's operands.
+        depth: the number of products in a sum.
+        columns: the columns of the result.
+        loaded: bytes that are loaded for each element of x.
     """
     precision = precision_of(dtype)
     groups, rows, _ = x.shape
     tile = STATIONARY.get(loaded)
     if tile is not None and precision == "half" and depth <= tile.depth:
-        of_group, others = triton.cdiv(rows, tile.rows), groups * triton.cdiv(columns, tile.columns)
-        parts = triton.cdiv(2 * ENOUGH, others)
-        if 2 * parts <= of_group:
-            each = of_group // parts
+        row_tiles = triton.cdiv(rows, tile.rows)
+        others = groups * triton.cdiv(columns, tile.columns)
+        ranges = triton.cdiv(2 * ENOUGH, others)
+        if 2 * ranges <= row_tiles:
+            each = row_tiles // ranges
             tile = tile._replace(depth=max(32, triton.next_power_of_2(depth)))
-            return Plan(precision, tile, others * triton.cdiv(of_group, each), True, each)
+            return Plan(precision, tile, others * triton.cdiv(row_tiles, each), True, each)
     tile = largest_tile(table[precision], 2 * ENOUGH, groups, rows, columns)
     tiles = groups * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
     return Plan(precision, tile, tiles)
@@ -825,7 +845,7 @@ def product_plan(
 def largest_tile(
     tiles: tuple[Tile, ...], enough: int, results: int, rows: int, columns: int
 ) -> Tile:
-    """The first tile of which there are enough in results of rows by columns, else the last."""
+    """The first tile that gives enough tiles of `results` matrices [rows, columns], or the last."""
     for tile in tiles:
         if results * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns) >= enough:
             return tile
@@ -833,38 +853,38 @@ def largest_tile(
 
 
 def weight_gradient_plan(layers: list[LayerGradients]) -> tuple[str, Tile, int]:
-    """Precision and tile of the layers' weight gradients, and in how many parts sums are computed.
+    """The precision, the tile and the number of chunks for the layers' weight gradients.
 
-    The tile is the first that makes enough programs of all layers together. Where a sum is of many
-    groups they are divided among programs, `GROUPS_OF_PART` each at least, and so that all parts
-    take no more memory than the layers' inputs do.
+    The tile is the first that makes enough programs for all layers together. Sums over many groups
+    are cut into chunks of at least `GROUPS_OF_CHUNK` groups. All chunks together take no more
+    memory than the layers' inputs.
     """
     dtypes = {layer.dtype for layer in layers}
     precision = precision_of(torch.float32 if torch.float32 in dtypes else dtypes.pop())
     groups = min(len(layer.x) for layer in layers)
     sizes = 4 * sum(layer.weight_out[0].numel() for layer in layers)
     room = sum(layer.x.numel() * layer.dtype.itemsize for layer in layers) // sizes
-    most = max(1, min(groups // GROUPS_OF_PART, room))
+    most = max(1, min(groups // GROUPS_OF_CHUNK, room))
     for tile in WEIGHT_GRADIENT[precision]:
-        of_layers = [tiles_of(layer, tile) for layer in layers]
-        parts = min(most, triton.cdiv(PARTS_OF_ENOUGH * ENOUGH, sum(of_layers)))
+        layer_tiles = [tiles_of(layer, tile) for layer in layers]
+        chunks = min(most, triton.cdiv(CHUNKED_PROGRAMS * ENOUGH, sum(layer_tiles)))
         programs = (
-            tiles * triton.cdiv(len(layer.x), groups_per_program(layer, parts))
-            for tiles, layer in zip(of_layers, layers, strict=True)
+            tiles * triton.cdiv(len(layer.x), groups_per_program(layer, chunks))
+            for tiles, layer in zip(layer_tiles, layers, strict=True)
         )
         if sum(programs) >= ENOUGH:
             break
-    return precision, tile, parts
+    return precision, tile, chunks
 
 
 def tiles_of(layer: LayerGradients, tile: Tile, *, with_bias: bool = False) -> int:
-    """Tiles of a layer's weight, and those of its bias, which are a column beside them."""
+    """The number of tiles of a layer's weight; with the bias, one more column of tiles."""
     _, outputs, inputs = layer.weight_out.shape
     columns = triton.cdiv(inputs, tile.columns) + (with_bias and layer.bias_out is not None)
     return triton.cdiv(outputs, tile.rows) * columns
 
 
-def groups_per_program(layer: LayerGradients, parts: int) -> int:
-    """How many groups a program sums, in up to so many parts; one, if each group is wanted."""
+def groups_per_program(layer: LayerGradients, chunks: int) -> int:
+    """The number of groups that a program sums: 1 if each group's gradient is needed."""
     groups = len(layer.x)
-    return 1 if len(layer.weight_out) == groups else triton.cdiv(groups, parts)
+    return 1 if len(layer.weight_out) == groups else triton.cdiv(groups, chunks)

@@ -1,1 +1,1 @@
-"""The CPU kernels: a C library, which CMake builds, and its loader."""
+"""The C library of the CPU kernels, which CMake builds, and its loader."""

@@ -1,4 +1,4 @@
-// The C interface. The kernels for this machine are chosen when the library is loaded.
+// Implements the C interface. When the library is loaded, it selects the kernels for this machine.
 
 #include <cstdlib>
 #include <cstring>
@@ -23,15 +23,17 @@ extern const Kernels kernels_amx;
 namespace {
 
 #ifdef HARMODT_AMX
-// Whether there are matrix units for bf16 and Linux lets this process use them, which it must ask.
+// Whether the processor has matrix units for bf16 and Linux permits this process to use them. A
+// process must ask Linux for this permission.
 bool has_amx() {
-  constexpr int request_permission = 0x1023, tile_data = 18;  // of arch_prctl(2), of XSAVE
+  // ARCH_REQ_XCOMP_PERM of arch_prctl(2), and the XSAVE component of the tile data.
+  constexpr int request_permission = 0x1023, tile_data = 18;
   return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
          syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
 #endif
 
-// What this machine has, the best first.
+// The kernels that this machine can run, the fastest first.
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> found;
 #ifdef HARMODT_X86
@@ -63,7 +65,7 @@ void* scratch(uint64_t bytes) {
   if (bytes > size) {
     size = (bytes + 4095) / 4096 * 4096;
     memory.reset(std::aligned_alloc(64, size));
-    if (!memory) std::abort();  // there is no way back from a parallel region
+    if (!memory) std::abort();  // an error cannot leave a parallel region
   }
   return memory.get();
 }

@@ -1,7 +1,8 @@
-// The kernels for one instruction set, HARMODT_ISA, whose flags this file is compiled with.
+// The kernels for one instruction set, HARMODT_ISA. CMake compiles this file once with the flags of
+// each instruction set.
 //
-// Products are contracted to fused multiply-adds where the code says so and nowhere else
-// (-ffp-contract=off): the roundings of scores and of AdamW are PyTorch's.
+// -ffp-contract=off: the compiler forms no fused multiply-adds of its own, only the code's explicit
+// ones. So scores and AdamW round exactly as PyTorch does.
 
 #include "attention/attention.h"
 #include "dropout_add/dropout_add.h"

@@ -1,8 +1,8 @@
-// What dispatch.cpp and the kernels of each instruction set share. Operations are included by their
-// folder: kernels/ is on the path.
+// The interface between dispatch.cpp and the kernels of each instruction set. kernels/ is on the
+// include path, so operations are included by their folder.
 //
-// The kernels include no standard library code: a template that is compiled for AVX-512 there could
-// be the copy that the linker keeps for everyone.
+// The kernels include no code of the standard library: if such a template were compiled for AVX-512,
+// the linker could keep that copy for all instruction sets.
 #pragma once
 
 #include "harmodt.h"
@@ -40,15 +40,16 @@ struct Kernels {
                              float* tokens, int threads);
   void (*token_embedding_gradient)(const harmodt_embedding_shape&, const float* d_tokens,
                                    float* const* gradients, int threads);
-  // Each task in `parts`; keys are [tasks][parts][2][capacity], counts [tasks][parts][4].
-  void (*select_harmony)(const harmodt_selection_operands&, int64_t parts, int64_t capacity,
+  // Cuts each task's words into `chunks`. keys are [tasks][chunks][2][capacity], counts
+  // [tasks][chunks][4].
+  void (*select_harmony)(const harmodt_selection_operands&, int64_t chunks, int64_t capacity,
                          int64_t* keys, int64_t* counts, uint8_t* refused, int threads);
   void (*masked_adamw)(const harmodt_adamw_operands&, int threads);
   int64_t (*multiply_adds)(int64_t repeats, bool bf16, int threads);
 };
 
-// Those in use.
+// The kernels in use.
 const Kernels& kernels();
 
-// Memory of the calling thread, aligned to 64 bytes and kept from call to call.
+// Scratch memory of the calling thread, aligned to 64 bytes. The next call may return the same memory.
 void* scratch(uint64_t bytes);

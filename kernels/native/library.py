@@ -19,7 +19,7 @@ from torch import Tensor
 PATH = Path(__file__).with_name("libharmodt.so")
 
 ISA_VARIABLE = "HARMODT_ISA"
-"""Environment variable that holds the kernels to an instruction set, read when they are loaded."""
+"""Environment variable that names the instruction set of the kernels. Read when they are loaded."""
 
 
 class LinearShape(Structure):
@@ -87,7 +87,7 @@ class AdamWOperands(Structure):
         ("norm", c_void_p),
         *((name, c_float) for name in ("max_norm", "first_rate", "second_rate")),
         *((name, c_float) for name in ("epsilon", "weight_decay")),
-        ("rates", c_void_p),
+        ("lr_and_corrections", c_void_p),
     ]
 
 
@@ -140,7 +140,7 @@ _STRUCTURES: dict[str, type[Structure]] = {
 }
 
 _P, _THREADS = c_void_p, c_int
-_DROPOUT = c_float, c_void_p  # its probability and seed
+_DROPOUT = c_float, c_void_p  # probability and seed
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "harmodt_size_of": (c_int64, [c_char_p]),
     "harmodt_isa": (c_char_p, []),
@@ -193,11 +193,11 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 
 
 def why_missing() -> str | None:
-    """What is wrong with the library, or None if it can be used."""
+    """Why the library cannot be used, or None if it can."""
     return _why_missing(PATH, os.environ.get(ISA_VARIABLE))
 
 
-@functools.cache  # asked at every call of an operation
+@functools.cache  # every call of an operation asks
 def _why_missing(path: Path, wanted: str | None) -> str | None:
     if not path.exists():
         return (
@@ -214,7 +214,7 @@ def _why_missing(path: Path, wanted: str | None) -> str | None:
 
 
 def library() -> Any:
-    """The library, with the types of its functions; in `noting`, one that tells of its calls."""
+    """The loaded library. Inside `noting`, a wrapper that reports each call."""
     loaded, note = _load(PATH), getattr(_NOTING, "note", None)
     return loaded if note is None else _Noted(loaded, note)
 
@@ -225,8 +225,7 @@ _NOTING = threading.local()
 
 @contextlib.contextmanager
 def noting(note: Note) -> Iterator[None]:
-    """Call `note` with every function of the library that this thread calls, its arguments and what
-    it returned."""
+    """Call `note` after each call of the library by this thread: function, arguments, result."""
     _NOTING.note = note
     try:
         yield
@@ -256,14 +255,14 @@ def isa() -> str:
 
 @functools.cache
 def _load(path: Path) -> ctypes.CDLL:
-    """Load a library and compare it with what is declared here.
+    """Load a library and compare its functions and structures with the declarations here.
 
     Raises:
-        OSError: it is not whole, or has structures of other sizes.
-        AttributeError: it lacks a function.
+        OSError: the file is truncated, or a structure has another size.
+        AttributeError: the library lacks a function.
     """
     _check_whole(path)
-    # PyTorch was imported before: the library's OpenMP is PyTorch's, which is loaded already.
+    # PyTorch is imported above, so the library uses the OpenMP that PyTorch has loaded.
     loaded = ctypes.CDLL(str(path))
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(loaded, name)
@@ -271,20 +270,20 @@ def _load(path: Path) -> ctypes.CDLL:
     for name, structure in _STRUCTURES.items():
         built, here = loaded.harmodt_size_of(name.encode()), ctypes.sizeof(structure)
         if built != here:
-            raise OSError(f"its {name} has {built} bytes and is declared with {here}")
+            raise OSError(f"its {name} has {built} bytes where this version of harmodt has {here}")
     return loaded
 
 
 def _check_whole(path: Path) -> None:
-    """Raise OSError if the file ends early: the system would end the process that loads it."""
+    """Raise OSError if the file is truncated: loading it would kill the process."""
     with path.open("rb") as file:
         header = file.read(64)
     if not header.startswith(b"\x7fELF\x02\x01"):
-        return  # not 64-bit ELF, little-endian: the loader knows what it is
-    # The table of sections, which linkers write last: where it is, and size and number of entries.
+        return  # the file is no little-endian 64-bit ELF: the loader reports that
+    # Linkers write the table of sections last: read its start, and its entries' size and number.
     _, start, _, _, _, _, size, number, _ = struct.unpack_from("<QQIHHHHHH", header.ljust(64), 32)
     if path.stat().st_size < start + size * number:
-        raise OSError("its end is missing")
+        raise OSError("the end of the file is missing")
 
 
 def pointer(tensor: Tensor | None) -> int | None:
@@ -293,17 +292,17 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 
 def pointer_to_ids(task_ids: Tensor, tasks: int) -> int | None:
-    """The address of task ids, by which the library finds masks in memory.
+    """The address of task ids. They are checked, because the library indexes masks with them.
 
     Raises:
-        IndexError: there is no such task.
+        IndexError: a task id is below 0, or not below `tasks`.
     """
     for task in task_ids.tolist():
         if not 0 <= task < tasks:
-            raise IndexError(f"task_ids holds {task}, and there are the masks of {tasks} tasks")
+            raise IndexError(f"task_ids holds {task}, but there are masks for {tasks} tasks only")
     return pointer(task_ids)
 
 
 def threads() -> int:
-    """As many as PyTorch uses."""
+    """The number of threads that PyTorch uses."""
     return torch.get_num_threads()

@@ -1,4 +1,4 @@
-// As many multiply-adds as a core can do: what products are measured against.
+// Measures the peak rate of multiply-adds. Benchmarks compare the products with it.
 #pragma once
 
 #include <type_traits>
@@ -8,8 +8,8 @@
 
 namespace {
 
-// Independent multiply-adds on every thread, as products in float32 or bf16 use them, without
-// loading anything. Returns how many floating-point operations they were.
+// Runs independent multiply-adds on every thread: the instructions that products use in float32 or
+// bf16 (Pairs), but without loads. Returns the number of floating-point operations.
 template <bool Pairs>
 int64_t multiply_adds(int64_t repeats, int threads) {
   constexpr int64_t sums = HARMODT_WIDTH == 16 ? 24 : HARMODT_WIDTH == 8 ? 12 : 8;
@@ -20,7 +20,7 @@ int64_t multiply_adds(int64_t repeats, int threads) {
       continue;
     }
     Vec total[sums];
-    for (int i = 0; i < sums; ++i) {  // GCC would compute equal sums once
+    for (int i = 0; i < sums; ++i) {  // asm hides that all sums are equal: GCC would compute one
       total[i] = Vec{};
       asm volatile("" : "+x"(total[i]));
     }

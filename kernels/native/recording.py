@@ -1,7 +1,7 @@
-"""A computation on a CPU, recorded as the calls that it makes, which are then all that is made.
+"""Records the operations of a computation on a CPU and replays them without Python's work.
 
-Between them Python, PyTorch's dispatcher and autograd choose operations, check them and make
-tensors: for a step that is the same each time, once is enough.
+Python, PyTorch's dispatcher and autograd choose operations, check operands and allocate tensors. A
+training step does the same each time, so a replay leaves all of this out.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ _PRODUCTS = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 
 class CannotRecord(RuntimeError):
-    """The computation does what cannot be repeated from a record."""
+    """The computation contains an operation that a replay cannot repeat."""
 
 
 class Recording:
-    """A function's computation: done once, as it is recorded, and then repeated.
+    """Runs a function once, records its operations, and replays them.
 
-    What Python reads and computes is not repeated, so the function must read its inputs from
-    tensors that stay where they are. Nor is anything checked again that Python checked: task ids
-    must stay those of tasks that there are. Tensors that it makes lie in memory of the recording,
-    where each takes the place of one that was gone before.
+    A replay runs no Python of the function. So the function must read its inputs from tensors whose
+    addresses never change. A replay also skips the checks of operands: task ids must stay valid.
+    Tensors that the function allocates lie in the recording's memory. When a tensor is freed, a
+    later one can take its block.
 
     Args:
         function: computes a tensor from tensors on the CPU.
-        memory: of other recordings too, if they take turns: repeating one loses what another has
-            computed. None: its own.
+        memory: memory that several recordings share, if they take turns: replaying one overwrites
+            the results of the others. None gives the recording memory of its own.
 
     Attributes:
-        result: what the function returned; where it is written again.
+        result: the tensor that the function returned. Each replay writes the new result into it.
 
     Raises:
         CannotRecord: the function reads a tensor's value, or draws from PyTorch's generators.
@@ -55,15 +55,15 @@ class Recording:
     def __init__(self, function: Callable[[], Tensor], memory: RecordingMemory | None = None):
         self.calls: list[functools.partial[Any]] = []
         self._memory = memory or RecordingMemory()
-        self._precision: str | None = None  # of the products of PyTorch that were noted last
+        self._precision: str | None = None  # of the PyTorch products recorded last
         with _Noticing(self), noting(self._note_call):
             self.result = function()
 
-    def repeat(self) -> None:
-        """Compute everything again, from what the inputs are now, into the same places.
+    def replay(self) -> None:
+        """Run the recorded operations on the inputs' current values, into the same tensors.
 
         Raises:
-            RuntimeError: a call of the library ended otherwise than when it was recorded.
+            RuntimeError: a function of the C library returned another value than when recorded.
         """
         before = _PRODUCTS.fp32_precision
         try:
@@ -75,38 +75,38 @@ class Recording:
 
     @property
     def nbytes(self) -> int:
-        """The size of its memory."""
+        """Bytes of the recording's memory."""
         return self._memory.nbytes
 
     def check(self, func: Any, args: Any) -> None:
-        """Raise CannotRecord if an operation of PyTorch cannot be repeated."""
+        """Raise CannotRecord if a replay cannot repeat an operation of PyTorch."""
         refused = not _REFUSED.isdisjoint(func.tags)
-        if func._opname.startswith("index"):  # by numbers, sizes are always the same
+        if func._opname.startswith("index"):  # only a bool index gives a result of varying size
             refused = any(tensor.dtype == torch.bool for tensor in _tensors(args[1:2]))
         if refused:
-            raise CannotRecord(f"{func.name()} cannot be repeated")
+            raise CannotRecord(f"a recording cannot replay {func.name()}")
 
     def note(self, func: Any, args: Any, kwargs: Any, result: Any) -> Any:
-        """Note an operation of PyTorch and its result; returns that as it lies in our memory."""
-        given = {_place(tensor) for tensor in _tensors((args, kwargs))}
+        """Record an operation of PyTorch. Returns its result, copied to the recording's memory."""
+        inputs = {_address(tensor) for tensor in _tensors((args, kwargs))}
 
         def moved(tensor: Tensor) -> Tensor:
-            return tensor if _place(tensor) in given else self._memory.copy(tensor)
+            return tensor if _address(tensor) in inputs else self._memory.copy(tensor)
 
         result = tree_map_only(Tensor, moved, result)
-        made = [None if _place(tensor) in given else tensor for tensor in _tensors(result)]
-        changes = func._schema.is_mutable or made.count(None) < len(made)
+        new = [None if _address(tensor) in inputs else tensor for tensor in _tensors(result)]
+        changes = func._schema.is_mutable or new.count(None) < len(new)
         if changes and "empty" not in func._opname:
             self._note_precision()
-            self.calls.append(_repetition(func, *self.operands(made, args, kwargs)))
+            self.calls.append(_replay_call(func, *self.operands(new, args, kwargs)))
         return result
 
-    def operands(self, *given: Any) -> Any:
-        """What a call is given, tensors of ours as they may be kept: without their memory."""
-        return tree_map_only(Tensor, self._memory.kept, given)
+    def operands(self, *arguments: Any) -> Any:
+        """A call's arguments, with tensors that do not keep the recording's blocks from reuse."""
+        return tree_map_only(Tensor, self._memory.without_ownership, arguments)
 
     def _note_precision(self) -> None:
-        """Note PyTorch's switch for products where it changes; our kernels are told by operands."""
+        """Record a change of PyTorch's switch for products. Our kernels get it as an operand."""
         if self._precision != _PRODUCTS.fp32_precision:
             self._precision = _PRODUCTS.fp32_precision
             self.calls.append(functools.partial(_multiply_in, self._precision))
@@ -114,12 +114,12 @@ class Recording:
     def _note_call(self, function: Any, arguments: tuple[Any, ...], returned: Any) -> None:
         call = functools.partial(function, *arguments)
         if returned is not None:
-            call = functools.partial(_returning, returned, function, *arguments)
+            call = functools.partial(_check_returned, returned, function, *arguments)
         self.calls.append(call)
 
 
 class _Noticing(TorchDispatchMode):
-    """Tells a recording what PyTorch computes; of an operation of ours, what it is made of."""
+    """Reports PyTorch's operations to a recording. Our own operations report their inner ones."""
 
     def __init__(self, recording: Recording):
         super().__init__()
@@ -127,7 +127,7 @@ class _Noticing(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """No: that would import the whole compiler, which takes 150 MB."""
+        """False: True would import the whole compiler, which takes 150 MB."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -135,7 +135,7 @@ class _Noticing(TorchDispatchMode):
         if func.namespace == "harmodt":
             with self:
                 return kernel(func._opname)(*args, **kwargs)
-        with self:  # what is made of other operations is noted as those
+        with self:  # a composite operation is recorded as the operations that it consists of
             result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
@@ -144,7 +144,7 @@ class _Noticing(TorchDispatchMode):
 
 
 class RecordingMemory:
-    """Memory for tensors, which is free again once they are gone."""
+    """Memory for tensors. A tensor's block is free for reuse when the tensor is freed."""
 
     def __init__(self) -> None:
         self._blocks: dict[int, Tensor] = {}  # uint8, by address
@@ -155,7 +155,7 @@ class RecordingMemory:
         return sum(map(len, self._blocks.values()))
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """A tensor's copy here. Its block is free again when its storage is gone."""
+        """Copy a tensor into this memory. Its block becomes free when the copy's storage is."""
         block = self._block(max(tensor.untyped_storage().nbytes(), 1))
         lent = block.numpy()[:]
         weakref.finalize(lent, _give_back, weakref.ref(self), block).atexit = False
@@ -164,9 +164,9 @@ class RecordingMemory:
     def give_back(self, block: Tensor) -> None:
         self._free[block.data_ptr()] = block
 
-    def kept(self, tensor: Tensor) -> Tensor:
-        """The tensor, or if it lies here, one in its place that does not keep the block."""
-        block = self._blocks.get(_place(tensor))
+    def without_ownership(self, tensor: Tensor) -> Tensor:
+        """For a tensor in this memory, a view that does not keep its block; else the tensor."""
+        block = self._blocks.get(_address(tensor))
         return tensor if block is None else _view(tensor, block)
 
     def _block(self, size: int) -> Tensor:
@@ -179,7 +179,7 @@ class RecordingMemory:
 
 
 def _give_back(memory: weakref.ref[RecordingMemory], block: Tensor) -> None:
-    """Give back a block, unless its memory is gone: what is lent does not keep the rest."""
+    """Give back a block if the memory still exists: a lent block does not keep the memory alive."""
     if (there := memory()) is not None:
         there.give_back(block)
 
@@ -188,12 +188,13 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _place(tensor: Tensor) -> int:
+def _address(tensor: Tensor) -> int:
+    """The address of a tensor's storage."""
     return tensor.untyped_storage().data_ptr()
 
 
 def _view(like: Tensor, memory: Tensor) -> Tensor:
-    """A tensor of the type, shape and strides of another, in some memory."""
+    """A tensor in `memory` with the dtype, shape and strides of `like`."""
     found = torch.empty(0, dtype=like.dtype)
     storage = memory.untyped_storage()
     return found.set_(storage, like.storage_offset(), like.shape, like.stride())
@@ -203,26 +204,27 @@ def _multiply_in(precision: str) -> None:
     _PRODUCTS.fp32_precision = precision
 
 
-def _repetition(
-    func: Any, made: list[Tensor | None], args: Any, kwargs: Any
+def _replay_call(
+    func: Any, new: list[Tensor | None], args: Any, kwargs: Any
 ) -> functools.partial[Any]:
-    """A call that computes an operation again.
+    """The call that replays an operation.
 
     Args:
-        made: of the tensors that it returned, those that it made, in which the new values go.
+        new: for each tensor that the operation returned: the tensor if the operation allocated it,
+            None if it is one of the inputs. The replay writes its results into these tensors.
     """
-    if func is torch.ops.aten.clone.default and made[0] is not None:  # its other form copies twice
-        return functools.partial(torch.ops.aten.copy_.default, made[0], args[0])
-    form = _writing_form(func)
-    if form is None:
-        return functools.partial(_again, func, made, args, kwargs)
+    if func is torch.ops.aten.clone.default and new[0] is not None:  # clone's out form copies twice
+        return functools.partial(torch.ops.aten.copy_.default, new[0], args[0])
+    out_form = _out_form(func)
+    if out_form is None:
+        return functools.partial(_compute_and_copy, func, new, args, kwargs)
     options = {name: value for name, value in kwargs.items() if name not in _OPTIONS}
-    return functools.partial(form, *args, **options, out=made[0])
+    return functools.partial(out_form, *args, **options, out=new[0])
 
 
 @functools.cache
-def _writing_form(func: Any) -> Any:
-    """The form of an operation that writes its result to a tensor `out`, if there is one."""
+def _out_form(func: Any) -> Any:
+    """The overload of an operation that writes its result to a tensor `out`, or None."""
     arguments = _arguments(func)
     for overload in func.overloadpacket.overloads():
         form = getattr(func.overloadpacket, overload)
@@ -231,23 +233,25 @@ def _writing_form(func: Any) -> Any:
     return None
 
 
-_OPTIONS = ("dtype", "layout", "device", "pin_memory")  # which `out` has
+_OPTIONS = ("dtype", "layout", "device", "pin_memory")  # an `out` form takes them from `out`
 
 
 def _arguments(func: Any) -> list[tuple[str, str]]:
-    """Names and types of an operation's arguments."""
+    """Names and types of an operation's arguments, without those of `_OPTIONS`."""
     arguments = func._schema.arguments
     return [(a.name, str(a.type)) for a in arguments if a.name not in _OPTIONS]
 
 
-def _again(func: Any, made: list[Tensor | None], args: Any, kwargs: Any) -> None:
-    for old, new in zip(made, _tensors(func(*args, **kwargs)), strict=True):
-        if old is not None:
-            old.copy_(new)
+def _compute_and_copy(func: Any, outputs: list[Tensor | None], args: Any, kwargs: Any) -> None:
+    for output, computed in zip(outputs, _tensors(func(*args, **kwargs)), strict=True):
+        if output is not None:
+            output.copy_(computed)
 
 
-def _returning(expected: Any, function: Any, *arguments: Any) -> None:
-    """Call a function that returns what it returned before."""
+def _check_returned(expected: Any, function: Any, *arguments: Any) -> None:
+    """Call a function, and raise RuntimeError if it does not return what is expected."""
     returned = function(*arguments)
     if returned != expected:
-        raise RuntimeError(f"{function.__name__} returned {returned}, and {expected} before")
+        raise RuntimeError(
+            f"{function.__name__} returned {returned} in a replay, but {expected} when recorded"
+        )

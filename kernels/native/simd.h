@@ -1,4 +1,5 @@
-// A SIMD register of floats, as wide as the instruction set of the including file allows.
+// SIMD registers of floats and their operations, as wide as the instruction set that the including
+// file is compiled for.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +16,7 @@
 #define HARMODT_WIDTH 4
 #endif
 
-// Everything is compiled once for each instruction set, hence without external linkage.
+// Everything is compiled once for each instruction set, so nothing may have external linkage.
 namespace {
 
 constexpr int kWidth = HARMODT_WIDTH;
@@ -29,27 +30,30 @@ inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(
 inline IntVec load(const int32_t* p) { return *reinterpret_cast<const UnalignedIntVec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
 inline void store(int32_t* p, IntVec v) { *reinterpret_cast<UnalignedIntVec*>(p) = v; }
-inline Vec splat(float x) { return x - Vec{}; }  // x + 0 would be an addition: -0 + 0 is 0
+inline Vec splat(float x) { return x - Vec{}; }  // GCC could not drop x + 0, because -0 + 0 is 0
 inline IntVec splat(int32_t x) { return IntVec{} + x; }
 
-// The low bits, one for each lane; all of them where at least a register is left.
+// A mask of the lanes that hold the `left` last elements: one low bit per lane, and all bits if the
+// elements fill the register.
 inline uint32_t lanes_left(int64_t left) {
   return left >= kWidth ? ~0u : left <= 0 ? 0u : (1u << left) - 1;
 }
 
-// The bits of the lanes from element `at` of a packed mask on; `at` is a multiple of the width.
+// The bits of a packed mask from element `at` on, which is a multiple of the width. Higher bits than
+// the lanes' may be set.
 inline uint32_t bits_at(const int32_t* words, int64_t at) {
   return static_cast<uint32_t>(words[at >> 5]) >> (at & 31);
 }
 
-// All ones in the lanes whose bit is set.
+// Every bit of a lane is 1 if the lane's bit is set, else 0.
 inline IntVec expand(uint32_t bits) {
-  IntVec place;
-  for (int i = 0; i < kWidth; ++i) place[i] = 1 << i;
-  return (splat(static_cast<int32_t>(bits)) & place) != 0;
+  IntVec lane_bit;
+  for (int i = 0; i < kWidth; ++i) lane_bit[i] = 1 << i;
+  return (splat(static_cast<int32_t>(bits)) & lane_bit) != 0;
 }
 
-// Lanes whose bit is set; others are 0 when loaded and stay as they are when stored.
+// These touch only the lanes whose bit is set. A load gives 0 in the others; a store leaves their
+// memory as it is.
 #if defined(__AVX512F__)
 inline Vec keep(Vec v, uint32_t bits) { return (Vec)_mm512_maskz_mov_ps(bits, (__m512)v); }
 inline Vec load(const float* p, uint32_t bits) { return (Vec)_mm512_maskz_loadu_ps(bits, p); }
@@ -64,7 +68,7 @@ inline Vec load(const float* p, uint32_t bits) {
   return (Vec)_mm256_maskload_ps(p, (__m256i)expand(bits));
 }
 inline void store(float* p, Vec v, uint32_t bits) {
-  if ((bits & 0xff) == 0xff) return store(p, v);  // as above
+  if ((bits & 0xff) == 0xff) return store(p, v);  // masked stores are slow on some processors
   _mm256_maskstore_ps(p, (__m256i)expand(bits), (__m256)v);
 }
 #else
@@ -81,7 +85,7 @@ inline void store(float* p, Vec v, uint32_t bits) {
 #endif
 #endif
 
-// One bit for each lane that is all ones.
+// One bit per lane: 1 if all bits of the lane are 1. Lanes are all ones or all zeros.
 inline uint32_t to_bits(IntVec lanes) {
 #if defined(__AVX512F__)
   return _mm512_movepi32_mask((__m512i)lanes);
@@ -94,7 +98,7 @@ inline uint32_t to_bits(IntVec lanes) {
 #endif
 }
 
-// a * b + c in one rounding, where the instruction set has it.
+// a * b + c, with one rounding if the instruction set has fused multiply-adds.
 inline Vec fused_multiply_add(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -121,11 +125,11 @@ inline Vec magnitude(Vec v) { return (Vec)((IntVec)v & 0x7fffffff); }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Of functions, where `inline` is no more than a hint, and of lambdas.
+// Forces inlining: for functions `inline` is only a hint, and lambdas have no such keyword.
 #define HARMODT_ALWAYS_INLINE __attribute__((always_inline))
 
-// body(i) for i < Count, each a constant of its own: an array of registers at places that the
-// compiler knows from the start never gets a place in memory.
+// Calls body(i) for each i < Count, where i is a compile-time constant. The compiler keeps an array in
+// registers only if every index is such a constant.
 template <class Body, int... I>
 HARMODT_ALWAYS_INLINE inline void call_each(const Body& body, std::integer_sequence<int, I...>) {
   (body(std::integral_constant<int, I>{}), ...);
@@ -162,12 +166,12 @@ inline IntVec pair_bf16(Vec first, Vec second) {
   return (IntVec)_mm512_permutexvar_epi16((__m512i)interleaved, (__m512i)both);
 }
 
-// Two registers of neighbours as pairs: lane i holds elements 2 i and 2 i + 1.
+// The elements of a, then of b, as bf16 pairs: lane i holds elements 2 i and 2 i + 1.
 inline IntVec pair_neighbours(Vec a, Vec b) {
   return (IntVec)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
 }
 #else
-// bf16, rounded to nearest even, in the high half of each lane; the low half is noise.
+// Rounds to bf16 (nearest even) in the high half of each lane. The low half is undefined.
 inline IntVec round_bf16(Vec v) {
   IntVec bits = (IntVec)v;
   IntVec rounded = bits + 0x7fff + ((bits >> 16) & 1);
@@ -180,7 +184,7 @@ inline IntVec pair_bf16(Vec first, Vec second) {
   return low | (round_bf16(second) & static_cast<int32_t>(0xffff0000));
 }
 
-// Two registers of neighbours as pairs: lane i holds elements 2 i and 2 i + 1.
+// The elements of a, then of b, as bf16 pairs: lane i holds elements 2 i and 2 i + 1.
 inline IntVec pair_neighbours(Vec a, Vec b) {
   IntVec even, odd;
   for (int i = 0; i < kWidth; ++i) {
@@ -191,7 +195,7 @@ inline IntVec pair_neighbours(Vec a, Vec b) {
 }
 #endif
 
-// total + a * b, or for pairs of bf16, total + a.low * b.low + a.high * b.high.
+// total + a * b. For pairs of bf16: total + a.low * b.low + a.high * b.high.
 inline Vec multiply_add(Vec total, Vec a, Vec b) { return fused_multiply_add(a, b, total); }
 inline Vec multiply_add(Vec total, IntVec a, IntVec b) {
 #if defined(__AVX512BF16__)

@@ -1,4 +1,4 @@
-"""The masked linear layer behind a masked LayerNorm, in one operation."""
+"""A masked LayerNorm and the masked linear layer after it, in one operation."""
 
 from .operation import norm_linear
 

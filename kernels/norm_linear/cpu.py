@@ -1,4 +1,4 @@
-"""The masked linear layer behind a masked LayerNorm on a CPU: passes tensors to the C library."""
+"""Passes the tensors of a masked LayerNorm and the linear layer after it to the C library."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def norm_linear(
     relu: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Its arguments are the operands of the registered operation, one by one."""
+    """Computes `harmodt::norm_linear`, with the arguments of its schema."""
     linear.check_dtype(dtype)
     x, weight, bias = x.contiguous(), weight.float(), None if bias is None else bias.float()
     groups, rows, inputs = x.shape

@@ -1,4 +1,5 @@
-// The masked linear layer behind a LayerNorm: its kernels normalise x where they read it.
+// A masked LayerNorm and the masked linear layer after it. The layer's kernels normalise x while they
+// read it.
 #pragma once
 
 #include "masked_layer_norm/masked_layer_norm.h"
@@ -6,7 +7,7 @@
 
 namespace {
 
-// A row under a mask, as a whole.
+// Copies a whole row with its mask applied.
 void copy(const MaskedRow& row, float* out) {
   for (int64_t j = 0; j < row.size; j += kWidth) store(out + j, row.at(j), lanes_left(row.size - j));
 }
@@ -18,9 +19,9 @@ void norm_linear(const harmodt_linear_shape& s, const harmodt_layer_norm_shape& 
                  int threads) {
   layer_norm_statistics(norm, x, statistics, threads);
   for (int64_t group = 0; group < s.groups; ++group) {
-    float* of_group = affine + group * 2 * s.inputs;
-    copy({gain, weight_bits_of(norm, group), s.inputs}, of_group);
-    copy({shift, bias_bits_of(norm, group), s.inputs}, of_group + s.inputs);
+    float* group_affine = affine + group * 2 * s.inputs;
+    copy({gain, weight_bits_of(norm, group), s.inputs}, group_affine);
+    copy({shift, bias_bits_of(norm, group), s.inputs}, group_affine + s.inputs);
   }
   masked_linear<Pairs>(s, {statistics, affine}, x, weight, bias, relu, {}, y, threads);
 }

@@ -1,4 +1,4 @@
-"""The definition of the masked linear layer behind a masked LayerNorm, in plain PyTorch."""
+"""Defines a masked LayerNorm and the masked linear layer after it in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..masked_linear.reference import masked_linear
 from ..masks import LayerMasks
 
 
-def in_parts(
+def norm_then_linear(
     layer_norm: Callable[..., tuple[Tensor, Tensor]],
     linear: Callable[..., Tensor],
     x: Tensor,
@@ -27,21 +27,22 @@ def in_parts(
     epsilon: float = 1e-5,
     relu: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """linear(layer_norm(x)), with which a residual branch begins.
+    """linear(layer_norm(x)), the start of a residual branch.
 
     Args:
-        layer_norm, linear: `masked_layer_norm` and `masked_linear` of some implementation. All
-            other arguments are those of `norm_linear`, of every implementation.
+        layer_norm, linear: `masked_layer_norm` and `masked_linear` of one implementation. The other
+            arguments are those of `norm_linear`.
         x: [G, R, K], one task per group.
         gain, shift: [K], weight and bias of the LayerNorm.
-        weight, bias: [N, K] and [N] or None, of the linear layer.
-        norm_masks, masks: of the two, with the same `task_ids`.
+        weight, bias: [N, K] and [N] (or None), weight and bias of the linear layer.
+        norm_masks, masks: the masks of the LayerNorm and of the linear layer. Their `task_ids` are
+            one tensor.
         epsilon: added to the variance.
         relu: apply max(0, y) to the output.
 
     Returns:
-        y, [G, R, N], in the dtype of x, under autocast in the autocast dtype; and x itself, for the
-        residual sum of the branch.
+        y, [G, R, N], in the dtype of x (under autocast, in the autocast dtype); and x itself, for
+        the residual sum of the branch.
     """
     autocast = torch.is_autocast_enabled(x.device.type)
     normalised, x = layer_norm(
@@ -59,5 +60,5 @@ def in_parts(
 
 
 def norm_linear(*operands: Any, **settings: Any) -> tuple[Tensor, Tensor]:
-    """`in_parts` of this implementation."""
-    return in_parts(masked_layer_norm, masked_linear, *operands, **settings)
+    """`norm_then_linear` with the operations of this implementation."""
+    return norm_then_linear(masked_layer_norm, masked_linear, *operands, **settings)

@@ -1,4 +1,4 @@
-"""The masked linear layer behind a masked LayerNorm: the kernel of the masked linear layer."""
+"""A masked LayerNorm and the linear layer after it: the masked linear layer's kernel does both."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def norm_linear(
     relu: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Its arguments are the operands of the registered operation, one by one."""
+    """Computes `harmodt::norm_linear`, with the arguments of its schema."""
     groups, rows, inputs = x.shape
     norm = layer.Norm(
         gain=gain,
@@ -35,7 +35,7 @@ def norm_linear(
         epsilon=epsilon,
         statistics=torch.empty(groups, rows, 2, device=x.device),
         affine=torch.empty(groups, 2, inputs, device=x.device),
-        # Without rows no program begins a group.
+        # The kernel writes zeros, but without rows no program runs.
         arrivals=(torch.empty if rows else torch.zeros)(groups, dtype=torch.int32, device=x.device),
     )
     masks = weight_bits, bias_bits, task_ids

@@ -1,4 +1,4 @@
-"""The tokens of time steps: a linear layer for each kind, and the time step's embedding."""
+"""The token embedding: a linear layer for each kind of token, and an embedding of the timestep."""
 
 from .operation import token_embedding
 

@@ -1,4 +1,4 @@
-"""The token embedding on a CPU: passes tensors to the C library."""
+"""Passes the tensors of the token embedding to the C library."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def token_embedding(
     )
     if beyond >= 0:
         raise IndexError(
-            f"timesteps holds {int(timesteps.view(-1)[beyond])}, and the table has {rows} rows"
+            f"timesteps holds {int(timesteps.view(-1)[beyond])}, but the table has {rows} rows"
         )
     return tokens
 

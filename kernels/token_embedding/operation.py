@@ -1,4 +1,4 @@
-"""The token embedding as PyTorch sees it: the public function and the registered operations."""
+"""The fused token embedding: its public function, its checks and its registered operations."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ def token_embedding(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Three tokens of each time step: a linear layer's output of each input, plus the time's row.
+    """Embed three inputs per step: each token is a linear layer's output plus the timestep's row.
 
-    The fused form of `reference.token_embedding`: one pass, and another one for the gradients of
-    all parameters; products are of float32 in any precision, and results repeat bit for bit.
+    This is the fused form of `reference.token_embedding`: one pass forward, and one pass for the
+    gradients of all parameters. Products are in float32, whatever precision is set. Results repeat
+    bit for bit.
 
     Args:
-        inputs: three tensors, float32 [..., I] with an I of each.
+        inputs: three tensors, float32 [..., I]. Each has its own I.
         timesteps: int64 [...], below T. A GPU does not check them.
-        parameters: weight [d, I] and bias [d] of each input's layer in turn, then the table of the
-            time steps, [T, d]; float32.
-        gradients: tensors [1, ...], as the parameters, to which the backward pass writes their
-            gradients; the parameters then get none.
+        parameters: the weight [d, I] and the bias [d] of each input's layer in turn, then the table
+            of timesteps, [T, d]; float32.
+        gradients: buffers [1, ...] for the gradients of the parameters, in the same order, or None.
+            The backward pass writes to them. The parameters themselves then get no gradient.
 
     Returns:
         float32 [..., 3, d].
 
     Raises:
-        TypeError: something is not float32, or timesteps are not int64.
+        TypeError: a tensor is not float32, or timesteps is not int64.
         ValueError: shapes or devices do not fit together, or a parameter is not contiguous.
-        IndexError: on a CPU, the table has no row for a time step.
-        BackendUnavailable: there are no fused kernels for the device.
+        IndexError: on a CPU, the table has no row for a timestep.
+        BackendUnavailable: the device has no fused kernels.
     """
     _check_operands(inputs, timesteps, parameters, gradients or [])
     return _TokenEmbedding.apply(timesteps, *inputs, *parameters, *(gradients or []))
@@ -67,11 +68,11 @@ def _check_operands(
             named.append((f"{name}[{i}]", tensor, (*one, *shape)))
     for name, tensor, shape in named:
         if tensor.dtype != torch.float32:
-            raise TypeError(f"{name} is {tensor.dtype}, and the fused embedding takes float32")
+            raise TypeError(f"{name} is {tensor.dtype}, but the fused embedding takes float32")
         if tensor.shape != shape:
             raise ValueError(f"{name} has shape {list(tensor.shape)}: it must be {list(shape)}")
         if tensor.device != timesteps.device:
-            raise ValueError(f"{name} is on {tensor.device}, timesteps on {timesteps.device}")
+            raise ValueError(f"{name} is on {tensor.device} and timesteps on {timesteps.device}")
         if not name.startswith("inputs") and not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}: it must be contiguous")
 
@@ -79,7 +80,7 @@ def _check_operands(
 class _TokenEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, timesteps: Tensor, *tensors: Tensor) -> Tensor:
-        """Inputs, parameters and gradients stand one by one: autograd looks for them."""
+        """Takes inputs, parameters and gradients one by one: autograd finds no tensors in lists."""
         inputs, parameters = tensors[:3], tensors[3:10]
         ctx.save_for_backward(timesteps, *inputs, *parameters)
         ctx.gradients = tensors[10:]
@@ -93,12 +94,12 @@ class _TokenEmbedding(torch.autograd.Function):
         outs = ctx.gradients if given else [torch.empty_like(p)[None] for p in parameters]
         torch.ops.harmodt.token_embedding_gradient(d_tokens, inputs, timesteps, outs)
         with torch.autocast(d_tokens.device.type, enabled=False):
-            of_inputs = [
+            d_inputs = [
                 d_tokens.select(-2, i) @ parameters[2 * i] if ctx.needs_input_grad[1 + i] else None
                 for i in range(len(inputs))
             ]
-        of_parameters = [None] * 14 if given else [out[0] for out in outs]
-        return None, *of_inputs, *of_parameters
+        d_parameters = [None] * 14 if given else [out[0] for out in outs]
+        return None, *d_inputs, *d_parameters
 
 
 def _token_embedding_fake(

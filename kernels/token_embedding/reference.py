@@ -1,4 +1,4 @@
-"""The definition of the token embedding in plain PyTorch."""
+"""Defines the token embedding in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def token_embedding(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Three tokens of each time step: a linear layer's output of each input, plus the time's row.
+    """Embed three inputs per step: each token is a linear layer's output plus the timestep's row.
 
-    Differentiable in inputs and parameters.
+    The result is differentiable in inputs and parameters.
 
     Args:
-        inputs: three tensors, [..., I] with an I of each.
+        inputs: three tensors, [..., I]. Each has its own I.
         timesteps: int64 [...], below T.
-        parameters: weight [d, I] and bias [d] of each input's layer in turn, then the table of the
-            time steps, [T, d].
-        gradients: tensors [1, ...], as the parameters, to which the backward pass writes their
-            gradients; the parameters then get none.
+        parameters: the weight [d, I] and the bias [d] of each input's layer in turn, then the table
+            of timesteps, [T, d].
+        gradients: buffers [1, ...] for the gradients of the parameters, in the same order, or None.
+            The backward pass writes to them. The parameters themselves then get no gradient.
 
     Returns:
         [..., 3, d].

@@ -1,5 +1,5 @@
-// The token embedding: three tokens of each time step. A thread has some columns of the tokens, and
-// of the weights a panel of them, [inputs][kTokenColumns], in its cache.
+// The token embedding: three tokens for each step. A thread computes kTokenColumns columns of the
+// tokens. It keeps the panel of the weight for these columns, [inputs][kTokenColumns], in its cache.
 #pragma once
 
 #include "native/kernels.h"
@@ -9,11 +9,11 @@ namespace {
 
 constexpr int kTokenVecs = 4, kKinds = 3;
 constexpr int64_t kTokenColumns = kTokenVecs * kWidth;
-// Time steps of a thread at a time, and those whose gradients are summed up before they are added to
-// the others'.
+// The steps that a thread embeds at a time. A gradient is summed over so many steps in registers and
+// cache before the sum is added to memory.
 constexpr int64_t kSteps = 256;
 
-// Some columns of a row, those beyond the size 0.
+// kTokenColumns columns of a row; 0 beyond the row's end.
 struct TokenColumns {
   Vec at[kTokenVecs];
 
@@ -40,14 +40,14 @@ struct TokenColumns {
   }
 };
 
-// The first step whose time has no row in the table, or -1.
+// The first step whose timestep has no row in the table, or -1.
 int64_t step_beyond_table(const harmodt_embedding_shape& s) {
   for (int64_t step = 0; step < s.steps; ++step)
     if (s.timesteps[step] < 0 || s.timesteps[step] >= s.rows) return step;
   return -1;
 }
 
-// Columns of the tokens of steps [from, to).
+// Computes kTokenColumns columns, from `column` on, of the tokens of steps [from, to).
 void embed_steps(const harmodt_embedding_shape& s, const float* const* parameters, int64_t column,
                  int64_t from, int64_t to, float* tokens) {
   int64_t columns = smaller(kTokenColumns, s.size - column);
@@ -89,9 +89,9 @@ int64_t token_embedding(const harmodt_embedding_shape& s, const float* const* pa
   return -1;
 }
 
-// Sums over steps [from, to), of the columns that d_tokens has from its first one on: of dy x, of
-// each input [inputs + 1], then of dy. They are added to d_weight, [size][inputs], and d_bias, unless
-// `first`.
+// Sums the gradients of one kind's weight (dy times x) and bias (dy) over steps [from, to), for the
+// first `columns` columns at d_tokens. Adds the sums to d_weight, [size][inputs], and d_bias; if
+// `first`, overwrites these instead.
 void sum_of_kind(const harmodt_embedding_shape& s, const float* d_tokens, int kind, int64_t columns,
                  int64_t from, int64_t to, bool first, float* d_weight, float* d_bias) {
   int64_t inputs = s.inputs[kind];
@@ -113,23 +113,24 @@ void sum_of_kind(const harmodt_embedding_shape& s, const float* d_tokens, int ki
   }
 }
 
-// Columns of the table's gradient: of each row the sum over its steps' tokens.
+// Computes columns of the table's gradient: a row's gradient is the sum over the tokens of its steps.
 void sum_of_table(const harmodt_embedding_shape& s, const float* d_tokens, int64_t columns,
                   float* d_table) {
   for (int64_t row = 0; row < s.rows; ++row) TokenColumns{}.store(d_table + row * s.size, columns);
   for (int64_t step = 0; step < s.steps; ++step) {
-    float* of_row = d_table + s.timesteps[step] * s.size;
-    auto total = TokenColumns::load(of_row, columns);
+    float* row = d_table + s.timesteps[step] * s.size;
+    auto total = TokenColumns::load(row, columns);
     for (int kind = 0; kind < kKinds; ++kind)
       total.add(TokenColumns::load(d_tokens + (step * kKinds + kind) * s.size, columns));
-    total.store(of_row, columns);
+    total.store(row, columns);
   }
 }
 
 void token_embedding_gradient(const harmodt_embedding_shape& s, const float* d_tokens,
                               float* const* gradients, int threads) {
   int64_t blocks = (s.size + kTokenColumns - 1) / kTokenColumns;
-  // Columns of a kind or of the table, of which some take much longer: a thread takes the next one.
+  // An item is some columns of a kind or of the table. Some items take much longer, so each thread
+  // takes the next item when it is free.
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t item = 0; item < blocks * (kKinds + 1); ++item) {
     int kind = static_cast<int>(item / blocks);

@@ -1,6 +1,6 @@
-"""Triton kernels of the token embedding: S time steps, three tokens of d elements of each.
+"""Triton kernels of the token embedding: each of S steps has three tokens of d elements.
 
-Products are of float32 without TF32: they are few, and what is embedded is read by all layers.
+Products are in float32 without TF32: they are few, and all layers read the tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..launch import launch
 
-# Steps, elements of a token and inputs of a program, and its gradient's.
+# Steps, token elements and inputs that a program processes at a time, forward and for the gradient.
 TILE = (32, 64, 32)
 GRADIENT_TILE = (64, 32, 32)
 NUM_WARPS = 4
@@ -44,9 +44,9 @@ def token_embedding_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A tile of the tokens of one kind.
+    """Computes a tile of the tokens of one kind.
 
-    A launch takes no structures: what a kernel needs is an argument each.
+    Operands are separate arguments: in a tuple, Triton would specialise every number.
     """
     kind = tl.program_id(2)
     x, weight, bias, inputs = x0, weight0, bias0, inputs0
@@ -97,9 +97,11 @@ def token_embedding_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A tile of one layer's gradient, or of the table's: of a layer whose inputs are one-hot.
+    """Computes a tile of one layer's gradient, or of the table's.
 
-    A launch takes no structures: what a kernel needs is an argument each.
+    The table is a layer whose inputs are one-hot vectors of the timesteps.
+
+    Operands are separate arguments: in a tuple, Triton would specialise every number.
     """
     kind = tl.minimum(tl.program_id(1) // tiles_of_kind, 3)
     tile = tl.program_id(1) - kind * tiles_of_kind
@@ -119,21 +121,21 @@ def token_embedding_gradient_kernel(
         step = (s0 + tl.arange(0, BLOCK_S)).to(tl.int64)
         in_steps = step < steps
         d_mask = in_size[:, None] & in_steps[None, :]
-        d_place = step[None, :] * 3 * size + n[:, None]
+        d_offset = step[None, :] * 3 * size + n[:, None]
         if kind < 3:
-            d = tl.load(d_tokens + d_place + kind * size, mask=d_mask, other=0.0)
+            d = tl.load(d_tokens + d_offset + kind * size, mask=d_mask, other=0.0)
             x_mask = in_steps[:, None] & in_inputs[None, :]
             x_tile = tl.load(x + step[:, None] * inputs + k[None, :], mask=x_mask, other=0.0)
         else:
-            d = tl.load(d_tokens + d_place, mask=d_mask, other=0.0)
-            d += tl.load(d_tokens + d_place + size, mask=d_mask, other=0.0)
-            d += tl.load(d_tokens + d_place + 2 * size, mask=d_mask, other=0.0)
+            d = tl.load(d_tokens + d_offset, mask=d_mask, other=0.0)
+            d += tl.load(d_tokens + d_offset + size, mask=d_mask, other=0.0)
+            d += tl.load(d_tokens + d_offset + 2 * size, mask=d_mask, other=0.0)
             time = tl.load(timesteps + step, mask=in_steps, other=0)
             x_tile = (time[:, None] == k[None, :]).to(tl.float32)
         sums += d
         total = tl.dot(d, x_tile, total, input_precision="ieee")
-    place = n[:, None] * n_stride + k[None, :] * k_stride
-    tl.store(d_weight + place, total, mask=in_size[:, None] & in_inputs[None, :])
+    offset = n[:, None] * n_stride + k[None, :] * k_stride
+    tl.store(d_weight + offset, total, mask=in_size[:, None] & in_inputs[None, :])
     if (kind < 3) & (tile == 0):
         tl.store(d_bias + n, tl.sum(sums, 1), mask=in_size)
 
@@ -192,5 +194,5 @@ def token_embedding_gradient(
 
 
 def _numbered(name: str, values: Sequence[Tensor | int]) -> dict[str, Tensor | int]:
-    """Values as a kernel's arguments: name0, name1 and so on."""
+    """A kernel's arguments name0, name1, … with these values."""
     return {f"{name}{i}": value for i, value in enumerate(values)}
