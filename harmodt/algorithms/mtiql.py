@@ -55,9 +55,6 @@ class MTIQLSettings(MLPSettings):
     target_rate: Annotated[float, Meta(gt=0, le=1)] = 0.02
     """Share of the way that the critics' targets go to the critics in each step. After n steps of
     training rewards are known from about n times as many steps ahead; IQL's is 0.005."""
-    short_ends: bool = True
-    """An episode shorter than the environments' came to an end, where nothing more is to be had;
-    or (--no-short-ends) it was cut, and its last step is left out, as that of a full one is."""
 
 
 def mtiql_settings(setup: Setup) -> MTIQLSettings:
@@ -106,8 +103,7 @@ class MTIQLLearner(MLPLearner):
         Each is a mean over the transitions whose next observation is known or not needed.
         """
         own, tasks = self.settings, batch.task_ids
-        longest = self.setup.environment.episode_length
-        step = transitions_of(batch, actions, longest, own.short_ends)
+        step = transitions_of(batch, actions, self.setup.environment)
         pairs = torch.cat((step.observations, step.actions), dim=-1)
         value, policy = self.networks[VALUE], self.networks[POLICY]
         with torch.no_grad():

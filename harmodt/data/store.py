@@ -27,12 +27,14 @@ from ..files import json_checksum, read_bytes
 from ..settings import Count, Whole, from_json
 
 FORMAT = "harmodt-store"
-VERSION = 2
+VERSION = 3
+READABLE = (2, 3)
+"""Versions that can be read; stores of version 2 do not say how episodes ended."""
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"
 PROMPTS = "prompts"
 UNKNOWN = -1
-"""The success of an episode whose source does not tell."""
+"""The success, or the ending, of an episode whose source does not tell it."""
 
 _MAKERS = {"import": "harmodt.data import", "merge": "harmodt.data merge"}
 """What makes a store besides collecting, by its name in the provenance."""
@@ -49,12 +51,15 @@ class Episode(NamedTuple):
         actions: [T, action_size].
         rewards: [T].
         success: 1 or 0 (at any step), or UNKNOWN.
+        terminated: 1 where the task came to its end with the last step, so that nothing follows;
+            0 where the episode was cut there (truncated); or UNKNOWN.
     """
 
     observations: np.ndarray
     actions: np.ndarray
     rewards: np.ndarray
     success: int
+    terminated: int = UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,8 @@ class Episodes:
         returns_to_go: float32 [S], undiscounted sum of this and all later rewards of the episode.
         episode_starts: int64 [E + 1], first step of each episode, then S.
         successes: int8 [E], 1 solved, 0 not solved, -1 unknown.
+        terminated: int8 [E], 1 terminated, 0 truncated, -1 unknown, which is what all are if it is
+            not given.
     """
 
     observations: np.ndarray = field(metadata={"dtype": "<f4", "size": "observation_size"})
@@ -79,6 +86,12 @@ class Episodes:
     returns_to_go: np.ndarray = field(metadata={"dtype": "<f4"})
     episode_starts: np.ndarray = field(metadata={"dtype": "<i8"})
     successes: np.ndarray = field(metadata={"dtype": "|i1"})
+    terminated: np.ndarray = field(default=None, metadata={"dtype": "|i1"})  # type: ignore[arg-type]
+
+    def __post_init__(self) -> None:
+        if self.terminated is None:
+            unknown = np.full(len(self.successes), UNKNOWN, np.int8)
+            object.__setattr__(self, "terminated", unknown)  # the dataclass is frozen
 
     def __len__(self) -> int:
         return len(self.successes)
@@ -262,14 +275,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(_damaged(path, "no JSON")) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path} is not the manifest of a HarmoDT store: give a store's directory")
-    if manifest.get("version") != VERSION:
+    if manifest.get("version") not in READABLE:
         provenance = manifest.get("provenance")
         made = next((by for by in _MAKERS if isinstance(provenance, dict) and by in provenance), "")
         command = _MAKERS.get(made, "harmodt.collect")
         raise UserError(
-            f"{path} has version {manifest.get('version')!r:.20} and this program reads version "
-            f"{VERSION}: make the store again with `python -m {command}` and the settings that "
-            f"the file lists under provenance, after moving {path.parent} away"
+            f"{path} has version {manifest.get('version')!r:.20} and this program reads versions "
+            f"{' and '.join(map(str, READABLE))}: make the store again with `python -m {command}` "
+            f"and the settings that the file lists under provenance, after moving {path.parent} "
+            "away"
         )
     if recorded != actual:
         raise UserError(_damaged(path, "its checksum fails"))
@@ -333,6 +347,8 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
             **_shapes(environment, "", task.files, task.episodes, task.steps),
             **_shapes(environment, f"{PROMPTS}/", task.files, task.prompt_episodes),
         }
+        if found.version == 2:
+            del arrays["terminated"], arrays[f"{PROMPTS}/terminated"]
         entries = {key: (entry.dtype, entry.shape) for key, entry in task.files.items()}
         sizes = {len(task.observation_mean), len(task.observation_std)}
         if entries != arrays or sizes != {environment.observation_size}:
@@ -353,7 +369,7 @@ def _shapes(
     rewards = files.get(f"{prefix}rewards")
     if steps is None:
         steps = rewards.shape[0] if rewards and rewards.shape else 0
-    lengths = {"episode_starts": episodes + 1, "successes": episodes}
+    lengths = {"episode_starts": episodes + 1, "successes": episodes, "terminated": episodes}
     return {
         f"{prefix}{name}": (dtype, [lengths.get(name, steps), *shape])
         for name, (dtype, shape) in array_types(environment).items()
@@ -375,7 +391,7 @@ def _check_size(path: Path, entry: dict[str, Any]) -> None:
 
 
 def _open_episodes(path: Path, files: dict[str, Any], prefix: str) -> Episodes:
-    entries = {name: files[f"{prefix}{name}"] for name in EPISODE_ARRAYS}
+    entries = {n: files[f"{prefix}{n}"] for n in EPISODE_ARRAYS if f"{prefix}{n}" in files}
     episodes = Episodes(
         **{name: _open_array(path / f"{prefix}{name}.npy", e) for name, e in entries.items()}
     )
