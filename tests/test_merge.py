@@ -261,6 +261,9 @@ def test_the_command_merges_and_shows(
     main()
     printed = capsys.readouterr().out
     assert "12/12 episodes" in printed
+    assert "nothing was merged" not in printed
+    main()
+    assert "nothing was merged: c was complete already" in capsys.readouterr().out
     assert [line.split()[:3] for line in printed.splitlines() if "v3" in line] == [
         [REACH, "6", "162"]
     ]

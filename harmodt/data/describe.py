@@ -10,10 +10,12 @@ from rich.cells import cell_len
 from rich.filesize import decimal
 
 from ..errors import UserError, printable
+from .sources import read_record
 from .store import DataStore
 
 _HEADINGS = (
-    "task", "episodes", "steps", "return min", "mean", "max", "success", "prompts", "size"
+    "task", "episodes", "steps", "return min", "mean", "max", "success", "clipped", "prompts",
+    "size",
 )  # fmt: skip
 _GAP = "  "
 
@@ -26,15 +28,22 @@ def describe(store: DataStore) -> dict[str, Any]:
                          "episode_length": int, "success": bool, "reward_version": str | null},
          "provenance": {...}, the settings of the command that made the store
          "episodes": int, "steps": int, "prompts": int (episodes), "bytes": int,
+         "skipped": int, episodes of the source that an import left out
          "tasks": {name: {"episodes": int, "steps": int,
                           "returns": {"min": float, "mean": float, "max": float},
                           "success": share of the episodes of which it is known, or null,
+                          "clipped": share of the source's action values beyond [-1, 1], or null
+                                     where no import counted them,
                           "prompts": int, "bytes": int}}}
 
     Raises:
         UserError: an array is missing, or is not what was written.
     """
-    tasks = {name: _describe_task(store, name) for name in store.tasks}
+    record = read_record(store.provenance, store.path)
+    tasks = {
+        name: _describe_task(store, name) | {"clipped": record.clipped.get(name)}
+        for name in store.tasks
+    }
     totals = {
         count: sum(task[count] for task in tasks.values())
         for count in ("episodes", "steps", "prompts", "bytes")
@@ -45,6 +54,7 @@ def describe(store: DataStore) -> dict[str, Any]:
         "environment": store.environment.to_json(),
         "provenance": store.provenance,
         **totals,
+        "skipped": sum(map(len, record.skipped.values())),
         "tasks": tasks,
     }
 
@@ -77,7 +87,7 @@ def to_text(description: dict[str, Any], width: int | None = None) -> str:
             its numbers. Without a width every row is one line.
     """
     *tasks, whole = _rows(description)
-    rows = [_HEADINGS, *tasks, whole]
+    rows = _without_empty_columns([_HEADINGS, *tasks, whole])
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
     lines = list(_lines(widths, width))
     table = [_row(row, widths, lines) for row in rows]
@@ -92,11 +102,13 @@ def _title(description: dict[str, Any]) -> list[str]:
         f"{f', reward version {version}' if version else ''}"
     )
     origin = ", ".join(description["provenance"]) or "none"
+    skipped = description["skipped"]
     return [
         printable(f"{description['path']}: {environment['family']} ({sizes})"),
         printable(
             f"checksum {description['checksum']}, provenance: {origin} (in full with --json)"
         ),
+        *([f"{skipped:,} episodes of the source were skipped (why: --json)"] if skipped else []),
     ]
 
 
@@ -109,8 +121,15 @@ def _rows(description: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     returns = zip(*map(_numbers, columns), strict=True)
     for (name, task), numbers in zip(tasks.items(), returns, strict=True):
         share = "unknown" if task["success"] is None else f"{task['success']:.0%}"
-        yield _cells(printable(name), task, (*numbers, share))
-    yield _cells(f"{len(tasks)} tasks", description, ("", "", "", ""))
+        clipped = "" if task["clipped"] is None else f"{task['clipped']:.1%}"
+        yield _cells(printable(name), task, (*numbers, share, clipped))
+    yield _cells(f"{len(tasks)} tasks", description, ("", "", "", "", ""))
+
+
+def _without_empty_columns(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The rows without the columns that have a heading alone."""
+    kept = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    return list(zip(*kept, strict=True))
 
 
 def _cells(name: str, counts: dict[str, Any], between: tuple[str, ...]) -> tuple[str, ...]:
