@@ -33,27 +33,35 @@ class Steps(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Windows of several tasks: `task_ids` int64 [G], and each window's prompt and history.
+    """Windows of several tasks.
 
     A prompt has no padding, because the history follows it.
+
+    Attributes:
+        task_ids: int64 [G].
+        prompt, history: the time steps of each window.
+        terminated: int8 [G, B], how each window's episode ended, as in `data.store.Episodes`; None
+            for windows that do not come from a store.
     """
 
     task_ids: Tensor
     prompt: Steps | None
     history: Steps
+    terminated: Tensor | None = None
 
 
 def tensors_of(batch: Batch, targets: Tensor) -> list[Tensor]:
-    """A batch and the actions to predict as a list; the task ids come first."""
-    return [batch.task_ids, targets, *batch.history, *(batch.prompt or ())]
+    """A batch from a store and the actions to predict as a list; the task ids come first."""
+    assert batch.terminated is not None
+    return [batch.task_ids, targets, batch.terminated, *batch.history, *(batch.prompt or ())]
 
 
 def batch_of(tensors: Sequence[Tensor]) -> tuple[Batch, Tensor]:
     """The inverse of `tensors_of`."""
-    task_ids, targets, *steps = tensors
+    task_ids, targets, terminated, *steps = tensors
     size = len(Steps._fields)
     prompt = Steps(*steps[size:]) if steps[size:] else None
-    return Batch(task_ids, prompt, Steps(*steps[:size])), targets
+    return Batch(task_ids, prompt, Steps(*steps[:size]), terminated), targets
 
 
 class Layout:

@@ -39,6 +39,7 @@ from .workers import Served, Worker, end_workers, spread
 _PARTS = "parts"
 _LENGTHS = "lengths"
 _EPISODES_PER_PART = 10
+_PER_EPISODE = ("success", "terminated")  # fields of an `Episode` that are one number
 
 
 @dataclass(frozen=True)
@@ -217,14 +218,18 @@ def _read_part(config: CollectConfig, part: _Part) -> list[Sequence[Any]] | None
     with np.load(io.BytesIO(content[8:]), allow_pickle=False) as arrays:
         ends = np.cumsum(arrays[_LENGTHS])[:-1]
         return [
-            arrays[name] if name == "success" else np.split(arrays[name], ends)
+            arrays[name] if name in _PER_EPISODE else np.split(arrays[name], ends)
             for name in Episode._fields
         ]
 
 
 def _seal(part: _Part, content: bytes) -> bytes:
-    """What a part's file begins with: the checksum of the part's name and content."""
-    return checksum(repr(part).encode() + content).encode()
+    """What a part's file begins with: the checksum of the part's name, fields and content.
+
+    A part that lacks a field, because an earlier version of this program wrote it, is collected
+    anew.
+    """
+    return checksum(repr((part, Episode._fields)).encode() + content).encode()
 
 
 def _collect_parts(
@@ -260,7 +265,7 @@ def _collect_part(config: CollectConfig, family: EnvironmentFamily, part: _Part)
     episodes = [_run_episode(config, family, part, number) for number in numbers]
     arrays = {_LENGTHS: np.array([len(episode.rewards) for episode in episodes])}
     for name, values in zip(Episode._fields, zip(*episodes, strict=True), strict=True):
-        arrays[name] = np.array(values) if name == "success" else np.concatenate(values)
+        arrays[name] = np.array(values) if name in _PER_EPISODE else np.concatenate(values)
     content = io.BytesIO()
     np.savez(content, **arrays)  # type: ignore[arg-type]
     write_bytes(part.path(config.output), _seal(part, content.getvalue()) + content.getvalue())
@@ -301,7 +306,8 @@ def _run_episode(
             steps = step + 1
             break
     success = int(solved) if spec.success else UNKNOWN
-    return Episode(observations[:steps], actions[:steps], rewards[:steps], success)
+    arrays = observations[:steps], actions[:steps], rewards[:steps]
+    return Episode(*arrays, success, terminated=int(environment.ended))
 
 
 def _exploration_of(config: CollectConfig, part: _Part, number: int) -> tuple[float, float]:

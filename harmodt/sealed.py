@@ -38,7 +38,8 @@ class Kind:
     Attributes:
         name: follows "is not" where a file is of another kind: "the description of a run".
         format: what the file's entry of that name says; None where the kind has no such entry.
-        version: the one that is written and read.
+        version: the version that is written.
+        also_reads: earlier versions that are still read.
         instead: an order that says which file or folder to name in place of another kind's.
         again: an order that says how to make a file of another version again.
         remedy: an order that says what to do about a damaged file.
@@ -52,6 +53,7 @@ class Kind:
     again: str
     remedy: str = RESTORE
     sealed: bool = True
+    also_reads: tuple[int, ...] = ()
 
 
 def damaged(what: object, why: object, remedy: str = RESTORE) -> UserError:
@@ -112,9 +114,10 @@ def read(path: Path, content: type[Content], kind: Kind) -> Content:
     if not isinstance(found, dict) or found.get("format") != kind.format:
         raise UserError(f"{path} is not {kind.name}: {kind.instead}")
     version = found.get("version")
-    if version != kind.version:
+    if version not in (readable := (*kind.also_reads, kind.version)):
+        versions = f"version{'s' if kind.also_reads else ''} {' and '.join(map(str, readable))}"
         raise UserError(
-            f"{path} is of version {version!r:.20}, and this HarmoDT reads version {kind.version}: "
+            f"{path} is of version {version!r:.20}, and this HarmoDT reads {versions}: "
             f"{kind.again}, or use the HarmoDT that wrote it"
         )
     if seal != actual:

@@ -12,6 +12,7 @@ from pyarrow import parquet
 Columns = dict[str, pa.Array]
 
 PUSH_BACK, PUSH, WINDOW_OPEN = 37, 38, 48
+FPS = 80
 
 
 def make_columns(number: int, task_id: int, length: int | None = None) -> Columns:
@@ -20,7 +21,7 @@ def make_columns(number: int, task_id: int, length: int | None = None) -> Column
     rng = np.random.default_rng(number)
     vectors = {
         "observation.environment_state": rng.normal(size=(length, 39)).astype(np.float32),
-        "action": rng.normal(size=(length, 4)).astype(np.float32) * 2,
+        "action": rng.normal(size=(length, 4)).astype(np.float32),
     }
     solved = np.arange(length) == (length - 1 if number % 2 == 0 else -1)
     return {
@@ -28,6 +29,10 @@ def make_columns(number: int, task_id: int, length: int | None = None) -> Column
         **{key: pa.array(list(values), pa.list_(pa.float32())) for key, values in vectors.items()},
         "next.reward": pa.array(np.full(length, number + 1, np.float32)),
         "next.success": pa.array(solved),
+        "next.done": pa.array(np.arange(length) == length - 1),
+        "frame_index": pa.array(np.arange(length)),
+        "index": pa.array(1000 * number + np.arange(length)),
+        "timestamp": pa.array((np.arange(length) / FPS).astype(np.float32)),
         "task_id": pa.array(np.full(length, task_id, np.int16)),
         "episode_index": pa.array(np.full(length, number)),
         "task_index": pa.array(np.full(length, 40)),  # one sentence for several tasks
@@ -44,11 +49,14 @@ def write_source(root: Path, ids: list[int] = IDS, chunk: int = 4) -> Path:
         file = root / "data" / f"chunk-{number // chunk:03d}" / f"episode_{number:06d}.parquet"
         file.parent.mkdir(parents=True, exist_ok=True)
         parquet.write_table(pa.table(make_columns(number, task_id)), file)
-    write_total(root, len(ids))
+    lengths = [25 + number for number in range(len(ids))]
+    write_total(root, len(ids), total_frames=sum(lengths))
+    entries = [{"episode_index": n, "tasks": ["?"], "length": le} for n, le in enumerate(lengths)]
+    (root / "meta" / "episodes.jsonl").write_text("\n".join(map(json.dumps, entries)))
     return root
 
 
-def write_total(root: Path, episodes: object) -> None:
+def write_total(root: Path, episodes: object, **more: object) -> None:
     (root / "meta").mkdir(parents=True, exist_ok=True)
-    info = {"codebase_version": "v2.0", "total_episodes": episodes}
+    info = {"codebase_version": "v2.0", "fps": FPS, "total_episodes": episodes, **more}
     (root / "meta" / "info.json").write_text(json.dumps(info))

@@ -16,7 +16,7 @@ def make_buffer(seed: int, length: int = 25, **changes: object) -> EpisodeBuffer
     generator = np.random.default_rng(seed)
     values = {
         "observations": generator.normal(size=(length + 1, 39)),
-        "actions": generator.normal(size=(length, 4)).astype(np.float32) * 2,
+        "actions": generator.normal(size=(length, 4)).astype(np.float32),
         "rewards": np.full(length, seed + 1.0),
         "terminations": np.zeros(length, bool),
         "truncations": np.arange(length) == length - 1,

@@ -318,7 +318,15 @@ def test_an_episode_that_ends_early_is_cut_there(
         expected = np.minimum(7, np.floor((3 - begins) / way) + 1)
         assert train.lengths.tolist() == expected.tolist()
         np.testing.assert_array_equal(train.returns, expected * way)
+        # A point beyond 3 has fallen, if only with its last step; others were cut by the clock.
+        fell = begins + expected * way > 3
+        assert train.terminated.tolist() == fell.tolist()
     assert len(set(slow.lengths)) > 1 and quick.lengths.max() < 7
+    config = replace(config, output=tmp_path / "y", tasks=("slow",), episode_length=5)
+    slow = collect(config, progress=False).task("slow").train
+    begins = slow.observations[slow.episode_starts[:-1], 0]
+    assert 2 in begins  # it falls with the fifth step, which is the last one
+    assert slow.terminated.tolist() == (begins >= 2).tolist()
 
 
 def test_the_family_is_that_of_the_tasks(tmp_path: Path) -> None:

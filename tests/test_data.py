@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import errno
 import io
+import json
 import os
+import shutil
 import sys
 import tracemalloc
 import zipfile
@@ -11,12 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from harmodt import environments
 from harmodt.data import importers
 from harmodt.data.__main__ import main
+from harmodt.data.importers.arrays import ending
 from harmodt.data.importing import ImportConfig, import_data
 from harmodt.data.store import DataStore, Episode
+from harmodt.data.writer import StoreWriter
 from harmodt.environments.metaworld import MetaWorld
 from harmodt.errors import UserError, run_command
 
@@ -29,7 +36,7 @@ def make_arrays(seed: int, length: int = 25) -> Arrays:
     return {
         "observations": generator.normal(size=(length, 39)).astype(np.float32),
         "next_observations": np.zeros((length, 39), np.float32),
-        "actions": generator.normal(size=(length, 4)).astype(np.float32) * 2,
+        "actions": generator.normal(size=(length, 4)).astype(np.float32),
         "rewards": np.full((length, 1), seed + 1, np.float32),
         "terminals": np.zeros((length, 1)),
     }
@@ -212,6 +219,15 @@ def _flip_a_byte(file: Path) -> None:
         (_with("success", np.array(1)), r"success has the shape \(\)"),
         (_replace("rewards", lambda a: a + 1e30), "rewards holds 1e[+]30, beyond 1e[+]06"),
         (_replace("observations", lambda a: a * 0 - 3e38), r"observations holds -3e[+]38, beyond"),
+        (_with("timeouts", np.arange(25) == 6), "timeouts is true at step 6 of 0 to 24"),
+        (_with("dones", (np.arange(25) > 20)[:, None]), "dones is true at step 21 of 0 to 24"),
+        (_replace("terminals", lambda a: a + 1), "terminals is true at step 0 of 0 to 24"),
+        (_replace("terminals", lambda a: a * np.nan), "terminals holds NaN"),
+        (_replace("terminals", lambda a: a[:9]), "terminals has 9 steps and observations has 25"),
+        (
+            lambda file: np.savez(file, **make_arrays(1, 501)),
+            "the episode has 501 steps and one of",
+        ),
         (_encrypt, "is encrypted"),
         (lambda file: _claim(file, (10**12, 39)), "observations is damaged or holds no plain"),
         (lambda file: _claim(file, (2**40, 2**40)), "observations is damaged or holds no plain"),
@@ -242,10 +258,261 @@ def test_a_file_that_cannot_be_used_is_named_and_nothing_is_written(
 
 
 def test_an_empty_episode_is_refused_even_without_a_context(tmp_path: Path) -> None:
+    """Without the advice to lower --min-length, which can be no lower."""
     source = write_source(tmp_path / "raw")
     np.savez(source / "reach-v2" / "1.npz", **make_arrays(1, 0))
-    with pytest.raises(UserError, match="the episode has 0 steps"):
+    with pytest.raises(UserError, match=r"the episode has 0 steps: remove it$"):
         import_data(ImportConfig(source, tmp_path / "store", min_length=1), progress=False)
+
+
+ENDS = ("terminals", "terminations", "terminated", "timeouts", "truncations", "truncated", "dones")
+
+
+@pytest.mark.parametrize("key", [*ENDS, "done"])
+def test_a_table_of_several_episodes_is_refused(tmp_path: Path, key: str) -> None:
+    """As D4RL has them: 6 episodes of 75 steps one after the other."""
+    source = write_source(tmp_path / "raw", 3)
+    arrays = make_arrays(1, 450)
+    np.savez(source / "reach-v2" / "1.npz", **arrays | {key: np.arange(1, 451) % 75 == 0})
+    with pytest.raises(UserError, match=rf"1\.npz: {key} is true at step 74 of 0 to 449, so ano"):
+        import_data(ImportConfig(source, tmp_path / "store", prompt_episodes=1), progress=False)
+
+
+LAST, NEVER = np.arange(25) == 24, np.zeros(25)
+
+
+@pytest.mark.parametrize(
+    ("flags", "terminated"),
+    [
+        ({}, -1),
+        ({"terminals": LAST}, 1),
+        ({"terminals": LAST[:, None], "timeouts": NEVER}, 1),
+        ({"terminals": LAST, "timeouts": LAST}, 1),
+        ({"terminals": NEVER}, 0),
+        ({"terminals": NEVER, "timeouts": LAST}, 0),
+        ({"timeouts": LAST}, 0),
+        ({"timeouts": NEVER}, -1),
+        ({"truncations": LAST, "dones": LAST}, 0),
+        ({"terminated": LAST, "truncated": NEVER}, 1),
+        ({"dones": LAST}, -1),
+        ({"dones": NEVER}, -1),
+    ],
+)
+def test_a_file_says_how_its_episode_ended(tmp_path: Path, flags: Arrays, terminated: int) -> None:
+    for task, sizes in (("ant-dir-0.500", (27, 8)), ("reach-v2", (39, 4))):
+        (tmp_path / task).mkdir()
+        arrays = {"observations": np.ones((25, sizes[0])), "actions": np.ones((25, sizes[1]))}
+        np.savez(tmp_path / task / "0.npz", **arrays, rewards=np.ones(25), **flags)
+        config = ImportConfig(tmp_path, tmp_path / f"store-{task}", (task,), prompt_episodes=0)
+        store = import_data(config, progress=False)
+        # An ant may fall. Meta-World goes on after a success, so that all its episodes are cut.
+        expected = min(terminated, 0) if task == "reach-v2" else terminated
+        assert store.task(store.tasks[0]).train.terminated.tolist() == [expected]
+
+
+@given(
+    flags=st.dictionaries(
+        st.sampled_from([*ENDS, "done"]), st.lists(st.booleans(), min_size=3, max_size=3)
+    )
+)
+def test_an_ending_is_what_the_flags_of_the_last_step_say(flags: dict[str, list[bool]]) -> None:
+    arrays = {key: np.array(values, np.float32) for key, values in flags.items()}
+    if any(first or second for first, second, _ in flags.values()):
+        with pytest.raises(UserError, match=r"is true at step [01] of 0 to 2"):
+            ending("here", arrays, np.zeros((3, 39)))
+        return
+    says = {key: values[2] for key, values in flags.items()}
+    expected = 0 if any(key.startswith("termin") for key in says) else -1
+    if any(says.get(key) for key in ("timeouts", "truncations", "truncated")):
+        expected = 0
+    if any(says.get(key) for key in ("terminals", "terminations", "terminated")):
+        expected = 1
+    assert ending("here", arrays, np.zeros((3, 39))) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"reward_version": "banana"}, "metaworld has no reward version 'banana': give v1 or v2"),
+        ({"reward_version": ""}, "metaworld has no reward version ''"),
+        (
+            {"reward_version": "v2", "family": "cheetah-vel"},
+            "cheetah-vel has no reward version 'v2': leave --reward-version out",
+        ),
+    ],
+)
+def test_a_reward_version_that_a_family_lacks_is_refused(
+    tmp_path: Path, changes: dict[str, str], reason: str
+) -> None:
+    source = write_source(tmp_path / "raw")
+    with pytest.raises(UserError, match=reason):
+        import_data(ImportConfig(source, tmp_path / "store", **changes), progress=False)  # type: ignore[arg-type]
+
+
+def test_bad_episodes_are_skipped_and_listed_where_this_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_source(tmp_path / "raw", 7, ("reach-v2", "push-v2"))
+    _with_nan_file, short = source / "reach-v2" / "2.npz", source / "reach-v2" / "5.npz"
+    _replace("rewards", _with_nan)(_with_nan_file)
+    short.write_bytes(short.read_bytes()[:900])
+    options = ("--output", tmp_path / "store", "--prompt-episodes", 2)
+    with pytest.raises(SystemExit):
+        run("import", source, *options)
+    assert not (tmp_path / "store").exists()
+    capsys.readouterr()
+    run("import", source, *options, "--skip-bad-episodes")
+    printed = capsys.readouterr().out
+    store = DataStore.open(tmp_path / "store")
+    reasons = [f"{_with_nan_file}: rewards holds NaN", f"{short} is truncated or no npz file"]
+    for listed in (printed.splitlines(), store.provenance["skipped"]["reach-v3"]):
+        found = [line for line in listed if "2.npz" in line or "5.npz" in line]
+        assert [reason in line for reason, line in zip(reasons, found, strict=True)] == [True] * 2
+    assert "2 episodes of the source were skipped" in printed
+    assert store.task("reach-v3").train.returns.tolist() == [25, 50, 100]
+    assert store.task("reach-v3").prompts.returns.tolist() == [125, 175]
+    assert len(store.task("push-v3").train) == 5
+
+
+def test_a_task_is_refused_where_too_few_episodes_are_left(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "raw", 3)
+    config = ImportConfig(
+        source, tmp_path / "store", prompt_episodes=2, skip_bad_episodes=True, min_length=25
+    )
+    for number, reason in ((0, "none is left to train on"), (1, "none is"), (2, "can be used: .*")):
+        np.savez(source / "reach-v2" / f"{number}.npz", **make_arrays(number, 24))
+        with pytest.raises(UserError, match=reason):
+            import_data(config, progress=False)
+
+
+def test_what_the_system_refuses_to_read_is_not_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_source(tmp_path / "raw")
+    load = np.load
+
+    def fail(file: Path, **options: object) -> object:
+        if file.name == "3.npz":
+            raise OSError(errno.EMFILE, "Too many open files")
+        return load(file, **options)
+
+    monkeypatch.setattr(np, "load", fail)
+    config = ImportConfig(source, tmp_path / "store", skip_bad_episodes=True, prompt_episodes=1)
+    with pytest.raises(UserError, match=r"3\.npz cannot be read \(Too many open files\)"):
+        import_data(config, progress=False)
+
+
+def test_actions_in_other_units_are_refused_unless_this_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_source(tmp_path / "raw", 4, ("reach-v2", "push-v2"))
+    for number in range(4):
+        arrays = make_arrays(number)
+        arrays["actions"] = np.where(np.arange(100).reshape(25, 4) < 63, 100.0, 0.5)
+        np.savez(source / "push-v2" / f"{number}.npz", **arrays)
+    options = ("--output", tmp_path / "store", "--prompt-episodes", 1)
+    with pytest.raises(SystemExit):
+        run("import", source, *options)
+    assert "push-v3: 63.0% of the action values lie beyond [-1, 1]" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+    run("import", source, *options, "--max-clipped", "0.63")  # as the sentence advises
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    reach = np.mean([abs(make_arrays(number)["actions"]) > 1 for number in range(4)])
+    shown = {row[0]: row[7] for row in rows if row and row[0] in ("reach-v3", "push-v3", "task")}
+    # The heading of the returns' minimum is two words.
+    assert shown == {"task": "success", "push-v3": "63.0%", "reach-v3": f"{reach:.1%}"}
+    run("info", tmp_path / "store", "--json")
+    tasks = json.loads(capsys.readouterr().out)["tasks"]
+    assert {name: task["clipped"] for name, task in tasks.items()} == {
+        "push-v3": 0.63,
+        "reach-v3": pytest.approx(reach),
+    }
+
+
+def test_an_import_that_is_repeated_says_that_nothing_was_imported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_source(tmp_path / "raw", 3)
+    command = ("import", source, "--output", tmp_path / "store", "--tasks", "reach")
+    command = (*command, "--prompt-episodes", 1)
+    run(*command)
+    assert "nothing was imported" not in capsys.readouterr().out
+    run(*command)
+    assert "store was complete already, and its source has not changed" in capsys.readouterr().out
+    shutil.rmtree(source)
+    run(*command)
+    printed = capsys.readouterr().out
+    assert "nothing was imported" in printed and "its source was not compared" in printed
+
+
+def _touch(file: Path) -> None:
+    stat = file.stat()
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _touch,
+        lambda file: np.savez(file, **make_arrays(8)),
+        lambda file: np.savez(file.with_name("9.npz"), **make_arrays(9)),
+        lambda file: file.unlink(),
+        lambda file: file.rename(file.with_name("7.npz")),
+    ],
+    ids=["touched", "written again", "one more", "one less", "renamed"],
+)
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_source_that_changed_since_the_import_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path], object],
+    complete: bool,
+) -> None:
+    source = write_source(tmp_path / "raw", 3, ("push-v2", "reach-v2"))
+    config = ImportConfig(source, tmp_path / "store", ("reach", "push"), prompt_episodes=1)
+    if complete:
+        import_data(config, progress=False)
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(StoreWriter, "finish", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                import_data(config, progress=False)
+    before = {file: file.read_bytes() for file in (tmp_path / "store").rglob("*") if file.is_file()}
+    change(source / "push-v2" / "1.npz")
+    what = "an import" if complete else "the beginning of an import"
+    reason = rf"^nothing was imported: .*store holds {what} of .* files of push-v3 have changed"
+    with pytest.raises(UserError, match=reason):
+        import_data(config, progress=False)
+    assert before == {file: file.read_bytes() for file in before}
+
+
+def test_an_interrupted_import_of_the_same_source_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_source(tmp_path / "raw", 3)
+    config = ImportConfig(source, tmp_path / "store", prompt_episodes=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            import_data(config, progress=False)
+    import_data(config, progress=False).verify()
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_source(tmp_path / "raw", 3)
+    task = StoreWriter.task
+
+    def meanwhile(writer: StoreWriter, name: str) -> object:
+        _touch(source / "reach-v2" / "0.npz")
+        return task(writer, name)
+
+    monkeypatch.setattr(StoreWriter, "task", meanwhile)
+    config = ImportConfig(source, tmp_path / "store", prompt_episodes=1)
+    with pytest.raises(UserError, match="whose files of reach-v3 have changed since"):
+        import_data(config, progress=False)
+    assert not (tmp_path / "store" / "manifest.json").exists()
 
 
 def test_the_store_says_what_is_known_of_the_environment(tmp_path: Path) -> None:
@@ -344,7 +611,8 @@ def test_the_commands_import_show_and_verify(
     options = ["--prompt-episodes", 2, "--reward-version", "v1"]
     run("import", source, "--output", tmp_path / "store", *options)
     run("info", tmp_path / "store")
-    row = "button-press-topdown-wall-v3 10 250 25.0 137.5 250.0 unknown 2"
+    beyond = np.mean([abs(make_arrays(number)["actions"]) > 1 for number in range(12)])
+    row = f"button-press-topdown-wall-v3 10 250 25.0 137.5 250.0 unknown {beyond:.1%} 2"
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     # Printed after the import and by the second command.
     assert sum(line.startswith(row) for line in lines) == 2

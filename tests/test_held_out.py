@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,17 +15,23 @@ from runs import begin
 from test_data import make_arrays, write_source
 from tiny import TASKS, configure, make_store
 
-from harmodt import load_policy
+from harmodt import load_policy, sealed
 from harmodt.data.__main__ import main
-from harmodt.data.describe import describe, to_text
+from harmodt.data.describe import describe, show
 from harmodt.data.importing import ImportConfig, import_data
 from harmodt.data.inputs import TaskConditioning
 from harmodt.data.merging import MergeConfig, merge_stores
 from harmodt.data.store import MANIFEST, DataStore
 from harmodt.errors import UserError
-from harmodt.files import write_sealed
+from harmodt.progress import PlainConsole
 
 RETURN = 25.0  # of episode 0; episode n has n + 1 times as much
+
+
+def to_text(description: dict[str, Any]) -> str:
+    console = PlainConsole(file=io.StringIO(), width=10_000)
+    show(description, console)
+    return console.file.getvalue()
 
 
 def imported(tmp_path: Path, episodes: int, **changes: object) -> DataStore:
@@ -131,14 +139,14 @@ def test_a_store_that_does_not_say_how_many_are_shared_has_none(tmp_path: Path) 
     store = make_store(tmp_path / "store")
     for task in store.manifest["tasks"].values():
         assert task.pop("shared_prompts") == 0
-    write_sealed(store.path / MANIFEST, store.manifest)
+    sealed.write(store.path / MANIFEST, store.manifest)
     assert describe(DataStore.open(store.path))["shared_prompts"] == 0
 
 
 def test_more_shared_prompts_than_prompts_are_refused(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store")
     store.manifest["tasks"][TASKS[1]]["shared_prompts"] = 4
-    write_sealed(store.path / MANIFEST, store.manifest)
+    sealed.write(store.path / MANIFEST, store.manifest)
     with pytest.raises(UserError, match=f"the entries of {TASKS[1]} do not fit together"):
         DataStore.open(store.path)
 

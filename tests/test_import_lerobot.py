@@ -26,6 +26,7 @@ from pyarrow import parquet
 from harmodt.data.importers import lerobot
 from harmodt.data.importers.lerobot import TASK_IDS
 from harmodt.data.importing import ImportConfig, import_data
+from harmodt.data.transitions import is_terminal
 from harmodt.environments.metaworld_names import ALL_TASKS
 from harmodt.errors import UserError
 
@@ -94,7 +95,7 @@ def test_other_forms_of_the_columns_are_understood(tmp_path: Path) -> None:
         for key, width in (("observation.environment_state", 39), ("action", 4)):
             flat = columns[key].flatten().cast(pa.float64())
             columns[key] = pa.FixedSizeListArray.from_arrays(flat, width)
-        for key in ("next.reward", "next.success", "task_id"):
+        for key in ("next.reward", "next.success", "task_id", "frame_index", "timestamp"):
             columns[key] = pa.LargeListArray.from_arrays(
                 pa.array(np.arange(26 + number)), columns[key]
             )
@@ -185,6 +186,14 @@ def _state(width: int, value: float = 0.0) -> list[list[float]]:
         (_replace("episode_index", [3] * 29), " both have rows of episode 3"),
         (_replace("episode_index", [4] * 9 + [99] + [4] * 19), " both have rows of episode 4"),
         (_replace("action", [["a"] * 4] * 29), ", episode 4: action holds no plain numbers"),
+        (_replace("frame_index", ["a"] * 29), ", episode 4: frame_index is not a number per row"),
+        (_replace("frame_index", [[1, 2]] * 29), ", episode 4: frame_index is not a number per"),
+        (_replace("frame_index", [0.5] + [1.0] * 28), ", episode 4: frame_index is 0.5 in its row"),
+        (_replace("frame_index", [None] * 29), ", episode 4: frame_index is "),
+        (
+            _replace("timestamp", [0.0] * 28 + [np.nan]),
+            ", episode 4: timestamp is 0 in its row 1",
+        ),
         (_replace("next.reward", ["a"] * 29), ", episode 4: next.reward holds no plain numbers"),
         (_replace("next.reward", [{"a": 1}] * 29), ", episode 4: next.reward holds no plain"),
         (_replace("next.reward", [1.0] * 28 + [None]), ", episode 4: rewards holds NaN"),
@@ -215,13 +224,115 @@ def test_a_file_that_cannot_be_used_is_named_and_nothing_is_written(
 def test_a_file_that_would_take_the_memory_is_refused_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lerobot, "_LARGEST", 31 * (39 + 4 + 2))
+    monkeypatch.setattr(lerobot, "_LARGEST", 31 * (39 + 4 + 6))
     write_source(tmp_path / "raw")
-    with pytest.raises(UserError, match=r"000007.parquet has 1,440 numbers to read"):
+    with pytest.raises(UserError, match=r"000007.parquet has 1,568 numbers to read"):
         import_data(config_for(tmp_path), progress=False)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"total_episodes": "many"}', "[" * 99999])
+def _rows(choose: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
+    """Rows of the file, chosen or put into another order."""
+
+    def edit(file: Path) -> None:
+        table = parquet.read_table(file)
+        parquet.write_table(table.take(choose(np.arange(len(table)))), file)
+
+    return edit
+
+
+def _drop(file: Path, *columns: str) -> None:
+    parquet.write_table(parquet.read_table(file).drop(list(columns)), file)
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda rows: np.random.default_rng(0).permutation(rows),
+        lambda rows: rows[::-1],
+        lambda rows: np.delete(rows, range(9, 18)),
+        lambda rows: np.insert(rows, 1, 1),
+        lambda rows: rows[[*range(5), 7, 6, 5, *range(8, 29)]],
+    ],
+    ids=["permuted", "backwards", "a third is missing", "twice", "exchanged"],
+)
+@pytest.mark.parametrize("counted_by", ["frame_index", "index", "timestamp"])
+def test_rows_that_are_missing_or_in_another_order_are_refused(
+    tmp_path: Path, counted_by: str, choose: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    source = write_source(tmp_path / "raw")
+    file = source / "data" / "chunk-001" / "episode_000004.parquet"
+    others = {"frame_index", "index", "timestamp"} - {counted_by}
+    _drop(file, *others, "next.done")
+    (source / "meta" / "episodes.jsonl").unlink()
+    write_total(source, len(IDS))
+    import_data(config_for(tmp_path, output=tmp_path / "whole"), progress=False)
+    _rows(choose)(file)
+    rows = choose(np.arange(29)).tolist()
+    begin = rows[0] if counted_by == "index" else 0  # an episode's may be anything
+    row = next(i for i, found in enumerate(rows) if found != begin + i)
+    reason = rf"000004\.parquet, episode 4: {counted_by} is \S+ in its row {row}, where \S+ is due"
+    with pytest.raises(UserError, match=reason):
+        import_data(config_for(tmp_path), progress=False)
+    store = import_data(config_for(tmp_path, skip_bad_episodes=True), progress=False)
+    assert len(store.provenance["skipped"]["push-back-v3"]) == 1
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "parquet"])
+def test_an_episode_without_its_last_rows_is_refused(tmp_path: Path, layout: str) -> None:
+    """Only the declared length shows it."""
+    source = write_source(tmp_path / "raw")
+    write_total(source, len(IDS))
+    if layout == "parquet":
+        (source / "meta" / "episodes.jsonl").unlink()
+        file = source / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
+        file.parent.mkdir(parents=True)
+        lengths = {"length": pa.array(25 + np.arange(9)), "episode_index": pa.array(np.arange(9))}
+        parquet.write_table(pa.table(lengths), file)
+    import_data(config_for(tmp_path, output=tmp_path / "whole"), progress=False)
+    _rows(lambda rows: rows[:-3])(source / "data" / "chunk-001" / "episode_000004.parquet")
+    with pytest.raises(UserError, match=r"episode 4 has 26 rows and .*meta says 29: download"):
+        import_data(config_for(tmp_path), progress=False)
+
+
+def test_all_rows_that_are_declared_have_to_be_there(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "raw")
+    (source / "meta" / "episodes.jsonl").unlink()
+    _rows(lambda rows: rows[:-3])(source / "data" / "chunk-001" / "episode_000004.parquet")
+    with pytest.raises(UserError, match=r"raw has 258 rows and its meta/info\.json says 261"):
+        import_data(config_for(tmp_path), progress=False)
+
+
+def test_rows_of_another_episode_are_refused(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "raw")
+    done = pa.array(np.arange(29) % 10 == 9)
+    _change(lambda columns: columns.update({"next.done": done}))(
+        source / "data" / "chunk-001" / "episode_000004.parquet"
+    )
+    with pytest.raises(UserError, match=r"episode 4: next\.done is true at step 9 of 0 to 28"):
+        import_data(config_for(tmp_path), progress=False)
+
+
+def test_an_episode_that_was_stopped_at_its_success_did_not_terminate(tmp_path: Path) -> None:
+    """What `next.done` says of its end is not known, and MTIQL is to take none for terminal."""
+    write_source(tmp_path / "raw")
+    store = import_data(config_for(tmp_path), progress=False)
+    for name in store.tasks:
+        train = store.task(name).train
+        assert train.terminated.tolist() == [-1, -1]
+        assert not is_terminal(train.terminated, train.lengths, store.environment).any()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "[1]", "3", '{"episode_index": 0}', "[" * 99999])
+def test_a_damaged_list_of_lengths_is_named(tmp_path: Path, content: str) -> None:
+    write_source(tmp_path / "raw")
+    (tmp_path / "raw" / "meta" / "episodes.jsonl").write_text(content)
+    with pytest.raises(UserError, match=r"episodes\.jsonl is damaged: download it again"):
+        import_data(config_for(tmp_path), progress=False)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"total_episodes": "many"}', "3", "[" * 99999]
+)
 def test_a_damaged_list_of_contents_is_named(tmp_path: Path, content: str) -> None:
     write_source(tmp_path / "raw")
     (tmp_path / "raw" / "meta" / "info.json").write_text(content)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from minari_files import make_buffer, write_dataset
-from tiny import make_store
+from tiny import make_episode, make_store
 
 from harmodt.data import export
 from harmodt.data.__main__ import main
@@ -190,6 +190,25 @@ EPISODE = "reach-v0, episode 1:? "
         (_replace("actions", np.ones((25, 3))), EPISODE + r"actions has the shape \(25, 3\)"),
         (_replace("actions", np.ones((25, 4)) + 1j), EPISODE + "actions holds no plain numbers"),
         (_replace("actions", [b"no"] * 25), EPISODE + "actions holds no plain numbers"),
+        (_replace("terminations", np.arange(25) == 6), EPISODE + "terminations is true at step 6 "),
+        (_replace("truncations", np.arange(25) > 22), EPISODE + "truncations is true at step 23 "),
+        (_replace("truncations", np.ones(24)), EPISODE + "truncations has 24 steps"),
+        (_in_hdf5(lambda g: g.attrs.update(total_steps=30)), "have 155 steps and .* say 150"),
+        (
+            lambda path: (
+                _in_hdf5(lambda g: g.attrs.update(total_steps=30))(path),
+                _metadata(lambda m: m.update(total_steps=155))(path),
+            ),
+            EPISODE + "it has 25 steps and its metadata say 30",
+        ),
+        (
+            _replace("observations", np.ones((25, 39))),
+            EPISODE + "it has 25 observations and 25 act",
+        ),
+        (
+            _replace("observations", np.ones((28, 39))),
+            EPISODE + "it has 28 observations and 25 act",
+        ),
         (_replace("infos/success", np.ones(24)), EPISODE + "success has 24 steps"),
         (_replace("infos/success", 1), EPISODE + r"success has the shape \(\)"),
         (_replace("infos/success", np.full(26, np.nan)), EPISODE + "success holds NaN"),
@@ -308,7 +327,7 @@ def make_cheetahs(path: Path) -> DataStore:
             for i in range(4):
                 sizes = (CHEETAH.observation_size, CHEETAH.action_size)
                 arrays = [rng.normal(size=(20 + i, size)).astype(np.float32) for size in sizes]
-                episode = Episode(*arrays, rng.normal(size=20 + i).astype(np.float32), -1)
+                episode = Episode(*arrays, rng.normal(size=20 + i).astype(np.float32), -1, 0)
                 (task.add_prompt if i == 3 and not number else task.add)(episode)
     return writer.finish(tasks)
 
@@ -329,6 +348,7 @@ def test_what_is_exported_is_imported_again_to_the_bit(
         datasets=tuple(f"{name}={task}" for name, task in exported.items()),
         clip_actions=False,
         format="minari",
+        reward_version=store.environment.reward_version,
     )
     assert_same(import_data(config, progress=False), store)
 
@@ -464,15 +484,102 @@ def test_tasks_that_would_be_one_data_set_are_refused(tmp_path: Path) -> None:
         export_data(ExportConfig(tmp_path / "store", tmp_path / "out"), progress=False)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [make_store, lambda path: make_repeated(path), lambda path: make_repeated(path, 50.0)],
+    ids=["with prompts", "of repeated actions", "in other units"],
+)
 def test_the_command_says_how_to_import_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    make: Callable[[Path], DataStore],
 ) -> None:
-    store = make_store(tmp_path / "store")
+    store = make(tmp_path / "store")
     out = str(tmp_path / "out")
     monkeypatch.setattr(sys, "argv", ["data", "export", str(store.path), "--output", out])
     run_command(main)
     command = capsys.readouterr().out.partition("read again by: python -m harmodt.")[2]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [*shlex.split(command), "--no-clip-actions"])
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
     run_command(main)
-    assert_same(DataStore.open(tmp_path / "STORE"), store)
+    again = DataStore.open(tmp_path / "STORE")
+    assert again.environment == store.environment
+    assert_same(again, store)
+
+
+def make_repeated(path: Path, scale: float = 0.5) -> DataStore:
+    """A store of the family whose tasks are another family's as well, without prompts."""
+    environment = replace(family("metaworld-repeat-2").spec, reward_version="v1")
+    writer = StoreWriter(path, {"collect": {}}, environment)
+    rng = np.random.default_rng(0)
+    with writer.task("reach-v3") as task:
+        for length in (100, 30):
+            episode = make_episode(rng, length)
+            task.add(episode._replace(actions=scale * episode.actions))
+    return writer.finish(["reach-v3"])
+
+
+def test_how_episodes_ended_goes_out_and_in(tmp_path: Path) -> None:
+    """Where a store does not know it, an ant that ended early fell."""
+    spec = family("ant-dir").spec
+    writer = StoreWriter(tmp_path / "first", {"collect": {}}, spec)
+    with writer.task("ant-dir-0.500") as task:
+        for length, terminated in ((90, 1), (90, 0), (90, -1), (200, -1), (200, 1)):
+            arrays = np.ones((length, 27), np.float32), np.ones((length, 8), np.float32)
+            task.add(Episode(*arrays, np.ones(length, np.float32), -1, terminated))
+    writer.finish(["ant-dir-0.500"])
+    export_data(ExportConfig(tmp_path / "first", tmp_path / "raw"), progress=False)
+    name = "harmodt/ant-dir-0_500-v0"
+    config = config_for(tmp_path, f"{name}=ant-dir-0.500", prompt_episodes=0)
+    train = import_data(config, progress=False).task("ant-dir-0.500").train
+    assert train.terminated.tolist() == [1, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "terminated"),
+    [
+        ({"terminations": np.zeros(25, bool)}, 0),
+        ({"terminations": np.arange(25) == 24, "truncations": np.zeros(25, bool)}, 0),
+        ({"truncations": np.zeros(25, bool)}, 0),
+    ],
+)
+def test_an_episode_that_was_stopped_in_meta_world_did_not_terminate(
+    tmp_path: Path, flags: dict[str, np.ndarray], terminated: int
+) -> None:
+    """Its environments go on after a success, whatever ended the recording."""
+    write_dataset(tmp_path / "raw", buffers=[make_buffer(i, **flags) for i in range(3)])
+    train = import_data(config_for(tmp_path), progress=False).task("reach-v3").train
+    assert train.terminated.tolist() == [terminated]
+
+
+def test_an_episode_with_as_many_observations_as_actions_is_named_and_may_be_skipped(
+    tmp_path: Path,
+) -> None:
+    buffers = [make_buffer(i) for i in range(6)]
+    buffers[2] = make_buffer(2, observations=make_buffer(2).observations[:25])
+    write_dataset(tmp_path / "raw", buffers=buffers)
+    reason = "reach-v0, episode 2: it has 25 observations and 25 actions, and Minari's episodes ha"
+    with pytest.raises(UserError, match=reason):
+        import_data(config_for(tmp_path), progress=False)
+    store = import_data(config_for(tmp_path, skip_bad_episodes=True), progress=False)
+    assert store.task("reach-v3").train.returns.tolist() == [25, 50, 100]
+    assert store.task("reach-v3").prompts.returns.tolist() == [125, 150]
+    [skipped] = store.provenance["skipped"]["reach-v3"]
+    assert reason in skipped
+
+
+def test_a_data_set_with_fewer_steps_than_it_says_is_refused(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "raw")
+    _metadata(lambda values: values.update(total_steps=151))(path)
+    with pytest.raises(UserError, match="its episodes have 150 steps and its metadata say 151"):
+        import_data(config_for(tmp_path), progress=False)
+
+
+def test_prompts_that_cannot_be_used_are_not_replaced_by_others(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "raw")
+    write_dataset(tmp_path / "raw", "reach-prompts-v0", [make_buffer(0, rewards=np.full(25, 1e9))])
+    pairs = ("reach-v0=reach", "reach-prompts-v0=reach")
+    config = config_for(tmp_path, *pairs, skip_bad_episodes=True)
+    with pytest.raises(UserError, match=r"reach-v3: none of its prompts can be used: .*beyond"):
+        import_data(config, progress=False)

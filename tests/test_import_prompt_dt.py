@@ -73,6 +73,36 @@ def test_the_source_is_any_folder_above_the_files(tmp_path: Path) -> None:
         assert store.tasks == ("cheetah-vel-0.075", "cheetah-vel-0.150")
 
 
+def test_how_an_episode_ended_is_kept(tmp_path: Path) -> None:
+    """An ant may fall; where there are no terminals it is not known."""
+    folder = write_source(tmp_path / "raw", "ant_dir", (0,))
+    episodes = [make_episode("ant_dir", seed) for seed in range(4)]
+    episodes[0]["terminals"][-1] = True
+    episodes[2]["timeouts"] = episodes[0]["terminals"]
+    del episodes[3]["terminals"]
+    dump(folder / "ant_dir-0-expert.pkl", episodes)
+    store = import_data(config_of(folder, tmp_path / "store"), progress=False)
+    [name] = store.tasks
+    assert store.task(name).train.terminated.tolist() == [1, 0, 0, -1]
+    assert store.task(name).prompts.terminated.tolist() == [0, 0]
+
+
+def test_an_episode_that_is_longer_than_the_familys_is_refused(tmp_path: Path) -> None:
+    folder = write_source(tmp_path / "raw", length=201)
+    with pytest.raises(UserError, match="the episode has 201 steps and one of cheetah-vel has 200"):
+        import_data(config_of(folder, tmp_path / "store"), progress=False)
+
+
+def test_a_bad_episode_is_skipped_where_this_is_asked(tmp_path: Path) -> None:
+    folder = write_source(tmp_path / "raw")
+    _with("terminals", lambda a: np.arange(25) == 6)(folder / "cheetah_vel-1-expert.pkl")
+    config = replace(config_of(folder, tmp_path / "store"), skip_bad_episodes=True)
+    store = import_data(config, progress=False)
+    assert [len(store.task(name).train) for name in store.tasks] == [3, 2]
+    [reason] = store.provenance["skipped"]["cheetah-vel-0.150"]
+    assert "cheetah_vel-1-expert.pkl, episode 1: terminals is true at step 6" in reason
+
+
 def test_without_prompts_of_its_own_a_task_gets_the_best(tmp_path: Path) -> None:
     folder = write_source(tmp_path / "raw")
     (folder / "cheetah_vel-1-prompt-expert.pkl").unlink()
@@ -171,12 +201,13 @@ def test_what_cannot_be_is_named(
     assert not (tmp_path / "store").exists()
 
 
-def _with(key: str, change: Callable[[np.ndarray], object]) -> Callable[[Path], None]:
-    """Change an array of the second episode."""
+def _with(key: str, change: Callable[[np.ndarray], object] | np.ndarray) -> Callable[[Path], None]:
+    """Change an array of the second episode, or add one."""
 
     def edit(file: Path) -> None:
         episodes = [make_episode("cheetah_vel", seed) for seed in range(3)]
-        dump(file, [episodes[0], episodes[1] | {key: change(episodes[1][key])}, episodes[2]])
+        value = change if isinstance(change, np.ndarray) else change(episodes[1][key])
+        dump(file, [episodes[0], episodes[1] | {key: value}, episodes[2]])
 
     return edit
 
@@ -223,6 +254,13 @@ def _flip(array: np.ndarray) -> np.ndarray:
         (_with("observations", lambda a: a * 1e300), "episode 1: observations holds NaN or inf"),
         (_with("rewards", lambda a: a * 0 + 1e9), r"episode 1: rewards holds 1e[+]09, beyond"),
         (_with("rewards", lambda a: np.array(1.0)), r"episode 1: rewards has the shape \(\)"),
+        (
+            _with("terminals", lambda a: np.arange(25) == 6),
+            "episode 1: terminals is true at step 6 ",
+        ),
+        (_with("terminals", lambda a: a[:9]), "episode 1: terminals has 9 steps and obser"),
+        (_with("terminals", lambda a: a.tolist()), "episode 1: terminals is no array"),
+        (_with("timeouts", np.arange(25) > 9), "episode 1: timeouts is true at step 10 of 0 to 24"),
         (_with("rewards", lambda a: a.astype(object)), "holds an array of 'O8', and only numbers"),
         (_with("rewards", lambda a: a.astype(str)), "holds an array of 'U"),
         (_with("rewards", lambda a: a.astype(complex)), "holds an array of 'c16'"),

@@ -67,6 +67,22 @@ def test_the_list_is_that_of_mt80() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("flags", "terminated"), [({}, -1), ({"terminated": 0}, 0), ({"terminated": 100}, 0)]
+)
+def test_flags_of_an_episodes_end_are_read(
+    tmp_path: Path, flags: dict[str, int], terminated: int
+) -> None:
+    """The first row's are filler. The environments go on after a success, so that all are cut."""
+    source = write_source(tmp_path / "raw", {"chunk_0.pt": [REACH, REACH]})
+    fields = make_fields([REACH, REACH])
+    for key, row in flags.items():
+        fields[key] = (torch.arange(101) == row).repeat(2, 1)
+    save(source / "chunk_0.pt", fields)
+    train = import_data(configure(source), progress=False).task("reach-v3").train
+    assert train.terminated.tolist() == [terminated]
+
+
 def test_other_kinds_of_numbers_are_read(tmp_path: Path) -> None:
     fields = make_fields([REACH, REACH])
     halves = {key: tensor.half() for key, tensor in fields.items()} | {
@@ -183,6 +199,18 @@ def _with(key: str, edit: Callable[[Tensor], Any]) -> Callable[[Path], None]:
     return write
 
 
+def _with_flags(key: str, row: int, dtype: torch.dtype = torch.bool) -> Callable[[Path], None]:
+    """Flags of an episode's end that are true in one row of the second episode of task REACH."""
+
+    def write(file: Path) -> None:
+        fields = make_fields([REACH, REACH, CHEETAH_RUN])
+        flags = torch.zeros(3, 101)
+        flags[1, row] = 1
+        save(file, {**fields, key: flags.to(dtype)})
+
+    return write
+
+
 def _without(key: str) -> Callable[[Path], None]:
     fields = make_fields([REACH, REACH])
     del fields[key]
@@ -246,6 +274,9 @@ def _of_mt30(file: Path) -> None:
         (_with("action", _set((2, 1), np.nan)), "episode 2: actions holds NaN or infinity"),
         (_with("reward", _set((2, 100), np.inf)), "episode 2: rewards holds NaN or infinity"),
         (_with("reward", lambda t: t.double() + 1e300), "episode 0: rewards holds NaN or infinity"),
+        (_with_flags("terminated", 40), "episode 1: terminated is true at step 39 of 0 to 99"),
+        (_with_flags("done", 99, torch.float32), "episode 1: done is true at step 98 of 0 to 99"),
+        (_with_flags("done", 1, torch.complex64), "done holds no plain numbers"),
         (lambda file: (file.unlink(), file.symlink_to("gone")), "is missing"),
         (lambda file: (file.unlink(), os.mkfifo(file)), "is no regular file"),
         (lambda file: (file.unlink(), file.mkdir()), "is no regular file"),

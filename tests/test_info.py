@@ -60,10 +60,12 @@ def facts(tasks: dict[str, tuple[float, float, float]], **counts: int) -> dict[s
         "environment": SPEC.to_json(),
         "provenance": {},
         **{name: len(tasks) * count for name, count in counts.items()},
+        "skipped": 0,
         "tasks": {
             name: {
                 "returns": dict(zip(("min", "mean", "max"), returns, strict=True)),
                 "success": 0.5,
+                "clipped": None,
                 **counts,
             }
             for name, returns in tasks.items()
@@ -184,12 +186,14 @@ def test_the_facts_are_one_json_object(tmp_path: Path, capsys: pytest.CaptureFix
         "prompts": 2,
         "shared_prompts": 0,
         "bytes": sum(sizes.values()),
+        "skipped": 0,
         "tasks": {
             "first": {
                 "episodes": 3,
                 "steps": 4,
                 "returns": {"min": -4.25, "mean": -0.25 / 3, "max": 3.5},
                 "success": 0.5,
+                "clipped": None,
                 "prompts": 1,
                 "shared_prompts": 0,
                 "bytes": sizes["first"],
@@ -199,6 +203,7 @@ def test_the_facts_are_one_json_object(tmp_path: Path, capsys: pytest.CaptureFix
                 "steps": 1,
                 "returns": {"min": 8.0, "mean": 8.0, "max": 8.0},
                 "success": 1.0,
+                "clipped": None,
                 "prompts": 1,
                 "shared_prompts": 0,
                 "bytes": sizes["second"],

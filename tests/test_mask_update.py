@@ -151,7 +151,10 @@ def _exact_gradient(
     masks = unpack_masks(model, bits)
     exact = Batch(
         batch.task_ids,
-        *(Steps(*(x.double() if x.is_floating_point() else x for x in part)) for part in batch[1:]),
+        *(
+            Steps(*(x.double() if x.is_floating_point() else x for x in part))
+            for part in batch[1:3]
+        ),
     )
     loss = _loss_by_hand(copy, exact, targets.double())
     parameters = dict(copy.named_parameters())
@@ -489,7 +492,7 @@ def _record_draws(learner: SequenceLearner) -> _Draws:
         draws.count += 1
         for group, task in enumerate(tasks):
             only = slice(group, group + 1)
-            steps = (Steps(*(value[only] for value in part)) for part in batch[1:])
+            steps = (Steps(*(value[only] for value in part)) for part in batch[1:3])
             draws[task] = Batch(batch.task_ids[only], *steps), targets[only]
         return batch, targets
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from runs import assert_same, begin
-from tiny import SPEC, TASKS, make_episode, make_store
+from tiny import SPEC, TASKS, as_version_2, make_episode, make_store
 
 from harmodt.data.__main__ import main
 from harmodt.data.merging import MergeConfig, merge_stores
@@ -30,7 +30,10 @@ def random_parts(seed: int, tasks: Sequence[str], prompts: int = 2, shortest: in
 
     def episodes(count: int) -> list[Episode]:
         drawn = [make_episode(rng, int(rng.integers(shortest, 40)), 100.0) for _ in range(count)]
-        return [episode._replace(success=int(rng.integers(-1, 2))) for episode in drawn]
+        return [
+            episode._replace(success=int(rng.integers(-1, 2)), terminated=int(rng.integers(-1, 2)))
+            for episode in drawn
+        ]
 
     return {task: (episodes(3), episodes(prompts)) for task in tasks}
 
@@ -86,6 +89,7 @@ def test_a_merged_store_is_the_one_written_at_once(tmp_path: Path) -> None:
             whole = np.concatenate([getattr(episode, name) for episode in expected])
             np.testing.assert_array_equal(getattr(episodes, name), whole)
         assert episodes.successes.tolist() == [episode.success for episode in expected]
+        assert episodes.terminated.tolist() == [episode.terminated for episode in expected]
     observations = np.concatenate([e.observations for e in trained]).astype(np.float64)
     np.testing.assert_allclose(reach.observation_mean, observations.mean(0), rtol=1e-6)
     np.testing.assert_allclose(reach.observation_std, observations.std(0), rtol=1e-4, atol=1e-6)
@@ -108,6 +112,16 @@ def test_a_store_can_be_merged_again(tmp_path: Path) -> None:
     a, b, c = (write(tmp_path / n, part) for n, part in zip("abc", parts, strict=True))
     merged = merge(merge(a, b, output=tmp_path / "ab"), c, output=tmp_path / "abc")
     assert_same_but_for_provenance(merged, write(tmp_path / "whole", *parts))
+
+
+def test_a_store_of_version_2_can_be_merged(tmp_path: Path) -> None:
+    parts = [random_parts(seed, (REACH,)) for seed in range(2)]
+    a, b = (write(tmp_path / n, part) for n, part in zip("ab", parts, strict=True))
+    merged = merge(as_version_2(a), b, output=tmp_path / "merged")
+    merged.verify()
+    for part, kind in ((merged.task(REACH).train, 0), (merged.task(REACH).prompts, 1)):
+        known = [episode.terminated for episode in parts[1][REACH][kind]]
+        assert part.terminated.tolist() == [-1] * len(parts[0][REACH][kind]) + known
 
 
 def test_the_same_command_again_opens_what_is_there(tmp_path: Path) -> None:
@@ -159,7 +173,7 @@ def test_an_array_that_changed_is_named(tmp_path: Path, which: str, array: str) 
     file = tmp_path / which / REACH / f"{array}.npy"
     content = bytearray(file.read_bytes())
     # The second number, where the store looks right: a step more or less in the first episode.
-    content[129 if array.endswith("successes") else 136] ^= 1
+    content[129 if array.endswith(("successes", "terminated")) else 136] ^= 1
     file.write_bytes(content)
     with pytest.raises(UserError, match=rf"{which}/{REACH}/{array}\.npy is damaged .its checksum"):
         merge(tmp_path / "a", tmp_path / "b", output=tmp_path / "merged")
@@ -247,6 +261,9 @@ def test_the_command_merges_and_shows(
     main()
     printed = capsys.readouterr().out
     assert "12/12 episodes" in printed
+    assert "nothing was merged" not in printed
+    main()
+    assert "nothing was merged: c was complete already" in capsys.readouterr().out
     assert [line.split()[:3] for line in printed.splitlines() if "v3" in line] == [
         [REACH, "6", "162"]
     ]

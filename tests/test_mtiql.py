@@ -1,18 +1,21 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mlps import Weights, configure_mlp
-from tiny import SPEC, make_store, make_trainer
+from tiny import SPEC, TASKS, make_episode, make_trainer
 from torch import Tensor
 
 from harmodt.algorithms import preset
 from harmodt.algorithms.mtiql import LARGEST_WEIGHT
-from harmodt.data.store import DataStore
+from harmodt.data.store import UNKNOWN, DataStore
 from harmodt.data.transitions import transitions_of
+from harmodt.data.writer import StoreWriter
 from harmodt.errors import UserError
 from harmodt.settings import change, check
 from harmodt.training.trainer import Trainer
@@ -20,10 +23,21 @@ from harmodt.training.trainer import Trainer
 NETWORKS = ("policy", "value", "critics")
 
 
+def write_store(path: Path, *endings: int) -> DataStore:
+    """Short episodes that ended so, whose steps are often the last one."""
+    rng = np.random.default_rng(0)
+    writer = StoreWriter(path, {}, SPEC)
+    for index, name in enumerate(TASKS):
+        with writer.task(name) as task:
+            for length, terminated in zip((9, 5, 7), endings, strict=True):
+                task.add(make_episode(rng, length, index)._replace(terminated=terminated))
+            task.add_prompt(make_episode(rng, 9, index))
+    return writer.finish(TASKS)
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> DataStore:
-    # Short episodes, so that some of a batch's steps are the last ones.
-    return make_store(tmp_path_factory.mktemp("data") / "store", lengths=(9, 5, 7))
+    return write_store(tmp_path_factory.mktemp("data") / "store", UNKNOWN, 1, 0)
 
 
 class Oracle:
@@ -35,7 +49,7 @@ class Oracle:
         self.action_weights: list[float] = []
 
     def losses(self, batch: Any, actions: Tensor) -> Tensor:
-        step = transitions_of(batch, actions, SPEC.episode_length, self.own.short_ends)
+        step = transitions_of(batch, actions, SPEC)
         groups = []
         for group, task in enumerate(batch.task_ids.tolist()):
             rows = [part[group].double() for part in step]
@@ -83,9 +97,8 @@ class Oracle:
             "temperature": 3.0,
             "critic_conditioning": "one-hot",
             "task_conditioning": "multi-head",
-            "short_ends": False,
         },
-        {"temperature": 30.0, "expectile": 0.9, "discount": 0.5, "target_rate": 0.5},
+        {"temperature": 60.0, "expectile": 0.9, "discount": 0.5, "target_rate": 0.5},
     ],
     ids=["one-hot policy", "told otherwise", "other numbers"],
 )
@@ -109,12 +122,11 @@ def test_steps_equal_a_computation_in_float64(store: DataStore, changes: dict[st
     assert any(largest) == (changes["temperature"] > 3.0)
 
 
-def test_at_a_temperature_of_zero_the_policy_is_mtbcs(store: DataStore) -> None:
-    """But for last steps, which are left out here, and where nothing is clipped."""
-    changes = {"short_ends": True, "gradient_clip": 1e9}
-    iql = make_trainer(store, configure_mlp("mtiql", temperature=0.0, **changes))
-    del changes["short_ends"]
-    cloning = make_trainer(store, configure_mlp("mtbc", **changes))
+def test_at_a_temperature_of_zero_the_policy_is_mtbcs(tmp_path: Path) -> None:
+    """Where all episodes terminated, so that no last step is left out, and nothing is clipped."""
+    store = write_store(tmp_path / "store", 1, 1, 1)
+    iql = make_trainer(store, configure_mlp("mtiql", temperature=0.0, gradient_clip=1e9))
+    cloning = make_trainer(store, configure_mlp("mtbc", gradient_clip=1e9))
     for name, tensor in cloning.learner.tensors().items():
         tensor.copy_(iql.learner.tensors()[name])
     for _ in range(4):
@@ -153,7 +165,8 @@ def test_a_reward_of_one_at_every_step_is_worth_the_sum_of_its_discounts(
         to_go = torch.ones_like(batch.history.returns_to_go) * torch.tensor([2.0, 1.0])
         to_go[ends] = 1.0
         return batch._replace(
-            history=batch.history._replace(returns_to_go=to_go, valid=valid)
+            history=batch.history._replace(returns_to_go=to_go, valid=valid),
+            terminated=torch.ones_like(batch.terminated),
         ), actions
 
     trainer.learner.feed.batch = ones

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import as_version_2
 
 from harmodt.data.store import (
     MANIFEST,
@@ -26,14 +27,20 @@ from harmodt.errors import UserError
 from harmodt.files import json_checksum
 
 SPEC = MetaWorld.spec
-ARRAYS = ("observations", "actions", "rewards", "returns_to_go", "episode_starts", "successes")
+ARRAYS = (
+    *("observations", "actions", "rewards", "returns_to_go"),
+    *("episode_starts", "successes", "terminated"),
+)
 
 
-def make_episode(generator: np.random.Generator, length: int, success: int = 1) -> Episode:
+def make_episode(
+    generator: np.random.Generator, length: int, success: int = 1, terminated: int = UNKNOWN
+) -> Episode:
     # Far from zero, so that a careless variance would lose its digits.
     observations = (generator.normal(size=(length, 39)) + 50).astype(np.float32)
     actions = generator.uniform(-1, 1, (length, 4)).astype(np.float32)
-    return Episode(observations, actions, generator.random(length).astype(np.float32), success)
+    rewards = generator.random(length).astype(np.float32)
+    return Episode(observations, actions, rewards, success, terminated)
 
 
 def write_store(path: Path, tasks: tuple[str, ...] = ("reach-v3", "push-v3")) -> DataStore:
@@ -66,8 +73,10 @@ def test_a_store_gives_back_what_was_written(
 ) -> None:
     generator = np.random.default_rng(seed)
     train = [
-        make_episode(generator, n, success)
-        for n, success in zip(lengths, [1, 0, -1] * 2, strict=False)
+        make_episode(generator, n, success, terminated)
+        for n, success, terminated in zip(
+            lengths, [1, 0, -1] * 2, [0, 0, -1, 1, 1, -1], strict=False
+        )
     ]
     prompts = [make_episode(generator, length) for length in prompt_lengths]
     writer = StoreWriter(tmp_path_factory.mktemp("data") / "store", {}, SPEC)
@@ -93,6 +102,7 @@ def _check_episodes(stored: Episodes, expected: list[Episode]) -> None:
     assert len(stored) == len(expected)
     assert stored.lengths.tolist() == [len(e.rewards) for e in expected]
     assert stored.successes.tolist() == [e.success for e in expected]
+    assert stored.terminated.tolist() == [e.terminated for e in expected]
     for start, stop, episode in zip(
         stored.episode_starts[:-1], stored.episode_starts[1:], expected, strict=True
     ):
@@ -163,7 +173,7 @@ def test_a_store_that_cannot_be_opened_says_why(tmp_path: Path) -> None:
     write_store(path)
     manifest = (path / MANIFEST).read_bytes()
     edit_manifest(path, version=7)
-    with pytest.raises(UserError, match=r"manifest.json is of version 7, .* reads version 2"):
+    with pytest.raises(UserError, match=r"manifest.json is of version 7, .* versions 2 and 3"):
         DataStore.open(path)
     for damaged in (manifest[:100], manifest.replace(b'"test": 1', b'"test": 2'), b"\xff\x00"):
         (path / MANIFEST).write_bytes(damaged)
@@ -272,9 +282,41 @@ def test_a_store_of_the_first_version_says_how_to_make_it_again(
     provenance = {origin: {"tasks": ["reach-v3"]}}
     first = {"format": "harmodt-store", "version": 1, "provenance": provenance, "tasks": {}}
     (path / MANIFEST).write_text(json.dumps(first))
-    again = rf"version 1, and .* version 2: make the store again .*`python -m {command}`"
+    again = rf"version 1, and .* versions 2 and 3: make the store again .*`python -m {command}`"
     with pytest.raises(UserError, match=again):
         DataStore.open(path)
+
+
+def test_a_store_of_version_2_does_not_know_how_episodes_ended(tmp_path: Path) -> None:
+    new = write_store(tmp_path / "new")
+    old = as_version_2(write_store(tmp_path / "old"))
+    old.verify()
+    for name in new.tasks:
+        for part, count in (("train", 3), ("prompts", 1)):
+            ours, theirs = getattr(old.task(name), part), getattr(new.task(name), part)
+            assert ours.terminated.tolist() == [UNKNOWN] * count
+            for array in ARRAYS[:-1]:
+                np.testing.assert_array_equal(getattr(ours, array), getattr(theirs, array))
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_the_arrays_are_those_of_the_version(tmp_path: Path, version: int) -> None:
+    store = write_store(tmp_path / "store")
+    if version == 3:
+        as_version_2(store)
+    manifest = json.loads((store.path / MANIFEST).read_text()) | {"version": version}
+    del manifest["crc32"]
+    manifest["crc32"] = json_checksum(manifest)
+    (store.path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"is damaged \(the entries of reach-v3 do not fit"):
+        DataStore.open(store.path)
+
+
+def test_a_store_of_version_2_that_was_begun_is_not_gone_on_with(tmp_path: Path) -> None:
+    store = as_version_2(write_store(tmp_path / "store"))
+    (store.path / MANIFEST).rename(store.path / UNFINISHED)
+    with pytest.raises(UserError, match=r"beginning of a store of version 2, and .* writes versio"):
+        StoreWriter(store.path, {"test": 1}, SPEC)
 
 
 def test_equal_stores_have_equal_checksums_and_others_do_not(tmp_path: Path) -> None:

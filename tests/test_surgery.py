@@ -242,7 +242,7 @@ def of_each_task(trainer: Trainer, batch: Batch, targets: Tensor) -> np.ndarray:
         bits = trainer.learner.bank.bits[task] if hasattr(trainer.learner, "bank") else everything
         copy, masks = masked_copy(model, bits), unpack_masks(model, bits)
         only = slice(group, group + 1)
-        steps = [None if p is None else Steps(*(x[only] for x in p)) for p in batch[1:]]
+        steps = [None if p is None else Steps(*(x[only] for x in p)) for p in batch[1:3]]
         predicted = copy(Batch(batch.task_ids[only], *steps), no_masks(copy, 1))
         valid = batch.history.valid[only]
         (predicted - targets[only])[valid].square().mean().backward()

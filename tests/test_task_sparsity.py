@@ -79,7 +79,8 @@ def test_the_hardest_task_at_first_has_the_most_weights(store: DataStore, seed: 
     for task in range(3):
         batch, targets = learner.sampler.sample([task], Draws(seed, MASKS, 0))
         steps = (
-            Steps(*(x.double() if x.is_floating_point() else x for x in part)) for part in batch[1:]
+            Steps(*(x.double() if x.is_floating_point() else x for x in part))
+            for part in batch[1:3]
         )
         with torch.no_grad():
             actions = model(Batch(batch.task_ids, *steps), no_masks(model, 1))

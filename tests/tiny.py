@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from torch.profiler import ProfilerActivity, profile
 from harmodt.algorithms import Setup, preset
 from harmodt.config import TrainConfig
 from harmodt.data.inputs import TaskConditioning
-from harmodt.data.store import DataStore, Episode
+from harmodt.data.store import MANIFEST, DataStore, Episode
 from harmodt.data.writer import StoreWriter
 from harmodt.devices import Execution
 from harmodt.environments import METAWORLD, family
+from harmodt.files import json_checksum
 from harmodt.masks.bank import TaskMasks
 from harmodt.networks.decision_transformer import DecisionTransformer, TransformerConfig
 from harmodt.rundir import RunDirectory
@@ -65,7 +67,7 @@ def make_episode(rng: np.random.Generator, length: int, center: float = 0.0) -> 
     observations[:, 5] = center
     actions = rng.uniform(-1.2, 1.2, (length, SPEC.action_size)).astype(np.float32)
     rewards = rng.uniform(0, 10, length).astype(np.float32)
-    return Episode(observations, actions, rewards, success=1)
+    return Episode(observations, actions, rewards, success=1, terminated=0)
 
 
 def make_store(
@@ -85,6 +87,20 @@ def make_store(
             for length in prompt_lengths:
                 task.add_prompt(make_episode(rng, length, index))
     return writer.finish(tasks)
+
+
+def as_version_2(store: DataStore) -> DataStore:
+    """The store as the version of the format wrote it that did not know how episodes ended."""
+    manifest = json.loads((store.path / MANIFEST).read_text())
+    del manifest["crc32"]
+    manifest["version"] = 2
+    for task, content in manifest["tasks"].items():
+        for name in ("terminated", "prompts/terminated"):
+            del content["files"][name]
+            (store.path / task / f"{name}.npy").unlink()
+    manifest["crc32"] = json_checksum(manifest)
+    (store.path / MANIFEST).write_text(json.dumps(manifest))
+    return DataStore.open(store.path)
 
 
 def make_setup(

@@ -100,6 +100,7 @@ class Falling(Toy):
     """The same, but a point that has gone farther than 3 has fallen."""
 
     spec = EnvironmentSpec("falling", 3, 2, 7, success=False)
+    ends_early = True
 
     def make(self, task, goal_seed=0):
         return FallingPoint({"slow": 0.5, "quick": 2.0}[task], goal_seed)

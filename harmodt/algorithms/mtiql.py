@@ -54,9 +54,6 @@ class MTIQLSettings(MLPSettings):
     target_rate: Annotated[float, Meta(ge=ABOVE_ZERO, le=1)] = 0.02
     """Share of the way from the critics' targets to the critics that each step goes. IQL's code has
     0.005; short runs need more, because a reward spreads back about one step with each update."""
-    short_ends: bool = True
-    """An episode shorter than the environments' came to an end, where nothing more is to be had;
-    or (--no-short-ends) it was cut, and its last step is left out, as that of a full one is."""
 
 
 class MTIQLLearner(MLPLearner[MTIQLSettings]):
@@ -92,8 +89,7 @@ class MTIQLLearner(MLPLearner[MTIQLSettings]):
         Each loss is a mean over the transitions whose next observation is known or not needed.
         """
         own, tasks = self.settings, batch.task_ids
-        longest = self.setup.environment.episode_length
-        step = transitions_of(batch, targets, longest, own.short_ends)
+        step = transitions_of(batch, targets, self.setup.environment)
         pairs = torch.cat((step.observations, step.actions), dim=-1)
         value, policy = self.networks[VALUE], self.networks[POLICY]
         with torch.no_grad():

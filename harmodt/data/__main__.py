@@ -24,10 +24,11 @@ from ..errors import printable, run_command
 from ..progress import PlainConsole, progress_bar
 from ..settings import parse_arguments
 from .describe import describe, show
-from .export import ExportConfig, export_data
+from .export import ExportConfig, export_data, options_of_import
 from .importing import ImportConfig, import_data
 from .merging import MergeConfig, merge_stores
-from .store import DataStore
+from .sources import read_record
+from .store import MANIFEST, DataStore
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,44 @@ def _info(config: InfoConfig) -> None:
         _show(store)
 
 
+def _import(config: ImportConfig) -> None:
+    complete = (config.output / MANIFEST).exists()
+    store = import_data(config)
+    record = read_record(store.provenance, store.path)
+    for reasons in record.skipped.values():
+        for reason in reasons:
+            print(printable(f"skipped {reason}"))
+    _show(store)
+    if complete:
+        compared = config.source.exists() and record.files
+        print(
+            printable(
+                f"nothing was imported: {config.output} was complete already, and "
+                + ("its source has not changed" if compared else "its source was not compared")
+            )
+        )
+
+
+def _merge(config: MergeConfig) -> None:
+    complete = (config.output / MANIFEST).exists()
+    _show(merge_stores(config))
+    if complete:
+        print(printable(f"nothing was merged: {config.output} was complete already"))
+
+
 def _export(config: ExportConfig) -> None:
     pairs = [f"{name}={task}" for name, task in export_data(config).items()]
-    words = ["import", str(config.output), "--format", "minari", "--dataset", *pairs]
-    again = f"python -m harmodt.data {shlex.join(words)} --output STORE"
-    print(printable(f"written, and read again by: {again}"))
+    words = [
+        "import",
+        str(config.output),
+        "--format",
+        "minari",
+        *options_of_import(config),
+        "--dataset",
+        *pairs,
+    ]
+    command = f"python -m harmodt.data {shlex.join(words)} --output STORE"
+    print(printable(f"written, and read again by: {command}"))
 
 
 def _verify(config: VerifyConfig) -> None:
@@ -77,10 +111,10 @@ def _verify(config: VerifyConfig) -> None:
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
-    "import": (ImportConfig, lambda config: _show(import_data(config))),
+    "import": (ImportConfig, _import),
     "export": (ExportConfig, _export),
     "info": (InfoConfig, _info),
-    "merge": (MergeConfig, lambda config: _show(merge_stores(config))),
+    "merge": (MergeConfig, _merge),
     "verify": (VerifyConfig, _verify),
 }
 """Name of every sub-command, its settings and what it does."""

@@ -12,11 +12,12 @@ from rich.table import Table, box
 
 from .. import sealed
 from ..progress import PlainConsole
+from .sources import read_record
 from .store import KIND, DataStore
 
 _HEADINGS = (
     *("task", "episodes", "steps", "return min", "return mean", "return max"),
-    *("success", "prompts", "size"),
+    *("success", "clipped", "prompts", "size"),
 )
 _WIDE = PlainConsole(width=10_000)
 """Measures tables: wider than any."""
@@ -29,17 +30,24 @@ def describe(store: DataStore) -> dict[str, Any]:
          "environment": {"family": str, "observation_size": int, "action_size": int,
                          "episode_length": int, "success": bool, "reward_version": str | null},
          "provenance": {...}, the settings of the command that made the store
+         "skipped": int, episodes of the source that an import left out
          "episodes": int, "steps": int, "prompts": int (episodes),
          "shared_prompts": int (prompts that are training episodes too), "bytes": int,
          "tasks": {name: {"episodes": int, "steps": int,
                           "returns": {"min": float, "mean": float, "max": float},
                           "success": share of the episodes of which it is known, or null,
+                          "clipped": share of the source's action values beyond [-1, 1], or null
+                                     where no import counted them,
                           "prompts": int, "shared_prompts": int, "bytes": int}}}
 
     Raises:
         UserError: an array is missing, or is not what was written.
     """
-    tasks = {name: _describe_task(store, name) for name in store.tasks}
+    record = read_record(store.provenance, store.path)
+    tasks = {
+        name: _describe_task(store, name) | {"clipped": record.clipped.get(name)}
+        for name in store.tasks
+    }
     totals = {
         count: sum(task[count] for task in tasks.values())
         for count in ("episodes", "steps", "prompts", "shared_prompts", "bytes")
@@ -50,6 +58,7 @@ def describe(store: DataStore) -> dict[str, Any]:
         "environment": store.environment.to_json(),
         "provenance": store.provenance,
         **totals,
+        "skipped": sum(map(len, record.skipped.values())),
         "tasks": tasks,
     }
 
@@ -89,9 +98,10 @@ def show(description: dict[str, Any], console: Console, width: int | None = None
 
 
 def _parts(rows: Sequence[Sequence[str]], width: int | None) -> Iterator[list[int]]:
-    """The columns of each table: the first, and as many others as fit, at least one."""
+    """The columns of each table: the first, and as many filled ones as fit, at least one."""
     part = [0]
-    for column in range(1, len(_HEADINGS)):
+    filled = [column for column in range(1, len(_HEADINGS)) if any(row[column] for row in rows)]
+    for column in filled:
         table = _table(rows[:-1], rows[-1], [*part, column])
         if len(part) > 1 and width is not None and _WIDE.measure(table).maximum > width:
             yield part
@@ -122,9 +132,12 @@ def _title(description: dict[str, Any]) -> list[str]:
         f"{f', reward version {version}' if version else ''}"
     )
     origin = ", ".join(description["provenance"]) or "none"
+    skipped = description["skipped"]
+    skipped = description["skipped"]
     return [
         f"{description['path']}: {environment['family']} ({sizes})",
         f"checksum {description['checksum']}, provenance: {origin} (in full with --json)",
+        *([f"{skipped:,} episodes of the source were skipped (why: --json)"] if skipped else []),
     ]
 
 
@@ -137,8 +150,9 @@ def _rows(description: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     returns = zip(*map(_numbers, columns), strict=True)
     for (name, task), numbers in zip(tasks.items(), returns, strict=True):
         share = "unknown" if task["success"] is None else f"{task['success']:.0%}"
-        yield _cells(name, task, (*numbers, share))
-    yield _cells(f"{len(tasks)} tasks", description, ("", "", "", ""))
+        clipped = "" if task["clipped"] is None else f"{task['clipped']:.1%}"
+        yield _cells(name, task, (*numbers, share, clipped))
+    yield _cells(f"{len(tasks)} tasks", description, ("", "", "", "", ""))
 
 
 def _cells(name: str, counts: dict[str, Any], between: tuple[str, ...]) -> tuple[str, ...]:

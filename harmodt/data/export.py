@@ -1,8 +1,9 @@
 """Write a store as Minari's data sets, one per task: `python -m harmodt.data export`.
 
 A store has no observation after an episode's last action, and Minari wants one: the last one is
-there twice, and an import leaves it out again. Every episode ends with a truncation, and where it
-is known whether it was solved, `infos["success"]` is that at its last step and 0 before.
+there twice, and an import leaves it out again. Every episode ends with a termination or a
+truncation, by the rule of `transitions.is_terminal` where the store does not know. Where it is
+known whether the episode was solved, `infos["success"]` is that at its last step and 0 before.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -27,6 +29,7 @@ from ..files import owned, replace_directory
 from ..progress import progress_bar
 from .importers.minari import PROMPTS, minari_storage
 from .store import EPISODE_ARRAYS, DataStore, Episodes, TaskData
+from .transitions import is_terminal
 
 _OVERHEAD = 2**15  # bytes more than the arrays that an episode may take; HDF5 takes 13,000
 
@@ -79,12 +82,26 @@ def export_data(config: ExportConfig, progress: bool = True) -> dict[str, str]:
                 path.mkdir(parents=True)
                 _check_room(path, episodes)
                 dataset = _create(path / "data", config.storage, name, task, store.environment)
-                dataset.update_episodes(_buffers(episodes, advance))
+                dataset.update_episodes(_buffers(episodes, store.environment, advance))
             replace_directory(temporary, final)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
     return {name: task for name, (task, _) in parts.items()}
+
+
+def options_of_import(config: ExportConfig) -> list[str]:
+    """The options under which an import of what was exported gives the same store again."""
+    store = DataStore.open(config.store)
+    environment = store.environment
+    # A task's own prompts are taken in any case, and one without any gets none.
+    options = ["--family", environment.family, "--prompt-episodes", "0"]
+    if environment.reward_version:
+        options += ["--reward-version", environment.reward_version]
+    tasks = [store.task(name) for name in store.tasks]
+    if any((abs(part.actions) > 1).any() for task in tasks for part in (task.train, task.prompts)):
+        options += ["--no-clip-actions", "--max-clipped", "1"]
+    return options
 
 
 def _check_room(folder: Path, episodes: Episodes) -> None:
@@ -149,12 +166,16 @@ def _create(path: Path, storage: str, name: str, task: str, environment: Environ
     return dataset
 
 
-def _buffers(episodes: Episodes, advance: Callable[[], None]) -> Iterator[Any]:
+def _buffers(
+    episodes: Episodes, environment: EnvironmentSpec, advance: Callable[[], None]
+) -> Iterator[Any]:
     """The episodes as Minari takes them."""
     from minari.data_collector import EpisodeBuffer
 
     starts = episodes.episode_starts.tolist()
-    for start, end, success in zip(starts, starts[1:], episodes.successes.tolist(), strict=False):
+    successes = episodes.successes.tolist()
+    terminal = is_terminal(episodes.terminated, episodes.lengths, environment).tolist()
+    for (start, end), success, ended in zip(pairwise(starts), successes, terminal, strict=True):
         length = end - start
         observations = episodes.observations[start:end]
         last = np.arange(length) == length - 1
@@ -163,8 +184,8 @@ def _buffers(episodes: Episodes, advance: Callable[[], None]) -> Iterator[Any]:
             observations=np.append(observations, observations[-1:], axis=0),
             actions=np.array(episodes.actions[start:end]),
             rewards=np.array(episodes.rewards[start:end]),
-            terminations=np.zeros(length, bool),
-            truncations=last,
+            terminations=last & ended,
+            truncations=last & (not ended),
             infos={"success": solved} if success >= 0 else None,
         )
         advance()

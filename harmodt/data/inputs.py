@@ -28,6 +28,9 @@ from ..settings import from_json
 from .store import EPISODE_ARRAYS, Episodes, TaskData, array_types
 from .trajectories import Trajectories
 
+_PROMPT_ARRAYS = tuple(name for name in EPISODE_ARRAYS if name != "terminated")
+"""The arrays of prompt episodes that a run keeps; how a prompt's episode ended plays no part."""
+
 
 @dataclass(frozen=True)
 class TaskConditioning:
@@ -241,7 +244,7 @@ def save_conditioning(path: Path, tasks: Sequence[TaskConditioning], run: str) -
         arrays[f"{task.name}/mean"] = task.mean
         arrays[f"{task.name}/deviation"] = task.deviation
         arrays[f"{task.name}/target_return"] = np.array([task.target_return])
-        for name in EPISODE_ARRAYS:
+        for name in _PROMPT_ARRAYS:
             arrays[f"{task.name}/prompts/{name}"] = getattr(task.prompts, name)
     contiguous = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
     content = save(contiguous, {"run": run})
@@ -304,11 +307,11 @@ def _of_task(
     starts = take("prompts/episode_starts", "<i8", (count,))
     if starts[:1].tolist() != [0] or (starts[1:] <= starts[:-1]).any():
         raise ValueError(f"{task}/prompts/episode_starts do not rise from 0")
-    counts = dict.fromkeys(EPISODE_ARRAYS, int(starts[-1]))
+    counts = dict.fromkeys(_PROMPT_ARRAYS, int(starts[-1]))
     counts |= {"episode_starts": count, "successes": count - 1}
     prompts = {
-        name: take(f"prompts/{name}", dtype, (counts[name], *shape))
-        for name, (dtype, shape) in types.items()
+        name: take(f"prompts/{name}", types[name][0], (counts[name], *types[name][1]))
+        for name in _PROMPT_ARRAYS
     }
     deviation = take("deviation", "<f4", sizes)
     if (deviation <= 0).any():
@@ -345,7 +348,7 @@ def _select(episodes: Episodes, chosen: np.ndarray) -> Episodes:
     )
     of_steps = {
         name: getattr(episodes, name)[steps]
-        for name in EPISODE_ARRAYS
+        for name in _PROMPT_ARRAYS
         if name not in ("episode_starts", "successes")
     }
     return Episodes(

@@ -132,14 +132,19 @@ def _read(store: DataStore, name: str, kind: Literal["train", "prompts"]) -> Ite
     """
     episodes = getattr(store.task(name), kind)
     prefix = f"{PROMPTS}/" if kind == "prompts" else ""
+    files = {array: f"{name}/{prefix}{array}.npy" for array in EPISODE_ARRAYS}
     arrays = {
-        array: _Reading(store, f"{name}/{prefix}{array}.npy", getattr(episodes, array))
-        for array in EPISODE_ARRAYS
+        array: _Reading(store, file, getattr(episodes, array))
+        for array, file in files.items()
+        if file in store.files
     }
     starts, successes = arrays.pop("episode_starts").whole(), arrays.pop("successes").whole()
-    for steps, success in zip(pairwise(starts), successes, strict=True):
+    ends = arrays.pop("terminated").whole() if "terminated" in arrays else episodes.terminated
+    for steps, success, end in zip(pairwise(starts), successes, ends, strict=True):
         found = {array: read.part(*steps) for array, read in arrays.items()}
-        yield Episode(found["observations"], found["actions"], found["rewards"], int(success))
+        yield Episode(
+            found["observations"], found["actions"], found["rewards"], int(success), int(end)
+        )
     for read in arrays.values():
         read.check()
 

@@ -27,17 +27,20 @@ from ..files import json_checksum
 from ..settings import Count, Whole, from_json
 
 FORMAT = "harmodt-store"
-VERSION = 2
+VERSION = 3
+EARLIER = (2,)
+"""Earlier versions that are still read; stores of version 2 do not say how episodes ended."""
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"
 PROMPTS = "prompts"
 UNKNOWN = -1
-"""The success of an episode whose source does not tell."""
+"""The success, or the ending, of an episode whose source does not tell it."""
 
 KIND = sealed.Kind(
     name="the manifest of a HarmoDT store",
     format=FORMAT,
     version=VERSION,
+    also_reads=EARLIER,
     instead="give a store's directory",
     again="make the store again in another folder with `python -m harmodt.collect`, or with "
     "`python -m harmodt.data import`, and the settings that the file lists under provenance",
@@ -59,12 +62,15 @@ class Episode(NamedTuple):
         actions: [T, action_size].
         rewards: [T].
         success: 1 or 0 (at any step), or UNKNOWN.
+        terminated: 1 where the task came to its end with the last step, so that nothing follows;
+            0 where the episode was cut there (truncated); or UNKNOWN.
     """
 
     observations: np.ndarray
     actions: np.ndarray
     rewards: np.ndarray
     success: int
+    terminated: int = UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,8 @@ class Episodes:
         returns_to_go: float32 [S], undiscounted sum of this and all later rewards of the episode.
         episode_starts: int64 [E + 1], first step of each episode, then S.
         successes: int8 [E], 1 solved, 0 not solved, -1 unknown.
+        terminated: int8 [E], 1 terminated, 0 truncated, -1 unknown, which is what all are if it is
+            not given.
     """
 
     observations: np.ndarray = field(metadata={"dtype": "<f4", "size": "observation_size"})
@@ -89,6 +97,12 @@ class Episodes:
     returns_to_go: np.ndarray = field(metadata={"dtype": "<f4"})
     episode_starts: np.ndarray = field(metadata={"dtype": "<i8"})
     successes: np.ndarray = field(metadata={"dtype": "|i1"})
+    terminated: np.ndarray = field(default=None, metadata={"dtype": "|i1"})  # type: ignore[arg-type]
+
+    def __post_init__(self) -> None:
+        if self.terminated is None:
+            unknown = np.full(len(self.successes), UNKNOWN, np.int8)
+            object.__setattr__(self, "terminated", unknown)  # the dataclass is frozen
 
     def __len__(self) -> int:
         return len(self.successes)
@@ -325,6 +339,8 @@ def _check_manifest(path: Path, manifest: dict[str, Any], remedy: str) -> None:
             **_shapes(environment, "", task.files, task.episodes, task.steps),
             **_shapes(environment, f"{PROMPTS}/", task.files, task.prompt_episodes),
         }
+        if found.version == 2:
+            del arrays["terminated"], arrays[f"{PROMPTS}/terminated"]
         entries = {key: (entry.dtype, entry.shape) for key, entry in task.files.items()}
         sizes = {len(task.observation_mean), len(task.observation_std)}
         fits = sizes == {environment.observation_size}
@@ -346,7 +362,7 @@ def _shapes(
     rewards = files.get(f"{prefix}rewards")
     if steps is None:
         steps = rewards.shape[0] if rewards and rewards.shape else 0
-    lengths = {"episode_starts": episodes + 1, "successes": episodes}
+    lengths = {"episode_starts": episodes + 1, "successes": episodes, "terminated": episodes}
     return {
         f"{prefix}{name}": (dtype, [lengths.get(name, steps), *shape])
         for name, (dtype, shape) in array_types(environment).items()
@@ -366,7 +382,7 @@ def _check_size(path: Path, entry: dict[str, Any]) -> None:
 
 
 def _open_episodes(path: Path, files: dict[str, Any], prefix: str) -> Episodes:
-    entries = {name: files[f"{prefix}{name}"] for name in EPISODE_ARRAYS}
+    entries = {n: files[f"{prefix}{n}"] for n in EPISODE_ARRAYS if f"{prefix}{n}" in files}
     episodes = Episodes(
         **{name: _open_array(path / f"{prefix}{name}.npy", e) for name, e in entries.items()}
     )

@@ -36,6 +36,7 @@ class Trajectories:
         first_episode: int64 [T + 1], the first episode of each task, then E.
         starts: int64 [E + 1], the first step of each episode, then S.
         lengths: int64 [E], steps of each episode.
+        terminated: int8 [E], how each episode ended, as in `Episodes`.
     """
 
     def __init__(self, tasks: Sequence[Episodes], device: torch.device | None = None):
@@ -46,6 +47,7 @@ class Trajectories:
         self.first_episode = self._tensor(np.cumsum([0, *counts]))
         self.starts = self._tensor(np.cumsum([0, *lengths]))
         self.lengths = self._tensor(lengths)
+        self.terminated = self._tensor(np.concatenate([task.terminated for task in tasks]))
         self._first_step = self.starts[self.first_episode]
         self._arrays = [[np.asarray(getattr(task, name)) for name in _GATHERED] for task in tasks]
         self._widths = [int(np.prod(array.shape[1:])) for array in self._arrays[0]]

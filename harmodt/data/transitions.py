@@ -6,11 +6,14 @@ it, are those of any other algorithm with windows of that length.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 from torch import Tensor
 
 from ..batch import Batch
+from ..environments import EnvironmentSpec, family
+from .store import UNKNOWN
 
 WINDOW = 2
 """Steps of a window that a transition is made of."""
@@ -23,9 +26,9 @@ class Transitions(NamedTuple):
         observations, next_observations: float32 [G, B, O], normalised.
         actions: float32 [G, B, A], in [-1, 1].
         rewards: float32 [G, B], divided by the return scale.
-        terminal: bool [G, B], whether the episode ended with it, so that nothing follows.
-        known: bool [G, B], False for the last step of an episode that was cut: what followed was
-            not recorded.
+        terminal: bool [G, B], whether the task came to its end with it, so that nothing follows.
+        known: bool [G, B], False for the last step of an episode that was cut: nobody recorded
+            what followed.
     """
 
     observations: Tensor
@@ -36,25 +39,45 @@ class Transitions(NamedTuple):
     known: Tensor
 
 
-def transitions_of(
-    batch: Batch, actions: Tensor, episode_length: int, short_ends: bool
-) -> Transitions:
-    """The first step of each window of two, and what came of it.
+_Array = TypeVar("_Array", np.ndarray, Tensor)
 
-    A store has no observation after an episode's last step, and does not say why it was the last.
-    An episode of the environments' length was cut by the clock. A shorter one came to an end, as a
-    walker that fell, or was cut as well, by whoever recorded it.
+
+def is_terminal(terminated: _Array, lengths: _Array, environment: EnvironmentSpec) -> _Array:
+    """Whether nothing follows the last step of an episode, bool [...].
+
+    Where the data do not say how an episode ended, it terminated if it is shorter than the
+    environments' episodes and these can end early. Other short episodes were cut when they were
+    recorded, as many are at the first success.
 
     Args:
-        batch: windows of two steps, whose time steps are clipped at no less than `episode_length`.
+        terminated: int8 [...], as in `store.Episodes`.
+        lengths: int64 [...], steps of the episode.
+    """
+    found = terminated == 1
+    if family(environment.family).ends_early:
+        found |= (terminated == UNKNOWN) & (lengths < environment.episode_length)
+    return found
+
+
+def transitions_of(batch: Batch, actions: Tensor, environment: EnvironmentSpec) -> Transitions:
+    """The first step of each window of two, and what came of it.
+
+    A store has no observation after an episode's last step. Nothing is needed of it where the step
+    is terminal; else the transition is not known.
+
+    Args:
+        batch: windows of two steps from a store, whose time steps are clipped at no less than the
+            environments' `episode_length`.
         actions: float32 [G, B, 2, A], all of them.
-        episode_length: steps of the environments' episodes.
-        short_ends: whether a shorter episode came to an end.
+        environment: that the data were recorded in.
     """
     history = batch.history
+    assert batch.terminated is not None
     last = ~history.valid[..., 1]
     to_go, later = history.returns_to_go.unbind(-1)
-    terminal = last & (history.timesteps[..., 0] + 1 < episode_length) & short_ends
+    # Only of a last step is this the episode's length.
+    lengths = history.timesteps[..., 0] + 1
+    terminal = last & is_terminal(batch.terminated, lengths, environment)
     return Transitions(
         observations=history.observations[..., 0, :],
         actions=actions[..., 0, :],

@@ -98,7 +98,8 @@ class WindowSampler:
         prompt = None
         if drawn.prompt_episodes is not None and drawn.prompt_times is not None:
             prompt = self.inputs.prompts(tasks, drawn.prompt_episodes, drawn.prompt_times)
-        return Batch(tasks, prompt, visible), history.actions
+        terminated = self.episodes.terminated[drawn.episodes]
+        return Batch(tasks, prompt, visible, terminated), history.actions
 
     def draw(self, task_ids: Tensor, draws: Draws) -> Drawn:
         """Draw the windows of a batch, or of several batches.

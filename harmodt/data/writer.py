@@ -68,6 +68,12 @@ class StoreWriter:
         self.path.mkdir(parents=True, exist_ok=True)
         if (self.path / UNFINISHED).exists():
             unfinished = read_manifest(self.path / UNFINISHED)
+            if unfinished["version"] != VERSION:
+                raise UserError(
+                    f"{self.path} holds the beginning of a store of version "
+                    f"{unfinished['version']}, and this program writes version {VERSION}: choose "
+                    "another directory or delete it"
+                )
             if unfinished | {"tasks": {}} != self._manifest:
                 raise UserError(
                     f"{self.path} holds the beginning of a store made with other settings: repeat "
@@ -181,6 +187,7 @@ class _EpisodesWriter:
             returns_to_go=returns_to_go,
             episode_starts=np.array([self.steps]),
             successes=np.array([episode.success]),
+            terminated=np.array([episode.terminated]),
         )
         for name, array in self._arrays.items():
             array.append(getattr(added, name))

@@ -114,12 +114,16 @@ class EnvironmentFamily(ABC):
     Attributes:
         spec: sizes and the like, of the environments that `make` returns.
         goals: how many starts of an episode a task has for a goal seed: goals in Meta-World.
+        ends_early: whether the simulation can end an episode before `spec.episode_length` steps.
+        reward_versions: names of the simulator's reward functions, where it has several.
         packages: names of the packages whose versions results depend on.
         task_sets: names that stand for several tasks.
     """
 
     spec: EnvironmentSpec
     goals: int
+    ends_early: bool = False
+    reward_versions: tuple[str, ...] = ()
     packages: tuple[str, ...]
     task_sets: Mapping[str, tuple[str, ...]]
 

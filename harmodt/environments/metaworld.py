@@ -30,6 +30,7 @@ class MetaWorld(EnvironmentFamily):
         reward_version=REWARD_VERSION,
     )
     goals = 50
+    reward_versions = ("v1", "v2")
     packages = ("metaworld", "mujoco", "gymnasium")
     task_sets = TASK_SETS
 

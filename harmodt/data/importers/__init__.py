@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,19 @@ class Importer(ABC):
         """Read one episode: float32 arrays, of which `check_episode` looks at shapes and values.
 
         Raises:
-            UserError: it is missing, damaged, or something else than an episode.
+            UserError: it is missing, damaged, several episodes, not in order or not complete by
+                what the source says of that, or something else than an episode.
         """
+
+    def files(self, task: str) -> Iterable[Path]:
+        """The files that hold a task's episodes; by default all files in the source.
+
+        They are not read: their sizes and times show whether the source has changed.
+
+        Raises:
+            UserError: the source holds no episode of the task.
+        """
+        return (file for file in self.source.rglob("*") if file.is_file())
 
 
 def importer(
@@ -134,7 +145,8 @@ def check_episode(
 
     Raises:
         UserError: an array has the wrong shape, or holds a value that is not finite or beyond
-            LIMIT, or the episode is shorter than `min_length` steps.
+            LIMIT, or the episode has no steps, fewer than `min_length`, or more than an episode of
+            the environments has.
     """
     entries: dict[str, tuple[int, ...]] = {
         "observations": (environment.observation_size,),
@@ -144,7 +156,15 @@ def check_episode(
     for key, shape in entries.items():
         _check_shape(where, key, getattr(episode, key), shape, environment.family)
     length = len(episode.observations)
-    if length < max(1, min_length):
+    if not length:
+        raise UserError(f"{where}: the episode has 0 steps: remove it")
+    if length > environment.episode_length:
+        raise UserError(
+            f"{where}: the episode has {length} steps and one of {environment.family} has "
+            f"{environment.episode_length} at most: split it if it holds several episodes, or name "
+            "the --family that it is of"
+        )
+    if length < min_length:
         raise UserError(
             f"{where}: the episode has {length} steps and {min_length} are asked for: remove it, "
             "or lower --min-length"
@@ -167,6 +187,8 @@ def check_array(
             f"{where}: {key} has {len(array)} steps and observations has {length}: download "
             "or write it again"
         )
+    if not length:
+        return
     if not np.isfinite(array).all():
         raise UserError(f"{where}: {key} holds NaN or infinity: remove it or repair its values")
     largest = max(array.min(), array.max(), key=abs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError, raise_refusal
+from ..store import UNKNOWN
 from . import check_array
+
+TERMINATED = ("terminals", "terminations", "terminated", "next.terminated")
+TRUNCATED = ("timeouts", "truncations", "truncated", "next.truncated")
+ENDS = (*TERMINATED, *TRUNCATED, "dones", "done", "next.done")
+"""Keys of flags, one per step, that are true where an episode ends; dones do not say how."""
 
 
 @contextmanager
@@ -64,3 +70,35 @@ def solved(where: str, success: np.ndarray, length: int) -> int:
     """
     check_array(where, "success", success, (), length)
     return int(success.any())
+
+
+def ending(where: str, flags: Mapping[str, np.ndarray], observations: np.ndarray) -> int:
+    """How the episode with these observations ended: 1 terminated, 0 truncated, or UNKNOWN.
+
+    Args:
+        flags: those of `ENDS` that the source has, by `flags_of`.
+
+    Raises:
+        UserError: a flag does not have one number per step, or it is true before the last step.
+    """
+    if not observations.ndim:
+        return UNKNOWN  # `check_episode` will refuse their shape
+    length = len(observations)
+    found = {key: one_per_step(values) for key, values in flags.items()}
+    for key, values in found.items():
+        check_array(where, key, values, (), length)
+        if values[:-1].any():
+            raise UserError(
+                f"{where}: {key} is true at step {np.flatnonzero(values)[0]} of 0 to {length - 1}, "
+                "so another episode begins after it: split the data there, or rename the key if it "
+                "does not mark the end of an episode"
+            )
+    if any(found[key][-1:].any() for key in TERMINATED if key in found):
+        return 1
+    truncated = any(found[key][-1:].any() for key in TRUNCATED if key in found)
+    return 0 if truncated or found.keys() & set(TERMINATED) else UNKNOWN
+
+
+def flags_of(keys: Collection[str], read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
+    """Those of `ENDS` that are among a source's keys, each as `read` returns it."""
+    return {key: read(key) for key in ENDS if key in keys}

@@ -2,15 +2,16 @@
 
 SOURCE is its folder. Both layouts are read: data/chunk-*/episode_*.parquet, an episode each (v2.0),
 and data/chunk-*/file-*.parquet, several each (v3.0). Columns read: episode_index, task_id,
-observation.environment_state (39), action (4), next.reward, and next.success where there is one;
-images are left alone.
+observation.environment_state (39), action (4), next.reward, and where there are any next.success,
+next.done and those that count rows: frame_index, index and timestamp. Images are left alone.
 
 The data set has 49 sentences for 50 tasks, since push and push-back share one, so tasks are told
 by `task_id`. Its numbers are those of TASK_NAME_TO_ID in LeRobot's environment of Meta-World: the
 tasks in alphabetical order, but window-open before window-close. An audit of the data set
 (LeRobot's issue 4409) found all 50 in it with 50 episodes each, push-back's at 37, push's at 38.
 
-Its episodes end at the first success, after 82 steps on average.
+Its episodes end at the first success, after 82 steps on average: next.done does not say that the
+task came to its end there.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from ...errors import UserError, raise_refusal
 from ...files import read_bytes
 from ..store import UNKNOWN, Episode
 from . import Importer
-from .arrays import as_float32, one_per_step, solved
+from .arrays import ENDS, as_float32, ending, flags_of, one_per_step, solved
 
 TASK_IDS: tuple[str, ...] = (
     *sorted(task for task in ALL_TASKS if not task.startswith("window-")),
@@ -41,6 +42,7 @@ _OBSERVATIONS = "observation.environment_state"
 _ACTIONS = "action"
 _REWARDS = "next.reward"
 _SUCCESS = "next.success"
+_FRAME, _ROW, _TIME = "frame_index", "index", "timestamp"
 
 _LARGEST = 2**26  # numbers read of one file; the whole data set has 10 million
 
@@ -80,11 +82,11 @@ class LeRobotImporter(Importer):
         if self._last is None or self._last[0] != file:
             self._last = None  # before the next one takes its memory
             needed = (_OBSERVATIONS, _ACTIONS, _REWARDS)
-            self._last = (file, _read_columns(file, needed, (_SUCCESS,)))
-        rows = {
-            key: as_float32(where, key, column[episode.start : episode.start + episode.length])
-            for key, column in self._last[1].items()
-        }
+            self._last = (file, _read_columns(file, needed, (_SUCCESS, _FRAME, _ROW, _TIME, *ENDS)))
+        steps = slice(episode.start, episode.start + episode.length)
+        columns = {key: column[steps] for key, column in self._last[1].items()}
+        _check_order(where, columns, self._info.get("fps"))
+        rows = {key: as_float32(where, key, column) for key, column in columns.items()}
         success = rows.get(_SUCCESS)
         return Episode(
             observations=rows[_OBSERVATIONS],
@@ -93,14 +95,27 @@ class LeRobotImporter(Importer):
             success=UNKNOWN
             if success is None
             else solved(where, one_per_step(success), episode.length),
+            terminated=ending(where, flags_of(rows.keys(), rows.__getitem__), rows[_OBSERVATIONS]),
         )
+
+    def files(self, task: str) -> list[Path]:
+        """All files that were downloaded: any of them may hold episodes of the task."""
+        return [*self._data_files, *self.source.glob("meta/**/*.*")]
+
+    @cached_property
+    def _data_files(self) -> list[Path]:
+        return sorted(self.source.glob("data/chunk-*/*.parquet"))
+
+    @cached_property
+    def _info(self) -> dict[str, Any]:
+        return _read_info(self.source / "meta" / "info.json")
 
     @cached_property
     def _index(self) -> dict[str, list[LeRobotEpisode]]:
         """The episodes of every task that has some."""
-        expected = _read_total(self.source / "meta" / "info.json")
+        expected = self._info["total_episodes"]
         episodes: dict[int, tuple[str, LeRobotEpisode]] = {}
-        for file in sorted(self.source.glob("data/chunk-*/*.parquet")):
+        for file in self._data_files:
             for task, episode in _find_episodes(file):
                 if episode.number in episodes:
                     raise UserError(
@@ -114,33 +129,89 @@ class LeRobotImporter(Importer):
                 f"{expected}: download the data set again, or change total_episodes there if you "
                 "want these alone"
             )
+        self._check_lengths({number: found.length for number, (_, found) in episodes.items()})
         index: dict[str, list[LeRobotEpisode]] = {}
         for _, (task, episode) in sorted(episodes.items()):
             index.setdefault(task, []).append(episode)
         return index
 
+    def _check_lengths(self, lengths: dict[int, int]) -> None:
+        """Raise UserError where the rows of an episode, or all, are not as many as is declared."""
+        meta = self.source / "meta"
+        for number, declared in _read_lengths(meta).items():
+            if lengths.get(number, declared) != declared:
+                raise UserError(
+                    f"{self.source}: episode {number} has {lengths[number]} rows and {meta} says "
+                    f"{declared}: download the data set again"
+                )
+        rows = sum(lengths.values())
+        if self._info.get("total_frames", rows) != rows:
+            raise UserError(
+                f"{self.source} has {rows} rows and its meta/info.json says "
+                f"{self._info['total_frames']}: download the data set again, or change "
+                "total_frames there if you want these alone"
+            )
 
-def _read_total(path: Path) -> int:
-    """How many episodes the data set has, says its meta/info.json."""
+
+def _read_info(path: Path) -> dict[str, Any]:
+    """What meta/info.json says: `total_episodes`, and `total_frames` and `fps` where they are."""
     if not path.exists():
         raise UserError(
             f"{path} is missing: give as SOURCE the folder of a LeRobot data set, which has meta "
             "and data"
         )
     try:
-        return int(json.loads(read_bytes(path))["total_episodes"])
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        content = json.loads(read_bytes(path))
+        info: dict[str, Any] = {"total_episodes": int(content["total_episodes"])}
+        if "total_frames" in content:
+            info["total_frames"] = int(content["total_frames"])
+        if "fps" in content:
+            info["fps"] = float(content["fps"])
+    except (ValueError, ArithmeticError, RecursionError, LookupError, TypeError) as error:
         raise UserError(f"{path} is damaged: download it again") from error
+    return info
+
+
+def _read_lengths(meta: Path) -> dict[int, int]:
+    """How many rows each episode has, says `meta`: episodes.jsonl (v2) or Parquet files (v3)."""
+    lengths: dict[int, int] = {}
+    if (file := meta / "episodes.jsonl").exists():
+        try:
+            for line in read_bytes(file).splitlines():
+                entry = json.loads(line)
+                lengths[int(entry["episode_index"])] = int(entry["length"])
+        except (ValueError, ArithmeticError, RecursionError, LookupError, TypeError) as error:
+            raise UserError(f"{file} is damaged: download it again") from error
+    for file in sorted(meta.glob("episodes/chunk-*/*.parquet")):
+        numbers, counts = _read_whole_numbers(file, "episode_index", "length")
+        lengths |= dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+    return lengths
+
+
+def _check_order(where: str, columns: dict[str, np.ndarray], fps: float | None) -> None:
+    """Raise UserError where a column that counts an episode's rows shows a gap or another order."""
+    rows = np.arange(len(columns[_REWARDS]))
+    for key in (_FRAME, _ROW, _TIME):
+        if key not in columns or (key == _TIME and not fps):
+            continue
+        found = one_per_step(columns[key])
+        if found.dtype.kind not in "iuf" or found.ndim != 1:
+            raise UserError(f"{where}: {key} is not a number per row: download the file again")
+        period = 1 / fps if key == _TIME and fps else 1
+        due = rows * period + (found[0] if key == _ROW else 0)
+        wrong = np.flatnonzero(~(np.abs(found - due) < period / 2))
+        if len(wrong):
+            row, digits = wrong[0], ".6g" if found.dtype.kind == "f" else ""
+            raise UserError(
+                f"{where}: {key} is {found[row]:{digits}} in its row {row}, where "
+                f"{due[row]:{digits}} is due: rows are missing or in another order, so download "
+                "the file again"
+            )
 
 
 def _find_episodes(file: Path) -> list[tuple[str, LeRobotEpisode]]:
     """The episodes of a file, with their tasks."""
-    columns = _read_columns(file, ("episode_index", "task_id"))
-    for key, values in columns.items():
-        columns[key] = one_per_step(values)
-        if columns[key].dtype.kind not in "iu" or columns[key].ndim != 1:
-            raise UserError(f"{file}: {key} is not a whole number per row: download it again")
-    numbers, ids = columns["episode_index"], columns["task_id"]
+    numbers, ids = _read_whole_numbers(file, "episode_index", "task_id")
     starts = np.flatnonzero(np.diff(numbers, prepend=~numbers[:1])).tolist()
     found = []
     for start, end in pairwise([*starts, len(numbers)]):
@@ -153,6 +224,17 @@ def _find_episodes(file: Path) -> list[tuple[str, LeRobotEpisode]]:
             )
         found.append((TASK_IDS[which[0]], episode))
     return found
+
+
+def _read_whole_numbers(file: Path, *keys: str) -> list[np.ndarray]:
+    """Columns of a file that have a whole number per row, int [rows]."""
+    columns = []
+    for key, values in _read_columns(file, keys).items():
+        column = one_per_step(values)
+        if column.dtype.kind not in "iu" or column.ndim != 1:
+            raise UserError(f"{file}: {key} is not a whole number per row: download it again")
+        columns.append(column)
+    return columns
 
 
 def _read_columns(

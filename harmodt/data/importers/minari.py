@@ -5,7 +5,8 @@ is the folder of its id below. Minari knows no tasks: a data set is one task's, 
 same task's, and one whose name ends in `-prompts` holds the prompts of its task.
 
 An episode of T steps has T + 1 observations there, of which the last, after the last action, is
-left out. It is solved where `infos["success"]`, if there is one, is not 0 at any step.
+left out. It is solved where `infos["success"]`, if there is one, is not 0 at any step, and ends as
+its last step's termination and truncation say.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ...environments import EnvironmentFamily
 from ...errors import UserError, raise_refusal
 from ..store import UNKNOWN, Episode
 from . import Importer
-from .arrays import as_float32, one_per_step, solved
+from .arrays import as_float32, ending, flags_of, one_per_step, solved
 
 PROMPTS = "-prompts"
 """How the name of a data set of prompts ends, but for its version."""
@@ -75,15 +76,25 @@ class MinariImporter(Importer):
             if storage.FORMAT == "hdf5":  # a few bytes of it can stand for any size
                 _check_size(episode)
             found = next(iter(storage.get_episodes([episode.number])))
-            observations = found["observations"][:-1]
+            metadata = next(iter(storage.get_episode_metadata([episode.number])))
+            _check_lengths(where, found, metadata)
+            observations = as_float32(where, "observations", found["observations"][:-1])
             success = (found["infos"] or {}).get("success")
-        length = len(observations)
+        flags = flags_of(found.keys(), lambda key: as_float32(where, key, found[key]))
         return Episode(
-            observations=as_float32(where, "observations", observations),
+            observations=observations,
             actions=as_float32(where, "actions", found["actions"]),
             rewards=one_per_step(as_float32(where, "rewards", found["rewards"])),
-            success=UNKNOWN if success is None else _read_success(where, success, length),
+            success=UNKNOWN
+            if success is None
+            else _read_success(where, success, len(observations)),
+            terminated=ending(where, flags, observations),
         )
+
+    def files(self, task: str) -> list[Path]:
+        """All files of all its data sets."""
+        folders = [self.source / name / "data" for name in self._named(task)]
+        return [file for folder in folders for file in folder.rglob("*") if file.is_file()]
 
     def _task_of(self, name: str) -> str:
         tasks = self.family.resolve_tasks([self.datasets[name]])
@@ -103,9 +114,11 @@ class MinariImporter(Importer):
         for name in names:
             path = self.source / name
             with _readable(str(path)):
-                count = range(self._open(name).total_episodes)
+                storage = self._open(name)
+                count = range(storage.total_episodes)
             if not count:
                 raise UserError(f"{path} holds no episode: download or record it again")
+            _check_total(path, storage)
             episodes += [MinariEpisode(name, number, path) for number in count]
         return episodes
 
@@ -188,6 +201,38 @@ def _check_size(episode: MinariEpisode) -> None:
         raise UserError(
             f"{episode} would take {sum(sizes) / 1e9:.1f} GB of memory, more than an episode has: "
             "download or record it again"
+        )
+
+
+def _check_total(path: Path, storage: Any) -> None:
+    """Raise UserError where a data set has not as many steps as it says."""
+    try:
+        declared = storage.total_steps
+        metadata = storage.get_episode_metadata(range(storage.total_episodes))
+        steps = sum(episode["total_steps"] for episode in metadata)
+    except Exception:  # an episode is damaged, which is told where it is read
+        return
+    if steps != declared:
+        raise UserError(
+            f"{path}: its episodes have {steps} steps and its metadata say {declared}: download or "
+            "record it again"
+        )
+
+
+def _check_lengths(where: str, found: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    """Raise UserError where an episode has not as many numbers as it has to have, or says to."""
+    observations, actions = len(found["observations"]), len(found["actions"])
+    if observations != actions + 1:
+        raise UserError(
+            f"{where}: it has {observations} observations and {actions} actions, and Minari's "
+            "episodes have one observation more than actions: record it again, or leave it out "
+            "with --skip-bad-episodes"
+        )
+    declared = metadata.get("total_steps", actions)
+    if declared != actions:
+        raise UserError(
+            f"{where}: it has {actions} steps and its metadata say {declared}: download or record "
+            "it again"
         )
 
 

@@ -2,8 +2,9 @@
 
 Two layouts are known: `<root>/<task>-v2/<i>.npz` and MTDiff's `<root>/<task>/<run>/dataset/*.npz`;
 a folder may have any name that the family's `resolve_tasks` knows. Keys read: observations
-(T, observation_size), actions (T, action_size), rewards (T,) or (T, 1), and success (T,) or (T, 1)
-where there is one.
+(T, observation_size), actions (T, action_size), rewards (T,) or (T, 1), and where there are any
+success and the flags of an episode's end (terminals, timeouts, dones and others), each (T,) or
+(T, 1).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from ...errors import UserError, raise_refusal
 from ..store import UNKNOWN, Episode
 from . import Importer
-from .arrays import as_float32, one_per_step, reading, solved
+from .arrays import as_float32, ending, flags_of, one_per_step, reading, solved
 
 _LARGEST = 2**26  # bytes of one array; an episode of 500 steps has 78,000
 _ENCRYPTED = 1  # a bit of a zip entry's flags
@@ -56,6 +57,10 @@ class NpzImporter(Importer):
             raise UserError(f"{folders[0]} holds no .npz file: download the task's episodes again")
         return sorted(files, key=_natural_order)
 
+    def files(self, task: str) -> list[Path]:
+        """An episode is a file."""
+        return self.episodes(task)
+
     def read(self, episode: Path) -> Episode:
         """Read one file."""
         with reading(episode, "truncated or no npz file: download it again or remove it"):
@@ -89,11 +94,13 @@ def _read_keys(path: Path, file: np.lib.npyio.NpzFile) -> Episode:
                 "add it"
             )
     observations = _read_array(path, file, "observations")
+    flags = flags_of(file.files, lambda key: _read_array(path, file, key))
     return Episode(
         observations=observations,
         actions=_read_array(path, file, "actions"),
         rewards=one_per_step(_read_array(path, file, "rewards")),
         success=_read_success(path, file, len(observations)) if "success" in file else UNKNOWN,
+        terminated=ending(str(path), flags, observations),
     )
 
 

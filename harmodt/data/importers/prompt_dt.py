@@ -5,9 +5,10 @@
     config/<env>/config_<env>_task<i>.pkl      its goal: a list of one dict
 
 `env` is cheetah_dir, cheetah_vel or ant_dir; the quality is a word such as expert. Keys read of an
-episode: observations (T, observation_size), actions (T, action_size), rewards (T,) or (T, 1); of a
-goal: direction (1 or -1), velocity (m/s) or goal (radians). Prompts and, for cheetahs, whose goals
-are known, the configuration may be missing.
+episode: observations (T, observation_size), actions (T, action_size), rewards (T,) or (T, 1), and
+terminals and other flags of an episode's end where there are any; of a goal: direction (1 or -1),
+velocity (m/s) or goal (radians). Prompts and, for cheetahs, whose goals are known, the
+configuration may be missing.
 
 A pickle is read whole, but only one at a time: memory is that of the largest task's file.
 """
@@ -28,6 +29,7 @@ from ...environments.locomotion import Locomotion
 from ...errors import UserError
 from ..store import UNKNOWN, Episode
 from . import Importer
+from .arrays import ending, flags_of, one_per_step
 from .pickles import Array, read_pickle
 
 _FILE = re.compile(r"(cheetah_dir|cheetah_vel|ant_dir)-([0-9]{1,4})-(prompt-)?[\w-]+\.pkl")
@@ -112,12 +114,17 @@ class PromptDTImporter(Importer):
         file = self._files_of(task).prompts
         return [] if file is None else self._places(file)
 
+    def files(self, task: str) -> list[Path]:
+        """The file of its episodes, and that of its prompts if there is one."""
+        return [file for file in self._files_of(task) if file is not None]
+
     def read(self, episode: Place) -> Episode:
         """Read one episode."""
         content = self._read(episode.file)[episode.number]
         observations, actions, rewards = (_read_array(episode, content, key) for key in _KEYS)
-        rewards = rewards[:, 0] if rewards.shape[1:] == (1,) else rewards
-        return Episode(observations, actions, rewards, UNKNOWN)
+        flags = flags_of(content.keys(), lambda key: _read_array(episode, content, key))
+        terminated = ending(str(episode), flags, observations)
+        return Episode(observations, actions, one_per_step(rewards), UNKNOWN, terminated)
 
     def _find_files(self) -> dict[int, _Files]:
         """The files of every task, by its number."""

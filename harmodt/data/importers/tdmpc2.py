@@ -3,8 +3,9 @@
 The source is the folder of its chunks, `chunk_0.pt` and so on: each a TensorDict with n episodes of
 101 rows, as `torch.save` writes it. Keys read: obs (n, 101, 39), action (n, 101, 6), of which
 Meta-World takes the first four, reward (n, 101), and task (n, 101), a number in the list
-TASK_SET["mt80"] of TD-MPC2's tdmpc2/common/__init__.py. A row is what was seen after its action,
-and what that gave; the first row's action and reward are filler. There is no success.
+TASK_SET["mt80"] of TD-MPC2's tdmpc2/common/__init__.py; and flags of an episode's end (n, 101),
+such as terminated, where there are any. A row is what was seen after its action, and what that
+gave; the first row's action, reward and flags are filler. There is no success.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ...environments.metaworld import RepeatedMetaWorld
 from ...errors import UserError
 from ..store import UNKNOWN, Episode
 from . import Importer
-from .arrays import reading
+from .arrays import ENDS, ending, flags_of, reading
 
 SPEC = RepeatedMetaWorld.spec
 _NAMES = (
@@ -49,6 +50,7 @@ FIRST = 30
 
 _ROWS = SPEC.episode_length + 1
 _WIDTHS = {"obs": (39,), "action": (6,), "reward": (), "task": ()}
+_FLAGS: dict[str, tuple[int, ...]] = dict.fromkeys(ENDS, ())  # which a chunk may lack
 _LARGEST = 2**20  # bytes of what says where a chunk's numbers are; there are 600
 
 
@@ -106,22 +108,34 @@ class TdMpc2Importer(Importer):
         tasks = chunk["task"][number]
         if (tasks != tasks[0]).any():
             raise UserError(f"{episode}: task changes within the episode: download the chunk again")
+        observations = _as_array(chunk["obs"][number, :-1])
+        flags = flags_of(chunk.keys(), lambda key: _as_array(chunk[key][number, 1:]))
         return Episode(
-            observations=_as_array(chunk["obs"][number, :-1]),
+            observations=observations,
             actions=_as_array(chunk["action"][number, 1:, : SPEC.action_size]),
             rewards=_as_array(chunk["reward"][number, 1:]),
             success=UNKNOWN,
+            terminated=ending(str(episode), flags, observations),
         )
 
+    def files(self, task: str) -> list[Path]:
+        """All chunks: any of them may hold episodes of the task."""
+        return self._paths
+
     @cached_property
-    def _chunks(self) -> dict[Path, dict[str, torch.Tensor]]:
-        """The tensors of every chunk by their keys."""
+    def _paths(self) -> list[Path]:
+        """The chunks' files in the order of their numbers."""
         if not self.source.is_dir():
             raise UserError(f"{self.source} is not a folder: give the one that holds chunk_0.pt")
         paths = sorted(self.source.glob("*.pt"), key=lambda path: (len(path.name), path.name))
         if not paths:
             raise UserError(f"{self.source} holds no .pt file: give the folder of chunk_0.pt")
-        return {path: _open_chunk(path) for path in paths}
+        return paths
+
+    @cached_property
+    def _chunks(self) -> dict[Path, dict[str, torch.Tensor]]:
+        """The tensors of every chunk by their keys."""
+        return {path: _open_chunk(path) for path in self._paths}
 
     @cached_property
     def _episodes(self) -> dict[str, list[_Which]]:
@@ -160,8 +174,9 @@ def _open_chunk(path: Path) -> dict[str, torch.Tensor]:
     with reading(path, "damaged or no TensorDict that torch.save wrote: download it again"):
         _check_archive(path)
         fields = _load(path).state["_tensordict"]
-        chunk = {key: fields[key] for key in fields.keys() & _WIDTHS.keys()}
-    for key, width in _WIDTHS.items():
+        widths = _WIDTHS | {key: width for key, width in _FLAGS.items() if key in fields}
+        chunk = {key: fields[key] for key in fields.keys() & widths.keys()}
+    for key, width in widths.items():
         _check_tensor(path, key, chunk.get(key), (_ROWS, *width))
     if len(set(map(len, chunk.values()))) > 1:
         raise UserError(f"{path} has not as many episodes for every key: download it again")
@@ -215,7 +230,10 @@ def _check_tensor(path: Path, key: str, tensor: Any, shape: tuple[int, ...]) -> 
         )
     whole = key == "task"
     kinds = (torch.int32, torch.int64) if whole else (torch.float16, torch.float32, torch.float64)
-    plain = tensor.dtype in kinds and tensor.layout == torch.strided and not tensor.is_meta
+    flags = (torch.bool,) if key in _FLAGS else ()
+    plain = (
+        tensor.dtype in (*kinds, *flags) and tensor.layout == torch.strided and not tensor.is_meta
+    )
     if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():  # one number for many
         raise UserError(f"{path}: {key} holds no plain numbers: download it again")
 

@@ -146,6 +146,7 @@ class AntDirection(Locomotion):
     """Run in a direction."""
 
     spec = EnvironmentSpec("ant-dir", 27, 8, EPISODE_LENGTH, success=False)
+    ends_early = True  # where the ant falls
     walker = DirectionAnt
     task_goals = ANGLES
     goal_range = (0, 2 * math.pi)
