@@ -246,6 +246,24 @@ def test_rounds_of_the_same_rows_keep_their_graph(
     assert len(made) == 1 + 3 + 2
 
 
+@pytest.mark.usefixtures("native")
+def test_a_graph_that_is_kept_sees_what_was_learned_since(store: DataStore) -> None:
+    learner = make_trainer(store, configure(fused=True, action_dropout=0.0)).learner
+    kept, task_ids = learner.policy(0), np.array([0, 0, 1, 1])
+    kept.start(task_ids)
+    before = play(kept, observations(4), rewards(4))
+    learner.resume_training()
+    for step in range(1, 4):
+        learner.before_step(step - 1)
+        learner.train_step(step)
+    fresh, after = learner.policy(3), []
+    for policy in (kept, fresh):
+        policy.start(task_ids)
+        after.append(play(policy, observations(4), rewards(4)))
+    np.testing.assert_array_equal(*after)
+    assert np.abs(after[0] - before).max() > 1e-3
+
+
 @pytest.mark.parametrize(("drop", "draws"), [(0.0, False), (0.5, True), (1.0, False)])
 def test_nothing_is_drawn_where_no_action_or_every_action_is_hidden(
     store: DataStore, drop: float, draws: bool

@@ -99,7 +99,7 @@ class DecisionPolicy(TrainedPolicy):
     def _actions_in_graph(self) -> Tensor:
         """The same actions by the graph, after histories that it can compute."""
         if not self._groups.in_order:
-            torch._foreach_copy_(list(self._inputs_of_graph), self._groups.lay_out(self._history))
+            torch._foreach_copy_(list(self._graph_inputs), self._groups.lay_out(self._history))
         return self._graph()
 
     def _computed(self, history: Steps, shortest: int) -> Tensor:
@@ -120,15 +120,16 @@ class DecisionPolicy(TrainedPolicy):
 
         Rounds of the same rows keep them, because a graph takes long to make.
         """
+        self._prepared_for = None
         self._groups = _Groups(self._task_ids, self._execution.device)
         self._group_ids, self._masks = self._masks_of(self._groups)
         self._prompt_cache: PromptCache | None = None
         self._history = self._empty_history()
-        self._inputs_of_graph = Steps(*self._groups.lay_out(self._history))
+        self._graph_inputs = Steps(*self._groups.lay_out(self._history))
         if self._groups.in_order:  # the history itself can be the graph's input
-            self._history = Steps(*(part.flatten(0, 1) for part in self._inputs_of_graph))
+            self._history = Steps(*(part.flatten(0, 1) for part in self._graph_inputs))
         self._graph = self._execution.repeated(
-            lambda: self._computed(self._inputs_of_graph, self._shortest_in_graph)
+            lambda: self._computed(self._graph_inputs, self._shortest_in_graph)
         )
         self._prepared_for = self._task_ids, self.mask_bits
 
