@@ -105,24 +105,20 @@ def plays(scores: dict[int, float]):
     return play
 
 
+HIGH_FIRST = {4: 0.75, 8: 0.25, 12: 0.5}
+BEST = "best success {} at step {}; the table is the last"
+
+
 @pytest.mark.parametrize(
-    ("scores", "best", "kept"),
+    ("scores", "best", "kept", "cut"),
     [
-        (
-            {4: 0.75, 8: 0.25, 12: 0.5},
-            "best success 0.75 at step 4; the table is the last",
-            [4, 12],
-        ),
-        (
-            {4: 0.25, 8: 0.75, 12: 0.5},
-            "best success 0.75 at step 8; the table is the last",
-            [8, 12],
-        ),
-        ({4: 0.5, 8: 0.5, 12: 0.25}, "best success 0.50 at step 8; the table is the last", [8, 12]),
-        ({4: 0.25, 8: 0.5, 12: 0.5}, None, [12]),
+        (HIGH_FIRST, BEST.format("0.75", 4), [4, 12], None),
+        (HIGH_FIRST, BEST.format("0.75", 4), [4, 12], 6),
+        (HIGH_FIRST, BEST.format("0.75", 4), [4, 12], 10),
+        ({4: 0.5, 8: 0.5, 12: 0.25}, BEST.format("0.50", 8), [8, 12], 10),
+        ({4: 0.25, 8: 0.5, 12: 0.5}, None, [12], None),
     ],
 )
-@pytest.mark.parametrize("cut", [None, 6, 10])
 def test_the_checkpoint_of_the_best_evaluation_is_kept(
     store: DataStore, tmp_path: Path, monkeypatch, capsys, scores, best, kept, cut
 ) -> None:

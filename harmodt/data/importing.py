@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from errno import ENOENT
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -254,7 +253,7 @@ def _check_task(
         try:
             episode = read(which)
         except UserError as error:
-            if not config.skip_bad_episodes or _is_refusal_of_the_system(error):
+            if not config.skip_bad_episodes:
                 raise
             skipped.append(str(error))
             continue
@@ -273,11 +272,6 @@ def _check_task(
             f"their largest value, or accept them with --max-clipped {accepted}"
         )
     return _Checked(usable, np.array(returns), clipped, skipped)
-
-
-def _is_refusal_of_the_system(error: UserError) -> bool:
-    """Whether the system refused to read a file that is there: the data may be sound."""
-    return getattr(error.__cause__, "errno", None) not in (None, ENOENT)
 
 
 def _write_task(

@@ -24,23 +24,22 @@ class Log:
     The results stay on the device until then, so that no step waits for a GPU.
 
     Args:
-        directory: of the run.
-        setup: of the run.
-        step: the step that the run stands at. What was written of later steps is dropped.
+        metrics, costs: of the run.
+        directory, setup: of the run.
         console: for the live line.
-
-    Attributes:
-        console: as given.
-        metrics, costs: what is written.
-
-    Raises:
-        UserError: metrics.jsonl or costs.jsonl is damaged.
     """
 
-    def __init__(self, directory: RunDirectory, setup: Setup, step: int, console: PlainConsole):
+    def __init__(
+        self,
+        metrics: Metrics,
+        costs: Costs,
+        directory: RunDirectory,
+        setup: Setup,
+        console: PlainConsole,
+    ):
+        self.metrics = metrics
+        self.costs = costs
         self.console = console
-        self.metrics = Metrics(directory, step)
-        self.costs = Costs(directory, step, setup.execution.device)
         self._directory = directory
         self._config = setup.config
         self._tasks = tuple(task.name for task in setup.conditioning)
@@ -87,11 +86,6 @@ class Log:
             task = self._tasks[self._results[row].task_ids[group]]
             what = f"the loss of step {step}, task {task}, is NaN or infinite"
             raise after_not_finite(what, self._directory, self._config, changed=step > 1)
-
-    def close(self) -> None:
-        """Finish the files."""
-        self.metrics.close()
-        self.costs.close()
 
 
 class _Line:

@@ -26,7 +26,9 @@ from ..results import EvaluationResult
 from ..rollout import Request, play
 from ..rundir import RunDirectory
 from .advice import after_not_finite
+from .costs import Costs
 from .log import Log
+from .metrics import Metrics
 from .stop import Stop, Stopped
 
 
@@ -113,16 +115,23 @@ class Trainer:
             UserError: a loss, a gradient or a weight became NaN or infinite.
         """
         clear_temporaries(self.directory)
+        device = self.setup.execution.device
+        with (
+            contextlib.closing(Metrics(self.directory, self.step)) as metrics,
+            contextlib.closing(Costs(self.directory, self.step, device)) as costs,
+        ):
+            console = console or PlainConsole()
+            return self._train(Log(metrics, costs, self.directory, self.setup, console))
+
+    def _train(self, log: Log) -> Trained:
         evaluation: EvaluationResult | None = None
-        console = console or PlainConsole()
-        with contextlib.closing(Log(self.directory, self.setup, self.step, console)) as log:
-            while True:
-                # First, because a run that goes on may have ended just before an evaluation.
-                if self._evaluation_is_due() and self.step not in log.metrics.scores:
-                    evaluation = self._evaluate(log)
-                if self.step >= self.steps:
-                    return Trained(evaluation, log.metrics.best)
-                self._train_to(self._next_evaluation(), log)
+        while True:
+            # First, because a run that goes on may have ended just before an evaluation.
+            if self._evaluation_is_due() and self.step not in log.metrics.scores:
+                evaluation = self._evaluate(log)
+            if self.step >= self.steps:
+                return Trained(evaluation, log.metrics.best)
+            self._train_to(self._next_evaluation(), log)
 
     def _next_evaluation(self) -> int:
         every = self.setup.config.evaluation.evaluate_every
