@@ -122,6 +122,19 @@ def read_bytes(path: Path) -> bytes:
         os.close(descriptor)
 
 
+def names_in(directory: Path) -> list[str]:
+    """The names in a directory, sorted; none where there is no directory.
+
+    Raises:
+        OSError: the system refuses to read it. `Path.exists` and `Path.glob` may say instead that
+            nothing is there.
+    """
+    try:
+        return sorted(os.listdir(directory))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def checksum(content: bytes) -> str:
     """CRC-32, eight hexadecimal digits."""
     return f"{zlib.crc32(content):08x}"

@@ -15,6 +15,7 @@ from harmodt.errors import UserError
 from harmodt.files import (
     check_writable,
     clear_temporaries,
+    names_in,
     owned,
     replace_directory,
     write_atomic,
@@ -86,6 +87,20 @@ def test_a_directory_has_one_owner_at_a_time(tmp_path):
     with owned(tmp_path / "a"):
         assert (tmp_path / "a" / ".lock").read_text() == str(os.getpid())
     assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_names_are_none_without_a_directory_and_an_error_where_it_is_refused(tmp_path, monkeypatch):
+    for name in ("b", "a"):
+        (tmp_path / name).touch()
+    assert names_in(tmp_path) == ["a", "b"]
+    assert names_in(tmp_path / "none") == names_in(tmp_path / "a") == []
+
+    def refuse(path):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(PermissionError):
+        names_in(tmp_path)
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
