@@ -81,6 +81,7 @@ def check_writable(directory: Path) -> None:
         OSError: the directory cannot be made, or written to.
     """
     with _made(directory):
+        clear_temporaries(directory / "check")
         file = temporary_path(directory / "check")
         try:
             file.write_bytes(b"0")
