@@ -23,7 +23,7 @@ from harmodt_kernels import count_bits
 
 from . import sealed
 from .errors import UserError
-from .files import checksum, remove_directory, replace_directory, write_bytes, write_json
+from .files import checksum, names_in, remove_directory, replace_directory, write_bytes, write_json
 from .rundir import Description, RunDirectory
 
 VERSION = 3
@@ -88,9 +88,8 @@ class _State:
 
 def checkpoint_steps(run: RunDirectory) -> list[int]:
     """Steps of the checkpoints of a run, ascending."""
-    if not run.checkpoints.is_dir():
-        return []
-    return sorted(int(path.name) for path in run.checkpoints.iterdir() if _holds_checkpoint(path))
+    names = names_in(run.checkpoints)
+    return [int(name) for name in names if _holds_checkpoint(run.checkpoints / name)]
 
 
 def save_checkpoint(run: RunDirectory, step: int, tensors: Mapping[str, Tensor]) -> None:
@@ -169,7 +168,7 @@ def load_checkpoint(run: RunDirectory, step: int | None = None) -> Checkpoint:
 def _holds_checkpoint(path: Path) -> bool:
     """Whether a checkpoint, be it damaged, is here."""
     named = _NAME.fullmatch(path.name) is not None
-    return named and any((path / name).exists() for name in (_STATE, _TENSORS))
+    return named and not {_STATE, _TENSORS}.isdisjoint(names_in(path))
 
 
 def _is_ours(path: Path) -> bool:

@@ -81,6 +81,7 @@ def check_writable(directory: Path) -> None:
         OSError: the directory cannot be made, or written to.
     """
     with _made(directory):
+        clear_temporaries(directory / "check")
         file = temporary_path(directory / "check")
         try:
             file.write_bytes(b"0")
@@ -120,6 +121,19 @@ def read_bytes(path: Path) -> bytes:
             return file.read()
     finally:
         os.close(descriptor)
+
+
+def names_in(directory: Path) -> list[str]:
+    """The names in a directory, sorted; none where there is no directory.
+
+    Raises:
+        OSError: the system refuses to read it. `Path.exists` and `Path.glob` may say instead that
+            nothing is there.
+    """
+    try:
+        return sorted(os.listdir(directory))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def checksum(content: bytes) -> str:

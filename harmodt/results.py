@@ -7,6 +7,7 @@ and any mean return, has the percentile interval of a bootstrap (`statistics.py`
 from __future__ import annotations
 
 import csv
+import fnmatch
 import io
 import math
 import platform
@@ -24,7 +25,7 @@ from rich.table import Table
 from . import sealed
 from .environments import EnvironmentSpec
 from .errors import UserError
-from .files import clear_temporaries, json_checksum, write_bytes
+from .files import clear_temporaries, json_checksum, names_in, write_bytes
 from .settings import Count, Whole, from_json
 from .statistics import Average, average, wilson_interval
 
@@ -252,6 +253,7 @@ class EvaluationResult:
         measured = {name: getattr(self.protocol, name) for name in columns} | {
             "family": environment.family,
             "reward_version": environment.reward_version,
+            "episode_length": environment.episode_length,
         }
         measured |= self.protocol.plans or {}
         rows = [row | measured for row in self.summary()]
@@ -324,6 +326,19 @@ class EvaluationResult:
             return row | mean | {"return_low": average.low, "return_high": average.high} | kind
         rate = {"successes": int(self.successes.sum()), "success_rate": average.mean}
         return row | rate | {"success_low": average.low, "success_high": average.high} | mean | kind
+
+
+def find_results(directory: Path, pattern: str) -> list[Path]:
+    """The files in a directory that are named as results are, sorted.
+
+    Args:
+        pattern: of the protocol's name, as for `fnmatch`.
+
+    Raises:
+        OSError: the system refuses to read the directory.
+    """
+    names = fnmatch.filter(names_in(directory), f"{pattern}.json")
+    return [directory / name for name in names]
 
 
 def plans_as_trained(plans: Mapping[str, Any] | None, trained: Mapping[str, Any]) -> bool:

@@ -296,7 +296,7 @@ LONG = "x" * 300
         (f"data info {LONG}", "the name is too long"),
         (f"data verify {LONG}", "the name is too long"),
         (f"data import {LONG} --output x", "the name is too long"),
-        ("data info loop", "there is no store in loop"),
+        ("data info loop", "symbolic links lead in a circle: remove them"),
         ("data info raw/reach-v2/0.npz", "there is no store in raw/reach-v2/0.npz"),
         ("data info nothing\033[31m", r"there is no store in nothing\x1b[31m"),
         ("data info a[/b]c", "there is no store in a[/b]c"),

@@ -15,6 +15,7 @@ from harmodt.errors import UserError
 from harmodt.files import (
     check_writable,
     clear_temporaries,
+    names_in,
     owned,
     replace_directory,
     write_atomic,
@@ -88,6 +89,20 @@ def test_a_directory_has_one_owner_at_a_time(tmp_path):
     assert list((tmp_path / "a").iterdir()) == []
 
 
+def test_names_are_none_without_a_directory_and_an_error_where_it_is_refused(tmp_path, monkeypatch):
+    for name in ("b", "a"):
+        (tmp_path / name).touch()
+    assert names_in(tmp_path) == ["a", "b"]
+    assert names_in(tmp_path / "none") == names_in(tmp_path / "a") == []
+
+    def refuse(path):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(PermissionError):
+        names_in(tmp_path)
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_a_file_system_without_locks_is_written_with_one_warning(
     tmp_path, monkeypatch, capsys, number
@@ -124,6 +139,7 @@ def test_whether_a_directory_can_be_written_is_asked_without_a_trace(tmp_path, t
     directory = tmp_path / "a" / "b"
     if there:
         directory.mkdir(parents=True)
+        directory.joinpath(f".check.{ended_process()}.tmp").touch()  # of a kill
     check_writable(directory)
     assert list(tmp_path.rglob("*")) == ([tmp_path / "a", directory] if there else [])
     (tmp_path / "file").touch()

@@ -3,13 +3,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
 from runs import ended_process
 
-from harmodt.environments import METAWORLD, video
+from harmodt.environments import METAWORLD, EnvironmentSpec, family, video
 from harmodt.environments.simulation import Simulation
 from harmodt.environments.video import find_backend, upright
 from harmodt.errors import UserError
@@ -23,9 +24,9 @@ def backend() -> str:
         pytest.skip(str(error))
 
 
-def play(steps: int, **options) -> np.ndarray:
+def play(steps: int, spec: str | EnvironmentSpec = METAWORLD, **options) -> np.ndarray:
     actions = np.random.default_rng(0).uniform(-1, 1, (steps, 2, 4))
-    with Simulation(METAWORLD, ["reach-v3"] * 2, 1, 1, **options) as simulation:
+    with Simulation(spec, ["reach-v3"] * 2, 1, 1, **options) as simulation:
         simulation.reset(np.array([0, 1]))
         return np.stack([simulation.step(action)[0] for action in actions])
 
@@ -46,6 +47,14 @@ def test_a_film_shows_the_episode_and_does_not_change_it(backend, tmp_path):
     # Upright, the wooden table is below and the grey background above.
     redness = first[:, :, 0] - first[:, :, 2]
     assert redness[:10].mean() < 10 < 20 < redness[-100:, 150:].mean()
+
+
+def test_a_film_ends_with_an_episode_that_is_shorter_than_the_familys(backend, tmp_path):
+    imageio = pytest.importorskip("imageio.v2")
+    path, short = tmp_path / "reach-v3.mp4", replace(family(METAWORLD).spec, episode_length=8)
+    play(8, short, videos={1: path}, variables={"MUJOCO_GL": backend})
+    with imageio.get_reader(path) as reader:
+        assert len(list(reader.iter_data())) == 3  # the start and every fourth step
 
 
 def test_an_unfinished_film_is_thrown_away(backend, tmp_path):

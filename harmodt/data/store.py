@@ -168,9 +168,10 @@ class DataStore:
             UserError: no store, an unfinished or damaged one, or one of another version.
         """
         path = Path(path)
-        if not (path / MANIFEST).is_file():
-            raise UserError(_why_no_store(path))
-        store = cls(path, read_manifest(path / MANIFEST))
+        try:
+            store = cls(path, read_manifest(path / MANIFEST))
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(_why_no_store(path)) from None
         for name, entry in store.files.items():
             _check_size(path / name, entry)
         return store

@@ -13,7 +13,7 @@ from ..config import TrainConfig
 from ..data.inputs import own_targets
 from ..errors import UserError, printable
 from ..policies.decision import DecisionPolicy
-from ..results import EvaluationResult, Measure, plans_as_trained
+from ..results import EvaluationResult, Measure, find_results, plans_as_trained
 from ..rollout import Request
 from ..rundir import Description, RunDirectory
 from ..settings import settings
@@ -168,7 +168,7 @@ def _read_run(path: Path, name: str) -> ReportedRun:
         costs=read_records(directory.costs, timed=True),
         target_returns=own_targets(directory),
         evaluations=[
-            EvaluationResult.load(file) for file in sorted(directory.evaluation.glob("step-*.json"))
+            EvaluationResult.load(file) for file in find_results(directory.evaluation, "step-*")
         ],
         masks=masks,
         step=max(last, *steps) if steps else last,

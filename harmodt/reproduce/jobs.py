@@ -11,7 +11,7 @@ from ..checkpoint import checkpoint_steps
 from ..data.inputs import own_targets, unseen_target
 from ..data.store import MANIFEST, DataStore
 from ..errors import UserError
-from ..results import EvaluationResult, Measure, plans_as_trained
+from ..results import EvaluationResult, Measure, find_results, plans_as_trained
 from ..rollout import Request
 from ..rundir import Description, RunDirectory
 from ..settings import settings, to_json
@@ -270,8 +270,8 @@ def _results(folder: Folder, run: Run, question: Question) -> dict[Path, Evaluat
     """All results of a run's last step on a question's tasks, under its mask, however asked."""
     masks = {"task", "none"} if question.mask is None else {question.mask}
     trained, found = dict(settings(run.config)), {}
-    pattern = f"step-{run.steps}-*-{len(question.tasks)}x*.json"
-    for path in sorted(folder.run(run).evaluation.glob(pattern)):
+    pattern = f"step-{run.steps}-*-{len(question.tasks)}x*"
+    for path in find_results(folder.run(run).evaluation, pattern):
         result = EvaluationResult.load(path)
         protocol = result.protocol
         of_policy = protocol.mask in masks and plans_as_trained(protocol.plans, trained)

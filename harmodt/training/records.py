@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Mapping
@@ -35,7 +36,7 @@ class Records:
 
     def __init__(self, path: Path, step: int, timed: bool):
         self.kept: list[Record] = []
-        if path.exists():
+        with contextlib.suppress(FileNotFoundError):
             lines = [(r, line) for r, line in _read(path, timed) if _belongs_to(r) <= step]
             self.kept = [record for record, _ in lines]
             write_bytes(path, b"".join(line for _, line in lines))
