@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import re
 import shlex
@@ -36,17 +34,6 @@ def code_lines(name: str) -> list[str]:
     """Lines of a text's bash blocks."""
     blocks = re.findall(r"^```bash\n(.*?)^```", read(name), re.MULTILINE | re.DOTALL)
     return [line for block in blocks for line in block.splitlines()]
-
-
-def module_commands() -> list[tuple[str, ...]]:
-    """Every `python -m harmodt...` command that a text shows, as (module, arguments...)."""
-    found = set()
-    for name in TEXTS:
-        for line in code_lines(name):
-            match = re.search(r"python -m (harmodt\.[\w.]+)(.*)", line)
-            if match:
-                found.add((match[1], *shlex.split(match[2], comments=True)))
-    return sorted(found)
 
 
 def pip_arguments(line: str) -> list[str]:
@@ -142,24 +129,6 @@ def test_readme_tables_are_of_the_settings_there_are() -> None:
         assert model == f"{size.replace('M', ' M')} parameters, d = {SIZES[size][0]}"
         assert int(steps.replace(",", "")) == values["steps"]
     assert list(table("`--algorithm`")) == list(ALGORITHMS)
-
-
-@pytest.mark.parametrize("command", module_commands(), ids=" ".join)
-def test_shown_flags_are_accepted(
-    command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    module, *arguments = command
-    subcommand = arguments[:1] if module == "harmodt.data" else []
-    monkeypatch.setattr(sys, "argv", [module, *subcommand, "--help"])
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as ended:
-        package = importlib.util.find_spec(module).submodule_search_locations is not None
-        importlib.import_module(f"{module}.__main__" if package else module).main()
-    assert not ended.value.code
-    help_text = capsys.readouterr().out
-    for argument in arguments:
-        if argument.startswith("--"):
-            assert re.search(rf"{argument}(?![\w-])", help_text), argument
 
 
 def test_an_installed_wheel_trains(tmp_path: Path) -> None:
