@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from problems import LinearProblem
+from problems import LinearProblem, small_variances
 from torch import Tensor
 
 from harmodt_kernels import (
@@ -126,6 +126,44 @@ def test_equals_the_definition(backend, device, sizes, relu, of_groups) -> None:
     problem = Problem.random(*sizes)
     found = computed(backend, problem, device, relu=relu, of_groups=of_groups)
     check(problem, found, relu, of_groups)
+
+
+def by_formulas(problem: Problem, epsilon: float) -> dict[str, Tensor]:
+    """y, and the gradient of x, in float64."""
+
+    def under(values: Tensor, masks: LayerMasks, which: int) -> Tensor:
+        """An operand of each group, [G, 1 or outputs, size]."""
+        bits = masks.bits[which]
+        if bits is None:
+            return values.expand(len(problem.x), *values.shape)
+        return values * unpack_bits(bits[masks.task_ids], values.shape[-1])
+
+    x = problem.x.clone().requires_grad_()
+    centred = x - x.mean(-1, keepdim=True)
+    normalised = centred / (centred.square().mean(-1, keepdim=True) + epsilon).sqrt()
+    gain, shift = (
+        under(v, problem.norm_masks, i)[:, None]
+        for i, v in enumerate((problem.gain, problem.shift))
+    )
+    weight, bias = under(problem.weight, problem.masks, 0), under(problem.bias, problem.masks, 1)
+    y = (normalised * gain + shift) @ weight.mT + bias[:, None]
+    torch.autograd.backward((y, x * 1), (problem.dy, problem.d_residual))
+    return {"y": y.detach(), "x": x.grad}
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_rows_of_small_variance(backend, device, masked) -> None:
+    """What is added to the variance decides there what becomes of them."""
+    problem = Problem.random(2, 12, 40, 8)
+    problem = replace(problem, x=small_variances(problem.x)[0].float().double())
+    if not masked:
+        problem = replace(problem, norm_masks=NO_MASKS, masks=NO_MASKS)
+    expected, other = by_formulas(problem, 1e-5), by_formulas(problem, 2e-5)
+    found = computed(backend, problem, device)
+    for name, values in expected.items():
+        bound = float(values.abs().max())
+        torch.testing.assert_close(found[name].double().cpu(), values, rtol=2e-5, atol=1e-6 * bound)
+        assert (other[name] - values).abs().max() > 0.01 * bound
 
 
 def test_a_layer_without_a_bias(backend, device) -> None:
