@@ -264,7 +264,7 @@ def test_flags_in_the_texts_are_flags_of_some_command(
     shown = "\n".join(help_of(p, monkeypatch, capsys) for p in [*programs, *zip(scripts)])
     known = set(re.findall(r"--[a-z][a-z0-9-]*", shown))
     known |= {"--help", "--preset", "--algorithm", "--resume"}  # which harmodt.train takes itself
-    known |= {"--faults", "--benchmark-only", "--benchmark-disable"}  # pytest's
+    known |= {"--faults", "--full", "--benchmark-only", "--benchmark-disable"}  # pytest's
     words = [word for name in TEXTS for line in code(name) for word in line.split()]
     flags = {re.match(r"--[a-z][a-z0-9-]*", w)[0] for w in words if re.match(r"--[a-z]", w)}
     of_others = {"--build", "--test-dir", "--logdir", "--dist"}  # CMake's, TensorBoard's, pytest's
