@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -655,15 +655,15 @@ def resources_of_amdgcn(code: str) -> tuple[int, list[int]]:
     return registers, spills
 
 
-def compile_for_all(everything: bool) -> Compilation:
-    """Compile every operation for every target, without Triton's usual cache."""
+def compile_for_all(targets: Sequence[str], everything: bool) -> Compilation:
+    """Compile every operation for some targets, without Triton's usual cache."""
     os.environ.pop("TRITON_INTERPRET", None)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         # New processes, because Triton reads TRITON_INTERPRET when it is imported.
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(PROCESSES, spawn) as pool:
-            jobs = [(case, target, everything) for case in CASES for target in TARGETS]
+            jobs = [(case, target, everything) for case in CASES for target in targets]
             results = list(pool.map(compile_operation, *zip(*jobs, strict=True)))
     return Compilation(
         results[0].kernels,
@@ -703,9 +703,10 @@ def main() -> int:
     parser.add_argument(
         "--all", action="store_true", help=f"compile small tiles not only for {USUAL}"
     )
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=[*TARGETS])
     arguments = parser.parse_args()
     output = arguments.output
-    compilation = compile_for_all(arguments.all)
+    compilation = compile_for_all(arguments.targets, arguments.all)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(markdown(compilation), encoding="utf-8")
     output.with_suffix(".json").write_text(json.dumps(asdict(compilation)), encoding="utf-8")

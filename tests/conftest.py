@@ -57,6 +57,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--faults", default="quick", choices=("quick", "full"), help="how many test_faults.py tries"
     )
+    parser.addoption("--full", action="store_true", help="also the cases that are marked as full")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the cases of large grids that are marked as full, unless they are asked for."""
+    left_out = [item for item in items if item.get_closest_marker("full")]
+    if left_out and not config.getoption("--full"):
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
 
 
 def pytest_configure() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from tiny import configure
+from tiny import CONFIG, configure
 from torch import Tensor
 
 from harmodt.config import TrainConfig
@@ -73,7 +74,9 @@ class Weights:
         gradients = dict(
             zip(self.moments, torch.autograd.grad(loss, self._of(self.moments)), strict=True)
         )
-        rate = SIZES["learning_rate"] * min(step / 4, 1.0)
+        wave = (1 + math.cos(math.pi * step / CONFIG["steps"])) / 2
+        fallen = CONFIG["final_learning_rate"] * (1 - wave) + wave
+        rate = SIZES["learning_rate"] * min(step / 4, 1.0) * fallen
         total = 0.0
         for part in self.parts:
             norm = sum(float(gradients[name].square().sum()) for name in part) ** 0.5

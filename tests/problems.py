@@ -177,6 +177,19 @@ def largest_error(computed: Tensor, expected: np.ndarray) -> float:
     return float(np.abs(computed.double().cpu().numpy() - expected).max())
 
 
+def small_variances(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of mean 0 in the directions of those of x, and their variances, float64 [rows].
+
+    Args:
+        x: float64 [..., rows, size].
+    """
+    variances = torch.tensor([0, 1e-9, 1e-7, 1e-6, 3e-6, 1e-5]).double()
+    variances = variances.repeat(-(-x.shape[-2] // len(variances)))[: x.shape[-2]]
+    centred = x - x.mean(-1, keepdim=True)
+    spread = centred.square().mean(-1, keepdim=True).sqrt()
+    return centred / spread * variances[:, None].sqrt(), variances
+
+
 @dataclass
 class LayerNormProblem:
     """Operands, two tasks more than groups; x has a gradient of its own beside that of y."""
@@ -190,6 +203,7 @@ class LayerNormProblem:
     dy: Tensor
     d_residual: Tensor
     masked: bool = True
+    epsilon: float = 1e-5
 
     @classmethod
     def random(cls, groups: int, rows: int, size: int) -> LayerNormProblem:
@@ -204,6 +218,14 @@ class LayerNormProblem:
         x = draw(groups, rows, size).clamp(-2, 2) + 1 + 6 * (torch.arange(size) % 2)
         gradients = draw(groups, rows, size), draw(groups, rows, size)
         return cls(x, draw(size), draw(size), *masks, ids, *gradients)
+
+    def with_small_variances(self) -> LayerNormProblem:
+        """The same with rows of variance 0 to 1e-5, where what is added to it decides."""
+        x, variances = small_variances(self.x.double())
+        self.x = x.float()
+        found = self.x.double().var(-1, correction=0)
+        torch.testing.assert_close(found, variances.expand_as(found), rtol=1e-5, atol=1e-15)
+        return self
 
     @property
     def masks(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -236,7 +258,10 @@ class LayerNormProblem:
         out = torch.full((2, groups if of_groups else 1, size), torch.nan, device=device)
         masks = [t.to(device) for t in self.masks] if self.masked else (None, None, None)
         y, residual = backend.masked_layer_norm(
-            *leaves, *masks, group_gradients=tuple(out) if of_groups or in_place else None
+            *leaves,
+            *masks,
+            epsilon=self.epsilon,
+            group_gradients=tuple(out) if of_groups or in_place else None,
         )
         torch.autograd.backward((y, residual), (self.dy.to(y), self.d_residual.to(residual)))
         d_weight, d_bias = leaves[1].grad, leaves[2].grad
@@ -252,7 +277,7 @@ class LayerNormProblem:
         gain = torch.where(gain_mask, self.weight.double(), 0.0)[:, None]
         bias = torch.where(bias_mask, self.bias.double(), 0.0)[:, None]
         centred = x - x.mean(-1, keepdim=True)
-        deviation = (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        deviation = (centred.square().mean(-1, keepdim=True) + self.epsilon).sqrt()
         v = centred / deviation
         d = dy * gain
         dx = d - d.mean(-1, keepdim=True) - v * (d * v).mean(-1, keepdim=True)

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,6 +87,30 @@ def test_exploration_falls_as_in_a_replay_buffer() -> None:
     assert exploration(near, 75, 101) == pytest.approx((0.0625, 0.0))
     assert exploration(near, 100, 101) == (0.0, 0.0)
     assert exploration(near, 0, 1) == (0.25, 0.8)
+
+
+def test_actions_are_the_experts_with_what_the_episodes_key_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every action of every episode, computed again from seed, task, kind and number."""
+    monkeypatch.setitem(environments.FAMILIES, "toy", "toy_family:Toy")
+    train, prompts, steps = 6, 3, 7
+    path = tmp_path / "toy"
+    config = CollectConfig(path, ("both",), train, prompts, "sub-optimal", seed=5, family="toy")
+    store = collect(config, progress=False)
+    for task, expert in (("slow", 0.5), ("quick", 1.0)):
+        for is_prompt, count in ((False, train), (True, prompts)):
+            episodes = store.task(task).prompts if is_prompt else store.task(task).train
+            for number, actions in enumerate(episodes.actions.reshape(count, steps, 2)):
+                key = [5, zlib.crc32(task.encode()), int(is_prompt), number]
+                draws = np.random.default_rng(key)
+                draws.integers(2**31)  # where the episode begins
+                noise = draws.standard_normal((steps, 2))
+                coins, uniform = draws.random(steps), draws.uniform(-1, 1, (steps, 2))
+                done = number / (2 * count - 1)
+                chosen = np.where((coins < 0.8 * (1 - 2 * done))[:, None], uniform, [expert, 0])
+                expected = np.clip(chosen + 0.25 * (1 - done) * noise, -1, 1)
+                np.testing.assert_allclose(actions, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_sub_optimal_data_are_the_first_half_of_near_optimal_data(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,6 +103,16 @@ def test_a_run_that_goes_on_adds_to_what_its_checkpoint_had_cost(store, tmp_path
     first, spent = after[len(kept)], at_checkpoint[-1]["seconds/checkpoints"]
     assert first["seconds/checkpoints"] == spent > 0  # no checkpoint was written since
     assert after[-1]["seconds/checkpoints"] > spent
+
+
+def test_the_most_memory_is_that_of_all_parts_of_a_run(tmp_path, monkeypatch):
+    directory, cpu = RunDirectory(tmp_path), torch.device("cpu")
+    for begun, held, most in ((0, 900, 900), (4, 300, 900), (8, 1000, 1000)):
+        used = SimpleNamespace(ru_maxrss=held)  # in KiB
+        monkeypatch.setattr("resource.getrusage", lambda who, used=used: used)
+        with contextlib.closing(Costs(directory, begun, cpu)) as costs:
+            costs.write(begun + 4)
+        assert read_records(directory.costs, timed=True)[-1]["peak_memory"] == 1024 * most
 
 
 def test_time_changes_nothing_else(store, tmp_path, slow):

@@ -30,6 +30,7 @@ from harmodt.files import checksum, owned
 from harmodt.rundir import RunDirectory
 from harmodt.training import trainer as module
 from harmodt.training.metrics import Metrics
+from harmodt.training.records import read_records
 from harmodt.training.trainer import Trainer
 from harmodt_kernels import NotFinite
 
@@ -362,12 +363,21 @@ FILES = {
 }
 
 
+# Of metrics these are what a kill may leave.
+BY_A_KILL = (cut, empty, gone, link_to_nothing)
+
+
 # A link in a circle is the system's to refuse: faults.py has it, as the command words it.
-@pytest.mark.parametrize("fault", [damage for damage in DAMAGES if damage != link_to_itself])
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        (name, damage)
+        for name in FILES
+        for damage in DAMAGES
+        if damage != link_to_itself and not (name == "metrics.jsonl" and damage in BY_A_KILL)
+    ],
+)
 def test_a_damaged_file_is_named(run, name, fault):
-    if name == "metrics.jsonl" and fault in (cut, empty, gone, link_to_nothing):
-        return  # what a kill leaves, and no more than a record
     fault(run / name)
     kept = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     message = refused(run)
@@ -377,6 +387,18 @@ def test_a_damaged_file_is_named(run, name, fault):
         with pytest.raises(UserError):
             load_policy(run)
     assert all(path.read_bytes() == content for path, content in kept.items())
+
+
+@pytest.mark.parametrize("fault", BY_A_KILL)
+def test_a_run_goes_on_without_metrics_that_a_kill_took(run, fault):
+    whole = read_records(run / "metrics.jsonl", timed=False)
+    weights = final(run)
+    fault(run / "metrics.jsonl")
+    resume(run)
+    left = read_records(run / "metrics.jsonl", timed=False)
+    assert left == (whole[:-1] if fault is cut else [])
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in final(run).items())
+    assert load_policy(run).step == 12
 
 
 @pytest.mark.parametrize(

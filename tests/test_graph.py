@@ -59,7 +59,7 @@ def steps(trainer: Trainer, count: int) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("implementation", "changes"),
     [
-        ("triton", {}),
+        pytest.param("triton", {}, marks=pytest.mark.full),
         ("triton", {"algorithm": "prompt-dt"}),
         ("cpu", {}),
         ("cpu", {"surgery": "pcgrad"}),

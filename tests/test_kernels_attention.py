@@ -56,6 +56,7 @@ def test_equals_the_definition(backend, device) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:], indirect=True)
 @pytest.mark.parametrize("part", range(3), ids=["query", "key", "value"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 def test_nan_and_infinity_are_not_hidden(backend, device, value, part) -> None:

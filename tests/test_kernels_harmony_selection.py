@@ -167,18 +167,20 @@ def check(problem: Problem, backend: Backend, device: torch.device, count: int, 
     np.testing.assert_array_equal(masks.sum(1), problem.masks.sum(1))
 
 
-@settings(max_examples=50, **examples)
-@given(
-    seed=st.integers(0, 2**32),
-    tasks=st.sampled_from([1, 2, 4, 9]),
-    words=st.sampled_from([1, 2, 3, 6, 33, 70]),
-    count=st.integers(0, 120),
-    kind=st.sampled_from(RULES),
-)
-def test_selection_equals_a_sort_with_ties_by_index(
-    backend, device, seed, tasks, words, count, kind
-) -> None:
-    check(Problem.random(seed, tasks, words), backend, device, count, kind)
+@pytest.mark.parametrize("number", [15, pytest.param(50, marks=pytest.mark.full)])
+def test_selection_equals_a_sort_with_ties_by_index(backend, device, number) -> None:
+    @settings(max_examples=number, deadline=None)
+    @given(
+        seed=st.integers(0, 2**32),
+        tasks=st.sampled_from([1, 2, 4, 9]),
+        words=st.sampled_from([1, 2, 3, 6, 33, 70]),
+        count=st.integers(0, 120),
+        kind=st.sampled_from(RULES),
+    )
+    def of_random(seed: int, tasks: int, words: int, count: int, kind: Any) -> None:
+        check(Problem.random(seed, tasks, words), backend, device, count, kind)
+
+    of_random()
 
 
 P = 32 * 47  # no multiple of a chunk of several words or of a program's share
@@ -205,11 +207,17 @@ MASKS = {
 }
 
 
+SIZES = [(1, 1, 64), (7, 32, 2048), (40, 4, 512), (10 * P, 2, 1024)]
+
+
 @pytest.mark.parametrize(
-    ("count", "chunk_words", "values"),
-    [(1, 1, 64), (7, 32, 2048), (40, 4, 512), (10 * P, 2, 1024)],
+    ("scores", "count", "chunk_words", "values"),
+    [  # of each kind of scores one size, and of all others if they are asked for
+        pytest.param(scores, *size, marks=[pytest.mark.full] * (kind % 4 != number))
+        for kind, scores in enumerate(SCORES)
+        for number, size in enumerate(SIZES)
+    ],
 )
-@pytest.mark.parametrize("scores", SCORES)
 def test_selection_of_any_scores(
     backend, device, monkeypatch, scores: str, count: int, chunk_words: int, values: int
 ) -> None:
@@ -395,8 +403,17 @@ def test_masks_and_gradients_may_be_rows_of_larger_tensors(backend, device) -> N
     assert (operands[0]._base[:, 40:] == 77).all()
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("place", [3, 60, 95], ids=["active", "inactive", "padding"])
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [  # an active weight, an inactive one, padding
+        *((3, np.nan), (60, np.inf), (95, -np.inf)),
+        *(
+            pytest.param(place, value, marks=pytest.mark.full)
+            for place, value in ((3, np.inf), (3, -np.inf), (60, np.nan), (60, -np.inf))
+        ),
+        *(pytest.param(95, value, marks=pytest.mark.full) for value in (np.nan, np.inf)),
+    ],
+)
 @pytest.mark.parametrize(
     ("field", "message"),
     [

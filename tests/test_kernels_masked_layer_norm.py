@@ -24,6 +24,23 @@ def test_equals_the_formulas(backend, device, sizes, masked, of_groups) -> None:
 
 
 @pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("epsilon", [1e-5, 1e-6])
+def test_rows_of_small_variance(backend, device, epsilon, masked) -> None:
+    """Their result is what epsilon makes of them; a constant row becomes the bias."""
+    problem = replace(LayerNormProblem.random(2, 12, 40), epsilon=epsilon).with_small_variances()
+    if not masked:
+        problem.without_masks()
+    expected = problem.expected(True)
+    for name, values in problem.computed(backend, device, True).items():
+        values = values.double().cpu()
+        largest = expected[name].abs().max()  # up to 1 / √ε in gradients
+        torch.testing.assert_close(values, expected[name], rtol=2e-5, atol=float(largest) * 1e-6)
+    other = replace(problem, epsilon=2 * epsilon).expected(True)
+    for name in ("y", "x", "weight"):
+        assert (other[name] - expected[name]).abs().max() > 0.01 * expected[name].abs().max()
+
+
+@pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_sums_of_gradients_written_in_place(backend, device, groups, masked) -> None:
     problem = LayerNormProblem.random(groups, 9, 39)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from problems import LinearProblem
+from problems import LinearProblem, small_variances
 from torch import Tensor
 
 from harmodt_kernels import (
@@ -101,16 +101,55 @@ def computed(
     return {"y": y.detach(), **found}
 
 
+def by_formulas(
+    problem: Problem,
+    of_groups: bool | str = False,
+    passed: Tensor | None = None,
+    epsilon: float = 1e-5,
+) -> dict[str, Tensor]:
+    """y and all gradients in float64, by the formulas.
+
+    Args:
+        passed: where a ReLU let y pass; without it there is none.
+    """
+    names = ["gain", "shift", "weight", *(["bias"] if problem.bias is not None else [])]
+    # Parameters of each group, so that each has a gradient of its own.
+    of_group = {
+        n: getattr(problem, n).expand(len(problem.x), *getattr(problem, n).shape) for n in names
+    }
+    leaves = {name: values.clone().requires_grad_() for name, values in of_group.items()}
+
+    def masked(name: str, bits: Tensor | None) -> Tensor:
+        ids = problem.masks.task_ids
+        if bits is None:
+            return leaves[name]
+        return leaves[name] * unpack_bits(bits[ids], leaves[name].shape[-1])
+
+    x = problem.x.clone().requires_grad_()
+    centred = x - x.mean(-1, keepdim=True)
+    normalised = centred / (centred.square().mean(-1, keepdim=True) + epsilon).sqrt()
+    norm_masks, masks = problem.norm_masks, problem.masks
+    gain, shift = masked("gain", norm_masks.weight_bits), masked("shift", norm_masks.bias_bits)
+    between = normalised * gain[:, None] + shift[:, None]
+    y = between @ masked("weight", masks.weight_bits).mT
+    if "bias" in leaves:
+        y = y + masked("bias", masks.bias_bits)[:, None]
+    if passed is not None:
+        y = y * passed
+    torch.autograd.backward((y, x * 1), (problem.dy, problem.d_residual))
+    of_parameters = {name: leaf.grad for name, leaf in leaves.items()}
+    if of_groups is not True:
+        keep = of_groups == "summed"
+        of_parameters = {n: grad.sum(0, keepdim=keep) for n, grad in of_parameters.items()}
+    return {"y": y.detach(), "x": x.grad, **of_parameters}
+
+
 def check(
     problem: Problem, found: dict[str, Tensor], relu: bool = False, of_groups: bool | str = False
 ) -> None:
-    """Compare with the definition in float64; ReLU lets pass what it did in the results."""
-    passed = found["y"].double().cpu() > 0
-    exact = replace(problem, dy=problem.dy * passed) if relu else problem
-    device = torch.device("cpu")
-    expected = computed(REFERENCE, exact, device, torch.float64, of_groups=of_groups)
-    if relu:
-        expected["y"] = expected["y"].clamp(0)
+    """Compare with the formulas in float64; ReLU lets pass what it did in the results."""
+    passed = found["y"].double().cpu() > 0 if relu else None
+    expected = by_formulas(problem, of_groups, passed)
     assert found.keys() == expected.keys()
     for name, values in found.items():
         values = values.double().cpu()
@@ -126,6 +165,22 @@ def test_equals_the_definition(backend, device, sizes, relu, of_groups) -> None:
     problem = Problem.random(*sizes)
     found = computed(backend, problem, device, relu=relu, of_groups=of_groups)
     check(problem, found, relu, of_groups)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_rows_of_small_variance(backend, device, masked) -> None:
+    """What is added to the variance decides there what becomes of them."""
+    problem = Problem.random(2, 12, 40, 8)
+    problem = replace(problem, x=small_variances(problem.x)[0].float().double())
+    if not masked:
+        problem = replace(problem, norm_masks=NO_MASKS, masks=NO_MASKS)
+    expected, other = (by_formulas(problem, epsilon=e) for e in (1e-5, 2e-5))
+    found = computed(backend, problem, device)
+    for name, values in expected.items():
+        bound = float(values.abs().max())
+        torch.testing.assert_close(found[name].double().cpu(), values, rtol=2e-5, atol=1e-6 * bound)
+    for name in ("y", "x", "gain"):
+        assert (other[name] - expected[name]).abs().max() > 0.01 * expected[name].abs().max()
 
 
 def test_a_layer_without_a_bias(backend, device) -> None:
@@ -173,7 +228,7 @@ def test_either_output_may_go_without_a_gradient(backend, device, output) -> Non
         assert not any(gradient is not None and gradient.any() for gradient in gradients[1:])
         return
     without = replace(problem, d_residual=torch.zeros_like(problem.d_residual))
-    expected = computed(REFERENCE, without, torch.device("cpu"), torch.float64)
+    expected = by_formulas(without)
     for gradient, name in zip(gradients, ("x", "gain", "shift", "weight", "bias"), strict=True):
         torch.testing.assert_close(gradient.double().cpu(), expected[name], rtol=2e-5, atol=5e-4)
 
@@ -245,7 +300,7 @@ def test_products_of_halves_beside_x_of_float32(backend, device, dtype, tiles, r
     if tiles == "several":
         request.getfixturevalue("stationary")
     problem = Problem.random(2, 389 if tiles == "several" else 37, 60, 40)
-    exact = computed(REFERENCE, problem, torch.device("cpu"), torch.float64)
+    exact = by_formulas(problem)
     for name, values in computed(backend, problem, device, autocast=dtype).items():
         assert values.dtype == (dtype if name == "y" else torch.float32), name
         # what is normalised, weights and gradients of y are rounded before they are multiplied

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -38,17 +37,6 @@ def code_lines(name: str) -> list[str]:
     return [line for block in blocks for line in block.splitlines()]
 
 
-def module_commands() -> list[tuple[str, ...]]:
-    """Every `python -m harmodt...` command that a text shows, as (module, arguments...)."""
-    found = set()
-    for name in TEXTS:
-        for line in code_lines(name):
-            match = re.search(r"python -m (harmodt\.[\w.]+)(.*)", line)
-            if match:
-                found.add((match[1], *shlex.split(match[2], comments=True)))
-    return sorted(found)
-
-
 def pip_arguments(line: str) -> list[str]:
     return shlex.split(line.split(" && ")[1])[1:]
 
@@ -61,18 +49,75 @@ def test_readme_has_one_command_for_the_job_and_one_for_the_tests() -> None:
     assert pip_arguments(tests) == ["install", "-c", "constraints.txt", "-e", ".[dev]"]
 
 
+def ci(tree: Path, prints: str, status: int = 0, **programs: str) -> tuple[int, str, str]:
+    """Run CI in a checkout where every program but Bash's own is a stand-in.
+
+    Args:
+        prints: what the tests print.
+        status: that of the test command.
+        programs: what a program does beside writing its name and its arguments to `called`.
+
+    Returns:
+        The status, stdout and stderr, without what Bash traces.
+    """
+    (tree / ".ci").mkdir(parents=True)
+    for name in ("run", "skips"):
+        (tree / ".ci" / name).write_bytes((ROOT / ".ci" / name).read_bytes())
+    (tree / "printed").write_text(prints)
+    tests = {"python3": f"cat printed; exit {status}", "id": "echo 1000"} | programs
+    tests |= dict.fromkeys(("ruff", "mypy", "python"), ":")
+    for name, does in tests.items():
+        path = tree / ("bin" if name in ("python3", "id", *programs) else ".venv/bin") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'#!/bin/bash\necho "{path.name} $*" >> "{tree}/called"\n{does}\n')
+        path.chmod(0o755)
+    (tree / ".ci" / "audit").write_text("#!/bin/bash\n")
+    (tree / ".ci" / "audit").chmod(0o755)
+    (tree / "README.md").write_text(f"```bash\n{CI_COMMAND}\n```\n")
+    environment = os.environ | {"PATH": f"{tree / 'bin'}:{os.environ['PATH']}"}
+    command = ["bash", str(tree / ".ci" / "run")]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    said = [line for line in ended.stderr.splitlines() if not line.startswith("+")]
+    return ended.returncode, ended.stdout, "\n".join(said)
+
+
+CI_COMMAND = "python3 -m venv x -m pytest -n auto --dist loadfile"
+SKIP = "SKIPPED [15] tests/test_graph.py:161: needs a GPU\n"
+
+
 def test_ci_runs_the_readme_test_command_and_fails_with_it(tmp_path: Path) -> None:
-    """CI in a checkout whose test command fails: it ran that command and nothing after it."""
-    script = tmp_path / ".ci" / "run"
-    script.parent.mkdir()
-    script.write_bytes((ROOT / ".ci" / "run").read_bytes())
-    command = "python3 -m venv --help >/dev/null && false -m pytest -n auto --dist loadfile"
-    readme = f"python3 -m venv x\n{command}\n"
-    (tmp_path / "README.md").write_text(f"```bash\n{readme}```\n")
-    result = subprocess.run(["bash", str(script)], capture_output=True, text=True)
-    assert result.returncode != 0
-    assert result.stdout == f"+ {command}\n"
-    assert "ruff" not in result.stderr
+    """It runs that command, and nothing after it."""
+    status, printed, _ = ci(tmp_path / "fails", "1 failed\n", status=1)
+    assert status != 0
+    assert printed == f"+ {CI_COMMAND}\n1 failed\n"
+    called = (tmp_path / "fails" / "called").read_text()
+    assert "python3" in called and "ruff" not in called and "--full" not in called
+    status, printed, _ = ci(tmp_path / "passes", SKIP)
+    assert status == 0 and printed.startswith(f"+ {CI_COMMAND}\n{SKIP}")
+    called = (tmp_path / "passes" / "called").read_text()
+    assert "python -m pytest -n auto --dist loadfile --full -m full" in called
+    assert "ruff" in called and "mypy" in called and "bench/" in called
+
+
+def test_ci_fails_where_a_test_is_skipped_for_another_reason(tmp_path: Path) -> None:
+    other = "SKIPPED [1] tests/test_report.py:511: there is no Chromium\n"
+    status, _, said = ci(tmp_path, SKIP + other)
+    assert status == 1
+    assert said == (
+        "skipped for reasons that .ci/skips does not list: "
+        "tests/test_report.py: there is no Chromium"
+    )
+
+
+@pytest.mark.parametrize("user", [0, 1000])
+def test_ci_installs_chromium_as_root(tmp_path: Path, user: int) -> None:
+    status, *_ = ci(tmp_path, SKIP, **{"id": f"echo {user}", "apt-get": ":"})
+    assert status == 0
+    called = (tmp_path / "called").read_text()
+    there = shutil.which("chromium") is not None
+    assert ("install -y -qq --no-install-recommends chromium" in called) == (
+        user == 0 and not there
+    )
 
 
 def test_ci_script_can_be_executed() -> None:
@@ -142,24 +187,6 @@ def test_readme_tables_are_of_the_settings_there_are() -> None:
         assert model == f"{size.replace('M', ' M')} parameters, d = {SIZES[size][0]}"
         assert int(steps.replace(",", "")) == values["steps"]
     assert list(table("`--algorithm`")) == list(ALGORITHMS)
-
-
-@pytest.mark.parametrize("command", module_commands(), ids=" ".join)
-def test_shown_flags_are_accepted(
-    command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    module, *arguments = command
-    subcommand = arguments[:1] if module == "harmodt.data" else []
-    monkeypatch.setattr(sys, "argv", [module, *subcommand, "--help"])
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as ended:
-        package = importlib.util.find_spec(module).submodule_search_locations is not None
-        importlib.import_module(f"{module}.__main__" if package else module).main()
-    assert not ended.value.code
-    help_text = capsys.readouterr().out
-    for argument in arguments:
-        if argument.startswith("--"):
-            assert re.search(rf"{argument}(?![\w-])", help_text), argument
 
 
 def test_an_installed_wheel_trains(tmp_path: Path) -> None:

@@ -545,7 +545,7 @@ def test_the_line_that_training_ends_with_works_as_printed(store, tmp_path, monk
 
 def test_no_run_is_a_mistake(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["harmodt.report"])
-    with pytest.raises((UserError, SystemExit)):
+    with pytest.raises(UserError, match="no run is named: give the directories of one or more"):
         command.main()
 
 

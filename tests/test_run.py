@@ -11,10 +11,9 @@ import torch
 from runs import begin, cut, final
 from tiny import TASKS, make_store
 
-from harmodt import devices, train
+from harmodt import devices, sealed, train
 from harmodt.data.store import DataStore
 from harmodt.errors import UserError
-from harmodt.files import write_sealed
 from harmodt.report.runs import read_runs
 from harmodt.report.tables import all_settings
 from harmodt.rundir import Part, RunDirectory
@@ -46,7 +45,7 @@ def rewrite(run: RunDirectory, **values: object) -> None:
     """Write other values into run.json, and take out what is None."""
     content = json.loads(run.description.read_text()) | values
     content.pop("crc32", None)
-    write_sealed(run.description, {k: v for k, v in content.items() if v is not None})
+    sealed.write(run.description, {k: v for k, v in content.items() if v is not None})
 
 
 def on(step: int, device: str, backend: str) -> dict[str, object]:

@@ -43,7 +43,7 @@ CONFIG = {
     "tasks_per_step": 2,
     "batch_per_task": 4,
     "warmup_steps": 4,
-    "final_learning_rate": 1.0,
+    "final_learning_rate": 0.3,
     "mask_update_every": 4,
     "eta_max": 40,
     "action_dropout": 0.5,

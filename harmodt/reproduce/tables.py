@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table, box
 from rich.text import Text
 
-from .. import sealed
 from ..data.store import MANIFEST, DataStore
 from ..environments import METAWORLD, family_of
 from ..files import clear_temporaries, write_bytes
@@ -97,14 +96,18 @@ class Outcome:
         table, readable, content = (path.with_suffix(kind) for kind in (".csv", ".md", ".json"))
         for file in (table, readable, content):
             clear_temporaries(file)
+        write_bytes(table, self.to_csv().encode())
+        write_bytes(readable, self.to_markdown().encode())
+        sealed.write(content, self.to_json())
+
+    def to_csv(self) -> str:
+        """A line for each row."""
         text = io.StringIO()
         rows = [row.to_csv() for row in self.rows]
         writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_bytes(table, text.getvalue().encode())
-        write_bytes(readable, self.to_markdown().encode())
-        sealed.write(content, self.to_json())
+        return text.getvalue()
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain JSON values."""
