@@ -15,10 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harmodt.files import read_sealed
+from harmodt import sealed
 from harmodt.reproduce.figure import write_figure
 from harmodt.reproduce.plan import make_plan
-from harmodt.reproduce.tables import Outcome, Row, number
+from harmodt.reproduce.tables import FORMAT, VERSION, Outcome, Row, number
 from harmodt.statistics import Average
 
 HERE = Path(__file__).parent
@@ -31,22 +31,22 @@ FIFTY = {f"MT50 {name}": name for name in ("near-optimal, 1.47 M", "sub-optimal,
 Lines = list[list[str]]
 
 
-def sealed(name: str) -> dict[str, Any]:
-    """The content of a JSON file here.
+def read(name: str) -> dict[str, Any]:
+    """Read a JSON file here.
 
     Raises:
-        ValueError: it was changed after it was written.
+        UserError: it was changed after it was written.
     """
-    content, right = read_sealed(HERE / f"{name}.json")
-    if not right:
-        raise ValueError(f"{name}.json was changed after it was written")
-    return content
+    form = "harmodt-others" if name == "others" else FORMAT
+    again = "write it with the version of HarmoDT that reads it"
+    kind = sealed.Kind(f"{form} in JSON", form, VERSION, "give a file of docs/results", again)
+    return sealed.read(HERE / f"{name}.json", dict[str, Any], kind)
 
 
 @functools.cache
 def outcome(name: str) -> Outcome:
     """What an experiment came to."""
-    content = sealed(name)
+    content = read(name)
     plan = make_plan(name, content["budget"], content["seeds"], content["reference"])
     for row in content["rows"]:
         row["seeds"] = tuple(row["seeds"])
@@ -171,7 +171,7 @@ def gradients() -> Lines:
 
 
 def movement() -> Lines:
-    measured = sealed("others")["movement"]
+    measured = read("others")["movement"]
     names = [row.variant for row in outcome("movement").rows if row.column == "MT10 near-optimal"]
     shown = {name: name.replace("HarmoDT-R", "HarmoDT-R, never") for name in names}
     columns = [["moved", "other at the end", "overlap"], ["--:", "--:", "--:"]]
@@ -184,7 +184,7 @@ def movement() -> Lines:
 def longer() -> Lines:
     """After ten times as many steps, beside what they came to in `methods` and `controls`."""
     column = "MT10 sub-optimal"
-    from_second = sealed("others")["longer minus Prompt-DT"]
+    from_second = read("others")["longer minus Prompt-DT"]
     names = ["HarmoDT-F", "HarmoDT-R", "HarmoDT-R, one mask for all", "Prompt-DT"]
     table = compared("longer", {column: "8000 steps"}, {name: name for name in names})
     short = [with_deviation(row_of("methods", column, name)) for name in names]

@@ -9,9 +9,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from .. import sealed
 from ..errors import UserError
 from ..files import json_checksum
 from .importers import Importer
+from .store import KIND
 
 
 class Files(msgspec.Struct, frozen=True):
@@ -52,13 +54,7 @@ def read_record(provenance: dict[str, Any], store: Path) -> Record:
     Raises:
         UserError: it is not of its form.
     """
-    try:
-        return msgspec.convert(provenance, Record)
-    except msgspec.ValidationError as error:
-        raise UserError(
-            f"the provenance of {store} is damaged ({error}): restore the store from a copy or "
-            "make it again"
-        ) from None
+    return sealed.convert(f"the provenance of {store}", provenance, Record, KIND.remedy)
 
 
 def describe_files(source: Importer, tasks: Sequence[str]) -> dict[str, Files]:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table, box
 from rich.text import Text
 
+from .. import sealed
 from ..data.store import MANIFEST, DataStore
 from ..environments import METAWORLD, family_of
 from ..files import clear_temporaries, write_bytes
