@@ -126,7 +126,7 @@ def _output(config: EvaluateConfig) -> Path:
 
 
 def _elsewhere() -> AbstractContextManager[None]:
-    return going_on("give the same command again, or name another folder with --output")
+    return going_on("(or with another --output) give the same command again")
 
 
 def _play(config: EvaluateConfig, policy: Policy, console: PlainConsole) -> EvaluationResult:

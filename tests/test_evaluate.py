@@ -148,7 +148,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_played(
         command(monkeypatch, run, "--output", tmp_path / "file" / "results")
     assert exit.value.code == 2 and played == []
     assert capsys.readouterr().err.endswith(
-        "then give the same command again, or name another folder with --output\n"
+        "then (or with another --output) give the same command again\n"
     )
     with pytest.raises(Stop):
         command(monkeypatch, run, "--output", tmp_path / "a" / "b")
@@ -176,7 +176,8 @@ def test_a_result_that_cannot_be_written_is_shown(run, monkeypatch, capsys, tmp_
         command(monkeypatch, run)
     shown, error = capsys.readouterr()
     assert exit.value.code == 2 and "50/50" in shown and "average" in shown
-    assert "the disk is full" in error and error.endswith("name another folder with --output\n")
+    assert "the disk is full" in error
+    assert error.endswith("(or with another --output) give the same command again\n")
 
 
 def test_settings_of_the_command_are_those_of_the_request(run, monkeypatch, played):
