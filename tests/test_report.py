@@ -527,6 +527,21 @@ def test_what_is_no_page_is_not_written_over(runs, tmp_path):
     assert thesis.read_text() == "<!doctype html>\nyears of work"
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0)])
+def test_the_final_evaluation_is_of_the_last_checkpoint_and_most_episodes(order):
+    of_run = {"unseen": None, "mask": "task", "tasks": ("a", "b")}
+    asked = [
+        {"checkpoint": 8, "episodes": 50},
+        {"checkpoint": 12, "episodes": 10},
+        {"checkpoint": 12, "episodes": 20},
+        {"checkpoint": 12, "episodes": 90, "mask": "voted"},
+    ]
+    results = [SimpleNamespace(protocol=SimpleNamespace(**{**of_run, **more})) for more in asked]
+    description = SimpleNamespace(tasks=("a", "b"))
+    run = SimpleNamespace(description=description, evaluations=[results[i] for i in order])
+    assert tables.final_evaluation(run) is results[2]
+
+
 # The command
 
 
