@@ -199,7 +199,7 @@ def _flip_a_byte(file: Path) -> None:
         (_without("rewards"), "has no key 'rewards'"),
         (_replace("observations", lambda a: a[:, :38]), r"observations has the shape \(25, 38\)"),
         (_replace("actions", lambda a: a[:, :, None]), r"actions has the shape \(25, 4, 1\)"),
-        (_replace("rewards", lambda a: np.array(1.0)), r"rewards has the shape \(\) and \(T\)"),
+        (_replace("rewards", lambda a: np.array(1.0)), r"rewards has the shape \(\), but \(T\)"),
         (_replace("actions", lambda a: a[:20]), "actions has 20 steps and observations has 25"),
         (_replace("observations", _with_nan), "observations holds NaN or infinity"),
         (_replace("actions", _with_nan), "actions holds NaN or infinity"),
@@ -368,7 +368,7 @@ def test_bad_episodes_are_skipped_and_listed_where_this_is_asked(
     for listed in (printed.splitlines(), store.provenance["skipped"]["reach-v3"]):
         found = [line for line in listed if "2.npz" in line or "5.npz" in line]
         assert [reason in line for reason, line in zip(reasons, found, strict=True)] == [True] * 2
-    assert "2 episodes of the source were skipped" in printed
+    assert "the import skipped 2 episodes" in printed
     assert store.task("reach-v3").train.returns.tolist() == [25, 50, 100]
     assert store.task("reach-v3").prompts.returns.tolist() == [125, 175]
     assert len(store.task("push-v3").train) == 5
@@ -379,7 +379,11 @@ def test_a_task_is_refused_where_too_few_episodes_are_left(tmp_path: Path) -> No
     config = ImportConfig(
         source, tmp_path / "store", prompt_episodes=2, skip_bad_episodes=True, min_length=25
     )
-    for number, reason in ((0, "none is left to train on"), (1, "none is"), (2, "can be used: .*")):
+    for number, reason in (
+        (0, "none is left for training"),
+        (1, "none is"),
+        (2, "can be used: .*"),
+    ):
         np.savez(source / "reach-v2" / f"{number}.npz", **make_arrays(number, 24))
         with pytest.raises(UserError, match=reason):
             import_data(config, progress=False)
@@ -509,7 +513,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(
 
     monkeypatch.setattr(StoreWriter, "task", meanwhile)
     config = ImportConfig(source, tmp_path / "store", prompt_episodes=1)
-    with pytest.raises(UserError, match="whose files of reach-v3 have changed since"):
+    with pytest.raises(UserError, match="the files of reach-v3 there have changed since"):
         import_data(config, progress=False)
     assert not (tmp_path / "store" / "manifest.json").exists()
 
@@ -581,7 +585,7 @@ class Numbers(importers.Importer):
         ({"prompt_episodes": 12}, "reach-v3 has 12 episodes, and none is left"),
         ({"prompt_episodes": -1}, "prompt_episodes is -1"),
         ({"episodes": 0}, "episodes is 0"),
-        ({"episodes": 13}, "reach-v3 has 12 episodes and 13 are asked for"),
+        ({"episodes": 13}, "reach-v3 has 12 episodes, but --episodes asks for 13"),
         ({"min_length": 0}, "min_length is 0"),
         ({"output": "taken"}, "taken holds other files"),
     ],
