@@ -220,7 +220,7 @@ def _write_task(config: CollectConfig, writer: StoreWriter, task: str) -> None:
 
 
 def _read_part(config: CollectConfig, part: _Part) -> list[Sequence[Any]] | None:
-    """The fields of a part's episodes; None where the file is missing or damaged."""
+    """Read the fields of a part's episodes; None if the file is missing or damaged."""
     try:
         content = read_bytes(part.path(config.output))
     except (FileNotFoundError, UserError):

@@ -33,7 +33,7 @@ from .store import MANIFEST, DataStore
 
 @dataclass(frozen=True)
 class InfoConfig:
-    """Show what a store holds."""
+    """Show the content of a store."""
 
     store: tyro.conf.Positional[Path]
     """Directory of the store."""

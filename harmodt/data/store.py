@@ -371,9 +371,14 @@ def _shapes(
     episodes: int,
     steps: int | None = None,
 ) -> dict[str, tuple[str, list[int]]]:
-    """Name, dtype and shape of the arrays of so many episodes.
+    """The dtype and the shape that each array must have, by the array's name.
 
-    Where the steps are not given, they are those of the rewards.
+    Args:
+        environment: gives the sizes of the entries.
+        prefix: begins the names of the arrays.
+        files: the manifest's entries of the arrays.
+        episodes: the number of episodes.
+        steps: the number of steps; by default the entry of the rewards gives it.
     """
     rewards = files.get(f"{prefix}rewards")
     if steps is None:
