@@ -1,11 +1,11 @@
-"""Make offline data sets by running experts.
+"""Makes offline data sets by running experts.
 
     python -m harmodt.collect --output data/mt5 --tasks mt5 --episodes 100
 
-The work is cut into parts of a few episodes. Worker processes write each part to a file, whole or
-not at all. Every episode has its own random generator, whose seed follows from the collection's
-seed, the task and the episode's number. The store is therefore the same to the byte, whatever the
-number of workers and however often the collection was killed.
+The work is divided into parts of a few episodes. A worker process writes each part to a file,
+either completely or not at all. Every episode has its own random generator. Its seed follows from
+the collection's seed, the task, the kind of episode (training or prompt) and the episode's number.
+The store therefore has the same bytes for every number of workers, and also after a kill.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from .workers import Served, Worker, end_workers, spread
 _PARTS = "parts"
 _LENGTHS = "lengths"
 _EPISODES_PER_PART = 10
-_PER_EPISODE = ("success", "terminated")  # fields of an `Episode` that are one number
+_PER_EPISODE = ("success", "terminated")  # the fields of an `Episode` that are a single number
 
 
 @dataclass(frozen=True)
 class CollectConfig:
-    """Collect an offline data set with experts: Meta-World's scripted ones, or trained walkers.
+    """Collect an offline data set with Meta-World's scripted experts or with trained walkers.
 
-    An interrupted collection goes on when the same command is given again.
+    To continue an interrupted collection, give the same command again.
     """
 
     output: Path
@@ -56,41 +56,46 @@ class CollectConfig:
     episodes: Count = 100
     """Training episodes per task."""
     prompt_episodes: Whole = 10
-    """Further episodes per task that are stored as prompts."""
+    """Additional episodes per task that are stored as prompts."""
     composition: Literal["near-optimal", "sub-optimal"] = "near-optimal"
-    """Near-optimal: exploration falls to none, as in a replay buffer; sub-optimal: the first half
+    """Near-optimal: exploration falls to none, as in a replay buffer. Sub-optimal: the first half
     of such a buffer."""
     prompt_source: Literal["expert", "composition"] | None = None
-    """Record prompts without exploration, or with that of the data; by default, prompts of
-    sub-optimal data are explored and others are not."""
+    """Expert: prompts are recorded without exploration, which is the default for near-optimal data.
+    Composition: prompts have the same exploration as the training episodes, which is the default
+    for sub-optimal data."""
     seed: Whole = 0
-    """Seed that determines the data to the bit, whatever the number of workers."""
+    """Seed of the random numbers. It determines every bit of the data, for any number of
+    workers."""
     episode_length: Count | None = None
-    """Steps per episode; by default as many as the environments have."""
+    """Steps per episode; the default is the length of the environments' episodes."""
     noise_start: NotNegative = 0.25
     """Standard deviation of the Gaussian action noise in the first episode; it falls linearly to
     0."""
     random_start: Share = 0.8
     """Share of uniformly random actions in the first episode."""
     random_end: Annotated[float, Meta(ge=ABOVE_ZERO, le=1)] = 0.5
-    """Share of the episodes over which the share of random actions falls linearly to 0."""
+    """Share of the episodes after which no action is random; until then, the share of random
+    actions falls linearly to 0."""
     workers: Count | None = None
-    """Number of processes; by default one per core."""
+    """Number of worker processes; by default one per core."""
     family: Annotated[
         str | None,
-        tyro.conf.arg(help=f"The environments: {', '.join(FAMILIES)}; by default the tasks' own."),
+        tyro.conf.arg(
+            help=f"Family of the environments: {', '.join(FAMILIES)}; by default the tasks' family."
+        ),
     ] = None
 
 
 def collect(config: CollectConfig, progress: bool = True) -> DataStore:
-    """Collect a store, or go on with one that was begun; returns it opened.
+    """Collect a store, or continue an unfinished store; return the opened store.
 
-    A store that was made with the same settings before is opened as it is.
+    If a store with the same settings already exists, it is only opened.
 
     Raises:
         UserError: a setting is out of range; a task is unknown or has no expert; the directory
             holds something else, or another process uses it; a worker process was killed.
-        OSError: the system refuses something, such as a write to a full disk. Episodes that were
+        OSError: the system refuses something, such as a write to a full disk. The episodes
             collected so far are kept.
         MemoryError: a worker process got no memory.
         WorkerError: a worker process met another error.
@@ -116,11 +121,16 @@ def collect(config: CollectConfig, progress: bool = True) -> DataStore:
 
 
 def exploration(config: CollectConfig, episode: int, episodes: int) -> tuple[float, float]:
-    """The deviation of the noise and the share of random actions in one of `episodes` episodes.
+    """The standard deviation of the noise and the share of random actions in one episode.
 
-    Both fall linearly from the first episode on: the noise until the last one, the share of random
-    actions until the part `random_end` of them. The schedule of sub-optimal data is the first half
-    of a near-optimal one with twice as many episodes.
+    Both fall linearly to 0 from the first episode on. The noise reaches 0 at the last episode, the
+    share of random actions at the fraction `random_end` of the episodes. The schedule of
+    sub-optimal data is the first half of a near-optimal schedule with twice as many episodes.
+
+    Args:
+        config: the settings of the collection.
+        episode: the episode's number, from 0.
+        episodes: the number of episodes in the schedule.
     """
     schedule = episodes * (2 if config.composition == "sub-optimal" else 1)
     position = episode / max(1, schedule - 1)
@@ -130,7 +140,7 @@ def exploration(config: CollectConfig, episode: int, episodes: int) -> tuple[flo
 
 
 def _resolve(config: CollectConfig, family: EnvironmentFamily) -> CollectConfig:
-    """The settings with the full names of tasks and with all defaults filled in."""
+    """Fill in the full names of the tasks and all defaults."""
     prompts: Literal["expert", "composition"]
     prompts = "composition" if config.composition == "sub-optimal" else "expert"
     length = config.episode_length
@@ -170,14 +180,14 @@ def _parts(config: CollectConfig, task: str) -> list[_Part]:
 def _write_tasks(
     config: CollectConfig, family: EnvironmentFamily, writer: StoreWriter, progress: bool
 ) -> None:
-    """Collect the missing parts of all tasks, and write each task to the store when it is whole."""
+    """Collect the missing parts of all tasks; write each task to the store when it is complete."""
     tasks = [task for task in config.tasks if task not in writer.tasks]
     parts = {task: _parts(config, task) for task in tasks}
     missing = {
         task: {part for part in parts[task] if _read_part(config, part) is None} for task in tasks
     }
     work = [part for task in tasks for part in parts[task] if part in missing[task]]
-    # `closing` ends the workers whatever happens here.
+    # `closing` ends the workers, also after an error.
     with (
         closing(_collect_parts(config, family, work)) as collected,
         progress_bar("episodes", enabled=progress) as bar,
@@ -201,14 +211,16 @@ def _write_task(config: CollectConfig, writer: StoreWriter, task: str) -> None:
             fields = _read_part(config, part)
             if fields is None:
                 path = part.path(config.output)
-                raise UserError(f"{path} was changed meanwhile: give the same command again")
+                raise UserError(
+                    f"{path} changed during the collection: give the same command again"
+                )
             for values in zip(*fields, strict=True):
                 add(Episode(*values))
     shutil.rmtree(config.output / _PARTS / task)
 
 
 def _read_part(config: CollectConfig, part: _Part) -> list[Sequence[Any]] | None:
-    """The fields of a part's episodes; None where the file is missing or damaged."""
+    """Read the fields of a part's episodes; None if the file is missing or damaged."""
     try:
         content = read_bytes(part.path(config.output))
     except (FileNotFoundError, UserError):
@@ -224,10 +236,10 @@ def _read_part(config: CollectConfig, part: _Part) -> list[Sequence[Any]] | None
 
 
 def _seal(part: _Part, content: bytes) -> bytes:
-    """What a part's file begins with: the checksum of the part's name, fields and content.
+    """The first bytes of a part's file: the checksum of the part's name, fields and content.
 
-    A part that lacks a field, because an earlier version of this program wrote it, is collected
-    anew.
+    An earlier version of this program may have written a part that lacks a field. Such a part does
+    not match this checksum, and is collected again.
     """
     return checksum(repr((part, Episode._fields)).encode() + content).encode()
 
@@ -249,7 +261,7 @@ def _collect_parts(
 
 
 class _Collector(Served):
-    """In a worker: writes the parts that it is asked for."""
+    """Runs in a worker process, and writes the requested parts."""
 
     def __init__(self, config: CollectConfig, family: EnvironmentFamily) -> None:
         self._config = config
@@ -279,7 +291,7 @@ def _make_environment(family: EnvironmentFamily, task: str) -> Environment:
 def _run_episode(
     config: CollectConfig, family: EnvironmentFamily, part: _Part, number: int
 ) -> Episode:
-    """Run the expert for one episode; the stored actions are those that were executed."""
+    """Run the expert for one episode; the episode has the actions that were executed."""
     spec, steps = family.spec, config.episode_length
     assert steps is not None
     key = [config.seed, zlib.crc32(part.task.encode()), part.kind == "prompts", number]
@@ -311,7 +323,7 @@ def _run_episode(
 
 
 def _exploration_of(config: CollectConfig, part: _Part, number: int) -> tuple[float, float]:
-    """Noise deviation and share of random actions in an episode of a part."""
+    """The deviation of the noise and the share of random actions in an episode of a part."""
     if part.kind == "train":
         return exploration(config, number, config.episodes)
     if config.prompt_source == "expert":
@@ -336,7 +348,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Workers import this module by its name, and would find no class of a module "__main__".
+    # Workers import classes by the name of their module, and could not import from "__main__".
     from harmodt.collect import main as main_of_module
 
     run_command(main_of_module)

@@ -190,49 +190,61 @@ def _flip_a_byte(file: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (lambda file: file.write_bytes(file.read_bytes()[:3000]), "is truncated or no npz file"),
-        (lambda file: file.write_bytes(b""), "is truncated or no npz file"),
-        (lambda file: file.write_bytes(b"hello" * 99), "is truncated or no npz file"),
+        (
+            lambda file: file.write_bytes(file.read_bytes()[:3000]),
+            "is truncated or not an npz file",
+        ),
+        (lambda file: file.write_bytes(b""), "is truncated or not an npz file"),
+        (lambda file: file.write_bytes(b"hello" * 99), "is truncated or not an npz file"),
         (lambda file: np.save(file.open("wb"), np.zeros(3)), "is a single array"),
         (_flip_a_byte, "observations is damaged"),
         (_without("actions"), "has no key 'actions' .*it has observations, next_observations"),
         (_without("rewards"), "has no key 'rewards'"),
         (_replace("observations", lambda a: a[:, :38]), r"observations has the shape \(25, 38\)"),
         (_replace("actions", lambda a: a[:, :, None]), r"actions has the shape \(25, 4, 1\)"),
-        (_replace("rewards", lambda a: np.array(1.0)), r"rewards has the shape \(\) and \(T\)"),
-        (_replace("actions", lambda a: a[:20]), "actions has 20 steps and observations has 25"),
+        (_replace("rewards", lambda a: np.array(1.0)), r"rewards has the shape \(\), but \(T\)"),
+        (_replace("actions", lambda a: a[:20]), "actions has 20 steps, but observations has 25"),
         (_replace("observations", _with_nan), "observations holds NaN or infinity"),
         (_replace("actions", _with_nan), "actions holds NaN or infinity"),
         (_replace("rewards", _with_nan), "rewards holds NaN or infinity"),
         (_replace("rewards", lambda a: a.astype(float) + 1e300), "rewards holds NaN or infinity"),
-        (_replace("actions", lambda a: a.astype(object)), "actions .*holds no plain"),
-        (_replace("actions", lambda a: a.astype(str)), "actions .*holds no plain"),
+        (_replace("actions", lambda a: a.astype(object)), "actions .*does not hold plain"),
+        (_replace("actions", lambda a: a.astype(str)), "actions .*does not hold plain"),
         (lambda file: np.savez(file, **make_arrays(1, 0)), "the episode has 0 steps"),
-        (lambda file: np.savez(file, **make_arrays(1, 19)), "the episode has 19 steps and 20 are"),
+        (
+            lambda file: np.savez(file, **make_arrays(1, 19)),
+            "the episode has 19 steps, but --min-length is 20",
+        ),
         (lambda file: (file.unlink(), file.symlink_to("gone")), "is missing"),
-        (lambda file: (file.unlink(), os.mkfifo(file)), "is no regular file"),
-        (lambda file: (file.unlink(), file.mkdir()), "is no regular file"),
-        (lambda file: (file.unlink(), file.symlink_to("/dev/zero")), "is no regular file"),
+        (lambda file: (file.unlink(), os.mkfifo(file)), "is not a regular file"),
+        (lambda file: (file.unlink(), file.mkdir()), "is not a regular file"),
+        (lambda file: (file.unlink(), file.symlink_to("/dev/zero")), "is not a regular file"),
         (_with("success", np.full((25, 1), np.nan)), "success holds NaN or infinity"),
-        (_with("success", np.ones(24)), "success has 24 steps and observations has 25"),
+        (_with("success", np.ones(24)), "success has 24 steps, but observations has 25"),
         (_with("success", np.ones((25, 2))), r"success has the shape \(25, 2\)"),
         (_with("success", np.array(1)), r"success has the shape \(\)"),
-        (_replace("rewards", lambda a: a + 1e30), "rewards holds 1e[+]30, beyond 1e[+]06"),
-        (_replace("observations", lambda a: a * 0 - 3e38), r"observations holds -3e[+]38, beyond"),
+        (_replace("rewards", lambda a: a + 1e30), "rewards holds 1e[+]30, but .* up to 1e[+]06"),
+        (
+            _replace("observations", lambda a: a * 0 - 3e38),
+            r"observations holds -3e[+]38, but .* up to",
+        ),
         (_with("timeouts", np.arange(25) == 6), "timeouts is true at step 6 of 0 to 24"),
         (_with("dones", (np.arange(25) > 20)[:, None]), "dones is true at step 21 of 0 to 24"),
         (_replace("terminals", lambda a: a + 1), "terminals is true at step 0 of 0 to 24"),
         (_replace("terminals", lambda a: a * np.nan), "terminals holds NaN"),
-        (_replace("terminals", lambda a: a[:9]), "terminals has 9 steps and observations has 25"),
+        (_replace("terminals", lambda a: a[:9]), "terminals has 9 steps, but observations has 25"),
         (
             lambda file: np.savez(file, **make_arrays(1, 501)),
-            "the episode has 501 steps and one of",
+            "the episode has 501 steps, but an episode of",
         ),
         (_encrypt, "is encrypted"),
-        (lambda file: _claim(file, (10**12, 39)), "observations is damaged or holds no plain"),
-        (lambda file: _claim(file, (2**40, 2**40)), "observations is damaged or holds no plain"),
-        (lambda file: _claim(file, "(25,\n"), "observations is damaged or holds no plain"),
-        (lambda file: _claim(file, "[" * 5000), "observations is damaged or holds no plain"),
+        (lambda file: _claim(file, (10**12, 39)), "observations is damaged or does not hold plain"),
+        (
+            lambda file: _claim(file, (2**40, 2**40)),
+            "observations is damaged or does not hold plain",
+        ),
+        (lambda file: _claim(file, "(25,\n"), "observations is damaged or does not hold plain"),
+        (lambda file: _claim(file, "[" * 5000), "observations is damaged or does not hold plain"),
         (_bomb, "observations would take 2.1 GB of memory"),
     ],
 )
@@ -364,11 +376,11 @@ def test_bad_episodes_are_skipped_and_listed_where_this_is_asked(
     run("import", source, *options, "--skip-bad-episodes")
     printed = capsys.readouterr().out
     store = DataStore.open(tmp_path / "store")
-    reasons = [f"{_with_nan_file}: rewards holds NaN", f"{short} is truncated or no npz file"]
+    reasons = [f"{_with_nan_file}: rewards holds NaN", f"{short} is truncated or not an npz file"]
     for listed in (printed.splitlines(), store.provenance["skipped"]["reach-v3"]):
         found = [line for line in listed if "2.npz" in line or "5.npz" in line]
         assert [reason in line for reason, line in zip(reasons, found, strict=True)] == [True] * 2
-    assert "2 episodes of the source were skipped" in printed
+    assert "the import skipped 2 episodes" in printed
     assert store.task("reach-v3").train.returns.tolist() == [25, 50, 100]
     assert store.task("reach-v3").prompts.returns.tolist() == [125, 175]
     assert len(store.task("push-v3").train) == 5
@@ -379,7 +391,11 @@ def test_a_task_is_refused_where_too_few_episodes_are_left(tmp_path: Path) -> No
     config = ImportConfig(
         source, tmp_path / "store", prompt_episodes=2, skip_bad_episodes=True, min_length=25
     )
-    for number, reason in ((0, "none is left to train on"), (1, "none is"), (2, "can be used: .*")):
+    for number, reason in (
+        (0, "none is left for training"),
+        (1, "none is"),
+        (2, "can be used: .*"),
+    ):
         np.savez(source / "reach-v2" / f"{number}.npz", **make_arrays(number, 24))
         with pytest.raises(UserError, match=reason):
             import_data(config, progress=False)
@@ -478,8 +494,10 @@ def test_a_source_that_changed_since_the_import_is_refused(
                 import_data(config, progress=False)
     before = {file: file.read_bytes() for file in (tmp_path / "store").rglob("*") if file.is_file()}
     change(source / "push-v2" / "1.npz")
-    what = "an import" if complete else "the beginning of an import"
-    reason = rf"^nothing was imported: .*store holds {what} of .* files of push-v3 have changed"
+    what = "an import" if complete else "an unfinished import"
+    reason = (
+        rf"^nothing was imported: .*store holds {what} of .* files of push-v3 there have changed"
+    )
     with pytest.raises(UserError, match=reason):
         import_data(config, progress=False)
     assert before == {file: file.read_bytes() for file in before}
@@ -509,7 +527,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(
 
     monkeypatch.setattr(StoreWriter, "task", meanwhile)
     config = ImportConfig(source, tmp_path / "store", prompt_episodes=1)
-    with pytest.raises(UserError, match="whose files of reach-v3 have changed since"):
+    with pytest.raises(UserError, match="the files of reach-v3 there have changed since"):
         import_data(config, progress=False)
     assert not (tmp_path / "store" / "manifest.json").exists()
 
@@ -541,7 +559,7 @@ def test_another_family_has_its_own_sizes_and_tasks(
     assert store.task("slow").train.observations.shape == (7, 3)
     assert store.task("slow").train.successes.tolist() == [-1]  # the family has no success
     np.savez(tmp_path / "raw" / "slow" / "1.npz", **arrays | {"actions": np.ones((7, 4))})
-    with pytest.raises(UserError, match=r"\(7, 4\) and \(T, 2\) is needed: is this data of toy"):
+    with pytest.raises(UserError, match=r"\(7, 4\), but \(T, 2\) is needed: is this data of toy"):
         import_data(replace(config, output=tmp_path / "other"), progress=False)
 
 
@@ -581,7 +599,7 @@ class Numbers(importers.Importer):
         ({"prompt_episodes": 12}, "reach-v3 has 12 episodes, and none is left"),
         ({"prompt_episodes": -1}, "prompt_episodes is -1"),
         ({"episodes": 0}, "episodes is 0"),
-        ({"episodes": 13}, "reach-v3 has 12 episodes and 13 are asked for"),
+        ({"episodes": 13}, "reach-v3 has 12 episodes, but --episodes asks for 13"),
         ({"min_length": 0}, "min_length is 0"),
         ({"output": "taken"}, "taken holds other files"),
     ],

@@ -71,7 +71,7 @@ def test_a_number_that_is_named_is_held_out(tmp_path: Path) -> None:
         store = imported(tmp_path / str(count), 4, prompt_episodes=count)
         assert returns(store) == ([1, 2, 3, 4][: 4 - count], [1, 2, 3, 4][4 - count :])
         assert store.manifest["tasks"]["reach-v3"]["shared_prompts"] == 0
-    with pytest.raises(UserError, match="reach-v3 has 4 episodes, and none is left to train on"):
+    with pytest.raises(UserError, match="reach-v3 has 4 episodes, and none is left for training"):
         imported(tmp_path, 4, prompt_episodes=4)
 
 

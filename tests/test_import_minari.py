@@ -167,18 +167,27 @@ EPISODE = "reach-v0, episode 1:? "
     [
         (lambda path: os.truncate(_main_file(path), 3000), "reach-v0, episode 0 is damaged"),
         (lambda path: _main_file(path).write_bytes(b"hello" * 999), "episode 0 is damaged"),
-        (lambda path: _main_file(path).unlink(), "reach-v0 is damaged or no Minari data"),
+        (lambda path: _main_file(path).unlink(), "reach-v0 is damaged or not Minari data"),
         (lambda path: (path / "data/metadata.json").unlink(), "reach-v0 is damaged"),
         (lambda path: (path / "data/metadata.json").write_text("{"), "reach-v0 is damaged"),
         (lambda path: (path / "data/metadata.json").write_text("[]"), "reach-v0 is damaged"),
-        (lambda path: _as_pipe(path / "data/metadata.json"), r"metadata\.json is no regular file"),
-        (lambda path: _as_pipe(_main_file(path)), r"main_data\.hdf5 is no regular file"),
+        (
+            lambda path: _as_pipe(path / "data/metadata.json"),
+            r"metadata\.json is not a regular file",
+        ),
+        (lambda path: _as_pipe(_main_file(path)), r"main_data\.hdf5 is not a regular file"),
         (lambda path: (path / "data").rename(path / "date"), "there is no Minari data set"),
-        (_metadata(lambda m: m.pop("action_space")), "does not say which spaces it has"),
+        (_metadata(lambda m: m.pop("action_space")), "does not describe its spaces"),
         (_metadata(lambda m: m.update(data_format="zarr")), "reach-v0 is damaged"),
         (_metadata(lambda m: m.update(total_episodes=7)), "reach-v0, episode 6 is damaged"),
-        (_metadata(lambda m: m.update(total_episodes=10**400)), "more episodes than fit into its"),
-        (_metadata(lambda m: m.update(total_episodes=10**10)), "more episodes than fit into its"),
+        (
+            _metadata(lambda m: m.update(total_episodes=10**400)),
+            "more episodes than its files can hold",
+        ),
+        (
+            _metadata(lambda m: m.update(total_episodes=10**10)),
+            "more episodes than its files can hold",
+        ),
         (_metadata(lambda m: m.update(total_episodes="7")), "reach-v0 is damaged"),
         (_metadata(lambda m: m.update(total_episodes=0)), "reach-v0 holds no episode"),
         (_in_hdf5(lambda group: group.pop("actions")), EPISODE + "is damaged"),
@@ -186,20 +195,23 @@ EPISODE = "reach-v0, episode 1:? "
         (_in_hdf5(_claim), "reach-v0, episode 1 would take 80.0 GB of memory"),
         (_replace("rewards", 3.0), EPISODE + "is damaged"),
         (_replace("observations", 3.0), EPISODE + "is damaged"),
-        (_replace("rewards", np.ones(24)), EPISODE + "rewards has 24 steps and obs.* has 25"),
+        (_replace("rewards", np.ones(24)), EPISODE + "rewards has 24 steps, but obs.* has 25"),
         (_replace("actions", np.ones((25, 3))), EPISODE + r"actions has the shape \(25, 3\)"),
-        (_replace("actions", np.ones((25, 4)) + 1j), EPISODE + "actions holds no plain numbers"),
-        (_replace("actions", [b"no"] * 25), EPISODE + "actions holds no plain numbers"),
+        (
+            _replace("actions", np.ones((25, 4)) + 1j),
+            EPISODE + "actions does not hold plain numbers",
+        ),
+        (_replace("actions", [b"no"] * 25), EPISODE + "actions does not hold plain numbers"),
         (_replace("terminations", np.arange(25) == 6), EPISODE + "terminations is true at step 6 "),
         (_replace("truncations", np.arange(25) > 22), EPISODE + "truncations is true at step 23 "),
         (_replace("truncations", np.ones(24)), EPISODE + "truncations has 24 steps"),
-        (_in_hdf5(lambda g: g.attrs.update(total_steps=30)), "have 155 steps and .* say 150"),
+        (_in_hdf5(lambda g: g.attrs.update(total_steps=30)), "have 155 steps, but .* say 150"),
         (
             lambda path: (
                 _in_hdf5(lambda g: g.attrs.update(total_steps=30))(path),
                 _metadata(lambda m: m.update(total_steps=155))(path),
             ),
-            EPISODE + "it has 25 steps and its metadata say 30",
+            EPISODE + "it has 25 steps, but its metadata say 30",
         ),
         (
             _replace("observations", np.ones((25, 39))),
@@ -217,7 +229,7 @@ EPISODE = "reach-v0, episode 1:? "
         (_set("actions", np.inf), EPISODE + "actions holds NaN or infinity"),
         (_set("observations", np.uint64(0x7FF4 << 48).view(np.float64)), "observations holds NaN"),
         (_set("observations", 1e300), EPISODE + "observations holds NaN or infinity"),
-        (_set("observations", -1e7), EPISODE + r"observations holds -1e[+]07, beyond"),
+        (_set("observations", -1e7), EPISODE + r"observations holds -1e[+]07, but .* up to"),
     ],
 )
 def test_what_cannot_be_used_is_named_and_nothing_is_written(
@@ -246,10 +258,10 @@ def test_damage_in_arrow_files_is_named(tmp_path: Path, file: str, where: str) -
     [
         (
             {"observations": spaces.Dict({"arm": spaces.Box(-1, 1, (39,))})},
-            "observations are dictionaries .* FlattenObservation",
+            "observations are dictionaries, .* FlattenObservation",
         ),
-        ({"observations": spaces.Box(-1, 1, (20,))}, r"shape \(20,\) and a Box of shape \(39,\)"),
-        ({"observations": spaces.Box(-1, 1, (3, 13))}, r"shape \(3, 13\) and a Box"),
+        ({"observations": spaces.Box(-1, 1, (20,))}, r"shape \(20,\), but a Box of shape \(39,\)"),
+        ({"observations": spaces.Box(-1, 1, (3, 13))}, r"shape \(3, 13\), but a Box"),
         ({"actions": spaces.Discrete(4)}, r"action space is a Discrete of shape \(\)"),
         ({"actions": spaces.Dict({"arm": spaces.Box(-1, 1)})}, "action space is a Dict"),
     ],
@@ -272,8 +284,11 @@ def test_other_spaces_than_the_family_has_are_refused(
         ({"datasets": ("reach-v0=reech",)}, "did you mean"),
         ({"datasets": ("gone-v0=reach",)}, "there is no Minari data set .*gone-v0"),
         ({"source": Path("missing")}, "there is no Minari data set missing/reach-v0"),
-        ({"tasks": ("push",)}, "no data set is named for push-v3: add --dataset NAME=push-v3"),
-        ({"datasets": ("reach-prompts-v0=reach",)}, "no data set is named for reach-v3"),
+        (
+            {"tasks": ("push",)},
+            "no --dataset gives episodes of push-v3: add --dataset NAME=push-v3",
+        ),
+        ({"datasets": ("reach-prompts-v0=reach",)}, "no --dataset gives episodes of reach-v3"),
         ({"family": "cheetah-vel"}, "there is no task 'reach'"),
     ],
 )
@@ -412,7 +427,7 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_unfinished(
     export_data(config, progress=False)
     assert os.listdir(tmp_path / "out") == ["harmodt"]
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")}
-    with pytest.raises(UserError, match="out/harmodt is there already: choose another"):
+    with pytest.raises(UserError, match="out/harmodt already exists: choose another"):
         export_data(config, progress=False)
     assert {file: file.stat().st_mtime_ns for file in before} == before
 
@@ -422,9 +437,9 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_unfinished(
     [
         ({"store": Path("missing")}, "there is no store in missing"),
         ({"tasks": ("sweep",)}, "has no task 'sweep-v3'"),
-        ({"namespace": "my.own"}, "--namespace my.own cannot be one of Minari's"),
-        ({"namespace": "../up"}, r"--namespace \.\./up cannot"),
-        ({"namespace": "/tmp/up"}, "--namespace /tmp/up cannot"),
+        ({"namespace": "my.own"}, "--namespace my.own is not valid"),
+        ({"namespace": "../up"}, r"--namespace \.\./up is not valid"),
+        ({"namespace": "/tmp/up"}, "--namespace /tmp/up is not valid"),
     ],
 )
 def test_an_export_that_cannot_be_is_refused(
@@ -480,7 +495,7 @@ def test_tasks_that_would_be_one_data_set_are_refused(tmp_path: Path) -> None:
             arrays = (np.ones((9, 20), np.float32), np.ones((9, 6), np.float32))
             task.add(Episode(*arrays, np.ones(9, np.float32), -1))
     writer.finish(["a.b", "a_b"])
-    with pytest.raises(UserError, match=r"a_b and a\.b would both be harmodt/a_b-v0"):
+    with pytest.raises(UserError, match=r"a_b and a\.b would both become harmodt/a_b-v0"):
         export_data(ExportConfig(tmp_path / "store", tmp_path / "out"), progress=False)
 
 
@@ -499,7 +514,7 @@ def test_the_command_says_how_to_import_again(
     out = str(tmp_path / "out")
     monkeypatch.setattr(sys, "argv", ["data", "export", str(store.path), "--output", out])
     run_command(main)
-    command = capsys.readouterr().out.partition("read again by: python -m harmodt.")[2]
+    command = capsys.readouterr().out.partition("imports the data again: python -m harmodt.")[2]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", shlex.split(command))
     run_command(main)
@@ -559,7 +574,9 @@ def test_an_episode_with_as_many_observations_as_actions_is_named_and_may_be_ski
     buffers = [make_buffer(i) for i in range(6)]
     buffers[2] = make_buffer(2, observations=make_buffer(2).observations[:25])
     write_dataset(tmp_path / "raw", buffers=buffers)
-    reason = "reach-v0, episode 2: it has 25 observations and 25 actions, and Minari's episodes ha"
+    reason = (
+        "reach-v0, episode 2: it has 25 observations and 25 actions, but an episode in Minari ha"
+    )
     with pytest.raises(UserError, match=reason):
         import_data(config_for(tmp_path), progress=False)
     store = import_data(config_for(tmp_path, skip_bad_episodes=True), progress=False)
@@ -572,7 +589,7 @@ def test_an_episode_with_as_many_observations_as_actions_is_named_and_may_be_ski
 def test_a_data_set_with_fewer_steps_than_it_says_is_refused(tmp_path: Path) -> None:
     path = write_dataset(tmp_path / "raw")
     _metadata(lambda values: values.update(total_steps=151))(path)
-    with pytest.raises(UserError, match="its episodes have 150 steps and its metadata say 151"):
+    with pytest.raises(UserError, match="its episodes have 150 steps, but its metadata say 151"):
         import_data(config_for(tmp_path), progress=False)
 
 
@@ -581,5 +598,5 @@ def test_prompts_that_cannot_be_used_are_not_replaced_by_others(tmp_path: Path) 
     write_dataset(tmp_path / "raw", "reach-prompts-v0", [make_buffer(0, rewards=np.full(25, 1e9))])
     pairs = ("reach-v0=reach", "reach-prompts-v0=reach")
     config = config_for(tmp_path, *pairs, skip_bad_episodes=True)
-    with pytest.raises(UserError, match=r"reach-v3: none of its prompts can be used: .*beyond"):
+    with pytest.raises(UserError, match=r"reach-v3: none of its prompts can be used: .*up to"):
         import_data(config, progress=False)

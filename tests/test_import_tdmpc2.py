@@ -182,7 +182,7 @@ def test_nothing_that_a_file_names_is_run(tmp_path: Path, name: str) -> None:
     source = write_source(tmp_path / "raw", {"chunk_0.pt": [REACH, REACH]})
     _hostile(marker)[name](source / "chunk_1.pt")
     allowed = set(torch.serialization.get_safe_globals())
-    with pytest.raises(UserError, match=r"chunk_1\.pt (names|is damaged or no TensorDict)"):
+    with pytest.raises(UserError, match=r"chunk_1\.pt (names|is damaged or not a TensorDict)"):
         import_data(configure(source), progress=False)
     assert not marker.exists()
     assert set(torch.serialization.get_safe_globals()) == allowed
@@ -240,35 +240,41 @@ def _of_mt30(file: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (lambda file: file.write_bytes(file.read_bytes()[:-3]), "is damaged or no TensorDict"),
-        (lambda file: file.write_bytes(file.read_bytes()[:30000]), "is damaged or no TensorDict"),
-        (lambda file: file.write_bytes(b""), "is damaged or no TensorDict"),
-        (lambda file: file.write_bytes(b"hello" * 99), "is damaged or no TensorDict"),
-        (_flip_a_byte, "is damaged or no TensorDict"),
-        (lambda file: _copy(file, pickled=b"(" * 2**21), "is damaged or no TensorDict"),
-        (lambda file: torch.save(torch.zeros(3), file), "is damaged or no TensorDict"),
-        (lambda file: torch.save(make_fields([REACH]), file), "is damaged or no TensorDict"),
-        (lambda file: np.savez(file.open("wb"), obs=np.zeros(3)), "is damaged or no TensorDict"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-3]), "is damaged or not a TensorDict"),
+        (
+            lambda file: file.write_bytes(file.read_bytes()[:30000]),
+            "is damaged or not a TensorDict",
+        ),
+        (lambda file: file.write_bytes(b""), "is damaged or not a TensorDict"),
+        (lambda file: file.write_bytes(b"hello" * 99), "is damaged or not a TensorDict"),
+        (_flip_a_byte, "is damaged or not a TensorDict"),
+        (lambda file: _copy(file, pickled=b"(" * 2**21), "is damaged or not a TensorDict"),
+        (lambda file: torch.save(torch.zeros(3), file), "is damaged or not a TensorDict"),
+        (lambda file: torch.save(make_fields([REACH]), file), "is damaged or not a TensorDict"),
+        (lambda file: np.savez(file.open("wb"), obs=np.zeros(3)), "is damaged or not a TensorDict"),
         (
             lambda file: _copy(file, zipfile.ZIP_DEFLATED),
-            "is packed: write it again with torch.save",
+            "is compressed: write it again with torch.save",
         ),
         (_without("obs"), "has no tensor 'obs'"),
         (_without("task"), "has no tensor 'task'"),
         (_with("reward", lambda t: 3), "has no tensor 'reward'"),
-        (_of_mt30, r"obs has the shape \(2, 501, 24\) and \(n, 101, 39\).* not mt30"),
+        (_of_mt30, r"obs has the shape \(2, 501, 24\), but \(n, 101, 39\).* not mt30"),
         (_with("action", lambda t: t[:, :, :4]), r"action has the shape \(3, 101, 4\)"),
         (_with("reward", lambda t: t[:, :, None]), r"reward has the shape \(3, 101, 1\)"),
         (_with("obs", lambda t: t[0, 0, 0]), r"obs has the shape \(\)"),
-        (_with("reward", lambda t: t[:2]), "has not as many episodes for every key"),
-        (_with("task", lambda t: t[:0]), "has not as many episodes for every key"),
-        (_with("task", lambda t: t.float()), "task holds no plain numbers"),
-        (_with("obs", lambda t: t.int()), "obs holds no plain numbers"),
-        (_with("obs", lambda t: t.to_sparse()), "obs holds no plain numbers"),
-        (_with("obs", lambda t: t.to("meta")), "obs holds no plain numbers"),
-        (_with("obs", lambda t: t[:1].clone().expand(3, 101, 39)), "obs holds no plain numbers"),
-        (_with("task", _set((1,), 80)), "task holds 80, and mt80 has 0 to 79"),
-        (_with("task", _set((1,), -1)), "task holds -1, and mt80"),
+        (_with("reward", lambda t: t[:2]), "has different numbers of episodes per key"),
+        (_with("task", lambda t: t[:0]), "has different numbers of episodes per key"),
+        (_with("task", lambda t: t.float()), "task does not hold plain numbers"),
+        (_with("obs", lambda t: t.int()), "obs does not hold plain numbers"),
+        (_with("obs", lambda t: t.to_sparse()), "obs does not hold plain numbers"),
+        (_with("obs", lambda t: t.to("meta")), "obs does not hold plain numbers"),
+        (
+            _with("obs", lambda t: t[:1].clone().expand(3, 101, 39)),
+            "obs does not hold plain numbers",
+        ),
+        (_with("task", _set((1,), 80)), "task holds 80, but mt80 has only the tasks 0 to 79"),
+        (_with("task", _set((1,), -1)), "task holds -1, but mt80"),
         (_with("task", _set((2, 50), 3)), "episode 2: task changes within the episode"),
         (_with("obs", _set((2, 0, 7), np.nan)), "episode 2: observations holds NaN or infinity"),
         (_with("action", _set((2, 1), np.nan)), "episode 2: actions holds NaN or infinity"),
@@ -276,11 +282,11 @@ def _of_mt30(file: Path) -> None:
         (_with("reward", lambda t: t.double() + 1e300), "episode 0: rewards holds NaN or infinity"),
         (_with_flags("terminated", 40), "episode 1: terminated is true at step 39 of 0 to 99"),
         (_with_flags("done", 99, torch.float32), "episode 1: done is true at step 98 of 0 to 99"),
-        (_with_flags("done", 1, torch.complex64), "done holds no plain numbers"),
+        (_with_flags("done", 1, torch.complex64), "done does not hold plain numbers"),
         (lambda file: (file.unlink(), file.symlink_to("gone")), "is missing"),
-        (lambda file: (file.unlink(), os.mkfifo(file)), "is no regular file"),
-        (lambda file: (file.unlink(), file.mkdir()), "is no regular file"),
-        (lambda file: (file.unlink(), file.symlink_to("/dev/zero")), "is no regular file"),
+        (lambda file: (file.unlink(), os.mkfifo(file)), "is not a regular file"),
+        (lambda file: (file.unlink(), file.mkdir()), "is not a regular file"),
+        (lambda file: (file.unlink(), file.symlink_to("/dev/zero")), "is not a regular file"),
     ],
 )
 def test_a_chunk_that_cannot_be_used_is_named_and_nothing_is_written(
@@ -307,13 +313,16 @@ def test_what_is_not_needed_may_be_anything(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"family": METAWORLD}, "are of metaworld-repeat-2 and not of metaworld: leave --family"),
+        (
+            {"family": METAWORLD},
+            "belong to metaworld-repeat-2 and not to metaworld: leave --family",
+        ),
         ({"source": "missing"}, "missing is not a folder"),
         ({"source": "empty"}, r"empty holds no .pt file"),
         ({"source": "control"}, "control holds no episode of Meta-World"),
         ({"tasks": ("sweep",)}, "raw holds no episode of sweep-v3"),
         ({"tasks": ("reech",)}, "did you mean 'reach-v3'"),
-        ({"datasets": ("a=reach",)}, "takes no --dataset"),
+        ({"datasets": ("a=reach",)}, "leave --dataset out"),
     ],
 )
 def test_a_setting_that_cannot_be_is_named(

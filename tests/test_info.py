@@ -213,7 +213,7 @@ def test_the_facts_are_one_json_object(tmp_path: Path, capsys: pytest.CaptureFix
     head = info(capsys, store.path).splitlines()[:2]
     assert head == [
         f"{store.path}: small (3 observations, 2 actions)",
-        f"checksum {store.checksum}, provenance: collect, versions (in full with --json)",
+        f"checksum {store.checksum}, provenance: collect, versions (--json prints all of it)",
     ]
 
 

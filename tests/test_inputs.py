@@ -222,7 +222,8 @@ def test_a_pool_larger_than_what_there_is_takes_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt_lengths", "remedy"), [((), "train --algorithm mtdt"), ((3, 4), "lower --prompt-len")]
+    ("prompt_lengths", "remedy"),
+    [((), "train with --algorithm mtdt"), ((3, 4), "lower --prompt-len")],
 )
 def test_a_task_without_a_prompt_that_is_long_enough_is_named(
     tmp_path: Path, prompt_lengths: tuple[int, ...], remedy: str
@@ -335,7 +336,7 @@ def test_it_is_saved_and_loaded_whatever_the_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("target_return", np.array([np.nan]), "target_return has numbers that are NaN"),
+        ("target_return", np.array([np.nan]), "target_return contains NaN"),
         ("mean", np.zeros(38, np.float32), "mean is float32 \\[38\\]"),
         ("mean", np.zeros(39), "mean is float64"),
         ("deviation", np.zeros(39, np.float32), "deviation is not positive"),

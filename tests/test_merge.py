@@ -153,7 +153,7 @@ def test_an_interrupted_merge_goes_on_after_its_finished_tasks(
     assert {path.name for path in output.iterdir()} == {UNFINISHED, REACH}
     with pytest.raises(UserError, match="is unfinished: run the command that began it again"):
         DataStore.open(output)
-    with pytest.raises(UserError, match="the beginning of a store made with other settings"):
+    with pytest.raises(UserError, match="an unfinished store that was begun with other settings"):
         merge(b, a, output=output)
 
     file.write_bytes(whole)
@@ -196,14 +196,14 @@ def test_stores_that_cannot_be_merged_are_named(tmp_path: Path) -> None:
         ([a], "c", "there are 1 stores to merge: give two or more"),
         ([a, b, a], "c", "a and .*/a are the same store"),
         ([a, b, tmp_path / "copy"], "c", "a and .*/copy are the same store, .* leave one of them"),
-        ([a, b], "b", "--output .*/b would write into .*/b"),
-        ([a, b], "b/c", "--output .*/b/c would write into .*/b"),
-        ([a, b], "link/c", "--output .*/link/c would write into .*/b"),
-        ([a, tmp_path / "link"], "b", "--output .*/b would write into .*/link"),
+        ([a, b], "b", "--output .*/b lies in .*/b"),
+        ([a, b], "b/c", "--output .*/b/c lies in .*/b"),
+        ([a, b], "link/c", "--output .*/link/c lies in .*/b"),
+        ([a, tmp_path / "link"], "b", "--output .*/b lies in .*/link"),
         (
             [a, b, old],
             "c",
-            r"a and .*/old are not .* \(episode_length: 500 and 200, reward_version",
+            r"a and .*/old have different .* \(episode_length: 500 and 200, reward_version",
         ),
         ([a, tmp_path / "c"], "d", "there is no store in .*/c"),
         ([a, b], "taken", "taken holds other files"),

@@ -209,7 +209,7 @@ def test_a_damaged_array_is_named(tmp_path: Path, name: str) -> None:
         DataStore.open(store.path).task("push-v3")
     header = whole[:128].replace(b"'<f4'", b"'<i4'").replace(b"'<i8'", b"'<u8'")
     file.write_bytes(header.replace(b"'|i1'", b"'|u1'") + whole[128:])
-    with pytest.raises(UserError, match=rf"push-v3/{name}.npy is .* .it does not fit the manifest"):
+    with pytest.raises(UserError, match=rf"push-v3/{name}.npy is .* .its dtype or shape differs"):
         DataStore.open(store.path).task("push-v3")
 
     file.unlink()
@@ -260,7 +260,7 @@ def test_a_directory_that_is_taken_is_left_as_it_was(tmp_path: Path) -> None:
     before = _contents(tmp_path)
     for name, reason in {
         "store": "already holds a store",
-        "begun": "holds the beginning of a store made with other settings",
+        "begun": "holds an unfinished store that was begun with other settings",
         "other": "holds other files",
         "file": "is a file",
     }.items():
@@ -315,7 +315,7 @@ def test_the_arrays_are_those_of_the_version(tmp_path: Path, version: int) -> No
 def test_a_store_of_version_2_that_was_begun_is_not_gone_on_with(tmp_path: Path) -> None:
     store = as_version_2(write_store(tmp_path / "store"))
     (store.path / MANIFEST).rename(store.path / UNFINISHED)
-    with pytest.raises(UserError, match=r"beginning of a store of version 2, and .* writes versio"):
+    with pytest.raises(UserError, match=r"unfinished store of version 2, but .* writes versio"):
         StoreWriter(store.path, {"test": 1}, SPEC)
 
 
@@ -330,18 +330,21 @@ def test_the_environment_is_given_back_and_may_not_change_on_the_way(tmp_path: P
     assert write_store(tmp_path / "store").environment == SPEC
     StoreWriter(tmp_path / "begun", {}, SPEC)
     other = replace(SPEC, reward_version=None)
-    with pytest.raises(UserError, match="the beginning of a store made with other settings"):
+    with pytest.raises(UserError, match="an unfinished store that was begun with other settings"):
         StoreWriter(tmp_path / "begun", {}, other)
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"observations": np.zeros((5, 39))}, r"observations has the shape \(5, 39\) and \(5, 3\)"),
-        ({"actions": np.zeros((5, 4))}, r"actions has the shape \(5, 4\) and \(5, 2\)"),
-        ({"actions": np.zeros((4, 2))}, r"actions has the shape \(4, 2\) and \(5, 2\)"),
-        ({"rewards": np.zeros((5, 1))}, r"rewards has the shape \(5, 1\) and \(5,\)"),
-        ({"success": 0}, "small has no success"),
+        (
+            {"observations": np.zeros((5, 39))},
+            r"observations has the shape \(5, 39\), but \(5, 3\)",
+        ),
+        ({"actions": np.zeros((5, 4))}, r"actions has the shape \(5, 4\), but \(5, 2\)"),
+        ({"actions": np.zeros((4, 2))}, r"actions has the shape \(4, 2\), but \(5, 2\)"),
+        ({"rewards": np.zeros((5, 1))}, r"rewards has the shape \(5, 1\), but \(5,\)"),
+        ({"success": 0}, "small defines no success"),
         (
             {"observations": np.zeros((0, 3)), "actions": np.zeros((0, 2)), "rewards": np.zeros(0)},
             "no steps",

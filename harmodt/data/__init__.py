@@ -1,1 +1,1 @@
-"""Offline data: the store on disk, windows of it as batches, and importers of other formats."""
+"""Offline data: the store on disk, batches of windows, and importers for other formats."""

@@ -1,4 +1,4 @@
-"""Bring data into a store and out, join stores, show what one holds, and check it.
+"""Import and export data, merge stores, show what a store holds, and verify a store.
 
 python -m harmodt.data import SOURCE --output DIR --tasks mt50
 python -m harmodt.data export DIR --output ~/.minari/datasets
@@ -33,17 +33,17 @@ from .store import MANIFEST, DataStore
 
 @dataclass(frozen=True)
 class InfoConfig:
-    """Show what a store holds."""
+    """Show the content of a store."""
 
     store: tyro.conf.Positional[Path]
     """Directory of the store."""
     json: bool = False
-    """Print one JSON object, with the provenance in full."""
+    """Print one JSON object, which includes the whole provenance."""
 
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """Read a whole store and compare its checksums."""
+    """Read a whole store and verify its checksums."""
 
     store: tyro.conf.Positional[Path]
     """Directory of the store."""
@@ -99,7 +99,7 @@ def _export(config: ExportConfig) -> None:
         *pairs,
     ]
     command = f"python -m harmodt.data {shlex.join(words)} --output STORE"
-    print(printable(f"written, and read again by: {command}"))
+    print(printable(f"exported; this command imports the data again: {command}"))
 
 
 def _verify(config: VerifyConfig) -> None:
@@ -117,7 +117,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "merge": (MergeConfig, _merge),
     "verify": (VerifyConfig, _verify),
 }
-"""Name of every sub-command, its settings and what it does."""
+"""The settings class and the function of every sub-command, by its name."""
 
 
 def main() -> None:
@@ -127,7 +127,7 @@ def main() -> None:
     command = parse_arguments(
         Union[kinds],  # noqa: UP007
         prog="python -m harmodt.data",
-        description="Bring data into stores and out, join, show and check them.",
+        description="Import and export data; merge, show and verify stores.",
     )
     actions = dict(COMMANDS.values())
     actions[type(command)](command)

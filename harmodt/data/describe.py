@@ -1,4 +1,4 @@
-"""What a store holds: as facts, and as a table in which no number is ever cut."""
+"""Describes the content of a store, as JSON or as a table in which no number is cut."""
 
 from __future__ import annotations
 
@@ -20,28 +20,32 @@ _HEADINGS = (
     *("success", "clipped", "prompts", "size"),
 )
 _WIDE = PlainConsole(width=10_000)
-"""Measures tables: wider than any."""
+"""Measures tables; it is wider than any table."""
 
 
 def describe(store: DataStore) -> dict[str, Any]:
-    """What a store holds, as JSON; all of it but `prompts` and `bytes` counts training episodes.
+    """Describe the content of a store, as JSON.
 
-        {"path": str, "checksum": str, of the manifest, which holds those of the arrays
+    `prompts` and `shared_prompts` count prompt episodes, `bytes` is the size of all arrays, and
+    `clipped` and `skipped` come from the import. All other numbers describe training episodes.
+
+        {"path": str, "checksum": str (the manifest's checksum, which covers the arrays),
          "environment": {"family": str, "observation_size": int, "action_size": int,
                          "episode_length": int, "success": bool, "reward_version": str | null},
-         "provenance": {...}, the settings of the command that made the store
-         "skipped": int, episodes of the source that an import left out
-         "episodes": int, "steps": int, "prompts": int (episodes),
-         "shared_prompts": int (prompts that are training episodes too), "bytes": int,
+         "provenance": {...} (the settings of the command that made the store),
+         "skipped": int (episodes of the source that an import left out),
+         "episodes": int, "steps": int, "prompts": int,
+         "shared_prompts": int (prompts that are also training episodes), "bytes": int,
          "tasks": {name: {"episodes": int, "steps": int,
                           "returns": {"min": float, "mean": float, "max": float},
-                          "success": share of the episodes of which it is known, or null,
+                          "success": share of solved episodes among those whose success is known,
+                                     or null if no success is known,
                           "clipped": share of the source's action values beyond [-1, 1], or null
-                                     where no import counted them,
+                                     if no import counted them,
                           "prompts": int, "shared_prompts": int, "bytes": int}}}
 
     Raises:
-        UserError: an array is missing, or is not what was written.
+        UserError: an array is missing or damaged.
     """
     record = read_record(store.provenance, store.path)
     tasks = {
@@ -66,7 +70,7 @@ def describe(store: DataStore) -> dict[str, Any]:
 def _describe_task(store: DataStore, name: str) -> dict[str, Any]:
     task = store.task(name)
     lowest = float(task.train.returns.min())
-    if not math.isfinite(lowest):  # which the manifest's mean would not be either
+    if not math.isfinite(lowest):  # stored returns are finite, so the file is damaged
         where = store.path / name / "returns_to_go.npy"
         raise sealed.damaged(where, f"a return is {lowest}", KIND.remedy)
     known = task.train.successes[task.train.successes >= 0]
@@ -82,13 +86,14 @@ def _describe_task(store: DataStore, name: str) -> dict[str, Any]:
 
 
 def show(description: dict[str, Any], console: Console, width: int | None = None) -> None:
-    """Print what the store is, and a table with a row for each task and one for the whole.
+    """Print a title, and a table with a row for each task and a last row for the whole store.
 
     Args:
-        description: by `describe`.
-        width: of the terminal. Columns that do not fit beside the names of the tasks stand in
-            another table below, with the names again; no number is ever cut. Without a width
-            there is one table.
+        description: the result of `describe`.
+        console: prints the output.
+        width: the width of the terminal. Columns that do not fit go into further tables below,
+            which repeat the names of the tasks. No number is cut. Without a width there is only
+            one table.
     """
     console.print("\n".join(_title(description)), soft_wrap=True, highlight=False)
     *tasks, whole = _rows(description)
@@ -98,7 +103,10 @@ def show(description: dict[str, Any], console: Console, width: int | None = None
 
 
 def _parts(rows: Sequence[Sequence[str]], width: int | None) -> Iterator[list[int]]:
-    """The columns of each table: the first, and as many filled ones as fit, at least one."""
+    """The columns of each table: the first column, and as many filled columns as fit.
+
+    Every table has at least one filled column.
+    """
     part = [0]
     filled = [column for column in range(1, len(_HEADINGS)) if any(row[column] for row in rows)]
     for column in filled:
@@ -111,7 +119,10 @@ def _parts(rows: Sequence[Sequence[str]], width: int | None) -> Iterator[list[in
 
 
 def _table(tasks: Sequence[Sequence[str]], whole: Sequence[str], columns: Sequence[int]) -> Table:
-    """Some columns, as wide as their cells: the names to the left, all numbers to the right."""
+    """A table of the given columns, which are as wide as their cells.
+
+    Names are aligned to the left and numbers to the right.
+    """
     table = Table(
         show_footer=True, box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False
     )
@@ -133,16 +144,15 @@ def _title(description: dict[str, Any]) -> list[str]:
     )
     origin = ", ".join(description["provenance"]) or "none"
     skipped = description["skipped"]
-    skipped = description["skipped"]
     return [
         f"{description['path']}: {environment['family']} ({sizes})",
-        f"checksum {description['checksum']}, provenance: {origin} (in full with --json)",
-        *([f"{skipped:,} episodes of the source were skipped (why: --json)"] if skipped else []),
+        f"checksum {description['checksum']}, provenance: {origin} (--json prints all of it)",
+        *([f"the import skipped {skipped:,} episodes (--json prints why)"] if skipped else []),
     ]
 
 
 def _rows(description: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """The cells of each task, and of the whole."""
+    """The cells of each task's row, then the cells of the last row."""
     tasks = description["tasks"]
     columns = (
         [task["returns"][which] for task in tasks.values()] for which in ("min", "mean", "max")
@@ -163,10 +173,10 @@ def _cells(name: str, counts: dict[str, Any], between: tuple[str, ...]) -> tuple
 
 
 def _numbers(column: Sequence[float]) -> list[str]:
-    """Numbers with as many decimals as tell them apart.
+    """Format the numbers of a column with the same number of decimals.
 
-    Three digits of the one smallest in size, and a decimal below 1000, but no more than six digits
-    of the largest: a return is a float32.
+    The smallest absolute value (0 apart) gets three significant digits, and at least one decimal
+    if it is below 1000. The largest gets at most six digits, because a return is a float32.
     """
     sizes = [abs(number) for number in column if number]
     decimals = 0

@@ -1,9 +1,10 @@
-"""Write a store as Minari's data sets, one per task: `python -m harmodt.data export`.
+"""Writes a store as Minari data sets, one per task: `python -m harmodt.data export`.
 
-A store has no observation after an episode's last action, and Minari wants one: the last one is
-there twice, and an import leaves it out again. Every episode ends with a termination or a
-truncation, by the rule of `transitions.is_terminal` where the store does not know. Where it is
-known whether the episode was solved, `infos["success"]` is that at its last step and 0 before.
+Minari requires an observation after an episode's last action, but a store has none. The export
+therefore writes the last observation twice, and an import leaves the copy out again. Minari also
+requires that every episode ends with a termination or a truncation. If the store does not know
+which, `transitions.is_terminal` decides. If the store knows whether an episode was solved,
+`infos["success"]` holds this at the last step, and 0 before it.
 """
 
 from __future__ import annotations
@@ -31,38 +32,39 @@ from .importers.minari import PROMPTS, minari_storage
 from .store import EPISODE_ARRAYS, DataStore, Episodes, TaskData
 from .transitions import is_terminal
 
-_OVERHEAD = 2**15  # bytes more than the arrays that an episode may take; HDF5 takes 13,000
+_OVERHEAD = 2**15  # bytes that an episode may need beyond its arrays; HDF5 needs 13,000
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a store as Minari's data sets: NAMESPACE/<task>-v0 for each task.
+    """Write a store as Minari data sets: NAMESPACE/<task>-v0 for each task.
 
-    Its prompts become NAMESPACE/<task>-prompts-v0. All appear at once, when all are written.
+    A task's prompts become NAMESPACE/<task>-prompts-v0. All data sets appear together, after the
+    last one is complete.
     """
 
     store: tyro.conf.Positional[Path]
     """Directory of the store."""
     output: Path
-    """The folder of all of Minari's data sets: ~/.minari/datasets, or what MINARI_DATASETS_PATH
-    names."""
+    """The folder that holds all Minari data sets: ~/.minari/datasets, or the folder that
+    MINARI_DATASETS_PATH names."""
     namespace: str = "harmodt"
-    """A new folder in it, for these."""
+    """Name of a new folder in --output for the exported data sets."""
     tasks: tuple[str, ...] = ()
-    """Tasks to write, by name or by set; all by default."""
+    """Tasks to export, by name or by set; by default all tasks."""
     storage: Literal["hdf5", "arrow"] = "hdf5"
-    """How Minari stores them; arrow needs the package pyarrow."""
+    """Minari's storage format; arrow needs the package pyarrow."""
 
 
 def export_data(config: ExportConfig, progress: bool = True) -> dict[str, str]:
-    """Export a store; returns the task of each data set that was written, by its id.
+    """Export a store; return the task of each written data set, by the data set's id.
 
     Raises:
-        UserError: there is no such store or task, the store is damaged, Minari is missing, or the
-            namespace cannot be one, or is there already.
+        UserError: there is no such store or task, the store is damaged, Minari is not installed,
+            or the namespace is not valid or already exists.
     """
     store = DataStore.open(config.store)
-    minari_storage()  # before anything is made
+    minari_storage()  # raises before anything is written if Minari is not installed
     namespace = PurePosixPath(config.namespace).as_posix()
     names = config.tasks and family(store.environment.family).resolve_tasks(config.tasks)
     store.verify()
@@ -71,13 +73,13 @@ def export_data(config: ExportConfig, progress: bool = True) -> dict[str, str]:
     temporary = final.with_name(f".{final.name}.tmp")
     with owned(config.output), progress_bar("episodes", enabled=progress) as bar:
         if final.exists():
-            raise UserError(f"{final} is there already: choose another --namespace or delete it")
-        shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
+            raise UserError(f"{final} already exists: choose another --namespace or delete it")
+        shutil.rmtree(temporary, ignore_errors=True)  # a killed export leaves this folder
         total = sum(len(episodes) for _, episodes in parts.values())
         advance = partial(bar.advance, bar.add_task("exporting", total=total))
         try:
             for name, (task, episodes) in parts.items():
-                # Minari adds up the sizes of its files by their whole paths.
+                # Minari needs an absolute path to add up the sizes of its files.
                 path = (temporary / name.removeprefix(f"{namespace}/")).absolute()
                 path.mkdir(parents=True)
                 _check_room(path, episodes)
@@ -91,10 +93,10 @@ def export_data(config: ExportConfig, progress: bool = True) -> dict[str, str]:
 
 
 def options_of_import(config: ExportConfig) -> list[str]:
-    """The options under which an import of what was exported gives the same store again."""
+    """The options of an import that makes the same store again from the exported data sets."""
     store = DataStore.open(config.store)
     environment = store.environment
-    # A task's own prompts are taken in any case, and one without any gets none.
+    # The import always takes the exported prompts. A task without prompts must get none.
     options = ["--family", environment.family, "--prompt-episodes", "0"]
     if environment.reward_version:
         options += ["--reward-version", environment.reward_version]
@@ -105,22 +107,22 @@ def options_of_import(config: ExportConfig) -> list[str]:
 
 
 def _check_room(folder: Path, episodes: Episodes) -> None:
-    """Raise OSError where a folder has no room for a data set: HDF5 would crash as it fills."""
+    """Raise OSError if the disk has no room for a data set. HDF5 would crash on a full disk."""
     size = sum(getattr(episodes, name).nbytes for name in EPISODE_ARRAYS)
     with tempfile.TemporaryFile(dir=folder) as file:
         os.posix_fallocate(file.fileno(), 0, 2 * size + (len(episodes) + 1) * _OVERHEAD)
 
 
 def _parts(tasks: Sequence[TaskData], namespace: str) -> dict[str, tuple[str, Episodes]]:
-    """The task and the episodes of each data set, by its id."""
+    """The task and the episodes of each data set, by the data set's id."""
     parts: dict[str, tuple[str, Episodes]] = {}
     for task in tasks:
         for suffix, episodes in (("", task.train), (PROMPTS, task.prompts)):
             name = _dataset_id(namespace, task.name, suffix)
             if name in parts:
                 raise UserError(
-                    f"{task.name} and {parts[name][0]} would both be {name}: export them one by "
-                    "one, with --tasks and another --namespace each"
+                    f"{task.name} and {parts[name][0]} would both become {name}: export them one "
+                    "by one, with --tasks and a different --namespace for each"
                 )
             if len(episodes):
                 parts[name] = (task.name, episodes)
@@ -128,7 +130,7 @@ def _parts(tasks: Sequence[TaskData], namespace: str) -> dict[str, tuple[str, Ep
 
 
 def _dataset_id(namespace: str, task: str, suffix: str) -> str:
-    """The id of a task's data set; Minari's names have neither dots nor spaces."""
+    """The id of a task's data set. Minari allows no dots and no spaces in a name."""
     from minari.dataset.minari_dataset import parse_dataset_id
 
     name = f"{namespace}/{re.sub(r'[^-_a-zA-Z0-9]', '_', task)}{suffix}-v0"
@@ -136,14 +138,14 @@ def _dataset_id(namespace: str, task: str, suffix: str) -> str:
         parse_dataset_id(name)
     except ValueError as error:
         raise UserError(
-            f"--namespace {namespace} cannot be one of Minari's: give at least two letters, "
+            f"--namespace {namespace} is not valid in Minari: give at least two letters, "
             "digits, - and _, with / between folders"
         ) from error
     return name
 
 
 def _create(path: Path, storage: str, name: str, task: str, environment: EnvironmentSpec) -> Any:
-    """A data set of a task that has no episodes yet."""
+    """Create the data set of a task, still without episodes."""
     from gymnasium.spaces import Box
 
     try:
@@ -169,7 +171,7 @@ def _create(path: Path, storage: str, name: str, task: str, environment: Environ
 def _buffers(
     episodes: Episodes, environment: EnvironmentSpec, advance: Callable[[], None]
 ) -> Iterator[Any]:
-    """The episodes as Minari takes them."""
+    """The episodes in Minari's form."""
     from minari.data_collector import EpisodeBuffer
 
     starts = episodes.episode_starts.tolist()
@@ -179,7 +181,7 @@ def _buffers(
         length = end - start
         observations = episodes.observations[start:end]
         last = np.arange(length) == length - 1
-        solved = [0, *(last * success).tolist()]  # one more, for the reset
+        solved = [0, *(last * success).tolist()]  # Minari adds an entry for the reset
         yield EpisodeBuffer(
             observations=np.append(observations, observations[-1:], axis=0),
             actions=np.array(episodes.actions[start:end]),

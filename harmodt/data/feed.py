@@ -13,7 +13,7 @@ from ..draws import TRAIN, Draws
 from .order import TaskOrder
 from .windows import Drawn, WindowSampler
 
-_WINDOWS = 1 << 14  # about so many windows are drawn at a time, for one step or for several
+_WINDOWS = 1 << 14  # windows drawn at a time, approximately, for one step or for several
 _MOST_STEPS = 64
 
 
@@ -86,8 +86,8 @@ class Feed:
     def _inputs_of(self, step: int) -> tuple[list[int], list[Tensor]]:
         """The tasks of a step, and its inputs.
 
-        The inputs are the task ids, the extra inputs, and the windows; or in place of the windows
-        what was drawn for them, if the step gathers them itself.
+        The inputs are the task ids, the extra inputs, and the windows. If the step gathers its
+        windows itself, the draws of the windows replace the windows.
         """
         if step not in self._steps:
             self._steps = range(step, step + self._steps_at_once)
@@ -100,7 +100,7 @@ class Feed:
         return self._tasks[row], [task_ids, *extra, *windows]
 
     def _draw(self, steps: range) -> None:
-        """Draw the tasks and windows of some steps, and ask for their extra inputs."""
+        """Draw the tasks and windows of some steps, and compute their extra inputs."""
         device, tasks = self._sampler.episodes.device, self._order.of(steps)
         numbers = torch.arange(steps.start - 1, steps.stop - 1)
         numbers, *self._others = move([numbers, tasks, *self._extra_inputs(steps)], device)
@@ -111,5 +111,5 @@ class Feed:
 
 
 def step_gathers(sampler: WindowSampler) -> bool:
-    """Whether a step gathers its own windows: the data were copied to the run's device."""
+    """Whether a step gathers its own windows. It does if the data lie on the run's device."""
     return sampler.device == sampler.episodes.copied_to

@@ -1,4 +1,4 @@
-"""Bring a data set of some format into a store: `python -m harmodt.data import`."""
+"""Imports a data set of one of several formats into a store: `python -m harmodt.data import`."""
 
 from __future__ import annotations
 
@@ -24,64 +24,73 @@ from .store import UNFINISHED, UNKNOWN, DataStore, Episode, read_manifest
 from .writer import StoreWriter, TaskWriter, make_or_open
 
 _PROMPTS = 10
-"""Most prompt episodes of a task by default."""
+"""By default a task gets at most this many prompt episodes."""
 _ONE_IN = 5
-"""By default at most one episode in so many is held out of training as a prompt."""
+"""By default at most one in this many episodes is held out of training as a prompt."""
 
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """Bring episodes from files into a store.
+    """Import episodes from files into a store.
 
-    npz files are SOURCE/<task>-v2/<number>.npz, or SOURCE/<task>/<run>/dataset/<number>.npz as
-    MTDiff has them. All episodes are checked before anything is written.
+    npz files are SOURCE/<task>-v2/<number>.npz, or SOURCE/<task>/<run>/dataset/<number>.npz in
+    MTDiff's layout. The command checks all episodes before it writes anything.
     """
 
     source: tyro.conf.Positional[Path]
-    """Where the data are: for npz files, the folder that holds a folder per task."""
+    """Path of the data; for npz files, the folder that holds a folder per task."""
     output: Path
     """Directory of the store."""
     tasks: tuple[str, ...] = ()
-    """Tasks by name (reach-v2, reach) or by set (mt5, mt50); every task found if none is named."""
+    """Tasks by name (reach-v2, reach) or by set (mt5, mt50); by default every task that is
+    found."""
     episodes: Count | None = None
-    """Read only the first so many episodes of each task by number; all by default."""
+    """Number of episodes to read per task, in the order of their numbers; by default all."""
     prompt_episodes: Whole | None = None
-    """How many episodes of each task, the best by return, are prompts and are held out of training.
-    The default is 10, but at most a fifth of the task's episodes; where a fifth is less than one
-    episode, the best episodes are prompts and training data too. 0 is for algorithms without
-    prompt. A source with prompts of its own keeps them."""
+    """Number of prompts per task. The episodes of highest return become prompts, and they are held
+    out of training. The default is 10, but at most a fifth of the task's episodes. If a fifth is
+    less than one episode, the best episodes are both prompts and training data. Give 0 for
+    algorithms without prompts. If the source has its own prompts, the import takes those."""
     min_length: Count = 1
-    """Steps that an episode must have at least; training pads those shorter than its context."""
+    """Minimum number of steps of an episode. Training pads an episode that is shorter than the
+    context."""
     skip_bad_episodes: bool = False
-    """Leave out episodes that cannot be used, and list them; else the first one ends the import."""
+    """Leave out episodes that cannot be used, and list them. By default the first such episode ends
+    the import."""
     datasets: Annotated[
         tuple[str, ...], tyro.conf.arg(name="dataset", metavar="NAME=TASK ...")
     ] = ()
-    """NAME=TASK, for formats that know no tasks: which of the source's data sets is which task."""
+    """The task of each data set in the source, for formats that do not name tasks."""
     clip_actions: bool = True
-    """Clip actions to [-1, 1], which is what the environments execute."""
+    """Clip actions to [-1, 1], as the environments do."""
     max_clipped: Share = 0.5
-    """The largest share of a task's action values that may lie beyond [-1, 1]. Where it is larger,
+    """Largest share of a task's action values that may lie beyond [-1, 1]. If the share is larger,
     the actions are probably in other units, and the import is refused."""
     reward_version: str | None = None
-    """Of the reward function that the data were made with, such as v2 in Meta-World, if known."""
-    format: Annotated[str, tyro.conf.arg(help=f"Of the source: {', '.join(IMPORTERS)}.")] = "npz"
+    """Version of the reward function that produced the data, such as v2 in Meta-World, if it is
+    known."""
+    format: Annotated[str, tyro.conf.arg(help=f"Format of the source: {', '.join(IMPORTERS)}.")] = (
+        "npz"
+    )
     family: Annotated[
         str | None,
-        tyro.conf.arg(help=f"The environments: {', '.join(FAMILIES)}; by default the source's."),
+        tyro.conf.arg(
+            help=f"Family of the environments: {', '.join(FAMILIES)}; by default the source's "
+            "family."
+        ),
     ] = None
 
 
 def import_data(config: ImportConfig, progress: bool = True) -> DataStore:
-    """Import a data set, or go on with an import that was begun; returns the store opened.
+    """Import a data set, or continue an unfinished import; return the opened store.
 
-    A store that is there already and was made with the same settings from the same files is opened
-    as it is. If the source is no longer there, its files are not compared.
+    If the store already exists, with the same settings and from the same files, it is only opened.
+    If the source no longer exists, its files are not compared.
 
     Raises:
-        UserError: a setting out of range, a task that is not there, an episode that cannot be
-            used, actions in other units, a source that has changed since the import was made or
-            begun, or a directory that holds something else or is another process's at present.
+        UserError: a setting is out of range; a task does not exist; an episode cannot be used;
+            the actions are in other units; the source has changed since the import began; or the
+            directory holds something else, or another process uses it.
     """
     check(config)
     datasets = _split_datasets(config.datasets)
@@ -100,7 +109,7 @@ def import_data(config: ImportConfig, progress: bool = True) -> DataStore:
         if (config.output / UNFINISHED).exists():
             begun = read_manifest(config.output / UNFINISHED)["provenance"]
             if begun.get("import") == settings:
-                check_source(begun, "the beginning of an import")
+                check_source(begun, "an unfinished import")
         episodes = {task: _find_episodes(config, source, task) for task in tasks}
         with progress_bar("episodes", enabled=progress) as bar:
             _import(config, source, environment, episodes, settings, files, bar)
@@ -111,13 +120,13 @@ def import_data(config: ImportConfig, progress: bool = True) -> DataStore:
 
 
 class _Checked(NamedTuple):
-    """What was found when a task's episodes were read to check them.
+    """The result of checking a task's episodes.
 
     Attributes:
-        episodes: those that can be used, in their order.
-        returns: float64 [E], of these.
+        episodes: the episodes that can be used, in the source's order.
+        returns: float64 [E], the returns of these episodes.
         clipped: the share of their action values beyond [-1, 1].
-        skipped: why each of the others cannot be used.
+        skipped: for each other episode, the reason why it cannot be used.
     """
 
     episodes: list[Any]
@@ -135,7 +144,7 @@ def _import(
     files: dict[str, Files],
     bar: Progress,
 ) -> None:
-    """Read all episodes once to check them and to choose the prompts, and again to write them."""
+    """Read all episodes twice: first to check them and choose the prompts, then to write them."""
 
     def read(episode: Any) -> Episode:
         return _read_episode(config, source, environment, episode)
@@ -162,19 +171,19 @@ def _import(
         else:
             with writer.task(task) as task_writer:
                 _write_task(config, task_writer, map(read, found.episodes), prompts[task], advance)
-    # What was checked and what was written come from two readings of the files.
-    now, what = describe_files(source, tuple(episodes)), "the beginning of an import"
+    # The files were read twice, and could have changed in between.
+    now, what = describe_files(source, tuple(episodes)), "an unfinished import"
     check_unchanged(files, now, config.source, config.output, what)
     writer.finish(tuple(episodes))
 
 
 def _find_episodes(config: ImportConfig, source: Importer, task: str) -> Sequence[Any]:
-    """Find the episodes of a task, which are not read yet; the source's own prompts come last."""
+    """Find the episodes of a task without reading them; the source's own prompts come last."""
     episodes = source.episodes(task)[: config.episodes]
     if config.episodes and len(episodes) < config.episodes:
         raise UserError(
-            f"{task} has {len(episodes)} episodes and {config.episodes} are asked for: add "
-            "the missing ones or lower --episodes"
+            f"{task} has {len(episodes)} episodes, but --episodes asks for {config.episodes}: add "
+            "the missing episodes or lower --episodes"
         )
     if own := source.prompts(task):
         return [*episodes, *own]
@@ -183,16 +192,21 @@ def _find_episodes(config: ImportConfig, source: Importer, task: str) -> Sequenc
 
 
 def _check_left(config: ImportConfig, task: str, count: int) -> None:
-    """Raise UserError where no episode is left to train on, of so many that can be used."""
+    """Raise UserError if the prompts would take all `count` usable episodes of a task."""
     if count <= (config.prompt_episodes or 0):
         raise UserError(
-            f"{task} has {count} episodes, and none is left to train on when "
-            f"{config.prompt_episodes} are held apart as prompts: lower --prompt-episodes"
+            f"{task} has {count} episodes, and none is left for training if "
+            f"{config.prompt_episodes} are held out as prompts: lower --prompt-episodes"
         )
 
 
 class _Prompts(NamedTuple):
-    """The prompts of a task: numbers of its episodes, and whether these are training data too."""
+    """The prompts of a task.
+
+    Attributes:
+        numbers: the prompts' numbers among the task's usable episodes.
+        shared: whether the prompts are also training data.
+    """
 
     numbers: set[int]
     shared: bool
@@ -201,13 +215,16 @@ class _Prompts(NamedTuple):
 def _choose_prompts(
     config: ImportConfig, task: str, found: _Checked, given: Sequence[Any]
 ) -> _Prompts:
-    """Choose the prompts of a task among its episodes that can be used.
+    """Choose the prompts of a task among its usable episodes.
 
     Args:
-        given: the prompts that the source itself holds apart; they are the last episodes.
+        config: the settings of the import.
+        task: the name of the task.
+        found: the usable episodes.
+        given: the source's own prompts, which are the last of the task's episodes.
 
     Raises:
-        UserError: nothing is left to train on, or none of the source's prompts can be used.
+        UserError: no episode is left for training, or none of the source's prompts can be used.
     """
     count, own = len(found.episodes), len(set(given) & set(found.episodes))
     if given:
@@ -226,7 +243,7 @@ def _choose_prompts(
 def _read_episode(
     config: ImportConfig, source: Importer, environment: EnvironmentSpec, which: Any
 ) -> Episode:
-    """Read and check an episode; its actions are as the source has them."""
+    """Read and check an episode. Its actions are not clipped yet."""
     episode = source.read(which)
     check_episode(str(which), episode, environment, config.min_length)
     if not source.family.ends_early and episode.terminated == 1:
@@ -244,8 +261,8 @@ def _check_task(
     """Read the episodes of a task to check them.
 
     Raises:
-        UserError: one cannot be used and is not to be skipped, none can be used, or too many
-            actions lie beyond [-1, 1].
+        UserError: an episode cannot be used and `skip_bad_episodes` is off, no episode can be
+            used, or too many action values lie beyond [-1, 1].
     """
     usable, returns, skipped, beyond, values = [], [], [], 0, 0
     for which in episodes:
@@ -267,9 +284,9 @@ def _check_task(
     if clipped > config.max_clipped:
         accepted = math.ceil(clipped * 100) / 100
         raise UserError(
-            f"{task}: {clipped:.1%} of the action values lie beyond [-1, 1], which is what the "
-            "environments execute, so they are probably in other units: divide the actions by "
-            f"their largest value, or accept them with --max-clipped {accepted}"
+            f"{task}: {clipped:.1%} of the action values lie beyond [-1, 1], and the environments "
+            "clip them, so the actions are probably in other units: divide the actions by their "
+            f"largest value, or accept them with --max-clipped {accepted}"
         )
     return _Checked(usable, np.array(returns), clipped, skipped)
 
@@ -293,7 +310,7 @@ def _write_task(
 
 
 def _check_reward_version(version: str | None, family: EnvironmentFamily) -> None:
-    """Raise UserError where a family has no reward function of that name."""
+    """Raise UserError if a family has no reward function of that version."""
     known = family.reward_versions
     if version is not None and version not in known:
         advice = f"give {' or '.join(known)}" if known else "leave --reward-version out"
@@ -301,12 +318,12 @@ def _check_reward_version(version: str | None, family: EnvironmentFamily) -> Non
 
 
 def _split_datasets(pairs: Sequence[str]) -> dict[str, str]:
-    """Data set and task of each NAME=TASK."""
+    """The task of each data set, from arguments NAME=TASK."""
     datasets = {}
     for pair in pairs:
         name, _, task = pair.rpartition("=")
         if not name or not task:
-            raise UserError(f"--dataset {pair}: give NAME=TASK, a data set and the task it is of")
+            raise UserError(f"--dataset {pair}: give NAME=TASK, a data set and its task")
         datasets[name] = task
     return datasets
 
@@ -314,7 +331,7 @@ def _split_datasets(pairs: Sequence[str]) -> dict[str, str]:
 def _settings(config: ImportConfig, family: str, tasks: Sequence[str]) -> dict[str, Any]:
     settings = asdict(config) | {"source": str(config.source), "tasks": list(tasks)}
     settings |= {"family": family, "datasets": _split_datasets(config.datasets)}
-    # These do not change what an import makes of the same source, but whether it succeeds.
+    # These settings decide whether an import succeeds, but they do not change its result.
     for name in ("output", "skip_bad_episodes", "max_clipped"):
         del settings[name]
     return settings

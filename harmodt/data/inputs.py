@@ -1,7 +1,7 @@
 """Turns time steps, stored or observed, into network inputs; draws prompts; sets target returns.
 
-For this a task has a conditioning: normalisation, prompts and target. A run takes it from the data
-once and saves it, so that a trained policy needs no store.
+Each task has a conditioning for this: normalisation, prompts and target return. A run computes it
+from the data once and saves it. A trained policy therefore needs no store.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .store import EPISODE_ARRAYS, Episodes, TaskData, array_types
 from .trajectories import Trajectories
 
 _PROMPT_ARRAYS = tuple(name for name in EPISODE_ARRAYS if name != "terminated")
-"""The arrays of prompt episodes that a run keeps; how a prompt's episode ended plays no part."""
+"""The arrays of prompt episodes that a run keeps. Nothing reads how a prompt's episode ended."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class TaskConditioning:
 
     Attributes:
         name: task name.
-        mean, deviation: float32 [O]. The deviation is at least the run's `deviation_floor`: many
-            of Meta-World's dimensions are constant within a task's data, and a tiny shift at
-            evaluation would otherwise become an enormous input.
+        mean, deviation: float32 [O]. The deviation is at least the run's `deviation_floor`. Many
+            of Meta-World's dimensions are constant within a task's data, and without the floor a
+            tiny shift at evaluation would become an enormous input.
         prompts: the prompt episodes of highest return, the best first; none for a model without
-            prompt.
-        target_return: the return to aim at in evaluation. By default it is the best return of all
-            the task's episodes, training and prompts (the paper's G*_i).
+            prompts.
+        target_return: the return that evaluation asks for. By default it is the best return of all
+            the task's episodes, training episodes and prompts (the paper's G*_i).
     """
 
     name: str
@@ -58,7 +58,7 @@ class TaskConditioning:
         """Make a task's conditioning from its data.
 
         Raises:
-            UserError: the model has a prompt, and no prompt episode is as long as one.
+            UserError: the model has prompts, and every prompt episode is shorter than a prompt.
         """
         target = config.evaluation.target_return
         best = max([data.best_return, *data.prompts.returns.tolist()])
@@ -76,17 +76,17 @@ class TaskConditioning:
     ) -> TaskConditioning:
         """Make the conditioning of a task that the run was not trained on.
 
-        It uses the task's prompt episodes and no other data of it. The mean and the deviation are
-        averages over the training tasks. The target is the best return of the prompts, unless the
-        run gives one.
+        It uses only the task's prompt episodes, no other data of the task. The mean and the
+        deviation are averages over the training tasks. The target is the best return of the
+        prompts, unless the run's settings give one.
 
         Raises:
-            UserError: no prompt episode is as long as a prompt.
+            UserError: there is no prompt episode, or every one is shorter than a prompt.
         """
         if not len(data.prompts):
             raise UserError(
-                f"task {data.name} has no prompt episodes, which are all that an unseen task may "
-                "show: make the store again with --prompt-episodes 10"
+                f"task {data.name} has no prompt episodes, and a policy may see only the prompts "
+                "of an unseen task: make the store again with --prompt-episodes 10"
             )
         return cls(
             name=data.name,
@@ -98,7 +98,7 @@ class TaskConditioning:
 
 
 def unseen_target(data: TaskData, config: TrainConfig) -> float:
-    """The return asked for in a task that is met untrained."""
+    """The target return of a task that the run was not trained on."""
     target = config.evaluation.target_return
     return float(data.prompts.returns.max()) if target is None else target
 
@@ -109,11 +109,11 @@ class Inputs:
     Args:
         conditioning: one entry per task; index = task id.
         settings: gives the scale of returns and the share of hidden actions.
-        max_timesteps: number of time steps that the model tells apart; later ones count as the
-            last.
-        prompt: how prompts are drawn; None for a model without prompt.
-        device: prompts are copied to this device, and everything is computed there. None: prompts
-            stay in their arrays, and the CPU computes.
+        max_timesteps: number of time steps that the model distinguishes; all later time steps
+            count as the last one.
+        prompt: how prompts are drawn; None for a model without prompts.
+        device: prompts are copied to this device, and everything is computed there. With None the
+            prompts stay in their arrays, and the CPU computes.
     """
 
     def __init__(
@@ -128,9 +128,9 @@ class Inputs:
         self.settings = settings
         self.max_timesteps = max_timesteps
         self.prompt = prompt
-        of_tasks = np.array([(task.mean, task.deviation) for task in conditioning])
-        self._statistics = torch.from_numpy(of_tasks).to(device)  # [T, 2, O]
-        # A tensor, because a GPU multiplies by the reciprocal of a number.
+        statistics = np.array([(task.mean, task.deviation) for task in conditioning])
+        self._statistics = torch.from_numpy(statistics).to(device)  # [T, 2, O]
+        # A tensor: for a Python number, a GPU would multiply by the reciprocal.
         self._return_scale = torch.tensor(settings.return_scale, device=device)
         if prompt is not None:
             self._prompts = Trajectories([task.prompts for task in conditioning], device)
@@ -145,13 +145,13 @@ class Inputs:
         timesteps: Tensor,
         valid: Tensor,
     ) -> Steps:
-        """Normalise, scale and clip time steps, all of some shape [G, ...].
+        """Normalise, scale and clip time steps; all inputs begin with the same shape [G, ...].
 
         Args:
             task_ids: int64 [G].
             returns_to_go: [G, ...], unscaled.
             observations: [G, ..., O], unnormalised.
-            actions: [G, ..., A]; environments clip actions to [-1, 1], and so does this.
+            actions: [G, ..., A]; they are clipped to [-1, 1], as the environments clip them.
             timesteps: int64 [G, ...], from 0.
             valid: bool [G, ...], False for padding.
         """
@@ -164,7 +164,12 @@ class Inputs:
         )
 
     def normalise(self, task_ids: Tensor, observations: Tensor) -> Tensor:
-        """Normalise observations [G, ..., O] by each task's statistics; task ids are int64 [G]."""
+        """Normalise observations with their tasks' statistics.
+
+        Args:
+            task_ids: int64 [G].
+            observations: [G, ..., O], unnormalised.
+        """
         mean, deviation = (
             part.view(len(task_ids), *[1] * (observations.dim() - 2), -1)
             for part in self._statistics[task_ids].unbind(1)
@@ -192,40 +197,41 @@ class Inputs:
         return self.steps(task_ids, returns_to_go, observations, actions, times, valid)
 
     def hidden(self, words: Tensor) -> Tensor:
-        """Draw which actions are hidden from the model, bool [...], by a random word each."""
+        """Draw which actions are hidden from the model, bool [...], from one random word each."""
         return coin(words, self.settings.action_dropout)
 
     def hide(self, actions: Tensor, hidden: Tensor) -> Tensor:
-        """Replace the hidden ones of some actions [..., A] by 0; `hidden` is bool [...]."""
+        """Set the hidden actions to 0; `actions` is [..., A] and `hidden` is bool [...]."""
         return actions.masked_fill(hidden[..., None], 0)
 
     def draw_prompts(
         self, task_ids: Tensor, episode: Tensor, start: Tensor, acting: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Draw prompts from the held-apart episodes of tasks.
+        """Draw prompts from the tasks' prompt episodes.
 
         Args:
             task_ids: int64 [..., G].
             episode, start: random words, int64 [..., G, B]. They choose each prompt's episode and
                 its first step.
-            acting: True at evaluation, where prompts at the end come from the best episode alone.
+            acting: True at evaluation. A prompt at the end of an episode then always comes from
+                the best prompt episode.
 
         Returns:
-            The episodes [..., G, B], numbered over all tasks, and each prompt's time steps
-            [..., G, B, K*]. A prompt at the end of an episode of T steps begins at
-            max(T - K* - 1, 0).
+            The episodes, int64 [..., G, B], numbered over all tasks, and each prompt's time steps,
+            int64 [..., G, B, K*]. If prompts come from the end of episodes, a prompt from an
+            episode of T steps begins at max(T - K* - 1, 0).
         """
         assert self.prompt is not None
         at_end = self.prompt.prompt_position == "end"
         first, count = (part[..., None] for part in self._prompts.episode_range(task_ids))
         episodes = first + below(episode, 1 if at_end and acting else count)
         room = self._prompts.lengths[episodes] - self.prompt.prompt_length
-        # At the end, the episode's last step is left out, as in the authors' code.
+        # A prompt at the end leaves out the episode's last step, as in the authors' code.
         starts = (room - 1).clamp(min=0) if at_end else below(start, room + 1)
         return episodes, starts[..., None] + self._prompt_times
 
     def prompts(self, task_ids: Tensor, episodes: Tensor, times: Tensor) -> Steps:
-        """Read the prompts that `draw_prompts` drew, [G, B, K*]."""
+        """Read the prompts that `draw_prompts` drew, as steps [G, B, K*]."""
         valid = torch.ones_like(times, dtype=torch.bool)
         return self.of_episodes(self._prompts, task_ids, episodes, times, valid)
 
@@ -234,6 +240,8 @@ def save_conditioning(path: Path, tasks: Sequence[TaskConditioning], run: str) -
     """Write the conditioning of a run's tasks to a safetensors file, atomically.
 
     Args:
+        path: the file.
+        tasks: the conditioning of each task.
         run: the run's id.
 
     Returns:
@@ -253,10 +261,10 @@ def save_conditioning(path: Path, tasks: Sequence[TaskConditioning], run: str) -
 
 
 def own_targets(run: RunDirectory) -> dict[str, float]:
-    """The return that a run asks for in each of its tasks.
+    """The target return of each of a run's tasks.
 
     Raises:
-        UserError: there is no run, or it is damaged.
+        UserError: there is no run, or the run is damaged.
     """
     description = run.read()
     where = f"environment in {run.description}"
@@ -270,28 +278,35 @@ def own_targets(run: RunDirectory) -> dict[str, float]:
 def load_conditioning(
     path: Path, tasks: Sequence[str], environment: EnvironmentSpec, recorded: str
 ) -> list[TaskConditioning]:
-    """Read what `save_conditioning` wrote, in the order of `tasks`.
+    """Read the conditioning that `save_conditioning` wrote, in the order of `tasks`.
 
     Args:
+        path: the file.
+        tasks: names of tasks.
         environment: gives the sizes that the arrays must have.
-        recorded: the file's checksum.
+        recorded: the checksum that the run recorded for the file.
 
     Raises:
-        UserError: it is missing, damaged or of another run.
+        UserError: the file is missing, damaged or from another run.
     """
     remedy = f"{sealed.RESTORE}, or train the run again"
     content = sealed.read_binary(path, recorded, remedy)
     try:
         arrays = load(content)
-        return [_of_task(task, arrays, environment) for task in tasks]
+        return [_task_conditioning(task, arrays, environment) for task in tasks]
     except (SafetensorError, KeyError, ValueError) as error:
         raise sealed.damaged(path, error, remedy) from None
 
 
-def _of_task(
+def _task_conditioning(
     task: str, arrays: Mapping[str, np.ndarray], environment: EnvironmentSpec
 ) -> TaskConditioning:
-    """One task's conditioning; raises ValueError or KeyError where an array is not as it should."""
+    """Read one task's conditioning from the arrays of a file.
+
+    Raises:
+        KeyError: an array is missing.
+        ValueError: an array has a wrong dtype, shape or value.
+    """
     types = array_types(environment)
     sizes = (environment.observation_size,)
 
@@ -300,7 +315,7 @@ def _of_task(
         if array.dtype != np.dtype(dtype) or array.shape != shape:
             raise ValueError(f"{task}/{name} is {array.dtype} {list(array.shape)}")
         if not np.isfinite(array).all():
-            raise ValueError(f"{task}/{name} has numbers that are NaN or infinite")
+            raise ValueError(f"{task}/{name} contains NaN or infinity")
         return array
 
     count = arrays[f"{task}/prompts/episode_starts"].size
@@ -332,7 +347,7 @@ def _choose_prompts(data: TaskData, prompt: PromptSettings | None) -> np.ndarray
     best = np.argsort(-data.prompts.returns, kind="stable")
     usable = best[data.prompts.lengths[best] >= prompt.prompt_length]
     if not len(usable):
-        otherwise = "lower --prompt-length" if len(best) else "train --algorithm mtdt"
+        otherwise = "lower --prompt-length" if len(best) else "train with --algorithm mtdt"
         raise UserError(
             f"task {data.name} has no prompt episode of at least {prompt.prompt_length} steps: "
             f"make the store again with --prompt-episodes 10, or {otherwise}"
@@ -341,18 +356,18 @@ def _choose_prompts(data: TaskData, prompt: PromptSettings | None) -> np.ndarray
 
 
 def _select(episodes: Episodes, chosen: np.ndarray) -> Episodes:
-    """A copy of some episodes, int64 [n], in memory."""
+    """Copy some episodes into memory; `chosen` are their numbers, int64 [n]."""
     starts = episodes.episode_starts
     steps = np.concatenate(
         [np.zeros(0, np.int64), *(np.arange(starts[e], starts[e + 1]) for e in chosen)]
     )
-    of_steps = {
+    arrays = {
         name: getattr(episodes, name)[steps]
         for name in _PROMPT_ARRAYS
         if name not in ("episode_starts", "successes")
     }
     return Episodes(
-        **of_steps,
+        **arrays,
         episode_starts=np.append(0, np.cumsum(episodes.lengths[chosen])),
         successes=episodes.successes[chosen],
     )

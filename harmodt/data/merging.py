@@ -1,4 +1,4 @@
-"""Join stores of one family into one: `python -m harmodt.data merge`."""
+"""Merges stores of one environment into a new store: `python -m harmodt.data merge`."""
 
 from __future__ import annotations
 
@@ -22,28 +22,30 @@ from .writer import StoreWriter, make_or_open
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """Join stores of one family into a new one.
+    """Merge stores of one environment into a new store.
 
-    Tasks come in the order in which the stores have them first. A task that several stores have
-    gets the training episodes of the first one, then those of the second, and so on; the same for
-    prompts. An interrupted merge goes on when the same command is given again.
+    The new store has the tasks of the first store, then the further tasks of the second store, and
+    so on. If several stores have a task, the new store has the training episodes of the first
+    store, then the training episodes of the second store, and so on; it orders prompts in the same
+    way. To continue an interrupted merge, give the same command again.
     """
 
     stores: tyro.conf.Positional[tuple[Path, ...]]
-    """Directories of the stores, two or more."""
+    """Directories of two or more stores."""
     output: Path
     """Directory of the new store."""
 
 
 def merge_stores(config: MergeConfig, progress: bool = True) -> DataStore:
-    """Join stores, or go on with a merge that was begun; returns the new store opened.
+    """Merge stores, or continue an unfinished merge; return the opened new store.
 
-    It is what a `StoreWriter` makes of the same episodes written at once. The checksums of the
-    inputs are compared while they are read, an episode at a time.
+    The new store is equal to a store that a `StoreWriter` makes from the same episodes. The merge
+    verifies the checksums of the inputs while it reads them, one episode at a time.
 
     Raises:
-        UserError: fewer than two stores, one that is damaged or named twice, environments that
-            differ, or an output that is one of them, in one of them, or something else.
+        UserError: there are fewer than two stores; a store is damaged or named twice; the
+            environments differ; the output is one of the stores, lies in one of them, or holds
+            something else.
     """
     stores = [DataStore.open(path) for path in config.stores]
     _check(stores, config.output)
@@ -63,7 +65,7 @@ def merge_stores(config: MergeConfig, progress: bool = True) -> DataStore:
 
 
 def _check(stores: Sequence[DataStore], output: Path) -> None:
-    """Raise UserError where stores cannot be joined, or not into `output`."""
+    """Raise UserError if the stores cannot be merged, or cannot be merged into `output`."""
     if len(stores) < 2:
         raise UserError(f"there are {len(stores)} stores to merge: give two or more")
     first, *others = stores
@@ -71,31 +73,31 @@ def _check(stores: Sequence[DataStore], output: Path) -> None:
     for store in stores:
         if store.checksum in seen:
             raise UserError(
-                f"{seen[store.checksum].path} and {store.path} are the same store, whose episodes "
-                "would come twice: leave one of them out"
+                f"{seen[store.checksum].path} and {store.path} are the same store, so its episodes "
+                "would occur twice: leave one of them out"
             )
         seen[store.checksum] = store
         if output.resolve().is_relative_to(store.path.resolve()):
             raise UserError(
-                f"--output {output} would write into {store.path}, which is to be read: choose "
-                "another directory"
+                f"--output {output} lies in {store.path}, which is one of the stores to merge: "
+                "choose another directory"
             )
     for store in others:
         if store.environment != first.environment:
             raise UserError(
-                f"{first.path} and {store.path} are not of the same environment "
-                f"({_difference(first, store)}): merge stores of one environment"
+                f"{first.path} and {store.path} have different environments "
+                f"({_difference(first, store)}): merge only stores of one environment"
             )
 
 
 def _difference(a: DataStore, b: DataStore) -> str:
-    """What two environments differ in."""
-    of_a, of_b = a.environment.to_json(), b.environment.to_json()
-    return ", ".join(f"{n}: {of_a[n]} and {of_b[n]}" for n in of_a if of_a[n] != of_b[n])
+    """The fields in which the environments of two stores differ, with both values."""
+    left, right = a.environment.to_json(), b.environment.to_json()
+    return ", ".join(f"{n}: {left[n]} and {right[n]}" for n in left if left[n] != right[n])
 
 
 def _merge(stores: Sequence[DataStore], writer: StoreWriter, bar: Progress) -> None:
-    """Write the tasks that are missing, and publish the store."""
+    """Write the missing tasks, and publish the store."""
     tasks = {
         name: [s for s in stores if name in s.tasks] for store in stores for name in store.tasks
     }
@@ -110,7 +112,7 @@ def _merge(stores: Sequence[DataStore], writer: StoreWriter, bar: Progress) -> N
                 for episode in _read(store, name, "train"):
                     task_writer.add(episode)
                     bar.advance(line)
-                # Which of them are shared is not recorded; the merged store counts them alike.
+                # Stores record only the number of shared prompts, so any of them may be marked.
                 shared = store.shared_prompts(name)
                 for number, episode in enumerate(_read(store, name, "prompts")):
                     task_writer.add_prompt(episode, shared=number < shared)
@@ -119,16 +121,16 @@ def _merge(stores: Sequence[DataStore], writer: StoreWriter, bar: Progress) -> N
 
 
 def _count(store: DataStore, name: str) -> int:
-    """Episodes of a task, prompts included."""
+    """Number of episodes of a task, prompts included."""
     task = store.task(name)
     return len(task.train) + len(task.prompts)
 
 
 def _read(store: DataStore, name: str, kind: Literal["train", "prompts"]) -> Iterator[Episode]:
-    """The episodes of a task, one at a time in memory.
+    """Read the episodes of a task, with one at a time in memory.
 
     Raises:
-        UserError: after the last one, if what was read is not what was written.
+        UserError: a checksum differs. For most arrays it is known only after the last episode.
     """
     episodes = getattr(store.task(name), kind)
     prefix = f"{PROMPTS}/" if kind == "prompts" else ""
@@ -150,7 +152,7 @@ def _read(store: DataStore, name: str, kind: Literal["train", "prompts"]) -> Ite
 
 
 class _Reading:
-    """Reads one array of a store from front to back, part by part, and then checks all of it."""
+    """Reads one array of a store from front to back in chunks, then verifies its checksum."""
 
     def __init__(self, store: DataStore, file: str, array: np.ndarray):
         self._path = store.path / file
@@ -159,7 +161,7 @@ class _Reading:
         self._crc32 = 0
 
     def part(self, start: int, stop: int) -> np.ndarray:
-        """A copy of the next part, [start, stop)."""
+        """Copy the next chunk, rows [start, stop)."""
         copy = np.array(self._array[start:stop])
         self._crc32 = zlib.crc32(copy.data, self._crc32)
         return copy
@@ -168,7 +170,7 @@ class _Reading:
         sealed.check(self._path, f"{self._crc32:08x}", self._recorded, KIND.remedy)
 
     def whole(self) -> np.ndarray:
-        """A copy of the array, checked."""
+        """Copy the whole array, and verify its checksum."""
         copy = self.part(0, len(self._array))
         self.check()
         return copy

@@ -1,4 +1,4 @@
-"""The tasks that each training step uses."""
+"""Chooses the tasks of each training step."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..errors import UserError
 
 
 class TaskOrder:
-    """Chooses the tasks of each step of a run. They depend on the run's seed and the step alone.
+    """Chooses the tasks of each step of a run. They depend only on the run's seed and the step.
 
     Args:
-        settings: how many tasks a step has, and how they are chosen.
-        tasks: number of tasks of the run.
-        seed: seed of the run.
+        settings: says how many tasks a step has, and how they are chosen.
+        tasks: number of tasks in the run.
+        seed: the run's seed.
 
     Raises:
         UserError: `tasks_per_step` is larger than the number of tasks.
@@ -35,13 +35,13 @@ class TaskOrder:
     def of(self, steps: range) -> Tensor:
         """Choose the tasks of consecutive steps; the first step of a run is 1.
 
-        To draw for many steps takes hardly longer than to draw for one.
+        Many steps take hardly more time than one step.
 
         Returns:
             Task ids, int64 [S, G], on the CPU.
         """
         count, tasks = self._settings.tasks_per_step, len(self._tasks)
-        done = torch.arange(steps.start - 1, steps.stop - 1)[:, None]  # done before each step
+        done = torch.arange(steps.start - 1, steps.stop - 1)[:, None]  # steps before each step
         if self._settings.task_sampling == "round-robin":
             return (done * count + torch.arange(count)) % tasks
         if count == tasks:

@@ -1,4 +1,4 @@
-"""What a store records of the source that it was imported from, and whether that has changed."""
+"""Records the source of an import in the store, and detects whether the source has changed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from .store import KIND
 
 
 class Files(msgspec.Struct, frozen=True):
-    """What tells whether some files have changed without reading them.
+    """Describes a set of files; a changed description shows that the files have changed.
+
+    Nothing reads the content of the files for this.
 
     Attributes:
-        count, bytes: how many there are, and their size.
-        newest: when the last of them was changed, UTC.
-        crc32: of the names, sizes and times of all.
+        count, bytes: the number of files, and their total size.
+        newest: the latest time at which one of them was changed, UTC.
+        crc32: the checksum of all names, sizes and times.
     """
 
     count: int
@@ -31,16 +33,17 @@ class Files(msgspec.Struct, frozen=True):
     crc32: str
 
     def __str__(self) -> str:
-        return f"{self.count:,} of {self.bytes:,} bytes, the newest of {self.newest}"
+        return f"{self.count:,} files with {self.bytes:,} bytes, last changed {self.newest}"
 
 
 class Record(msgspec.Struct):
-    """What a store's provenance has of an import besides its settings, by the names of the tasks.
+    """The facts about an import in a store's provenance, besides its settings.
 
     Attributes:
-        files: of the source; empty where an earlier version of this program imported it.
-        clipped: the share of the source's action values beyond [-1, 1].
-        skipped: why an episode was left out, for each that was.
+        files: the source's files of each task; empty if an earlier version of this program made
+            the import.
+        clipped: for each task, the share of the source's action values beyond [-1, 1].
+        skipped: for each task, the reasons why episodes were left out, one reason per episode.
     """
 
     files: dict[str, Files] = {}
@@ -49,16 +52,16 @@ class Record(msgspec.Struct):
 
 
 def read_record(provenance: dict[str, Any], store: Path) -> Record:
-    """The record in a provenance; empty where no import made the store.
+    """Read the record from a provenance. The record is empty if no import made the store.
 
     Raises:
-        UserError: it is not of its form.
+        UserError: the record has a wrong form.
     """
     return sealed.convert(f"the provenance of {store}", provenance, Record, KIND.remedy)
 
 
 def describe_files(source: Importer, tasks: Sequence[str]) -> dict[str, Files]:
-    """The source's files of each task; empty if there is no source any more."""
+    """Describe the source's files of each task; the result is empty if the source is missing."""
     if not source.source.exists():
         return {}
     return {
@@ -80,19 +83,22 @@ def _describe(files: Iterable[Path]) -> Files:
 def check_unchanged(
     then: dict[str, Files], now: dict[str, Files], source: Path, store: Path, what: str
 ) -> None:
-    """Check that the files of a source are those that a store was made from.
+    """Check that the files of a source have not changed since an import.
 
     Args:
-        then, now: of each task; where one is empty, nothing is compared.
-        what: the store has of the source.
+        then, now: the files of each task at the import and now. If one of them is empty, nothing
+            is compared.
+        source: the path of the source.
+        store: the directory of the store.
+        what: the content of the store, for the error: "an import" or "an unfinished import".
 
     Raises:
-        UserError: they have changed.
+        UserError: the files have changed.
     """
     for task in now if then else ():
         if then.get(task) != now[task]:
             raise UserError(
-                f"nothing was imported: {store} holds {what} of {source}, whose files of {task} "
-                f"have changed since (then {then.get(task, 'none')}; now {now[task]}): delete "
-                f"{store} or choose another --output"
+                f"nothing was imported: {store} holds {what} of {source}, and the files of {task} "
+                f"there have changed since (then {then.get(task, 'none')}; now {now[task]}): "
+                f"delete {store} or choose another --output"
             )

@@ -1,10 +1,11 @@
-"""The on-disk store of offline data: memory-mapped arrays per task and a manifest.
+"""The store of offline data on disk: memory-mapped arrays for each task, and a manifest.
 
     DIR/manifest.json              format, version, provenance, statistics, checksums
     DIR/<task>/<array>.npy         the training episodes of a task, one after the other
-    DIR/<task>/prompts/<array>.npy the prompt episodes, held apart
+    DIR/<task>/prompts/<array>.npy the prompt episodes of a task, one after the other
 
-The manifest is written last and atomically (`writer.py`), so a directory without one is no store.
+The writer writes the manifest last and atomically (`writer.py`). A directory without a manifest
+is therefore not a store.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from ..settings import Count, Whole, from_json
 FORMAT = "harmodt-store"
 VERSION = 3
 EARLIER = (2,)
-"""Earlier versions that are still read; stores of version 2 do not say how episodes ended."""
+"""Earlier versions that can still be read. Stores of version 2 do not say how episodes ended."""
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"
 PROMPTS = "prompts"
 UNKNOWN = -1
-"""The success, or the ending, of an episode whose source does not tell it."""
+"""Stands for the success or the ending of an episode if the source does not give it."""
 
 KIND = sealed.Kind(
     name="the manifest of a HarmoDT store",
@@ -51,7 +52,7 @@ _UNFINISHED = replace(
 )
 
 _HEADER_SIZE = 128
-"""Bytes before the data of every array's file."""
+"""Bytes before the data in every array file."""
 
 
 class Episode(NamedTuple):
@@ -61,9 +62,9 @@ class Episode(NamedTuple):
         observations: [T, observation_size].
         actions: [T, action_size].
         rewards: [T].
-        success: 1 or 0 (at any step), or UNKNOWN.
-        terminated: 1 where the task came to its end with the last step, so that nothing follows;
-            0 where the episode was cut there (truncated); or UNKNOWN.
+        success: 1 if the task was solved at any step, 0 if not, or UNKNOWN.
+        terminated: 1 if the task ended with the last step (termination), so that nothing follows;
+            0 if the recording was cut there (truncation); or UNKNOWN.
     """
 
     observations: np.ndarray
@@ -75,10 +76,11 @@ class Episode(NamedTuple):
 
 @dataclass(frozen=True)
 class Episodes:
-    """Episodes of one task, one after the other; E episodes with S steps in all.
+    """Episodes of one task, one after the other: E episodes with S steps in total.
 
-    This is the one list of a store's arrays: every field is a file, and its metadata are the dtype
-    and, where an entry is a vector, the attribute of the EnvironmentSpec that is its size.
+    This class defines the arrays of a store. Every field is one file. The metadata of a field
+    give the dtype. If an entry is a vector, they also name the attribute of EnvironmentSpec that
+    gives its size.
 
     Attributes:
         observations: float32 [S, observation_size], unnormalised.
@@ -87,8 +89,8 @@ class Episodes:
         returns_to_go: float32 [S], undiscounted sum of this and all later rewards of the episode.
         episode_starts: int64 [E + 1], first step of each episode, then S.
         successes: int8 [E], 1 solved, 0 not solved, -1 unknown.
-        terminated: int8 [E], 1 terminated, 0 truncated, -1 unknown, which is what all are if it is
-            not given.
+        terminated: int8 [E], 1 terminated, 0 truncated, -1 unknown. The default is -1 for every
+            episode.
     """
 
     observations: np.ndarray = field(metadata={"dtype": "<f4", "size": "observation_size"})
@@ -119,11 +121,11 @@ class Episodes:
 
 
 EPISODE_ARRAYS: tuple[str, ...] = tuple(array.name for array in fields(Episodes))
-"""Names of the arrays of `Episodes`, in order."""
+"""Names of the arrays in `Episodes`, in order."""
 
 
 def array_types(environment: EnvironmentSpec) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name of every array of `Episodes`, its dtype and the shape of one entry."""
+    """The dtype and the entry shape of every array in `Episodes`, by its name."""
     types: dict[str, tuple[str, tuple[int, ...]]] = {}
     for array in fields(Episodes):
         size = array.metadata.get("size")
@@ -134,13 +136,13 @@ def array_types(environment: EnvironmentSpec) -> dict[str, tuple[str, tuple[int,
 
 @dataclass(frozen=True)
 class TaskData:
-    """What a store holds of one task.
+    """The data of one task in a store.
 
     Attributes:
         name: the task's name in its family.
         train, prompts: the training episodes and the prompt episodes.
-        observation_mean, observation_std: float32 [O], over the training episodes.
-        best_return, mean_return: over the training episodes.
+        observation_mean, observation_std: float32 [O], statistics of the training episodes.
+        best_return, mean_return: the best and the mean return of the training episodes.
     """
 
     name: str
@@ -154,7 +156,7 @@ class TaskData:
 
 @dataclass(frozen=True)
 class DataStore:
-    """A finished store, opened for reading; the arrays stay on disk until they are used."""
+    """A finished store that is open for reading. The arrays stay on disk until they are used."""
 
     path: Path
     manifest: dict[str, Any]
@@ -162,10 +164,10 @@ class DataStore:
 
     @classmethod
     def open(cls, path: Path) -> DataStore:
-        """Open the store in a directory: reads the manifest, checks that the files are there.
+        """Open the store in a directory: read the manifest and check that all files are there.
 
         Raises:
-            UserError: no store, an unfinished or damaged one, or one of another version.
+            UserError: there is no store, or it is unfinished, damaged or of another version.
         """
         path = Path(path)
         try:
@@ -178,22 +180,25 @@ class DataStore:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The names of the tasks, in the order in which they were written."""
+        """The names of the tasks, in the manifest's order."""
         return tuple(self.manifest["tasks"])
 
     @property
     def environment(self) -> EnvironmentSpec:
-        """What the data were recorded in."""
+        """The environment in which the data were recorded."""
         return EnvironmentSpec.from_json(self.manifest["environment"])
 
     @property
     def checksum(self) -> str:
-        """Of the manifest, which holds those of all arrays: equal for equal stores alone."""
+        """The checksum of the manifest.
+
+        The manifest holds the checksums of all arrays, so only equal stores have equal checksums.
+        """
         return json_checksum(self.manifest)
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Where the data come from: the settings of the command that made the store."""
+        """The origin of the data: the settings of the command that made the store."""
         return self.manifest["provenance"]
 
     def task(self, name: str) -> TaskData:
@@ -211,16 +216,19 @@ class DataStore:
         return self._opened[name]
 
     def shared_prompts(self, task: str) -> int:
-        """How many of a task's prompt episodes are training episodes too."""
+        """The number of a task's prompt episodes that are also training episodes."""
         return self.manifest["tasks"][task].get("shared_prompts", 0)
 
     @property
     def steps(self) -> int:
-        """Training steps of all tasks."""
+        """Number of steps in the training episodes of all tasks."""
         return sum(content["steps"] for content in self.manifest["tasks"].values())
 
     def longest_episode(self, tasks: Sequence[str]) -> int:
-        """Steps of the longest training episode of some tasks; at most the environments'."""
+        """Number of steps of the longest training episode of the given tasks.
+
+        The result is at most the environment's `episode_length`.
+        """
         longest = max(int(self.task(name).train.lengths.max()) for name in tasks)
         return min(longest, self.environment.episode_length)
 
@@ -234,11 +242,12 @@ class DataStore:
 
         Args:
             progress: called with the name of each file before it is read.
-            tasks: tasks whose arrays are read; those of all tasks if neither argument names one.
-            prompts_of: tasks of which the prompts alone are read.
+            tasks: tasks whose arrays are all read. If neither `tasks` nor `prompts_of` names a
+                task, all arrays of the store are read.
+            prompts_of: tasks of which only the prompts are read.
 
         Raises:
-            UserError: a file differs from what was written.
+            UserError: a file has changed since it was written.
         """
         chosen = (
             *(f"{task}/" for task in tasks),
@@ -255,13 +264,13 @@ class DataStore:
             sealed.check(self.path / name, crc32, entry["crc32"], KIND.remedy)
 
     def size(self, task: str) -> int:
-        """Bytes on disk of one task's arrays."""
+        """Size of one task's arrays on disk, in bytes."""
         files = self.manifest["tasks"][task]["files"]
         return sum((self.path / task / f"{name}.npy").stat().st_size for name in files)
 
     @property
     def files(self) -> dict[str, dict[str, Any]]:
-        """Path of every array below the store, with its dtype, shape and checksum."""
+        """The dtype, shape and checksum of every array, by its path below the store."""
         return {
             f"{task}/{name}.npy": entry
             for task, content in self.manifest["tasks"].items()
@@ -283,15 +292,15 @@ class DataStore:
 
 def _why_no_store(path: Path) -> str:
     if (path / UNFINISHED).exists():
-        return f"the store {path} is unfinished: run the command that began it again to go on"
+        return f"the store {path} is unfinished: run the command that began it again to continue"
     return f"there is no store in {path}: make one with python -m harmodt.collect --output {path}"
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The content of a manifest, finished or not.
+    """Read the manifest of a store that is finished or unfinished.
 
     Raises:
-        UserError: it is damaged, of another program or of another version.
+        UserError: the file is damaged, or another program or version wrote it.
     """
     kind = _UNFINISHED if path.name == UNFINISHED else KIND
     manifest = sealed.read(path, dict[str, Any], kind)
@@ -300,7 +309,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 class _Array(msgspec.Struct, forbid_unknown_fields=True):
-    """The manifest's entry of an array's file."""
+    """The manifest's entry for one array file."""
 
     dtype: str
     shape: list[Whole]
@@ -308,7 +317,10 @@ class _Array(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Task(msgspec.Struct, forbid_unknown_fields=True):
-    """The manifest's entry of a task; `shared_prompts` of its prompts are training episodes too."""
+    """The manifest's entry for one task.
+
+    `shared_prompts` is the number of prompt episodes that are also training episodes.
+    """
 
     episodes: Count
     steps: Count
@@ -322,7 +334,10 @@ class _Task(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
-    """A manifest without its checksum. A task is a folder's name, so that it stays in the store."""
+    """A manifest without its checksum.
+
+    A task's name is also the name of its folder. The pattern allows no path that leaves the store.
+    """
 
     format: str
     version: int
@@ -332,7 +347,7 @@ class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def _check_manifest(path: Path, manifest: dict[str, Any], remedy: str) -> None:
-    """Raise UserError where a manifest is not of its form, or its entries do not fit together."""
+    """Raise UserError if a manifest has a wrong form, or if its entries contradict each other."""
     found = sealed.convert(path, manifest, _Manifest, remedy)
     environment = from_json(EnvironmentSpec, found.environment, f"environment in {path}")
     for name, task in found.tasks.items():
@@ -356,9 +371,14 @@ def _shapes(
     episodes: int,
     steps: int | None = None,
 ) -> dict[str, tuple[str, list[int]]]:
-    """Name, dtype and shape of the arrays of so many episodes.
+    """The dtype and the shape that each array must have, by the array's name.
 
-    Where the steps are not given, they are those of the rewards.
+    Args:
+        environment: gives the sizes of the entries.
+        prefix: begins the names of the arrays.
+        files: the manifest's entries of the arrays.
+        episodes: the number of episodes.
+        steps: the number of steps; by default the entry of the rewards gives it.
     """
     rewards = files.get(f"{prefix}rewards")
     if steps is None:
@@ -371,7 +391,7 @@ def _shapes(
 
 
 def _check_size(path: Path, entry: dict[str, Any]) -> None:
-    """Raise UserError where an array's file is missing, or shorter or longer than its data."""
+    """Raise UserError if an array's file is missing or has the wrong size."""
     expected = np.dtype(entry["dtype"]).itemsize * math.prod(entry["shape"])
     try:
         surplus = path.stat().st_size - expected - _HEADER_SIZE
@@ -388,10 +408,10 @@ def _open_episodes(path: Path, files: dict[str, Any], prefix: str) -> Episodes:
         **{name: _open_array(path / f"{prefix}{name}.npy", e) for name, e in entries.items()}
     )
     starts = episodes.episode_starts
-    rise = (starts[:-1] < starts[1:]).all()  # differences could wrap around
+    rise = (starts[:-1] < starts[1:]).all()  # np.diff could overflow
     if starts[0] != 0 or starts[-1] != len(episodes.rewards) or not rise:
         where = path / f"{prefix}episode_starts.npy"
-        raise sealed.damaged(where, "its numbers are no beginnings of episodes", KIND.remedy)
+        raise sealed.damaged(where, "its numbers are not starts of episodes", KIND.remedy)
     return episodes
 
 
@@ -399,13 +419,13 @@ def _open_array(path: Path, entry: dict[str, Any]) -> np.ndarray:
     """Map an array's file into memory.
 
     Raises:
-        OSError: the system refuses to open it.
-        UserError: it is damaged.
+        OSError: the system refuses to open the file.
+        UserError: the file is damaged.
     """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise sealed.damaged(path, f"it is no array: {error}", KIND.remedy) from error
+        raise sealed.damaged(path, f"it is not an array: {error}", KIND.remedy) from error
     if array.dtype.str != entry["dtype"] or list(array.shape) != entry["shape"]:
-        raise sealed.damaged(path, "it does not fit the manifest", KIND.remedy)
+        raise sealed.damaged(path, "its dtype or shape differs from the manifest", KIND.remedy)
     return array

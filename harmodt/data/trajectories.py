@@ -1,7 +1,7 @@
-"""The episodes of several tasks, and one gather of steps from all of them.
+"""Holds the episodes of several tasks, and gathers steps from all of them at once.
 
-They stay in the arrays of the store, which may be memory-mapped files, or lie on a device as one
-table with a row for each step.
+The episodes stay in the arrays of the store, which may be memory-mapped files, or they lie on a
+device as one table with a row for each step.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from ..errors import UserError
 from .store import Episodes, TaskData
 
 DEVICE_SHARE = 0.5
-"""With `data_device` auto, data go onto a GPU if they fit into this share of its free memory."""
+"""With `data_device` auto, data are copied to a GPU if they fit into this share of its free
+memory."""
 
 _GATHERED = ("returns_to_go", "observations", "actions")
 
 
 class Trajectories:
-    """Episodes of T tasks, numbered consecutively over all tasks: E episodes of S steps in all.
+    """Episodes of T tasks, numbered over all tasks: E episodes with S steps in total.
 
     Args:
         tasks: one entry per task; index = task id.
-        device: all steps are copied to this device. None: they stay in their arrays, and what is
-            gathered from them goes to the CPU.
+        device: all steps are copied to this device. With None the steps stay in their arrays, and
+            `gather` returns tensors on the CPU.
 
     Attributes:
         copied_to: the device that holds the copy; None without a copy.
@@ -57,21 +58,21 @@ class Trajectories:
             self._arrays = []
 
     def episode_range(self, task_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """First episodes of some tasks, int64 [...], and their numbers of episodes, [...]."""
+        """The first episode of each given task, and its number of episodes; all int64 [...]."""
         first = self.first_episode[task_ids]
         return first, self.first_episode[task_ids + 1] - first
 
     def step_range(self, task_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """First step of each of some tasks, int64 [...], and their numbers of steps, [...]."""
+        """The first step of each given task, and its number of steps; all int64 [...]."""
         first = self._first_step[task_ids]
         return first, self._first_step[task_ids + 1] - first
 
     def episode_of(self, steps: Tensor) -> Tensor:
-        """The episode that each of some steps belongs to; steps are int64 [...] in [0, S)."""
+        """The episode of each given step; steps are int64 [...] in [0, S)."""
         return torch.searchsorted(self.starts, steps, right=True) - 1
 
     def gather(self, task_ids: Tensor, episodes: Tensor, times: Tensor) -> Sequence[Tensor]:
-        """The stored numbers of some steps.
+        """Gather stored steps.
 
         Args:
             task_ids: int64 [G], the task of each group.
@@ -97,7 +98,7 @@ class Trajectories:
         rows = (steps - self._first_step[task_ids][:, None, None]).numpy()
         for group, task in enumerate(task_ids.tolist()):
             for array, out in zip(self._arrays[task], outs, strict=True):
-                # "clip" spares NumPy a second copy; every row is in the array
+                # With "clip", NumPy makes no second copy. Every row lies within the array.
                 np.take(array, rows[group], axis=0, out=out[group], mode="clip")
         return found
 
@@ -107,7 +108,7 @@ class Trajectories:
     def _make_table(self) -> Tensor:
         """All steps on the device: return-to-go, observation and action, float32 [S, 1 + O + A].
 
-        The host makes a second copy of one task at a time.
+        The host has a second copy of only one task at a time.
         """
         counts = [len(arrays[0]) for arrays in self._arrays]
         table = torch.empty(sum(counts), sum(self._widths), device=self.device)
@@ -120,12 +121,12 @@ class Trajectories:
 def open_trajectories(
     setting: Literal["auto", "cpu", "same"], data: Sequence[TaskData], device: torch.device
 ) -> Trajectories:
-    """The training episodes of a run's data, copied to its device or not.
+    """Open a run's training episodes, and copy them to its device if the setting says so.
 
     Args:
-        setting: `data_device` of the run.
+        setting: the run's `data_device`.
         data: one entry per task; index = task id.
-        device: the device of the run.
+        device: the run's device.
 
     Raises:
         UserError: the setting is "same", and the data do not fit into the GPU's free memory.
@@ -137,7 +138,7 @@ def open_trajectories(
 def _copies(
     setting: Literal["auto", "cpu", "same"], tasks: Sequence[Episodes], device: torch.device
 ) -> bool:
-    """Whether all steps are to be copied to the device."""
+    """Whether all steps should be copied to the device."""
     if device.type != "cuda" or setting == "cpu":
         return setting == "same"
     free, _ = torch.cuda.mem_get_info(device)

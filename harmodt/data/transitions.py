@@ -1,7 +1,6 @@
-"""Single steps and what came of them, from windows of two steps.
+"""Makes transitions (a step, its reward and the next observation) from windows of two steps.
 
-They are drawn as every window is (`windows.py`), so that a step's draws, and what is read ahead of
-it, are those of any other algorithm with windows of that length.
+The sampler in `windows.py` draws these windows in the same way as all other windows.
 """
 
 from __future__ import annotations
@@ -16,19 +15,19 @@ from ..environments import EnvironmentSpec, family
 from .store import UNKNOWN
 
 WINDOW = 2
-"""Steps of a window that a transition is made of."""
+"""Number of steps in the window of a transition."""
 
 
 class Transitions(NamedTuple):
-    """Transitions of several tasks: G groups of one task each, B transitions per group.
+    """Transitions of several tasks: G groups of B transitions, each group from one task.
 
     Attributes:
         observations, next_observations: float32 [G, B, O], normalised.
         actions: float32 [G, B, A], in [-1, 1].
         rewards: float32 [G, B], divided by the return scale.
-        terminal: bool [G, B], whether the task came to its end with it, so that nothing follows.
-        known: bool [G, B], False for the last step of an episode that was cut: nobody recorded
-            what followed.
+        terminal: bool [G, B], True if the task ended with the step, so that nothing follows.
+        known: bool [G, B], False for the last step of a truncated episode, because the data do not
+            contain its next observation.
     """
 
     observations: Tensor
@@ -43,15 +42,16 @@ _Array = TypeVar("_Array", np.ndarray, Tensor)
 
 
 def is_terminal(terminated: _Array, lengths: _Array, environment: EnvironmentSpec) -> _Array:
-    """Whether nothing follows the last step of an episode, bool [...].
+    """Whether an episode's last step is terminal, so that nothing follows it, bool [...].
 
-    Where the data do not say how an episode ended, it terminated if it is shorter than the
-    environments' episodes and these can end early. Other short episodes were cut when they were
-    recorded, as many are at the first success.
+    If the data do not say how an episode ended, it counts as terminated if it is shorter than the
+    environment's `episode_length` and the family's episodes can end early. In other families a
+    short episode was cut when it was recorded, for example at the first success.
 
     Args:
         terminated: int8 [...], as in `store.Episodes`.
-        lengths: int64 [...], steps of the episode.
+        lengths: int64 [...], the number of steps of each episode.
+        environment: the environment in which the data were recorded.
     """
     found = terminated == 1
     if family(environment.family).ends_early:
@@ -60,28 +60,28 @@ def is_terminal(terminated: _Array, lengths: _Array, environment: EnvironmentSpe
 
 
 def transitions_of(batch: Batch, actions: Tensor, environment: EnvironmentSpec) -> Transitions:
-    """The first step of each window of two, and what came of it.
+    """Make a transition from the first step of each window of two steps.
 
-    A store has no observation after an episode's last step. Nothing is needed of it where the step
-    is terminal; else the transition is not known.
+    A store has no observation after an episode's last step. If that step is terminal, no next
+    observation is needed. If it is not terminal, the transition is not known.
 
     Args:
-        batch: windows of two steps from a store, whose time steps are clipped at no less than the
-            environments' `episode_length`.
-        actions: float32 [G, B, 2, A], all of them.
-        environment: that the data were recorded in.
+        batch: windows of two steps from a store. Its time steps must not be clipped below the
+            environment's `episode_length`.
+        actions: float32 [G, B, 2, A], including those that the batch hides.
+        environment: the environment in which the data were recorded.
     """
     history = batch.history
     assert batch.terminated is not None
     last = ~history.valid[..., 1]
     to_go, later = history.returns_to_go.unbind(-1)
-    # Only of a last step is this the episode's length.
+    # This is the episode's length only if the window begins at the episode's last step.
     lengths = history.timesteps[..., 0] + 1
     terminal = last & is_terminal(batch.terminated, lengths, environment)
     return Transitions(
         observations=history.observations[..., 0, :],
         actions=actions[..., 0, :],
-        # Exact but for the rounding of returns-to-go: 5e-4 of a reward where those are 5000.
+        # Returns-to-go are rounded, so a reward has an error of up to 5e-4 if they are near 5000.
         rewards=to_go - later.masked_fill(last, 0.0),
         next_observations=history.observations[..., 1, :],
         terminal=terminal,

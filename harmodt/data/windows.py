@@ -1,6 +1,6 @@
 """Draws random windows of offline episodes, and gathers them as batches.
 
-A window that reaches beyond the end of its episode is padded there.
+If a window reaches beyond the end of its episode, padding fills the rest.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from ..draws import Draws, below
 from .inputs import Inputs
 from .trajectories import Trajectories
 
-_WORDS = 4  # random words of each draw
+_WORDS = 4  # random words per draw
 
 
 class Drawn(NamedTuple):
-    """The draws of a batch, all of them integers: which steps of which episodes its windows hold.
+    """The draws of a batch: they say which steps of which episodes its windows hold.
 
     Episodes are numbered over all tasks, as in `Trajectories`.
 
     Attributes:
-        episodes: int64 [G, B].
-        times: int64 [G, B, K], steps from the episode's beginning; padding repeats the last one.
+        episodes: int64 [G, B], the episode of each window.
+        times: int64 [G, B, K], time steps of the episode, from 0; padding repeats the last one.
         valid: bool [G, B, K], False for padding.
-        hidden: bool [G, B, K], the actions that the model does not see.
-        prompt_episodes, prompt_times: int64 [G, B] in the prompt pools and [G, B, K*]; None for a
-            model without prompts.
+        hidden: bool [G, B, K], True for an action that the model does not see.
+        prompt_episodes: int64 [G, B], the prompts' episodes; None for a model without prompts.
+        prompt_times: int64 [G, B, K*], the prompts' time steps; None for a model without prompts.
     """
 
     episodes: Tensor
@@ -45,14 +45,14 @@ class Drawn(NamedTuple):
 class WindowSampler:
     """Draws batches of windows from the training episodes of several tasks.
 
-    A task's windows depend on the draws and on its id alone, not on the other tasks of the batch. A
-    window does not depend on the number of windows.
+    A task's windows depend only on the draws and on its task id, not on the other tasks of the
+    batch. A window does not depend on the number of windows.
 
     Args:
         episodes: the training episodes of each task.
-        inputs: the inputs of the same tasks, on the device of the episodes.
-        context_length: K, steps of a window.
-        device: batches go to this device.
+        inputs: turns steps of the same tasks into network inputs, on the device of the episodes.
+        context_length: K, the number of steps of a window.
+        device: `sample` returns batches on this device.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class WindowSampler:
 
         Returns:
             The batch of G = len(task_ids) groups, and the actions to predict, float32
-            [G, B, K, A] in [-1, 1]; a prediction counts where the history is valid.
+            [G, B, K, A] in [-1, 1]. Only predictions at valid steps of the history count.
         """
         tasks = torch.as_tensor(task_ids, device=self.episodes.device)
         batch, targets = self.gather(tasks, self.draw(tasks, draws))
@@ -86,10 +86,11 @@ class WindowSampler:
         return batch_of(move(tensors_of(batch, targets), self.device))
 
     def gather(self, tasks: Tensor, drawn: Drawn) -> tuple[Batch, Tensor]:
-        """Gather the windows that were drawn, as `sample` returns them, on the episodes' device.
+        """Gather the drawn windows; return the same as `sample`, but on the episodes' device.
 
         Args:
-            tasks: int64 [G], on the same device.
+            tasks: int64 [G], the task of each group, on the episodes' device.
+            drawn: the draws of the windows.
         """
         history = self.inputs.of_episodes(
             self.episodes, tasks, drawn.episodes, drawn.times, drawn.valid
@@ -105,15 +106,16 @@ class WindowSampler:
         """Draw the windows of a batch, or of several batches.
 
         Args:
-            task_ids: int64 [..., G] on the device of the episodes; the result has the same
-                dimensions in front.
-            draws: for several batches, its step has a value for each batch: [..., 1, 1, 1].
+            task_ids: int64 [..., G] on the device of the episodes; the tensors of the result have
+                the same leading dimensions.
+            draws: the random numbers. For several batches, the step of the draws has a value for
+                each batch: [..., 1, 1, 1].
         """
         groups = task_ids[..., None, None]
         words = draws.words(self._windows, groups, self._blocks[:, None])  # [4, ..., G, blocks, B]
         step, start, *prompt = words[..., 0, :]
         first, count = (part[..., None] for part in self.episodes.step_range(task_ids))
-        # A random step lies in a longer episode more often, in proportion to the length.
+        # The episode of a random step: its probability is proportional to its length.
         episodes = self.episodes.episode_of(first + below(step, count))
         starts = self._starts.draw(episodes, start)
         present = (self.episodes.lengths[episodes] - starts).clamp_(max=self.context_length)
@@ -130,16 +132,17 @@ class WindowSampler:
 
 
 class _Starts:
-    """Draws a window's start at u^bias of its episode's length, u uniform.
+    """Draws the start of a window, floor(n u^bias), in an episode of n steps; u is uniform.
 
-    For each episode length n, a table holds the random word at which the start becomes k: the word
-    of u = (k / n)^(1 / bias). The CPU makes the tables, once: another device may round a power
-    differently. All tables together have at most as many entries as there are steps.
+    For each length n, a table holds the smallest random word of every start k, which is the word of
+    u = (k / n)^(1 / bias). The CPU makes the tables once, because another device may round a power
+    differently. All tables together have at most as many entries as the data have steps.
     """
 
     def __init__(self, episodes: Trajectories, bias: float):
         lengths, table_of = np.unique(episodes.lengths.cpu().numpy(), return_inverse=True)
-        # Words of table i get i as their upper 32 bits, so that all tables form one rising table.
+        # Words of table i have i as their upper 32 bits, so the tables together form one rising
+        # table.
         tables = [
             (i << 32) + np.rint((np.arange(n) / n) ** (1 / bias) * 2.0**32).astype(np.int64)
             for i, n in enumerate(lengths.tolist())
@@ -150,6 +153,6 @@ class _Starts:
         self._before = torch.from_numpy(first[table_of] + 1).to(episodes.device)
 
     def draw(self, episodes: Tensor, words: Tensor) -> Tensor:
-        """Starts of windows in some episodes, int64 [...], each from a random word."""
+        """Draw a start in each given episode, int64 [...], from one random word each."""
         found = torch.searchsorted(self._table, self._prefix[episodes] + words, right=True)
         return found - self._before[episodes]

@@ -1,4 +1,4 @@
-"""Writing a store: task by task, an episode at a time in memory, safe against a kill."""
+"""Writes a store task by task, with one episode at a time in memory; a kill loses no whole task."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from .store import (
 
 
 class StoreWriter:
-    """Writes a store task by task, an episode at a time in memory.
+    """Writes a store task by task, with one episode at a time in memory.
 
-    Finished tasks survive a kill: they are listed in `unfinished.json`, and a writer opened again
-    with the same arguments goes on after them.
+    Finished tasks survive a kill. The file `unfinished.json` lists them, and a new writer with
+    the same arguments continues after them.
 
         with writer.task("reach-v3") as task:
             task.add(episode)
@@ -44,12 +44,12 @@ class StoreWriter:
         writer.finish(["reach-v3"])
 
     Args:
-        path: the store's directory, made where it is missing.
+        path: the store's directory, which is created if it is missing.
         provenance: settings that determine the content, as JSON.
-        environment: what the data were recorded in.
+        environment: the environment in which the data were recorded.
 
     Raises:
-        UserError: the directory holds a store, or the beginning of another one.
+        UserError: the directory holds a store, or an unfinished store with other settings.
     """
 
     def __init__(
@@ -70,14 +70,14 @@ class StoreWriter:
             unfinished = read_manifest(self.path / UNFINISHED)
             if unfinished["version"] != VERSION:
                 raise UserError(
-                    f"{self.path} holds the beginning of a store of version "
-                    f"{unfinished['version']}, and this program writes version {VERSION}: choose "
-                    "another directory or delete it"
+                    f"{self.path} holds an unfinished store of version {unfinished['version']}, "
+                    f"but this program writes version {VERSION}: choose another directory or "
+                    "delete it"
                 )
             if unfinished | {"tasks": {}} != self._manifest:
                 raise UserError(
-                    f"{self.path} holds the beginning of a store made with other settings: repeat "
-                    "the command with those, choose another directory or delete it"
+                    f"{self.path} holds an unfinished store that was begun with other settings: "
+                    "repeat the command with those settings, choose another directory or delete it"
                 )
             DataStore(self.path, unfinished).verify()
             self._manifest = unfinished
@@ -87,16 +87,16 @@ class StoreWriter:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks that are written whole."""
+        """The tasks that are already complete."""
         return tuple(self._manifest["tasks"])
 
     @contextmanager
     def task(self, name: str) -> Iterator[TaskWriter]:
-        """Write the episodes of one task; they become part of the store when the block ends."""
+        """Write the episodes of one task. They become part of the store when the block ends."""
         temporary = self.path / f".{name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            with ExitStack() as files:  # each is closed, though another cannot be written
+            with ExitStack() as files:  # closes every file, even if writing to one fails
                 writer = TaskWriter(temporary, self.environment, files)
                 yield writer
                 content = writer.finish()
@@ -121,9 +121,14 @@ class StoreWriter:
 
 
 class TaskWriter:
-    """Writes the arrays of one task into files that `files` closes; made by `StoreWriter.task`.
+    """Writes the arrays of one task; `StoreWriter.task` makes it.
 
     `add` and `add_prompt` raise ValueError for an episode that does not fit the environment.
+
+    Args:
+        path: a new directory for the arrays.
+        environment: the environment in which the data were recorded.
+        files: closes the files of the arrays.
     """
 
     def __init__(self, path: Path, environment: EnvironmentSpec, files: ExitStack) -> None:
@@ -141,13 +146,13 @@ class TaskWriter:
         self._moments.add(episode.observations)
 
     def add_prompt(self, episode: Episode, shared: bool = False) -> None:
-        """Append a prompt episode; `shared` says that it is a training episode too."""
+        """Append a prompt episode; `shared` says that it is also a training episode."""
         _check_episode(episode, self._environment)
         self._prompts.add(episode)
         self._shared += shared
 
     def finish(self) -> dict[str, Any]:
-        """Complete the arrays; returns the task's entry in the manifest."""
+        """Complete the arrays, and return the task's entry for the manifest."""
         train, prompts = self._train.finish(), self._prompts.finish()
         returns = self._train.returns
         return {
@@ -197,7 +202,7 @@ class _EpisodesWriter:
 
 
 class _ArrayWriter:
-    """Appends to an .npy file whose length is known only at the end."""
+    """Appends to an .npy file whose final length is not known in advance."""
 
     def __init__(self, file: BinaryIO, dtype: str, shape: tuple[int, ...]) -> None:
         self._file = file
@@ -224,14 +229,17 @@ class _ArrayWriter:
         }
 
     def _write_header(self) -> None:
-        # NumPy pads the header so that a longer first dimension fits in the same room.
+        # NumPy pads the header, so a larger first dimension needs no more bytes.
         header = np.lib.format.header_data_from_array_1_0(np.empty((0, *self._shape), self._dtype))
         header["shape"] = (self._length, *self._shape)
         np.lib.format.write_array_header_1_0(self._file, header)
 
 
 class _Moments:
-    """Mean and population deviation of rows that arrive in blocks (Chan, Golub, LeVeque 1983)."""
+    """Mean and population standard deviation of rows that arrive in blocks.
+
+    Source: Chan, Golub, LeVeque 1983.
+    """
 
     def __init__(self, size: int) -> None:
         self._count = 0
@@ -260,14 +268,14 @@ def make_or_open(
     make: Callable[[], object],
     leftovers: Sequence[str] = (),
 ) -> DataStore:
-    """Make a store, or open it as it is where the same command with the same settings has made it.
+    """Make a store. If the same command already made it with the same settings, only open it.
 
     Args:
-        path: its directory, which this process owns meanwhile.
-        command: under which its provenance has the settings.
-        settings: those that determine the data, as JSON.
-        make: writes the store, or goes on with one that was begun.
-        leftovers: folders in it that are of no use once the store is complete.
+        path: the store's directory. This process owns it while `make` runs.
+        command: the command's name, which is the key of its settings in the provenance.
+        settings: the settings that determine the data, as JSON.
+        make: writes the store, or continues an unfinished store.
+        leftovers: names of folders in the directory that are deleted when the store is complete.
 
     Raises:
         UserError: the directory holds something else, or another process owns it.
@@ -287,7 +295,7 @@ def make_or_open(
 
 
 def _open_finished(path: Path, command: str, settings: dict[str, Any]) -> DataStore:
-    """Open a store that is complete, provided that it was made with these settings."""
+    """Open a complete store. Raise UserError if it was made with other settings."""
     store = DataStore.open(path)
     found = store.provenance.get(command)
     found = found if isinstance(found, dict) else {}
@@ -301,14 +309,14 @@ def _open_finished(path: Path, command: str, settings: dict[str, Any]) -> DataSt
 
 
 def _check_output(path: Path) -> None:
-    """Raise UserError where a directory holds no beginning of a store, but something else."""
+    """Raise UserError if a path exists and is neither empty nor an unfinished store."""
     if not path.exists() or (path / UNFINISHED).exists():
         return
     if not path.is_dir():
         raise UserError(f"{path} is a file: choose a directory that is new or empty")
     if (path / MANIFEST).exists():
         raise UserError(f"{path} already holds a store: choose another directory or delete it")
-    # A kill at the very beginning leaves the lock and the temporary file of the list of tasks.
+    # A kill before the first save leaves the lock and the temporary file of `unfinished.json`.
     if any(
         file.name != LOCK and not file.name.startswith(f".{UNFINISHED}.") for file in path.iterdir()
     ):
@@ -325,8 +333,8 @@ def _check_episode(episode: Episode, environment: EnvironmentSpec) -> None:
     for name, shape in shapes.items():
         found = np.shape(getattr(episode, name))
         if found != shape:
-            raise ValueError(f"{name} has the shape {found} and {shape} is needed")
+            raise ValueError(f"{name} has the shape {found}, but {shape} is needed")
     if not steps:
         raise ValueError("the episode has no steps")
     if episode.success != UNKNOWN and not environment.success:
-        raise ValueError(f"{environment.family} has no success, and the episode has one")
+        raise ValueError(f"{environment.family} defines no success, but the episode has one")

@@ -1,6 +1,6 @@
-"""Formats of offline data that can be brought into a store.
+"""Importers for the formats of offline data that a store can take.
 
-A format is a module with a subclass of `Importer`, and a row of `IMPORTERS`.
+Each format has a module with a subclass of `Importer`, and an entry in `IMPORTERS`.
 """
 
 from __future__ import annotations
@@ -25,26 +25,27 @@ IMPORTERS: dict[str, str] = {
     "lerobot": "harmodt.data.importers.lerobot:LeRobotImporter",
     "td-mpc2": "harmodt.data.importers.tdmpc2:TdMpc2Importer",
 }
-"""Name of every format, and the module and class that read it."""
+"""The module and the class that read each format, by its name."""
 
 LIMIT = 1e6
-"""Of a number in an episode: the float32 sums and squares of training stay far from infinity."""
+"""The largest absolute value of a number in an episode. With this limit, the float32 sums and
+squares in training stay far from infinity."""
 
 
 class Importer(ABC):
-    """Reads the data set in `source`, whose tasks are those of a family of environments.
+    """Reads a data set whose tasks belong to one family of environments.
 
-    An episode that is not read yet is whatever the importer likes, such as its file; as a string
-    it tells a person where the episode is.
+    An unread episode may be any object, such as the path of its file. Its string tells a person
+    where the episode is.
 
     Args:
-        source: where it is.
-        family: of its environments.
-        datasets: for formats that know no tasks, the task of each of the source's data sets.
+        source: the path of the data set.
+        family: the family of the environments.
+        datasets: the task of each of the source's data sets, for formats that do not name tasks.
     """
 
     takes_datasets = False
-    """Whether it has to be told which of its data sets is which task."""
+    """Whether the format needs `datasets`."""
 
     def __init__(self, source: Path, family: EnvironmentFamily, datasets: Mapping[str, str]):
         self.source = source
@@ -53,18 +54,19 @@ class Importer(ABC):
 
     @classmethod
     def default_family(cls, source: Path, tasks: Sequence[str]) -> str:
-        """The environments that data are of if a person does not say.
+        """The name of the family that is used if the user names none.
 
         Args:
-            tasks: what was named on the command line, with the tasks of `datasets`; may be empty.
+            source: the path of the data set.
+            tasks: the tasks on the command line, including the tasks of `datasets`; may be empty.
 
         Raises:
-            UserError: they cannot be told.
+            UserError: the family cannot be determined.
         """
         return family_of(tasks).spec.family if tasks else METAWORLD
 
     def resolve_tasks(self, names: Sequence[str]) -> tuple[str, ...]:
-        """The tasks that a person's names mean, those of the source or of the family.
+        """Turn the user's names into task names; a name may be the source's or the family's.
 
         Raises:
             UserError: there is no such task.
@@ -73,37 +75,38 @@ class Importer(ABC):
 
     @abstractmethod
     def tasks(self) -> tuple[str, ...]:
-        """The tasks that the source holds.
+        """The tasks in the source.
 
         Raises:
-            UserError: there is no such source, or it holds none.
+            UserError: there is no such source, or it holds no task.
         """
 
     @abstractmethod
     def episodes(self, task: str) -> Sequence[Any]:
-        """The episodes of a task in their order, not read yet.
+        """The unread episodes of a task, in their order.
 
         Raises:
-            UserError: the source holds none.
+            UserError: the source holds no episode of the task.
         """
 
     def prompts(self, task: str) -> Sequence[Any]:
-        """Episodes that the source itself holds apart as prompts, not read yet; often none."""
+        """The unread episodes that the source provides as prompts; many sources have none."""
         return ()
 
     @abstractmethod
     def read(self, episode: Any) -> Episode:
-        """Read one episode: float32 arrays, of which `check_episode` looks at shapes and values.
+        """Read one episode as float32 arrays. `check_episode` checks their shapes and values later.
 
         Raises:
-            UserError: it is missing, damaged, several episodes, not in order or not complete by
-                what the source says of that, or something else than an episode.
+            UserError: the episode is missing or damaged; the source shows that its steps are
+                incomplete or out of order, or that they are several episodes; or the data are not
+                an episode.
         """
 
     def files(self, task: str) -> Iterable[Path]:
         """The files that hold a task's episodes; by default all files in the source.
 
-        They are not read: their sizes and times show whether the source has changed.
+        Their sizes and times show whether the source has changed. Their content is not read.
 
         Raises:
             UserError: the source holds no episode of the task.
@@ -118,10 +121,17 @@ def importer(
     tasks: Sequence[str] = (),
     datasets: Mapping[str, str] | None = None,
 ) -> Importer:
-    """The reader of a source in a format; arguments are those of the command line.
+    """Make the importer for a source; the arguments come from the command line.
+
+    Args:
+        format: a name in `IMPORTERS`.
+        source: the path of the data set.
+        family: the name of the family; with None the format chooses it.
+        tasks: names of tasks; may be empty.
+        datasets: the task of each of the source's data sets, for formats that do not name tasks.
 
     Raises:
-        UserError: there is no such format or family, or the format wants other arguments.
+        UserError: there is no such format or family, or the format needs other arguments.
     """
     if format not in IMPORTERS:
         raise UserError(f"there is no format {format!r}: choose from {', '.join(IMPORTERS)}")
@@ -132,7 +142,7 @@ def importer(
         raise UserError(
             f"the format {format} needs --dataset NAME=TASK for each of its data sets"
             if kind.takes_datasets
-            else f"the format {format} takes no --dataset: its data sets are the tasks' own"
+            else f"the format {format} names its tasks itself: leave --dataset out"
         )
     name = family or kind.default_family(source, [*tasks, *datasets.values()])
     return kind(source, family_named(name), datasets)
@@ -141,12 +151,17 @@ def importer(
 def check_episode(
     where: str, episode: Episode, environment: EnvironmentSpec, min_length: int
 ) -> None:
-    """Check that an episode can be stored and trained on; `where` tells a person where it is.
+    """Check that an episode can be stored and used for training.
+
+    Args:
+        where: tells a person where the episode is.
+        episode: the episode.
+        environment: gives the sizes, and the largest number of steps.
+        min_length: the smallest number of steps.
 
     Raises:
-        UserError: an array has the wrong shape, or holds a value that is not finite or beyond
-            LIMIT, or the episode has no steps, fewer than `min_length`, or more than an episode of
-            the environments has.
+        UserError: an array has a wrong shape, or holds a value that is not finite or is beyond
+            LIMIT; or the episode has no steps, or too few, or too many.
     """
     entries: dict[str, tuple[int, ...]] = {
         "observations": (environment.observation_size,),
@@ -160,14 +175,14 @@ def check_episode(
         raise UserError(f"{where}: the episode has 0 steps: remove it")
     if length > environment.episode_length:
         raise UserError(
-            f"{where}: the episode has {length} steps and one of {environment.family} has "
-            f"{environment.episode_length} at most: split it if it holds several episodes, or name "
-            "the --family that it is of"
+            f"{where}: the episode has {length} steps, but an episode of {environment.family} has "
+            f"at most {environment.episode_length}: split it if it holds several episodes, or give "
+            "its family with --family"
         )
     if length < min_length:
         raise UserError(
-            f"{where}: the episode has {length} steps and {min_length} are asked for: remove it, "
-            "or lower --min-length"
+            f"{where}: the episode has {length} steps, but --min-length is {min_length}: remove "
+            "the episode, or lower --min-length"
         )
     for key, shape in entries.items():
         check_array(where, key, getattr(episode, key), shape, length)
@@ -176,15 +191,23 @@ def check_episode(
 def check_array(
     where: str, key: str, array: np.ndarray, shape: tuple[int, ...], length: int
 ) -> None:
-    """Check an array of an episode of `length` steps; `shape` is that of one step.
+    """Check one array of an episode.
+
+    Args:
+        where: tells a person where the episode is.
+        key: the name of the array.
+        array: the array.
+        shape: the shape of the entry of one step.
+        length: the number of steps of the episode.
 
     Raises:
-        UserError: it has another shape, or holds a value that is not finite or beyond LIMIT.
+        UserError: the array has another shape, or holds a value that is not finite or is beyond
+            LIMIT.
     """
     _check_shape(where, key, array, shape)
     if len(array) != length:
         raise UserError(
-            f"{where}: {key} has {len(array)} steps and observations has {length}: download "
+            f"{where}: {key} has {len(array)} steps, but observations has {length}: download "
             "or write it again"
         )
     if not length:
@@ -194,8 +217,8 @@ def check_array(
     largest = max(array.min(), array.max(), key=abs)
     if abs(largest) > LIMIT:
         raise UserError(
-            f"{where}: {key} holds {largest:.3g}, beyond {LIMIT:g}, which training cannot use: "
-            "remove it or repair its values"
+            f"{where}: {key} holds {largest:.3g}, but training can use only numbers up to "
+            f"{LIMIT:g}: remove it or repair its values"
         )
 
 
@@ -207,5 +230,5 @@ def _check_shape(
     expected = ", ".join(["T", *map(str, shape)])
     advice = f"is this data of {family}?" if family else "download or write it again"
     raise UserError(
-        f"{where}: {key} has the shape {array.shape} and ({expected}) is needed: {advice}"
+        f"{where}: {key} has the shape {array.shape}, but ({expected}) is needed: {advice}"
     )

@@ -1,4 +1,4 @@
-"""What formats have in common: files that cannot be read, and plain arrays."""
+"""Functions that several formats use: errors of unreadable files, and checks of plain arrays."""
 
 from __future__ import annotations
 
@@ -16,23 +16,26 @@ from . import check_array
 TERMINATED = ("terminals", "terminations", "terminated", "next.terminated")
 TRUNCATED = ("timeouts", "truncations", "truncated", "next.truncated")
 ENDS = (*TERMINATED, *TRUNCATED, "dones", "done", "next.done")
-"""Keys of flags, one per step, that are true where an episode ends; dones do not say how."""
+"""Keys of flags, one per step, that are true at the end of an episode. The last three do not say
+whether the episode was terminated or truncated."""
 
 
 @contextmanager
 def reading(path: Path, damaged: str) -> Iterator[None]:
-    """Say in a sentence why a file cannot be read.
+    """Turn every error of the code that reads a file into a sentence.
+
+    Libraries raise dozens of kinds of errors for damaged files.
 
     Args:
-        damaged: what is wrong, and what to do, where whatever reads the file fails inside:
-            libraries meet damage with dozens of kinds of errors.
+        path: the file.
+        damaged: what is wrong with the file, and what to do; it completes "FILE is ...".
 
     Raises:
         OSError: the system refuses to read the file.
-        UserError: in the place of every other error.
+        UserError: replaces every other error.
     """
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no regular file, but a folder, a pipe or a device: remove it")
+        raise UserError(f"{path} is not a regular file but a folder, a pipe or a device: remove it")
     try:
         yield
     except UserError:
@@ -45,44 +48,48 @@ def reading(path: Path, damaged: str) -> Iterator[None]:
 
 
 def as_float32(where: str, key: str, values: Any) -> np.ndarray:
-    """Values as a float32 array; what does not fit becomes infinite, and is refused as such.
+    """Convert values to a float32 array.
+
+    A value beyond the range of float32 becomes infinity, which `check_array` refuses later.
 
     Raises:
-        UserError: they are no plain numbers.
+        UserError: the values are not plain numbers.
     """
     array = np.asarray(values)
     if array.dtype.kind not in "fiub":
-        raise UserError(f"{where}: {key} holds no plain numbers: download or write it again")
+        raise UserError(f"{where}: {key} does not hold plain numbers: download or write it again")
     with np.errstate(over="ignore", invalid="ignore"):
         return array.astype(np.float32)
 
 
 def one_per_step(array: np.ndarray) -> np.ndarray:
-    """(T, 1) as (T,)."""
+    """Turn the shape (T, 1) into (T,); other shapes stay."""
     return array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
 
 
 def solved(where: str, success: np.ndarray, length: int) -> int:
-    """Whether an episode of `length` steps is solved at any of them: 1 or 0.
+    """1 if an episode of `length` steps is solved at any step, else 0.
 
     Raises:
-        UserError: there is not one number per step, or one that is not finite.
+        UserError: `success` does not have one number per step, or a number is not finite.
     """
     check_array(where, "success", success, (), length)
     return int(success.any())
 
 
 def ending(where: str, flags: Mapping[str, np.ndarray], observations: np.ndarray) -> int:
-    """How the episode with these observations ended: 1 terminated, 0 truncated, or UNKNOWN.
+    """How an episode ended: 1 terminated, 0 truncated, or UNKNOWN.
 
     Args:
-        flags: those of `ENDS` that the source has, by `flags_of`.
+        where: tells a person where the episode is.
+        flags: the result of `flags_of`.
+        observations: the episode's observations, which give its number of steps.
 
     Raises:
         UserError: a flag does not have one number per step, or it is true before the last step.
     """
     if not observations.ndim:
-        return UNKNOWN  # `check_episode` will refuse their shape
+        return UNKNOWN  # `check_episode` refuses this shape later
     length = len(observations)
     found = {key: one_per_step(values) for key, values in flags.items()}
     for key, values in found.items():
@@ -90,8 +97,8 @@ def ending(where: str, flags: Mapping[str, np.ndarray], observations: np.ndarray
         if values[:-1].any():
             raise UserError(
                 f"{where}: {key} is true at step {np.flatnonzero(values)[0]} of 0 to {length - 1}, "
-                "so another episode begins after it: split the data there, or rename the key if it "
-                "does not mark the end of an episode"
+                "so another episode begins after that step: split the data there, or rename the "
+                "key if it does not mark the end of an episode"
             )
     if any(found[key][-1:].any() for key in TERMINATED if key in found):
         return 1
@@ -100,5 +107,5 @@ def ending(where: str, flags: Mapping[str, np.ndarray], observations: np.ndarray
 
 
 def flags_of(keys: Collection[str], read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
-    """Those of `ENDS` that are among a source's keys, each as `read` returns it."""
+    """Read the flags in `ENDS` that are among a source's keys, by key."""
     return {key: read(key) for key in ENDS if key in keys}

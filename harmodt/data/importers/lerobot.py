@@ -1,17 +1,20 @@
-"""LeRobot's Meta-World data set, `lerobot/metaworld_mt50`: Parquet files with a row per step.
+"""Reads LeRobot's Meta-World data set, `lerobot/metaworld_mt50`: Parquet files, one row per step.
 
-SOURCE is its folder. Both layouts are read: data/chunk-*/episode_*.parquet, an episode each (v2.0),
-and data/chunk-*/file-*.parquet, several each (v3.0). Columns read: episode_index, task_id,
-observation.environment_state (39), action (4), next.reward, and where there are any next.success,
-next.done and those that count rows: frame_index, index and timestamp. Images are left alone.
+SOURCE is the folder of the data set. Two layouts can be read: data/chunk-*/episode_*.parquet with
+one episode per file (v2.0), and data/chunk-*/file-*.parquet with several episodes per file (v3.0).
+The importer reads the columns episode_index, task_id, observation.environment_state (39), action
+(4) and next.reward. If they exist, it also reads next.success, the flags of an episode's end such
+as next.done, and the columns that count rows: frame_index, index and timestamp. It does not read
+images.
 
-The data set has 49 sentences for 50 tasks, since push and push-back share one, so tasks are told
-by `task_id`. Its numbers are those of TASK_NAME_TO_ID in LeRobot's environment of Meta-World: the
-tasks in alphabetical order, but window-open before window-close. An audit of the data set
-(LeRobot's issue 4409) found all 50 in it with 50 episodes each, push-back's at 37, push's at 38.
+The data set has 49 sentences for 50 tasks, because push and push-back share a sentence. The column
+`task_id` therefore identifies the task. Its numbers come from TASK_NAME_TO_ID in LeRobot's
+Meta-World environment: the tasks are in alphabetical order, except that window-open comes before
+window-close. An audit of the data set (LeRobot's issue 4409) found all 50 tasks with 50 episodes
+each; push-back has the number 37 and push has 38.
 
-Its episodes end at the first success, after 82 steps on average: next.done does not say that the
-task came to its end there.
+The episodes end at the first success, after 82 steps on average. Therefore next.done does not mean
+that the task terminated there.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ TASK_IDS: tuple[str, ...] = (
     "window-open-v3",
     "window-close-v3",
 )
-"""The task of every `task_id`."""
+"""The task names; the index is the `task_id`."""
 
 _OBSERVATIONS = "observation.environment_state"
 _ACTIONS = "action"
@@ -44,11 +47,11 @@ _REWARDS = "next.reward"
 _SUCCESS = "next.success"
 _FRAME, _ROW, _TIME = "frame_index", "index", "timestamp"
 
-_LARGEST = 2**26  # numbers read of one file; the whole data set has 10 million
+_LARGEST = 2**26  # most numbers to read from one file; the whole data set has 10 million
 
 
 class LeRobotEpisode(NamedTuple):
-    """An episode that is not read yet: `length` rows of a file from `start` on."""
+    """An unread episode: `length` rows of a file from row `start` on."""
 
     file: Path
     number: int
@@ -60,7 +63,7 @@ class LeRobotEpisode(NamedTuple):
 
 
 class LeRobotImporter(Importer):
-    """Reads a file at a time, which is kept until another one is read."""
+    """Reads one file at a time, and keeps it in memory until it reads another file."""
 
     _last: tuple[Path, dict[str, np.ndarray]] | None = None
 
@@ -80,7 +83,7 @@ class LeRobotImporter(Importer):
         """Read one episode."""
         where, file = str(episode), episode.file
         if self._last is None or self._last[0] != file:
-            self._last = None  # before the next one takes its memory
+            self._last = None  # frees the memory before the next file is read
             needed = (_OBSERVATIONS, _ACTIONS, _REWARDS)
             self._last = (file, _read_columns(file, needed, (_SUCCESS, _FRAME, _ROW, _TIME, *ENDS)))
         steps = slice(episode.start, episode.start + episode.length)
@@ -99,7 +102,7 @@ class LeRobotImporter(Importer):
         )
 
     def files(self, task: str) -> list[Path]:
-        """All files that were downloaded: any of them may hold episodes of the task."""
+        """All downloaded files, because each of them may hold episodes of the task."""
         return [*self._data_files, *self.source.glob("meta/**/*.*")]
 
     @cached_property
@@ -112,22 +115,23 @@ class LeRobotImporter(Importer):
 
     @cached_property
     def _index(self) -> dict[str, list[LeRobotEpisode]]:
-        """The episodes of every task that has some."""
+        """The episodes of every task that occurs, by task."""
         expected = self._info["total_episodes"]
         episodes: dict[int, tuple[str, LeRobotEpisode]] = {}
         for file in self._data_files:
             for task, episode in _find_episodes(file):
                 if episode.number in episodes:
                     raise UserError(
-                        f"{file} and {episodes[episode.number][1].file} both have rows of episode "
-                        f"{episode.number}, or one has them apart: download {self.source} again"
+                        f"{file} has further rows of episode {episode.number}, whose rows had "
+                        f"already ended in {episodes[episode.number][1].file}: download "
+                        f"{self.source} again"
                     )
                 episodes[episode.number] = (task, episode)
         if len(episodes) != expected:
             raise UserError(
-                f"{self.source} has {len(episodes)} episodes and its meta/info.json says "
+                f"{self.source} has {len(episodes)} episodes, but its meta/info.json says "
                 f"{expected}: download the data set again, or change total_episodes there if you "
-                "want these alone"
+                "want only these episodes"
             )
         self._check_lengths({number: found.length for number, (_, found) in episodes.items()})
         index: dict[str, list[LeRobotEpisode]] = {}
@@ -136,25 +140,29 @@ class LeRobotImporter(Importer):
         return index
 
     def _check_lengths(self, lengths: dict[int, int]) -> None:
-        """Raise UserError where the rows of an episode, or all, are not as many as is declared."""
+        """Raise UserError if the files have another number of rows than `meta` says.
+
+        Args:
+            lengths: the number of rows of each episode, by the episode's number.
+        """
         meta = self.source / "meta"
         for number, declared in _read_lengths(meta).items():
             if lengths.get(number, declared) != declared:
                 raise UserError(
-                    f"{self.source}: episode {number} has {lengths[number]} rows and {meta} says "
+                    f"{self.source}: episode {number} has {lengths[number]} rows, but {meta} says "
                     f"{declared}: download the data set again"
                 )
         rows = sum(lengths.values())
         if self._info.get("total_frames", rows) != rows:
             raise UserError(
-                f"{self.source} has {rows} rows and its meta/info.json says "
+                f"{self.source} has {rows} rows, but its meta/info.json says "
                 f"{self._info['total_frames']}: download the data set again, or change "
-                "total_frames there if you want these alone"
+                "total_frames there if you want only these rows"
             )
 
 
 def _read_info(path: Path) -> dict[str, Any]:
-    """What meta/info.json says: `total_episodes`, and `total_frames` and `fps` where they are."""
+    """Read `total_episodes` from meta/info.json, and `total_frames` and `fps` if they exist."""
     if not path.exists():
         raise UserError(
             f"{path} is missing: give as SOURCE the folder of a LeRobot data set, which has meta "
@@ -173,7 +181,7 @@ def _read_info(path: Path) -> dict[str, Any]:
 
 
 def _read_lengths(meta: Path) -> dict[int, int]:
-    """How many rows each episode has, says `meta`: episodes.jsonl (v2) or Parquet files (v3)."""
+    """Read the number of rows of each episode from episodes.jsonl (v2) or Parquet files (v3)."""
     lengths: dict[int, int] = {}
     if (file := meta / "episodes.jsonl").exists():
         try:
@@ -189,7 +197,7 @@ def _read_lengths(meta: Path) -> dict[int, int]:
 
 
 def _check_order(where: str, columns: dict[str, np.ndarray], fps: float | None) -> None:
-    """Raise UserError where a column that counts an episode's rows shows a gap or another order."""
+    """Raise UserError if a column shows that rows of an episode are missing or in a wrong order."""
     rows = np.arange(len(columns[_REWARDS]))
     for key in (_FRAME, _ROW, _TIME):
         if key not in columns or (key == _TIME and not fps):
@@ -203,14 +211,14 @@ def _check_order(where: str, columns: dict[str, np.ndarray], fps: float | None) 
         if len(wrong):
             row, digits = wrong[0], ".6g" if found.dtype.kind == "f" else ""
             raise UserError(
-                f"{where}: {key} is {found[row]:{digits}} in its row {row}, where "
-                f"{due[row]:{digits}} is due: rows are missing or in another order, so download "
+                f"{where}: {key} is {found[row]:{digits}} in row {row} of the episode, but it "
+                f"should be {due[row]:{digits}}, so rows are missing or in a wrong order: download "
                 "the file again"
             )
 
 
 def _find_episodes(file: Path) -> list[tuple[str, LeRobotEpisode]]:
-    """The episodes of a file, with their tasks."""
+    """The episodes of a file, each with its task."""
     numbers, ids = _read_whole_numbers(file, "episode_index", "task_id")
     starts = np.flatnonzero(np.diff(numbers, prepend=~numbers[:1])).tolist()
     found = []
@@ -219,7 +227,7 @@ def _find_episodes(file: Path) -> list[tuple[str, LeRobotEpisode]]:
         which = np.unique(ids[start:end]).tolist()
         if len(which) != 1 or not 0 <= which[0] < len(TASK_IDS):
             raise UserError(
-                f"{episode}: task_id is {' and '.join(map(str, which))} and one of 0 to "
+                f"{episode}: task_id is {' and '.join(map(str, which))}, but one number from 0 to "
                 f"{len(TASK_IDS) - 1} is needed: is this lerobot/metaworld_mt50?"
             )
         found.append((TASK_IDS[which[0]], episode))
@@ -227,7 +235,7 @@ def _find_episodes(file: Path) -> list[tuple[str, LeRobotEpisode]]:
 
 
 def _read_whole_numbers(file: Path, *keys: str) -> list[np.ndarray]:
-    """Columns of a file that have a whole number per row, int [rows]."""
+    """Read columns of a file that hold one whole number per row, int [rows]."""
     columns = []
     for key, values in _read_columns(file, keys).items():
         column = one_per_step(values)
@@ -240,7 +248,7 @@ def _read_whole_numbers(file: Path, *keys: str) -> list[np.ndarray]:
 def _read_columns(
     file: Path, needed: tuple[str, ...], optional: tuple[str, ...] = ()
 ) -> dict[str, np.ndarray]:
-    """Columns of a file, [rows] or [rows, width]; those of `optional` where there are some."""
+    """Read columns of a file, [rows] or [rows, width]; those in `optional` may be missing."""
     try:
         from pyarrow import parquet  # an optional dependency
     except ImportError as error:
@@ -248,7 +256,7 @@ def _read_columns(
             "LeRobot's files need the package pyarrow: pip install 'harmodt[lerobot]'"
         ) from error
     if not file.is_file():
-        raise UserError(f"{file} is no regular file, or is missing: download it again")
+        raise UserError(f"{file} is missing, or is not a regular file: download it again")
     try:
         with parquet.ParquetFile(file) as opened:
             names = opened.schema_arrow.names
@@ -264,16 +272,16 @@ def _read_columns(
             return {key: _to_numpy(file, key, table[key].combine_chunks()) for key in keys}
     except UserError:
         raise
-    except Exception as error:  # damage shows as dozens of kinds
+    except Exception as error:  # damage leads to dozens of kinds of errors
         raise_refusal(error, file)
         raise UserError(
-            f"{file} is truncated or no Parquet file: download it again (after a git clone, with "
-            "git lfs pull)"
+            f"{file} is truncated or not a Parquet file: download it again (after a git clone, "
+            "with git lfs pull)"
         ) from error
 
 
 def _check_size(file: Path, metadata: Any, keys: list[str]) -> None:
-    """Raise UserError where the columns would take more memory than an honest file's."""
+    """Raise UserError if the columns would take far more memory than a genuine file's."""
     numbers = 0
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(group.num_columns)):
@@ -282,13 +290,13 @@ def _check_size(file: Path, metadata: Any, keys: list[str]) -> None:
                 numbers += column.num_values
     if numbers > _LARGEST:
         raise UserError(
-            f"{file} has {numbers:,} numbers to read, more than a file of the data set has: "
-            "download it again"
+            f"{file} would give {numbers:,} numbers, but a file of the data set has at most "
+            f"{_LARGEST:,}: download it again"
         )
 
 
 def _to_numpy(file: Path, key: str, column: Any) -> np.ndarray:
-    """An Arrow array of numbers, or of lists that are of one length; nulls become NaN."""
+    """Convert an Arrow array of numbers, or of lists of equal length; nulls become NaN."""
     from pyarrow import compute, types
 
     lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)
@@ -296,5 +304,7 @@ def _to_numpy(file: Path, key: str, column: Any) -> np.ndarray:
         return column.to_numpy(zero_copy_only=False)
     widths = compute.unique(compute.list_value_length(column)).to_pylist()
     if len(widths) != 1 or not widths[0]:
-        raise UserError(f"{file}: {key} has lists of several lengths, or empty: download it again")
+        raise UserError(
+            f"{file}: the lists in {key} are empty or differ in length: download it again"
+        )
     return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, widths[0])

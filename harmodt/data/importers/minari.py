@@ -1,12 +1,14 @@
-"""Minari's local data sets, in any of its storage formats: `--dataset ID=TASK` for each.
+"""Reads local Minari data sets in all storage formats of Minari: `--dataset ID=TASK` for each.
 
-SOURCE is the folder that MINARI_DATASETS_PATH names, ~/.minari/datasets by default, and a data set
-is the folder of its id below. Minari knows no tasks: a data set is one task's, several may be the
-same task's, and one whose name ends in `-prompts` holds the prompts of its task.
+SOURCE is the folder that MINARI_DATASETS_PATH names, by default ~/.minari/datasets. A data set lies
+below it, in the folder named by its id. Minari does not name tasks. Each data set belongs to one
+task, and a task may have several data sets. A data set whose name ends in `-prompts` holds the
+prompts of its task.
 
-An episode of T steps has T + 1 observations there, of which the last, after the last action, is
-left out. It is solved where `infos["success"]`, if there is one, is not 0 at any step, and ends as
-its last step's termination and truncation say.
+In Minari an episode of T steps has T + 1 observations. The importer leaves out the last
+observation, which follows the last action. An episode is solved if `infos["success"]` is not 0 at
+some step; without this array, its success is unknown. The termination and the truncation of the
+last step say how the episode ended.
 """
 
 from __future__ import annotations
@@ -24,14 +26,14 @@ from . import Importer
 from .arrays import as_float32, ending, flags_of, one_per_step, solved
 
 PROMPTS = "-prompts"
-"""How the name of a data set of prompts ends, but for its version."""
+"""The name of a data set of prompts ends with this, followed only by the version."""
 
-_SMALLEST = 100  # bytes on the disk of an episode; HDF5 takes more to say that there is one
-_LARGEST = 2**26  # bytes of an episode; one of Meta-World's has 180,000
+_SMALLEST = 100  # least bytes of an episode on disk; even an empty one takes more in HDF5
+_LARGEST = 2**26  # most bytes of an episode; a Meta-World episode has 180,000
 
 
 class MinariEpisode(NamedTuple):
-    """An episode that is not read yet."""
+    """An unread episode."""
 
     dataset: str
     number: int
@@ -42,30 +44,30 @@ class MinariEpisode(NamedTuple):
 
 
 class MinariImporter(Importer):
-    """Reads the data sets that are named, an episode at a time."""
+    """Reads the named data sets, one episode at a time."""
 
     takes_datasets = True
 
     def __init__(self, source: Path, family: EnvironmentFamily, datasets: Mapping[str, str]):
         super().__init__(source, family, datasets)
-        self._storages: dict[str, Any] = {}  # those that were opened
+        self._storages: dict[str, Any] = {}  # the opened storages, by name of the data set
 
     def tasks(self) -> tuple[str, ...]:
-        """The tasks of the data sets, in the order in which those were named."""
+        """The tasks of the data sets, in the order of the --dataset arguments."""
         return tuple(dict.fromkeys(map(self._task_of, self.datasets)))
 
     def episodes(self, task: str) -> list[MinariEpisode]:
-        """The episodes of all data sets of a task, but for prompts."""
+        """The episodes of all data sets of a task, without prompts."""
         names = [name for name in self._named(task) if not _holds_prompts(name)]
         if not names:
             raise UserError(
-                f"no data set is named for {task}: add --dataset NAME={task}, or leave the task "
-                "out of --tasks"
+                f"no --dataset gives episodes of {task}: add --dataset NAME={task}, or leave the "
+                "task out of --tasks"
             )
         return self._episodes(names)
 
     def prompts(self, task: str) -> list[MinariEpisode]:
-        """The episodes of the data sets of its prompts, if some are named."""
+        """The episodes of a task's data sets of prompts; empty if there are none."""
         return self._episodes([name for name in self._named(task) if _holds_prompts(name)])
 
     def read(self, episode: MinariEpisode) -> Episode:
@@ -73,7 +75,7 @@ class MinariImporter(Importer):
         where = str(episode)
         with _readable(where):
             storage = self._open(episode.dataset)
-            if storage.FORMAT == "hdf5":  # a few bytes of it can stand for any size
+            if storage.FORMAT == "hdf5":  # a few bytes of HDF5 can expand to any size
                 _check_size(episode)
             found = next(iter(storage.get_episodes([episode.number])))
             metadata = next(iter(storage.get_episode_metadata([episode.number])))
@@ -92,7 +94,7 @@ class MinariImporter(Importer):
         )
 
     def files(self, task: str) -> list[Path]:
-        """All files of all its data sets."""
+        """All files of a task's data sets."""
         folders = [self.source / name / "data" for name in self._named(task)]
         return [file for folder in folders for file in folder.rglob("*") if file.is_file()]
 
@@ -100,8 +102,8 @@ class MinariImporter(Importer):
         tasks = self.family.resolve_tasks([self.datasets[name]])
         if len(tasks) != 1:
             raise UserError(
-                f"--dataset {name}={self.datasets[name]} names {len(tasks)} tasks: a data set is "
-                "one task's, so name that one"
+                f"--dataset {name}={self.datasets[name]} names {len(tasks)} tasks: a data set "
+                "belongs to one task, so name only that task"
             )
         return tasks[0]
 
@@ -123,29 +125,29 @@ class MinariImporter(Importer):
         return episodes
 
     def _open(self, name: str) -> Any:
-        """The storage of a data set, whose spaces are those of the family."""
+        """Open the storage of a data set, and check that its spaces fit the family."""
         if name in self._storages:
             return self._storages[name]
         path, kind = self.source / name, minari_storage()
         if not (path / "data").is_dir():
             raise UserError(
-                f"there is no Minari data set {path}: give as SOURCE the folder of all data sets, "
-                "such as ~/.minari/datasets, and as NAME the path below it, such as "
+                f"there is no Minari data set {path}: give the folder of all data sets as SOURCE, "
+                "such as ~/.minari/datasets, and the path below it as NAME, such as "
                 "D4RL/door/human-v2"
             )
         with _readable(str(path)):
             size = _size_of(path / "data")
-            # Without them, Minari would make the environment, which runs whatever it names.
+            # Without the spaces, Minari would make the environment and so run any code it names.
             known = kind.read_raw_metadata(path / "data").keys()
             if not known >= {"observation_space", "action_space"}:
                 raise UserError(
-                    f"{path} does not say which spaces it has: record it with Minari 0.5 or later"
+                    f"{path} does not describe its spaces: record it again with Minari 0.5 or later"
                 )
             storage = kind.read(path / "data")
             if storage.total_episodes * _SMALLEST > size:
                 raise UserError(
-                    f"{path} says that it has more episodes than fit into its files: download or "
-                    "record it again"
+                    f"the metadata of {path} claim more episodes than its files can hold: download "
+                    "or record it again"
                 )
         spec = self.family.spec
         _check_space(str(path), "observation", storage.observation_space, spec.observation_size)
@@ -155,7 +157,7 @@ class MinariImporter(Importer):
 
 
 def minari_storage() -> Any:
-    """Minari's class of what is on the disk.
+    """Minari's class for a data set on disk.
 
     Raises:
         UserError: Minari is not installed.
@@ -174,23 +176,23 @@ def _holds_prompts(name: str) -> bool:
 
 
 def _size_of(folder: Path) -> int:
-    """Bytes of all files in a folder.
+    """The total size of all files in a folder, in bytes.
 
     Raises:
-        UserError: one is none that can be read to its end.
+        UserError: the folder holds something that is not a regular file.
     """
     files = [file for file in folder.rglob("*") if not file.is_dir()]
     for file in files:
         if not file.is_file():
             raise UserError(
-                f"{file} is no regular file, but a link to nothing, a pipe or a device: remove it "
+                f"{file} is not a regular file but a broken link, a pipe or a device: remove it "
                 "and download or record the data set again"
             )
     return sum(file.stat().st_size for file in files)
 
 
 def _check_size(episode: MinariEpisode) -> None:
-    """Raise UserError where an episode in HDF5 would take more memory than an honest one."""
+    """Raise UserError if an episode in HDF5 would take far more memory than a genuine one."""
     import h5py  # an optional dependency
 
     sizes = []
@@ -199,79 +201,79 @@ def _check_size(episode: MinariEpisode) -> None:
         group.visititems(lambda _, item: sizes.append(getattr(item, "nbytes", 0)))
     if sum(sizes) > _LARGEST:
         raise UserError(
-            f"{episode} would take {sum(sizes) / 1e9:.1f} GB of memory, more than an episode has: "
-            "download or record it again"
+            f"{episode} would take {sum(sizes) / 1e9:.1f} GB of memory, which is too much for an "
+            "episode: download or record it again"
         )
 
 
 def _check_total(path: Path, storage: Any) -> None:
-    """Raise UserError where a data set has not as many steps as it says."""
+    """Raise UserError if a data set has another number of steps than its metadata say."""
     try:
         declared = storage.total_steps
         metadata = storage.get_episode_metadata(range(storage.total_episodes))
         steps = sum(episode["total_steps"] for episode in metadata)
-    except Exception:  # an episode is damaged, which is told where it is read
+    except Exception:  # an episode is damaged, and `read` reports it later
         return
     if steps != declared:
         raise UserError(
-            f"{path}: its episodes have {steps} steps and its metadata say {declared}: download or "
-            "record it again"
+            f"{path}: its episodes have {steps} steps, but its metadata say {declared}: download "
+            "or record it again"
         )
 
 
 def _check_lengths(where: str, found: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-    """Raise UserError where an episode has not as many numbers as it has to have, or says to."""
+    """Raise UserError if an episode has a wrong number of observations or steps."""
     observations, actions = len(found["observations"]), len(found["actions"])
     if observations != actions + 1:
         raise UserError(
-            f"{where}: it has {observations} observations and {actions} actions, and Minari's "
-            "episodes have one observation more than actions: record it again, or leave it out "
+            f"{where}: it has {observations} observations and {actions} actions, but an episode in "
+            "Minari has one observation more than actions: record it again, or leave it out "
             "with --skip-bad-episodes"
         )
     declared = metadata.get("total_steps", actions)
     if declared != actions:
         raise UserError(
-            f"{where}: it has {actions} steps and its metadata say {declared}: download or record "
+            f"{where}: it has {actions} steps, but its metadata say {declared}: download or record "
             "it again"
         )
 
 
 def _read_success(where: str, success: Any, length: int) -> int:
-    """Whether an episode of `length` steps is solved at any of them."""
+    """1 if an episode of `length` steps is solved at any step, else 0."""
     steps = one_per_step(as_float32(where, "success", success))
-    if steps.ndim and len(steps) == length + 1:  # the first is of the reset
+    if steps.ndim and len(steps) == length + 1:  # the first entry belongs to the reset
         steps = steps[1:]
     return solved(where, steps, length)
 
 
 def _check_space(where: str, kind: str, space: Any, size: int) -> None:
-    """Raise UserError where a space is no vector of `size` numbers."""
-    from gymnasium import spaces  # slow to import, and here after Minari in any case
+    """Raise UserError if a space is not a Box of vectors with `size` numbers."""
+    from gymnasium import spaces  # slow to import; Minari has already imported it here
 
     if isinstance(space, spaces.Dict) and kind == "observation":
         raise UserError(
-            f"{where}: its observations are dictionaries and vectors of {size} numbers are needed: "
-            "record it again with gymnasium's FlattenObservation around the environment"
+            f"{where}: its observations are dictionaries, but vectors of {size} numbers are "
+            "needed: record it again with gymnasium's FlattenObservation around the environment"
         )
     if not isinstance(space, spaces.Box) or space.shape != (size,):
         raise UserError(
-            f"{where}: its {kind} space is a {type(space).__name__} of shape {space.shape} and a "
-            f"Box of shape ({size},) is needed: name the tasks, or the --family, that it is of"
+            f"{where}: its {kind} space is a {type(space).__name__} of shape {space.shape}, but a "
+            f"Box of shape ({size},) is needed: give the right tasks or the right --family"
         )
 
 
 @contextmanager
 def _readable(where: str) -> Iterator[None]:
-    """Say in a sentence what Minari, HDF5 or Arrow meet inside."""
+    """Turn every error of Minari, HDF5 or Arrow into a sentence."""
     try:
         yield
     except UserError:
         raise
-    except ImportError as error:  # of the storage format
+    except ImportError as error:  # the storage format needs a package that is not installed
         raise UserError(f"{where} cannot be read: {error}") from error
-    except Exception as error:  # damage shows as dozens of kinds
+    except Exception as error:  # damage leads to dozens of kinds of errors
         raise_refusal(error, where)
         raise UserError(
-            f"{where} is damaged or no Minari data ({type(error).__name__}): download or record "
+            f"{where} is damaged or not Minari data ({type(error).__name__}): download or record "
             "it again"
         ) from error

@@ -1,10 +1,10 @@
-"""npz files, one episode each, as the public Meta-World data sets have them.
+"""Reads npz files with one episode each, the format of the public Meta-World data sets.
 
-Two layouts are known: `<root>/<task>-v2/<i>.npz` and MTDiff's `<root>/<task>/<run>/dataset/*.npz`;
-a folder may have any name that the family's `resolve_tasks` knows. Keys read: observations
-(T, observation_size), actions (T, action_size), rewards (T,) or (T, 1), and where there are any
-success and the flags of an episode's end (terminals, timeouts, dones and others), each (T,) or
-(T, 1).
+Two layouts can be read: `<root>/<task>-v2/<i>.npz` and MTDiff's
+`<root>/<task>/<run>/dataset/*.npz`. A task's folder may have any name that the family's
+`resolve_tasks` knows. The importer reads the keys observations (T, observation_size), actions
+(T, action_size) and rewards (T,) or (T, 1). If they exist, it also reads success and the flags of
+an episode's end (terminals, timeouts, dones and others), each (T,) or (T, 1).
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from ..store import UNKNOWN, Episode
 from . import Importer
 from .arrays import as_float32, ending, flags_of, one_per_step, reading, solved
 
-_LARGEST = 2**26  # bytes of one array; an episode of 500 steps has 78,000
-_ENCRYPTED = 1  # a bit of a zip entry's flags
+_LARGEST = 2**26  # most bytes of one array; the observations of 500 steps take 78,000
+_ENCRYPTED = 1  # this bit of a zip entry's flags is set if the entry is encrypted
 
 
 class NpzImporter(Importer):
-    """Reads a folder per task; an episode is a file."""
+    """Reads a folder per task; each file is one episode."""
 
     def tasks(self) -> tuple[str, ...]:
-        """The tasks that have a folder of their own, sorted."""
+        """The tasks that have a folder, sorted by name."""
         if not self.source.is_dir():
             raise UserError(
-                f"{self.source} is not a folder: give the one that holds a folder per task"
+                f"{self.source} is not a folder: give the folder that holds a folder per task"
             )
         tasks = {task for folder in self._folders() if (task := self._task_of(folder))}
         if not tasks:
@@ -50,7 +50,7 @@ class NpzImporter(Importer):
         if len(folders) > 1:
             names = " and ".join(sorted(folder.name for folder in folders))
             raise UserError(
-                f"{self.source} has several folders for {task}, {names}: leave one of them"
+                f"{self.source} has several folders for {task}, {names}: keep only one of them"
             )
         files = list(folders[0].glob("*.npz")) or list(folders[0].glob("*/dataset/*.npz"))
         if not files:
@@ -58,18 +58,16 @@ class NpzImporter(Importer):
         return sorted(files, key=_natural_order)
 
     def files(self, task: str) -> list[Path]:
-        """An episode is a file."""
+        """The files of a task, one per episode."""
         return self.episodes(task)
 
     def read(self, episode: Path) -> Episode:
         """Read one file."""
-        with reading(episode, "truncated or no npz file: download it again or remove it"):
-            # What is mapped, a single array, is not read.
+        with reading(episode, "truncated or not an npz file: download it again or remove it"):
+            # With mmap_mode, a large .npy file, which is refused below, is not read.
             file = np.load(episode, mmap_mode="r", allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
-                raise UserError(
-                    f"{episode} is a single array: an episode is an .npz with named arrays"
-                )
+                raise UserError(f"{episode} is a single array: give an .npz file with named arrays")
             with file:
                 return _read_keys(episode, file)
 
@@ -77,7 +75,7 @@ class NpzImporter(Importer):
         return [folder for folder in self.source.iterdir() if folder.is_dir()]
 
     def _task_of(self, folder: Path) -> str | None:
-        """The task after which a folder is named, if there is one."""
+        """The task after which a folder is named, or None."""
         if folder.name in self.family.task_sets:
             return None
         try:
@@ -105,33 +103,34 @@ def _read_keys(path: Path, file: np.lib.npyio.NpzFile) -> Episode:
 
 
 def _read_success(path: Path, file: np.lib.npyio.NpzFile, length: int) -> int:
-    """Whether an episode of `length` steps is solved at any of them."""
+    """1 if an episode of `length` steps is solved at any step, else 0."""
     return solved(str(path), one_per_step(_read_array(path, file, "success")), length)
 
 
 def _read_array(path: Path, file: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
-    """One array as float32."""
+    """Read one array as float32."""
     try:
-        assert file.zip is not None  # of a file that is open
+        assert file.zip is not None  # None only after the file was closed
         entry = file.zip.getinfo(f"{key}.npy")
         if entry.flag_bits & _ENCRYPTED:
             raise UserError(f"{path} is encrypted: write it again without a password")
         if entry.file_size > _LARGEST:
             raise UserError(
-                f"{path}: {key} would take {entry.file_size / 1e9:.1f} GB of memory, more than an "
-                "episode has: download or write the file again"
+                f"{path}: {key} would take {entry.file_size / 1e9:.1f} GB of memory, which is too "
+                "much for an episode: download or write the file again"
             )
         array = np.asarray(file[key])
     except UserError:
         raise
-    except Exception as error:  # NumPy and zipfile meet damage with dozens of kinds
+    except Exception as error:  # damage leads to dozens of kinds of errors
         raise_refusal(error, path)
         raise UserError(
-            f"{path}: {key} is damaged or holds no plain numbers: download or write the file again"
+            f"{path}: {key} is damaged or does not hold plain numbers: download or write the file "
+            "again"
         ) from error
     return as_float32(str(path), key, array)
 
 
 def _natural_order(path: Path) -> list[tuple[int, str]]:
-    """Sorts 2.npz before 10.npz."""
+    """A sort key that puts 2.npz before 10.npz."""
     return [(int(number or 0), text) for number, text in re.findall(r"(\d+)|(\D+)", str(path))]

@@ -1,12 +1,13 @@
-"""Pickles of plain containers, numbers, strings and NumPy arrays, read without running anything.
+"""Reads pickles of plain containers, numbers, strings and NumPy arrays without running their code.
 
-A pickle is a program that may call whatever can be imported. The machine here knows only the
-instructions by which such data are written, in every protocol of Python 3; what NumPy calls in
-them are names for functions of this file, which check what they are given. Nothing is imported, no
-attribute is set, and no other name is known.
+A pickle is a program that may call any function that can be imported. The machine in this file
+knows only the instructions that write such data, in every protocol of Python 3. If an instruction
+names a function of NumPy, the machine calls a function in this file instead, which checks its
+arguments. The machine imports nothing, sets no attribute and knows no other name.
 
-Nor can a file cost much more than its size: arrays share the bytes that were read, nothing is
-allocated because a file declares it, and the number of instructions is bounded.
+Reading a file takes little more memory than the file's size. Arrays share the bytes of the file,
+nothing is allocated only because the file declares a size, and the number of instructions has a
+limit.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ import numpy as np
 from ...errors import UserError
 from .arrays import reading
 
-_LARGEST = 2**31  # bytes of a file; a task of 1000 episodes of 200 steps takes 80 million
-_INSTRUCTIONS = 2**22  # of a file; an episode takes some 200, and one makes 100 bytes
+_LARGEST = 2**31  # most bytes of a file; a task with 1000 episodes of 200 steps takes 80 million
+_INSTRUCTIONS = 2**22  # most instructions of a file; an episode takes about 200 of them
 
 _NUMBERS = {"b1", *(f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)), "f2", "f4", "f8"}
 
 
 class Array:
-    """A NumPy array of a pickle.
+    """A NumPy array in a pickle.
 
     Attributes:
-        values: of booleans, integers or floats; None if the pickle never says what it holds.
+        values: an array of booleans, integers or floats; None if the pickle gives no content.
     """
 
     def __init__(self, values: np.ndarray | None = None) -> None:
@@ -40,37 +41,37 @@ class Array:
 
 
 def read_pickle(path: Path) -> Any:
-    """What a pickle holds: arrays as `Array`, NumPy's scalars as numbers.
+    """Read the content of a pickle: arrays become `Array`, NumPy scalars become numbers.
 
-    The file is read whole: it and its arrays are in memory at once, twice its size.
+    The whole file is read at once, so reading takes about twice its size in memory.
 
     Raises:
-        UserError: it is missing, damaged, larger than 2 GiB, or holds anything else.
+        UserError: the file is missing, damaged or larger than 2 GiB, or holds anything else.
     """
-    with reading(path, "truncated or no pickle: download it again or remove it"):
+    with reading(path, "truncated or not a pickle: download it again or remove it"):
         try:
             size = path.stat().st_size
             if size > _LARGEST:
-                raise _Refusal(f"has {size / 1e9:.1f} GB, which are read at once: split it")
+                raise _Refusal(f"has {size / 1e9:.1f} GB, which is too large to read: split it")
             return _Machine(size).run(path.read_bytes())
         except _Refusal as refusal:
             raise UserError(f"{path} {refusal}") from None
 
 
 class _Refusal(Exception):
-    """Why a sound pickle is not read, and what to do."""
+    """Says why an undamaged pickle is not read, and what to do."""
 
 
 class _DType:
-    """A dtype; its byte order comes with its state."""
+    """A dtype; `set_state` gives its byte order."""
 
     def __init__(self, code: str, align: bool = False, copy: bool = True) -> None:
         if not isinstance(code, str):
             raise TypeError(type(code))
         if code not in _NUMBERS:
             raise _Refusal(
-                f"holds an array of {code[:20]!r}, and only numbers are read: write it again with "
-                "arrays of a float, integer or bool dtype"
+                f"holds an array of {code[:20]!r}, but only numbers can be read: write it again "
+                "with arrays of a float, integer or bool dtype"
             )
         self.type = np.dtype(code)
 
@@ -82,12 +83,12 @@ class _Machine:
     """Runs one pickle.
 
     Args:
-        size: bytes of the file.
+        size: the size of the file in bytes.
     """
 
     def __init__(self, size: int) -> None:
         self.stack: list[Any] = []
-        self.below: list[list[Any]] = []  # the stacks that the marks cut off
+        self.below: list[list[Any]] = []  # for each mark, the stack below it
         self.memo: dict[int, Any] = {}
         self.names: dict[str, Any] = {
             "numpy ndarray": _NDARRAY,
@@ -95,7 +96,7 @@ class _Machine:
             "_codecs encode": _Encoder(size),
             "__builtin__ bytes": bytes,
         }
-        for core in ("numpy.core", "numpy._core"):  # before and since NumPy 2
+        for core in ("numpy.core", "numpy._core"):  # the name before NumPy 2, and since
             self.names[f"{core}.multiarray _reconstruct"] = _reconstruct
             self.names[f"{core}.multiarray scalar"] = _scalar
             self.names[f"{core}.numeric _frombuffer"] = _from_buffer
@@ -104,15 +105,15 @@ class _Machine:
         for number, (instruction, argument, _) in enumerate(pickletools.genops(content)):
             if number == _INSTRUCTIONS:
                 raise _Refusal(
-                    f"has more than {_INSTRUCTIONS:,} instructions: write it again with an array "
+                    f"has more than {_INSTRUCTIONS:,} instructions: write it again with one array "
                     "for each key of an episode, or split it"
                 )
             if instruction.name == "STOP":
                 return self.stack.pop()
             if instruction.name not in _DO:
                 raise _Refusal(
-                    f"uses the instruction {instruction.name}, which NumPy arrays and plain "
-                    "containers do not need, and a pickle can run code: write it again without"
+                    f"uses the instruction {instruction.name}: NumPy arrays and plain containers "
+                    "do not need it, and a pickle can run code, so write the file again without it"
                 )
             _DO[instruction.name](self, argument)
         raise AssertionError("genops ends at STOP")
@@ -121,7 +122,7 @@ class _Machine:
         self.stack.append(value)
 
     def since_mark(self) -> list[Any]:
-        """Take what was pushed since the last mark."""
+        """Take the values that were pushed since the last mark."""
         taken, self.stack = self.stack, self.below.pop()
         return taken
 
@@ -142,7 +143,7 @@ class _Machine:
 
     def set_items(self, values: list[Any]) -> None:
         target, keys = self.stack[-1], values[::2]
-        # The hash of any other key may take ever so long, and as deep a stack.
+        # The hash of any other key could take unlimited time or recursion.
         if not isinstance(target, dict) or not all(isinstance(key, str) for key in keys):
             raise TypeError(type(target))
         target.update(zip(keys, values[1::2], strict=True))
@@ -156,8 +157,8 @@ class _Machine:
     def name(self, name: str) -> None:
         if name not in self.names:
             raise _Refusal(
-                f"names {name.replace(' ', '.')}, which NumPy arrays and plain containers do not "
-                "need, and a pickle can run code: write it again without"
+                f"names {name.replace(' ', '.')}: NumPy arrays and plain containers do not need "
+                "it, and a pickle can run code, so write the file again without it"
             )
         self.push(self.names[name])
 
@@ -169,7 +170,7 @@ class _Machine:
 
     def reduce(self, _: None) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        if function is bytes and arguments:  # bytes() alone is what protocol 2 writes of b""
+        if function is bytes and arguments:  # protocol 2 writes b"" as a call of bytes()
             raise TypeError(arguments)
         self.push(function(*arguments))
 
@@ -185,10 +186,11 @@ class _Machine:
 
 
 class _Encoder:
-    """Makes the bytes that protocols 0 to 2 write as a text.
+    """Makes bytes from text: protocols 0 to 2 write bytes as text.
 
     Args:
-        size: how many at most, because a text can be read again and again.
+        size: the largest number of bytes in total. A pickle could otherwise encode one text again
+            and again.
     """
 
     def __init__(self, size: int) -> None:
@@ -202,18 +204,18 @@ class _Encoder:
 
 
 _NDARRAY = object()
-"""What `numpy.ndarray` names: `_reconstruct` is told it."""
+"""Stands for the name `numpy.ndarray`, which is the first argument of `_reconstruct`."""
 
 
 def _reconstruct(kind: object, shape: object, code: object) -> Array:
-    """An array whose state follows."""
+    """Make an array whose content follows in the pickle."""
     if kind is not _NDARRAY:
         raise TypeError(kind)
     return Array()
 
 
 def _from_buffer(content: bytes, dtype: _DType, shape: Sequence[int], order: str) -> Array:
-    """An array as protocol 5 writes it."""
+    """Make an array in the way of protocol 5."""
     return Array(_as_array(content, dtype, shape, order))
 
 
@@ -222,7 +224,7 @@ def _scalar(dtype: _DType, content: bytes) -> bool | int | float:
 
 
 def _as_array(content: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
-    """The bytes that were read, as an array."""
+    """View bytes of the file as an array."""
     if not isinstance(content, bytes | bytearray) or not isinstance(dtype, _DType):
         raise TypeError(type(content))
     if len(shape) > 3 or not all(isinstance(size, int) and 0 <= size < 2**40 for size in shape):
@@ -263,7 +265,7 @@ _DO: dict[str, Callable[[_Machine, Any], None]] = {
     **dict.fromkeys(("SHORT_BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES"), _Machine.push),
     **dict.fromkeys(("BINBYTES", "BINBYTES8", "BYTEARRAY8"), _Machine.push),
 }
-"""What the machine does at an instruction, given its argument."""
+"""The machine's function for each instruction; it gets the machine and the argument."""
 
 
 def _dictionary(machine: _Machine) -> None:

@@ -1,16 +1,17 @@
-"""Pickles of Cheetah-dir, Cheetah-vel and Ant-dir, as Prompt-DT's public code reads them.
+"""Reads Prompt-DT's public pickles of Cheetah-dir, Cheetah-vel and Ant-dir.
 
     data/<env>/<env>-<i>-<quality>.pkl         the episodes of task i: a list of dicts
     data/<env>/<env>-<i>-prompt-<quality>.pkl  its prompts
     config/<env>/config_<env>_task<i>.pkl      its goal: a list of one dict
 
-`env` is cheetah_dir, cheetah_vel or ant_dir; the quality is a word such as expert. Keys read of an
-episode: observations (T, observation_size), actions (T, action_size), rewards (T,) or (T, 1), and
-terminals and other flags of an episode's end where there are any; of a goal: direction (1 or -1),
-velocity (m/s) or goal (radians). Prompts and, for cheetahs, whose goals are known, the
-configuration may be missing.
+`env` is cheetah_dir, cheetah_vel or ant_dir; the quality is a word such as expert. The importer
+reads an episode's keys observations (T, observation_size), actions (T, action_size) and rewards
+(T,) or (T, 1), and if they exist, terminals and other flags of an episode's end. It reads a goal's
+key direction (1 or -1), velocity (m/s) or goal (radians). The file of prompts may be missing. The
+file of the goal may be missing for cheetahs, because their goals are known.
 
-A pickle is read whole, but only one at a time: memory is that of the largest task's file.
+The importer reads each pickle whole, but only one at a time. The largest file therefore determines
+the memory.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ _FILE = re.compile(r"(cheetah_dir|cheetah_vel|ant_dir)-([0-9]{1,4})-(prompt-)?[\
 _KEYS = ("observations", "actions", "rewards")
 
 _GOAL = {"cheetah-dir": "direction", "cheetah-vel": "velocity", "ant-dir": "goal"}
-"""Of each family, the key under which a configuration has the goal."""
+"""The key of the goal in a configuration, by family."""
 
 
 class Place(NamedTuple):
-    """An episode: its file, and its place in the file's list."""
+    """An unread episode: its file, and its index in the file's list."""
 
     file: Path
     number: int
@@ -51,22 +52,25 @@ class Place(NamedTuple):
 
 
 class _Files(NamedTuple):
-    """The files of a task."""
+    """The files of a task; `prompts` is None if there is no file of prompts."""
 
     episodes: Path
     prompts: Path | None
 
 
 class PromptDTImporter(Importer):
-    """Reads two files per task; the source is the folder of an environment, or one above."""
+    """Reads one or two files per task.
+
+    The source is the folder of an environment, or one of the two folders above it.
+    """
 
     family: Locomotion
 
     def __init__(self, source: Path, family: EnvironmentFamily, datasets: Mapping[str, str]):
         if not isinstance(family, Locomotion):
             raise UserError(
-                f"the format prompt-dt has no data of {family.spec.family}: choose --family from "
-                f"{', '.join(_GOAL)}"
+                f"the format prompt-dt has no data of {family.spec.family}: choose one of "
+                f"{', '.join(_GOAL)} with --family"
             )
         super().__init__(source, family, datasets)
         self._environment = family.spec.family.replace("-", "_")
@@ -76,7 +80,7 @@ class PromptDTImporter(Importer):
 
     @classmethod
     def default_family(cls, source: Path, tasks: Sequence[str]) -> str:
-        """That of the tasks' names, or the one whose files are there."""
+        """The family of the named tasks, or else the family whose files the source holds."""
         if named := [task for task in tasks if not task.isdecimal()]:
             return family_of(named).spec.family
         found = [environment.replace("_", "-") for environment in _folders(source)]
@@ -90,7 +94,7 @@ class PromptDTImporter(Importer):
         return found[0]
 
     def resolve_tasks(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Numbers are those of the source's files; other names are the family's."""
+        """Turn the user's names into task names; a number means the number in a file's name."""
         tasks: list[str] = []
         for name in names:
             if not name.isdecimal():
@@ -102,20 +106,20 @@ class PromptDTImporter(Importer):
         return tuple(dict.fromkeys(tasks))
 
     def tasks(self) -> tuple[str, ...]:
-        """All of them, by number."""
+        """All tasks, in the order of their numbers."""
         return tuple(self._numbers)
 
     def episodes(self, task: str) -> list[Place]:
-        """Those of the file, in its order."""
+        """The episodes in the task's file, in the order of the file."""
         return self._places(self._files_of(task).episodes)
 
     def prompts(self, task: str) -> list[Place]:
-        """Those of the file of prompts; none where there is no such file."""
+        """The episodes in the task's file of prompts; empty if there is no such file."""
         file = self._files_of(task).prompts
         return [] if file is None else self._places(file)
 
     def files(self, task: str) -> list[Path]:
-        """The file of its episodes, and that of its prompts if there is one."""
+        """The file of the task's episodes and, if there is one, the file of its prompts."""
         return [file for file in self._files_of(task) if file is not None]
 
     def read(self, episode: Place) -> Episode:
@@ -127,13 +131,13 @@ class PromptDTImporter(Importer):
         return Episode(observations, actions, one_per_step(rewards), UNKNOWN, terminated)
 
     def _find_files(self) -> dict[int, _Files]:
-        """The files of every task, by its number."""
+        """The files of every task, by the task's number."""
         found: dict[int, dict[bool, Path]] = {}
         for path in sorted(self._folder.glob(f"{self._environment}-*.pkl")):
             if (name := _FILE.fullmatch(path.name)) is None:
                 continue
-            of_task = found.setdefault(int(name[2]), {})
-            other = of_task.setdefault(bool(name[3]), path)
+            task_files = found.setdefault(int(name[2]), {})  # by whether they hold prompts
+            other = task_files.setdefault(bool(name[3]), path)
             if other != path:
                 raise UserError(
                     f"{self._folder} has both {other.name} and {path.name}: move one of them away"
@@ -143,11 +147,11 @@ class PromptDTImporter(Importer):
                 f"{self.source} has no file such as {self._environment}-0-expert.pkl: give the "
                 "folder data of Prompt-DT"
             )
-        for number, of_task in found.items():
-            if False not in of_task:
+        for number, task_files in found.items():
+            if False not in task_files:
                 raise UserError(
-                    f"{of_task[True]} has prompts of task {number}, whose episodes are missing: "
-                    f"add {self._environment}-{number}-expert.pkl"
+                    f"{task_files[True]} has prompts of task {number}, but there is no file of its "
+                    f"episodes: add {self._environment}-{number}-expert.pkl"
                 )
         return {
             number: _Files(found[number][False], found[number].get(True))
@@ -157,17 +161,17 @@ class PromptDTImporter(Importer):
     def _files_of(self, task: str) -> _Files:
         if task not in self._numbers:
             raise UserError(
-                f"{self._folder} has no file for {task}: {self._what_there_is()}, such as "
-                f"{next(iter(self._numbers))}; --tasks takes numbers as well"
+                f"{self._folder} has no file for {task}: {self._what_there_is()} (the first is "
+                f"{next(iter(self._numbers))}); --tasks also takes these numbers"
             )
         return self._files[self._numbers[task]]
 
     def _what_there_is(self) -> str:
-        return f"it has those of the tasks {', '.join(map(str, self._files))}"
+        return f"it has files of the tasks {', '.join(map(str, self._files))}"
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
-        """The number of every task, by its name."""
+        """The number of every task, by the task's name."""
         numbers: dict[str, int] = {}
         for number in self._files:
             other = numbers.setdefault(self._task_of(number), number)
@@ -179,16 +183,16 @@ class PromptDTImporter(Importer):
         return numbers
 
     def _task_of(self, number: int) -> str:
-        """The name of a task, by its goal."""
+        """The name of a task, which follows from its goal."""
         file = f"config_{self._environment}_task{number}.pkl"
         folders = [self._folder, *self._folder.absolute().parents[:2]]
         places = [f / below for f in folders for below in ("", f"config/{self._environment}")]
         for place in places:
-            if os.path.lexists(place / file):  # a link to nothing stands for some goal
+            if os.path.lexists(place / file):  # also for a broken link, so that reading refuses it
                 return self._named_by_goal(place / file)
         if self.family.spec.family == "ant-dir" or number >= len(self.family.task_goals):
             raise UserError(
-                f"the goal of task {number} in {self._folder} is not known: put {file} of "
+                f"the goal of task {number} in {self._folder} is not known: copy {file} from "
                 f"Prompt-DT's folder config/{self._environment} into {self._folder}"
             )
         return self.family.task_of(self.family.task_goals[number])
@@ -204,8 +208,8 @@ class PromptDTImporter(Importer):
             self.family.goal_of(task)
         except (LookupError, TypeError, ValueError, OverflowError, UserError):
             raise UserError(
-                f"{file} holds no goal: a list of one dict is needed with the key {key!r} and a "
-                "number that the family knows as a goal; download it again"
+                f"{file} holds no goal: it must be a list of one dict, whose key {key!r} has a "
+                "number that is a goal of the family; download it again"
             ) from None
         return task
 
@@ -213,25 +217,25 @@ class PromptDTImporter(Importer):
         return [Place(file, number) for number in range(len(self._read(file)))]
 
     def _read(self, file: Path) -> list[Any]:
-        """What a file holds; of the last one it is remembered."""
+        """Read the episodes of a file; the last file stays in memory."""
         if self._last is None or self._last[0] != file:
-            self._last = None  # before the next is read, not after
+            self._last = None  # frees the memory before the next file is read
             content = read_pickle(file)
             if not isinstance(content, list) or not content:
                 raise UserError(
-                    f"{file} holds no list of episodes, or an empty one: download it again"
+                    f"{file} holds no list of episodes, or an empty list: download it again"
                 )
             if sum(map(_size, content)) > file.stat().st_size:
                 raise UserError(
-                    f"{file} holds some array several times, and each would be written as another: "
-                    "download it again"
+                    f"{file} refers to the same array several times, so the store would become "
+                    "larger than the file: download it again"
                 )
             self._last = file, content
         return self._last[1]
 
 
 def _folders(source: Path) -> dict[str, Path]:
-    """The folder of every environment whose files are in a source."""
+    """The folder of every environment that has files in the source, by environment."""
     found: dict[str, Path] = {}
     for environment in (family.replace("-", "_") for family in _GOAL):
         for folder in (source, source / environment, source / "data" / environment):
@@ -241,22 +245,22 @@ def _folders(source: Path) -> dict[str, Path]:
 
 
 def _size(content: Any) -> int:
-    """Bytes of an episode's arrays."""
+    """The size of an episode's arrays in bytes."""
     arrays = [content.get(key) for key in _KEYS] if isinstance(content, dict) else []
     values = [array.values for array in arrays if isinstance(array, Array)]
     return sum(array.nbytes for array in values if array is not None)
 
 
 def _read_array(place: Place, content: Any, key: str) -> np.ndarray:
-    """One array as float32."""
+    """Read one array as float32."""
     if not isinstance(content, dict):
-        raise UserError(f"{place} is no dict of arrays: download the file again")
+        raise UserError(f"{place} is not a dict of arrays: download the file again")
     if key not in content:
         raise UserError(
             f"{place} has no key {key!r} (it has {', '.join(content) or 'none'}): rename or add it"
         )
     array = content[key]
     if not isinstance(array, Array) or array.values is None:
-        raise UserError(f"{place}: {key} is no array: download or write the file again")
-    with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused as such
+        raise UserError(f"{place}: {key} is not an array: download or write the file again")
+    with np.errstate(over="ignore"):  # too large values become infinite, and are refused later
         return array.values.astype(np.float32)

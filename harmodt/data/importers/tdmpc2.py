@@ -1,11 +1,12 @@
-"""TD-MPC2's data of 80 tasks, mt80 (Hansen et al., 2024), of which Meta-World's 50 can be had.
+"""Reads mt80, TD-MPC2's data of 80 tasks (Hansen et al., 2024): the 50 tasks of Meta-World.
 
-The source is the folder of its chunks, `chunk_0.pt` and so on: each a TensorDict with n episodes of
-101 rows, as `torch.save` writes it. Keys read: obs (n, 101, 39), action (n, 101, 6), of which
-Meta-World takes the first four, reward (n, 101), and task (n, 101), a number in the list
-TASK_SET["mt80"] of TD-MPC2's tdmpc2/common/__init__.py; and flags of an episode's end (n, 101),
-such as terminated, where there are any. A row is what was seen after its action, and what that
-gave; the first row's action, reward and flags are filler. There is no success.
+The source is the folder of the chunks `chunk_0.pt`, `chunk_1.pt` and so on. `torch.save` wrote each
+chunk as a TensorDict with n episodes of 101 rows. The importer reads these keys: obs (n, 101, 39);
+action (n, 101, 6), of which Meta-World uses the first four numbers; reward (n, 101); and task
+(n, 101), the index in the list TASK_SET["mt80"] of TD-MPC2's tdmpc2/common/__init__.py. If they
+exist, it also reads the flags of an episode's end (n, 101), such as terminated. A row holds an
+action, its reward and flags, and the observation after it. The first row's action, reward and
+flags have no meaning. The data do not give the success.
 """
 
 from __future__ import annotations
@@ -44,18 +45,18 @@ _NAMES = (
     "door-lock door-unlock hand-insert"
 )
 TASKS = tuple(f"{name}-v3" for name in _NAMES.split())
-"""Meta-World's, in the order of mt80; those of DMControl come before."""
+"""The tasks of Meta-World in the order of mt80, which has the tasks of DMControl before them."""
 FIRST = 30
-"""The number of the first of them."""
+"""The number of the first Meta-World task in mt80."""
 
 _ROWS = SPEC.episode_length + 1
 _WIDTHS = {"obs": (39,), "action": (6,), "reward": (), "task": ()}
-_FLAGS: dict[str, tuple[int, ...]] = dict.fromkeys(ENDS, ())  # which a chunk may lack
-_LARGEST = 2**20  # bytes of what says where a chunk's numbers are; there are 600
+_FLAGS: dict[str, tuple[int, ...]] = dict.fromkeys(ENDS, ())  # a chunk may lack them
+_LARGEST = 2**20  # most bytes of a chunk's data.pkl, which describes its tensors; it has 600
 
 
 class _Which(NamedTuple):
-    """An episode that is not read yet."""
+    """An unread episode."""
 
     chunk: Path
     number: int
@@ -65,45 +66,45 @@ class _Which(NamedTuple):
 
 
 class TdMpc2Importer(Importer):
-    """Reads a folder of chunks, which stay on the disk: they are mapped into memory.
+    """Reads a folder of chunks, whose files are mapped into memory.
 
-    Only what says which episode is of which task, about 100 bytes an episode, is kept.
+    The importer keeps only an index of the episodes, about 100 bytes per episode.
     """
 
     def __init__(self, source: Path, family: EnvironmentFamily, *others: Any) -> None:
         super().__init__(source, family, *others)
         if family.spec != SPEC:
             raise UserError(
-                f"TD-MPC2 executed every action twice, so its data are of {SPEC.family} and not of "
-                f"{family.spec.family}: leave --family out"
+                f"TD-MPC2 executed every action twice, so its data belong to {SPEC.family} and not "
+                f"to {family.spec.family}: leave --family out"
             )
 
     @classmethod
     def default_family(cls, source: Path, tasks: Sequence[str]) -> str:
-        """The one that repeats actions as TD-MPC2 does."""
+        """The family that repeats every action, as TD-MPC2 does."""
         return SPEC.family
 
     def tasks(self) -> tuple[str, ...]:
-        """Those of Meta-World that have an episode, in the order of mt80."""
+        """The Meta-World tasks that have an episode, in the order of mt80."""
         tasks = tuple(task for task, episodes in self._episodes.items() if episodes)
         if not tasks:
             raise UserError(
                 f"{self.source} holds no episode of Meta-World: give the folder of mt80, whose "
-                f"tasks {FIRST} to {FIRST + len(TASKS) - 1} are Meta-World's"
+                f"tasks {FIRST} to {FIRST + len(TASKS) - 1} belong to Meta-World"
             )
         return tasks
 
     def episodes(self, task: str) -> list[_Which]:
-        """Those of a task in the order of the chunks, and within a chunk in its order."""
+        """The episodes of a task, in the order of the chunks and of the rows in a chunk."""
         if not self._episodes[task]:
             raise UserError(
-                f"{self.source} holds no episode of {task}: add the chunks that are missing, or "
-                "leave the task out of --tasks"
+                f"{self.source} holds no episode of {task}: add the missing chunks, or leave the "
+                "task out of --tasks"
             )
         return self._episodes[task]
 
     def read(self, episode: _Which) -> Episode:
-        """Read one episode: what is seen in a row goes with the action of the next."""
+        """Read one episode: a row's observation goes with the action of the next row."""
         chunk, number = self._chunks[episode.chunk], episode.number
         tasks = chunk["task"][number]
         if (tasks != tasks[0]).any():
@@ -119,35 +120,37 @@ class TdMpc2Importer(Importer):
         )
 
     def files(self, task: str) -> list[Path]:
-        """All chunks: any of them may hold episodes of the task."""
+        """All chunks, because each of them may hold episodes of the task."""
         return self._paths
 
     @cached_property
     def _paths(self) -> list[Path]:
         """The chunks' files in the order of their numbers."""
         if not self.source.is_dir():
-            raise UserError(f"{self.source} is not a folder: give the one that holds chunk_0.pt")
+            raise UserError(f"{self.source} is not a folder: give the folder that holds chunk_0.pt")
         paths = sorted(self.source.glob("*.pt"), key=lambda path: (len(path.name), path.name))
         if not paths:
-            raise UserError(f"{self.source} holds no .pt file: give the folder of chunk_0.pt")
+            raise UserError(
+                f"{self.source} holds no .pt file: give the folder that holds chunk_0.pt"
+            )
         return paths
 
     @cached_property
     def _chunks(self) -> dict[Path, dict[str, torch.Tensor]]:
-        """The tensors of every chunk by their keys."""
+        """The tensors of every chunk, by chunk and key."""
         return {path: _open_chunk(path) for path in self._paths}
 
     @cached_property
     def _episodes(self) -> dict[str, list[_Which]]:
-        """The episodes of every task."""
+        """The episodes of every task, by task."""
         found: dict[str, list[_Which]] = {task: [] for task in TASKS}
         for path, chunk in self._chunks.items():
             numbers = chunk["task"][:, 0].numpy()
             unknown = numbers[(numbers < 0) | (numbers >= FIRST + len(TASKS))]
             if len(unknown):
                 raise UserError(
-                    f"{path}: task holds {unknown[0]}, and mt80 has 0 to {FIRST + len(TASKS) - 1}: "
-                    "download the chunk again"
+                    f"{path}: task holds {unknown[0]}, but mt80 has only the tasks 0 to "
+                    f"{FIRST + len(TASKS) - 1}: download the chunk again"
                 )
             for number, task in enumerate(TASKS, start=FIRST):
                 rows = np.flatnonzero(numbers == number).tolist()
@@ -156,7 +159,7 @@ class TdMpc2Importer(Importer):
 
 
 class _Pickled:
-    """Stands in for whatever of tensordict is in a file: keeps its state, and does nothing."""
+    """Stands for any class of tensordict in a file: it keeps the state and does nothing."""
 
     def __init__(self, *arguments: Any) -> None:
         self.state: Any = arguments[-1] if arguments else None
@@ -166,12 +169,12 @@ class _Pickled:
 
 
 def _open_chunk(path: Path) -> dict[str, torch.Tensor]:
-    """Read a chunk once from end to end to see that it is whole, and map its tensors.
+    """Read a whole chunk once to verify its checksums, and map its tensors.
 
     Raises:
-        UserError: it is missing, damaged, or something else than a chunk of mt80.
+        UserError: the chunk is missing or damaged, or is not a chunk of mt80.
     """
-    with reading(path, "damaged or no TensorDict that torch.save wrote: download it again"):
+    with reading(path, "damaged or not a TensorDict that torch.save wrote: download it again"):
         _check_archive(path)
         fields = _load(path).state["_tensordict"]
         widths = _WIDTHS | {key: width for key, width in _FLAGS.items() if key in fields}
@@ -179,20 +182,21 @@ def _open_chunk(path: Path) -> dict[str, torch.Tensor]:
     for key, width in widths.items():
         _check_tensor(path, key, chunk.get(key), (_ROWS, *width))
     if len(set(map(len, chunk.values()))) > 1:
-        raise UserError(f"{path} has not as many episodes for every key: download it again")
+        raise UserError(f"{path} has different numbers of episodes per key: download it again")
     return chunk
 
 
 def _check_archive(path: Path) -> None:
-    """Compare the checksums of a file of `torch.save`, which is a zip archive.
+    """Verify the checksums of a file of `torch.save`, which is a zip archive.
 
     Raises:
-        Exception: it is none, or has been changed.
+        UserError: the archive is compressed.
+        Exception: the file is not a zip archive, or has changed.
     """
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED:
-                raise UserError(f"{path} is packed: write it again with torch.save")
+                raise UserError(f"{path} is compressed: write it again with torch.save")
             if entry.filename.endswith(".pkl") and entry.file_size > _LARGEST:
                 raise ValueError(entry)
         if name := archive.testzip():
@@ -200,17 +204,17 @@ def _check_archive(path: Path) -> None:
 
 
 def _load(path: Path) -> _Pickled:
-    """What a file of `torch.save` holds, read without running anything that it names."""
-    allowed = get_safe_globals()  # of this process, such as by tensordict itself
+    """Read a file of `torch.save` without running anything that it names."""
+    allowed = get_safe_globals()  # other code of this process, such as tensordict, may add some
     clear_safe_globals()
     try:
         for name in get_unsafe_globals_in_checkpoint(path):
             if not name.startswith("tensordict."):
                 raise UserError(
-                    f"{path} names {name}, which data have no use for, so it is not read: "
-                    "download it again, from TD-MPC2's own page"
+                    f"{path} names {name}, which data do not need, so the file is not read: "
+                    "download it again from TD-MPC2's own page"
                 )
-            # Early versions of tensordict kept the fields in a dict of their own kind.
+            # Early versions of tensordict kept the fields in a subclass of dict.
             known = dict if name.endswith("._StringOnlyDict") else _Pickled
             add_safe_globals([(known, name)])
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -220,12 +224,12 @@ def _load(path: Path) -> _Pickled:
 
 
 def _check_tensor(path: Path, key: str, tensor: Any, shape: tuple[int, ...]) -> None:
-    """Raise UserError where this is no tensor of numbers; `shape` is that of one episode."""
+    """Raise UserError if `tensor` is not a tensor of numbers, with the given shape per episode."""
     if not isinstance(tensor, torch.Tensor):
         raise UserError(f"{path} has no tensor {key!r}: download it again")
     if tensor.shape[1:] != shape:
         raise UserError(
-            f"{path}: {key} has the shape {tuple(tensor.shape)} and "
+            f"{path}: {key} has the shape {tuple(tensor.shape)}, but "
             f"(n, {', '.join(map(str, shape))}) is needed: give mt80, and not mt30"
         )
     whole = key == "task"
@@ -234,10 +238,11 @@ def _check_tensor(path: Path, key: str, tensor: Any, shape: tuple[int, ...]) -> 
     plain = (
         tensor.dtype in (*kinds, *flags) and tensor.layout == torch.strided and not tensor.is_meta
     )
-    if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():  # one number for many
-        raise UserError(f"{path}: {key} holds no plain numbers: download it again")
+    # A stride of 0 could make a huge tensor from one stored number.
+    if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise UserError(f"{path}: {key} does not hold plain numbers: download it again")
 
 
 def _as_array(tensor: torch.Tensor) -> np.ndarray:
-    """A copy as float32."""
+    """Copy a tensor as a float32 array."""
     return tensor.detach().to(torch.float32, copy=True).numpy()
