@@ -29,7 +29,8 @@ from harmodt.environments import family, family_of
 from harmodt.environments.locomotion import measure_expert, train_expert
 from harmodt.errors import UserError
 from harmodt.rundir import RunDirectory
-from harmodt.training.run import Run, SavedRun
+from harmodt.training import run
+from harmodt.training.run import SavedRun
 
 ROOT = Path(__file__).parents[1]
 TEXTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")))
@@ -121,9 +122,9 @@ def stop_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RunDirectory, "read", lambda self: None)
     saved = Namespace(config=preset("quickstart", "harmodt-f"))
     monkeypatch.setattr(SavedRun, "open", lambda path: saved)
-    monkeypatch.setattr(Run, "begin", at_work)
-    monkeypatch.setattr(Run, "resume", at_work)
-    monkeypatch.setattr(evaluate, "_play", check_evaluation)
+    monkeypatch.setattr(run, "begin", at_work)
+    monkeypatch.setattr(run, "resume", at_work)
+    monkeypatch.setattr(evaluate, "_load", check_evaluation)
     monkeypatch.setattr(evaluate, "find_backend", lambda: None)
     monkeypatch.setattr(import_checkpoint.AuthorsCheckpoint, "read", at_work)
     monkeypatch.setattr(harmodt.report.__main__, "write_report", at_work)

@@ -197,7 +197,7 @@ def test_where_vectors_alone_are_too_many_the_share_is_named(initialisation: str
     vector = make_transformer().vector  # 3.5 % of its maskable weights are in vectors
     draw_bank(vector, [0.96], 0, initialisation)
     with pytest.raises(
-        UserError, match=r"sparsity is 0\.97, but biases .* are 3\.5% of the maskable"
+        UserError, match=r"sparsity is 0\.97, but uniform .* are 3\.5% of the maskable"
     ):
         draw_bank(vector, [0.5, 0.97], 0, initialisation)
 
