@@ -41,7 +41,7 @@ class Policy(Protocol):
 
     @property
     def plans(self) -> dict[str, str | int | float] | None:
-        """The settings of the policy's plans, by name (`PlanSettings`); None if it does not plan."""
+        """The settings of the policy's plans, by name (`PlanSettings`); None if it has no plans."""
 
     def use_voted_mask(self) -> None:
         """Use the mask for unseen tasks (Eq. 13) in every task; takes effect at `start`.

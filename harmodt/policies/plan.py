@@ -24,7 +24,7 @@ class PlanSettings:
     """How plans are drawn at evaluation; this does not affect training."""
 
     sampler: Sampler = "ddim"
-    """ddpm takes all steps of the diffusion and adds noise in each; ddim takes only some of them and
+    """ddpm takes all steps of the diffusion and adds noise in each; ddim takes only some steps and
     adds no noise."""
     sampling_steps: Count = 10
     """Steps of ddim."""
