@@ -204,7 +204,7 @@ def test_an_algorithms_defaults_are_below_a_presets() -> None:
 @pytest.mark.parametrize("algorithm", ["mtbc", "mtiql"])
 def test_unseen_tasks_are_refused(store: DataStore, tmp_path: Path, algorithm: str) -> None:
     begin(store, tmp_path / "run", *SMALL, algorithm=algorithm)
-    with pytest.raises(UserError, match=f"{algorithm} cannot meet unseen tasks"):
+    with pytest.raises(UserError, match=f"{algorithm} cannot act on unseen tasks"):
         load_policy(tmp_path / "run", unseen=Unseen(store.path))
 
 
