@@ -77,7 +77,7 @@ def unseen_policy(
     """
     if not isinstance(setup.config.own, SequenceSettings):
         raise UserError(
-            f"{setup.config.algorithm} cannot act on unseen tasks, which only sequence models can: leave "
+            f"{setup.config.algorithm} cannot act on unseen tasks (sequence models can): leave "
             "--unseen out"
         )
     masks = setup.config.own.masks if isinstance(setup.config.own, RandomMaskSettings) else None
