@@ -1,4 +1,4 @@
-"""Child processes that end with their parent. All child processes of HarmoDT start here.
+"""Child processes that end with their parent. Only this module ties a child to its parent.
 
 A `Worker` is a separate Python interpreter that holds an object and calls the object's methods.
 `start_command` starts a whole command, such as a training run, which saves its work before it ends.

@@ -57,7 +57,7 @@ def test_damaged_settings_are_named(path: tuple[str, ...], value: object, messag
 def test_a_missing_setting_is_named() -> None:
     content = to_json(preset("quickstart", "mtdt"))
     del content["optimisation"]["steps"]
-    with pytest.raises(UserError, match=r"lacks.*optimisation\.steps"):
+    with pytest.raises(UserError, match=r"missing.*optimisation\.steps"):
         config_from_json(content, "run.json")
 
 

@@ -63,7 +63,7 @@ def find(name: str) -> Algorithm:
 
 
 def preset(name: str, algorithm: str) -> TrainConfig:
-    """The settings of a preset for an algorithm. The preset replaces the algorithm's defaults.
+    """The settings of a preset for an algorithm. It overrides the algorithm's defaults.
 
     Raises:
         UserError: there is no such preset or algorithm.

@@ -200,7 +200,7 @@ class Learner(Generic[Own]):
     def _compute(self) -> Tensor:
         """Compute the loaded step. Return its losses [G] and gradient norm as one tensor.
 
-        A graph replays this method, so it works only on the device and on tensors that do not move.
+        A graph replays this method. It works only on the device, on tensors with fixed addresses.
         """
         batch, targets = self.feed.batch()
         rates, *extra = self.feed.extra

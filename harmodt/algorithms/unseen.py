@@ -142,8 +142,8 @@ def nearest_tasks(
 ) -> Tensor:
     """For each unseen task, the training task whose gradient has the largest cosine with its own.
 
-    They are dense gradients over the maskable weights, on windows of each task's prompt episodes.
-    Here all tasks have the task embedding of unseen tasks.
+    The gradients are dense, over the maskable weights, on windows of each task's prompt episodes.
+    All tasks get the task embedding of unseen tasks here.
 
     Args:
         setup: the setup of the run.

@@ -90,7 +90,7 @@ class GradientPass:
         return sum(tensor.nbytes for tensors in kept for tensor in tensors)
 
     def _prepare(self, like: list[Tensor]) -> tuple[list[Tensor], Tensor, Callable[[], Tensor]]:
-        """Make buffers for a batch and its gradients, and the function that fills the latter."""
+        """Make buffers for a batch and its gradients, and the function that computes them."""
         layout, weights = Layout(like), self.vector.weights
         buffers = layout.views(layout.pack(like, weights.device))
         # The padding must be 0, and no pass writes to it.
