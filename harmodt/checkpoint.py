@@ -1,8 +1,8 @@
 """Writes, reads and deletes the checkpoints of a run. A checkpoint is written whole or not at all.
 
 A checkpoint is a directory that gets its final name when it is complete. The tuple (seed, purpose,
-step) seeds every random draw of a run. A checkpoint therefore stores no other random state and no
-position in the data than the step.
+step) seeds every random draw of a run. The step is therefore the only random state and the only
+position in the data that a checkpoint stores.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def _check(path: Path, tensors: Mapping[str, Tensor], description: Description) 
     """Check that numbers are finite and masks have the run's density.
 
     Raises:
-        UserError: a number is not finite, or a task's mask has not the density of its first mask.
+        UserError: a number is not finite, or a task's mask has another density than its first mask.
     """
     for name, tensor in tensors.items():
         if tensor.is_floating_point():

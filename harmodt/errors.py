@@ -1,4 +1,4 @@
-"""Error messages for the person at the keyboard. This module has the words of all of them."""
+"""Errors for the person at the keyboard. Only this module words the system's errors."""
 
 from __future__ import annotations
 

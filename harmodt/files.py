@@ -52,7 +52,7 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def clear_temporaries(path: Path) -> None:
-    """Delete temporary files for `path` of killed processes, but not those of living ones."""
+    """Delete temporary files for `path` that killed processes left; keep those in use."""
     for file in path.parent.glob(f"{glob.escape(f'.{path.name}.')}*.tmp"):
         process = file.name[len(path.name) + 2 : -len(".tmp")]
         if re.fullmatch("[0-9]{1,9}", process) and not _lives(int(process)):

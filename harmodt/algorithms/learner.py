@@ -28,7 +28,7 @@ from ..settings import settings
 from .optimiser import Optimiser
 
 MODEL = "model"
-"""Name of a learner's network where it trains only one."""
+"""The name of the network in a learner that trains only one network."""
 
 Own = TypeVar("Own", bound=AlgorithmSettings)
 """The settings of one algorithm."""
