@@ -31,7 +31,7 @@ _SYSTEM = {
     errno.EISDIR: ("a folder is where a file should be", f"move it away or {_CHOOSE}"),
     errno.ENOTEMPTY: ("the folder is not empty", f"move it away or {_CHOOSE}"),
     errno.ELOOP: ("symbolic links lead in a circle", f"remove them or {_CHOOSE}"),
-    errno.ENOENT: ("it is not there, or was taken away meanwhile", "put it back"),
+    errno.ENOENT: ("it does not exist, or was moved away", "put it back"),
     errno.EIO: ("the disk reports an error", "check the disk"),
     errno.EREMOTEIO: ("the disk reports an error", "check the disk"),
     errno.ESTALE: ("the network file system lost it", "check that it is mounted"),

@@ -114,7 +114,7 @@ class Learner(Generic[Own]):
         raise NotImplementedError
 
     def extra_inputs(self, steps: range) -> list[Tensor]:
-        """The extra inputs of consecutive steps, beside their windows: tensors [S, ...] on the CPU.
+        """The inputs of consecutive steps besides their windows: tensors [S, ...] on the CPU.
 
         The first tensor has the learning rates and bias corrections.
         """

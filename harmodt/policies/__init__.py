@@ -24,8 +24,8 @@ class Policy(Protocol):
         step: number of training steps after which the weights were saved.
         mask: "task" if each task has its own mask, "voted" for the mask of Eq. 13, "none" without
             masks, or the name of another mask for unseen tasks.
-        unseen: checksum of the store with the prompts of the tasks, where the tasks were not
-            trained on; otherwise None.
+        unseen: for tasks that the run was not trained on, the checksum of the store with their
+            prompts; otherwise None.
         backend, precision, device: names of the kernels, precision and device of its computations.
     """
 
