@@ -1,8 +1,8 @@
-"""HarmoDT: one decision transformer for many tasks, with a learned weight mask for each.
+"""HarmoDT: one decision transformer for many tasks, with a learned weight mask for each task.
 
-Command lines: `python -m harmodt.collect`, `harmodt.data`, `harmodt.train`, `harmodt.evaluate`,
+Commands: `python -m harmodt.collect`, `harmodt.data`, `harmodt.train`, `harmodt.evaluate`,
 `harmodt.import_checkpoint`, `harmodt.report`, `harmodt.reproduce`.
-From Python, `harmodt.load_policy(run)` is what a run has learned.
+In Python, `harmodt.load_policy(run)` loads the policy of a run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# A command imports PyTorch for seconds: until it begins, Ctrl-C just ends it, without a traceback.
+# A command takes seconds to import PyTorch. During this time Ctrl-C ends it without a traceback.
 if (
     any(flag == "-m" and module.startswith("harmodt.") for flag, module in pairwise(sys.orig_argv))
     and signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -43,17 +43,17 @@ def load_policy(
 
     Args:
         run: the run's directory.
-        checkpoint: its training step; by default the last one.
+        checkpoint: training step of the checkpoint; by default that of the last one.
         device, fused, precision: how the policy computes; by default as the run was trained.
         unseen: tasks that the run was not trained on, a `harmodt.algorithms.unseen.Unseen`. The
             policy acts on them and not on the run's own tasks.
         sampler: how MTDiff draws its plans, "ddpm" or "ddim"; by default as in the run's settings.
-        sampling_steps: how many steps ddim takes.
+        sampling_steps: number of steps of ddim; by default as in the run's settings.
 
     Raises:
-        UserError: the run, the checkpoint or the device is not there; the checkpoint is of another
-            model size; fused kernels are asked for and the device has none; the policy cannot act
-            on the unseen tasks; or sampler and steps do not fit the algorithm.
+        UserError: the run, the checkpoint or the device does not exist; the checkpoint has another
+            model size; the device lacks the requested fused kernels; the policy cannot act on the
+            unseen tasks; or sampler and steps do not fit the algorithm.
     """
     from .training.policy import load_policy  # imports PyTorch
 

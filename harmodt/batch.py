@@ -1,4 +1,6 @@
-"""Batches: windows of time steps, in one group for each task; and how tensors move together.
+"""Batches of windows of time steps, and transfers of several tensors at once.
+
+A batch has one group of windows for each task.
 
 Shapes: G groups, B windows per group, L time steps, O observation and A action components.
 """
@@ -15,7 +17,7 @@ from torch import Tensor
 class Steps(NamedTuple):
     """Consecutive time steps of one trajectory for each window.
 
-    Padding follows a window's last step. Attention is causal, so no valid step reads it.
+    Padding comes after a window's last step. Attention is causal, so no valid step reads it.
 
     Attributes:
         returns_to_go: float32 [G, B, L], divided by the return scale.
@@ -35,7 +37,7 @@ class Steps(NamedTuple):
 class Batch(NamedTuple):
     """Windows of several tasks.
 
-    A prompt has no padding, because the history follows it.
+    A prompt has no padding, because the history comes directly after it.
 
     Attributes:
         task_ids: int64 [G].
@@ -51,7 +53,7 @@ class Batch(NamedTuple):
 
 
 def tensors_of(batch: Batch, targets: Tensor) -> list[Tensor]:
-    """A batch from a store and the actions to predict as a list; the task ids come first."""
+    """A list of all tensors of a store's batch and its target actions; task ids come first."""
     assert batch.terminated is not None
     return [batch.task_ids, targets, batch.terminated, *batch.history, *(batch.prompt or ())]
 
@@ -65,9 +67,9 @@ def batch_of(tensors: Sequence[Tensor]) -> tuple[Batch, Tensor]:
 
 
 class Layout:
-    """A layout of several tensors in one buffer of bytes, each at a multiple of 16 bytes.
+    """A layout of several tensors in one buffer of bytes. Each begins at a multiple of 16 bytes.
 
-    Triton would compile separate kernels for other addresses.
+    For other addresses, Triton would compile separate kernels.
 
     Args:
         like: tensors of the same dtypes and shapes.
@@ -91,8 +93,8 @@ class Layout:
         """Copy tensors into a new buffer on their own device, uint8 [size].
 
         Args:
-            tensors: of one device.
-            to: the device that the buffer goes to next; for a GPU the buffer is pinned memory.
+            tensors: tensors on one device.
+            to: the device that the buffer will be copied to; for a GPU the buffer is pinned memory.
         """
         device = tensors[0].device
         pinned = device.type == "cpu" and to.type == "cuda"
@@ -102,7 +104,7 @@ class Layout:
 
 
 def move(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copy tensors of one device to another in a single transfer.
+    """Copy tensors from one device to another in a single transfer.
 
     The host does not wait for a transfer to a GPU. The GPU finishes it before it starts what the
     host launches next.

@@ -1,7 +1,8 @@
-"""Checkpoints of a run: written whole or not at all, read, pruned.
+"""Writes, reads and deletes the checkpoints of a run. A checkpoint is written whole or not at all.
 
-A checkpoint is a directory that is renamed into place when it is complete. Every random draw of a
-run is seeded by (seed, purpose, step), so the step is all of its random state and data position.
+A checkpoint is a directory that gets its final name when it is complete. The tuple (seed, purpose,
+step) seeds every random draw of a run. The step is therefore the only random state and the only
+position in the data that a checkpoint stores.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ KIND = sealed.Kind(
     instead=_REMEDY,
     again=_AWAY,
     remedy=_REMEDY,
-    sealed=False,  # the checksum in it is that of the tensors
+    sealed=False,  # its checksum is that of the tensors
 )
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Those that PyTorch can tell from NaN and infinity."""
+"""The dtypes in which PyTorch can check for NaN and infinity."""
 
 _TENSORS, _STATE = "state.safetensors", "state.json"
 _NAME = re.compile(r"[0-9]{8}")
@@ -57,18 +58,18 @@ class Checkpoint:
     tensors: dict[str, Tensor]
 
     def copy_to(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy the tensors of these names into those that are given.
+        """Copy the checkpoint's tensors into tensors of the same names.
 
         Raises:
-            UserError: one is missing, of another shape or of another dtype.
+            UserError: the checkpoint lacks a tensor, or it has another shape or dtype.
         """
         for name, tensor in tensors.items():
             saved = self.tensors.get(name)
             if saved is None or saved.shape != tensor.shape:
-                has = "does not have it" if saved is None else f"has it as {list(saved.shape)}"
+                has = "lacks it" if saved is None else f"has it as {list(saved.shape)}"
                 raise UserError(
                     f"the checkpoint {self.path} is of another model size: {name} should be "
-                    f"{list(tensor.shape)}, and it {has}"
+                    f"{list(tensor.shape)}, but the checkpoint {has}"
                 )
             if saved.dtype != tensor.dtype:
                 raise _damaged(self.path, f"{name} is {saved.dtype}, not {tensor.dtype}")
@@ -78,7 +79,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class _State:
-    """What state.json holds: of which run and step the tensors are, and their checksum."""
+    """The content of state.json: run and step of the tensors, and their checksum."""
 
     version: int
     run: str
@@ -87,7 +88,7 @@ class _State:
 
 
 def checkpoint_steps(run: RunDirectory) -> list[int]:
-    """Steps of the checkpoints of a run, ascending."""
+    """The steps of a run's checkpoints, in ascending order."""
     names = names_in(run.checkpoints)
     return [int(name) for name in names if _holds_checkpoint(run.checkpoints / name)]
 
@@ -96,7 +97,7 @@ def save_checkpoint(run: RunDirectory, step: int, tensors: Mapping[str, Tensor])
     """Write a checkpoint whole or not at all.
 
     Raises:
-        UserError: something else is in its place.
+        UserError: another file or folder has the checkpoint's name.
     """
     run.checkpoints.mkdir(exist_ok=True)
     final = run.checkpoint(step)
@@ -117,19 +118,19 @@ def save_checkpoint(run: RunDirectory, step: int, tensors: Mapping[str, Tensor])
 
 
 def prune_checkpoints(run: RunDirectory, keep: int, best: int | None = None) -> None:
-    """Delete all checkpoints but the last `keep` and the one of step `best`.
+    """Delete all checkpoints except the last `keep` and the one of step `best`.
 
-    Nothing else is touched: no other name, no link, no folder that holds anything else.
+    It deletes no files of other names, no links, and no folders that contain other files.
     """
     for step in checkpoint_steps(run)[:-keep]:
         if step != best and _is_ours(run.checkpoint(step)):
-            with contextlib.suppress(OSError):  # what cannot be deleted is tried again next time
+            with contextlib.suppress(OSError):  # the next call tries again
                 remove_directory(run.checkpoint(step))
     clear_temporaries(run)
 
 
 def clear_temporaries(run: RunDirectory) -> None:
-    """Delete the unfinished and the half deleted checkpoints that a kill left."""
+    """Delete unfinished and half deleted checkpoints that a kill left."""
     if not run.checkpoints.is_dir():
         return
     for path in run.checkpoints.iterdir():
@@ -138,11 +139,11 @@ def clear_temporaries(run: RunDirectory) -> None:
 
 
 def load_checkpoint(run: RunDirectory, step: int | None = None) -> Checkpoint:
-    """Read a checkpoint of a run, the last one by default.
+    """Read a checkpoint of a run, by default the last one.
 
     Raises:
-        UserError: there is no such checkpoint, or it is damaged, of another version or of another
-            run.
+        UserError: there is no such checkpoint, or it is damaged or belongs to another version or
+            another run.
     """
     steps = checkpoint_steps(run)
     if not steps:
@@ -166,13 +167,13 @@ def load_checkpoint(run: RunDirectory, step: int | None = None) -> Checkpoint:
 
 
 def _holds_checkpoint(path: Path) -> bool:
-    """Whether a checkpoint, be it damaged, is here."""
+    """Whether a folder is a checkpoint; the checkpoint may be damaged."""
     named = _NAME.fullmatch(path.name) is not None
     return named and not {_STATE, _TENSORS}.isdisjoint(names_in(path))
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether there is a folder with nothing in it but a checkpoint."""
+    """Whether a path is a folder that contains only a checkpoint."""
     if path.is_symlink() or not path.is_dir():
         return False
     return all(file.name in (_STATE, _TENSORS) for file in path.iterdir())
@@ -191,10 +192,10 @@ def _read_state(path: Path, run: str) -> _State:
 
 
 def _check(path: Path, tensors: Mapping[str, Tensor], description: Description) -> None:
-    """Check what every checkpoint of a run has in common.
+    """Check that numbers are finite and masks have the run's density.
 
     Raises:
-        UserError: a number is not finite, or a task's mask is of another density than at first.
+        UserError: a number is not finite, or a task's mask has another density than its first mask.
     """
     for name, tensor in tensors.items():
         if tensor.is_floating_point():

@@ -1,8 +1,8 @@
-"""Every setting of a training run with its bounds, in groups, and the presets.
+"""All settings of a training run with their bounds, in groups, and the presets.
 
-The settings of one algorithm, such as the sizes of its model, are in the `AlgorithmSettings` of its
-file in `algorithms/`, which combine groups of this module. The names of settings are unique over
-all groups, because each is a flag on the command line.
+Each algorithm has its own settings, such as the sizes of its model. They are a subclass of
+`AlgorithmSettings` in the algorithm's file in `algorithms/`, and use groups of this module. No two
+groups have a setting of the same name, because each setting is a flag on the command line.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .settings import ABOVE_ZERO, Count, NotNegative, Positive, Share, ShareBelo
 Precision = Literal["fp32", "tf32", "bf16"]
 MaskInitialisation = Literal["erk", "uniform", "magnitude"]
 
-# A larger model has no use, and PyTorch would build it for hours before memory ends.
+# A larger model is of no use. PyTorch would build it for hours until the memory is full.
 ModelSize = Annotated[int, Meta(ge=1, le=2**16)]
 
 # Embedding dimension, layers, heads. The first four sizes are from Table 3 of the paper, whose
@@ -45,21 +45,21 @@ class DataSettings:
     tasks: tuple[str, ...] = ()
     """Tasks or task sets to train on; by default all tasks of the store."""
     tasks_per_step: Count = 5
-    """Tasks in one step, all tasks where there are fewer; Eq. 11 is averaged over them."""
+    """Number of tasks in a step, over which Eq. 11 is averaged. A run of fewer tasks uses all."""
     batch_per_task: Count = 8
     """Windows per task and step."""
     task_sampling: Literal["random", "round-robin"] = "random"
-    """How a step chooses its tasks: at random without replacement, or each in turn."""
+    """How a step chooses its tasks: at random without replacement, or in turn."""
     window_start_bias: Positive = 2.0
-    """A window starts at u^bias of its episode's length, with u uniform in [0, 1]: 1 draws all
-    starts alike, a larger bias draws early ones more often."""
+    """A window starts at u^bias of its episode's length, and u is uniform in [0, 1]. With 1 all
+    starts are equally likely; a larger bias draws early starts more often."""
     action_dropout: Share = 1.0
-    """Probability of hiding each previous action from the model, in training and in evaluation."""
+    """Probability of hiding each previous action from the model, in training and at evaluation."""
     return_scale: Positive = 1000.0
     """Divisor of rewards and returns-to-go."""
     deviation_floor: Positive = 0.01
-    """Observations are divided by their standard deviation, but at least by this (in their own
-    unit, mostly metres)."""
+    """Observations are divided by their standard deviation, but at least by this number. It has the
+    unit of the observation, mostly metres."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,17 @@ class TransformerSettings:
     size: Size = "1.47M"
     """Model size of the paper's Table 3 (d = 128) or Table 6 (5.29M, d = 256)."""
     embed_dim: ModelSize | None = None
-    """Embedding dimension d; by default that of the size."""
+    """Embedding dimension d; by default --size sets it."""
     layers: Annotated[int, Meta(ge=1, le=1000)] | None = None
-    """Number of transformer blocks; by default that of the size."""
+    """Number of transformer blocks; by default --size sets it."""
     heads: ModelSize | None = None
-    """Number of attention heads; by default that of the size."""
+    """Number of attention heads; by default --size sets it."""
     dropout: ShareBelowOne = 0.0
     """Dropout of attention and residual branches."""
     embedding_dropout: ShareBelowOne = 0.0
     """Dropout of the embedded tokens."""
     initialisation: Literal["gpt2", "pytorch"] = "gpt2"
-    """Embeddings and head begin as in GPT-2 (deviation 0.02), or as PyTorch's layers do."""
+    """First weights of embeddings and head: as in GPT-2 (deviation 0.02), or PyTorch's defaults."""
     context_length: ModelSize = 20
     """K, steps of history."""
     max_timesteps: Count = 1000
@@ -115,10 +115,10 @@ class PromptSettings:
     prompt_length: ModelSize = 5
     """K*, steps of the prompt."""
     prompt_pool: Count = 5
-    """Prompts come from this many of the task's prompt episodes, those of the highest return."""
+    """Number of prompt episodes per task that prompts come from; they have the highest returns."""
     prompt_position: Literal["random", "end"] = "random"
-    """random: a prompt is any K* steps of an episode. end: it is the K* steps before the last one,
-    at evaluation of the best episode, as in the authors' code."""
+    """random: a prompt is any K* consecutive steps of an episode. end: a prompt is the K* steps
+    before the last step, and evaluations use the best episode, as in the authors' code."""
 
 
 @dataclass(frozen=True)
@@ -131,24 +131,24 @@ class MaskSettings:
     """TASK=SHARE: another sparsity for a task, or for all tasks of a set. A later entry replaces an
     earlier one."""
     sparsity_by_loss: tuple[ShareBelowOne, ShareBelowOne] | None = None
-    """Lowest and highest sparsity, in place of one sparsity for all tasks. The task with the
-    highest loss under the initial weights gets the lowest sparsity, the next task a higher one, and
-    so on in even steps."""
+    """Lowest and highest sparsity, instead of one sparsity for all tasks. The task with the highest
+    loss under the first weights gets the lowest sparsity. The other tasks follow in even steps."""
     mask_initialisation: MaskInitialisation = "erk"
-    """How masks are drawn: erk and uniform draw at random, with ERK densities or with one density
-    for all matrices; magnitude takes the largest weights, the same for every task."""
+    """How the first masks are made. erk and uniform draw them at random: erk with ERK densities,
+    uniform with one density for all matrices. magnitude takes the largest weights, which are the
+    same for every task."""
     shared_mask: bool = False
-    """Draw one mask for all tasks. harmodt-r keeps it; where masks are learned, each task's mask
-    begins with it."""
+    """Draw one first mask for all tasks. harmodt-r keeps it; other algorithms then learn a mask for
+    each task."""
     unseen_threshold: ShareBelowOne = 0.5
-    """The mask for unseen tasks has the weights that are active in more than this share of the
-    tasks' masks (Eq. 13)."""
+    """In the mask for unseen tasks, a weight is active if it is active in more than this share of
+    the tasks' masks (Eq. 13)."""
 
     def sparsities(self) -> list[tuple[str, float]]:
         """Name and sparsity of each entry of `task_sparsity`.
 
         Raises:
-            UserError: an entry is of another form, or its share outside [0, 1).
+            UserError: an entry has another form, or its share is outside [0, 1).
         """
         found = []
         for entry in self.task_sparsity:
@@ -188,8 +188,8 @@ class UpdatedMaskSettings(MaskSettings):
     mask_update_every: Count = 100
     """t_m, steps between mask updates."""
     mask_update_gb: NotNegative = 4.0
-    """Memory for a mask update, in GB. It computes as many tasks at a time as fit. If the gradients
-    of all tasks do not fit, it computes them twice."""
+    """Memory for a mask update, in GB. The update computes as many tasks at a time as fit. If the
+    gradients of all tasks do not fit, it computes them twice."""
 
 
 @dataclass(frozen=True)
@@ -197,19 +197,19 @@ class LearnedMaskSettings(UpdatedMaskSettings):
     """The masks of the tasks, and how they are learned (Algorithm 2)."""
 
     balance: NotNegative = 10.0
-    """λ, the weight of importance against agreement."""
+    """λ, the weight of importance relative to agreement."""
     eta_min: Whole = 0
     """Fewest weights moved per task and mask update."""
     eta_max: Whole = 100
     """Most weights moved per task and mask update."""
     harmony_rule: Literal["paper", "upstream-score"] = "paper"
-    """Harmony as in the paper (A + λI), or scored as in the authors' code (λA + I, unscaled I)."""
+    """Harmony score: as in the paper (A + λI), or as in the authors' code (λA + I, unscaled I)."""
 
     def check(self) -> None:
         """Refuse bounds that do not fit together.
 
         Raises:
-            UserError: eta_min is above eta_max, or as `MaskSettings.check`.
+            UserError: eta_min is above eta_max, or `MaskSettings.check` refuses a setting.
         """
         super().check()
         if self.eta_min > self.eta_max:
@@ -221,20 +221,20 @@ class SoftMaskSettings(UpdatedMaskSettings):
     """Masks of values between 0 and 1, and how they are learned."""
 
     mask_levels: Annotated[int, Meta(ge=2, le=16)] = 2
-    """L: a mask's values are 0, 1/L, 2/L, ... and 1; a step costs about as much as L steps."""
+    """L: a mask's values are 0, 1/L, 2/L, ... and 1. A step costs about L times as much."""
     fence_min: NotNegative = 1.5
     """Lowest threshold of conflict and harmony, in interquartile ranges above the third
     quartile."""
     fence_max: NotNegative = 3.0
-    """Highest threshold, in the same unit: that at the start and at the end of the run."""
+    """Highest threshold, in the same unit. It holds at the start and at the end of the run."""
     fence_peak: Annotated[float, Meta(ge=ABOVE_ZERO, lt=1)] = 0.25
-    """Share of the run after which the threshold is lowest."""
+    """Share of the run's steps after which the threshold is lowest."""
 
     def check(self) -> None:
         """Refuse bounds that do not fit together.
 
         Raises:
-            UserError: fence_min is above fence_max, or as `MaskSettings.check`.
+            UserError: fence_min is above fence_max, or `MaskSettings.check` refuses a setting.
         """
         super().check()
         if self.fence_min > self.fence_max:
@@ -258,9 +258,9 @@ class OptimisationSettings:
     weight_decay: NotNegative = 1e-4
     """Decoupled weight decay."""
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.999)
-    """Decay of AdamW's running means of the gradient and of its square."""
+    """Decay rates of AdamW's running means of the gradient and of its square."""
     adam_epsilon: Positive = 1e-8
-    """Added to the root of AdamW's second moment."""
+    """Number that AdamW adds to the root of its second moment."""
     gradient_clip: Positive = 0.25
     """Largest global norm of the masked gradient."""
 
@@ -274,7 +274,7 @@ class EvaluationSettings:
     evaluation_episodes: Whole = 10
     """Episodes per task of each evaluation; 0 for no evaluation at all."""
     target_return: float | None = None
-    """Return asked for at evaluation; by default the best return in each task's data."""
+    """Return to aim at in evaluations; by default the best return in each task's data."""
 
 
 @dataclass(frozen=True)
@@ -286,25 +286,25 @@ class RunSettings:
     seed: Whole = 0
     """Seed of weights, masks, sampling and dropout."""
     device: str = "auto"
-    """PyTorch device, such as cpu, cuda or cuda:1; auto is a GPU where there is one."""
+    """PyTorch device, such as cpu, cuda or cuda:1; auto is a GPU if there is one."""
     data_device: Literal["auto", "cpu", "same"] = "auto"
-    """cpu reads the data from disk; same keeps them on the run's device, if need be without the
-    numbers that repeat. auto is same on a GPU if they take at most half of its free memory, and cpu
-    otherwise."""
+    """cpu reads the data from disk. same keeps the data on the run's device. auto means same if the
+    device is a GPU and the data take at most half of its free memory, and cpu otherwise."""
     fused: bool = True
-    """Compute with fused kernels. --no-fused is the reference path in plain PyTorch. The kernels
-    for GPUs are new, so a run on one begins by comparing its first steps with plain PyTorch."""
+    """Compute with fused kernels. --no-fused is the reference path in plain PyTorch. GPU kernels
+    are new, so a run on a GPU first compares its first steps with plain PyTorch."""
     graph: bool = True
-    """With fused kernels, capture a training step and a policy call once and replay them: on a GPU
-    as CUDA graphs, on a CPU as calls of kernels, there mask updates as well."""
+    """With fused kernels, capture a training step and a policy call once and replay them. On a GPU
+    they are CUDA graphs. On a CPU they are lists of kernel calls, and mask updates are captured
+    too."""
     precision: Precision = "fp32"
-    """Precision of the matrix products (tf32: GPUs only); weights and optimiser stay in fp32."""
+    """Precision of matrix products (tf32: only on GPUs); weights and optimiser stay in fp32."""
     log_every: Count = 20
     """Steps between metrics."""
     checkpoint_every: Count = 200
     """Steps between checkpoints."""
     keep_checkpoints: Count = 3
-    """How many of the last checkpoints are kept."""
+    """Number of the last checkpoints that are kept."""
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,7 @@ class AlgorithmSettings:
     """The settings of one algorithm; each algorithm has a subclass in its file."""
 
     def prompts(self) -> PromptSettings | None:
-        """How prompts are drawn, for an algorithm that has them."""
+        """The settings of prompts; None for an algorithm without prompts."""
         return None
 
 
@@ -330,12 +330,11 @@ class TrainConfig:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Chosen by measured success over seeds: docs/quickstart.md.
+    # These settings had the highest measured success over seeds: docs/quickstart.md.
     "quickstart": {},
-    # Table 6 of the paper, at the model size of its parameter counts. Where the paper says nothing,
-    # the preset does as the authors' code does: one task per step, 8 windows, warm-up,
-    # initialisation, dropout of embeddings, prompt from the end of an episode. It trains without
-    # fused kernels unless they are asked for.
+    # Table 6 of the paper, with the model size of its parameter counts. The paper does not state
+    # tasks per step, windows, warm-up, initialisation, dropout of embeddings and the position of
+    # prompts: here the preset follows the authors' code. It uses fused kernels only with --fused.
     "paper": {
         "fused": False,
         "dropout": 0.1,
@@ -357,4 +356,5 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 PRESETS["paper-256"] = {**PRESETS["paper"], "size": "5.29M"}
-"""For each preset, the settings that differ from the defaults. An algorithm takes those it has."""
+"""For each preset, the settings that differ from the defaults. An algorithm ignores the settings
+that it does not have."""

@@ -1,4 +1,4 @@
-"""How many cores this process may keep busy, and the share that it gives to a child process."""
+"""The number of cores that this process may use, and the share that a child process gets."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _PROCESS = Path("/proc/self")
 
 
 def count_cores() -> int:
-    """The number of cores that this process may keep busy, 1 or more.
+    """Count the cores that this process may use, 1 or more.
 
-    It is the least of three: the cores that the process may run on (its affinity), the CPU quota
-    of its container, rounded up, and the share that `HARMODT_CORES` gives it.
+    The result is the smallest of three numbers: the cores that the process may run on (its
+    affinity), the CPU quota of its container (rounded up), and `HARMODT_CORES`.
 
     Raises:
         UserError: `HARMODT_CORES` is no whole number of 1 or more.
@@ -41,14 +41,14 @@ def count_cores() -> int:
 
 
 def share(cores: int) -> dict[str, str]:
-    """Environment variables for a child process that is to keep so many cores busy."""
+    """The environment variables for a child process that may use `cores` cores."""
     return dict.fromkeys((SHARE, *THREADS), str(cores))
 
 
 def _quota(process: Path) -> float:
-    """The cores that the CPU quota of a process allows, rounded up; infinite without a quota.
+    """The number of cores that a process's CPU quota allows, rounded up; infinite without a quota.
 
-    A quota of a control group also holds for every group below it, so the least one counts.
+    The quota of a control group also limits all groups in it, so the smallest quota counts.
 
     Args:
         process: the folder of the process in /proc.
@@ -74,25 +74,25 @@ def _quota(process: Path) -> float:
 
 
 def _folders(path: str, root: str, point: Path) -> list[Path]:
-    """The folders of a control group and of the groups that it is in.
+    """The folders of a control group and of the groups that contain it.
 
     Args:
         path: the group's path in its hierarchy.
-        root: the path of the group that is mounted.
-        point: the folder at which that group is mounted.
+        root: the path of the mounted group.
+        point: the folder at which the mounted group is.
     """
     try:
         inside = PurePosixPath(path).relative_to(root).parts
     except ValueError:
         inside = ()
-    if ".." in inside:  # the group is not under the mounted one, which is all that can be seen
+    if ".." in inside:  # the group is not in the mounted group, and only that one is visible
         inside = ()
     return [point.joinpath(*inside[:depth]) for depth in range(len(inside) + 1)]
 
 
 def _quota_of(folder: Path) -> float:
-    """The quota of one control group, in cores, rounded up; infinite without one."""
-    text = _read(folder / "cpu.max")  # of version 2
+    """The quota of one control group, in cores, rounded up; infinite without a quota."""
+    text = _read(folder / "cpu.max")  # version 2; the files below are version 1
     text = text or _read(folder / "cpu.cfs_quota_us") + _read(folder / "cpu.cfs_period_us")
     limit = re.fullmatch(r"([1-9]\d*)\s+([1-9]\d*)\s*", text)  # else "max" or -1: no quota
     return -(-int(limit[1]) // int(limit[2])) if limit else math.inf
@@ -106,5 +106,5 @@ def _read(file: Path) -> str:
 
 
 def _unescaped(path: str) -> str:
-    """A path of mountinfo, which writes a space as \\040."""
+    """Decode a path of mountinfo, which writes a space as \\040."""
     return re.sub(r"\\(\d{3})", lambda digits: chr(int(digits[1], 8)), path)

@@ -1,4 +1,4 @@
-"""Chooses where and how a model computes: device, kernels, precision; and prepares the CPU."""
+"""Chooses device, kernels and precision of a model, and prepares the CPU."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Execution:
 
     Attributes:
         device: the device of the model's parameters.
-        backend: the operations that the model calls.
+        backend: the implementation of the model's operations.
         precision: the precision of matrix products.
-        graph: whether steps, mask updates and acting may be recorded and replayed.
-        memory: the memory of all recordings on a CPU; one thread replays them in turn.
+        graph: whether steps, mask updates and policy calls may be captured and replayed.
+        memory: the memory of all captured graphs on a CPU; one thread replays them in turn.
     """
 
     device: torch.device
@@ -50,14 +50,14 @@ class Execution:
     def choose(
         cls, device: str, fused: bool, precision: Precision, graph: bool = True
     ) -> Execution:
-        """The execution that a person asked for.
+        """Make the execution from a person's settings.
 
         Args:
-            device: a PyTorch device, or "auto" for a GPU where there is one.
-            fused: whether to use the fused kernels of the device, or plain PyTorch.
+            device: a PyTorch device, or "auto" for a GPU if there is one.
+            fused: whether to use the device's fused kernels; otherwise plain PyTorch.
 
         Raises:
-            UserError: there is no such device, it has no fused kernels, or not this precision.
+            UserError: there is no such device, or it lacks fused kernels or this precision.
         """
         found = find_device(device)
         if precision == "tf32" and found.type != "cuda":
@@ -72,23 +72,23 @@ class Execution:
     def rounded_to(self) -> torch.dtype | None:
         """The type of a copy of the weights that matrix products read; None without a copy.
 
-        Without it Triton's kernels would round the weights again for every tile. The CPU's kernels
-        round them while they pack them.
+        Without the copy, Triton's kernels would round the weights again for every tile. The CPU
+        kernels round the weights when they pack them.
         """
         kept = self.precision == "bf16" and self.backend.name.startswith("triton")
         return torch.bfloat16 if kept else None
 
     @property
     def repeats(self) -> bool:
-        """Whether `repeated` makes graphs: only the fused kernels can be recorded."""
+        """Whether `repeated` makes graphs; only fused kernels can be captured."""
         on_gpu, on_cpu = self.backend.name == "triton", self.backend.name.startswith("cpu-")
         return self.graph and (on_gpu or on_cpu)
 
     def repeated(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """A graph of the function where that is possible; elsewhere the function itself.
+        """Make a graph of a function; if that is not possible, return the function itself.
 
         Args:
-            function: a function as `Graph` takes it.
+            function: a function as `Graph` needs it.
         """
         if not self.repeats:
             return function
@@ -97,10 +97,10 @@ class Execution:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; "auto" is a GPU where there is one.
+    """Find the device with a name; "auto" is a GPU if there is one.
 
     Raises:
-        UserError: it is no device's name, or this machine has no such device.
+        UserError: this is not the name of a device, or this machine has no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,7 +108,7 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         if torch.zeros(1, device=device).tolist() == [0]:  # "meta" holds no numbers
             return device
-    except Exception:  # PyTorch has one of its own for every device that it was built without
+    except Exception:  # PyTorch has many error types for devices that its build lacks
         pass
     there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     raise UserError(f"device {name!r} is not there: this machine has {', '.join(there)}")
@@ -124,13 +124,13 @@ def _choose_backend(fused: bool, device: torch.device) -> Backend:
 
 
 def prepare_cpu() -> None:
-    """Set up this process for training or acting on a CPU; call it before any computation.
+    """Set up this process for training or acting on a CPU. Call this before any computation.
 
-    Denormal numbers are flushed to zero: a softmax with widely spread scores is full of them, and
-    products with them take ten times as long. Freed memory is kept: a tensor of a few MB would
-    otherwise be a fresh mapping each time, whose page faults cost more than computing it. Where
-    `HARMODT_CORES` gives this process a share of the cores, PyTorch starts no more threads than
-    that, unless `OMP_NUM_THREADS` says how many.
+    Denormal numbers become 0. A softmax of widely spread scores has many of them, and products with
+    them take ten times as long. The process keeps freed memory. Otherwise each tensor of a few MB
+    would be a new memory mapping, whose page faults cost more than the computation. If
+    `HARMODT_CORES` is set, PyTorch starts at most that many threads, unless `OMP_NUM_THREADS` sets
+    their number.
 
     Raises:
         UserError: `HARMODT_CORES` is no whole number of 1 or more.
@@ -145,6 +145,6 @@ def _keep_freed_memory() -> None:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
-        return  # not glibc: there is no such switch
+        return  # only glibc has mallopt
     mallopt(_MMAP_THRESHOLD, 1 << 30)
     mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)

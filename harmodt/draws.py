@@ -1,11 +1,11 @@
-"""Random numbers of a run: each is a function of (seed, purpose, step) and of its own counter.
+"""Random numbers of a run. Each number is a function of (seed, purpose, step) and a counter.
 
-The generator keeps no state between draws. A run that resumes from a checkpoint therefore draws the
-same numbers as a run without interruption: the step is all of its random state and data position.
-Draws use integer arithmetic, so that every device draws the same; only normal numbers do not.
+The generator keeps no state between draws. A run that resumes from a checkpoint at a step therefore
+draws the same numbers as a run without interruption. Draws use integer arithmetic, so all devices
+draw the same numbers. Normal numbers are the exception: they use floating-point arithmetic.
 
 The generator is Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as
-1, 2, 3", SC 2011). A 32-bit word lies in an int64.
+1, 2, 3", SC 2011). An int64 holds one 32-bit word.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 TRAIN, MASKS, INITIALISE, TASKS, DROPOUT, NOISE, SURGERY = range(7)
-"""The purpose of a draw."""
+"""The purposes of draws."""
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -29,12 +29,12 @@ _ROUNDS = 10
 
 @dataclass(frozen=True)
 class Draws:
-    """The draws of a step of a run, or of several at once, for one purpose.
+    """The draws for one purpose in one step of a run, or in several steps.
 
     Attributes:
         seed: the seed of the run.
-        purpose: one of this module's purposes.
-        step: below 2^32; a tensor is int64, and its shape broadcasts with the counters.
+        purpose: one of the purposes of this module.
+        step: the step, below 2^32; or an int64 tensor of steps, which broadcasts with the counters.
     """
 
     seed: int
@@ -45,8 +45,8 @@ class Draws:
         """Four random words for each counter; they do not depend on the other counters.
 
         Args:
-            position, group, block: the counter, each below 2^32; int64, of shapes that broadcast to
-                some [...]. The words lie on the position's device.
+            position, group, block: the counter, int64, each below 2^32. Their shapes broadcast to
+                [...]. The words are on the device of `position`.
 
         Returns:
             int64 [4, ...] in [0, 2^32).
@@ -61,7 +61,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class Seeds:
-    """Seeds of a run, also for PyTorch's generator."""
+    """The seed of a run, which also seeds PyTorch's generator."""
 
     seed: int
 
@@ -90,26 +90,26 @@ def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
     pairs = counter.view(2, 2, -1)
     even, product = pairs[:, 0], pairs[:, 1]
     for multipliers, round_key in rounds:
-        # The odd words are the lower halves of the products. Their upper bits are masked off
-        # together with the even words. The two even words change places in each round.
+        # The odd words are the lower halves of the products. Their upper bits are cleared together
+        # with those of the even words. The two even words change places in each round.
         odd = product.flip(0)
-        product = even * multipliers  # its 64 bits are right where it wraps around
+        product = even * multipliers  # overflow wraps around, and all 64 bits are correct
         even = (product >> half).bitwise_xor_(odd).bitwise_xor_(round_key).bitwise_and_(word)
     return torch.stack((even, product.bitwise_and_(word)), 1).view(counter.shape)
 
 
 def below(words: Tensor, limit: int | Tensor) -> Tensor:
-    """Integers from 0 to limit - 1 from random words, int64 of their shape; limit ≤ 2^31."""
+    """Turn random words into integers from 0 to limit - 1, int64 of their shape; limit ≤ 2^31."""
     return (words * limit) >> 32
 
 
 def coin(words: Tensor, probability: float) -> Tensor:
-    """True with this probability, bool of the words' shape; always at 1, never at 0."""
+    """True with a probability, bool of the words' shape; always at 1, never at 0."""
     return words < round(probability * 2**32)
 
 
 def normal(words: Tensor) -> Tensor:
-    """Standard normal numbers from random words, two from each two words (Box and Muller).
+    """Turn random words into standard normal numbers, two words into two (Box and Muller).
 
     Args:
         words: int64 [2 n, ...].
@@ -123,13 +123,13 @@ def normal(words: Tensor) -> Tensor:
 
 
 def choose(words: Tensor, count: int) -> Tensor:
-    """Indices of the `count` smallest of n < 2^31 random words, ties by index.
+    """The indices of the `count` smallest of n < 2^31 random words; of equal words, the first.
 
     Args:
         words: int64 [..., n].
 
     Returns:
-        int64 [..., count], rising.
+        int64 [..., count], in rising order.
     """
     size = words.shape[-1]
     keys = words * size + torch.arange(size, device=words.device)
@@ -164,9 +164,9 @@ def _key(seed: int, purpose: int) -> tuple[int, int]:
 def _constants(
     key: tuple[int, int], device: torch.device
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
-    """Multipliers and key of each round, in the order of its even words; 32; the mask of a word.
+    """The multipliers and key of each round, in the order of its even words; 32; a word's mask.
 
-    All are int64 [2, 1]: for few words that takes half as long as operations with Python numbers.
+    All are int64 tensors [2, 1]. For few words they are twice as fast as Python numbers.
     """
     table = []
     for i in range(_ROUNDS):

@@ -1,4 +1,4 @@
-"""Errors that are addressed to the person at the keyboard: the one place that words them."""
+"""Errors for the person at the keyboard. Only this module words the system's errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SYSTEM = {
     errno.EISDIR: ("a folder is where a file should be", f"move it away or {_CHOOSE}"),
     errno.ENOTEMPTY: ("the folder is not empty", f"move it away or {_CHOOSE}"),
     errno.ELOOP: ("symbolic links lead in a circle", f"remove them or {_CHOOSE}"),
-    errno.ENOENT: ("it is not there, or was taken away meanwhile", "put it back"),
+    errno.ENOENT: ("it does not exist, or was moved away", "put it back"),
     errno.EIO: ("the disk reports an error", "check the disk"),
     errno.EREMOTEIO: ("the disk reports an error", "check the disk"),
     errno.ESTALE: ("the network file system lost it", "check that it is mounted"),
@@ -49,7 +49,7 @@ _SYSTEM = {
     errno.EAGAIN: ("no more processes are allowed", "end others or raise the limit (ulimit -u)"),
     errno.ENOMEM: ("there is not enough memory", "end other programs"),
 }
-"""What the system refuses, and what to do about it."""
+"""The system's errors: what happened, and what to do about it."""
 
 _OUT_OF_MEMORY = (
     "not enough memory",
@@ -60,21 +60,21 @@ _OUT_OF_MEMORY = (
     "array is too big",
     "Maximum allowed dimension exceeded",
 )
-"""What PyTorch and NumPy say where a size cannot be allocated."""
+"""Messages of PyTorch and NumPy for a size that cannot be allocated."""
 
 
 class UserError(Exception):
-    """A mistake that the person running the command can mend.
+    """A mistake that the person who runs the command can correct.
 
     The message is one sentence: what is wrong, where (file, key, task) and what to do.
     """
 
 
 def printable(text: object) -> str:
-    """A name, path or message as text that a terminal shows as it is.
+    """Turn a name, path or message into text that a terminal shows exactly.
 
-    Control characters, bidirectional and other invisible ones, and bytes that are not UTF-8 are
-    written as escapes: what a person reads is what is there, and no terminal obeys it.
+    Control characters, bidirectional and other invisible characters, and bytes that are not UTF-8
+    become escapes. A person then sees all characters, and no terminal executes them.
     """
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
@@ -84,10 +84,10 @@ def printable(text: object) -> str:
 
 @contextmanager
 def going_on(how: str) -> Iterator[None]:
-    """Say how to go on after an error inside, in place of giving the same command again.
+    """Attach advice to errors in a block; it replaces the advice to give the same command again.
 
     Args:
-        how: an order to the person, such as "go on with: COMMAND".
+        how: an instruction to the person, such as "go on with: COMMAND".
     """
     try:
         yield
@@ -98,10 +98,10 @@ def going_on(how: str) -> Iterator[None]:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command line's `main`; turn what goes wrong into one line.
+    """Run the `main` function of a command, and print an error as one line.
 
-    The exit status is 2 for what a person or the machine can do something about, 1 for an error
-    of the program, whose traceback goes into a file, and 130 for Ctrl-C.
+    The exit status is 2 for an error that a person can correct, 1 for an error of the program,
+    whose traceback is written to a file, and 130 for Ctrl-C.
     """
     _print_anything()
     try:
@@ -109,7 +109,7 @@ def run_command(main: Callable[[], None]) -> None:
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by harmodt/__init__.py
             signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
-    except BrokenPipeError:  # whoever read the output has gone, as in `... --help | head`
+    except BrokenPipeError:  # the reader of the output has ended, as in `... --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
@@ -122,7 +122,7 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def describe(error: Exception) -> str | None:
-    """One sentence for what a person or the machine can do something about; None for the rest."""
+    """The sentence for an error that a person can correct; None for an error of the program."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno in _SYSTEM:
@@ -140,10 +140,10 @@ def describe(error: Exception) -> str | None:
 
 
 def raise_refusal(error: Exception, where: object) -> None:
-    """Raise an error again, with the file's name, where the system refused to read the file.
+    """Raise an error again, with the file's name, if the system refused to read the file.
 
-    A refusal proves nothing about a file, so no reader may take it for damage. A file that is not
-    there is for the reader to word.
+    A refusal proves nothing about the file, so no reader may call it damage. Readers themselves
+    report a missing file.
     """
     if isinstance(error, OSError) and error.errno in _SYSTEM and error.errno != errno.ENOENT:
         error.filename = error.filename or str(where)
@@ -155,19 +155,19 @@ def _how_to_go_on(error: Exception) -> str:
 
 
 def _describe_unexpected(error: Exception) -> str:
-    """A sentence for an error of the program, whose traceback is put into a file."""
+    """The sentence for an error of the program. Its traceback is written to a file."""
     command = shlex.join(sys.orig_argv)
     text = f"{command}\n{''.join(traceback.format_exception(error))}"
     try:
         descriptor, where = tempfile.mkstemp(prefix="harmodt-error-", suffix=".txt")
         with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
-    except OSError:  # then there is no better place
+    except OSError:  # no file can be written, so print the traceback
         print(text, file=sys.stderr)
         where = "the lines above"
     return (
         f"unexpected {type(error).__name__}{_first_line(error)} in `{command}`: please report it "
-        f"with the traceback in {where}; what was written is kept: to try on, "
+        f"with the traceback in {where}; all written files are kept: to try again, "
         f"{_how_to_go_on(error)}"
     )
 
@@ -178,17 +178,17 @@ def _first_line(error: Exception) -> str:
 
 
 def _print_anything() -> None:
-    """Let a terminal whose encoding lacks a character show its escape, not end the program."""
+    """Print an escape for a character that the terminal's encoding lacks, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _check_packages() -> None:
-    """Refuse packages that are older than HarmoDT asks for, such as another NumPy on PYTHONPATH.
+    """Refuse packages that are too old, such as another NumPy on PYTHONPATH.
 
     Raises:
-        UserError: names the package, both versions and where the old one is.
+        UserError: a package is too old; the error names its folder and both versions.
     """
     try:
         requirements = metadata.requires("harmodt") or []
@@ -199,7 +199,7 @@ def _check_packages() -> None:
         if found is None or "extra ==" in requirement:
             continue
         name, needed = found.groups()
-        with suppress(metadata.PackageNotFoundError):  # its import says so
+        with suppress(metadata.PackageNotFoundError):  # importing it will raise an error
             there = metadata.distribution(name)
             if _numbers(there.version) < _numbers(needed):
                 raise UserError(

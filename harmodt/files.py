@@ -1,4 +1,4 @@
-"""Files that are either written whole or not at all, and directories with one owner at a time."""
+"""Files that are written whole or not at all, and directories with one owner at a time."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from typing import Any, BinaryIO
 from .errors import UserError, printable
 
 LOCK = ".lock"
-"""Names the owner of a directory while a command writes to it."""
+"""The file that names the owner of a directory while a command writes to it."""
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file through a temporary sibling: flush, sync, rename.
+    """Write a temporary file beside `path`, sync it to the disk and rename it to `path`.
 
-    After a crash or a full disk the old content of `path` is still there, whole.
+    After a crash, or if the disk is full, `path` still has its complete old content.
     """
     temporary = temporary_path(path)
     try:
@@ -39,12 +39,12 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """Where this process writes what is to become `path`."""
+    """The temporary file that this process writes before it becomes `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a finished file its name, in place of another, once it is on the disk."""
+    """Sync a finished file to the disk, then rename it. It replaces any file of that name."""
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -52,7 +52,7 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def clear_temporaries(path: Path) -> None:
-    """Delete what killed processes left on the way to `path`; those that live write on."""
+    """Delete temporary files for `path` that killed processes left; keep those in use."""
     for file in path.parent.glob(f"{glob.escape(f'.{path.name}.')}*.tmp"):
         process = file.name[len(path.name) + 2 : -len(".tmp")]
         if re.fullmatch("[0-9]{1,9}", process) and not _lives(int(process)):
@@ -75,10 +75,10 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def check_writable(directory: Path) -> None:
-    """Write a file into a directory, made where it is missing, and take all of it away again.
+    """Check that files can be written into a directory, which may be missing. It leaves no trace.
 
     Raises:
-        OSError: the directory cannot be made, or written to.
+        OSError: the directory cannot be made, or files cannot be written into it.
     """
     with _made(directory):
         clear_temporaries(directory / "check")
@@ -91,7 +91,7 @@ def check_writable(directory: Path) -> None:
 
 @contextlib.contextmanager
 def _made(directory: Path) -> Iterator[None]:
-    """Make a directory where it is missing; if it was made and stayed empty, it goes again."""
+    """Make a missing directory for a block; delete it afterwards if it stayed empty."""
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -108,15 +108,15 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read a regular file; of a pipe, a device or a directory nothing is read.
+    """Read a regular file. Refuse pipes, devices and directories.
 
     Raises:
         UserError: it is no regular file.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # to open a pipe would wait
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without this, a pipe would wait
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise UserError(f"{path} is no regular file: move it away and restore what was there")
+            raise UserError(f"{path} is no regular file: move it away and restore the file")
         with open(descriptor, "rb", closefd=False) as file:
             return file.read()
     finally:
@@ -124,11 +124,11 @@ def read_bytes(path: Path) -> bytes:
 
 
 def names_in(directory: Path) -> list[str]:
-    """The names in a directory, sorted; none where there is no directory.
+    """The sorted names in a directory; an empty list if there is no directory.
 
     Raises:
-        OSError: the system refuses to read it. `Path.exists` and `Path.glob` may say instead that
-            nothing is there.
+        OSError: the system refuses to read the directory. `Path.exists` and `Path.glob` may hide
+            such an error and return nothing.
     """
     try:
         return sorted(os.listdir(directory))
@@ -137,17 +137,17 @@ def names_in(directory: Path) -> list[str]:
 
 
 def checksum(content: bytes) -> str:
-    """CRC-32, eight hexadecimal digits."""
+    """The CRC-32 of some bytes, as eight hexadecimal digits."""
     return f"{zlib.crc32(content):08x}"
 
 
 def json_checksum(content: Any) -> str:
-    """The checksum of a JSON value, however it is laid out."""
+    """The checksum of a JSON value; spaces and the order of keys do not affect it."""
     return checksum(json.dumps(content, sort_keys=True).encode())
 
 
 def replace_directory(temporary: Path, final: Path) -> None:
-    """Publish a finished directory under its final name, replacing one that is there."""
+    """Rename a finished directory to its final name. It replaces a directory of that name."""
     for file in temporary.rglob("*"):
         if file.is_file():
             with open(file, "rb") as handle:
@@ -160,9 +160,9 @@ def replace_directory(temporary: Path, final: Path) -> None:
 
 
 def remove_directory(path: Path) -> None:
-    """Delete a directory; a kill on the way leaves no part of it under its name."""
+    """Delete a directory. If a kill interrupts this, no part is left under its name."""
     doomed = path.with_name(f".{path.name}.deleted")
-    shutil.rmtree(doomed, ignore_errors=True)  # of an earlier kill
+    shutil.rmtree(doomed, ignore_errors=True)  # left by an earlier kill
     os.rename(path, doomed)
     shutil.rmtree(doomed)
 
@@ -178,12 +178,13 @@ def sync_directory(path: Path) -> None:
 
 @contextlib.contextmanager
 def owned(directory: Path) -> Iterator[None]:
-    """Own a directory, made where it is missing, for as long as the block runs.
+    """Own a directory while the block runs. If the directory is missing, make it.
 
-    The lock dies with its process. A directory that was made for it and stayed empty goes again.
+    The lock ends with its process. If the directory was made here and stayed empty, it is deleted
+    again.
 
     Raises:
-        UserError: another process owns it.
+        UserError: another process owns the directory.
     """
     path = directory / LOCK
     with _made(directory):
@@ -198,9 +199,9 @@ def owned(directory: Path) -> Iterator[None]:
 
 
 def _lock(path: Path) -> int:
-    """Open and lock a file; the lock ends when the descriptor is closed, if only by a kill.
+    """Open and lock a file. The lock ends when the descriptor is closed, also by a kill.
 
-    Without a lock where the file system has none: a warning says so.
+    If the file system has no locks, print a warning and return the file without a lock.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
@@ -229,18 +230,18 @@ def _lock(path: Path) -> int:
 
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-"""What `flock` says on file systems without locks: Lustre, some network mounts."""
+"""Errors of `flock` on file systems without locks: Lustre, some network mounts."""
 
 _warned = False
 
 
 def _warn_of_no_locks(directory: Path) -> None:
-    """Say once in a process that nothing keeps other commands out of its directories."""
+    """Warn that no lock keeps other commands out. Each process warns only once."""
     global _warned
     if not _warned:
         _warned = True
         print(
-            f"warning: the file system of {printable(directory)} has no locks (flock): see to it "
+            f"warning: the file system of {printable(directory)} has no locks (flock): make sure "
             "that no other command writes there at the same time",
             file=sys.stderr,
         )

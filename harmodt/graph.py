@@ -1,4 +1,4 @@
-"""Records a computation once and then replays it as a whole."""
+"""Captures a computation once and then replays it as a whole."""
 
 from __future__ import annotations
 
@@ -11,20 +11,17 @@ from harmodt_kernels import CannotRecord, Recording, RecordingMemory
 
 from .errors import UserError
 
-_ADVICE = (
-    "the computation cannot be recorded as a graph ({}): train with --no-graph, or compute with "
-    "--no-fused"
-)
+_ADVICE = "the computation cannot be captured as a graph ({}): give --no-graph or --no-fused"
 
 WARM_UP = 3  # ordinary calls before a capture: they compile kernels and allocate memory
 
 
 class Graph:
-    """A function without arguments that is recorded at one of its first calls, and then replayed.
+    """A function without arguments that is captured at one of its first calls and then replayed.
 
-    The function reads tensors whose addresses never change; the caller copies new inputs into them
-    before a call. The function must not read a tensor's value on the host. Its Python numbers keep
-    the values that they had at the recording.
+    The function reads tensors whose addresses never change. The caller copies new inputs into them
+    before a call. The function must not read a tensor's value on the host. Python numbers keep the
+    values that they had at the capture.
 
     Args:
         function: computes one tensor.
@@ -34,25 +31,25 @@ class Graph:
         self._function = function
 
     def __call__(self) -> Tensor:
-        """Compute; returns a copy of the result.
+        """Compute, and return a copy of the result.
 
         Raises:
-            UserError: the function does something that a graph cannot hold.
+            UserError: the function does something that cannot be captured.
         """
         raise NotImplementedError
 
 
 class CallGraph(Graph):
-    """On a CPU: the function's kernel calls, recorded at its second call.
+    """The graph on a CPU: a list of the function's kernel calls, captured at its second call.
 
-    The first call is not recorded, because it may create tensors that later calls reuse.
+    The first call is not captured, because it may create tensors that later calls use again.
 
     Args:
         function: computes one tensor.
-        memory: shared by graphs that never run at the same time.
+        memory: memory that several graphs share; they must never run at the same time.
 
     Attributes:
-        recording: the recorded calls; None before the second call.
+        recording: the captured calls; None before the second call.
     """
 
     def __init__(self, function: Callable[[], Tensor], memory: RecordingMemory):
@@ -76,7 +73,7 @@ class CallGraph(Graph):
 
 
 class CudaGraph(Graph):
-    """On a GPU: a CUDA graph.
+    """The graph on a GPU: a CUDA graph.
 
     Args:
         function: computes one tensor.
@@ -99,7 +96,7 @@ class CudaGraph(Graph):
         return self._result.clone()
 
     def _compute(self) -> Tensor:
-        """Compute on the stream of the capture: autograd remembers the stream of its first call."""
+        """Compute on the stream of the capture, because autograd keeps its first call's stream."""
         present = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(present)
         with torch.cuda.stream(self._stream):

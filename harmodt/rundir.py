@@ -1,10 +1,10 @@
-"""A run's directory: what is where, and the description that makes it one.
+"""A run's directory: its files, and the description in run.json.
 
-RUN/run.json                       settings, tasks, environments, where it was computed
-RUN/conditioning.safetensors       what a policy must know of each task
+RUN/run.json                       settings, tasks, environments, devices
+RUN/conditioning.safetensors       normalisation, prompts and target return of each task
 RUN/checkpoints/<step>/            state.safetensors and state.json
 RUN/metrics.jsonl, RUN/tensorboard/
-RUN/costs.jsonl                    time and memory that it took
+RUN/costs.jsonl                    time and memory that the run took
 RUN/evaluation/                    results as JSON and CSV, videos
 """
 
@@ -43,7 +43,7 @@ class Part:
         step: the part begins after this step and ends where the next part begins.
         device: the PyTorch device.
         backend: the implementation of the operations, with the instruction set on a CPU.
-        versions: of Python and of packages.
+        versions: versions of Python and of packages, by name.
     """
 
     step: int
@@ -54,23 +54,24 @@ class Part:
 
 @dataclass(frozen=True)
 class Description:
-    """What run.json says that a run cannot go on, or a policy act, without.
+    """The content of run.json that a resumed run or a policy needs.
 
     Attributes:
-        id: drawn when the run began; its checkpoints and conditioning carry it.
-        tasks: their names; index = task id.
+        id: a random id of the run. Its checkpoints and its conditioning contain it.
+        tasks: names of the tasks; index = task id.
         environment: the EnvironmentSpec as JSON.
-        store: the checksum of the store that it trains on.
-        conditioning: the checksum of that file.
+        store: the checksum of the store that the run trains on.
+        conditioning: the checksum of conditioning.safetensors.
         config: all settings as JSON.
-        active_weights: of each task's mask, at every step; none where their number changes, and
-            without masks.
-        changes: settings that were changed when it went on, with the step, before and after.
-        parts: where it was computed, in the order of the steps.
-        preset, parameters: what it began with, for a report.
-        episode_length: steps of its longest training episode; its evaluations play so many. None
-            in a run of an earlier version, whose evaluations play the environments' length.
-        device, backend, versions: the only part of a run that an earlier HarmoDT wrote.
+        active_weights: number of active weights in each task's mask, which is the same at every
+            step. Empty without masks, or if the number changes.
+        changes: settings that were changed on resuming: the step, the old and the new value.
+        parts: the device and versions of each part of the run, in the order of the steps.
+        preset, parameters: the preset and the number of parameters, for a report.
+        episode_length: number of steps of the longest training episode, and of episodes in
+            evaluations. None in a run of an earlier version; its evaluations have the length of the
+            environments.
+        device, backend, versions: the first part of the run, as earlier versions wrote it.
     """
 
     id: str
@@ -91,7 +92,7 @@ class Description:
 
     def __post_init__(self) -> None:
         if self.active_weights and len(self.active_weights) != len(self.tasks):
-            raise ValueError("active_weights is of another number of tasks")
+            raise ValueError("active_weights has another number of tasks")
         if not self.parts:
             only = Part(0, self.device, self.backend, self.versions)
             object.__setattr__(self, "parts", (only,))
@@ -105,17 +106,17 @@ class RunDirectory:
 
     @property
     def description(self) -> Path:
-        """Everything that the run depends on, and what it is made of."""
+        """The file of the run's description."""
         return self.path / "run.json"
 
     @property
     def conditioning(self) -> Path:
-        """Normalisation, prompts and target return of each task."""
+        """The file of normalisation, prompts and target return of each task."""
         return self.path / "conditioning.safetensors"
 
     @property
     def checkpoints(self) -> Path:
-        """A folder for each checkpoint."""
+        """The folder of the checkpoints' folders."""
         return self.path / "checkpoints"
 
     def checkpoint(self, step: int) -> Path:
@@ -124,22 +125,22 @@ class RunDirectory:
 
     @property
     def metrics(self) -> Path:
-        """Numbers over training, a JSON object a line."""
+        """The file of numbers over training, with a JSON object on each line."""
         return self.path / "metrics.jsonl"
 
     @property
     def costs(self) -> Path:
-        """Time and memory that the run took, a JSON object a line."""
+        """The file of the run's time and memory, with a JSON object on each line."""
         return self.path / "costs.jsonl"
 
     @property
     def tensorboard(self) -> Path:
-        """The same for TensorBoard."""
+        """The folder of TensorBoard's files, with the same numbers as `metrics`."""
         return self.path / "tensorboard"
 
     @property
     def evaluation(self) -> Path:
-        """Results and videos."""
+        """The folder of results and videos."""
         return self.path / "evaluation"
 
     def write(self, description: dict[str, Any]) -> None:
@@ -148,14 +149,14 @@ class RunDirectory:
         sealed.write(self.description, content)
 
     def update(self, values: dict[str, Any]) -> None:
-        """Write other values of some keys into run.json."""
+        """Replace the values of some keys in run.json."""
         self.write({**self._read(dict[str, Any]), **values})
 
     def read(self) -> Description:
         """Read run.json.
 
         Raises:
-            UserError: there is no run, or it is damaged, changed or of another version.
+            UserError: there is no run, or run.json is damaged, changed or of another version.
         """
         return self._read(Description)
 
@@ -168,7 +169,7 @@ class RunDirectory:
             ) from None
 
     def clear_leftovers(self) -> None:
-        """Delete the temporary files of a kill; for the directory's owner."""
+        """Delete the temporary files that a kill left. Only the directory's owner may call this."""
         names = "|".join(
             re.escape(p.name)
             for p in (self.description, self.conditioning, self.metrics, self.costs)
@@ -181,9 +182,9 @@ class RunDirectory:
         """Check that a run can begin here.
 
         Raises:
-            UserError: there is something in the directory.
+            UserError: the directory is not empty.
         """
-        # A run that was killed before its run.json was written leaves no more than this.
+        # A run that is killed before it writes run.json leaves at most this file.
         leftovers = {self.conditioning.name}
         if self.path.exists() and any(
             file.name not in leftovers and not file.name.startswith(".")

@@ -1,12 +1,12 @@
-"""Files that carry a checksum: each kind is read, checked and refused here, in the same words.
+"""Reads and checks all files that have a checksum, with the same error messages for all kinds.
 
-A sealed object is a JSON object whose last entry, `crc32`, is the checksum of the rest. A sealed
-line is the same on one line of a file of many. The checksum of a binary file stands in the file
-that names it.
+A sealed object is a JSON object whose last entry, `crc32`, is the checksum of the other entries. A
+sealed line is such an object on one line; a file can have many lines. The checksum of a binary file
+is in another file, which names it.
 
-A file is damaged where its content proves it: its checksum fails, or it is not of its form. What
-the system refuses (no permission, too many open files, a disk error) is an OSError, which proves
-nothing about the file: it passes through, and `errors.py` words it.
+A file is called damaged only if its content proves it: the checksum is wrong, or the form is. If
+the system refuses to read a file (no permission, too many open files, a disk error), it raises an
+OSError. This proves nothing about the file, so readers let it pass, and `errors.py` has the words.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Content = TypeVar("Content")
 RESTORE = "restore it from a copy"
 
 _CRC = ', "crc32": "'
-"""Stands between the rest of a sealed line and its checksum."""
+"""The text between the other entries of a sealed line and its checksum."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Kind:
     """A kind of JSON file.
 
     Attributes:
-        name: follows "is not" where a file is of another kind: "the description of a run".
-        format: what the file's entry of that name says; None where the kind has no such entry.
-        version: the version that is written.
-        also_reads: earlier versions that are still read.
-        instead: an order that says which file or folder to name in place of another kind's.
-        again: an order that says how to make a file of another version again.
-        remedy: an order that says what to do about a damaged file.
-        sealed: whether the object holds its own checksum.
+        name: what the file is, as "the description of a run". Errors print it after "is not".
+        format: value of the entry "format"; None if the kind has no such entry.
+        version: the version that HarmoDT writes.
+        also_reads: earlier versions that HarmoDT can still read.
+        instead: an instruction which file or folder to name, if a file is of another kind.
+        again: an instruction how to make the file again, if it has another version.
+        remedy: an instruction what to do about a damaged file.
+        sealed: whether the object contains its own checksum.
     """
 
     name: str
@@ -57,12 +57,12 @@ class Kind:
 
 
 def damaged(what: object, why: object, remedy: str = RESTORE) -> UserError:
-    """The error of a file, or of a part of one, whose content proves that it is damaged.
+    """The error for a damaged file or a damaged part of a file.
 
     Args:
         what: the file's path, or words that contain it.
-        why: how it is known.
-        remedy: an order to the person.
+        why: the reason that proves the damage.
+        remedy: an instruction to the person.
     """
     return UserError(f"{what} is damaged ({why}): {remedy}")
 
@@ -74,7 +74,7 @@ def convert(
     remedy: str = RESTORE,
     dec_hook: Callable[[type, Any], Any] | None = None,
 ) -> Content:
-    """JSON values as a type of msgspec's or a dataclass.
+    """Convert JSON values to a dataclass or another type that msgspec knows.
 
     Args:
         what, remedy: as in `damaged`.
@@ -90,7 +90,7 @@ def convert(
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
-    """Write an object with its checksum as its last entry, whole or not at all."""
+    """Write an object whole or not at all, with its checksum as the last entry."""
     write_json(path, {**content, "crc32": json_checksum(content)})
 
 
@@ -98,18 +98,18 @@ def read(path: Path, content: type[Content], kind: Kind) -> Content:
     """Read an object of a kind.
 
     Args:
-        content: the type that the object must fit; `dict` keeps every entry but the checksum.
+        content: the type that the object must fit. `dict` keeps all entries except the checksum.
 
     Raises:
         FileNotFoundError, NotADirectoryError: there is no such file.
-        OSError: the system refuses to read it.
-        UserError: it is no regular file, damaged, of another kind or of another version.
+        OSError: the system refuses to read the file.
+        UserError: the file is no regular file, is damaged, or has another kind or version.
     """
     try:
         found = json.loads(read_bytes(path), parse_constant=_finite, parse_float=_finite)
         seal = found.pop("crc32", None) if kind.sealed and isinstance(found, dict) else None
         actual = json_checksum(found) if kind.sealed else None
-    except (ValueError, RecursionError) as error:  # of JSON that is nested too deep
+    except (ValueError, RecursionError) as error:  # RecursionError: the nesting is too deep
         raise damaged(path, f"it is no JSON: {error}", kind.remedy) from None
     if not isinstance(found, dict) or found.get("format") != kind.format:
         raise UserError(f"{path} is not {kind.name}: {kind.instead}")
@@ -129,12 +129,12 @@ def read_binary(path: Path, recorded: str, remedy: str) -> bytes:
     """Read a file whose checksum is recorded elsewhere.
 
     Args:
-        recorded: its checksum.
+        recorded: the checksum that the file must have.
         remedy: as in `damaged`.
 
     Raises:
-        OSError: the system refuses to read it.
-        UserError: it is missing, no regular file, or its checksum fails.
+        OSError: the system refuses to read the file.
+        UserError: the file is missing, is no regular file, or has another checksum.
     """
     try:
         content = read_bytes(path)
@@ -145,33 +145,34 @@ def read_binary(path: Path, recorded: str, remedy: str) -> bytes:
 
 
 def check(what: object, actual: str, recorded: str, remedy: str) -> None:
-    """Raise the UserError of a damaged file where its checksum is not the recorded one."""
+    """Raise the error for a damaged file if its checksum is not the recorded one."""
     if actual != recorded:
         raise damaged(what, "its checksum fails", remedy)
 
 
 def seal_line(values: Mapping[str, Any]) -> str:
-    """An object as a sealed line.
+    """Write an object as a sealed line.
 
-    The checksum is of the rest as text, and stands last so that the rest can be had as text.
+    The checksum is computed from the text of the other entries. It comes last, so that a reader can
+    cut this text out.
     """
     text = json.dumps(values)
     return f'{text[:-1]}{_CRC}{checksum(text.encode())}"}}\n'
 
 
 def read_lines(path: Path, content: type[Content], remedy: str) -> list[tuple[str, Content, bytes]]:
-    """Read a file of sealed lines; leaves out a last line that a kill cut short.
+    """Read a file of sealed lines. Ignore a last line that a kill cut short.
 
     Args:
         content: the type that each line must fit.
-        remedy: what to do about a damaged line.
+        remedy: an instruction what to do about a damaged line.
 
     Returns:
-        For each line its place, as words that contain the path, its values and its bytes.
+        For each line its number and path in words, its values and its bytes.
 
     Raises:
         OSError: there is no such file, or the system refuses to read it.
-        UserError: it is no regular file, or a line is damaged.
+        UserError: the file is no regular file, or a line is damaged.
     """
     *lines, _cut_short = read_bytes(path).split(b"\n")
     found = []

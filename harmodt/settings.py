@@ -1,4 +1,4 @@
-"""Dataclasses of settings: the types that say what a setting may be, checks, and JSON."""
+"""Dataclasses of settings: the types of values, checks, and JSON."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .errors import UserError, printable
 from .sealed import convert
 
 ABOVE_ZERO = sys.float_info.min
-"""The lowest bound of a number above 0. msgspec takes `gt=0` for the smallest denormal number or
-more, and with it 0 where the processor flushes those to zero (`devices.prepare_cpu`)."""
+"""The lower bound of a number above 0. msgspec turns `gt=0` into "at least the smallest denormal
+number". If the processor flushes denormals to 0 (`devices.prepare_cpu`), this would accept 0."""
 
 Count = Annotated[int, Meta(ge=1)]
 Whole = Annotated[int, Meta(ge=0)]
@@ -32,7 +32,7 @@ Settings = TypeVar("Settings")
 
 
 def settings(group: Any) -> Iterator[tuple[str, Any]]:
-    """Name and value of every setting of a group and of the groups in it."""
+    """Yield name and value of every setting in a group and in its subgroups."""
     for field in dataclasses.fields(group):
         value = getattr(group, field.name)
         if dataclasses.is_dataclass(value):
@@ -42,7 +42,7 @@ def settings(group: Any) -> Iterator[tuple[str, Any]]:
 
 
 def change(group: Settings, values: Mapping[str, Any]) -> Settings:
-    """A copy of a group, and of the groups in it, with other values of the settings it has."""
+    """Copy a group and its subgroups with new values; ignore names that are no settings of them."""
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(group):  # type: ignore[arg-type]
         value = getattr(group, field.name)
@@ -54,12 +54,12 @@ def change(group: Settings, values: Mapping[str, Any]) -> Settings:
 
 
 def parse_arguments(kind: Any, arguments: Sequence[str] | None = None, **options: Any) -> Any:
-    """`tyro.cli`, whose help and errors show arguments and defaults as a terminal can take them.
+    """Call `tyro.cli`. Its help and errors show arguments and defaults as printable text.
 
     Args:
-        kind: the dataclass to make of the arguments, or several.
-        arguments: those of the command line by default.
-        options: others of tyro's; `default` is an instance of `kind`.
+        kind: the dataclass to make from the arguments, or a union of several.
+        arguments: the arguments; by default those of the command line.
+        options: other options of `tyro.cli`; `default` is an instance of `kind`.
     """
     import tyro  # here, because only commands need it
 
@@ -75,17 +75,17 @@ def parse_arguments(kind: Any, arguments: Sequence[str] | None = None, **options
 
 
 def _shown(value: Any) -> Any:
-    """A setting as it is printed."""
+    """A setting's value with printable text."""
     if isinstance(value, tuple):
         return tuple(map(_shown, value))
     return type(value)(printable(value)) if isinstance(value, str | Path) else value
 
 
 def check(group: Any) -> None:
-    """Refuse settings that cannot work.
+    """Refuse invalid settings.
 
     Raises:
-        UserError: names the setting and what it may be.
+        UserError: a setting is invalid; the error names it and its valid values.
     """
     kind: type = type(group)
     types = _types_of(kind)
@@ -101,12 +101,12 @@ def check(group: Any) -> None:
 
 @functools.cache
 def _types_of(kind: type) -> dict[str, Any]:
-    """The type of each setting of a group; read once, because reading types takes long."""
+    """The type of each setting in a group. It is cached, because reading types takes long."""
     return get_type_hints(kind, include_extras=True)
 
 
 def _check_value(name: str, value: Any, kind: Any) -> None:
-    """Raise UserError where a value is not of its type or bounds, or a number is not finite."""
+    """Raise UserError if a value has a wrong type, is out of bounds, or is not finite."""
     try:
         msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
@@ -123,7 +123,7 @@ def _check_value(name: str, value: Any, kind: Any) -> None:
 
 
 def _words(kind: inspect.Type, one: bool = False) -> str:
-    """What a setting of a type may be, or what one of its values may be, if it has several."""
+    """The valid values of a type, in words; with `one`, the valid elements of a tuple."""
     match kind:
         case inspect.TupleType(item_types=(kind, *others)):
             return _words(kind) if one else f"{1 + len(others)} values, each {_words(kind)}"
@@ -158,7 +158,7 @@ def _words_of_number(kind: inspect.IntType | inspect.FloatType) -> str:
 
 
 def to_json(group: Any) -> dict[str, Any]:
-    """Settings as plain JSON values, a dictionary for each group."""
+    """Settings as plain JSON values, with a dictionary for each group."""
     values = {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
     return {
         name: to_json(value)
@@ -171,22 +171,22 @@ def to_json(group: Any) -> dict[str, Any]:
 
 
 def from_json(kind: type[Settings], values: Any, where: str) -> Settings:
-    """The inverse of `to_json`: exactly the settings that a group has, of the right types.
+    """The inverse of `to_json`. The values must be exactly the settings of the group.
 
     Args:
         kind: the dataclass of the group.
-        values: what was read.
-        where: named in the error.
+        values: the JSON values.
+        where: the place that the values come from, for the error.
 
     Raises:
-        UserError: a setting is missing, unknown, of another type or out of its bounds.
+        UserError: a setting is missing or unknown, has a wrong type, or is out of its bounds.
     """
     group = convert(where, values, kind, dec_hook=_from_text)
     odd = _odd_keys(values, to_json(group))
     if odd:
         raise UserError(
-            f"{where} lacks, or has beyond what it should, {', '.join(sorted(odd))}: it was "
-            "changed, or written by another version; restore it from a copy or begin again"
+            f"{where} has missing or unknown entries ({', '.join(sorted(odd))}): it was changed, "
+            "or another version wrote it; restore it from a copy or begin again"
         )
     return group
 
@@ -198,7 +198,7 @@ def _from_text(kind: type, value: Any) -> Any:
 
 
 def _odd_keys(values: Any, expected: Any, prefix: str = "") -> set[str]:
-    """The keys that are missing, or that should not be there, as deep as keys are expected."""
+    """The missing and the unknown keys of a dictionary and of the dictionaries in it."""
     if not isinstance(values, dict) or not isinstance(expected, dict):
         return set()
     odd = {f"{prefix}{key}" for key in values.keys() ^ expected.keys()}

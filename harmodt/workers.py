@@ -1,12 +1,13 @@
-"""Child processes that end with their parent: all that ties a child to its parent is here.
+"""Child processes that end with their parent. Only this module ties a child to its parent.
 
-A `Worker` is an interpreter of its own that holds an object and calls its methods.
+A `Worker` is a separate Python interpreter that holds an object and calls the object's methods.
 `start_command` starts a whole command, such as a training run, which saves its work before it ends.
 
-Both start a fresh program. A fork would be unsafe beside PyTorch's threads, and a child of
-`multiprocessing` would import the parent's main module, and PyTorch with it. Both lead a session of
-their own: Ctrl-C reaches the parent alone, and a child is killed together with all that it started.
-(MuJoCo's glfw, for example, starts a program when it is imported.)
+Both start a new program. A fork would be unsafe with PyTorch's threads. A child of
+`multiprocessing` would import the parent's main module, and with it PyTorch. Both kinds of children
+lead their own session. Ctrl-C therefore reaches only the parent, and a kill ends a child together
+with all processes that it started. (For example, MuJoCo's glfw starts a program when it is
+imported.)
 """
 
 from __future__ import annotations
@@ -38,46 +39,48 @@ from harmodt.workers import serve
 serve(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
 """
 
-_REQUESTS_AHEAD = 2  # a worker has its next request at hand while the parent is busy otherwise
+_REQUESTS_AHEAD = 2  # a worker has its next request while the parent does other work
 
-_PR_SET_PDEATHSIG = 1  # of prctl(2); the setting outlives execve
+_PR_SET_PDEATHSIG = 1  # an option of prctl(2); the setting stays after execve
 
 Request = TypeVar("Request")
 
 
 class WorkerError(RuntimeError):
-    """A worker failed or died; the message names it and has what it reported."""
+    """A worker failed or died; the message has the worker's name and report."""
 
 
 class WorkerDied(WorkerError, UserError):
-    """A worker was killed or ended early, which is the machine's doing."""
+    """A worker was killed or ended early. The machine is the cause, not the program."""
 
 
 class Served:
     """An object that a worker holds and whose methods its parent calls."""
 
     def close(self) -> None:
-        """Leave nothing half done: called when the parent lets go or dies, and after an error."""
+        """Clean up. The worker calls this after an error, or if the parent lets go or dies."""
 
 
 class Worker:
     """A process that holds an object and calls its methods in the order of the requests.
 
-    The process computes in one thread and looks for modules where this process does, and nowhere
-    else. It ends, with all that it has started, when this process lets go of it or dies in any way.
-    It also ends after the first error.
+    The process computes in one thread, and searches for modules only in this process's `sys.path`.
+    When this process lets go of the worker or dies, the worker ends with all processes that it
+    started. It also ends after the first error.
 
     Args:
-        make: makes the object, in the worker, without arguments: a class that can be imported.
-        name: what error messages call the worker, as "a simulation worker (reach-v3)".
-        relief: what a person can do where memory runs out, as "simulate fewer environments".
-        patience: seconds in which the worker may finish a request and close its object when this
-            process lets go or dies; then it is killed.
+        make: makes the object in the worker, without arguments; usually a class. It must be
+            importable.
+        name: the worker's name in error messages, as "a simulation worker (reach-v3)".
+        relief: advice for a person if memory runs out, as "simulate fewer environments".
+        patience: seconds that the worker has to finish a request and close its object after this
+            process lets go or dies. Then it is killed.
         variables: environment variables to set in the worker.
 
     Attributes:
-        process: the child.
-        connection: `multiprocessing.connection.wait` tells when `receive` will not wait.
+        process: the child process.
+        connection: the connection to the worker. `multiprocessing.connection.wait` tells when it
+            has an answer for `receive`.
     """
 
     def __init__(
@@ -93,10 +96,10 @@ class Worker:
         self._patience = patience
         self.connection, requests = Pipe()
         lifeline, self._lifeline = Pipe(duplex=False)
-        with requests, lifeline:  # the worker alone holds these ends: its death closes them
+        with requests, lifeline:  # only the worker keeps these ends; its death closes them
             numbers = requests.fileno(), lifeline.fileno()
             self.process = subprocess.Popen(
-                # -I: no module comes from the current folder or the user's before sys.path is set.
+                # -I: before sys.path is set, no module comes from the user's or current folder.
                 [sys.executable, "-I", "-c", _SERVE, *map(str, (*numbers, patience, *sys.path))],
                 env={**os.environ, **share(1), **(variables or {})},
                 stdin=subprocess.DEVNULL,
@@ -106,7 +109,7 @@ class Worker:
         self.send(make)
 
     def send(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Ask for a call; the answer to each is to be received, in the same order.
+        """Request a call. Receive the answers in the order of the requests.
 
         Args:
             function: a method of the object's class, as `Class.method`.
@@ -124,8 +127,9 @@ class Worker:
         """Wait for the answer to the oldest request that is not yet answered, and return it.
 
         Raises:
-            UserError, OSError, MemoryError: what the method raised.
-            WorkerError: the method, or making the object, raised another error: its traceback.
+            UserError, OSError, MemoryError: the method raised this error.
+            WorkerError: the method, or making the object, raised another error; the message has its
+                traceback.
             WorkerDied: the worker was killed or has ended.
         """
         try:
@@ -139,16 +143,16 @@ class Worker:
         return value
 
     def let_go(self) -> None:
-        """Have the worker end by itself, without waiting for it."""
+        """Tell the worker to end, without waiting for it."""
         self.connection.close()
         self._lifeline.close()
 
     def wait(self) -> None:
-        """Wait until the worker, of which this process has let go, has ended."""
+        """Wait until the worker has ended; call `let_go` before."""
         _wait_or_kill(self.process, self._patience)
 
     def _death(self) -> WorkerDied:
-        _kill(self.process)  # with what it had started
+        _kill(self.process)  # and all processes that it started
         code = self.process.returncode
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
         return WorkerDied(
@@ -171,12 +175,12 @@ def spread(
     """Have workers call a method for each request; yield each request once it is answered.
 
     Args:
-        workers: which have no unanswered requests.
+        workers: workers without unanswered requests.
         function: as in `Worker.send`; a request is its only argument.
-        requests: given to the workers in this order, each to the next worker that is free.
+        requests: the requests, in the order in which free workers get them.
 
     Raises:
-        UserError, OSError, MemoryError, WorkerError: as `Worker.receive`.
+        UserError, OSError, MemoryError, WorkerError: as in `Worker.receive`.
     """
     left = iter(requests)
     given: dict[object, tuple[Worker, deque[Request]]]
@@ -203,13 +207,13 @@ def serve(requests: int, lifeline: int, patience: float) -> None:
     """The worker's side: answer the parent's requests until it lets go or dies.
 
     Args:
-        requests: descriptor of the socket on which requests come and answers go.
+        requests: descriptor of the socket for requests and answers.
         lifeline: descriptor of a pipe that closes when the parent lets go or dies.
-        patience: seconds in which a request may then be finished.
+        patience: seconds to finish a request after that.
     """
 
     def end_at_once(*_: object) -> None:
-        os.kill(0, signal.SIGKILL)  # the whole group, so that no helper of a simulator is left
+        os.kill(0, signal.SIGKILL)  # the whole group, with all programs that a simulator started
 
     def end_with_parent() -> None:
         os.read(lifeline, 1)
@@ -227,7 +231,7 @@ def serve(requests: int, lifeline: int, patience: float) -> None:
             else:
                 connection.send(("done", function(held, *arguments)))
     except BaseException as error:
-        with contextlib.suppress(OSError):  # the parent has gone, or does not listen any more
+        with contextlib.suppress(OSError):  # the parent died or let go
             connection.send(_told(error))
     finally:
         if held is not None:
@@ -238,11 +242,15 @@ def _next_request(connection: Connection) -> bytes | None:
     try:
         return connection.recv_bytes()
     except (EOFError, ConnectionError):
-        return None  # the parent has let go, or died
+        return None  # the parent let go or died
 
 
 def _told(error: BaseException) -> tuple[str, Any]:
-    """An error as the parent is told of it: as it is where it becomes a sentence there."""
+    """The message to the parent about an error.
+
+    The parent can word the errors of three types, so it gets them unchanged. It gets the traceback
+    of any other error.
+    """
     if isinstance(error, (UserError, OSError, MemoryError)):
         return "refused", error
     return "failed", "".join(traceback.format_exception(error))
@@ -253,13 +261,13 @@ def start_command(
 ) -> subprocess.Popen[bytes]:
     """Start `python -m WORDS`; it gets SIGTERM when this process dies in any way.
 
-    Linux sends the signal when the thread that started the command ends: call this in a thread that
-    lives as long as the process, such as the main one.
+    Linux sends the signal when the thread that started the command ends. So call this in a thread
+    that lives as long as the process, such as the main thread.
 
     Args:
         words: the name of a module, and its arguments.
         variables: environment variables to set for the command.
-        output: file for all that it prints.
+        output: file for everything that the command prints.
     """
     return subprocess.Popen(
         [sys.executable, "-m", "harmodt.workers", str(os.getpid()), *words],
@@ -272,10 +280,10 @@ def start_command(
 
 
 def end_commands(commands: Sequence[subprocess.Popen[bytes]], patience: float) -> None:
-    """Tell commands to end, by SIGTERM, and wait until they have.
+    """Send SIGTERM to commands, and wait until they have ended.
 
     Args:
-        patience: seconds after which those that are still there are killed.
+        patience: seconds to wait; commands that still run after that are killed.
     """
     for command in commands:
         command.terminate()
@@ -285,7 +293,7 @@ def end_commands(commands: Sequence[subprocess.Popen[bytes]], patience: float) -
 
 
 def _wait_or_kill(leader: subprocess.Popen[Any], seconds: float) -> None:
-    """Wait for a child that leads a process group; after some seconds, kill the whole group."""
+    """Wait some seconds for a child that leads a process group; then kill the whole group."""
     try:
         leader.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -293,8 +301,8 @@ def _wait_or_kill(leader: subprocess.Popen[Any], seconds: float) -> None:
 
 
 def _kill(leader: subprocess.Popen[Any]) -> None:
-    """Kill the process group that a child leads, also where the child itself has just ended."""
-    if leader.returncode is None:  # its number cannot be another's before its status is read
+    """Kill the process group that a child leads, even if the child itself has just ended."""
+    if leader.returncode is None:  # until its status is read, no other process gets its number
         os.killpg(leader.pid, signal.SIGKILL)
         leader.wait()
 
@@ -303,7 +311,7 @@ def _become_command(parent: int, words: Sequence[str]) -> None:
     """Become `python -m WORDS`, which gets SIGTERM when its parent dies."""
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM):
         raise OSError(ctypes.get_errno(), "prctl")
-    if os.getppid() != parent:  # it died before the call
+    if os.getppid() != parent:  # the parent died before prctl was called
         sys.exit(128 + signal.SIGTERM)
     os.execv(sys.executable, [sys.executable, "-m", *words])
 

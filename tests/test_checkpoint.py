@@ -132,7 +132,7 @@ def test_a_checkpoint_of_another_model_size_is_refused(run):
     save(run, 1, size=4)
     with pytest.raises(UserError, match=r"another model size: w should be \[5\].* \[4\]"):
         load_checkpoint(run).copy_to({"w": torch.zeros(5)})
-    with pytest.raises(UserError, match="does not have it"):
+    with pytest.raises(UserError, match="the checkpoint lacks it"):
         load_checkpoint(run).copy_to({"v": torch.zeros(4)})
 
 

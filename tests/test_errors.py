@@ -41,7 +41,7 @@ def test_a_mistake_is_one_line_and_status_2(capsys):
         (errno.ENAMETOOLONG, "the name is too long: choose another path"),
         (errno.ENOTDIR, "a file is where a folder should be: move it away or"),
         (errno.EEXIST, "there is a file of that name already: move it away or"),
-        (errno.ENOENT, "it is not there, or was taken away meanwhile: put it back"),
+        (errno.ENOENT, "it does not exist, or was moved away: put it back"),
         (errno.EMFILE, "too many files are open: raise the limit (ulimit -n)"),
         (errno.ESTALE, "the network file system lost it: check that it is mounted"),
         (errno.ENOTCONN, "the network file system is not connected: check that it is mounted"),
@@ -130,7 +130,7 @@ def test_other_errors_are_bugs_whose_traceback_is_in_a_file(tmp_path, capsys, mo
     assert status == 1 and text.count("\n") == 1
     assert text.startswith("error: unexpected ZeroDivisionError (by) in `")
     assert f"report it with the traceback in {file}; " in text
-    assert text.endswith("to try on, give the same command again\n")
+    assert text.endswith("to try again, give the same command again\n")
     written = file.read_text()
     assert "Traceback (most recent call last)" in written and "in main\n" in written
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))

@@ -488,7 +488,7 @@ def one_more(tensors):
         (not_finite, "optimizer.first_moment has numbers that are NaN"),
         (all_zero, "has 0 active weights, and at first"),
         (one_more, "active weights, and at first"),
-        (lambda tensors: tensors.pop("optimizer.first_moment"), "does not have it"),
+        (lambda tensors: tensors.pop("optimizer.first_moment"), "the checkpoint lacks it"),
     ],
 )
 def test_tensors_that_cannot_be_the_runs_are_refused(run, change, message):
@@ -506,7 +506,7 @@ def test_tensors_that_cannot_be_the_runs_are_refused(run, change, message):
 def test_as_many_numbers_of_active_weights_as_tasks(run):
     directory = RunDirectory(run)
     directory.update({"active_weights": [directory.read().active_weights[0]]})
-    assert "is damaged (active_weights is of another number of tasks)" in refused(run)
+    assert "is damaged (active_weights has another number of tasks)" in refused(run)
 
 
 def test_masks_keep_their_density(run):

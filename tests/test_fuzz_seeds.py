@@ -94,7 +94,7 @@ HALF = {"\ud800": 1}
 def test_a_description_with_odd_keys_is_refused(folder: Path, where: str, more: Json) -> None:
     directory = RunDirectory(folder / "run")
     directory.update({where: {**getattr(directory.read(), where), **more}} if where else more)
-    with pytest.raises(UserError, match=r"run\.json (is damaged|lacks, or has)"):
+    with pytest.raises(UserError, match=r"run\.json (is damaged|has missing or unknown entries)"):
         SavedRun.open(folder / "run")
 
 

@@ -752,5 +752,5 @@ def test_there_are_no_masks_to_vote(learners: dict[str, MTDiffLearner]) -> None:
 def test_unseen_tasks_are_refused(store: DataStore) -> None:
     setup = make_setup(store, configure("mtdiff-p", **SMALL))
     checkpoint, unseen = Checkpoint(Path("checkpoint"), 0, {}), Unseen(Path("store"))
-    with pytest.raises(UserError, match="mtdiff-p cannot meet unseen tasks"):
+    with pytest.raises(UserError, match="mtdiff-p cannot act on unseen tasks"):
         unseen_policy(setup, checkpoint, unseen, [store.task(TASKS[0])], "")

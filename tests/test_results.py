@@ -200,7 +200,7 @@ def test_one_digit_that_is_another_is_noticed(tmp_path):
         (["protocol", "success_rule"], "never", "success_rule"),
         (["protocol", "target_returns"], [1.0], "has 1 target returns"),
         (["protocol", "target_returns"], [1.0, math.nan], "NaN is not finite"),
-        (["protocol", "weather"], "fine", "beyond what it should, weather"),
+        (["protocol", "weather"], "fine", r"missing or unknown entries \(weather\)"),
         (["\ud800"], 7, "surrogates not allowed"),
         (["protocol", "environment"], {}, "environment"),
         (["protocol", "environment", "episode_length"], -1, ">= 1"),

@@ -386,5 +386,5 @@ def test_what_reads_on_the_host_is_never_made_a_graph(
 )
 def test_a_setting_that_is_not_read_is_refused(surgery: str, changed: str, reader: str) -> None:
     check(configure("prompt-dt", surgery=reader, **{changed: 0.3}))
-    with pytest.raises(UserError, match=f"{changed} is read by {reader} alone"):
+    with pytest.raises(UserError, match=f"only {reader} reads {changed}"):
         check(configure("prompt-dt", surgery=surgery, **{changed: 0.3}))

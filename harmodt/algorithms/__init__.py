@@ -1,4 +1,4 @@
-"""The algorithms. A new one is a file here and a row of the table."""
+"""The table of algorithms. To add one, write a file in this folder and add a row."""
 
 from __future__ import annotations
 
@@ -48,22 +48,22 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 
 def find(name: str) -> Algorithm:
-    """The algorithm of that name.
+    """Return the algorithm with a name.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such algorithm.
     """
     if name not in ALGORITHMS:
         nearest = difflib.get_close_matches(name, ALGORITHMS, n=1, cutoff=0)[0]
         raise UserError(
-            f"there is no algorithm {name!r}: did you mean {nearest}? There are "
+            f"there is no algorithm {name!r}: did you mean {nearest}? The algorithms are "
             f"{', '.join(ALGORITHMS)}"
         )
     return ALGORITHMS[name]
 
 
 def preset(name: str, algorithm: str) -> TrainConfig:
-    """The settings of a preset for an algorithm, whose own defaults it stands above.
+    """The settings of a preset for an algorithm. It overrides the algorithm's defaults.
 
     Raises:
         UserError: there is no such preset or algorithm.
@@ -76,13 +76,14 @@ def preset(name: str, algorithm: str) -> TrainConfig:
 
 
 def config_from_json(values: Any, where: str) -> TrainConfig:
-    """The settings that `settings.to_json` made, of whatever algorithm.
+    """Make the settings of any algorithm from the values that `settings.to_json` returned.
 
     Args:
-        where: they were read from, for the error.
+        values: the JSON values.
+        where: the place that the values come from, for the error.
 
     Raises:
-        UserError: a setting is missing, unknown, of another type or out of its bounds.
+        UserError: a setting is missing or unknown, has a wrong type, or is out of its bounds.
     """
     values = values if isinstance(values, dict) else {}
     name = values.get("algorithm")

@@ -68,7 +68,7 @@ class RandomMaskLearner(SequenceLearner[MaskedOwn]):
         """As `SequenceLearner.prepare_training`; draw the first masks.
 
         Raises:
-            UserError: also if a task's sparsity is impossible, or given to an unknown task.
+            UserError: also if a task's sparsity is impossible, or a sparsity names an unknown task.
         """
         super().prepare_training(data)
         masks = self.settings.masks
@@ -87,7 +87,7 @@ class RandomMaskLearner(SequenceLearner[MaskedOwn]):
         return sparsities_by_loss(self._first_losses(), *bounds)
 
     def _first_losses(self) -> Tensor:
-        """Each task's loss, [T], on a batch of its own; all of the initial weights are active."""
+        """Each task's loss, [T], on its own batch, with all initial weights active."""
         draw, found = self.draw_for(0), []
         self.model.eval()
         with torch.no_grad(), self.execution.computing():
@@ -108,7 +108,7 @@ class RandomMaskLearner(SequenceLearner[MaskedOwn]):
         return self.settings.masks.unseen_threshold
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint holds, by name."""
+        """All tensors of a checkpoint, by name."""
         return super().tensors() | self.bank.tensors()
 
     def describe(self) -> dict[str, Any]:
@@ -131,11 +131,11 @@ class ChangingMaskLearner(RandomMaskLearner[ChangingOwn]):
         """As `RandomMaskLearner.prepare_training`."""
         super().prepare_training(data)
         masks = self.settings.masks
-        self._initial_bits = self.bank.bits.clone()  # a run that goes on draws the same
+        self._initial_bits = self.bank.bits.clone()  # a resumed run draws the same masks
         tokens = 3 * (self.model.config.prompt_length + self.settings.model.context_length)
-        # Recorded passes of at most a step's tasks share the memory of recorded steps. Larger
-        # passes would hold more memory and save little time. A GPU's graph would have memory of
-        # its own.
+        # Captured passes share the memory of captured steps if they have at most as many tasks.
+        # Larger passes would hold more memory and save little time. On a GPU, the graph of a pass
+        # would not share this memory.
         records = self.execution.repeats and self.execution.device.type == "cpu"
         self.gradients = UpdateGradients(
             self.bank,
@@ -149,8 +149,8 @@ class ChangingMaskLearner(RandomMaskLearner[ChangingOwn]):
     def before_step(self, step: int) -> dict[str, float]:
         """Update all masks at the start and then every t_m steps.
 
-        It logs by layer, over all tasks: `changed`, the mask bits that this update changed, and
-        `differing`, the mask bits that differ from the start of the run.
+        It logs two counts for each layer, over all tasks: `changed` counts the mask bits that this
+        update changed, `differing` the mask bits that differ from the start of the run.
         """
         if step % self.settings.masks.mask_update_every:
             return super().before_step(step)
@@ -158,14 +158,14 @@ class ChangingMaskLearner(RandomMaskLearner[ChangingOwn]):
         with self.execution.computing():
             values = self.update_masks(step)
         for kind, earlier in (("changed", before), ("differing", self._initial_bits)):
-            # the first T rows of soft masks say which weights are active
+            # In soft masks, the first T rows have the active weights.
             changed = (self.bank.bits ^ earlier)[: self.bank.tasks]
             counts = by_layer(self.vector.count_by_parameter(changed))
             values |= {f"{kind}/{layer}": int(count.sum()) for layer, count in counts.items()}
         return values
 
     def update_masks(self, step: int) -> dict[str, float]:
-        """Update all masks after `step` steps; return what is to be logged."""
+        """Update all masks after `step` steps, and return the values to log."""
         raise NotImplementedError
 
 
@@ -209,7 +209,7 @@ class HarmoDTLearner(ChangingMaskLearner[HarmoDTSettings]):
 
 
 def task_sparsities(setup: Setup, masks: MaskSettings) -> list[float]:
-    """S of each task's mask as the settings name it.
+    """S of each task's mask from the settings.
 
     Raises:
         UserError: a named task does not exist, or the run does not train on it.

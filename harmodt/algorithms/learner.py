@@ -1,4 +1,4 @@
-"""The base of every algorithm's learner, and a row of the table of algorithms."""
+"""The base of all learners, and the rows of the table of algorithms."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ..settings import settings
 from .optimiser import Optimiser
 
 MODEL = "model"
-"""Name of a learner's network where it trains only one."""
+"""The name of the network in a learner that trains only one network."""
 
 Own = TypeVar("Own", bound=AlgorithmSettings)
 """The settings of one algorithm."""
@@ -53,7 +53,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One training step: its tasks' ids, losses [G] and the norm of the unclipped gradient."""
+    """The result of a training step: task ids, losses [G], and the norm before clipping."""
 
     task_ids: Sequence[int]
     losses: Tensor
@@ -61,26 +61,26 @@ class StepResult:
 
 
 class Learner(Generic[Own]):
-    """Trains the networks of one algorithm on several tasks, and makes a policy of them.
+    """Trains the networks of one algorithm on several tasks, and makes a policy from them.
 
-    An algorithm is a subclass. It builds its networks, and gives the losses of a batch and the
-    policy; what else it needs it overrides. A learner is built without data: that is enough to load
-    a checkpoint and to act. `prepare_training` brings the data.
+    Each algorithm is a subclass. It builds the networks, and implements the losses of a batch and
+    the policy. It overrides other methods if it needs to. A learner is built without data, which is
+    enough to load a checkpoint and to act. `prepare_training` adds the data.
 
-    A learner counts no steps. A step gets its number, and all its random draws follow from that
-    number and the run's seed.
+    A learner does not count steps. The caller passes the number of each step. This number and the
+    run's seed determine all random draws of the step.
 
     Args:
         setup: the run's settings, tasks and device.
 
     Attributes:
-        settings: the algorithm's own settings.
+        settings: the settings that only this algorithm has.
         trained: the parameters of each network that steps train, by the network's name.
-        averages: the parameters of each network that follows a trained one, by its name.
+        averages: the parameters of each network that follows a trained network, by its name.
     """
 
     records_steps = True
-    """Whether a step can be recorded as a graph and replayed."""
+    """Whether a step can be captured as a graph and replayed."""
 
     def __init__(self, setup: Setup):
         self.setup = setup
@@ -91,21 +91,21 @@ class Learner(Generic[Own]):
         self.optimisers: dict[str, Optimiser] = {}
         self._seeds = Seeds(setup.config.run.seed)
 
-    # What an algorithm gives.
+    # An algorithm implements or overrides these.
 
     def losses(self, batch: Batch, targets: Tensor, *extra: Tensor) -> Tensor:
         """The loss of each group of a batch, [G].
 
         Args:
             targets: float32 [G, B, L, A], the actions of the data.
-            extra: the rest of the step's extra inputs, as `extra_inputs` returns them.
+            extra: the step's extra inputs, as `extra_inputs` returns them but without the first.
         """
         raise NotImplementedError
 
     def policy(self, step: int) -> Policy:
-        """The policy of the present weights, after `step` steps; it shares the learner's tensors.
+        """The policy with the present weights, after `step` steps.
 
-        Call `resume_training` before the next training step.
+        It shares the learner's tensors. Call `resume_training` before the next training step.
         """
         raise NotImplementedError
 
@@ -114,41 +114,44 @@ class Learner(Generic[Own]):
         raise NotImplementedError
 
     def extra_inputs(self, steps: range) -> list[Tensor]:
-        """What some consecutive steps read beside their windows: tensors [S, ...] on the CPU.
+        """The inputs of consecutive steps besides their windows: tensors [S, ...] on the CPU.
 
-        Learning rate and bias corrections come first.
+        The first tensor has the learning rates and bias corrections.
         """
         optimiser = next(iter(self.optimisers.values()))  # they are the same for all networks
         return [optimiser.rates(steps)]
 
     def before_step(self, step: int) -> dict[str, float]:
-        """Do what is due after `step` steps and before the next one; return what is to be logged.
+        """Do the work that is due after `step` steps, such as mask updates.
+
+        Returns:
+            The values to log.
 
         Raises:
             NotFinite: a gradient or a loss is NaN or infinite.
-            UserError: it cannot be done with these gradients, though they are finite.
+            UserError: the gradients are finite, but the work cannot be done with them.
         """
         return {}
 
     def after_step(self, step: int) -> None:
-        """Do what follows the optimiser's step, such as moving averages of weights."""
+        """Do the work that follows the optimiser's step, such as moving averages of weights."""
 
     @property
     def max_timesteps(self) -> int:
-        """The networks read later time steps as the last of this many."""
+        """The number of time steps that the networks tell apart; later ones count as the last."""
         return self.setup.environment.episode_length
 
     @property
     def draws_from_pytorch(self) -> bool:
-        """Whether a training step draws from PyTorch's generator, which is then seeded for it."""
+        """Whether a training step draws from PyTorch's generator; each step then seeds it."""
         return False
 
     @property
     def mask_bits(self) -> Tensor | None:
-        """The masks of all tasks, as `MaskBank` has them; None without masks."""
+        """The masks of all tasks, in the form of `MaskBank.bits`; None without masks."""
         return None
 
-    # What all algorithms share.
+    # All algorithms share these.
 
     @property
     def task_count(self) -> int:
@@ -156,10 +159,10 @@ class Learner(Generic[Own]):
         return len(self.setup.conditioning)
 
     def inputs(self, device: torch.device | None = None) -> Inputs:
-        """Makes the networks' inputs from stored and observed time steps.
+        """The `Inputs` object that makes the networks' inputs from time steps.
 
         Args:
-            device: of the prompts, as `Inputs` takes it.
+            device: device of the prompts, as in `Inputs`.
         """
         prompts: PromptSettings | None = self.settings.prompts()
         data = self.setup.config.data
@@ -186,7 +189,7 @@ class Learner(Generic[Own]):
         self._step = execution.repeated(self._compute) if self.records_steps else self._compute
 
     def train_step(self, step: int) -> StepResult:
-        """One step of every network over some tasks (Eq. 11); steps are numbered from 1."""
+        """Train every network by one step on several tasks (Eq. 11). The first step is step 1."""
         if self.draws_from_pytorch:
             self._seeds.begin(TRAIN, step - 1)
         task_ids = self.feed.load(step)
@@ -195,9 +198,9 @@ class Learner(Generic[Own]):
         return StepResult(task_ids, result[:-1], result[-1])
 
     def _compute(self) -> Tensor:
-        """Compute the loaded step; return its losses [G] and its gradient's norm as one tensor.
+        """Compute the loaded step. Return its losses [G] and gradient norm as one tensor.
 
-        A graph replays this: it runs on the device alone, on tensors that stay where they are.
+        A graph replays this method. It works only on the device, on tensors with fixed addresses.
         """
         batch, targets = self.feed.batch()
         rates, *extra = self.feed.extra
@@ -220,11 +223,11 @@ class Learner(Generic[Own]):
         losses.mean().backward()
 
     def combine_gradients(self, task_ids: Tensor, *extra: Tensor) -> None:
-        """Make the step's gradient of per-task gradients; of their mean there is nothing to make.
+        """Combine per-task gradients into the step's gradient; do nothing if there is only a mean.
 
         Args:
             task_ids: int64 [G], the tasks of the step.
-            extra: as `losses` gets them.
+            extra: the extra inputs that `losses` gets.
         """
 
     def weights(self) -> dict[str, Tensor]:
@@ -237,9 +240,9 @@ class Learner(Generic[Own]):
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint holds, by name; without data, what a policy needs of it."""
+        """All tensors of a checkpoint, by name; before `prepare_training`, without moments."""
         moments = {
-            # a network named "model" keeps the names that its moments had when it was the only one
+            # The moments of the network "model" have names without the network's name.
             ".".join(("optimizer", *([] if name == MODEL else [name]), key)): tensor
             for name, optimiser in self.optimisers.items()
             for key, tensor in optimiser.tensors().items()
@@ -247,21 +250,21 @@ class Learner(Generic[Own]):
         return self.weights() | moments
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Take over the tensors of a checkpoint.
+        """Copy the tensors of a checkpoint into this learner.
 
         Raises:
-            UserError: the checkpoint is of another model size.
+            UserError: the checkpoint has another model size.
         """
         checkpoint.copy_to(self.tensors())
         self.resume_training()
 
     def resume_training(self) -> None:
-        """Get ready for a training step after acting, or after tensors were changed outside it."""
+        """Prepare for a training step after the policy acted or other code changed tensors."""
         for optimiser in self.optimisers.values():
             optimiser.round_weights()
 
     def describe(self) -> dict[str, Any]:
-        """Numbers for the run's description: `parameters`, and what there is to say of masks."""
+        """Numbers for the run's description: `parameters`, and numbers of the masks if any."""
         return {"parameters": sum(vector.count() for vector in self.trained.values())}
 
 
@@ -270,10 +273,11 @@ class Algorithm:
     """A row of the table of algorithms.
 
     Attributes:
-        settings: the class of its own settings.
-        learner: builds its learner.
-        defaults: other settings whose defaults differ for this algorithm, by name.
-        unread: other settings that mean nothing to it, by name; giving one is refused.
+        settings: the class of the settings that only this algorithm has.
+        learner: builds the learner.
+        defaults: shared settings that have another default for this algorithm, by name.
+        unread: names of the shared settings that this algorithm does not read. A command refuses
+            them.
     """
 
     settings: type[AlgorithmSettings]
@@ -282,7 +286,7 @@ class Algorithm:
     unread: tuple[str, ...] = ()
 
     def reads(self, name: str) -> bool:
-        """Whether a setting of that name means something to it."""
+        """Whether the algorithm reads the setting of a name."""
         return name in dict(settings(self.settings())) or (
             name in dict(settings(TrainConfig())) and name not in self.unread
         )

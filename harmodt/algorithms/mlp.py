@@ -18,10 +18,10 @@ from ..policies.reactive import ReactivePolicy
 from .learner import Learner, Setup
 
 DEFAULTS = {"batch_per_task": 160}
-"""Steps of each task: as many actions as the 8 windows of 20 steps that sequence models read."""
+"""Steps per task: as many actions as the 8 windows of 20 steps of a sequence model."""
 
 POLICY = "policy"
-"""The name of the network that acts."""
+"""The name of the policy's network."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class MLPSettings(AlgorithmSettings):
     hidden_layers: Annotated[int, Meta(ge=1, le=1000)] = 3
     """Number of hidden layers."""
     task_conditioning: TaskInput = "one-hot"
-    """The policy reads the task as a one-hot vector, or has a head for each task."""
+    """The policy reads a one-hot vector of the task, or has a head for each task."""
 
 
 MLPOwn = TypeVar("MLPOwn", bound=MLPSettings)
@@ -42,7 +42,7 @@ MLPOwn = TypeVar("MLPOwn", bound=MLPSettings)
 class MLPLearner(Learner[MLPOwn]):
     """Trains MLPs on windows of a few steps.
 
-    Each network's gradient is clipped by itself, and all networks move at once.
+    A step clips the gradient of each network separately, and moves all networks at once.
 
     Attributes:
         window: steps of a window.
@@ -58,25 +58,25 @@ class MLPLearner(Learner[MLPOwn]):
         self.train_network(POLICY, self.actor)
 
     def train_network(self, name: str, network: nn.Module) -> None:
-        """Add a network to those that steps train."""
+        """Add a network that steps train."""
         self.networks[name] = network
         self.trained[name] = ParameterVector(network, self.execution.device)
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """Number of tasks, and size and number of the hidden layers, as `TaskMLP` takes them."""
+        """Number of tasks, and size and number of the hidden layers: arguments of `TaskMLP`."""
         return self.task_count, self.settings.hidden_size, self.settings.hidden_layers
 
     def _build_actor(self) -> Actor:
-        """The network that acts, drawn from PyTorch's generator."""
+        """Build the policy's network; PyTorch's generator draws its weights."""
         spec, task_input = self.setup.environment, self.settings.task_conditioning
         return Actor(spec.observation_size, spec.action_size, *self.sizes, task_input)
 
     def make_sampler(self, episodes: Trajectories, inputs: Inputs) -> WindowSampler:
-        """Windows of a few steps."""
+        """The sampler of windows of a few steps."""
         return WindowSampler(episodes, inputs, self.window, self.execution.device)
 
     def policy(self, step: int) -> ReactivePolicy:
-        """The network that acts."""
+        """The policy with the present weights."""
         spec = self.setup.environment
         return ReactivePolicy(self.actor, self.inputs(), spec, self.execution, step)

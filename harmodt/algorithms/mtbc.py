@@ -1,8 +1,8 @@
-"""MTBC: behaviour cloning of all tasks' data by one multilayer perceptron.
+"""MTBC: one multilayer perceptron clones the behaviour in the data of all tasks.
 
-The papers that list it give a number of parameters and no architecture. The one here was chosen: it
-has 1.75 M parameters for Meta-World's 50 tasks (the HarmoDT paper's Table 1: 1.74 M), or 1.73 M
-with a head for each task and `--hidden-size 872`.
+The papers that list MTBC state its number of parameters, but not its architecture. This project
+chose one: it has 1.75 M parameters for Meta-World's 50 tasks (the HarmoDT paper's Table 1: 1.74 M),
+or 1.73 M with a head for each task and `--hidden-size 872`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class MTBCSettings(MLPSettings):
 
 
 class MTBCLearner(MLPLearner[MTBCSettings]):
-    """Regresses on the actions of single steps."""
+    """Trains the policy by regression on the actions of single steps."""
 
     def losses(self, batch: Batch, targets: Tensor, *extra: Tensor) -> Tensor:
-        """Mean squared error on the actions, as the sequence models have it (Eq. 2), [G]."""
+        """Mean squared error on the actions, as for the sequence models (Eq. 2), [G]."""
         chosen = self.actor(batch.history.observations[:, :, 0], batch.task_ids)
         return (chosen - targets[:, :, 0]).square().mean((1, 2))

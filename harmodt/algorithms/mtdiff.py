@@ -1,19 +1,20 @@
 """MTDiff-P: a diffusion model of action sequences, conditioned on a prompt or a one-hot task.
 
-After He et al., "Diffusion Model is an Effective Planner and Data Synthesizer for Multi-Task
-Reinforcement Learning", NeurIPS 2023 (arXiv 2305.18459). The HarmoDT paper quotes it as MTDIFF-P
-and MTDIFF-P-ONEHOT. The model denoises a plan of actions, conditioned on the last observations, the
-task and the return, with classifier-free guidance of the return.
+It follows He et al., "Diffusion Model is an Effective Planner and Data Synthesizer for Multi-Task
+Reinforcement Learning", NeurIPS 2023 (arXiv 2305.18459). The HarmoDT paper calls it MTDIFF-P and
+MTDIFF-P-ONEHOT. The model denoises a plan of actions. It is conditioned on the last observations,
+the task and the return, with classifier-free guidance of the return.
 
-The paper leaves some choices open. This module makes them as the authors' code does: sizes and
-schedule, a Huber loss in which a plan's first action counts ten times, two observations, prompts of
-20 steps, returns hidden from every fifth window, a running mean of the weights at evaluation, and a
+The paper leaves some choices open. This module follows the authors' code there: sizes and schedule,
+a Huber loss in which a plan's first action counts ten times, two observations, prompts of 20 steps,
+returns that one window in five does not read, a running mean of the weights at evaluation, and a
 guidance of 1.2 with half of DDPM's noise.
 
-It departs from that code in this: data are normalised, drawn and optimised as for the sequence
-models here. So observations take no LayerNorm, and the return is the undiscounted return-to-go,
-which falls by each reward at evaluation. A prompt stays for a whole episode. That code has no
-one-hot form: here a one-hot task takes the place of the prompt's steps.
+The module differs from that code in these points. Data are normalised, drawn and optimised as for
+the sequence models of this project. Observations therefore have no LayerNorm, and the return is the
+undiscounted return-to-go, from which each reward is subtracted at evaluation. A prompt stays the
+same for a whole episode. That code has no one-hot form; here a one-hot vector of the task replaces
+the prompt's steps.
 """
 
 from __future__ import annotations
@@ -52,22 +53,22 @@ class DenoiserSettings:
     dropout: ShareBelowOne = 0.0
     """Dropout of attention and MLPs."""
     context_length: ModelSize = 2
-    """Observations that the model reads; the present one is the last."""
+    """Number of observations that the model reads; the present one is the last."""
     horizon: ModelSize = 32
-    """Actions of a plan in training."""
+    """Number of actions of a plan in training."""
     diffusion_steps: Annotated[int, Meta(ge=1, le=10_000)] = 200
     """T, the steps of noise that turn a plan into pure noise."""
     return_dropout: Share = 0.2
     """Probability of hiding the return from the model in training."""
     first_action_weight: Positive = 10.0
-    """Weight of a plan's first action in the loss; the others have 1."""
+    """Weight of a plan's first action in the loss; the other actions have the weight 1."""
     average_decay: ShareBelowOne = 0.995
-    """Decay of the running mean of the weights; the policy acts with that mean."""
+    """Decay of the running mean of the weights; the policy uses this mean."""
 
 
 @dataclass(frozen=True)
 class MTDiffSettings(AlgorithmSettings):
-    """MTDiff-P conditioned on a one-hot task."""
+    """MTDiff-P conditioned on a one-hot vector of the task."""
 
     model: DenoiserSettings = DenoiserSettings()
     plan: PlanSettings = PlanSettings()
@@ -77,8 +78,8 @@ class MTDiffSettings(AlgorithmSettings):
 
         Raises:
             UserError: the embedding dimension is odd or not a multiple of the heads, there are more
-                sampling steps than steps of the diffusion, or more actions are executed than
-                planned.
+                sampling steps than steps of the diffusion, or a plan has fewer actions than are to
+                be executed.
         """
         model, plan = self.model, self.plan
         if model.embed_dim % 2 or model.embed_dim % model.heads:
@@ -108,10 +109,10 @@ class PromptedMTDiffSettings(MTDiffSettings):
 
 
 class PlanSampler(WindowSampler):
-    """Draws windows of H actions to plan, preceded by the h - 1 observations before the present.
+    """Draws windows of the h - 1 steps before the present and of H steps of a plan.
 
-    The present takes the place of another window's first step. Where the episode has no earlier
-    step, its first step is repeated.
+    The plan begins at the present step, which is drawn like the first step of any window. If the
+    episode has no earlier steps, copies of its first step take their place.
 
     Args:
         episodes: the training episodes of each task.
@@ -131,7 +132,7 @@ class PlanSampler(WindowSampler):
         self._back = torch.arange(1 - settings.context_length, 0, device=self.episodes.device)
 
     def draw(self, task_ids: Tensor, draws: Draws) -> Drawn:
-        """Draw the windows of a batch; the present is step h - 1 of h - 1 + H."""
+        """Draw the windows of a batch; the present step has index h - 1 of h - 1 + H."""
         drawn = super().draw(task_ids, draws)
         before = (drawn.times[..., :1] + self._back).clamp(min=0)
         there = torch.ones_like(before, dtype=torch.bool)
@@ -163,7 +164,7 @@ class MTDiffLearner(Learner[MTDiffSettings]):
         self.diffusion = Diffusion(steps, self.execution.device)
 
     def _build_model(self) -> Denoiser:
-        """A denoiser of the run's sizes, drawn from PyTorch's generator."""
+        """Build a denoiser; PyTorch's generator draws its weights."""
         model, environment = self.settings.model, self.setup.environment
         prompt = self.settings.prompts()
         step_size = environment.observation_size + environment.action_size
@@ -182,13 +183,13 @@ class MTDiffLearner(Learner[MTDiffSettings]):
         return Denoiser(config, self.execution.device)
 
     def make_sampler(self, episodes: Trajectories, inputs: Inputs) -> PlanSampler:
-        """Windows of plans."""
+        """The sampler of plans."""
         return PlanSampler(episodes, inputs, self.settings.model, self.execution.device)
 
     def extra_inputs(self, steps: range) -> list[Tensor]:
-        """Learning rate and bias corrections; times of the diffusion, visible returns, noise.
+        """Learning rates and bias corrections; times of the diffusion, visible returns, noise.
 
-        The CPU draws the noise, so that every device adds the same.
+        The CPU draws the noise, so that it is the same for every device.
         """
         model, data = self.settings.model, self.setup.config.data
         size = self.setup.environment.action_size
@@ -208,7 +209,7 @@ class MTDiffLearner(Learner[MTDiffSettings]):
         ]
 
     def losses(self, batch: Batch, targets: Tensor, *extra: Tensor) -> Tensor:
-        """Huber loss of the noise in each group's plans, weighted over their valid steps, [G].
+        """Weighted Huber loss of the noise in the valid steps of each group's plans, [G].
 
         Args:
             batch: G groups of B windows of h - 1 + H steps.
@@ -238,11 +239,11 @@ class MTDiffLearner(Learner[MTDiffSettings]):
         self.average.vector.weights.lerp_(self.model.vector.weights, share)
 
     def decay(self, step: int) -> float:
-        """The running mean's decay at a step: at first the mean is that of all steps so far."""
+        """The decay of the running mean at a step; at first it gives the mean of all steps."""
         return min(self.settings.model.average_decay, 1 - 1 / step)
 
     def _situation(self, batch: Batch) -> Situation:
-        """The situations that the plans of a batch are made for, [G B, ...]."""
+        """The situations of a batch, which its plans are conditioned on, [G B, ...]."""
         present = self.settings.model.context_length - 1
         history, tasks = batch.history, batch.task_ids[:, None]
         tasks = tasks.expand(-1, history.valid.shape[1])
@@ -254,7 +255,7 @@ class MTDiffLearner(Learner[MTDiffSettings]):
         )
 
     def policy(self, step: int) -> PlanPolicy:
-        """The running mean of the weights."""
+        """The policy with the running mean of the weights."""
         return PlanPolicy(
             self.average,
             self.diffusion,

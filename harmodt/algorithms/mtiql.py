@@ -1,12 +1,12 @@
-"""MTIQL: implicit Q-learning on all tasks' data with multilayer perceptrons.
+"""MTIQL: implicit Q-learning on the data of all tasks with multilayer perceptrons.
 
-Kostrikov, Nair and Levine, "Offline Reinforcement Learning with Implicit Q-Learning", ICLR 2022
-(arXiv 2110.06169), called IQL. Its policy is a Gaussian. Here the policy is a Gaussian's mean,
-behind a tanh, with a fixed deviation: the weighted likelihood becomes a weighted squared error, and
-with all weights at 1 it is MTBC's. The papers that list MTIQL give a number of parameters and no
-architecture. The one here was chosen: the policy, the value and the two critics, without the
-critics' targets, have 1.72 M parameters for Meta-World's 50 tasks (the HarmoDT paper's Table 1:
-1.74 M).
+IQL is from Kostrikov, Nair and Levine, "Offline Reinforcement Learning with Implicit Q-Learning",
+ICLR 2022 (arXiv 2110.06169). Its policy is a Gaussian. Here the policy is the mean of a Gaussian
+with a fixed deviation, and it ends in a tanh. The weighted likelihood then becomes a weighted
+squared error; if all weights are 1, this is the loss of MTBC. The papers that list MTIQL state its
+number of parameters, but not its architecture. This project chose one: the policy, the value and
+the two critics, without the critics' targets, have 1.72 M parameters for Meta-World's 50 tasks (the
+HarmoDT paper's Table 1: 1.74 M).
 """
 
 from __future__ import annotations
@@ -36,30 +36,30 @@ LARGEST_WEIGHT = 100.0
 
 @dataclass(frozen=True)
 class MTIQLSettings(MLPSettings):
-    """MTIQL: MLPs that imitate the data's actions; better actions than expected count more."""
+    """MTIQL: MLPs that imitate the data's actions; actions better than expected count more."""
 
     hidden_size: ModelSize = 440
     """Outputs of each hidden layer of each network."""
     critic_conditioning: TaskInput = "multi-head"
-    """The value and the critics read the task as a one-hot vector, or have a head for each task."""
+    """The value and the critics read a one-hot vector of the task, or have a head for each task."""
     discount: ShareBelowOne = 0.99
-    """γ, the discount of a reward one step later."""
+    """γ, the discount for each step until a reward."""
     expectile: Annotated[float, Meta(ge=ABOVE_ZERO, lt=1)] = 0.7
     """τ, the expectile of the critics' values that the value learns: 0.5 is the mean, 1 the
     largest."""
     temperature: NotNegative = 100.0
     """β in an action's weight exp(β A), which is at most 100. With 0 all actions count alike.
-    Advantages A are divided by --return-scale, as rewards are: at 1000 and Meta-World's rewards of
-    about 5 a step, one step's reward gives exp(0.5)."""
+    Advantages A and rewards are divided by --return-scale: with 1000 and Meta-World's rewards of
+    about 5 per step, an advantage of one step's reward gives exp(0.5)."""
     target_rate: Annotated[float, Meta(ge=ABOVE_ZERO, le=1)] = 0.02
-    """Share of the way from the critics' targets to the critics that each step goes. IQL's code has
-    0.005; short runs need more, because a reward spreads back about one step with each update."""
+    """Share of the distance to the critics that their targets move in each step. IQL's code uses
+    0.005. Short runs need more, because each update spreads a reward back by about one step."""
 
 
 class MTIQLLearner(MLPLearner[MTIQLSettings]):
     """Trains a policy, a value and two critics; a slow copy of the critics rates actions.
 
-    All networks move at once, by gradients at the weights before the step.
+    A step moves all networks at once, by the gradients at the weights before the step.
     """
 
     window = WINDOW
@@ -75,7 +75,7 @@ class MTIQLLearner(MLPLearner[MTIQLSettings]):
         self.averages[TARGETS] = ParameterVector(self.targets, self.execution.device)
 
     def _build_critic(self, inputs: int) -> TaskMLP:
-        """A network with one output, drawn from PyTorch's generator."""
+        """Build a network with one output; PyTorch's generator draws its weights."""
         return TaskMLP(inputs, 1, *self.sizes, self.settings.critic_conditioning)
 
     def after_step(self, step: int) -> None:

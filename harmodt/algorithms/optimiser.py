@@ -1,4 +1,4 @@
-"""AdamW over a parameter vector: clipping, schedule, and only the weights that a step uses."""
+"""AdamW for a parameter vector. It moves only the active weights."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..masks.vector import ParameterVector
 
 
 class Optimiser:
-    """AdamW that clips the gradient's norm and leaves inactive weights as they are.
+    """AdamW that clips the gradient's norm and does not change inactive weights.
 
     Args:
-        vector: holds the weights and their gradient.
+        vector: the weights and their gradient.
         settings: learning rate and its schedule, clipping, decay.
-        backend: gives the masked AdamW.
+        backend: the backend that computes the masked AdamW.
         rounded_to: the type of a copy of the maskable weights, or None for no copy.
 
     Attributes:
@@ -47,7 +47,7 @@ class Optimiser:
             self.round_weights()
 
     def round_weights(self) -> None:
-        """Write the copy anew, after the weights were changed from outside."""
+        """Write the copy again after other code changed the weights."""
         if self.bf16_copy is not None:
             self.bf16_copy.copy_(self._vector.weights[: self._vector.maskable_size])
 
@@ -56,8 +56,9 @@ class Optimiser:
 
         Args:
             mask_bits: int32 [T, P_m / 32], the tasks' masks, or None without masks.
-            task_ids: int64 [G], the tasks of the step. A weight moves if it is active in one.
-            rates: float32 [3], the step's row of what `rates` returns.
+            task_ids: int64 [G], the tasks of the step. A weight moves if it is active in one of
+                them.
+            rates: float32 [3], learning rate and bias corrections: the step's row of `rates`.
 
         Returns:
             The norm of the unclipped gradient, a tensor of one element.
@@ -78,19 +79,22 @@ class Optimiser:
         )
 
     def rates(self, steps: Sequence[int]) -> Tensor:
-        """Learning rate and bias corrections of some steps, counted from 1: float32 [S, 3]."""
+        """Learning rates and bias corrections of steps, which count from 1: float32 [S, 3]."""
         settings = self.settings
         return torch.tensor(
             [lr_and_corrections_at(s, learning_rate(s, settings), settings.betas) for s in steps]
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """The moments, as a checkpoint names them."""
+        """The moments by their names in a checkpoint."""
         return {"first_moment": self.first_moment, "second_moment": self.second_moment}
 
 
 def learning_rate(step: int, settings: OptimisationSettings) -> float:
-    """Linear warm-up, then constant or a cosine to `final_learning_rate` of the peak."""
+    """The learning rate at a step: a linear warm-up, and a cosine towards its final share.
+
+    The share `final_learning_rate` is relative to the peak. With 1 there is no cosine.
+    """
     warm = min(step / settings.warmup_steps, 1.0) if settings.warmup_steps else 1.0
     wave = 0.5 * (1.0 + math.cos(math.pi * min(step / settings.steps, 1.0)))
     floor = settings.final_learning_rate

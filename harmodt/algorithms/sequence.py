@@ -1,6 +1,6 @@
 """Prompt-DT and MTDT: a decision transformer without masks.
 
-HarmoDT's learner adds its masks to the one here.
+HarmoDT's learner is a subclass that adds masks.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class SequenceSettings(AlgorithmSettings):
 
     model: TransformerSettings = TransformerSettings()
     task_embedding_dim: Whole = 0
-    """Size of a learned task embedding, which the model reads beside the observations; 0: none."""
+    """Size of a learned task embedding that the model reads with each observation; 0: none."""
     harmony_every: Whole = 0
     """Steps between logs of the averaged harmony score; 0: only mask updates log it."""
     gradients: SurgerySettings = SurgerySettings()
@@ -73,8 +73,8 @@ SequenceOwn = TypeVar("SequenceOwn", bound=SequenceSettings)
 class SequenceLearner(Learner[SequenceOwn]):
     """Trains a decision transformer.
 
-    The model's layers overwrite a buffer of gradients [R, P]: with R = 1 they write the gradient of
-    the mean loss, with R = G one gradient for each task of the step, for gradient surgery.
+    The model's layers overwrite a buffer of gradients [R, P]. With R = 1 they write the gradient of
+    the mean loss. With R = G they write one gradient for each task, for gradient surgery.
 
     Attributes:
         model: the decision transformer.
@@ -87,7 +87,7 @@ class SequenceLearner(Learner[SequenceOwn]):
         self.vector = self.trained[MODEL] = self.model.vector
 
     def _build_model(self) -> DecisionTransformer:
-        """A decision transformer of the run's sizes, drawn from PyTorch's generator."""
+        """Build the decision transformer; PyTorch's generator draws its weights."""
         own, environment = self.settings, self.setup.environment
         prompt = own.prompts()
         embed_dim, layers, heads = own.model.shape
@@ -121,11 +121,11 @@ class SequenceLearner(Learner[SequenceOwn]):
                 f"surgery {surgery} combines the gradients of several tasks, and tasks_per_step is "
                 "1: give --tasks-per-step 2 or more, or --surgery none"
             )
-        # CAGrad computes on the host, which no graph can hold.
+        # CAGrad computes on the host, which a graph cannot do.
         self.records_steps = surgery != "cagrad"
         super().prepare_training(data)
         gradients = self.vector.gradient[None]
-        if surgery != "none":  # zeros, because nothing is written to the padding
+        if surgery != "none":  # zeros, because no layer writes to the padding
             gradients = gradients.new_zeros(tasks, gradients.shape[1])
         bf16_copy = self.optimisers[MODEL].bf16_copy
         self._masks = TaskMasks(
@@ -143,15 +143,15 @@ class SequenceLearner(Learner[SequenceOwn]):
         return not self.setup.config.run.fused
 
     def make_sampler(self, episodes: Trajectories, inputs: Inputs) -> WindowSampler:
-        """Windows of K steps."""
+        """The sampler of windows of K steps."""
         length = self.settings.model.context_length
         return WindowSampler(episodes, inputs, length, self.execution.device)
 
     def extra_inputs(self, steps: range) -> list[Tensor]:
-        """Learning rate and bias corrections; the seeds of dropout; the step's number."""
+        """Learning rates and bias corrections; the seeds of dropout; the numbers of the steps."""
         numbers = torch.arange(steps.start - 1, steps.stop - 1)
         seeds = dropout_seeds(self.setup.config.run.seed, TRAIN, numbers, self.model.dropout_places)
-        # Each seed twice, so that all lie at multiples of 16 bytes.
+        # Each seed occurs twice, so that every seed is at a multiple of 16 bytes.
         return [*super().extra_inputs(steps), seeds[..., None].expand(-1, -1, 2), numbers]
 
     def losses(self, batch: Batch, targets: Tensor, *extra: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class SequenceLearner(Learner[SequenceOwn]):
         Args:
             masks: the masks of the groups' tasks.
             targets: float32 [G, B, K, A], the actions of the data.
-            seeds: of dropout, as the model takes them.
+            seeds: seeds of dropout, as the model takes them.
         """
         valid = batch.history.valid
         shares = valid / (valid.sum((1, 2), keepdim=True) * targets.shape[-1])
@@ -175,14 +175,14 @@ class SequenceLearner(Learner[SequenceOwn]):
         return (errors * shares[..., None]).sum((1, 2, 3))
 
     def clear_gradients(self) -> None:
-        """Nothing: the layers overwrite the gradients of the last step."""
+        """Do nothing, because the layers overwrite the gradients of the last step."""
 
     def backward(self, losses: Tensor) -> None:
         """Write the gradients to the step's buffer."""
         backward(losses, self._masks)
 
     def combine_gradients(self, task_ids: Tensor, *extra: Tensor) -> None:
-        """Combine the tasks' gradients by surgery, in float32 whatever the products' precision."""
+        """Combine per-task gradients by surgery, in float32 at every precision of products."""
         gradients, own = self._masks.group_gradients, self.settings.gradients
         if gradients is not None and own.surgery != "none":
             _, number = extra
@@ -190,17 +190,17 @@ class SequenceLearner(Learner[SequenceOwn]):
             self.vector.gradient.copy_(combine(gradients, own, draws))
 
     def masks_for(self, task_ids: Tensor, group_gradients: Tensor | None = None) -> TaskMasks:
-        """The masks of a batch of tasks, int64 [G]; here every weight is active."""
+        """The masks of a batch of tasks, int64 [G]; without masks, every weight is active."""
         return TaskMasks(self.vector, self.mask_bits, task_ids, group_gradients)
 
     def before_step(self, step: int) -> dict[str, float]:
-        """Measure how far the tasks' gradients agree, where that is due."""
+        """Measure how far the tasks' gradients agree if this is due."""
         if not self.settings.harmony_every or step % self.settings.harmony_every:
             return {}
         return {"harmony": self.averaged_harmony(step)}
 
     def averaged_harmony(self, step: int) -> float:
-        """Definition 3.2 on a fresh batch of every task, in [-1, 1]."""
+        """The averaged harmony score (Definition 3.2) on a new batch of each task, in [-1, 1]."""
         task_ids, at_once = range(self.task_count), self.setup.config.data.tasks_per_step
         chunks = [task_ids[i : i + at_once] for i in task_ids[::at_once]]
         compute = GradientPass(self.vector, self.losses_of_drawn, self.masks_for)
@@ -208,16 +208,16 @@ class SequenceLearner(Learner[SequenceOwn]):
             return averaged_harmony(TaskGradients(compute, self.draw_for(step), chunks))
 
     def draw_for(self, step: int) -> Callable[[Sequence[int]], list[Tensor]]:
-        """Draws a batch of some tasks, for `losses_of_drawn`.
+        """Return a function that draws a batch of some tasks, for `losses_of_drawn`.
 
-        The batch depends on the step and the tasks alone. The last batch is kept, because masked
-        and dense gradients are computed from the same one.
+        The batch depends only on the step and the tasks. The function keeps the last batch, because
+        masked and dense gradients use the same batch.
         """
         last: tuple[Sequence[int], list[Tensor]] = (), []
 
         def draw(task_ids: Sequence[int]) -> list[Tensor]:
             nonlocal last
-            if self.draws_from_pytorch:  # before each pass, so that all of them drop the same
+            if self.draws_from_pytorch:  # seed each pass, so that all have the same dropout
                 self._seeds.begin(MASKS, step, *task_ids)
             if last[0] != task_ids:
                 last = task_ids, self._draw(step, task_ids)
@@ -238,11 +238,11 @@ class SequenceLearner(Learner[SequenceOwn]):
         return self.losses_under(masks, *batch_of(batch), seeds)
 
     def policy(self, step: int) -> DecisionPolicy:
-        """The model and its masks; it puts the model into evaluation mode."""
+        """The policy of the model and its masks. It puts the model into evaluation mode."""
         return self.policy_under(self.mask_bits, step)
 
     def policy_under(self, mask_bits: Tensor | None, step: int) -> DecisionPolicy:
-        """The model under some masks, as `MaskBank` has them, as a policy."""
+        """The policy of the model under masks in the form of `MaskBank.bits`."""
         return DecisionPolicy(
             self.model,
             mask_bits,
@@ -260,6 +260,6 @@ class SequenceLearner(Learner[SequenceOwn]):
         return 0.5
 
     def resume_training(self) -> None:
-        """Put the model into training mode again, with its weights as they are now."""
+        """Put the model into training mode again, with its present weights."""
         self.model.train()
         super().resume_training()

@@ -1,4 +1,4 @@
-"""HarmoDT with soft masks, after SoCo-DT: docs/baselines.md says what that paper determines."""
+"""HarmoDT with soft masks, as in SoCo-DT. docs/baselines.md says what that paper determines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .harmodt import ChangingMaskLearner, ChangingMaskSettings
 
 @dataclass(frozen=True)
 class SoCoDTSettings(ChangingMaskSettings):
-    """SoCo-DT: masks with values between 0 and 1, as sparse as each task's gradients ask for."""
+    """SoCo-DT: masks with values between 0 and 1; the gradients of a task decide its sparsity."""
 
     masks: SoftMaskSettings = SoftMaskSettings()
 
@@ -47,7 +47,7 @@ class SoCoDTLearner(ChangingMaskLearner[SoCoDTSettings]):
         return {"harmony": update.harmony, "moved_weights": moved} | sparsity
 
     def describe(self) -> dict[str, Any]:
-        """As with masks of bits, without the numbers of active weights, which change."""
+        """As `RandomMaskLearner.describe`, without the numbers of active weights, which change."""
         described = super().describe()
         del described["active_weights"]
         return described

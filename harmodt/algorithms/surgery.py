@@ -1,11 +1,12 @@
-"""Gradient surgery: a step combines its tasks' gradients in another way than by their mean.
+"""Gradient surgery: a step does not use the mean of its tasks' gradients, but combines them.
 
-PCGrad (Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, arXiv 2001.06782),
-CAGrad (Liu et al., "Conflict-Averse Gradient Descent for Multi-task Learning", NeurIPS 2021, arXiv
-2110.14048) and GradDrop (Chen et al., "Just Pick a Sign", NeurIPS 2020, arXiv 2010.06808).
+The methods are PCGrad (Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, arXiv
+2001.06782), CAGrad (Liu et al., "Conflict-Averse Gradient Descent for Multi-task Learning", NeurIPS
+2021, arXiv 2110.14048) and GradDrop (Chen et al., "Just Pick a Sign", NeurIPS 2020, arXiv
+2010.06808).
 
-All are scaled as the mean of the tasks' gradients, so that learning rate and clipping need no
-change. PCGrad's and GradDrop's papers have the sum.
+All results have the scale of the mean of the tasks' gradients, so learning rate and clipping need
+no change. The papers of PCGrad and GradDrop use the scale of the sum.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ..errors import UserError
 from ..settings import Share, ShareBelowOne
 
 _COLUMNS = 1 << 16  # columns of the gradients that are converted to float64 at a time
-_DEPENDENT = 1e-9  # a gradient is in the span of others if its relative squared rest is below this
+_DEPENDENT = 1e-9  # a gradient is in the span of others if its relative squared rest is smaller
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class SurgerySettings:
 
     surgery: Literal["none", "pcgrad", "cagrad", "graddrop"] = "none"
     """none: the mean of the tasks' gradients. Surgery combines the gradients of all weights and
-    needs several tasks per step. CAGrad solves a small problem on the host, so that its steps
-    cannot be recorded."""
+    needs several tasks per step. CAGrad solves a small problem on the host, so its steps cannot be
+    captured."""
     cagrad_c: ShareBelowOne = 0.4
     """CAGrad: the largest distance from the mean gradient, as a share of that gradient's norm."""
     graddrop_leak: Share = 0.0
@@ -49,7 +50,7 @@ class SurgerySettings:
             changed = getattr(self, name) != getattr(SurgerySettings, name)
             if changed and self.surgery != reader:
                 raise UserError(
-                    f"{name} is read by {reader} alone: leave it out, or choose --surgery {reader}"
+                    f"only {reader} reads {name}: leave it out, or choose --surgery {reader}"
                 )
 
 
@@ -71,16 +72,16 @@ def combine(gradients: Tensor, settings: SurgerySettings, draws: Draws) -> Tenso
 def pcgrad(gradients: Tensor, draws: Draws) -> Tensor:
     """PCGrad (Algorithm 1): remove from each task's gradient its conflicts with the other tasks.
 
-    For every other task j in a random order, where the product is negative,
-    g_i ← g_i − (g_i · g_j / ‖g_j‖²) g_j. The g_j here is always the original gradient. The result
-    is the mean of the g_i; where no two tasks conflict, it is the mean of the gradients.
+    For every other task j in a random order, if the product g_i · g_j is negative,
+    g_i ← g_i − (g_i · g_j / ‖g_j‖²) g_j. The g_j is always the original gradient. The result is the
+    mean of the g_i. If no two tasks conflict, it is the mean of the gradients.
 
     Every g_i stays a linear combination of the gradients. The products of the gradients therefore
     determine its coefficients.
 
     Args:
         gradients: [G, P].
-        draws: draws for each task the order of the others.
+        draws: draws the order of the other tasks for each task.
 
     Returns:
         [P].
@@ -101,9 +102,9 @@ def pcgrad(gradients: Tensor, draws: Draws) -> Tensor:
 def cagrad(gradients: Tensor, c: float) -> Tensor:
     """CAGrad (Eq. 3): the direction near the mean gradient that helps the worst task most.
 
-    d = argmax min_i g_i · d over ‖d − ḡ‖ ≤ c ‖ḡ‖, where ḡ is the mean. It is not divided by 1 + c:
-    where all tasks agree, it is 1 + c times the mean. The CPU solves it exactly, in float64
-    (`worst_task_ascent`). If a gradient is not finite, the result is not finite.
+    d = argmax min_i g_i · d over ‖d − ḡ‖ ≤ c ‖ḡ‖, and ḡ is the mean. The result is not divided by
+    1 + c: if all tasks agree, it is 1 + c times the mean. The CPU solves the problem exactly, in
+    float64 (`worst_task_ascent`). If a gradient is not finite, the result is not finite.
 
     Args:
         gradients: [G, P].
@@ -158,11 +159,11 @@ def worst_task_ascent(products: NDArray[np.float64], c: float) -> NDArray[np.flo
 
 
 def _to_length(square: float, product: float, rest: float) -> float:
-    """The distance along a line at which the squared norm of its point has grown by `rest`.
+    """The distance along a line after which the squared norm of its point has grown by `rest`.
 
     Args:
-        square: squared norm of the line's direction; 0 for a direction of no length.
-        product: product of the direction and the line's first point, not negative.
+        square: squared norm of the line's direction; it may be 0.
+        product: product of the direction and the line's first point; it is not negative.
         rest: the growth.
     """
     if square == 0:
@@ -177,10 +178,10 @@ def _let_go(v: NDArray[np.float64], held: NDArray[np.bool_], task: int) -> None:
 def _hold(
     products: NDArray[np.float64], v: NDArray[np.float64], held: NDArray[np.bool_], task: int
 ) -> bool:
-    """Hold another task. If its gradient depends on those of held tasks, let one of these go.
+    """Hold another task. If its gradient depends on held tasks' gradients, let one of them go.
 
     Returns:
-        False if no task can be let go: then no step reaches a higher level.
+        False if no task can be let go; then no step reaches a higher level.
     """
     made_of = np.zeros_like(v)
     made_of[held] = np.linalg.solve(products[held][:, held], products[held, task])
@@ -199,12 +200,13 @@ def _hold(
 
 
 def graddrop(gradients: Tensor, draws: Draws, leak: float) -> Tensor:
-    """GradDrop (Algorithm 1): keep for each weight the gradients of one sign, drawn by purity.
+    """GradDrop (Algorithm 1): for each weight, keep only the gradients of one random sign.
 
-    The purity is P = ½ (1 + Σ_i g_i / Σ_i |g_i|). For U uniform in (0, 1) the positive gradients
-    are kept if P > U, else the negative ones. A share `leak` of the dropped gradients is kept as
-    well. The result is the mean over all tasks. The paper applies this to the gradients of a shared
-    layer's outputs; here, as in later comparisons, it is applied to the gradients of the weights.
+    The purity is P = ½ (1 + Σ_i g_i / Σ_i |g_i|), and U is uniform in (0, 1). If P > U, the
+    positive gradients are kept, otherwise the negative ones. A share `leak` of the dropped
+    gradients is kept as well. The result is the mean over all tasks. The paper applies this to the
+    gradients of a shared layer's outputs. This function applies it to the gradients of the weights,
+    as later comparisons do.
 
     Args:
         gradients: [G, P].
@@ -233,5 +235,5 @@ def _products(gradients: Tensor) -> Tensor:
 
 
 def _sum(multiples: Tensor, gradients: Tensor) -> Tensor:
-    """Multiples [G] of gradients [G, P], added up: [P]."""
+    """The sum of the multiples [G] of gradients [G, P]: [P]."""
     return torch.mv(gradients.T, multiples.to(gradients.dtype))

@@ -1,8 +1,8 @@
-"""Acting on tasks that a run was not trained on, under a mask that is made for them.
+"""Policies for tasks that a run was not trained on, under a mask that is made for them.
 
-Of an unseen task's data only a few prompt episodes are used. Observations are normalised by the
-mean of the training tasks' statistics. A model with a task embedding reads the mean of the training
-tasks' embeddings.
+They use only a few prompt episodes of an unseen task. Observations are normalised by the mean of
+the training tasks' statistics. A model with a task embedding reads the mean of the training tasks'
+embeddings.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ class Unseen:
     """Tasks that the run was not trained on, and the mask for them.
 
     Attributes:
-        store: the store whose prompt episodes show the tasks. Nothing else of it is used.
-        tasks: names or sets of tasks; all tasks of the store if none is named.
-        mask: voted: the mask of Eq. 13. none: all weights are active. random: as many weights of
-            each layer as the voted mask has, at random. nearest: the mask of the training task
-            whose gradient on its own prompts agrees most with the unseen task's gradient; the paper
-            has no such mask. The default is voted for a run with masks, none for one without.
-        threshold: the threshold of the voted mask, as `vote` takes it; by default the run's.
+        store: the store of the tasks. Only its prompt episodes are used.
+        tasks: names or sets of tasks; by default all tasks of the store.
+        mask: voted: the mask of Eq. 13. none: all weights are active. random: each layer has as
+            many active weights as in the voted mask, but random ones. nearest: the mask of the
+            training task whose gradient on its prompts agrees most with the unseen task's gradient;
+            the paper has no such mask. The default is voted for a run with masks and none for a run
+            without masks.
+        threshold: the threshold of the voted mask, as `vote` takes it; by default that of the run.
         seed: the seed of the random mask.
     """
 
@@ -63,19 +64,20 @@ def unseen_policy(
     """A run's policy for tasks that it was not trained on.
 
     Args:
-        setup: the run's.
-        checkpoint: of the run.
-        unseen: how to act on the tasks.
-        tasks: their data, from a store with the checksum `store`.
+        setup: the setup of the run.
+        checkpoint: a checkpoint of the run.
+        unseen: the tasks and their mask.
+        tasks: the data of the tasks.
+        store: checksum of the store that the data come from.
 
     Raises:
-        UserError: the run has no sequence model, it has no masks and one is asked for, a task has
-            no usable prompt episodes, the threshold leaves no weight, or the checkpoint is of
+        UserError: the run has no sequence model, a mask is asked for but the run has no masks, a
+            task has no usable prompt episodes, the threshold is invalid, or the checkpoint has
             another model size.
     """
     if not isinstance(setup.config.own, SequenceSettings):
         raise UserError(
-            f"{setup.config.algorithm} cannot meet unseen tasks, as sequence models can: leave "
+            f"{setup.config.algorithm} cannot act on unseen tasks (sequence models can): leave "
             "--unseen out"
         )
     masks = setup.config.own.masks if isinstance(setup.config.own, RandomMaskSettings) else None
@@ -103,11 +105,14 @@ def _masks_under(
     unseen: Unseen,
     conditioning: Sequence[TaskConditioning],
 ) -> Tensor:
-    """The masks of U unseen tasks, as `MaskBank` has them, from those of the training tasks.
+    """Make the masks of U unseen tasks from the masks of the training tasks.
 
     Args:
         mask: "voted", "random" or "nearest".
-        conditioning: of the unseen tasks.
+        conditioning: the conditioning of the unseen tasks.
+
+    Returns:
+        int32 [L U, P_m / 32], in the form of `MaskBank.bits`.
     """
     trained = find(setup.config.algorithm).learner(setup)
     assert isinstance(trained, RandomMaskLearner)
@@ -126,7 +131,7 @@ def _masks_under(
 
 
 def random_mask(vector: ParameterVector, bits: Tensor, seed: int) -> Tensor:
-    """A random mask with as many active weights in each layer as another, int32 [P_m / 32]."""
+    """Draw a mask with as many active weights in each layer as `bits`, int32 [P_m / 32]."""
     active = unpack_bits(bits, vector.maskable_size)
     counts = [int(slot.view(active).sum()) for slot in vector.maskable_slots]
     return draw_mask(vector, counts, seed).to(bits.device)
@@ -137,12 +142,13 @@ def nearest_tasks(
 ) -> Tensor:
     """For each unseen task, the training task whose gradient has the largest cosine with its own.
 
-    The gradients are those of the dense model over the maskable weights, on windows of each task's
-    prompt episodes. All tasks have the same task embedding, as unseen tasks have.
+    The gradients are dense, over the maskable weights, on windows of each task's prompt episodes.
+    All tasks get the task embedding of unseen tasks here.
 
     Args:
-        setup: the run's.
-        unseen: U tasks.
+        setup: the setup of the run.
+        checkpoint: a checkpoint of the run.
+        unseen: the conditioning of the U unseen tasks.
 
     Returns:
         int64 [U], indices of training tasks.
@@ -167,16 +173,16 @@ def _cosines(gradients: Tensor, other: Tensor) -> Tensor:
 
 
 def _prompts_as_data(task: TaskConditioning) -> TaskData:
-    """A task whose training episodes are its prompts."""
+    """Make the data of a task whose training episodes are its prompts."""
     return TaskData(task.name, task.prompts, task.prompts, task.mean, task.deviation, 0.0, 0.0)
 
 
 def _sequence_learner(
     setup: Setup, conditioning: Sequence[TaskConditioning], checkpoint: Checkpoint
 ) -> SequenceLearner[SequenceSettings]:
-    """A learner of other tasks, without masks, with the weights of a checkpoint.
+    """Make a learner of other tasks, without masks, from the weights of a checkpoint.
 
-    Every task's embedding is the mean of the training tasks' embeddings.
+    The embedding of every task is the mean of the training tasks' embeddings.
     """
     other = dataclasses.replace(setup, conditioning=tuple(conditioning))
     learner: SequenceLearner[SequenceSettings] = SequenceLearner(other)

@@ -1,7 +1,7 @@
-"""What policies act in: families of tasks that share a simulator, sizes and a length of episodes.
+"""Families of environments: tasks that share a simulator, sizes and an episode length.
 
-A family is a module with a subclass of `EnvironmentFamily`, and a row of `FAMILIES`. Simulators
-are imported by `make` and `expert` alone, so that data can be read and trained on without them.
+A family is a module with a subclass of `EnvironmentFamily`, and a row of `FAMILIES`. Only `make`
+and `expert` import simulators, so a run can read data and train without them.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ FAMILIES: dict[str, str] = {
     "cheetah-vel": "harmodt.environments.locomotion:CheetahVelocity",
     "ant-dir": "harmodt.environments.locomotion:AntDirection",
 }
-"""Name of every family, and the module and class that are it."""
+"""The name of every family, and its module and class."""
 
 
 @dataclass(frozen=True)
 class EnvironmentSpec:
-    """What data, runs and evaluations record of a family.
+    """The description of a family that data, runs and evaluations record.
 
     Attributes:
-        family: its name.
+        family: the family's name.
         observation_size, action_size: numbers in an observation and in an action.
-        episode_length: steps after which an episode ends; it goes on after a success.
-        success: whether the family says if a task is solved; else there is a return alone.
-        reward_version: of the reward function, where a simulator has several; None where it is
-            not known, or there is one only.
+        episode_length: steps after which an episode ends; a success does not end it.
+        success: whether the family says if a task is solved. If not, an episode has only a return.
+        reward_version: name of the reward function, for a simulator that has several; None if the
+            simulator has only one or the name is not known.
     """
 
     family: str
@@ -60,36 +60,37 @@ class EnvironmentSpec:
 
 
 class Scene(NamedTuple):
-    """What a camera needs to film an environment that MuJoCo simulates."""
+    """Everything that is needed to film an environment that MuJoCo simulates."""
 
     model: Any  # mujoco.MjModel
     data: Any  # mujoco.MjData
     camera: str
-    upside_down: bool  # whether the camera hangs so
+    upside_down: bool  # whether the camera hangs upside down
     steps_per_second: int
 
 
 class Environment(ABC):
-    """One task. An episode depends on its start and the actions alone, bit for bit.
+    """An environment of one task. Start and actions determine an episode to the bit.
 
-    Environments advance in lock-step, so every episode has the family's `episode_length` steps:
-    where a simulation ends before that, the environment stands still and gives no reward.
+    Environments advance in lock-step, so every episode has the family's `episode_length` steps. If
+    a simulation ends earlier, the environment stands still and gives the reward 0.
     """
 
     @abstractmethod
     def reset(self, goal_index: int) -> np.ndarray:
-        """Begin an episode at one of the family's `goals`; returns the observation, float64."""
+        """Begin an episode at one of the family's `goals`; return the observation, float64."""
 
     @abstractmethod
     def reset_random(self, seed: int) -> np.ndarray:
-        """Begin an episode drawn by `seed` from all that the task may begin with."""
+        """Begin an episode at a start that `seed` draws from all possible starts of the task."""
 
     @abstractmethod
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool]:
         """Execute an action, clipped to [-1, 1].
 
-        Returns the observation, float64 [observation_size], the reward, and whether the task is
-        solved now: always False in a family without success.
+        Returns:
+            The observation, float64 [observation_size]; the reward; and whether the task is solved
+            now, which is always False in a family without success.
 
         Raises:
             ValueError: the action is not finite, or the episode is over.
@@ -97,12 +98,12 @@ class Environment(ABC):
 
     @property
     def ended(self) -> bool:
-        """Whether the simulation came to its end before the episode's length."""
+        """Whether the simulation ended before the episode's length."""
         return False
 
     @property
     def scene(self) -> Scene:
-        """What to film now."""
+        """The scene to film now."""
         raise NotImplementedError(f"{type(self).__name__} cannot be filmed")
 
 
@@ -112,11 +113,11 @@ class EnvironmentFamily(ABC):
     A family is a value: a frozen dataclass, which can be compared, hashed and pickled.
 
     Attributes:
-        spec: sizes and the like, of the environments that `make` returns.
-        goals: how many starts of an episode a task has for a goal seed: goals in Meta-World.
+        spec: the description of the environments that `make` returns.
+        goals: number of starts that a task has for each goal seed; in Meta-World these are goals.
         ends_early: whether the simulation can end an episode before `spec.episode_length` steps.
-        reward_versions: names of the simulator's reward functions, where it has several.
-        packages: names of the packages whose versions results depend on.
+        reward_versions: names of the simulator's reward functions, if it has several.
+        packages: names of the packages whose versions affect results.
         task_sets: names that stand for several tasks.
     """
 
@@ -129,30 +130,30 @@ class EnvironmentFamily(ABC):
 
     @abstractmethod
     def resolve_tasks(self, names: Sequence[str]) -> tuple[str, ...]:
-        """The tasks that a person's names and sets mean, in that order and without repeats.
+        """Turn names of tasks and sets into tasks, in the given order and without repeats.
 
         Raises:
-            UserError: no name at all, or one that does not exist.
+            UserError: there is no name, or a name does not exist.
         """
 
     @abstractmethod
     def make(self, task: str, goal_seed: int = 0) -> Environment:
-        """An environment for a task; `goal_seed` draws the `goals` that its `reset` knows."""
+        """Make an environment for a task; `goal_seed` draws the `goals` of its `reset`."""
 
     @abstractmethod
     def expert(self, task: str) -> Callable[[np.ndarray], np.ndarray]:
-        """A policy that solves the task, for one episode: from observation to action.
+        """Make a policy that solves the task in one episode; it maps observation to action.
 
         Raises:
-            UserError: there is none.
+            UserError: the family has no expert.
         """
 
 
 def family(name: str) -> EnvironmentFamily:
-    """The family of that name.
+    """Return the family with a name.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such family.
     """
     if name not in FAMILIES:
         raise UserError(
@@ -163,10 +164,11 @@ def family(name: str) -> EnvironmentFamily:
 
 
 def family_of(tasks: Sequence[str]) -> EnvironmentFamily:
-    """The family that has the tasks of these names.
+    """Return the family that has the tasks of these names.
 
     Raises:
-        UserError: none has them all; it is that of the family of the first.
+        UserError: no family has all tasks. The error is that of the family whose name the first
+            task begins with, or that of Meta-World.
     """
     reasons: dict[str, UserError] = {}
     for name in FAMILIES:

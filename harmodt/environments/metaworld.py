@@ -1,4 +1,4 @@
-"""Meta-World: fifty tasks of a simulated robot arm, with the goal visible in the observation."""
+"""Meta-World: fifty tasks of a simulated robot arm. The observation contains the goal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import METAWORLD, Environment, EnvironmentFamily, EnvironmentSpec, Scene
 from .metaworld_names import TASK_SETS, resolve_tasks
 
 REWARD_VERSION = "v2"
-"""Of the two reward functions that every v3 environment has, the one that it uses by default."""
+"""The default one of the two reward functions that every v3 environment has."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,17 @@ class MetaWorld(EnvironmentFamily):
         return resolve_tasks(names)
 
     def make(self, task: str, goal_seed: int = 0) -> MetaWorldEnvironment:
-        """An environment whose goals are those of `metaworld.MT1(task, goal_seed)`."""
+        """Make an environment with the goals of `metaworld.MT1(task, goal_seed)`."""
         return MetaWorldEnvironment(task, goal_seed)
 
     def expert(self, task: str) -> Callable[[np.ndarray], np.ndarray]:
-        """Meta-World's scripted policy."""
+        """Meta-World's scripted policy for the task."""
         from metaworld.policies import ENV_POLICY_MAP
 
         policy = ENV_POLICY_MAP[task]()  # type: ignore[abstract]
 
         def act(observation: np.ndarray) -> np.ndarray:
-            with warnings.catch_warnings():  # of constants that may be too high
+            with warnings.catch_warnings():  # it warns of constants that may be too high
                 warnings.simplefilter("ignore", UserWarning)
                 return policy.get_action(observation)
 
@@ -56,10 +56,10 @@ class MetaWorld(EnvironmentFamily):
 
 
 class RepeatedMetaWorld(MetaWorld):
-    """The same tasks at half the rate: 100 actions an episode, each executed twice.
+    """The same tasks with 100 actions per episode, each executed twice.
 
-    This is how TD-MPC2's data were made (Hansen et al., 2024). The return of so short an episode,
-    and what an action does, are others than in `MetaWorld`, so it is a family of its own.
+    TD-MPC2's data were made in this way (Hansen et al., 2024). Returns and the effects of actions
+    differ from `MetaWorld`, so this is a separate family.
     """
 
     spec = replace(MetaWorld.spec, family="metaworld-repeat-2", episode_length=100)
@@ -72,12 +72,12 @@ class RepeatedMetaWorld(MetaWorld):
 class MetaWorldEnvironment(Environment):
     """One task of Meta-World.
 
-    An episode depends on the task, its goal and the actions alone, bit for bit: not on what
-    was run before in the same object.
+    Task, goal and actions determine an episode to the bit. Earlier episodes of the same object
+    do not affect it.
 
     Args:
         task: a v3 task name.
-        goal_seed: seed of the 50 goals among which `reset` chooses (metaworld.MT1).
+        goal_seed: seed of the 50 goals that `reset` chooses from (metaworld.MT1).
     """
 
     def __init__(self, task: str, goal_seed: int = 0) -> None:
@@ -86,25 +86,26 @@ class MetaWorldEnvironment(Environment):
         self.task = task
         self.goal_seed = goal_seed
         self._env = ALL_V3_ENVIRONMENTS[task](reward_function_version=REWARD_VERSION)
-        # As in Meta-World's own "goal-observable" classes; the cached space hides the goal.
+        # This does the same as Meta-World's "goal-observable" classes. The cached space would hide
+        # the goal.
         self._env._partially_observable = False
         self._env.__dict__.pop("sawyer_observation_space", None)
         self._env._set_task_called = True
         self._env.seeded_rand_vec = True
 
     def reset(self, goal_index: int) -> np.ndarray:
-        """Begin an episode with one of the 50 goals; returns the observation, float64 [39]."""
+        """Begin an episode with one of the 50 goals; return the observation, float64 [39]."""
         self._env.set_task(_make_goals(self.task, self.goal_seed)[goal_index])
         return self._env.reset()[0]
 
     def reset_random(self, seed: int) -> np.ndarray:
-        """Begin an episode with a goal drawn from the task's whole range by `seed`."""
+        """Begin an episode with a goal that `seed` draws from the task's whole range."""
         self._env._freeze_rand_vec = False
         self._env.seed(seed)
         return self._env.reset()[0]
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool]:
-        """As `Environment.step`; the action [4] is taken as float32."""
+        """As `Environment.step`. The action [4] is converted to float32."""
         action = np.asarray(action, np.float32)
         if not np.isfinite(action).all():
             raise ValueError(f"{self.task}: the action {action} is not finite")
@@ -113,19 +114,19 @@ class MetaWorldEnvironment(Environment):
 
     @property
     def scene(self) -> Scene:
-        """Seen by the camera that is closest to table and gripper."""
+        """The view of the camera that is closest to table and gripper."""
         model, data = self._env.model, self._env.data
         return Scene(model, data, camera="corner4", upside_down=True, steps_per_second=80)
 
 
 class RepeatedEnvironment(MetaWorldEnvironment):
-    """One task of Meta-World, of which every second step is seen.
+    """One task of Meta-World in which every action is executed twice.
 
-    As in TD-MPC2, an episode begins with a step at rest that is not seen, the reward is the sum of
-    those of both steps, and the task counts as solved if it is after the second.
+    As in TD-MPC2, an episode begins with one hidden step with the action 0. The reward is the sum
+    of the two steps' rewards. The task counts as solved if it is solved after the second step.
     """
 
-    _left = 0  # steps of the episode; one is to begin first
+    _left = 0  # steps that are left in the episode; 0 until `reset`
 
     def reset(self, goal_index: int) -> np.ndarray:
         return self._rest(super().reset(goal_index))
@@ -153,7 +154,7 @@ class RepeatedEnvironment(MetaWorldEnvironment):
 
 
 def task_of_class(name: str) -> str:
-    """The v3 name of the task whose environment is of Meta-World's class `name`."""
+    """The v3 name of the task whose environment is Meta-World's class `name`."""
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
     return {kind.__name__: task for task, kind in ALL_V3_ENVIRONMENTS.items()}[name]
@@ -161,7 +162,7 @@ def task_of_class(name: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _make_goals(task: str, goal_seed: int) -> list[Any]:
-    """The goals of Meta-World's MT1 benchmark; drawing them takes more than half a second."""
+    """The goals of Meta-World's MT1 benchmark. Drawing them takes more than half a second."""
     import metaworld
 
     return metaworld.MT1(task, seed=goal_seed).train_tasks

@@ -1,4 +1,4 @@
-"""The Meta-World tasks, and the names under which they can be asked for."""
+"""The Meta-World tasks and their names."""
 
 from __future__ import annotations
 
@@ -113,17 +113,17 @@ TASK_SETS: dict[str, tuple[str, ...]] = {
     ),
     "mt50": ALL_TASKS,
 }
-"""Named sets: MT10 and MT50 are Meta-World's, MT5 and MT30 those of the HarmoDT experiments."""
+"""Sets of tasks. MT10 and MT50 are Meta-World's; the HarmoDT experiments use MT5 and MT30."""
 
 
 def resolve_tasks(names: Sequence[str]) -> tuple[str, ...]:
-    """Turn what a person typed into v3 task names, in the order given and without repeats.
+    """Turn a person's names into v3 task names, in the given order and without repeats.
 
     Each name is a set ("mt5", "MT50"), a task ("reach-v3"), its Meta-World v2 name
-    ("reach-v2"; all fifty kept their names in v3) or its bare name ("reach").
+    ("reach-v2"; all fifty tasks kept their names in v3) or its short name ("reach").
 
     Raises:
-        UserError: no name at all, or one that does not exist; the nearest is suggested.
+        UserError: there is no name, or a name does not exist; the error suggests the nearest name.
     """
     if not names:
         raise UserError("no task is named: name tasks such as reach-v3, or a set such as mt5")

@@ -14,26 +14,27 @@ from . import Environment, EnvironmentFamily, EnvironmentSpec
 from . import family as family_named
 from .video import RecordedEnvironment
 
-EXIT_SECONDS = 30  # a worker that is to end may first have to finish a step and a video
+EXIT_SECONDS = 30  # before a worker ends, it may have to finish a step and a video
 
 
 class Simulation:
-    """N environments, one per row, each on its own goal; use it as a context manager.
+    """N environments, one per row, each with its own goal. It is a context manager.
 
     Results do not depend on the number of workers.
 
     Args:
-        family: the environments' family, by its name or spec.
-        tasks: the task of each of the N rows; rows of one task are best adjacent, since each
-            worker prepares the goals of its own tasks.
+        family: name or description of the environments' family.
+        tasks: the task of each of the N rows. Put rows of one task next to each other, because each
+            worker prepares the goals of all its tasks.
         goal_seed: seed of the goals, as in `EnvironmentFamily.make`.
         workers: number of processes; by default one per core (`count_cores`).
-        videos: MP4 files to write, by row; the row's first episode is filmed.
+        videos: the MP4 file to write for a row; it shows the row's first episode.
         variables: environment variables to set for the workers, such as MUJOCO_GL.
 
     Raises:
-        UserError, OSError, MemoryError: an environment raised it, here or in any method.
-        WorkerError: a worker died, or an environment raised another error, here or in any method.
+        UserError, OSError, MemoryError: an environment raised it. Every method can raise it too.
+        WorkerError: a worker died, or an environment raised another error. Every method can raise
+            it too.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Simulation:
         """Begin a new episode in every row.
 
         Args:
-            goal_indices: [N] int, which of the task's goals each row gets.
+            goal_indices: [N] int, the index of each row's goal among the goals of its task.
 
         Returns:
             observations [N, observation_size] float64.
@@ -82,15 +83,15 @@ class Simulation:
             actions: [N, action_size]; clipped to [-1, 1].
 
         Returns:
-            observations [N, observation_size] float64, rewards [N] float64, successes [N] bool (at
-            this step; all False in a family without success).
+            observations [N, observation_size] float64, rewards [N] float64, and successes [N] bool:
+            whether the task is solved at this step, always False in a family without success.
         """
         self._send(_Environments.step, actions)
         observations, rewards, successes = zip(*self._receive(), strict=True)
         return np.concatenate(observations), np.concatenate(rewards), np.concatenate(successes)
 
     def close(self) -> None:
-        """End the workers; called on leaving the context."""
+        """End the workers. Leaving the context calls this."""
         end_workers(self._workers)
         self._workers = []
 
@@ -101,7 +102,7 @@ class Simulation:
         self.close()
 
     def _send(self, method: Callable[..., Any], values: np.ndarray) -> None:
-        """Ask all workers for a call, each with its own rows of the values."""
+        """Send a call to all workers, to each with its own rows of the values."""
         for worker, rows in zip(self._workers, self._rows, strict=True):
             worker.send(method, values[rows])
 
@@ -121,7 +122,7 @@ def _start_worker(tasks: Sequence[str], variables: Mapping[str, str] | None) -> 
 
 
 class _Environments(Served):
-    """In a worker: the environments of its rows."""
+    """The environments of one worker's rows, in that worker."""
 
     def __init__(self) -> None:
         self._environments: list[Environment] = []
@@ -134,7 +135,7 @@ class _Environments(Served):
         videos: Sequence[Path | None],
         episode_length: int,
     ) -> None:
-        """Make an environment for each row; those with a path are filmed."""
+        """Make an environment for each row, and film it if the row has a path."""
         for task, video in zip(tasks, videos, strict=True):
             environment = family.make(task, goal_seed)
             if video is not None:
@@ -154,7 +155,7 @@ class _Environments(Served):
         return np.stack(observations), np.array(rewards, np.float64), np.array(successes, bool)
 
     def close(self) -> None:
-        """Throw films of unfinished episodes away."""
+        """Delete the films of unfinished episodes."""
         for environment in self._environments:
             if isinstance(environment, RecordedEnvironment):
                 environment.close()

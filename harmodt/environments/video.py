@@ -16,7 +16,7 @@ from . import Environment
 
 BACKENDS = ("egl", "osmesa")  # hardware first
 SIZE = 480  # pixels, both ways
-FRAMES_PER_SECOND = 20  # at most, about
+FRAMES_PER_SECOND = 20  # about the largest rate
 
 _PROBE_SECONDS = 60
 
@@ -30,16 +30,16 @@ renderer.render()
 class RecordedEnvironment(Environment):
     """An environment that films its first episode into an MP4 file, which plays in real time.
 
-    The file appears under its name, whole, when the episode is over.
+    The complete file appears under its name when the episode is over.
 
     Args:
-        environment: the environment to film; from now on, use it through this object alone.
+        environment: the environment to film. From now on, use it only through this object.
         episode_length: steps of an episode.
         path: the MP4 file to write; its directory must exist.
 
     Raises:
-        UserError: the film could not be written, such as on a full disk; `reset` and `step` raise
-            it.
+        UserError: the film could not be written, for example because the disk is full. `reset` and
+            `step` raise it.
     """
 
     def __init__(self, environment: Environment, episode_length: int, path: Path) -> None:
@@ -53,7 +53,7 @@ class RecordedEnvironment(Environment):
         self._steps = self._frames = 0
         self._filming = True
         scene = environment.scene
-        scene.model.vis.quality.shadowsize = 0  # shadows cost several times the rest without a GPU
+        scene.model.vis.quality.shadowsize = 0  # without a GPU, shadows take most of the time
         self._steps_per_frame = max(1, scene.steps_per_second // FRAMES_PER_SECOND)
         self._renderer = mujoco.Renderer(scene.model, SIZE, SIZE)
         clear_temporaries(path)
@@ -129,9 +129,9 @@ def upright(image: np.ndarray) -> np.ndarray:
 
 
 def count_frames(path: Path) -> int:
-    """The number of frames in an MP4 file; 0 where the file is no film.
+    """Count the frames of an MP4 file; 0 if the file is no film.
 
-    This shows whether a film is whole: its encoder ends without an error when the disk is full.
+    The count shows whether a film is complete: on a full disk the encoder ends without an error.
     """
     import imageio_ffmpeg  # an optional dependency
 
@@ -142,7 +142,7 @@ def count_frames(path: Path) -> int:
 
 
 def find_backend() -> str:
-    """The value of MUJOCO_GL with which this machine can draw without a screen.
+    """Find the value of MUJOCO_GL with which this machine can draw without a screen.
 
     If MUJOCO_GL is set already, only its value is tried. Each value is tried in its own process,
     because MuJoCo chooses its backend once, when it is imported.
@@ -159,9 +159,9 @@ def find_backend() -> str:
             return backend
     tried = " and ".join(f"MUJOCO_GL={backend}" for backend in candidates)
     raise UserError(
-        f"videos need off-screen OpenGL, and none works here ({tried} tried): install one (on "
-        "Debian or Ubuntu for example `apt-get install libosmesa6`, with MUJOCO_GL not set), or "
-        "leave out --video"
+        f"videos need off-screen OpenGL, and none works here ({tried} tried): install one (for "
+        "example `apt-get install libosmesa6` on Debian or Ubuntu, and unset MUJOCO_GL), or leave "
+        "out --video"
     )
 
 

@@ -1,1 +1,1 @@
-"""One binary mask per task over a model's weights, and how it is learned."""
+"""The tasks' masks over a model's weights, and how they are learned."""

@@ -1,4 +1,4 @@
-"""The masks of all tasks as packed bits, and the masks that a batch is computed under."""
+"""The masks of all tasks as packed bits, and the masks of one batch."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ class TaskMasks:
 
     Args:
         vector: the parameters of the model.
-        bits: int32 [T, P_m / 32], the masks of all tasks; or None, and every weight is active. For
-            a model of soft masks int32 [L T, P_m / 32], as in `MaskBank`.
+        bits: int32 [T, P_m / 32], the masks of all tasks. For soft masks int32 [L T, P_m / 32], as
+            in `MaskBank`. If None, every weight is active.
         task_ids: int64 [G], the task of each group.
-        group_gradients: a buffer for the gradients, or None. A backward pass overwrites it; the
-            parameters then get no gradient of their own. A buffer of G rows takes the gradient of
-            each group, a buffer of one row their sum. With P columns it takes the gradients of all
-            parameters, with P_m columns those of the maskable weights: then the other parameters
-            get their gradients from autograd.
+        group_gradients: a buffer for the gradients, or None. A backward pass overwrites it and does
+            not set the `grad` of these parameters. A buffer of G rows gets the gradient of each
+            group; a buffer of one row gets their sum. A buffer of P columns gets the gradients of
+            all parameters. A buffer of P_m columns gets only the gradients of the maskable weights,
+            and autograd computes the gradients of the other parameters.
         bf16_copy: [P_m], a copy of the maskable weights in the type of matrix products; or None.
-            Linear layers read it instead of the weights. It needs group_gradients.
+            Linear layers read the copy instead of the weights. It needs group_gradients.
 
     Attributes:
         queue: linear layers put the operands of their weight gradients here, so that several
-            layers share a launch. Call its `finish` after a backward pass.
+            layers share a kernel launch. Call its `finish` after a backward pass.
 
     Raises:
-        ValueError: a copy is given, and no buffer for its gradient.
+        ValueError: a copy is given without a buffer for its gradient.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class TaskMasks:
         self._shared: dict[nn.Module, list[Tensor]] = {}
 
     def of(self, layer: nn.Module) -> LayerMasks | None:
-        """The masks and buffers of one masked layer; None where there are neither."""
+        """The masks and buffers of one masked layer; None without masks and buffers."""
         if self.bits is None and self.group_gradients is None:
             return None
-        if layer not in self._layers:  # views are made once: that takes longer than a small layer
+        if layer not in self._layers:  # keep views: making them is slower than a small layer
             weight_bits, bias_bits = self._bits_of(layer)
             gradients, bf16_copy = self._gradients_of_masked(layer), self._bf16_copy_of(layer)
             self._layers[layer] = LayerMasks(
@@ -79,8 +79,8 @@ class TaskMasks:
         """The buffers for the gradients of a module that no mask covers.
 
         Returns:
-            For each parameter [G, *shape] or [1, *shape], as group_gradients; None where that does
-            not hold this module, whose gradients then come from autograd.
+            A view of group_gradients for each parameter, [G, *shape] or [1, *shape]; None if
+            group_gradients has no columns for this module. Autograd then computes its gradients.
         """
         gradients = self.group_gradients
         if gradients is None or gradients.shape[1] < self.vector.weights.numel():
@@ -111,7 +111,7 @@ class TaskMasks:
 
 
 class MaskBank:
-    """The masks of all tasks: P_m / 8 bytes each, or L times that where they are soft.
+    """The masks of all tasks. A mask has P_m / 8 bytes; a soft mask has L times as many.
 
     Attributes:
         vector: the parameters of the model whose layers are masked.
@@ -129,7 +129,7 @@ class MaskBank:
 
     @classmethod
     def empty(cls, vector: ParameterVector, tasks: int, levels: int = 1) -> MaskBank:
-        """Masks without an active weight, to be drawn or read from a checkpoint."""
+        """Make masks without an active weight; draw them or load a checkpoint afterwards."""
         words = vector.maskable_size // BITS_PER_WORD
         bits = torch.zeros(levels * tasks, words, dtype=torch.int32, device=vector.weights.device)
         return cls(vector, bits, levels)
@@ -141,15 +141,15 @@ class MaskBank:
         initialisation: MaskInitialisation = "erk",
         shared: bool = False,
     ) -> None:
-        """Draw the masks that the tasks begin with; soft masks begin with values of 0 and 1.
+        """Draw the tasks' first masks. The first values of soft masks are 0 and 1.
 
-        Arguments and errors are those of `first_masks`.
+        The arguments and errors are those of `first_masks`.
         """
         bits = first_masks(self.vector, sparsities, seed, initialisation, shared)
         self.bits.copy_(bits.repeat(self.levels, 1))
 
     def for_tasks(self, task_ids: Tensor, group_gradients: Tensor | None = None) -> TaskMasks:
-        """The masks of a batch whose groups belong to these tasks, int64 [G]."""
+        """The masks of a batch with the tasks `task_ids`, int64 [G]."""
         return TaskMasks(self.vector, self.bits, task_ids, group_gradients)
 
     @property
@@ -162,17 +162,17 @@ class MaskBank:
         return count_bits(self.bits[: self.tasks])
 
     def tensors(self) -> dict[str, Tensor]:
-        """The masks as a checkpoint names them; the first T rows say which weights are active."""
+        """The masks by their names in a checkpoint; the first T rows have the active weights."""
         active, higher = self.bits[: self.tasks], self.bits[self.tasks :]
         return {"masks": active} | ({"higher_masks": higher} if len(higher) else {})
 
 
 def voted_masks(bits: Tensor, threshold: float, levels: int, tasks: int) -> Tensor:
-    """The voted mask, repeated for U tasks. Soft masks are voted level by level.
+    """The voted mask, repeated for U tasks. For soft masks, each level has its own vote.
 
     Args:
-        bits: the masks of the training tasks, as `MaskBank` has them.
-        threshold: a threshold as `vote` takes it.
+        bits: the masks of the training tasks, in the form of `MaskBank.bits`.
+        threshold: the threshold of `vote`.
         levels: L of soft masks, or 1.
         tasks: U.
 
@@ -184,25 +184,27 @@ def voted_masks(bits: Tensor, threshold: float, levels: int, tasks: int) -> Tens
 
 
 def vote(bits: Tensor, threshold: float = 0.5) -> Tensor:
-    """The mask for an unseen task: the weights that more than `threshold` tasks use (Eq. 13).
+    """The mask for an unseen task: the weights that are active in enough tasks (Eq. 13).
+
+    A weight is active if more than `threshold` tasks use it.
 
     Args:
         bits: int32 [T, P_m / 32].
-        threshold: a share of the tasks, in [0, 1), or a number of tasks, from 1 to T - 1. The
-            paper's 25 of 50 tasks is 0.5 or 25.
+        threshold: a share of the tasks, in [0, 1), or a number of tasks, from 1 to T - 1. For the
+            paper's 25 of 50 tasks it is 0.5 or 25.
 
     Returns:
         int32 [P_m / 32].
 
     Raises:
-        UserError: the threshold is no share and no such number.
+        UserError: the threshold is neither a share nor a number of tasks in these ranges.
     """
     if not 0 <= threshold < len(bits) or (threshold >= 1 and threshold != int(threshold)):
         raise UserError(
             f"the threshold of the voted mask is {threshold:g} and there are {len(bits)} tasks: "
             f"give a share below 1, or a number of tasks below {len(bits)}"
         )
-    # A share such as 0.29 of 100 tasks comes out a little below 29.
+    # Rounding makes a share such as 0.29 of 100 tasks slightly less than 29.
     most = math.floor(threshold if threshold >= 1 else threshold * len(bits) + 1e-9)
     votes = torch.zeros(bits.shape[1] * 32, dtype=torch.int32, device=bits.device)
     for row in bits:

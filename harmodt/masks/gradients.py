@@ -1,4 +1,4 @@
-"""Each task's gradient of its loss over the maskable weights, and how far the tasks agree."""
+"""The per-task gradients over the maskable weights, and how far the tasks agree."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ from .bank import MaskBank, TaskMasks
 from .vector import ParameterVector
 
 Draw = Callable[[Sequence[int]], list[Tensor]]
-"""Returns a batch of some tasks, given by id; its first tensor holds their ids, int64 [G]."""
+"""Returns a batch of the tasks with some ids; its first tensor is the ids, int64 [G]."""
 
 Losses = Callable[[list[Tensor], TaskMasks], Tensor]
-"""Returns the losses [G] of a batch's tasks."""
+"""Returns the losses [G] of a batch under masks."""
 
 MasksFor = Callable[[Tensor, Tensor], TaskMasks]
 """Returns the masks of some tasks, int64 [G], with a buffer [G, P_m] for their gradients."""
 
 Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
-"""Turns a function into one that is recorded and then replayed, as `Execution.repeated` does."""
+"""Turns a function into one that is captured once and then replayed (`Execution.repeated`)."""
 
 PASS_BYTES = 8
-"""Bytes that a forward and backward pass keeps for each output of each row in a masked layer.
+"""Bytes that a forward and backward pass needs for each output of each row in a masked layer.
 
-The fused kernels keep about 3.5 bytes, plain PyTorch up to 7.8 (d = 128 and 256).
+Measured at d = 128 and 256: fused kernels need about 3.5 bytes, plain PyTorch up to 7.8.
 """
 
 
 def backward(losses: Tensor, masks: TaskMasks) -> None:
     """Write the gradients of losses to the buffer of the masks.
 
-    A buffer [G, ...] takes the gradient of each group's loss, a buffer [1, ...] that of their mean.
+    A buffer [G, ...] gets the gradient of each group's loss. A buffer [1, ...] gets the gradient of
+    the mean loss.
 
     Args:
-        losses: [G], computed under these masks.
+        losses: [G], the losses under these masks.
     """
     assert masks.group_gradients is not None
     rows = len(masks.group_gradients)
@@ -47,14 +48,14 @@ def backward(losses: Tensor, masks: TaskMasks) -> None:
 
 
 class GradientPass:
-    """Computes tasks' losses and gradients under one kind of masks: their own, or none.
+    """Computes the losses and gradients of tasks, either under their masks or without masks.
 
     Args:
         vector: the parameters of the model.
         losses: computes the losses of a batch.
         masks_for: makes the masks.
-        record: records passes, whose buffers then stay in memory; None, and nothing is recorded.
-        most_recorded: passes of more tasks than this are not recorded.
+        record: captures passes, whose buffers then stay in memory. If None, no pass is captured.
+        most_recorded: passes of more tasks than this are not captured.
     """
 
     def __init__(
@@ -73,7 +74,10 @@ class GradientPass:
         self._recorded: dict[int, tuple[list[Tensor], Tensor, Callable[[], Tensor]]] = {}
 
     def __call__(self, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Gradients [G, P_m] and losses [G] of a batch. The next call overwrites the gradients."""
+        """Compute gradients [G, P_m] and losses [G] of a batch.
+
+        The next call overwrites the gradients.
+        """
         tasks = len(batch[0])
         buffers, gradients, compute = self._recorded.get(tasks) or self._prepare(batch)
         torch._foreach_copy_(buffers, batch)
@@ -86,10 +90,10 @@ class GradientPass:
         return sum(tensor.nbytes for tensors in kept for tensor in tensors)
 
     def _prepare(self, like: list[Tensor]) -> tuple[list[Tensor], Tensor, Callable[[], Tensor]]:
-        """Buffers for a batch, a buffer for its gradients, and the function that computes them."""
+        """Make buffers for a batch and its gradients, and the function that computes them."""
         layout, weights = Layout(like), self.vector.weights
         buffers = layout.views(layout.pack(like, weights.device))
-        # zeros, because nothing is written to the padding
+        # The padding must be 0, and no pass writes to it.
         gradients = weights.new_zeros(len(like[0]), self.vector.maskable_size)
         masks = self._masks_for(buffers[0], gradients)
 
@@ -105,16 +109,16 @@ class GradientPass:
 
 
 class TaskGradients:
-    """The gradients of all tasks, each on a batch of its own, under one kind of masks.
+    """The gradients of all tasks, either masked or dense. Each task has its own batch.
 
-    They are computed in chunks of a few tasks. If they are kept, each is computed once. If not,
-    each is computed whenever it is asked for, with the same result, and memory does not grow with
+    They are computed in chunks of a few tasks. If the gradients are kept, each is computed once. If
+    not, each call of `of` computes them again, with the same result, and memory does not grow with
     the number of tasks.
 
     Args:
-        compute: the passes under these masks.
+        compute: computes the gradients of a batch.
         draw: draws the batches.
-        chunks: the ids of all tasks, a few at a time.
+        chunks: the task ids of each chunk.
         keep: whether to keep all gradients.
     """
 
@@ -147,11 +151,11 @@ class TaskGradients:
         return gradients, losses
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Gradients and losses of each chunk in turn."""
+        """Iterate over the gradients and losses of the chunks."""
         return map(self.of, range(len(self.chunks)))
 
     def mean(self) -> Tensor:
-        """The mean of all tasks' gradients, [P_m]; the chunks do not change its rounding."""
+        """The mean of all tasks' gradients, [P_m]; the chunks do not affect its rounding."""
         total = self.vector.weights.new_zeros(self.vector.maskable_size)
         for gradients, _ in self:
             for gradient in gradients:
@@ -162,16 +166,16 @@ class TaskGradients:
 class UpdateGradients:
     """The gradients that a mask update needs.
 
-    These are the masked gradients ḡ_i = ∇L_i(θ ⊙ M^i) ⊙ M^i and the dense ones g_i = ∇L_i(θ). As
-    many tasks are computed at a time as the memory holds. If all masked gradients fit into the
-    rest of the memory, they are kept, because they are needed twice.
+    These are the masked gradients ḡ_i = ∇L_i(θ ⊙ M^i) ⊙ M^i and the dense gradients g_i = ∇L_i(θ).
+    A chunk has as many tasks as fit into the memory. If all masked gradients fit into the rest of
+    the memory, they are kept, because an update reads them twice.
 
     Args:
         bank: the masks.
         losses: computes the losses of a batch.
         memory: bytes for passes and gradients.
         rows: rows of one task's batch in a masked layer.
-        record, most_recorded: as `GradientPass` takes them.
+        record, most_recorded: as in `GradientPass`.
     """
 
     def __init__(
@@ -194,11 +198,11 @@ class UpdateGradients:
 
     @property
     def nbytes(self) -> int:
-        """The size of the buffers that stay in memory from update to update."""
+        """The size of the buffers that stay in memory between updates."""
         return self._masked.nbytes + self._dense.nbytes
 
     def on(self, draw: Draw) -> tuple[TaskGradients, TaskGradients]:
-        """The masked and the dense gradients on some batches."""
+        """The masked and the dense gradients on the batches of `draw`."""
         masked = TaskGradients(self._masked, draw, self.chunks, self._keep)
         return masked, TaskGradients(self._dense, draw, self.chunks)
 
@@ -209,7 +213,7 @@ def _plan(bank: MaskBank, memory: float, rows: int) -> tuple[int, bool]:
     outputs = sum(weight.shape[0] for weight, _ in vector.layers.values())
     gradient = 4 * vector.maskable_size
     task_bytes = 2 * gradient + PASS_BYTES * rows * outputs * bank.levels
-    if tasks * task_bytes <= memory:  # the buffer of the one chunk keeps the masked gradients
+    if tasks * task_bytes <= memory:  # one chunk: its buffer keeps the masked gradients
         return tasks, True
     keep = tasks * gradient + task_bytes <= memory
     at_once = (memory - keep * tasks * gradient) // task_bytes
@@ -219,21 +223,22 @@ def _plan(bank: MaskBank, memory: float, rows: int) -> tuple[int, bool]:
 def harmony_score(agreeing: Tensor, differing: Tensor) -> float:
     """The averaged harmony score (Definition 3.2), in [-1, 1]: how far the tasks' gradients agree.
 
-    It is the mean of (g_ij ĝ_j) / (|g_ij| |ĝ_j|) over tasks and weights; weights with a zero
-    factor are left out. The g_i are all masked or all dense, and ĝ is their mean.
+    It is the mean of (g_ij ĝ_j) / (|g_ij| |ĝ_j|) over tasks and weights, without the weights where
+    a factor is 0. The g_i are all masked or all dense, and ĝ is their mean.
 
     Args:
-        agreeing, differing: int64 [T], each task's weights with equal and with opposite signs.
+        agreeing, differing: int64 [T], for each task the number of weights where the signs of its
+            gradient and of the mean are equal, and where they are opposite.
 
     Returns:
-        0 when every weight was left out.
+        The score; 0 if no weight is left.
     """
     counted = (agreeing + differing).sum().clamp(min=1)
     return float((agreeing - differing).sum().double() / counted)
 
 
 def averaged_harmony(gradients: TaskGradients) -> float:
-    """The averaged harmony score of some gradients (Definition 3.2), in [-1, 1]."""
+    """The averaged harmony score of the tasks' gradients (Definition 3.2), in [-1, 1]."""
     mean = gradients.mean()
     signs = [count_signs(gradient, mean) for chunk, _ in gradients for gradient in chunk]
     return harmony_score(*map(torch.stack, zip(*signs, strict=True)))

@@ -23,22 +23,24 @@ def first_masks(
 ) -> Tensor:
     """The first masks of all tasks, int32 [T, P_m / 32] on the CPU.
 
-    The number of active weights follows from the sparsity alone, not from the initialisation.
+    The number of active weights depends on the sparsity, but not on the initialisation.
 
     Args:
-        vector: the model's parameters. "magnitude" reads their values, the others only their
-            shapes.
+        vector: the model's parameters. "magnitude" reads their values; the other initialisations
+            read only their shapes.
         sparsities: S of each task, the share of inactive weights, in [0, 1).
-        seed: together with the task's index it seeds the task's mask.
-        initialisation: erk: drawn at the ERK densities (Appendix C of the paper). uniform: all
-            vectors (biases and LayerNorms) are active, and the same share of each matrix. RigL
-            (arXiv 1911.11134) compares densities in this way; at most sparsities ERK keeps the
-            vectors too. magnitude: all vectors are active, and the weights of largest |θ| of all
-            matrices together, the first on ties; every task has the same mask.
-        shared: all tasks get the mask of the first task.
+        seed: seed of the masks; a task's mask also depends on the task's index.
+        initialisation: erk: masks are drawn at the ERK densities (Appendix C of the paper).
+            uniform: all vectors (biases and LayerNorms) are active, and the same share of each
+            matrix is drawn. RigL (arXiv 1911.11134) compares densities in this way; at most
+            sparsities ERK keeps the vectors too. magnitude: all vectors are active, and the weights
+            with the largest |θ| among all matrices; of equal weights, the first ones. Every task
+            has the same mask.
+        shared: whether all tasks get the mask of the first task.
 
     Raises:
-        UserError: a sparsity is outside [0, 1), or the vectors are more weights than it leaves.
+        UserError: a sparsity is outside [0, 1), or the vectors have more weights than may be
+            active.
     """
     counted = erk_counts if initialisation == "erk" else uniform_counts
     counts = [counted(vector.maskable_slots, sparsity) for sparsity in sparsities]
@@ -50,7 +52,7 @@ def first_masks(
 
 
 def erk_counts(slots: Sequence[Slot], sparsity: float) -> list[int]:
-    """Active weights of each tensor at the ERK densities, each rounded.
+    """The rounded number of active weights of each tensor at the ERK densities.
 
     Raises:
         UserError: the sparsity is outside [0, 1).
@@ -65,9 +67,9 @@ def erk_counts(slots: Sequence[Slot], sparsity: float) -> list[int]:
 def erk_densities(shapes: Sequence[tuple[int, int]], sparsity: float) -> list[float]:
     """Erdős–Rényi-Kernel densities whose overall density is 1 − sparsity (Appendix C).
 
-    A tensor of shape (rows, columns) gets ε (rows + columns) / (rows columns); a vector of n
-    elements, n / n = 1 times ε. Tensors whose density would pass 1 become dense and ε is solved
-    again over the rest.
+    A tensor of shape (rows, columns) gets the density ε (rows + columns) / (rows columns). A vector
+    of n elements gets ε n / n = ε. Tensors whose density would be above 1 become dense, and ε is
+    computed again for the other tensors.
 
     Raises:
         UserError: the sparsity is outside [0, 1).
@@ -88,13 +90,14 @@ def erk_densities(shapes: Sequence[tuple[int, int]], sparsity: float) -> list[fl
 
 
 def uniform_counts(slots: Sequence[Slot], sparsity: float) -> list[int]:
-    """Active weights of each tensor: all of a vector, the same share of each matrix.
+    """The number of active weights of each tensor: all of a vector, a fixed share of a matrix.
 
-    In total they are as many as ERK's. The number of a matrix is rounded down. The weights that
-    remain go, one each, to the matrices with the largest remainders (the first on ties).
+    The total is that of ERK. The number of each matrix is rounded down. The matrices with the
+    largest remainders (of equal remainders, the first ones) then get one more weight each.
 
     Raises:
-        UserError: the sparsity is outside [0, 1), or the vectors are more weights than it leaves.
+        UserError: the sparsity is outside [0, 1), or the vectors have more weights than may be
+            active.
     """
     counts = [slot.rows * slot.columns for slot in slots]
     matrices = [i for i, slot in enumerate(slots) if len(slot.shape) == 2]
@@ -116,10 +119,10 @@ def uniform_counts(slots: Sequence[Slot], sparsity: float) -> list[int]:
 
 
 def draw_mask(vector: ParameterVector, counts: Sequence[int], *seed: int) -> Tensor:
-    """A random mask, int32 [P_m / 32] on the CPU.
+    """Draw a random mask, int32 [P_m / 32] on the CPU.
 
     Args:
-        counts: active weights of each of the vector's `maskable_slots`.
+        counts: number of active weights in each of the vector's `maskable_slots`.
         seed: one or several numbers.
     """
     mask = torch.zeros(vector.maskable_size, dtype=torch.bool)
@@ -135,9 +138,9 @@ def draw_mask(vector: ParameterVector, counts: Sequence[int], *seed: int) -> Ten
 def sparsities_by_loss(losses: Tensor, low: float, high: float) -> list[float]:
     """S of each task by the rank of its loss: `low` for the highest loss, `high` for the lowest.
 
-    The ranks between are evenly spaced, so that the mean sparsity is the mean of `low` and `high`.
-    Of equal losses the first counts as the lower one. A single task gets the mean. The rule is not
-    the paper's, which only calls one sparsity for all tasks a limitation.
+    The other sparsities are evenly spaced, so the mean sparsity is the mean of `low` and `high`. Of
+    equal losses, the first one counts as the lowest. A single task gets the mean. This rule is not
+    in the paper, which only says that one sparsity for all tasks is a limitation.
 
     Args:
         losses: [T].
@@ -149,10 +152,10 @@ def sparsities_by_loss(losses: Tensor, low: float, high: float) -> list[float]:
 
 
 def _largest(vector: ParameterVector, counts: Sequence[int]) -> Tensor:
-    """Masks of all vectors and of the weights of largest |θ|, int32 [T, P_m / 32].
+    """Masks with all vectors and the weights with the largest |θ|, int32 [T, P_m / 32].
 
     Args:
-        counts: active weights of each mask.
+        counts: number of active weights of each mask.
     """
     magnitudes = vector.weights[: vector.maskable_size].abs().cpu()
     places = torch.arange(vector.maskable_size)
@@ -170,7 +173,7 @@ def _largest(vector: ParameterVector, counts: Sequence[int]) -> Tensor:
 
 
 def _mix(*numbers: int) -> int:
-    """One seed from several numbers."""
+    """Combine several numbers into one seed."""
     seed = 0
     for number in numbers:
         seed = (seed * 1_000_003 + number + 1) % (2**63)

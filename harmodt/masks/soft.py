@@ -1,7 +1,7 @@
-"""Soft masks: values between 0 and 1, lowered where tasks conflict and raised where they agree.
+"""Soft masks have values between 0 and 1. Conflicts lower a value, and agreement raises it.
 
-After SoCo-DT (Wang et al., arXiv 2511.13133), as far as its abstract describes it.
-docs/baselines.md says what the abstract leaves open and what was chosen here.
+They follow SoCo-DT (Wang et al., arXiv 2511.13133), as far as its abstract describes them.
+docs/baselines.md lists the choices that the abstract leaves open.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class SoftMaskUpdate:
     """The outcome of one update of soft masks.
 
     Attributes:
-        lowered, raised: how many values of each task's mask fell and rose, int64 [T].
+        lowered, raised: number of values in each task's mask that fell and that rose, int64 [T].
         harmony: averaged harmony score (Definition 3.2 of the HarmoDT paper) of the masked
             gradients, in [-1, 1].
     """
@@ -38,8 +38,8 @@ class SoftMaskUpdate:
 def fence_factor(step: int, steps: int, settings: SoftMaskSettings) -> float:
     """The threshold's distance above the third quartile, in interquartile ranges.
 
-    It falls from `fence_max` at the start to `fence_min` at the share `fence_peak` of the run, and
-    rises again until the end; both ways are half a cosine.
+    It falls from `fence_max` at the start to `fence_min` at the share `fence_peak` of the run. Then
+    it rises to `fence_max` until the end. Both parts are half a cosine.
     """
     done = step / steps
     rising = done < settings.fence_peak
@@ -52,7 +52,8 @@ def upper_fence(scores: Tensor, factor: float) -> float:
     """Q3 + factor (Q3 - Q1) of scores [n]; Q1 and Q3 are the ⌈n/4⌉-th and ⌈3n/4⌉-th smallest.
 
     Returns:
-        At least 0, because a negative score means the opposite; infinity without scores.
+        The fence, or 0 if it is negative, because a negative score means the opposite. Without
+        scores it is infinite.
     """
     if not len(scores):
         return math.inf
@@ -66,8 +67,8 @@ def upper_fence(scores: Tensor, factor: float) -> float:
 def retained_levels(importance: Tensor, levels: int) -> Tensor:
     """The highest level that each of n conflicting weights may keep, uint8 [n] from 0 to L.
 
-    The weights are divided by importance into L + 1 groups, of equal size as far as ties allow. The
-    least important group keeps level 0, the most important one level L.
+    Importance divides the weights into L + 1 groups, which are of equal size if there are no ties.
+    The least important group keeps level 0, and the most important group keeps level L.
     """
     kept = torch.zeros(len(importance), dtype=torch.uint8, device=importance.device)
     for part in range(1, levels + 1) if len(importance) else ():
@@ -81,7 +82,7 @@ class SoftMaskUpdater:
 
     Args:
         bank: the masks.
-        gradients: computes the tasks' gradients.
+        gradients: computes the per-task gradients.
         settings: the settings of the thresholds.
         steps: E, the steps of the run.
     """
@@ -99,8 +100,8 @@ class SoftMaskUpdater:
         """Lower and raise values in every task's mask.
 
         Args:
-            step: t, the optimiser steps done so far.
-            draw: the tasks' batches.
+            step: t, the number of optimiser steps so far.
+            draw: draws the tasks' batches.
 
         Raises:
             NotFinite: a gradient is NaN or infinite; the masks are then unchanged.

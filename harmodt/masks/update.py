@@ -1,4 +1,4 @@
-"""Algorithm 2 of the HarmoDT paper: gradients of every task, then the harmony selection."""
+"""Algorithm 2 of the HarmoDT paper: per-task gradients, then the harmony selection."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class MaskUpdate:
     """The outcome of one mask update.
 
     Attributes:
-        moved: how many weights left each task's mask, int64 [T]; as many entered it.
+        moved: number of weights that left each task's mask, int64 [T]; as many entered it.
         harmony: averaged harmony score (Definition 3.2) of the masked gradients, in [-1, 1].
     """
 
@@ -33,20 +33,20 @@ class MaskUpdate:
 def weights_to_move(step: int, steps: int, eta_min: int, eta_max: int) -> int:
     """α_t = ⌈η_max + ½ (η_min − η_max)(1 + cos(2π t / E))⌉ (Eq. 12, Algorithm 1)."""
     wave = 1.0 + math.cos(2.0 * math.pi * step / steps)
-    # Rounding first keeps 1e-15 of error in the cosine from adding a weight.
+    # Round first. Otherwise an error of 1e-15 in the cosine could add a weight.
     return math.ceil(round(eta_max + 0.5 * (eta_min - eta_max) * wave, 9))
 
 
 class MaskUpdater:
     """Updates the masks of all tasks in place.
 
-    Without dropout the masks do not depend on the number of tasks that are computed at a time.
+    Without dropout, the new masks do not depend on the number of tasks in a chunk.
 
     Args:
         bank: the masks.
-        gradients: computes the tasks' gradients.
-        backend: gives the harmony selection.
-        settings: λ, the bounds of α_t, the rule.
+        gradients: computes the per-task gradients.
+        backend: the backend that computes the harmony selection.
+        settings: λ, the bounds of α_t, and the rule.
         importance: "fisher" (HarmoDT-F) or "magnitude" (HarmoDT-M).
         steps: E, the steps of the run.
     """
@@ -71,12 +71,12 @@ class MaskUpdater:
         """Move weights out of and into every task's mask.
 
         Args:
-            step: t, the optimiser steps done so far.
-            draw: the tasks' batches.
+            step: t, the number of optimiser steps so far.
+            draw: draws the tasks' batches.
 
         Raises:
             NotFinite: a gradient or a loss is NaN or infinite; the masks are then unchanged.
-            UserError: the scores cannot be computed from them; the masks are then unchanged.
+            UserError: the gradients give no valid scores; the masks are then unchanged.
         """
         settings = self._settings
         count = weights_to_move(step, self._steps, settings.eta_min, settings.eta_max)
@@ -86,7 +86,7 @@ class MaskUpdater:
             self._select(chunk, count, mean, masked, dense) for chunk in range(len(masked.chunks))
         ]
         selection = Selection(*(torch.cat(chunks) for chunks in zip(*selections, strict=True)))
-        # The host waits here: it refuses NaN and infinity of any task before any weight moves.
+        # The host waits here. It refuses NaN and infinity in any task before any weight moves.
         try:
             self._backend.move_weights(self._bank.bits, selection)
         except NotFinite:
@@ -102,7 +102,7 @@ class MaskUpdater:
     def _select(
         self, chunk: int, count: int, mean: Tensor, masked: TaskGradients, dense: TaskGradients
     ) -> Selection:
-        """Which weights leave (Eq. 9) and enter (Eq. 10) the masks of the tasks of one chunk."""
+        """Select the weights that leave (Eq. 9) and enter (Eq. 10) the masks of one chunk."""
         bank, task_ids = self._bank, masked.chunks[chunk]
         masked_gradients, losses = masked.of(chunk)
         dense_gradients, _ = dense.of(chunk)

@@ -1,8 +1,8 @@
 """All parameters of a model as one flat vector.
 
-Mask selection, gradient clipping, the optimiser and checkpoints work on the whole vector; the
-model's parameters are views into it. The parameters of masked layers come first, each row padded to
-whole 32-bit mask words, so that element j of the vector is bit j of the packed mask.
+Mask selection, gradient clipping, the optimiser and checkpoints work on the whole vector, and the
+model's parameters are views of it. The parameters of masked layers come first. Each row is padded
+to whole 32-bit mask words, so element j of the vector belongs to bit j of the packed mask.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from harmodt_kernels import MaskedLayerNorm, MaskedLinear, count_bits, pack_bits
 from harmodt_kernels.bits import BITS_PER_WORD
 
 MASKED_LAYERS = (MaskedLinear, MaskedLayerNorm)
-"""The layers whose parameters masks cover: all of a masked layer's, and no others."""
+"""The layers that masks cover. Masks cover all of their parameters and no others."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of one tensor in the vector: `rows` rows of `columns` elements, `stride` apart."""
+    """The position of a tensor in the vector: `rows` rows of `columns` elements, `stride` apart."""
 
     offset: int
     shape: torch.Size
@@ -53,16 +53,16 @@ class Slot:
 
 
 class ParameterVector:
-    """The flat weights and gradient of a model, whose parameters become views of them.
+    """The flat weights and gradient of a model. The model's parameters become views of them.
 
     Attributes:
         weights: float32 [P], padding included.
-        gradient: float32 [P]. Autograd adds to it, so zero it before a backward pass.
-        maskable_size: P_m, the number of leading elements that masks cover, padding included; 0
+        gradient: float32 [P]. Autograd adds to it, so set it to 0 before a backward pass.
+        maskable_size: P_m, the number of leading elements that masks cover, with padding. It is 0
             for a model without masked layers.
         slots: the slot of each parameter, by name.
-        layers: the slots of weight and bias (None without one) of each masked layer.
-        shared: the slots of the parameters of each module that no mask covers, in their order.
+        layers: the slots of weight and bias of each masked layer; None for a missing bias.
+        shared: for each module that no mask covers, the slots of its parameters in their order.
     """
 
     def __init__(self, model: nn.Module, device: torch.device):
@@ -104,7 +104,11 @@ class ParameterVector:
         return [slot for slot in self.slots.values() if slot.end <= self.maskable_size]
 
     def count_by_parameter(self, mask_bits: Tensor) -> dict[str, Tensor]:
-        """Set bits of masks, int32 [T, P_m / 32], in each maskable parameter: int64 [T] by name."""
+        """Count the set bits of masks, int32 [T, P_m / 32], in each maskable parameter.
+
+        Returns:
+            int64 [T] by the parameter's name.
+        """
         return {
             name: count_bits(mask_bits[:, slot.offset // BITS_PER_WORD : slot.end // BITS_PER_WORD])
             for name, slot in self.slots.items()
@@ -112,7 +116,7 @@ class ParameterVector:
         }
 
     def valid_bits(self) -> Tensor:
-        """int32 [P / 32]: 1 where the vector holds a parameter, 0 where it holds padding."""
+        """int32 [P / 32]: a bit is 1 for an element of a parameter and 0 for padding."""
         valid = torch.zeros(len(self.weights), dtype=torch.bool)
         for slot in self.slots.values():
             slot.view(valid).fill_(True)
@@ -123,11 +127,11 @@ class ParameterVector:
         return {name: slot.view(self.weights) for name, slot in self.slots.items()}
 
     def count(self) -> int:
-        """Number of weights, padding excluded."""
+        """Number of weights, without padding."""
         return sum(slot.rows * slot.columns for slot in self.slots.values())
 
     def maskable_count(self) -> int:
-        """Number of maskable weights, padding excluded."""
+        """Number of maskable weights, without padding."""
         return sum(slot.rows * slot.columns for slot in self.maskable_slots)
 
 

@@ -1,7 +1,7 @@
-"""The decision transformer: conditioned on a prompt, with blocks that can be masked per task.
+"""The decision transformer. It is conditioned on a prompt, and each task can mask its blocks.
 
-A batch consists of groups, each of one task. Shapes in comments: G groups, B windows per group,
-L time steps (K* of the prompt, K of the history), T = 3 L tokens, d embedding dimension.
+A batch consists of groups, and each group has one task. Shapes in comments: G groups, B windows per
+group, L time steps (K* of the prompt, K of the history), T = 3 L tokens, d embedding dimension.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from ..masks.vector import ParameterVector
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The sizes of a decision transformer, and how it begins.
+    """The sizes and the initialisation of a decision transformer.
 
     Attributes:
         observation_size, action_size: components of an observation and of an action.
-        embed_dim, layers, heads: d, number of blocks, attention heads of each.
+        embed_dim, layers, heads: d, number of blocks, number of attention heads of each block.
         max_timesteps: size of the time-step embedding.
-        prompt_length: K*, 0 for a model without prompt.
+        prompt_length: K*; 0 for a model without prompt.
         task_embedding_dim: size of a learned task embedding that is concatenated to each
-            observation (MTDT), 0 for a model without.
-        dropout: of attention and residual branches.
-        embedding_dropout: of the embedded tokens.
+            observation (MTDT); 0 for a model without it.
+        dropout: probability of dropout in attention and residual branches.
+        embedding_dropout: probability of dropout of the embedded tokens.
         initialisation: the initialisation of embeddings and head, as in `TransformerSettings`.
     """
 
@@ -78,12 +78,12 @@ class Block(nn.Module):
         wanted: slice = slice(None),
         seeds: Sequence[Tensor | None] = (None,) * DROPOUT_PLACES,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Transform tokens [G, B, T, d]; also return the keys and values of all of them.
+        """Transform tokens [G, B, T, d], and return their keys and values as well.
 
         Args:
             past: keys and values of earlier tokens.
             wanted: the tokens whose outputs are computed and returned.
-            seeds: the seeds of dropout in the attention and after the two branches.
+            seeds: seeds of the dropouts in the attention and after each of the two branches.
         """
         groups, windows, length, d = x.shape
         qkv, rows = self._begin(x.flatten(1, 2), self.attention_norm, self.qkv, masks)
@@ -106,7 +106,7 @@ class Block(nn.Module):
         masks: TaskMasks,
         relu: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Begin a residual branch: return layer(norm(rows)), [G, R, N], and the rows."""
+        """Begin a residual branch. Return layer(norm(rows)), [G, R, N], and the rows."""
         of_layer = masks.of(layer) or NO_MASKS
         return self.backend.norm_linear(
             rows,
@@ -128,7 +128,7 @@ class Block(nn.Module):
         masks: TaskMasks,
         seed: Tensor | None,
     ) -> Tensor:
-        """End a residual branch: rows + dropout(layer(x)), [G, R, d]."""
+        """End a residual branch. Return rows + dropout(layer(x)), [G, R, d]."""
         of_layer = masks.of(layer) or NO_MASKS
         return self.backend.linear_residual(
             x,
@@ -144,7 +144,7 @@ class Block(nn.Module):
 
 
 class TokenEmbedding(nn.Module):
-    """Return-to-go, observation and action of each time step, in that order, as tokens."""
+    """Embeds each time step as three tokens: return-to-go, observation and action."""
 
     def __init__(self, config: TransformerConfig, backend: Backend):
         super().__init__()
@@ -161,7 +161,7 @@ class TokenEmbedding(nn.Module):
         if gradients is None or len(gradients[0]) == 1:
             return self._embed(steps, gradients)
         tokens = []
-        for group in range(len(gradients[0])):  # by itself, to write its own gradients
+        for group in range(len(gradients[0])):  # one call per group writes the group's gradients
             only = slice(group, group + 1)
             of_group = Steps(*(values[only] for values in steps))
             tokens.append(self._embed(of_group, [gradient[only] for gradient in gradients]))
@@ -180,11 +180,11 @@ class TokenEmbedding(nn.Module):
 class DecisionTransformer(nn.Module):
     """Prompt-DT whose blocks and final LayerNorm can be masked for each task.
 
-    Follows Sections 2.2 and 3 of the HarmoDT paper (arXiv 2405.18080). Embeddings and the action
-    head are shared by all tasks and never masked.
+    It follows Sections 2.2 and 3 of the HarmoDT paper (arXiv 2405.18080). All tasks share the
+    embeddings and the action head, and no mask covers them.
 
     Args:
-        config: sizes.
+        config: sizes and initialisation.
         tasks: number of tasks N.
         backend: the operations of the blocks.
         device: the device of the parameters. They are drawn on the CPU from PyTorch's default
@@ -217,20 +217,20 @@ class DecisionTransformer(nn.Module):
 
     @property
     def dropout_places(self) -> int:
-        """Number of dropouts: one of the embeddings, then those of each block."""
+        """Number of dropouts: one of the embeddings, and `DROPOUT_PLACES` of each block."""
         return 1 + DROPOUT_PLACES * len(self.blocks)
 
     def forward(self, batch: Batch, masks: TaskMasks, seeds: Tensor | None = None) -> Tensor:
         """Predict the action of every history step from the tokens up to its observation.
 
-        Padding comes last, so that no valid step reads it. Predictions at padding mean nothing.
+        Padding comes last, so no valid step reads it. Predictions at padding have no meaning.
 
         Args:
             batch: G groups of B windows.
             masks: the masks of the groups' tasks.
-            seeds: int64 [dropout_places] in [0, 2^31), the seeds of dropout in training; None:
-                PyTorch's generator draws them. Plain PyTorch ignores them and always draws dropout
-                from its generator.
+            seeds: int64 [dropout_places] in [0, 2^31), the seeds of dropout in training. If None,
+                PyTorch's generator draws them. Plain PyTorch ignores the seeds and always draws
+                dropout from its generator.
 
         Returns:
             float32 [G, B, K, A], in (-1, 1).
@@ -252,7 +252,7 @@ class DecisionTransformer(nn.Module):
         return self._actions(x, masks)
 
     def encode_prompt(self, prompt: Steps, task_ids: Tensor, masks: TaskMasks) -> PromptCache:
-        """Keys and values of the prompt's tokens; later tokens cannot change them."""
+        """Compute keys and values of the prompt's tokens. Later tokens do not affect them."""
         x = self._embed_prompt(prompt, self._embed_tasks(task_ids, masks), masks)
         cache = []
         for block in self.blocks:
@@ -268,29 +268,29 @@ class DecisionTransformer(nn.Module):
         prompt_cache: PromptCache | None = None,
         shortest: int = 1,
     ) -> Tensor:
-        """The action of each history's last valid step, [G, B, A], as `forward` predicts it.
+        """Predict the action of each history's last valid step as `forward` does, [G, B, A].
 
         Args:
-            history: any number of steps, at least one of them valid.
+            history: any number of steps; in each window at least one step is valid.
             task_ids: int64 [G].
             masks: the masks of the groups' tasks.
             prompt_cache: keys and values of the groups' prompts, for a model with prompts.
-            shortest: valid steps of the shortest history, or fewer. The last block skips the steps
-                before, because none of them is the last step of a history.
+            shortest: at most the number of valid steps of the shortest history. The last block
+                skips the steps before this one, because no history ends with them.
         """
-        # The last token is the action that is to be predicted.
+        # Leave out the last token: it is the action to be predicted.
         x = self._embed_history(history, self._embed_tasks(task_ids, masks), masks)[:, :, :-1]
         observation_tokens = slice(3 * (shortest - 1) + 1, None, 3)
         for index, block in enumerate(self.blocks):
             past = prompt_cache[index] if prompt_cache is not None else None
             last = index == len(self.blocks) - 1
             x, _ = block(x, masks, past, wanted=observation_tokens if last else slice(None))
-        if x.shape[2] > 1:  # histories may be of different lengths
+        if x.shape[2] > 1:  # histories may have different lengths
             x = x.take_along_dim(history.valid.sum(2)[:, :, None, None] - shortest, dim=2)
         return self._actions(x, masks)[:, :, 0]
 
     def _embed_tasks(self, task_ids: Tensor, masks: TaskMasks) -> Tensor | None:
-        """The learned embedding of each group's task, [G, e]; None for a model without."""
+        """The learned embedding of each group's task, [G, e]; None for a model without it."""
         if not self.config.task_embedding_dim:
             return None
         rows = self.task_embedding(task_ids)
@@ -303,7 +303,7 @@ class DecisionTransformer(nn.Module):
         own = (task_ids[:, None] == tasks)[..., None]  # [G, T, 1]
 
         def write(gradients: Tensor) -> None:
-            # [G, T, e]: of each group's table only the row of its task has a gradient
+            # [G, T, e]: in the table of a group, only the row of its task has a gradient
             tables = torch.where(own, gradients[:, None], 0.0)
             buffer.copy_(tables.sum_to_size(buffer.shape))
 
@@ -336,7 +336,7 @@ class DecisionTransformer(nn.Module):
 
 
 def _beside(steps: Steps, tasks: Tensor | None) -> Steps:
-    """Steps whose observations are followed by their group's task embedding, [G, e]."""
+    """Append the task embedding of each group, [G, e], to the observations of its steps."""
     if tasks is None:
         return steps
     task = tasks[:, None, None].expand(*steps.observations.shape[:3], -1)

@@ -1,10 +1,10 @@
 """The Transformer of MTDiff, which predicts the noise in a plan of actions.
 
 It is the planner of He et al., "Diffusion Model is an Effective Planner and Data Synthesizer for
-Multi-Task Reinforcement Learning", NeurIPS 2023 (arXiv 2305.18459). The paper says which tokens it
-reads and that a GPT-2 computes them. The rest follows the authors' code: the widths of the
-embeddings, where the embeddings of time and return are multiplied and added, and causal attention.
-It has 5.32 M parameters at d = 256, 4 blocks, 20 steps of a prompt and 32 planned actions.
+Multi-Task Reinforcement Learning", NeurIPS 2023 (arXiv 2305.18459). The paper states its input
+tokens and says that it is a GPT-2. The rest follows the authors' code: the widths of the
+embeddings, the places where the embeddings of time and return are multiplied and added, and causal
+attention. It has 5.32 M parameters at d = 256, 4 blocks, 20 prompt steps and 32 planned actions.
 
 Shapes: N plans, H actions of a plan, h observations before it, d embedding dimension.
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..masks.vector import ParameterVector
 
 BEFORE = 2
-"""Number of tokens before the task's: one for the diffusion's time, one for the return."""
+"""Number of tokens before the task's tokens: one for the diffusion's time, one for the return."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,11 @@ class DenoiserConfig:
 
     Attributes:
         observation_size, action_size: components of an observation and of an action.
-        task_size, task_length: numbers in each token that tells the task, and count of these
-            tokens.
-        context_length: h, observations that a plan is made from, the present one last.
-        horizon: H, most actions of a plan.
-        embed_dim, layers, heads: d, number of blocks, attention heads of each.
-        dropout: of attention and of both layers of an MLP.
+        task_size, task_length: numbers in each token of the task, and number of these tokens.
+        context_length: h, number of observations that a plan depends on; the present one is last.
+        horizon: H, largest number of actions of a plan.
+        embed_dim, layers, heads: d, number of blocks, number of attention heads of each block.
+        dropout: probability of dropout in attention and in both layers of an MLP.
     """
 
     observation_size: int
@@ -52,11 +51,11 @@ class DenoiserConfig:
 
 
 class Situation(NamedTuple):
-    """What plans are made for.
+    """The inputs that plans are conditioned on.
 
     Attributes:
-        returns_to_go: float32 [N], scaled, asked for from the present on.
-        task: float32 [N, task_length, task_size], a prompt's steps or a one-hot task.
+        returns_to_go: float32 [N], scaled, the return to reach from the present on.
+        task: float32 [N, task_length, task_size], a prompt's steps or a one-hot vector of the task.
         observations: float32 [N, h, O], normalised, the present one last.
     """
 
@@ -68,12 +67,13 @@ class Situation(NamedTuple):
 class Denoiser(nn.Module):
     """Predicts the noise in plans.
 
-    The tokens are the diffusion's time, the return, the task's, the observations and the plan's
-    actions, in that order. Each token reads those before it. The prediction for an action therefore
-    depends on no later action, and the first actions of a plan can be drawn without the rest.
+    The tokens are the diffusion's time, the return, the task, the observations and the plan's
+    actions, in that order. Each token reads the tokens before it. The prediction for an action
+    therefore depends on no later action, and the first actions of a plan can be drawn without the
+    later ones.
 
     Args:
-        config: sizes.
+        config: sizes of the denoiser.
         device: device of the parameters; they are initialised on the CPU from torch's default
             generator.
     """
@@ -118,9 +118,9 @@ class Denoiser(nn.Module):
         Args:
             plans: float32 [N, H or fewer, A], with noise.
             times: int64 [N], time steps of the diffusion.
-            situation: what the plans are made for.
-            conditioned: bool [N], whether a plan is conditioned on the return; the return's
-                embedding is 0 where it is not.
+            situation: the other inputs of the plans.
+            conditioned: bool [N], whether a plan is conditioned on the return. If not, the return's
+                embedding is 0.
 
         Returns:
             float32, of the plans' shape.
@@ -128,14 +128,14 @@ class Denoiser(nn.Module):
         return self.predict(plans, times, self.embed(situation, conditioned))
 
     def embed(self, situation: Situation, conditioned: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed what does not depend on the diffusion's time, for `predict`.
+        """Embed the inputs that do not depend on the diffusion's time, for `predict`.
 
         Args:
-            situation: what the plans are made for.
+            situation: the inputs that the plans are conditioned on.
             conditioned: bool [N], as in `forward`.
 
         Returns:
-            The return's embedding [N, 1, d], and all tokens between the time's and the plan's
+            The return's embedding [N, 1, d], and all tokens between the time and the plan
             [N, 1 + task_length + h, d].
         """
         returns = self.return_embedding(situation.returns_to_go[:, None, None])
@@ -146,7 +146,7 @@ class Denoiser(nn.Module):
         )
 
     def predict(self, plans: Tensor, times: Tensor, embedded: tuple[Tensor, Tensor]) -> Tensor:
-        """Predict the noise in plans as `forward` does, from what `embed` returned."""
+        """Predict the noise in plans as `forward` does, from the result of `embed`."""
         returns, context = embedded
         time = self.time_embedding(_waves(times, self.config.embed_dim))[:, None]
         x = torch.cat((time, context, self.action_embedding(plans)), dim=1)
@@ -163,7 +163,7 @@ def _mlp(*widths: int) -> nn.Sequential:
 
 
 def _waves(times: Tensor, size: int) -> Tensor:
-    """Sines and cosines of times [N], of wavelengths from 2 π to 20000 π: [N, size]."""
+    """Sines and cosines of times [N] at wavelengths from 2 π to 20000 π: [N, size]."""
     exponents = torch.arange(size // 2, device=times.device) / max(size // 2 - 1, 1)
     angles = times[:, None] * torch.exp(-math.log(10_000) * exponents)
     return torch.cat((angles.sin(), angles.cos()), dim=1)

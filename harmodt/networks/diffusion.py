@@ -1,10 +1,10 @@
-"""A diffusion process: how noise is added to plans, and how plans are drawn out of noise.
+"""A diffusion process: it adds noise to plans, and it draws plans from noise.
 
-Time counts the steps of noise, from 0. After time t a clean x is √ᾱ_t x + √(1 - ᾱ_t) ε with ε
+Time counts the steps of noise, from 0. A clean x becomes √ᾱ_t x + √(1 - ᾱ_t) ε at time t, and ε is
 standard normal (Ho, Jain and Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020, Eq.
-4). The schedule is MTDiff's, the discrete form of the variance preserving process with β from 0.1
-to 10 over the unit interval (Song et al., "Score-Based Generative Modeling through Stochastic
-Differential Equations", ICLR 2021): ᾱ_t = exp(-0.1 s - 4.95 s²) with s = (t + 1) / T.
+4). The schedule is that of MTDiff. It is the discrete form of the variance preserving process with
+β from 0.1 to 10 over the unit interval (Song et al., "Score-Based Generative Modeling through
+Stochastic Differential Equations", ICLR 2021): ᾱ_t = exp(-0.1 s - 4.95 s²) with s = (t + 1) / T.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Diffusion:
 
     Args:
         steps: T.
-        device: of what gets noise.
+        device: device of the plans that get noise.
     """
 
     def __init__(self, steps: int, device: torch.device | str = "cpu"):
@@ -34,18 +34,18 @@ class Diffusion:
         self._noise = (1 - shares).sqrt().float().to(device)
 
     def noised(self, clean: Tensor, times: Tensor, noise: Tensor) -> Tensor:
-        """What plans have become at some times.
+        """Add noise to plans.
 
         Args:
             clean: the plans, [..., H, A].
-            times: int64 [...].
-            noise: standard normal, of the plans' shape.
+            times: int64 [...], the time of each plan.
+            noise: standard normal numbers of the plans' shape.
         """
         signal, scale = (table[times][..., None, None] for table in (self._signal, self._noise))
         return signal * clean + scale * noise
 
     def times(self, count: int) -> list[int]:
-        """`count` of the T times, falling from the last one in even strides."""
+        """`count` of the T times, evenly spaced and falling from the last time."""
         return [self.steps * k // count - 1 for k in range(count, 0, -1)]
 
     def denoised(
@@ -55,22 +55,22 @@ class Diffusion:
         times: list[int],
         draw: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        """Draw a plan out of noise.
+        """Draw a plan from noise.
 
-        A step goes to an earlier time by Eq. 12 of Song, Meng and Ermon, "Denoising Diffusion
-        Implicit Models", ICLR 2021: with σ = 0, or with η = 1 there, which over all times is DDPM.
-        What is predicted of the clean plan is clipped to [-1, 1], and what is left of x is taken to
-        be its noise.
+        Each step goes to an earlier time by Eq. 12 of Song, Meng and Ermon, "Denoising Diffusion
+        Implicit Models", ICLR 2021. DDIM has σ = 0. With `draw`, η is 1; over all times this is
+        DDPM. Each step clips its prediction of the clean plan to [-1, 1] and takes the rest of x as
+        the noise.
 
         Args:
-            predict: the noise in x at a time.
-            x: standard normal; its dtype is computed in.
-            times: falling; the last step goes from the last of them to the clean plan.
-            draw: for DDPM, standard normal numbers of the shape of x, for each step anew; smaller
-                ones for low-temperature sampling. None for DDIM.
+            predict: predicts the noise in x at a time.
+            x: standard normal numbers; all computations have their dtype.
+            times: falling times. The last step goes from the last time to the clean plan.
+            draw: for DDPM, draws standard normal numbers of the shape of x for each step; for
+                low-temperature sampling they are smaller. None for DDIM.
 
         Returns:
-            In [-1, 1], of the shape of x.
+            A plan in [-1, 1], of the shape of x.
         """
         for time, earlier in pairwise([*times, -1]):
             share, goal = self._share(time), self._share(earlier)
@@ -84,7 +84,7 @@ class Diffusion:
         return x
 
     def _share(self, time: int) -> float:
-        """ᾱ at a time; before the first, 1."""
+        """ᾱ at a time; it is 1 at time -1, before any noise."""
         first, last = _BETAS
         s = (time + 1) / self.steps
         return math.exp(-first * s - (last - first) / 2 * s**2)

@@ -1,6 +1,6 @@
 """Multilayer perceptrons that are conditioned on the task.
 
-A batch is a list of groups, one task each. Shapes: G groups, B vectors per group, T tasks.
+A batch has groups, and each group has one task. Shapes: G groups, B vectors per group, T tasks.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 TaskInput = Literal["one-hot", "multi-head"]
-"""How a network is conditioned on the task. one-hot: T more inputs; the task's is 1, the others 0.
-multi-head: each task has a last layer of its own."""
+"""How a network is conditioned on the task. one-hot: it has T more inputs; the task's input is 1,
+the others are 0. multi-head: each task has its own last layer."""
 
 
 class TaskMLP(nn.Module):
-    """Linear layers with ReLU between them, as PyTorch initialises them.
+    """Linear layers with ReLU between them and with PyTorch's default initialisation.
 
     Args:
         inputs, outputs: sizes of the input vector, without the task, and of the output vector.
@@ -44,7 +44,7 @@ class TaskMLP(nn.Module):
         self.head = nn.Linear(hidden_size, outputs if one_hot else tasks * outputs)
 
     def forward(self, x: Tensor, task_ids: Tensor) -> Tensor:
-        """The outputs, float32 [G, B, outputs].
+        """Compute the outputs, float32 [G, B, outputs].
 
         Args:
             x: float32 [G, B, inputs].

@@ -24,9 +24,9 @@ class Policy(Protocol):
         step: number of training steps after which the weights were saved.
         mask: "task" if each task has its own mask, "voted" for the mask of Eq. 13, "none" without
             masks, or the name of another mask for unseen tasks.
-        unseen: checksum of the store with the prompts of the tasks, where the tasks were not
-            trained on; otherwise None.
-        backend, precision, device: names of the kernels, precision and device that it uses.
+        unseen: for tasks that the run was not trained on, the checksum of the store with their
+            prompts; otherwise None.
+        backend, precision, device: names of the kernels, precision and device of its computations.
     """
 
     tasks: tuple[str, ...]
@@ -41,7 +41,7 @@ class Policy(Protocol):
 
     @property
     def plans(self) -> dict[str, str | int | float] | None:
-        """The settings of its plans, by their names in `PlanSettings`; None if it does not plan."""
+        """The settings of the policy's plans, by name (`PlanSettings`); None if it has no plans."""
 
     def use_voted_mask(self) -> None:
         """Use the mask for unseen tasks (Eq. 13) in every task; takes effect at `start`.
@@ -58,8 +58,8 @@ class Policy(Protocol):
         Args:
             task_ids: int [N], the task of each row.
             seed: seed of everything that the policy draws, such as prompts.
-            target_returns: float [N], unscaled, the return to aim at in each row; by default each
-                task's.
+            target_returns: float [N], unscaled, the return to aim at in each row; by default the
+                target return of the row's task.
         """
 
     def restart(self, rows: np.ndarray) -> None:
@@ -69,4 +69,4 @@ class Policy(Protocol):
         """Choose actions, float32 [N, A] in [-1, 1], after observations float [N, O]."""
 
     def record_rewards(self, rewards: np.ndarray) -> None:
-        """Tell the policy the rewards of its last actions, float [N], once after each `act`."""
+        """Record the rewards of the last actions, float [N]. Call this once after each `act`."""

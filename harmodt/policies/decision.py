@@ -23,13 +23,14 @@ class DecisionPolicy(TrainedPolicy):
 
     Args:
         model: the model, on its device; the policy puts it into evaluation mode.
-        mask_bits: the tasks' masks as `MaskBank` has them, or None for a model without masks.
+        mask_bits: the tasks' masks in the form of `MaskBank.bits`; None for a model without masks.
         inputs: turns observations of the tasks into network inputs; index = task id.
         context_length: K, steps of history.
         environment: the environments of the tasks.
         execution: where and how the model computes.
         step: number of training steps after which the weights were saved.
-        unseen_threshold: the voted mask has a weight if more than this share of the tasks has it.
+        unseen_threshold: a weight is active in the voted mask if it is active in more than this
+            share of the tasks' masks.
     """
 
     def __init__(
@@ -73,8 +74,7 @@ class DecisionPolicy(TrainedPolicy):
 
     def _restart(self, rows: np.ndarray) -> None:
         restarted = self._on_device(np.flatnonzero(rows))
-        # Old values are cleared, not only marked invalid: attention gives them the weight 0, and
-        # 0 times NaN is NaN.
+        # Attention gives invalid steps the weight 0, but 0 times NaN is NaN. So clear their values.
         for part in self._history:
             part[restarted] = 0
         if self._inputs.prompt is not None:
@@ -83,7 +83,7 @@ class DecisionPolicy(TrainedPolicy):
     def _act(self, observations: np.ndarray) -> np.ndarray:
         present = self._append(observations)
         lengths = np.minimum(self._time + 1, self._context_length)
-        # The draws come first: the model evicts from the CPU's caches what they read.
+        # The draws come first, because the model evicts their tables from the CPU's caches.
         hidden = self._draw_hidden()
         in_graph = self._execution.repeats and lengths.min() >= self._shortest_in_graph
         actions = self._actions_in_graph() if in_graph else self._actions(lengths)
@@ -92,12 +92,12 @@ class DecisionPolicy(TrainedPolicy):
         return chosen.cpu().numpy()
 
     def _actions(self, lengths: np.ndarray) -> Tensor:
-        """The model's actions, [G, B, A], after histories of some lengths, int [N]."""
+        """The model's actions, [G, B, A], after histories of the given lengths, int [N]."""
         begun = Steps(*(part[:, : lengths.max()] for part in self._history))
         return self._computed(Steps(*self._groups.lay_out(begun)), int(lengths.min()))
 
     def _actions_in_graph(self) -> Tensor:
-        """The same actions by the graph, after histories that it can compute."""
+        """The same actions from the graph; every history must be long enough for it."""
         if not self._groups.in_order:
             torch._foreach_copy_(list(self._graph_inputs), self._groups.lay_out(self._history))
         return self._graph()
@@ -116,9 +116,9 @@ class DecisionPolicy(TrainedPolicy):
         return mask_bits is self.mask_bits and np.array_equal(task_ids, self._task_ids)
 
     def _prepare(self) -> None:
-        """Make what depends on the rows' tasks and masks alone: histories, masks and the graph.
+        """Make histories, masks and the graph, which depend only on the rows' tasks and masks.
 
-        Rounds of the same rows keep them, because a graph takes long to make.
+        Further rounds with the same rows keep them, because making a graph takes long.
         """
         self._prepared_for = None
         self._groups = _Groups(self._task_ids, self._execution.device)
@@ -146,24 +146,25 @@ class DecisionPolicy(TrainedPolicy):
 
     @property
     def _shortest_in_graph(self) -> int:
-        """Steps of the shortest history that the graph computes; it pads each one to K steps.
+        """The number of steps that a history must have for the graph, which pads it to K steps.
 
-        A GPU hardly notices the padding. A CPU would, so its graph computes full histories alone.
+        Padding costs little time on a GPU. On a CPU it costs much, so there the graph computes only
+        full histories.
         """
         return 1 if self._execution.device.type == "cuda" else self._context_length
 
     def _append(self, observations: np.ndarray) -> tuple[slice | Tensor, int | Tensor]:
-        """Write the present step after each history's last one; a full history loses its first.
+        """Append the present step to each history; a full history first drops its oldest step.
 
         Returns:
-            The index of every row's present step in the histories.
+            The index of each row's present step in the histories.
         """
         step = self._present(observations)
         if self._execution.device.type != "cpu":
             step = Steps(*move(step, self._execution.device))
         last = self._context_length - 1
         places, full = np.minimum(self._time, last), self._time > last
-        # Slices where all rows stand alike, because indices take longer.
+        # Use slices if all rows have the same index, because tensors of indices are slower.
         losing = slice(None) if full.all() else self._on_device(np.flatnonzero(full))
         present: tuple[slice | Tensor, int | Tensor] = (slice(None), int(places[0]))
         if (places != places[0]).any():
@@ -176,14 +177,14 @@ class DecisionPolicy(TrainedPolicy):
         return present
 
     def _draw_hidden(self) -> Tensor:
-        """Whether later steps see each row's present action as hidden, bool [N]."""
+        """Draw whether the present action of each row is hidden from later steps, bool [N]."""
         rows, probability = len(self._task_ids), self._inputs.settings.action_dropout
         if probability in (0, 1):
             return torch.full((rows,), probability == 1, device=self._execution.device)
         return self._inputs.hidden(self._words(rows)).to(self._execution.device)
 
     def _words(self, *shape: int) -> Tensor:
-        """Random 32-bit words, int64 of a shape."""
+        """Draw random 32-bit words, int64 of a shape."""
         return torch.from_numpy(self._rng.integers(2**32, size=shape))
 
     def _encode_prompts(self, rows: np.ndarray) -> None:
@@ -198,7 +199,7 @@ class DecisionPolicy(TrainedPolicy):
         if self._prompt_cache is None:
             self._prompt_cache = encoded
             return
-        # The graph reads the cache, so that new values go into the same tensors.
+        # The graph reads these tensors, so write the new values into them.
         kept_rows, new_rows = self._groups.index[self._on_device(rows)], groups.index
         with torch.inference_mode():
             for kept_block, new_block in zip(self._prompt_cache, encoded, strict=True):
@@ -206,7 +207,7 @@ class DecisionPolicy(TrainedPolicy):
                     kept[kept_rows] = new[new_rows]
 
     def _masks_of(self, groups: _Groups) -> tuple[Tensor, TaskMasks]:
-        """The task ids of some groups, int64 [G], on the model's device, and their masks."""
+        """The groups' task ids, int64 [G] on the model's device, and the masks of these tasks."""
         task_ids = self._on_device(groups.task_ids)
         return task_ids, TaskMasks(self.model.vector, self.mask_bits, task_ids)
 
@@ -216,7 +217,7 @@ class DecisionPolicy(TrainedPolicy):
 
 
 class _Groups:
-    """Lays out rows of several tasks as one group for each task; short groups repeat their rows.
+    """Lays out rows of several tasks in one group per task; short groups repeat their rows.
 
     Args:
         task_ids: int64 [N], the task of each row.
@@ -224,8 +225,8 @@ class _Groups:
 
     Attributes:
         task_ids: int64 [G], the task of each group.
-        index: int64 [N] on the device, the place of each row in a layout [G B].
-        in_order: whether the layout has the rows in their order, none of them twice.
+        index: int64 [N] on the device, the index of each row in a layout [G B].
+        in_order: whether the layout has each row once and in the original order.
     """
 
     def __init__(self, task_ids: np.ndarray, device: torch.device):

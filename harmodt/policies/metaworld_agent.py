@@ -1,4 +1,4 @@
-"""A trained policy as an agent for Meta-World's own `metaworld.evaluation.evaluation`.
+"""A trained policy as an agent for Meta-World's `metaworld.evaluation.evaluation`.
 
     policy = load_policy(Path("runs/mine"))
     envs = gym.make_vec("Meta-World/MT50", vector_strategy="async", seed=1)
@@ -20,20 +20,20 @@ from . import Policy
 
 
 class MetaWorldAgent:
-    """Implements `metaworld.evaluation.Agent` for the environments that it is given.
+    """Implements `metaworld.evaluation.Agent` for a vector of environments.
 
     `evaluation` passes no rewards to an agent, but a policy that is conditioned on the
-    return-to-go needs them. Meta-World's environments keep a running `episode_returns` in
-    gymnasium's `RecordEpisodeStatistics`; the agent takes its growth as the exact reward. The
-    environments must therefore normalise neither rewards nor observations. The agent ignores a
+    return-to-go needs them. Gymnasium's `RecordEpisodeStatistics` keeps a running
+    `episode_returns` for Meta-World's environments. The agent takes its growth as the exact reward.
+    The environments must therefore normalise neither rewards nor observations. The agent ignores a
     one-hot task id after the observation.
 
     Args:
-        policy: acts; the agent starts new episodes in all of its rows.
-        envs: vector environment made by Meta-World; the policy must know each row's task.
+        policy: chooses the actions. The agent starts new episodes in all of its rows.
+        envs: vector environment made by Meta-World. The policy must know each row's task.
         seed: seed of the prompts that the policy draws.
         target_returns: float [rows], unscaled, the return to aim at in each row; by default the
-            policy's own for each task.
+            policy's target return of the row's task.
 
     Raises:
         UserError: the policy does not know the task of an environment.

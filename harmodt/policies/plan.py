@@ -1,4 +1,4 @@
-"""A denoiser as a policy that acts in many episodes at once: it plans, acts, and plans again."""
+"""A denoiser as a policy for many episodes at once: it plans, acts, and plans again."""
 
 from __future__ import annotations
 
@@ -21,27 +21,28 @@ from .trained import TrainedPolicy
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """How plans are drawn at evaluation; training does not depend on it."""
+    """How plans are drawn at evaluation; this does not affect training."""
 
     sampler: Sampler = "ddim"
-    """ddpm goes through all steps of the diffusion, with noise in each; ddim through some of them,
-    without noise."""
+    """ddpm takes all steps of the diffusion and adds noise in each; ddim takes only some steps and
+    adds no noise."""
     sampling_steps: Count = 10
     """Steps of ddim."""
     guidance: NotNegative = 1.2
     """w: the noise is w times the prediction conditioned on the return, plus 1 - w times the
     prediction without the return."""
     temperature: Share = 0.5
-    """Factor of the random noise: of each step's in ddpm, of the first one's in ddim."""
+    """Factor of the random noise: in ddpm of each step's noise, in ddim of the first noise."""
     replan_every: Count = 1
-    """Actions that are executed of a plan before the policy makes the next one."""
+    """Number of actions that the policy executes before it makes a new plan."""
 
 
 class PlanPolicy(TrainedPolicy):
     """Acts in N episodes in lock-step by plans of actions; a `Policy`.
 
-    The observations before an episode's first step are copies of the first one. The policy draws
-    only the actions of a plan that it executes, because later actions cannot change them.
+    At the beginning of an episode, copies of the first observation take the place of earlier
+    observations. The policy draws only the actions of a plan that it will execute, because later
+    actions do not affect them.
 
     Args:
         model: the denoiser, on its device; the policy puts it into evaluation mode.
@@ -70,7 +71,7 @@ class PlanPolicy(TrainedPolicy):
 
     @property
     def plans(self) -> dict[str, str | int | float]:
-        """The settings of its plans, by their names in `PlanSettings`."""
+        """The settings of the policy's plans, by their names in `PlanSettings`."""
         steps = {"sampling_steps": self._diffusion.steps} if self.settings.sampler == "ddpm" else {}
         return asdict(self.settings) | steps
 
@@ -104,7 +105,7 @@ class PlanPolicy(TrainedPolicy):
         return self._plans[torch.arange(len(places)), torch.from_numpy(places)].numpy()
 
     def _draw(self, situation: Situation) -> Tensor:
-        """Draw the actions of plans that are executed, [n, replan_every, A], on the CPU."""
+        """Draw the actions that will be executed, [n, replan_every, A], on the CPU."""
         settings, diffusion = self.settings, self._diffusion
         device = self._execution.device
         shape = len(situation.task), settings.replan_every, self.environment.action_size
@@ -121,7 +122,7 @@ class PlanPolicy(TrainedPolicy):
                 times = diffusion.times(diffusion.steps)
                 return diffusion.denoised(predict, draw(), times, cooled).cpu()
             times = diffusion.times(settings.sampling_steps)
-            # From full noise, a model after little training now and then ends at a bound.
+            # With full noise, plans of a barely trained model sometimes end at a bound.
             return diffusion.denoised(predict, cooled(), times).cpu()
 
 
@@ -143,14 +144,14 @@ class _Guided:
         ]
 
     def __call__(self, plans: Tensor, time: int) -> Tensor:
-        """The noise in plans [n, ..., A] at a time."""
+        """Predict the noise in plans [n, ..., A] at a time."""
         times = torch.full((len(plans),), time, device=plans.device)
         found = [weight * self._model.predict(plans, times, part) for weight, part in self._parts]
         return torch.stack(found).sum(0)
 
 
 def tokens_of_task(task_ids: Tensor, tasks: int, prompts: Steps | None) -> Tensor:
-    """The tokens that tell a denoiser the task: the prompt's steps, or a one-hot vector.
+    """The tokens that condition a denoiser on the task: the prompt's steps, or a one-hot vector.
 
     Args:
         task_ids: int64 [G, B].

@@ -1,4 +1,4 @@
-"""A policy that acts on the present observation alone."""
+"""A policy that reads only the present observation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .trained import TrainedPolicy
 class ReactivePolicy(TrainedPolicy):
     """Acts in N episodes in lock-step, without history, prompt or return; a `Policy`.
 
-    It draws nothing, so that a seed changes nothing.
+    It makes no random draws, so the seed has no effect.
 
     Args:
         actor: the network, on its device.
@@ -39,18 +39,16 @@ class ReactivePolicy(TrainedPolicy):
         self.actor = actor
 
     def _begin(self, seed: int) -> None:
-        """Check the targets.
+        """Check the target returns.
 
         Raises:
-            UserError: a target differs from the task's own.
+            UserError: a target return differs from that of the task.
         """
         if not np.array_equal(self._targets, self.target_returns[self._task_ids]):
-            raise UserError(
-                "the run's algorithm cannot be asked for a return: leave --target-return out"
-            )
+            raise UserError("the run's algorithm reads no target return: leave --target-return out")
 
     def _restart(self, rows: np.ndarray) -> None:
-        """Do nothing: this policy remembers nothing of an episode."""
+        """Do nothing, because this policy keeps no history."""
 
     def _act(self, observations: np.ndarray) -> np.ndarray:
         normalised = self._inputs.normalise(self._tasks, torch.from_numpy(observations))

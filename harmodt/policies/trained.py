@@ -1,4 +1,4 @@
-"""The part that the policies of all algorithms share: checks, targets, and the present step."""
+"""The base of all trained policies: checks, target returns, and the present step."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ..errors import UserError
 class TrainedPolicy(ABC):
     """A `Policy` of a trained network.
 
-    This class checks every call, so that a mistake in a caller's loop is an error and not a wrong
+    This class checks every call, so a mistake in a caller's loop gives an error and not a wrong
     action. It also keeps the task, the return-to-go and the time step of each row. A subclass
-    implements `_begin`, `_restart` and `_act`, which only see checked arguments.
+    implements `_begin`, `_restart` and `_act`, which get only checked arguments.
 
     Args:
         inputs: turns observations of the tasks into network inputs; index = task id.
@@ -43,7 +43,7 @@ class TrainedPolicy(ABC):
         self.device = str(execution.device)
         self._inputs = inputs
         self._execution = execution
-        self._rows: int | None = None  # N, once `start` was called
+        self._rows: int | None = None  # N; None before `start`
         self._rewards_due = False
 
     @property
@@ -65,7 +65,7 @@ class TrainedPolicy(ABC):
         """Begin N new episodes, as `Policy.start` says.
 
         Raises:
-            UserError: a task id, the seed or a target is not as `Policy.start` needs it.
+            UserError: a task id, the seed or a target return is invalid.
         """
         self._rows = None
         self._task_ids = self._checked_tasks(task_ids)
@@ -135,7 +135,7 @@ class TrainedPolicy(ABC):
         count = self._started("record_rewards")
         if not self._rewards_due:
             raise UserError(
-                "record_rewards was called and no action waits for its reward: call it once after "
+                "record_rewards was called, but no action waits for its reward: call it once after "
                 "each act"
             )
         self._returns_to_go -= _checked("rewards", rewards, (count,), np.float64)
@@ -143,7 +143,7 @@ class TrainedPolicy(ABC):
 
     @abstractmethod
     def _begin(self, seed: int) -> None:
-        """Prepare for the tasks of the new rows, `self._tasks`; `_restart` follows.
+        """Prepare for the tasks of the new rows, `self._tasks`. `start` calls `_restart` next.
 
         Args:
             seed: seed of everything that the policy draws.
@@ -151,7 +151,7 @@ class TrainedPolicy(ABC):
 
     @abstractmethod
     def _restart(self, rows: np.ndarray) -> None:
-        """Forget the episodes of some rows, bool [N], of which at least one is True."""
+        """Clear the histories where `rows`, bool [N], is True; at least one row is True."""
 
     @abstractmethod
     def _act(self, observations: np.ndarray) -> np.ndarray:
@@ -170,7 +170,7 @@ class TrainedPolicy(ABC):
         )
 
     def _started(self, method: str) -> int:
-        """N, the number of rows.
+        """Return N, the number of rows.
 
         Raises:
             UserError: `start` was not called before the method.
@@ -180,16 +180,16 @@ class TrainedPolicy(ABC):
         return self._rows
 
     def _checked_tasks(self, task_ids: Any) -> np.ndarray:
-        """Task ids as int64 [N].
+        """Return task ids as int64 [N].
 
         Raises:
-            UserError: they are no array of ids of the policy's tasks.
+            UserError: they are not an array of ids of the policy's tasks.
         """
         ids = np.asarray(task_ids)
         if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
             raise UserError(
                 f"task_ids is {ids.dtype} of the shape {ids.shape}: give one whole number for each "
-                "episode, which policy.tasks.index(NAME) returns"
+                "episode; policy.tasks.index(NAME) returns the number of a task"
             )
         unknown = ids[(ids < 0) | (ids >= len(self.tasks))]
         if unknown.size:
@@ -200,10 +200,10 @@ class TrainedPolicy(ABC):
 
 
 def _checked(name: str, values: Any, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """Numbers as an array of a dtype.
+    """Return numbers as an array of a dtype.
 
     Raises:
-        UserError: they are no numbers, have another shape, or hold NaN or infinity.
+        UserError: the values are no numbers, have another shape, or contain NaN or infinity.
     """
     try:
         array: np.ndarray = np.asarray(values, dtype)

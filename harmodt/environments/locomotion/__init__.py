@@ -1,7 +1,7 @@
-"""Cheetah-dir, Cheetah-vel and Ant-dir: families whose tasks differ in a goal alone.
+"""Cheetah-dir, Cheetah-vel and Ant-dir: families whose tasks differ only in a goal.
 
-They are those of Prompt-DT (Xu et al., 2022) and of the paper's Table 4. A task is named by its
-goal, such as `cheetah-vel-0.600`, 0.6 m/s; some of a family's tasks are apart, to be met unseen.
+Prompt-DT (Xu et al., 2022) and Table 4 of the paper use them. A task's name has its goal:
+`cheetah-vel-0.600` is 0.6 m/s. Each family holds some tasks out as unseen tasks.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ VELOCITIES = tuple(round(0.075 * number, 3) for number in range(1, 41))
 """The goals of Cheetah-vel, in m/s."""
 
 ANGLES = tuple(np.random.default_rng(0).uniform(0, 2 * math.pi, 50).round(3).tolist())
-"""The goals of Ant-dir, in radians: a fixed draw, for those of the public data come with it."""
+"""The goals of Ant-dir, in radians. The draw is fixed; the public data have other goals."""
 
 
 @dataclass(frozen=True)
 class Locomotion(EnvironmentFamily):
-    """A family of walkers whose tasks are goals, each a number.
+    """A family of walkers. Each task has a goal, which is a number.
 
-    Any goal makes a task, `<family>-<goal>`; `task_sets` name those that the family is known for.
+    Any goal makes a task, `<family>-<goal>`. `task_sets` has the family's standard tasks.
 
     Attributes:
-        walker: what its environments are.
-        task_goals: of the tasks that it is known for.
-        goal_range: what its expert was trained on.
-        unseen: the numbers of those that are not trained on.
+        walker: the class of the environments.
+        task_goals: the goals of the standard tasks.
+        goal_range: the range of goals that the expert was trained on.
+        unseen: the indices of the unseen tasks in `task_goals`.
     """
 
     goals = 50
@@ -48,13 +48,13 @@ class Locomotion(EnvironmentFamily):
 
     @property
     def trained(self) -> tuple[int, ...]:
-        """The numbers of the others; of all where none is left."""
+        """The indices of the training tasks; all tasks, if every task is also an unseen task."""
         numbers = range(len(self.task_goals))
         return tuple(number for number in numbers if number not in self.unseen) or tuple(numbers)
 
     @property
     def task_sets(self) -> Mapping[str, tuple[str, ...]]:  # type: ignore[override]
-        """All of those tasks, those to train on, and those to meet unseen."""
+        """The sets of all standard tasks, of the training tasks and of the unseen tasks."""
         name, numbered = self.spec.family, list(enumerate(map(self.task_of, self.task_goals)))
         return {
             name: tuple(task for _, task in numbered),
@@ -63,7 +63,7 @@ class Locomotion(EnvironmentFamily):
         }
 
     def task_of(self, goal: float) -> str:
-        """The name of the task that has a goal: three digits, or as many as there are."""
+        """The name of the task with a goal: it has three decimals, or more if the goal has more."""
         short = f"{goal:.3f}"
         exact = short if math.isclose(float(short), goal) else np.format_float_positional(goal)
         return f"{self.spec.family}-{exact}"
@@ -72,7 +72,7 @@ class Locomotion(EnvironmentFamily):
         """The inverse of `task_of`.
 
         Raises:
-            UserError: it is no task's name.
+            UserError: there is no task of this name.
         """
         found = re.fullmatch(rf"{self.spec.family}-([0-9]+(?:\.[0-9]+)?)", task)
         if found is None or not float(found[1]) < 100:
@@ -92,21 +92,21 @@ class Locomotion(EnvironmentFamily):
         return tuple(dict.fromkeys(tasks))
 
     def make(self, task: str, goal_seed: int = 0) -> Walker:
-        """A walker whose `goals` are states to begin in, drawn by the seed."""
+        """Make a walker; the seed draws the `goals` states in which its episodes can begin."""
         return self.walker(task, self.goal_of(task), goal_seed)
 
     def expert(self, task: str) -> Callable[[np.ndarray], np.ndarray]:
-        """The family's trained policy, acting for the task's goal."""
+        """The family's trained policy with the task's goal."""
         expert, goal = load_expert(self.spec.family), np.float64(self.goal_of(task))
         return lambda observation: expert(self.walker.features(observation, goal))
 
     def draw_goals(self, generator: np.random.Generator, count: int) -> np.ndarray:
-        """Goals to train an expert on, float64 [count]."""
+        """Draw goals to train an expert on, float64 [count]."""
         return generator.uniform(*self.goal_range, count)
 
 
 class CheetahDirection(Locomotion):
-    """Run forwards or backwards: both are trained on and both are met, as in Prompt-DT."""
+    """Run forwards or backwards. Both are training tasks and unseen tasks, as in Prompt-DT."""
 
     spec = EnvironmentSpec("cheetah-dir", 20, 6, EPISODE_LENGTH, success=False)
     walker = DirectionCheetah
@@ -116,7 +116,7 @@ class CheetahDirection(Locomotion):
     _names: ClassVar = {1.0: "cheetah-dir-forward", -1.0: "cheetah-dir-backward"}
 
     def draw_goals(self, generator: np.random.Generator, count: int) -> np.ndarray:
-        """Either end of the range."""
+        """Draw one of the two directions for each goal."""
         return generator.choice(np.array(self.task_goals), count)
 
     def task_of(self, goal: float) -> str:
@@ -146,7 +146,7 @@ class AntDirection(Locomotion):
     """Run in a direction."""
 
     spec = EnvironmentSpec("ant-dir", 27, 8, EPISODE_LENGTH, success=False)
-    ends_early = True  # where the ant falls
+    ends_early = True  # when the ant falls
     walker = DirectionAnt
     task_goals = ANGLES
     goal_range = (0, 2 * math.pi)
@@ -154,12 +154,12 @@ class AntDirection(Locomotion):
 
 
 def walkers(name: str) -> Locomotion:
-    """The family of walkers of that name.
+    """Return the family of walkers with a name.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such family of walkers.
     """
     found = family(name)
     if not isinstance(found, Locomotion):
-        raise UserError(f"{name} is no family of walkers: name one such as cheetah-vel")
+        raise UserError(f"{name} is no family of walkers: name one, such as cheetah-vel")
     return found

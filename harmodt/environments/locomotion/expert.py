@@ -1,6 +1,6 @@
-"""The experts of walkers: one network per family, for all of its goals.
+"""The experts of the walkers: one network per family, for all goals of the family.
 
-They were trained by `train_expert.py`; here they act, in NumPy alone.
+`train_expert.py` trained them. Here they act, and need only NumPy.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from ...errors import UserError
 from ...files import read_bytes
 
 WEIGHTS = Path(__file__).parent / "weights"
-"""Holds FAMILY.safetensors: weight and bias of every layer, float32, in order."""
+"""The folder of FAMILY.safetensors: weight and bias of every layer, float32, in order."""
 
 
 @dataclass(frozen=True)
 class Expert:
-    """A perceptron with ReLU, whose last layer goes through tanh."""
+    """A perceptron with ReLU between its layers and tanh after the last layer."""
 
     layers: tuple[tuple[np.ndarray, np.ndarray], ...]
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
-        """Actions, float32 [..., A], for what is seen, [..., F]."""
+        """Actions, float32 [..., A], for features [..., F]."""
         x = np.asarray(features, np.float32)
         for weight, bias in self.layers[:-1]:
             x = np.maximum(x @ weight.T + bias, 0)
@@ -35,7 +35,7 @@ class Expert:
 
     @classmethod
     def read(cls, content: bytes) -> Expert:
-        """The expert that a safetensors file holds."""
+        """Read an expert from the bytes of a safetensors file."""
         arrays = load(content)
         numbers = range(len(arrays) // 2)
         return cls(tuple((arrays[f"{i}.weight"], arrays[f"{i}.bias"]) for i in numbers))
@@ -43,10 +43,10 @@ class Expert:
 
 @functools.lru_cache(maxsize=8)
 def load_expert(family: str) -> Expert:
-    """The expert of a family.
+    """Return the expert of a family.
 
     Raises:
-        UserError: it has none yet.
+        UserError: the family has no expert yet.
     """
     path = WEIGHTS / f"{family}.safetensors"
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Measure the expert of a family of walkers on the family's own goals.
+"""Measure the expert of a family of walkers on the family's standard goals.
 
 python -m harmodt.environments.locomotion.measure_expert cheetah-vel
 """
@@ -22,16 +22,16 @@ from .simulator import EPISODE_LENGTH
 
 @dataclass(frozen=True)
 class MeasureExpertConfig:
-    """Measure the expert of a family of walkers on the family's own goals."""
+    """Measure the expert of a family of walkers on the family's standard goals."""
 
     family: Annotated[str, tyro.conf.Positional]
     """cheetah-dir, cheetah-vel or ant-dir."""
     episodes: Count = 10
-    """Episodes of each goal."""
+    """Episodes for each goal."""
 
 
 def expert_returns(family: Locomotion, expert: Expert, episodes: int) -> np.ndarray:
-    """Returns of an expert on the family's own goals, float64 [tasks, episodes]."""
+    """Returns of an expert on the family's standard goals, float64 [tasks, episodes]."""
     returns = np.zeros((len(family.task_goals), episodes))
     for number, goal in enumerate(family.task_goals):
         walker = family.make(family.task_of(goal))

@@ -1,4 +1,4 @@
-"""Half-cheetah and ant on a plane, as MuJoCo simulates gymnasium's models of them."""
+"""MuJoCo simulations of Gymnasium's half-cheetah and ant on a plane."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ EPISODE_LENGTH = 200
 FRAME_SKIP = 5
 STEP_SECONDS = 0.05
 
-_NOISE = 0.1  # of the state in which an episode begins
+_NOISE = 0.1  # in the first state of an episode
 
 
 class Walker(Environment):
-    """A body that is rewarded for how it moves towards a goal, less what its actions cost.
+    """A body whose reward is its progress towards a goal, minus the cost of its actions.
 
-    An episode begins near the model's first pose: uniform noise of 0.1 on positions, normal noise
-    of deviation 0.1 on velocities. Position and velocity of a joint are in metres or radians, and
-    per second.
+    An episode begins near the model's initial pose. Positions get uniform noise in ±0.1, velocities
+    normal noise of deviation 0.1. Joints have positions in metres or radians, and velocities in
+    these units per second.
 
     Args:
-        task: its name, for errors.
-        goal: the number that makes the task.
-        start_seed: of the states in which `reset` begins an episode.
+        task: the task's name, for errors.
+        goal: the number that defines the task.
+        start_seed: seed of the states in which `reset` begins an episode.
 
     Attributes:
-        velocity: float64 [2], of the first two coordinates over the last step, in m/s.
+        velocity: float64 [2], mean velocity of the first two coordinates in the last step, in m/s.
     """
 
     MODEL: str
-    """File of one of gymnasium's MuJoCo models."""
+    """The file of the body's MuJoCo model in Gymnasium."""
 
     def __init__(self, task: str, goal: float, start_seed: int = 0) -> None:
         import gymnasium
@@ -47,40 +47,40 @@ class Walker(Environment):
         self.velocity = np.zeros(2)
         self._task = task
         self._start_seed = start_seed
-        self._steps = EPISODE_LENGTH  # an episode is to begin first
+        self._steps = EPISODE_LENGTH  # `step` needs a reset first
         self._ended = False
 
     @staticmethod
     @abstractmethod
     def progress(velocity: np.ndarray, goal: np.ndarray) -> np.ndarray:
-        """What a velocity, float64 [..., 2], is worth for a goal, [...]; [...]."""
+        """The reward [...] of velocities, float64 [..., 2], for goals [...]."""
 
     @staticmethod
     @abstractmethod
     def features(observation: np.ndarray, goal: np.ndarray) -> np.ndarray:
-        """What an expert sees, [..., F], of an observation, [..., O], with a goal, [...]."""
+        """The expert's inputs, [..., F], for observations [..., O] and goals [...]."""
 
     @abstractmethod
     def observe(self) -> np.ndarray:
-        """The observation now, float64."""
+        """The present observation, float64."""
 
     @abstractmethod
     def cost(self, action: np.ndarray) -> float:
-        """What a step with an action within [-1, 1] costs, wherever it went."""
+        """The cost of a step with an action in [-1, 1]; it does not depend on the goal."""
 
     def fallen(self) -> bool:
-        """Whether the episode ends here."""
+        """Whether the body has fallen, which ends the episode."""
         return False
 
     def reset(self, goal_index: int) -> np.ndarray:
-        """Begin an episode in one of the states that the seed draws; returns the observation."""
+        """Begin an episode in one of the states that the seed draws; return the observation."""
         return self._begin(np.random.default_rng([self._start_seed, goal_index]))
 
     def reset_random(self, seed: int) -> np.ndarray:
         return self._begin(np.random.default_rng(seed))
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool]:
-        """As `Environment.step`; the action [6], of an ant [8], is taken as float32."""
+        """As `Environment.step`. The action, [6] or for an ant [8], is converted to float32."""
         action = np.asarray(action, np.float32)
         if not np.isfinite(action).all():
             raise ValueError(f"{self._task}: the action {action} is not finite")
@@ -93,7 +93,7 @@ class Walker(Environment):
         before = self.data.qpos[:2].copy()
         self.data.ctrl[:] = action
         self._mujoco.mj_step(self.model, self.data, FRAME_SKIP)
-        self._mujoco.mj_rnePostConstraint(self.model, self.data)  # the forces of contacts
+        self._mujoco.mj_rnePostConstraint(self.model, self.data)  # computes contact forces
         self.velocity = (self.data.qpos[:2] - before) / STEP_SECONDS
         reward = self.progress(self.velocity, np.float64(self.goal)) - self.cost(action)
         self._ended = self.fallen()
@@ -105,7 +105,7 @@ class Walker(Environment):
 
     @property
     def scene(self) -> Scene:
-        """Seen by the camera that goes along."""
+        """The view of the camera that follows the body."""
         rate = round(1 / STEP_SECONDS)
         return Scene(self.model, self.data, "track", upside_down=False, steps_per_second=rate)
 
@@ -120,9 +120,9 @@ class Walker(Environment):
 
 
 class Cheetah(Walker):
-    """A half-cheetah, which moves along x alone and may fall without an end.
+    """A half-cheetah. It moves only along x, and an episode goes on if it falls.
 
-    The observation [20] is qpos without x (8), qvel (9), and where the torso is (3). An action
+    The observation [20] is qpos without x (8), qvel (9), and the torso's position (3). An action
     costs 0.05 ‖a‖².
     """
 
@@ -130,12 +130,12 @@ class Cheetah(Walker):
 
     @staticmethod
     def features(observation: np.ndarray, goal: np.ndarray) -> np.ndarray:
-        """Pose and velocities, wherever the cheetah is, and the goal: [..., 18]."""
+        """Pose, velocities and goal, without the torso's position: [..., 18]."""
         return np.concatenate([observation[..., :17], goal[..., None]], axis=-1)
 
     def observe(self) -> np.ndarray:
         qpos, height = self.data.qpos, self.model.body("torso").pos[2]
-        torso = (qpos[0], 0.0, height + qpos[1])  # its joints count from where the model has it
+        torso = (qpos[0], 0.0, height + qpos[1])  # joints are relative to the model's pose
         return np.concatenate([qpos[1:], self.data.qvel, torso])
 
     def cost(self, action: np.ndarray) -> float:
@@ -143,7 +143,7 @@ class Cheetah(Walker):
 
 
 class DirectionCheetah(Cheetah):
-    """Rewarded for its speed forwards, d = 1, or backwards, d = -1: d v."""
+    """A cheetah with the reward d v: d = 1 is forwards, d = -1 is backwards."""
 
     @staticmethod
     def progress(velocity: np.ndarray, goal: np.ndarray) -> np.ndarray:
@@ -151,7 +151,7 @@ class DirectionCheetah(Cheetah):
 
 
 class VelocityCheetah(Cheetah):
-    """Rewarded for keeping a speed g, in m/s: -|v - g|."""
+    """A cheetah with the reward -|v - g| for a speed g in m/s."""
 
     @staticmethod
     def progress(velocity: np.ndarray, goal: np.ndarray) -> np.ndarray:
@@ -159,11 +159,11 @@ class VelocityCheetah(Cheetah):
 
 
 class DirectionAnt(Walker):
-    """An ant, rewarded for its speed in a direction, θ in radians: v · (cos θ, sin θ).
+    """An ant with the reward v · (cos θ, sin θ) for a direction θ in radians.
 
     The observation [27] is qpos without x and y (13) and qvel (14). A step costs 0.5 ‖a‖² +
-    0.0005 ‖contact forces, each within [-1, 1]‖² - 1: standing is worth 1. The episode ends where
-    the torso's height leaves [0.2, 1].
+    0.0005 ‖contact forces, each clipped to [-1, 1]‖² - 1, so an ant that stands earns 1. The
+    episode ends when the torso's height leaves [0.2, 1].
     """
 
     MODEL = "ant.xml"
@@ -174,17 +174,17 @@ class DirectionAnt(Walker):
 
     @staticmethod
     def features(observation: np.ndarray, goal: np.ndarray) -> np.ndarray:
-        """The observation of one who takes the goal's direction for x: [..., 27].
+        """The observation in coordinates whose x axis is the goal's direction: [..., 27].
 
-        The plane is the same in every direction, so running along x is all there is to learn.
+        All directions of the plane are alike, so the expert only learns to run along x.
         """
         turned = observation.copy()
-        # The torso's orientation is a quaternion; a turn by -θ about z is (c, 0, 0, -s).
+        # The torso's orientation is a quaternion. A turn by -θ about z is (c, 0, 0, -s).
         c, s = np.cos(goal / 2), np.sin(goal / 2)
         w, x, y, z = np.moveaxis(observation[..., 1:5], -1, 0)
         parts = [c * w + s * z, c * x + s * y, c * y - s * x, c * z - s * w]
         turned[..., 1:5] = np.stack(parts, -1)
-        # Its velocity is in the world's coordinates, its angular velocity in its own.
+        # The torso's velocity is in world coordinates, its angular velocity in body coordinates.
         cos, sin = np.cos(goal), np.sin(goal)
         x, y = np.moveaxis(observation[..., 13:15], -1, 0)
         turned[..., 13:15] = np.stack([cos * x + sin * y, cos * y - sin * x], -1)

@@ -2,9 +2,9 @@
 
     python -m harmodt.environments.locomotion.train_expert cheetah-vel
 
-Needs harmodt[experts]. Half of a batch's transitions are relabelled with other goals: what is worth
-going where was decided afterwards (Andrychowicz et al., "Hindsight experience replay", 2017), and
-whose velocity is known tells what any goal would have given.
+Needs harmodt[experts]. Half of each batch's transitions get another goal and the reward for this
+goal (Andrychowicz et al., "Hindsight experience replay", 2017). The velocity of a transition
+determines its reward for any goal.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ class TrainExpertConfig:
     family: Annotated[str, tyro.conf.Positional]
     """cheetah-dir, cheetah-vel or ant-dir."""
     output: Path = WEIGHTS
-    """Directory of FAMILY.safetensors."""
+    """Directory in which FAMILY.safetensors is written."""
     steps: Count = 500_000
-    """Steps of the environments in all."""
+    """Total number of environment steps."""
     environments: Count = 4
-    """That are stepped in turn, a step of each for so many gradient steps."""
+    """Number of environments that collect transitions."""
     evaluate_every: Count = 25_000
-    """Steps between evaluations over the family's own goals; the best expert is kept."""
+    """Steps between evaluations on the family's standard goals; the best expert is kept."""
     progress_weight: Positive = 1.0
-    """How often progress counts while training; once, an ant first learns to stand still."""
+    """Factor of the reward for progress in training. With 1, an ant first learns to stand still."""
     seed: Whole = 0
-    """Of everything that is drawn."""
+    """Seed of all random draws."""
 
 
 class GoalEnvironment(gymnasium.Env):
-    """A walker that is given another goal every episode and shows what an expert sees."""
+    """A walker with a new goal in each episode; its observations are the expert's inputs."""
 
     def __init__(self, family: Locomotion, progress_weight: float, seed: int) -> None:
         self.family = family
@@ -93,7 +93,7 @@ class GoalEnvironment(gymnasium.Env):
 
 
 class RelabellingBuffer(ReplayBuffer):
-    """A replay buffer that gives half of a batch other goals."""
+    """A replay buffer that gives half of each batch other goals."""
 
     def __init__(
         self, *args: Any, family: Locomotion, progress_weight: float, seed: int, **options: Any
@@ -132,7 +132,7 @@ class RelabellingBuffer(ReplayBuffer):
 
 
 class KeepBest(BaseCallback):
-    """Evaluates the deterministic policy now and then, and writes the best one."""
+    """Evaluates the deterministic policy at intervals and writes the best one."""
 
     def __init__(self, family: Locomotion, path: Path, every: int) -> None:
         super().__init__()
