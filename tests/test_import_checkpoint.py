@@ -338,7 +338,7 @@ def test_a_file_that_cannot_be_used_is_named_and_nothing_is_written(
         ({"file": "short"}, "short is damaged, or holds more than tensors"),
         ({"file": "unnumbered"}, "unnumbered does not end in a number of training steps"),
         ({"data": "missing"}, "there is no store in"),
-        ({"tasks": ("reach", "push")}, "masks of 3 tasks, reach-v2, .* 2 tasks are named"),
+        ({"tasks": ("reach", "push")}, "masks for 3 tasks, reach-v2, .* 2 tasks are named"),
         ({"tasks": ("reach", "push", "sweep")}, "has no task 'sweep-v3'"),
         ({"heads": 3}, "embed_dim 32 is not a multiple of heads 3"),
         ({"prompt_length": 13}, "no prompt episode of at least 13 steps"),
