@@ -82,7 +82,7 @@ def _compare(setup: Setup, data: Sequence[TaskData]) -> None:
 
 
 def _first_steps(setup: Setup, data: Sequence[TaskData]) -> Tensor:
-    """Return losses and gradient norm of each of the S first steps, float64 [S, G + 1] on the CPU."""
+    """Return losses and gradient norm of the S first steps, float64 [S, G + 1], on the CPU."""
     learner, steps = build_learner(setup, data), _STEPS[setup.execution.precision]
     results = [learner.train_step(step) for step in range(1, steps + 1)]
     rows = [torch.cat((result.losses, result.gradient_norm[None])) for result in results]
