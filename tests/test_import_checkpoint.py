@@ -310,9 +310,12 @@ def _mask(name: str, value: object) -> Callable[[dict[str, Any]], Any]:
         (_without("transformer.h.1.ln_2.bias"), "no tensor 'transformer.h.1.ln_2.bias'"),
         (_weights({"embed_return.bias": "text"}), "no tensor 'embed_return.bias'"),
         (_weights({"embed_ln.bias": torch.full((32,), torch.nan)}), "embed_ln.bias has numbers"),
-        (_weights({"embed_state.weight": torch.zeros(32, 20)}), r"embed_state.weight is \[32, 20"),
-        (_mask("transformer.ln_f.bias", torch.full((32,), 0.5)), "other numbers than 0 and 1"),
-        (_mask("transformer.ln_f.bias", torch.ones(31)), r"transformer.ln_f.bias is \[31\] in our"),
+        (
+            _weights({"embed_state.weight": torch.zeros(32, 20)}),
+            r"embed_state.weight has the shape \[32, 20",
+        ),
+        (_mask("transformer.ln_f.bias", torch.full((32,), 0.5)), "numbers other than 0 and 1"),
+        (_mask("transformer.ln_f.bias", torch.ones(31)), r"ln_f.bias has the shape \[31\] in our"),
         (_mask("transformer.ln_f.bias", None), "no tensor 'transformer.ln_f.bias'"),
     ],
 )

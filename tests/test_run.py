@@ -182,8 +182,8 @@ def test_only_the_tasks_that_are_trained_on_are_read(tmp_path: Path) -> None:
     run = RunDirectory(cut(tmp_path / "run", 8))
     resume(run)
     damage(store.path, TASKS[2])
-    with pytest.raises(UserError, match=f"{TASKS[2]}/rewards.npy fails"):
+    with pytest.raises(UserError, match=f"{TASKS[2]}/rewards.npy is damaged .its checksum fails"):
         resume(run)
-    with pytest.raises(UserError, match=f"{TASKS[2]}/rewards.npy fails"):
+    with pytest.raises(UserError, match=f"{TASKS[2]}/rewards.npy is damaged .its checksum fails"):
         begin(store, tmp_path / "other", *tasks)
     assert not (tmp_path / "other").exists()
