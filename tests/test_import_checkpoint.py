@@ -312,7 +312,7 @@ def _mask(name: str, value: object) -> Callable[[dict[str, Any]], Any]:
         (_weights({"embed_ln.bias": torch.full((32,), torch.nan)}), "embed_ln.bias has numbers"),
         (
             _weights({"embed_state.weight": torch.zeros(32, 20)}),
-            r"embed_state.weight has the shape \[32, 20",
+            r"state.weight has the shape \[32, 20",
         ),
         (_mask("transformer.ln_f.bias", torch.full((32,), 0.5)), "numbers other than 0 and 1"),
         (_mask("transformer.ln_f.bias", torch.ones(31)), r"ln_f.bias has the shape \[31\] in our"),

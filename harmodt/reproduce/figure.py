@@ -56,9 +56,9 @@ def describe(outcome: Outcome) -> Spec:
     experiment = outcome.plan.experiment
     references = {r.column: r for r in outcome.rows if r.variant == experiment.reference}
     points = [_point(row, references[row.column]) for row in outcome.rows]
-    legend = "paired differences with 95 % intervals; at the right, means"
+    legend = "paired differences with 95 % intervals; means at the right"
     if any("paper" in point for point in points):
-        legend += "; ◇ the paper's differences, at its own budget"
+        legend += "; ◇ the paper's differences at its own budget"
     letters = _LETTERS * min(2, len(experiment.columns))  # a wider text would be cut off
     title = f"{outcome.rows[0].measure}, minus {experiment.reference}"
     panel = [
@@ -112,8 +112,8 @@ def _point(row: Row, reference: Row) -> Spec:
         point |= {"difference": scale * found.mean}
         point |= {"low": scale * found.low, "high": scale * found.high}
     if row.paper and reference.paper and row is not reference:
-        ours, base = (float(p.partition(" ± ")[0]) for p in (row.paper, reference.paper))
-        point["paper"] = ours - base
+        value, base = (float(p.partition(" ± ")[0]) for p in (row.paper, reference.paper))
+        point["paper"] = value - base
     return point
 
 
