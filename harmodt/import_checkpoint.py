@@ -160,7 +160,7 @@ def _write(config: ImportCheckpointConfig, found: AuthorsCheckpoint, run: Traine
 
 
 def main() -> None:
-    """The command line: write the run, and name the weights that were left out."""
+    """Run the command line: write the run, and name the weights that were left out."""
     prepare_cpu()
     config: ImportCheckpointConfig = parse_arguments(
         ImportCheckpointConfig, prog="python -m harmodt.import_checkpoint"

@@ -85,7 +85,7 @@ def _words(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Protocol:
-    """Everything that a result depends on besides the weights.
+    """Everything that a result depends on, except the weights.
 
     Attributes:
         tasks: the names of the tasks, in the order of the result's rows.

@@ -122,7 +122,7 @@ def _moved(before: Part, now: Part) -> str:
         *((name, before.versions.get(name), now.versions.get(name)) for name in sorted(others)),
     ]
     moves = [f"{name} {now} in place of {before}" for name, before, now in values if before != now]
-    return f"from here on it computes with {', '.join(moves)}: results may round otherwise"
+    return f"from here on the run computes with {', '.join(moves)}: rounding may differ"
 
 
 def _report(trainer: Trainer, trained: Trained) -> None:

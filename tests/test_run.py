@@ -69,7 +69,7 @@ def test_a_run_of_a_gpu_says_that_it_goes_on_on_a_cpu(run: RunDirectory, capsys)
     rewrite(run, parts=[on(0, "cuda", "triton")], config=config)
     resume(run)
     versions = run.read().parts[1].versions
-    line = "from here on it computes with device cpu in place of cuda, kernels pytorch in place of"
+    line = "here on the run computes with device cpu in place of cuda, kernels pytorch in place of"
     out = capsys.readouterr().out
     assert line in out and f"torch {versions['torch']} in place of 2.0" in out
     assert parts(run) == [(0, "cuda", "triton"), (8, "cpu", "pytorch")]

@@ -1,4 +1,4 @@
-"""How signals end a run: the first in good order, a second one at once."""
+"""How signals end a run: the first after a checkpoint, a second one at once."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def first_signal(child: subprocess.Popen[str], number: signal.Signals) -> None:
     child.send_signal(number)
     while not (line := child.stderr.readline()).startswith(number.name):
         assert line
-    assert line == f"{number.name}: ending in good order; Ctrl-C or SIGTERM ends this at once\n"
+    assert (
+        line == f"{number.name}: saving and ending; a second Ctrl-C or SIGTERM ends this at once\n"
+    )
 
 
 @pytest.mark.parametrize("how", ["python", "library"])

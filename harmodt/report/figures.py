@@ -186,7 +186,7 @@ def points_each(runs: Sequence[ReportedRun]) -> int:
 def thinned(series: Sequence[tuple[int, float]], most: int) -> list[tuple[int, float]]:
     """Reduce a series to at most `most` points: the means of groups of neighbouring points.
 
-    The step of a group is that of its last point.
+    The step of a group is the step of its last point.
     """
     together = -(-len(series) // most) if series else 1
     groups = (series[i : i + together] for i in range(0, len(series), together))

@@ -390,7 +390,7 @@ def _settings_of(run: ReportedRun) -> dict[str, str]:
     for name in dict.fromkeys(name for part in parts for name in part.versions):
         versions = [(part.step, part.versions.get(name, numbers.MISSING)) for part in parts]
         found[f"version of {name}"] = _over_parts(versions)
-    found["changed on the way"] = "; ".join(
+    found["changed on resuming"] = "; ".join(
         f"{c.get('setting')} from {c.get('from')} to {c.get('to')} at step {c.get('step')}"
         for c in description.changes
     )

@@ -184,7 +184,7 @@ def _run(budget: Budget, column: Column, variant: Variant, seed: int) -> Run:
 def _base(
     budget: Budget, column: Column, variant: Variant, tasks: tuple[str, ...], seed: int
 ) -> TrainConfig:
-    """Return the budget's settings of a run, without those of the column and the variant."""
+    """Return the budget's settings of a run, before column and variant change any of them."""
     steps = budget.steps(len(tasks))
     values: dict[str, Any] = {
         "tasks": (column.tasks,) if budget.tasks is None else tasks,

@@ -317,7 +317,7 @@ def _notes(plan: Plan, folder: Folder, rows: Sequence[Row]) -> Iterator[str]:
     if any(
         family_of([column.tasks]).spec.family == METAWORLD for column in plan.experiment.columns
     ):
-        yield "Tasks and experts are those of Meta-World v3; the paper's tasks are those of v2."
+        yield "Tasks and experts are from Meta-World v3; the paper's tasks are from v2."
     yield from _averages(plan, rows)
     yield (
         "± is the standard deviation over seeds; the paper does not say what its ± is. Brackets "

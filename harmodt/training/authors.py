@@ -160,7 +160,7 @@ class AuthorsCheckpoint:
             if not bool(((mask == 0) | (mask == 1)).all()):
                 raise UserError(
                     f"{self.path}: the mask of {theirs[ours]} holds numbers other than 0 and 1: "
-                    "the file is damaged, or a mask update moved more weights than there are"
+                    "the file is damaged, or a mask update moved more weights than the mask has"
                 )
             slot.view(whole).copy_(mask == 1)
         return pack_bits(whole)

@@ -61,8 +61,8 @@ def read_records(path: Path, timed: bool) -> list[Record]:
 
     Args:
         path: the file.
-        timed: whether the records have `seconds`. Those of costs.jsonl do, those of metrics.jsonl
-            do not.
+        timed: whether the records have `seconds`. Records of costs.jsonl do; records of
+            metrics.jsonl do not.
 
     Raises:
         UserError: a line is damaged, or the file holds the other kind of records.

@@ -108,7 +108,7 @@ def resume(saved: SavedRun, config: TrainConfig) -> Trainer:
         config: the settings to go on with; run.json records those that differ from the saved ones.
 
     Raises:
-        UserError: the data or the device are missing; the data are not those of the run; or the
+        UserError: the data or the device are missing; the store is not the run's store; or the
             checkpoint is damaged, does not fit the model, or lies after the last step.
     """
     execution = _execution(config)

@@ -102,7 +102,7 @@ def _watch(numbers: socket.socket, heeded: list[signal.Signals]) -> None:
             name = signal.Signals(number[0]).name
             if first is None:
                 first = time.monotonic()
-                _tell(f"{name}: ending in good order; Ctrl-C or SIGTERM ends this at once")
+                _tell(f"{name}: saving and ending; a second Ctrl-C or SIGTERM ends this at once")
             elif number[0] != signal.SIGHUP and time.monotonic() - first > MOMENT:
                 _tell(f"{name}: ended at once; what was written to the disk is kept")
                 os._exit(128 + number[0])

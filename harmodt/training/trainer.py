@@ -92,7 +92,10 @@ class Trainer:
         self.step = checkpoint.step
 
     def before_step(self) -> dict[str, float]:
-        """Let the learner prepare the next step, as by a mask update; return numbers to log.
+        """Let the learner prepare the next step, for example by a mask update.
+
+        Returns:
+            The numbers to log, by name.
 
         Raises:
             NotFinite: a gradient or a loss is NaN or infinite.
