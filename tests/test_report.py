@@ -250,7 +250,7 @@ def test_the_measure_that_most_runs_have_is_compared(runs, tmp_path):
     heading, *rows = parsed.tables["Overview of the runs"]
     shown = {row[0]: row[heading.index("success")][:4] for row in rows}
     assert shown == {"harmodt-f": "0.00", "harmodt-r": "1.00", "prompt-dt": "–"}
-    assert "in the way that is compared: prompt-dt." in parsed.words
+    assert "Without an evaluation that can be compared here: prompt-dt." in parsed.words
     assert "success_rule any instead of last (harmodt-f at step 6, harmodt-f at step 12)" in (
         parsed.words
     )
