@@ -41,9 +41,10 @@ class PolicyOptions:
     the run's tasks; it reads only their prompt episodes."""
     mask: tuple[Mask, ...] = ()
     """Mask of the policy. For the run's tasks: task (each task's own mask, the default) or voted
-    (the mask of Eq. 13 for all tasks). For unseen tasks: voted (the default if the run has masks), none
-    (no mask), random (a random mask as dense as the voted one) or nearest (the mask of the training
-    task whose gradient on the prompts agrees most). Several masks are compared in one table."""
+    (the mask of Eq. 13 for all tasks). For unseen tasks: voted (the default if the run has masks),
+    none (no mask), random (a random mask as dense as the voted one) or nearest (the mask of the
+    training task whose gradient on the prompts agrees most). Several masks are compared in one
+    table."""
     threshold: NotNegative | None = None
     """Threshold of the voted mask: a share of the training tasks, or a number of tasks; by default
     the run's."""

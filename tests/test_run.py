@@ -85,7 +85,7 @@ def test_a_run_of_a_gpu_says_that_it_goes_on_on_a_cpu(run: RunDirectory, capsys)
 def test_what_a_run_computes_on_may_change(run: RunDirectory, capsys) -> None:
     name = f"cpu-{library.isa()}"
     resume(run, "--fused", "--no-graph", "--device", "auto", "--mask-update-gb", "0")
-    assert f"kernels {name} in place of pytorch: results" in capsys.readouterr().out
+    assert f"kernels {name} in place of pytorch: rounding" in capsys.readouterr().out
     assert parts(run) == [(0, "cpu", "pytorch"), (8, "cpu", name)]
     description = run.read()
     changed = {change["setting"]: (change["step"], change["to"]) for change in description.changes}
