@@ -28,28 +28,31 @@ _KERNELS = tyro.conf.create_mutex_group(required=False, title="kernels, by defau
 
 @dataclass(frozen=True)
 class PolicyOptions:
-    """By default the policy acts as it was trained.
+    """How the policy acts; by default as it was trained.
 
     Raises:
         UserError: a number is outside its bounds.
     """
 
     checkpoint: Whole | None = None
-    """Training step of the checkpoint; the last by default."""
+    """Training step of the checkpoint; by default the last one."""
     unseen: Path | None = None
-    """A store of tasks that were not trained on, to be met in place of the run's own: their prompt
-    episodes are all that is read."""
+    """A store of unseen tasks, which the run was not trained on. The policy plays them in place of
+    the run's tasks; it reads only their prompt episodes."""
     mask: tuple[Mask, ...] = ()
-    """Each task's own mask (task, the default) or for all the one of Eq. 13 (voted). Unseen tasks:
-    voted, the default where there are masks; none; random, as dense as the voted one; nearest, of
-    the training task whose gradient on its prompts agrees most. Several are compared."""
+    """Mask of the policy. For the run's tasks: task (each task's own mask, the default) or voted
+    (the mask of Eq. 13 for all tasks). For unseen tasks: voted (the default if the run has masks),
+    none (no mask), random (a random mask as dense as the voted one) or nearest (the mask of the
+    training task whose gradient on the prompts agrees most). Several masks are compared in one
+    table."""
     threshold: NotNegative | None = None
-    """Of the voted mask: a share of the training tasks, or their number; by default the run's."""
+    """Threshold of the voted mask: a share of the training tasks, or a number of tasks; by default
+    the run's."""
     sampler: Sampler | None = None
-    """How MTDiff's plans are drawn: through all steps of the diffusion (ddpm) or some (ddim); by
-    default the run's."""
+    """How MTDiff draws its plans: through all steps of the diffusion (ddpm) or through some (ddim);
+    by default as in the run."""
     sampling_steps: Count | None = None
-    """Draw them in so many steps of ddim; by default as many as the run's."""
+    """Number of ddim steps in which a plan is drawn; by default the run's."""
     device: str | None = None
     """PyTorch device, such as cpu, cuda or cuda:1; by default the run's."""
     precision: Literal["fp32", "tf32", "bf16"] | None = None
@@ -61,21 +64,23 @@ class PolicyOptions:
 
     def __post_init__(self) -> None:
         check(self)
-        of_unseen = [mask for mask in self.mask if mask in ("none", "random", "nearest")]
-        if of_unseen and self.unseen is None:
+        for_unseen = [mask for mask in self.mask if mask in ("none", "random", "nearest")]
+        if for_unseen and self.unseen is None:
             raise UserError(
-                f"--mask {of_unseen[0]} is for unseen tasks: name a store with --unseen"
+                f"--mask {for_unseen[0]} is for unseen tasks: name a store with --unseen"
             )
         if self.unseen is not None and "task" in self.mask:
             raise UserError("an unseen task has no mask of its own: leave task out of --mask")
         if self.threshold is not None and self.unseen is None:
             raise UserError("--threshold is for unseen tasks: name a store with --unseen")
         if self.threshold is not None and self.mask and not {"voted", "random"} & {*self.mask}:
-            raise UserError("--threshold is the voted mask's: add voted to --mask or leave it out")
+            raise UserError(
+                "--threshold is for the voted mask: add voted to --mask, or leave --threshold out"
+            )
 
     @property
     def fused_or_not(self) -> bool | None:
-        """What was chosen; None follows the run."""
+        """Whether to act with the fused kernels; None follows the run."""
         return self.fused if self.fused or self.no_fused else None
 
 
@@ -86,24 +91,25 @@ class EvaluateConfig:
     run: Annotated[Path, tyro.conf.Positional]
     """Directory of the run."""
     video: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Write a film of each task's first episode (needs harmodt[video] and off-screen OpenGL)."""
+    """Write a film of each task's first episode; this needs harmodt[video] and off-screen
+    OpenGL."""
     output: Path | None = None
     """Folder for the result and the films; by default RUN/evaluation."""
     episodes: tyro.conf.OmitArgPrefixes[Request] = field(default_factory=Request)
-    """What is played."""
+    """The episodes that are played."""
     policy: tyro.conf.OmitArgPrefixes[PolicyOptions] = field(default_factory=PolicyOptions)
-    """What plays; by default as it was trained."""
+    """The policy that plays; by default it acts as it was trained."""
 
 
 def main() -> None:
-    """The command line: print the table, write it as JSON and CSV."""
+    """Run the command line: print the table, and write it as JSON and CSV."""
     prepare_cpu()
     config: EvaluateConfig = parse_arguments(EvaluateConfig, prog="python -m harmodt.evaluate")
     console = PlainConsole()
     if config.video:
         find_backend()
     masks = tuple(dict.fromkeys(config.policy.mask)) or (None,)
-    # Every policy is loaded before the first one plays, so that a mask is refused at once.
+    # Load every policy before the first one plays, so that a wrong mask is refused at once.
     policies = [_load(config, mask) for mask in masks]
     results: list[EvaluationResult] = []
     paths: list[Path] = []
@@ -112,7 +118,7 @@ def main() -> None:
             results.append(_play(config, policy, console))
             with _elsewhere():
                 paths.append(results[-1].save(_output(config)))
-    finally:  # what was played is shown, though it could not be written
+    finally:  # show the results even if they could not be written
         if results:
             console.print(compare_masks(results) if len(masks) > 1 else results[0].table())
     for path in paths:
@@ -133,7 +139,7 @@ def _play(config: EvaluateConfig, policy: Policy, console: PlainConsole) -> Eval
     """Measure a policy.
 
     Raises:
-        OSError: the result could not be written afterwards; nothing is played then.
+        OSError: the output folder cannot be written. This is checked before anything is played.
     """
     request = config.episodes
     if request.episode_length is None:
@@ -147,7 +153,7 @@ def _play(config: EvaluateConfig, policy: Policy, console: PlainConsole) -> Eval
 
 
 def _load(config: EvaluateConfig, mask: Mask | None) -> Policy:
-    """Load the run's policy under one of the masks, by default the run's own."""
+    """Load the run's policy with a mask; None stands for the default mask."""
     options, unseen = config.policy, None
     if options.unseen is not None:
         from .algorithms.unseen import Unseen  # imports PyTorch

@@ -37,8 +37,8 @@ _PRESET = "paper"
 class ImportCheckpointConfig:
     """Turn a checkpoint of the HarmoDT authors' code into a run, for harmodt.evaluate.
 
-    Their file has weights and masks alone. Normalisation, prompts and target returns come from a
-    store of the same tasks. Sizes that no weight shows come from the settings here.
+    Their file has only weights and masks. Normalisation, prompts and target returns come from a
+    store of the same tasks. The settings here give the sizes that the weights do not show.
     """
 
     file: Annotated[Path, tyro.conf.Positional]
@@ -48,28 +48,31 @@ class ImportCheckpointConfig:
     output: Path
     """Directory of the run."""
     tasks: tuple[str, ...] = ()
-    """The tasks of the file's masks, in the order of the masks; by default the file's names."""
+    """The tasks of the file's masks, in the order of the masks; by default the names in the
+    file."""
     algorithm: Literal["harmodt-f", "harmodt-m", "harmodt-r"] = "harmodt-f"
     """The algorithm that the checkpoint was trained with."""
     step: Count | None = None
-    """Training steps done; by default the number at the end of the file's name."""
+    """Number of training steps done; by default the number at the end of the file's name."""
     heads: ModelSize | None = None
-    """Attention heads; by default the number in the paper's Table 3 for this number of blocks."""
+    """Number of attention heads; by default the number in the paper's Table 3 for this number of
+    blocks."""
     context_length: ModelSize = 20
-    """K, steps of history."""
+    """K, the number of steps of history."""
     prompt_length: ModelSize = 5
-    """K*, steps of the prompt."""
+    """K*, the number of steps of the prompt."""
     target_return: float | None = None
-    """Return to aim at in evaluation (theirs: 4500); by default the best of each task's data."""
+    """Return that the policy aims at in evaluation (the authors use 4500); by default the best
+    return in each task's data."""
     deviation_floor: Positive = 1e-6
-    """Smallest deviation by which an observation is divided; the default is theirs."""
+    """Smallest deviation by which an observation is divided; the default is the authors' value."""
 
 
 def import_checkpoint(config: ImportCheckpointConfig) -> AuthorsCheckpoint:
-    """Write the run's directory, whole or not at all; returns the content of the file.
+    """Write the run's directory, whole or not at all; return the content of the file.
 
     Raises:
-        UserError: the file cannot be used or does not fit the store or the settings, or the
+        UserError: the file cannot be used, or it does not fit the store or the settings, or the
             directory is not empty.
     """
     check(config)
@@ -80,7 +83,7 @@ def import_checkpoint(config: ImportCheckpointConfig) -> AuthorsCheckpoint:
     check(settings)
     with owned(config.output):
         made, final = RunDirectory(config.output / ".import"), RunDirectory(config.output)
-        if made.path.exists() and not final.description.exists():  # a kill among the moves below
+        if made.path.exists() and not final.description.exists():  # killed between the moves
             shutil.rmtree(final.checkpoints, ignore_errors=True)
         shutil.rmtree(made.path, ignore_errors=True)
         final.check_empty()
@@ -88,7 +91,8 @@ def import_checkpoint(config: ImportCheckpointConfig) -> AuthorsCheckpoint:
             _write(config, found, begin(made.path, _PRESET, settings, store, tasks))
             os.rename(made.conditioning, final.conditioning)
             os.rename(made.checkpoints, final.checkpoints)
-            os.rename(made.description, final.description)  # last: it makes a run of them
+            # This is the last move, because run.json makes the directory a run.
+            os.rename(made.description, final.description)
         finally:
             shutil.rmtree(made.path, ignore_errors=True)
     return found
@@ -97,19 +101,19 @@ def import_checkpoint(config: ImportCheckpointConfig) -> AuthorsCheckpoint:
 def _tasks(
     config: ImportCheckpointConfig, found: AuthorsCheckpoint, store: DataStore
 ) -> tuple[str, ...]:
-    """The task of each mask, by its name in the store."""
+    """Return the store's name of each mask's task."""
     names = config.tasks or tuple(found.masks)
     tasks = family(store.environment.family).resolve_tasks(names)
     if len(tasks) != len(found.masks):
         raise UserError(
-            f"{config.file} has masks of {len(found.masks)} tasks, {', '.join(found.masks)}, and "
+            f"{config.file} has masks for {len(found.masks)} tasks, {', '.join(found.masks)}, but "
             f"{len(tasks)} tasks are named: name each task with --tasks, in this order"
         )
     return tasks
 
 
 def _settings(config: ImportCheckpointConfig, found: AuthorsCheckpoint) -> TrainConfig:
-    """The run's settings; the paper preset gives those that neither file nor command gives."""
+    """Return the run's settings. The paper preset gives those that file and command leave open."""
     embed_dim, layers, max_timesteps = found.shape
     heads = config.heads or {size[1]: size[2] for size in SIZES.values()}.get(layers)
     if heads is None:
@@ -139,7 +143,7 @@ def _settings(config: ImportCheckpointConfig, found: AuthorsCheckpoint) -> Train
 
 
 def _write(config: ImportCheckpointConfig, found: AuthorsCheckpoint, run: Trainer) -> None:
-    """Put weights and masks into a run that was begun, and write its checkpoint."""
+    """Load weights and masks into a new run, and write its checkpoint."""
     learner = run.learner
     assert isinstance(learner, RandomMaskLearner)
     tensors = learner.tensors() | found.tensors(learner.vector)
@@ -148,7 +152,7 @@ def _write(config: ImportCheckpointConfig, found: AuthorsCheckpoint, run: Traine
     run.directory.update(
         {
             "config": to_json(change(run.setup.config, places)),
-            **learner.describe(),  # the numbers of active weights are those of their masks
+            **learner.describe(),  # counts the active weights of the imported masks
             "imported": str(config.file.absolute()),
         }
     )
@@ -156,7 +160,7 @@ def _write(config: ImportCheckpointConfig, found: AuthorsCheckpoint, run: Traine
 
 
 def main() -> None:
-    """The command line: write the run, and name the weights that were left out."""
+    """Run the command line: write the run, and name the weights that were left out."""
     prepare_cpu()
     config: ImportCheckpointConfig = parse_arguments(
         ImportCheckpointConfig, prog="python -m harmodt.import_checkpoint"

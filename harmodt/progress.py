@@ -1,4 +1,4 @@
-"""What every command prints on: a console, and the progress bar."""
+"""The console on which every command prints, and the progress bar."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ from .errors import printable
 
 
 class PlainConsole(Console):
-    """A console that shows strings as they are, line by line.
+    """A console that shows strings without interpreting them.
 
-    A name in them is neither taken for rich's markup nor for an order to the terminal.
+    A name can look like rich's markup or hold a control sequence of the terminal; neither takes
+    effect.
     """
 
     def __init__(self, **options: Any):
         super().__init__(markup=False, emoji=False, **options)
 
     def render_str(self, text: str, *arguments: Any, **options: Any) -> Text:
-        """A string as text, in a table as well."""
+        """Make a string printable, line by line. Tables use this method too."""
         lines = map(printable, text.split("\n"))
         return super().render_str("\n".join(lines), *arguments, **options)
 
@@ -39,13 +40,13 @@ class PlainConsole(Console):
 def progress_bar(
     unit: str, *fields: str, enabled: bool = True, console: Console | None = None
 ) -> Progress:
-    """A bar with a description, a count of `unit`, more fields, time elapsed and remaining.
+    """Return a bar with a description, a count, further fields, and the time elapsed and left.
 
     Args:
-        unit: what is counted.
+        unit: the name of what the bar counts.
         fields: names of texts that `Progress.update` may set, such as a loss.
-        enabled: whether anything is drawn.
-        console: where to draw; standard output by default.
+        enabled: False draws nothing.
+        console: the console that shows the bar; by default standard output.
     """
     return Progress(
         _Words(lambda task: task.description),
@@ -65,7 +66,7 @@ def _field(name: str, task: Task) -> object:
 
 
 class _Words(TextColumn):
-    """What `words` says of a task, shown as it is."""
+    """A column with the text that the function `words` returns for a task."""
 
     def __init__(self, words: Callable[[Task], object]):
         super().__init__("")

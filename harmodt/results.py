@@ -1,7 +1,8 @@
-"""What an evaluation measured and how: written as JSON and CSV, read back, averaged over seeds.
+"""Results of evaluations: writes them as JSON and CSV, reads them, averages them over seeds.
 
-Every interval is of 95 %. A task's success rate has Wilson's interval. The average over the tasks,
-and any mean return, has the percentile interval of a bootstrap (`statistics.py`).
+All intervals are 95 % intervals. The interval of a task's success rate is Wilson's. The interval of
+the average over the tasks, and of every mean return, is the percentile interval of a bootstrap
+(`statistics.py`).
 """
 
 from __future__ import annotations
@@ -47,10 +48,12 @@ SuccessRule = Literal["any", "last"]
 
 @dataclass(frozen=True)
 class Measure:
-    """How a result was measured, whichever policy it is of: results of one measure compare.
+    """How a result was measured. Two results with the same measure can be compared.
+
+    A measure does not depend on the policy.
 
     Attributes:
-        target_returns: None where the policy was asked for what its run asks for.
+        target_returns: None where the policy aimed at the target returns of its own run.
         episodes, success_rule, goal_seed, seed, unseen, environment: as in `Protocol`.
     """
 
@@ -63,7 +66,7 @@ class Measure:
     environment: EnvironmentSpec
 
     def differences(self, other: Measure) -> list[str]:
-        """What is different in another measure, in words: each value, and what it is here."""
+        """Describe in words each value of the other measure that differs from the value here."""
         ours, theirs = (
             values | values.pop("environment") for values in (asdict(self), asdict(other))
         )
@@ -82,28 +85,28 @@ def _words(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Protocol:
-    """Everything that a result depends on besides the weights.
+    """Everything that a result depends on, except the weights.
 
     Attributes:
-        tasks: their names, in the order of the results' rows.
-        episodes: per task.
-        success_rule: solved at any step of the episode, or at its last; None where the environments
-            do not say whether a task is solved.
-        goal_seed: of the tasks' goals.
-        seed: of the prompts that are drawn.
-        target_returns: what is asked of the policy at the start of an episode, by task, unscaled.
+        tasks: the names of the tasks, in the order of the result's rows.
+        episodes: the number of episodes per task.
+        success_rule: "any" if an episode counts as solved when any of its steps succeeds, "last" if
+            its last step must succeed; None where the environments do not report success.
+        goal_seed: the seed from which the tasks' goals are drawn.
+        seed: the seed from which the prompts are drawn.
+        target_returns: for each task, the unscaled return that the policy aims at.
         checkpoint: the training step of the weights.
-        rounds: that the episodes are divided into; each draws its prompts anew.
-        mask: "task" for each task's own, "voted" for that of Eq. 13, "none" without; of unseen
-            tasks also "random" and "nearest" (`algorithms/unseen.py`).
-        unseen: where the tasks were not trained on, the checksum of the store of their prompts.
-        environment: what was played: family, sizes, episode length and version of the rewards; an
+        rounds: the number of rounds that play the episodes; each round draws new prompts.
+        mask: "task" for each task's own mask, "voted" for the mask of Eq. 13, "none" for no mask;
+            for unseen tasks also "random" and "nearest" (`algorithms/unseen.py`).
+        unseen: for unseen tasks, the checksum of the store that holds their prompts; else None.
+        environment: the environments: family, sizes, episode length and version of the rewards. An
             episode goes on after a success.
-        precision: of the policy's matrix products.
-        backend: name of the kernels that computed the actions.
-        device: PyTorch's name of where they ran.
-        plans: how the policy's plans were drawn, by the names of `PlanSettings`; None where it does
-            not plan, or the evaluation is of before that was recorded.
+        precision: the precision of the policy's matrix products.
+        backend: the name of the kernels that computed the actions.
+        device: the device of the policy, as PyTorch names it.
+        plans: how the policy drew its plans, under the names of `PlanSettings`; None where the
+            policy does not plan, and in evaluations of earlier versions, which did not record this.
     """
 
     tasks: Annotated[tuple[str, ...], Meta(min_length=1)]
@@ -124,21 +127,21 @@ class Protocol:
 
     @property
     def name(self) -> str:
-        """For file names: equal for equal protocols alone."""
+        """A name for files. Two protocols have the same name only if they are equal."""
         digest = json_checksum(self.to_json())
         size = f"{len(self.tasks)}x{self.episodes}"
         return f"step-{self.checkpoint}-{self.success_rule or 'return'}-{size}-{digest}"
 
     @property
     def episodes_per_round(self) -> int:
-        """Episodes of each task that are played at once."""
+        """The number of episodes of each task that are played at once."""
         return math.ceil(self.episodes / self.rounds)
 
     def measure(self, own: Mapping[str, float]) -> Measure:
-        """How this was measured; what it was measured of, such as checkpoint and mask, aside.
+        """Return the measure, which leaves out the policy (its checkpoint, its mask).
 
         Args:
-            own: the return that the policy's run asks for, by task.
+            own: the target return of the policy's run for each task.
         """
         asked = tuple(dict.fromkeys(self.target_returns))
         as_own = [own.get(task) for task in self.tasks] == list(self.target_returns)
@@ -153,7 +156,7 @@ class Protocol:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Return the protocol as plain JSON values."""
         values = asdict(self) | {"environment": self.environment.to_json()}
         if self.plans is None:
             del values["plans"]
@@ -162,14 +165,14 @@ class Protocol:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What every episode of an evaluation came to.
+    """The results of all episodes of an evaluation.
 
     Attributes:
-        protocol: how it was measured.
-        successes: bool [tasks, episodes], or None where the environments know no success.
+        protocol: how the episodes were measured.
+        successes: bool [tasks, episodes], or None where the environments do not report success.
         returns: float64 [tasks, episodes], undiscounted sums of rewards.
-        seconds: wall-clock time, starting the environments included.
-        versions: of Python and the packages that the result depends on.
+        seconds: wall-clock time, which includes the start of the environments.
+        versions: the versions of Python and of the packages that the result depends on.
     """
 
     protocol: Protocol
@@ -180,7 +183,7 @@ class EvaluationResult:
 
     @property
     def success_rate(self) -> float | None:
-        """Average over the tasks, in [0, 1]; None where the environments know no success."""
+        """Average over the tasks, in [0, 1]; None where the environments do not report success."""
         return None if self.successes is None else float(self.successes.mean())
 
     @property
@@ -190,19 +193,19 @@ class EvaluationResult:
 
     @cached_property
     def average(self) -> Average:
-        """Success rate over the tasks, or mean return where the environments know no success.
+        """Average success rate, or mean return where the environments do not report success.
 
-        The interval resamples tasks and each one's episodes.
+        The bootstrap of its interval resamples the tasks and the episodes of each task.
         """
         return average_over_seeds([self])
 
     def summary(self) -> list[dict[str, Any]]:
-        """One row per task, then their average; `interval` says which kind the row's is."""
+        """Return a row per task, then their average; `interval` names the kind of interval."""
         rows = [self._task_row(i) for i in range(len(self.protocol.tasks))]
         return [*rows, self._average_row()]
 
     def to_json(self) -> dict[str, Any]:
-        """The whole result, episodes included, for `json.dump`."""
+        """Return the whole result, with its episodes, for `json.dump`."""
         *tasks, average = self.summary()
         for i, task in enumerate(tasks):
             if self.successes is not None:
@@ -223,7 +226,7 @@ class EvaluationResult:
         """Read a result that `save` wrote.
 
         Raises:
-            UserError: there is no such file, it is no evaluation of this version, or it is damaged.
+            UserError: the file is missing or damaged, or is no evaluation of this version.
         """
         try:
             content = sealed.read(path, _Content, KIND)
@@ -244,7 +247,7 @@ class EvaluationResult:
         )
 
     def to_csv(self) -> str:
-        """The summary, with what it was measured by repeated in every row."""
+        """Return the summary as CSV; every row repeats the protocol."""
         columns = ["checkpoint", "goal_seed", "seed", "mask", "unseen"]
         columns += ["precision", "backend", "device"]
         if self.successes is not None:
@@ -264,7 +267,7 @@ class EvaluationResult:
         return text.getvalue()
 
     def table(self) -> Table:
-        """The summary for the terminal."""
+        """Return the summary as a table for the terminal."""
         rule = {
             "any": "Success at any step",
             "last": "Success at the last step",
@@ -285,13 +288,14 @@ class EvaluationResult:
 
     @property
     def _what(self) -> str:
-        """For a title: under which mask unseen tasks were met."""
+        """The mask that unseen tasks were played with, for a title."""
         return "" if self.protocol.unseen is None else f"unseen tasks, mask {self.protocol.mask}, "
 
     def save(self, directory: Path) -> Path:
-        """Write NAME.json and NAME.csv, each whole or not at all; returns the JSON's path.
+        """Write NAME.json and NAME.csv, each whole or not at all; return the path of the JSON file.
 
-        The name tells the protocol, so repeating an evaluation replaces its files and no others.
+        NAME is the protocol's name. An evaluation that is repeated therefore replaces its own
+        files, and no others.
         """
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"{self.protocol.name}.json"
@@ -329,10 +333,11 @@ class EvaluationResult:
 
 
 def find_results(directory: Path, pattern: str) -> list[Path]:
-    """The files in a directory that are named as results are, sorted.
+    """Return the files of results in a directory, sorted by name.
 
     Args:
-        pattern: of the protocol's name, as for `fnmatch`.
+        directory: the directory.
+        pattern: a pattern for `fnmatch` that the protocol's name has to match.
 
     Raises:
         OSError: the system refuses to read the directory.
@@ -342,7 +347,12 @@ def find_results(directory: Path, pattern: str) -> list[Path]:
 
 
 def plans_as_trained(plans: Mapping[str, Any] | None, trained: Mapping[str, Any]) -> bool:
-    """Whether an evaluation drew plans, if it drew any, as the settings of its run say."""
+    """Tell whether an evaluation drew its plans, if any, with the settings of its run.
+
+    Args:
+        plans: the protocol's `plans`.
+        trained: the settings of the run, by name.
+    """
     if plans is None:
         return True
     unread = {"sampling_steps"} if plans["sampler"] == "ddpm" else set()
@@ -350,7 +360,10 @@ def plans_as_trained(plans: Mapping[str, Any] | None, trained: Mapping[str, Any]
 
 
 def compare_masks(results: Sequence[EvaluationResult]) -> Table:
-    """Evaluations of the same tasks under several masks, a row for each task and mask."""
+    """Return a table of evaluations of the same tasks with several masks.
+
+    It has a row for each task and mask.
+    """
     first, *_ = results
     rule = "Return" if first.protocol.success_rule is None else "Success"
     where = " on unseen tasks" if first.protocol.unseen else ""
@@ -362,22 +375,22 @@ def compare_masks(results: Sequence[EvaluationResult]) -> Table:
     rows = [[_cells(row) for row in result.summary()] for result in results]
     for heading in ("task", "mask", *list(rows[0][0])[1:]):
         table.add_column(heading, justify="left" if heading in ("task", "mask") else "right")
-    for of_task in zip(*rows, strict=True):
+    for task_rows in zip(*rows, strict=True):
         table.add_section()
-        for result, row in zip(results, of_task, strict=True):
+        for result, row in zip(results, task_rows, strict=True):
             task, *cells = row.values()
             table.add_row("" if result is not first else task, result.protocol.mask, *cells)
     return table
 
 
 def average_over_seeds(results: Sequence[EvaluationResult]) -> Average:
-    """The average of runs that differ in their training seed, and its 95 % interval.
+    """Return the average over runs that differ in their training seed, and its 95 % interval.
 
-    Success rate over seeds and tasks, or mean return where the environments know no success. The
-    interval resamples seeds, tasks and episodes (`statistics.average`).
+    It is the average success rate, or the mean return where the environments do not report success.
+    The interval's bootstrap resamples seeds, tasks and episodes (`statistics.average`).
 
     Args:
-        results: one per seed, as `stack` takes them.
+        results: one result per seed. `stack` says which results can be averaged.
 
     Raises:
         UserError: there is no result, or two were measured by different protocols.
@@ -386,11 +399,11 @@ def average_over_seeds(results: Sequence[EvaluationResult]) -> Average:
 
 
 def stack(results: Sequence[EvaluationResult]) -> np.ndarray:
-    """What several runs came to: successes, or returns where the environments know no success.
+    """Stack the successes of several runs, or returns where environments do not report success.
 
     Args:
-        results: one per run, measured by the same protocol but for checkpoint, target returns,
-            backend and device.
+        results: one result per run. Only checkpoint, target returns, backend and device may differ
+            between their protocols.
 
     Returns:
         bool or float64 [runs, tasks, episodes].
@@ -406,7 +419,7 @@ def stack(results: Sequence[EvaluationResult]) -> np.ndarray:
 
 
 def versions(packages: Sequence[str] = ()) -> dict[str, str]:
-    """Versions of Python, HarmoDT, PyTorch, NumPy and of `packages`, those of a simulator."""
+    """Return the versions of Python, HarmoDT, PyTorch, NumPy and the simulator's `packages`."""
     found = {"python": platform.python_version()}
     for package in ("harmodt", "torch", "numpy", *packages):
         try:
@@ -424,14 +437,14 @@ def _check_comparable(first: Protocol, other: Protocol) -> None:
     different = [name for name in a | b if a.get(name) != b.get(name)]
     if different:
         raise UserError(
-            f"the results differ in {', '.join(different)}: only those of one protocol can be "
+            f"the results differ in {', '.join(different)}: only results of one protocol can be "
             "averaged, so evaluate the runs in the same way"
         )
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What a file says of a task's episodes; the rest follows from it."""
+    """The results of a task's episodes in a file; the task's other numbers follow from them."""
 
     task: str
     episode_returns: tuple[float, ...]
@@ -440,7 +453,7 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Content:
-    """What a file says that a result is made from."""
+    """The entries of a file from which a result is built."""
 
     protocol: dict[str, Any]
     versions: dict[str, str]
@@ -449,29 +462,29 @@ class _Content:
 
 
 def _odd(content: _Content, protocol: Protocol) -> str | None:
-    """What does not fit the protocol, if anything."""
+    """Describe the first entry that contradicts the protocol, or return None."""
     if tuple(task.task for task in content.tasks) != protocol.tasks:
-        return "its results are not of the protocol's tasks"
+        return "the tasks of its results are not the tasks of its protocol"
     for task in content.tasks:
         if len(task.episode_returns) != protocol.episodes:
-            return f"{task.task} has returns of {len(task.episode_returns)} episodes"
+            return f"{task.task} has the returns of {len(task.episode_returns)} episodes"
         solves = task.episode_successes
         if (solves is None) != (protocol.success_rule is None):
-            return f"{task.task} has successes where there are none, or none where there are some"
+            return f"the successes of {task.task} do not fit the protocol's success rule"
         if solves is not None and len(solves) != protocol.episodes:
-            return f"{task.task} has successes of {len(solves)} episodes"
+            return f"{task.task} has the successes of {len(solves)} episodes"
     if len(protocol.target_returns) != len(protocol.tasks):
         return f"it has {len(protocol.target_returns)} target returns"
     return None
 
 
 def _number(value: float) -> str:
-    """A return, with a decimal below 1000."""
+    """Format a return; one below 1000 gets a decimal."""
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.1f}"
 
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:
-    """A row of the table: what stands under each heading."""
+    """Return the texts of a table's row, by heading."""
     if "success_rate" not in row:
         interval = f"{_number(row['return_low'])} – {_number(row['return_high'])}"
         mean = _number(row["mean_return"])

@@ -1,7 +1,7 @@
-"""Plays any policy in the environments of its tasks, in episodes that advance in lock-step.
+"""Plays any policy in the environments of its tasks; the episodes of a round advance together.
 
-Episode e of a task has goal number e mod the family's number of goals. The seed of the goals is
-fixed unless a person gives another one, so that all runs that are compared meet the same goals.
+Episode e of a task has the goal number e mod the family's number of goals. The goal seed has a
+fixed default, so that all runs that are compared play the same goals.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 
 @dataclass(frozen=True)
 class Request:
-    """Which episodes to play, and how.
+    """The episodes to play, and how to play them.
 
     Raises:
         UserError: a number is outside its bounds.
@@ -43,30 +43,35 @@ class Request:
     episodes: Count = 50
     """Episodes per task."""
     tasks: tuple[str, ...] = ()
-    """Tasks or sets such as mt5; all of the run's by default."""
+    """Names of tasks, or of sets such as mt5; by default all tasks of the run."""
     success_rule: Annotated[Literal["any", "last"], tyro.conf.arg(name="success")] = "any"
-    """Count an episode as solved at any of its steps, or at its last."""
+    """Count an episode as solved if any of its steps succeeds (any), or if its last one does
+    (last)."""
     seed: Seed = 0
     """Seed from which prompts and a random mask are drawn."""
     goal_seed: Seed = GOAL_SEED
     """Seed from which goals are drawn; only results with the same goal seed can be compared."""
     target_return: float | None = None
-    """Return to ask of the policy; by default the best return in each task's data."""
+    """Return that the policy aims at; by default the best return in each task's data."""
     environments: Count = 128
-    """Environments in memory at once, about 25 MB each; more episodes are played in rounds."""
+    """Environments in memory at once, about 25 MB each; further episodes are played in further
+    rounds."""
     workers: Count | None = None
-    """Processes that simulate; by default one per core."""
+    """Number of processes that simulate; by default one per core."""
     episode_length: Count | None = None
-    """Steps of an episode; by default as many as the longest that the run was trained on has."""
+    """Steps of an episode; by default the length of the longest episode in the run's data."""
 
     def __post_init__(self) -> None:
         check(self)
 
     def environment(self, name: str) -> EnvironmentSpec:
-        """What is played of the family of that name.
+        """Return the environments of a family with the requested episode length.
+
+        Args:
+            name: the name of the family.
 
         Raises:
-            UserError: its episodes are shorter than asked for.
+            UserError: the family's episodes are shorter than the requested length.
         """
         spec = family(name).spec
         length = self.episode_length or spec.episode_length
@@ -75,7 +80,11 @@ class Request:
         return replace(spec, episode_length=length)
 
     def measure(self, name: str) -> Measure:
-        """How its results are measured in the family of that name, on tasks of the run."""
+        """Return the measure of the results on the run's own tasks.
+
+        Args:
+            name: the name of their family.
+        """
         environment = self.environment(name)
         return Measure(
             episodes=self.episodes,
@@ -95,18 +104,20 @@ def play(
     video_directory: Path | None = None,
     console: Console | None = None,
 ) -> EvaluationResult:
-    """Play every task's episodes, one policy call per time step for all that are played at once.
+    """Play the episodes of every task.
+
+    In each time step, one call of the policy gives the actions of all episodes of the round.
 
     Args:
-        policy: the policy; it begins new episodes and forgets those that it was in.
-        request: which episodes to play; by default the same as `python -m harmodt.evaluate`.
-        video_directory: folder for a film of each task's first episode, as NAME/TASK.mp4 with the
-            protocol's name.
-        console: where to draw a progress bar; none by default.
+        policy: the policy; it forgets the episodes that it was playing, and begins new ones.
+        request: the episodes to play; by default the same as `python -m harmodt.evaluate`.
+        video_directory: the folder for a film of each task's first episode; the film is
+            NAME/TASK.mp4, where NAME is the protocol's name; None for no films.
+        console: draws a progress bar; None for no bar.
 
     Raises:
-        UserError: a task is not among the policy's; no video can be made here; a simulation process
-            was killed.
+        UserError: the policy lacks a task; no video can be made here; a simulation process was
+            killed.
         OSError, MemoryError, WorkerError: as `Simulation` raises them.
     """
     began = time.perf_counter()
@@ -119,7 +130,7 @@ def play(
                 _play_round(policy, simulation, protocol, number, bar.show)
                 for number in range(protocol.rounds)
             ]
-    # All rounds have the same size, so the last one may hold more episodes than are asked for.
+    # All rounds have the same size, so the last round may play more episodes than were requested.
     successes, returns = (
         np.concatenate(parts, axis=1)[:, : protocol.episodes] for parts in zip(*played, strict=True)
     )
@@ -133,10 +144,10 @@ def play(
 
 
 def make_protocol(policy: Policy, request: Request) -> Protocol:
-    """What `play` will do: the request, with the policy's own values for what it leaves open.
+    """Return the protocol that `play` follows. The policy gives the values that the request lacks.
 
     Raises:
-        UserError: a task is not among the policy's.
+        UserError: the policy lacks a task.
     """
     played = family(policy.environment.family)
     tasks = played.resolve_tasks(request.tasks) if request.tasks else policy.tasks
@@ -160,7 +171,7 @@ def make_protocol(policy: Policy, request: Request) -> Protocol:
         rounds=math.ceil(request.episodes / max(1, request.environments // len(tasks))),
         mask=policy.mask,
         unseen=policy.unseen,
-        # Not the data's, whose rewards may be of another version.
+        # Not the environment of the data, because its rewards may have another version.
         environment=request.environment(policy.environment.family),
         precision=policy.precision,
         backend=policy.backend,
@@ -170,7 +181,7 @@ def make_protocol(policy: Policy, request: Request) -> Protocol:
 
 
 def _simulate(protocol: Protocol, workers: int | None, video_directory: Path | None) -> Simulation:
-    """The environments of one round; a task's environments are adjacent rows."""
+    """Start the environments of one round; the environments of a task are adjacent rows."""
     size = protocol.episodes_per_round
     rows = [task for task in protocol.tasks for _ in range(size)]
     videos: dict[int, Path] = {}
@@ -193,8 +204,10 @@ def _play_round(
     """Play one episode in every row.
 
     Args:
-        number: of the round, from 0.
-        show: called after each step with the successes and returns so far, [N] each.
+        policy, simulation, protocol: what plays, where, and how.
+        number: the number of the round, from 0.
+        show: a function that is called after each step with the successes and the returns so far,
+            [N] each.
 
     Returns:
         successes bool and returns float64, both [tasks, episodes_per_round].
@@ -217,7 +230,7 @@ def _play_round(
 
 
 class _Bar:
-    """Draws the progress of an evaluation: its steps, and how many episodes are solved."""
+    """Draws the progress of an evaluation: its steps, and the number of solved episodes."""
 
     def __init__(self, progress: Progress, protocol: Protocol) -> None:
         self._progress = progress

@@ -1,10 +1,10 @@
-"""Means of what runs came to, with intervals of 95 %.
+"""Means over the results of runs, with 95 % intervals.
 
-Values are [seeds, tasks, episodes]: success as bool, or returns. An interval is the percentile
-interval of a bootstrap that resamples all three (`bootstrap`), so it holds for other seeds and
-other tasks of the same kind. Interquartile means and such intervals are what Agarwal et al. (Deep
-Reinforcement Learning at the Edge of the Statistical Precipice, 2021) would have reports of few
-seeds give.
+Values have the shape [seeds, tasks, episodes]. They are successes as bool, or returns. An interval
+is the percentile interval of a bootstrap that resamples all three axes (`bootstrap`). It therefore
+holds for other seeds and for other tasks of the same kind. Agarwal et al. (Deep Reinforcement
+Learning at the Edge of the Statistical Precipice, 2021) recommend interquartile means and such
+intervals for results of few seeds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Average:
-    """A mean of whatever kind, and the bounds of its 95 % interval."""
+    """A mean of any kind, and the bounds of its 95 % interval."""
 
     mean: float
     low: float
@@ -28,10 +28,10 @@ class Average:
 
 
 def average(values: np.ndarray) -> Average:
-    """The mean over seeds, tasks and episodes.
+    """Return the mean over seeds, tasks and episodes.
 
-    Where no two episodes differ, resampling them can show nothing: the interval of a success rate
-    of 0 or 1 is then Wilson's of all episodes together.
+    A bootstrap has no spread where all episodes are equal. A success rate of 0 or 1 therefore has
+    Wilson's interval, computed from all episodes together.
 
     Args:
         values: bool or float [seeds, tasks, episodes].
@@ -40,11 +40,11 @@ def average(values: np.ndarray) -> Average:
 
 
 def interquartile_mean(values: np.ndarray) -> Average:
-    """The mean of the middle half of the runs' results on each task.
+    """Return the mean of the middle half of the seeds × tasks results.
 
-    A result is a run's mean over its episodes of a task: of the seeds × tasks results, the lowest
-    and the highest quarter are left out (rounded down, so that of less than four none is). The
-    interval is like that of `average`.
+    A result is a run's mean over its episodes of a task. The lowest and the highest quarter of the
+    results are left out. Their number is rounded down: of fewer than four results, none is left
+    out. The interval is computed as in `average`.
 
     Args:
         values: bool or float [seeds, tasks, episodes].
@@ -54,15 +54,17 @@ def interquartile_mean(values: np.ndarray) -> Average:
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray) -> Average:
-    """How much larger the mean of `a` is than that of `b`, both [seeds, tasks, episodes].
+    """Return the mean of `a` minus the mean of `b`, both [seeds, tasks, episodes].
 
-    Seed by seed, task by task and episode by episode, the two are of the same training seed and the
-    same goal. Each resample draws them for both, so what they have in common drops out. Where each
-    pair of episodes differs by the same d, in [-1, 1], the interval is what follows from a share of
-    other pairs that is as large as Wilson's interval of none among them lets it be.
+    Entries with the same index have the same training seed and the same goal. Each resample draws
+    the same entries of both, so that effects which both share cancel.
+
+    All pairs of successes may differ by the same d, in [-1, 1]. The bootstrap then has no spread.
+    Let s be the upper bound of Wilson's interval for 0 of all pairs. The interval then allows that
+    a share s of other pairs differs by -1 or by 1 instead of d.
 
     Raises:
-        ValueError: they are of different shapes.
+        ValueError: the shapes differ.
     """
     if a.shape != b.shape:
         raise ValueError(f"values of the shapes {a.shape} and {b.shape} make no pairs")
@@ -75,7 +77,7 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> Average:
 
 
 def seed_deviation(values: np.ndarray) -> float | None:
-    """The sample deviation of the seeds' means; None of a single seed."""
+    """Return the sample standard deviation of the seeds' means; None for a single seed."""
     means = values.mean((1, 2))
     return float(means.std(ddof=1)) if len(means) > 1 else None
 
@@ -83,19 +85,21 @@ def seed_deviation(values: np.ndarray) -> float | None:
 def bootstrap(
     values: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], resamples: int = RESAMPLES
 ) -> np.ndarray:
-    """A statistic of resampled evaluations, float64 [resamples]; its spread is its uncertainty.
+    """Return a statistic of resampled values, float64 [resamples]. Its spread is its uncertainty.
 
-    A resample draws the seeds and the tasks with replacement, every drawn seed with every drawn
-    task, and for each such pair its episodes with replacement (a nested bootstrap; A. C. Davison
-    and D. V. Hinkley, Bootstrap Methods and their Application, 1997, section 3.8). So the interval
-    holds for other tasks of the same kind and other seeds, not for these alone. The episodes'
-    chance also moves the rates that tasks are drawn by: it counts twice, which errs towards wide;
-    that there are few tasks or seeds to draw from errs towards narrow.
+    A resample draws seeds with replacement and tasks with replacement. For each pair of a drawn
+    seed and a drawn task it draws that pair's episodes with replacement. (This is a nested
+    bootstrap: A. C. Davison and D. V. Hinkley, Bootstrap Methods and their Application, 1997,
+    section 3.8.) The interval therefore also holds for other seeds and for other tasks of the same
+    kind. Two errors remain. The noise of the episodes counts twice, because it is also part of the
+    differences between tasks; this makes the interval too wide. Few seeds or few tasks make it too
+    narrow.
 
     Args:
         values: bool or float [seeds, tasks, episodes].
-        statistic: of the means over episodes of seeds × tasks pairs: from [n, pairs] to [n].
-        resamples: how many; always the same ones.
+        statistic: a function of the mean over episodes of each seed × task pair; it maps
+            [n, pairs] to [n].
+        resamples: the number of resamples; every call draws the same ones.
     """
     rng = np.random.default_rng(0)
     seeds, tasks, episodes = values.shape
@@ -112,23 +116,23 @@ def bootstrap(
 
 
 def bootstrap_means(values: np.ndarray, resamples: int = RESAMPLES) -> np.ndarray:
-    """The `bootstrap` of the mean."""
+    """Return the `bootstrap` of the mean, float64 [resamples]."""
     return bootstrap(values, _mean, resamples)
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a proportion (E. B. Wilson, 1927).
+    """Return Wilson's 95 % score interval of a proportion (E. B. Wilson, 1927).
 
     Args:
-        successes: 0 to `trials`.
-        trials: at least 1.
+        successes: the number of successes, 0 to `trials`.
+        trials: the number of trials, at least 1.
     """
     z = 1.959963984540054  # 97.5 % quantile of the normal distribution
     rate = successes / trials
     centre = rate + z**2 / (2 * trials)
     half_width = z * math.sqrt(rate * (1 - rate) / trials + z**2 / (4 * trials**2))
     scale = 1 + z**2 / trials
-    low = (centre - half_width) / scale if successes else 0.0  # exactly, without rounding
+    low = (centre - half_width) / scale if successes else 0.0  # exact, with no rounding error
     high = (centre + half_width) / scale if successes < trials else 1.0
     return low, high
 
@@ -147,6 +151,6 @@ def _mean(pairs: np.ndarray) -> np.ndarray:
 
 
 def _middle_mean(pairs: np.ndarray) -> np.ndarray:
-    """The mean without the lowest and the highest quarter, of each row."""
+    """Return the mean of each row without its lowest and its highest quarter."""
     count = pairs.shape[1]
     return np.sort(pairs, axis=1)[:, count // 4 : count - count // 4].mean(1)

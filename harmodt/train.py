@@ -34,31 +34,31 @@ from .training.stop import Output, Stopped
 from .training.trainer import Trained, Trainer
 
 QUICKSTART_DATA = Path("data/quickstart-mt5")
-"""Where the quickstart collects its demonstrations."""
+"""The store into which the quickstart collects its demonstrations."""
 
 _CHANGEABLE = (
     *("log_every", "checkpoint_every", "keep_checkpoints"),
     *("device", "data_device", "fused", "graph", "mask_update_gb"),
 )
-"""Settings that may change when a run goes on: its result does not depend on them, but for the
-rounding of other kernels."""
+"""Settings that may change when a run is resumed. The run's result does not depend on them, except
+that other kernels round differently."""
 
 _RECORDED = ("data", "learning_rate", "precision")
-"""Settings that must be able to change: a store is moved, training breaks at a learning rate, and
-not every device has every precision."""
+"""Settings that may change although the result depends on them. A store can be moved, training can
+fail at a learning rate, and some devices lack some precisions."""
 
 output = Output()
 console = PlainConsole(file=output)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     prepare_cpu()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     resumed, rest = _take(arguments, "--resume")
     if resumed is not None:
         _check_name(Path(resumed), "rename it")
-        RunDirectory(Path(resumed)).read()  # a directory that holds no run is not touched
+        RunDirectory(Path(resumed)).read()  # refuses a directory that holds no run
         with owned(Path(resumed)):
             RunDirectory(Path(resumed)).clear_leftovers()
             _train(resume(Path(resumed), rest))
@@ -74,9 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _train(trainer: Trainer) -> None:
-    """Train to the last step, and print the result and where everything is.
+    """Train to the last step, then print the result and the paths of its files.
 
-    Ctrl-C, SIGTERM, SIGHUP and an output that is closed write a checkpoint and end the program.
+    Ctrl-C, SIGTERM, SIGHUP or a closed output end the program after it has written a checkpoint.
     """
     output.stop = trainer.stop
     try:
@@ -92,7 +92,7 @@ def _train(trainer: Trainer) -> None:
 
 
 def _announce(trainer: Trainer) -> None:
-    """Print what is trained, on what, and where it is kept."""
+    """Print the algorithm, its size, the device and the run's directory."""
     setup, numbers = trainer.setup, trainer.learner.describe()
     masks = f"{decimal(numbers['mask_bytes'])} of masks, " if "mask_bytes" in numbers else ""
     parts = trainer.directory.read().parts
@@ -114,7 +114,7 @@ def _announce(trainer: Trainer) -> None:
 
 
 def _moved(before: Part, now: Part) -> str:
-    """What is not as it was before a run went on."""
+    """Return a sentence on the changes since the run's last part: device, kernels, versions."""
     others = now.versions.keys() | before.versions.keys()
     values = [
         ("device", before.device, now.device),
@@ -122,11 +122,11 @@ def _moved(before: Part, now: Part) -> str:
         *((name, before.versions.get(name), now.versions.get(name)) for name in sorted(others)),
     ]
     moves = [f"{name} {now} in place of {before}" for name, before, now in values if before != now]
-    return f"from here on it computes with {', '.join(moves)}: results may round otherwise"
+    return f"from here on the run computes with {', '.join(moves)}: rounding may differ"
 
 
 def _report(trainer: Trainer, trained: Trained) -> None:
-    """Print the last evaluation, the step of the best one, and where everything is."""
+    """Print the last evaluation, the step of the best one, and the run's directory."""
     if trained.evaluation is not None:
         console.print(trained.evaluation.table())
     if trained.best is not None and trained.best[0] != trainer.step:
@@ -140,7 +140,7 @@ def _report(trainer: Trainer, trained: Trained) -> None:
 
 
 def _end(trainer: Trainer) -> NoReturn:
-    """Say what ended the run before its last step and how to go on, and end the program."""
+    """Print the signal that ended the run early and the command that goes on; exit."""
     by = trainer.stop.signal
     assert by is not None
     unread = by is signal.SIGPIPE
@@ -163,7 +163,7 @@ def _check_name(path: Path, remedy: str) -> None:
 
 
 def _begun(arguments: list[str]) -> tuple[str, TrainConfig]:
-    """The preset's name and the settings of a new run, from the command line."""
+    """Return the preset's name and the settings of a new run from the command line."""
     name, rest = _take(arguments, "--preset")
     algorithm, rest = _take(rest, "--algorithm")
     name = name or "quickstart"
@@ -171,10 +171,10 @@ def _begun(arguments: list[str]) -> tuple[str, TrainConfig]:
 
 
 def resume(path: Path, arguments: Sequence[str]) -> Trainer:
-    """Take up a run. Some of its settings may change, which run.json records.
+    """Resume a run. Some of its settings may change; run.json records the changes.
 
     Raises:
-        UserError: there is no such run, or a setting is changed that cannot.
+        UserError: there is no such run, or the arguments change a setting that cannot change.
     """
     saved = SavedRun.open(path)
     algorithm, rest = _take(list(arguments), "--algorithm")
@@ -192,7 +192,7 @@ def resume(path: Path, arguments: Sequence[str]) -> Trainer:
 
 
 def _take(arguments: list[str], flag: str) -> tuple[str | None, list[str]]:
-    """Take `flag VALUE` or `flag=VALUE` out of the arguments."""
+    """Return the value of `flag VALUE` or `flag=VALUE`, and the arguments without it."""
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name != flag:
@@ -210,16 +210,16 @@ def _parse(arguments: Sequence[str], default: TrainConfig) -> TrainConfig:
         _refuse_settings_of_others(arguments, default)
     description = (
         "Train HarmoDT, or a baseline, on a store of offline data.\n\n"
-        f"--preset {{{','.join(PRESETS)}}}: the defaults; paper has those of the paper (Table 6). "
-        "Without --data the quickstart first collects its own demonstrations of MT5 by "
-        "simulation.\n\n"
-        f"--algorithm {{{','.join(ALGORITHMS)}}}: what is trained; the settings of "
-        f"{default.algorithm} are among those below. "
+        f"--preset {{{','.join(PRESETS)}}}: the set of defaults. The preset paper has the paper's "
+        "settings (Table 6). Without --data, the quickstart first collects its own demonstrations "
+        "of MT5 by simulation.\n\n"
+        f"--algorithm {{{','.join(ALGORITHMS)}}}: the algorithm to train. The list below includes "
+        f"the settings of {default.algorithm}. "
         f"{inspect.cleandoc(default.own.__doc__ or '')}\n\n"
-        "--resume RUN: go on with a run, with its settings. Some may change: where it computes "
-        "(--device, --data-device, --fused, --graph, --precision, --mask-update-gb), what it keeps "
-        "(--log-every, --checkpoint-every, --keep-checkpoints), --learning-rate, and --data for a "
-        "store that was moved. run.json records the changes."
+        "--resume RUN: go on with a run and its settings. These may change: the settings of the "
+        "device (--device, --data-device, --fused, --graph, --precision, --mask-update-gb), of the "
+        "run's files (--log-every, --checkpoint-every, --keep-checkpoints), --learning-rate, and "
+        "--data for a store that was moved. run.json records the changes."
     )
     return parse_arguments(
         TrainConfig,
@@ -232,7 +232,7 @@ def _parse(arguments: Sequence[str], default: TrainConfig) -> TrainConfig:
 
 
 def _refuse_settings_of_others(arguments: Sequence[str], config: TrainConfig) -> None:
-    """Refuse a setting that only other algorithms read, and name those."""
+    """Refuse a setting that only other algorithms read, and name these algorithms."""
     reads = find(config.algorithm).reads
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
@@ -252,7 +252,7 @@ def begin(preset_name: str, config: TrainConfig, path: Path) -> Trainer:
     A step cannot have more tasks than the run has: `tasks_per_step` is lowered to their number.
 
     Raises:
-        UserError: settings, data or device that cannot work; nothing is written then.
+        UserError: the settings, the data or the device cannot work. Nothing is written then.
     """
     check(config)
     data = config.data.data
@@ -274,10 +274,10 @@ def begin(preset_name: str, config: TrainConfig, path: Path) -> Trainer:
 def _quickstart_data(preset_name: str, config: TrainConfig) -> Path:
     if preset_name != "quickstart":
         raise UserError(
-            f"the {preset_name} preset has no data of its own: name a store with --data (make one "
-            "with `python -m harmodt.collect` or `python -m harmodt.data import`)"
+            f"the {preset_name} preset collects no data: name a store with --data (make one with "
+            "`python -m harmodt.collect` or `python -m harmodt.data import`)"
         )
-    # Refuse a device or kernels that are not there now, not after minutes of simulation.
+    # Refuse a missing device or missing kernels now, before minutes of simulation.
     Execution.choose(config.run.device, config.run.fused, config.run.precision)
     if not (QUICKSTART_DATA / "manifest.json").exists():
         console.print(f"collecting demonstrations of MT5 into {QUICKSTART_DATA}")
@@ -286,7 +286,7 @@ def _quickstart_data(preset_name: str, config: TrainConfig) -> Path:
 
 
 def _free_directory(name: str) -> Path:
-    """runs/NAME, or runs/NAME-2, -3 and so on if that is taken."""
+    """Return runs/NAME, or the first free one of runs/NAME-2, runs/NAME-3 and so on."""
     number = 1
     while True:
         path = Path("runs") / (name if number == 1 else f"{name}-{number}")

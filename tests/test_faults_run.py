@@ -246,7 +246,7 @@ def test_a_run_beyond_its_last_step_ends(run):
     config = directory.read().config
     config["optimisation"]["steps"] = 10
     directory.update({"config": config})
-    assert "is of step 12, and its run.json asks for 10 steps" in refused(run)
+    assert "is of step 12, but its run.json asks for 10 steps" in refused(run)
 
 
 def test_after_a_loss_that_is_nan_the_sentence_works_as_typed(store, tmp_path, monkeypatch):

@@ -159,9 +159,9 @@ IN_PROSE_ALONE = {
     "Every kind of method on ten tasks": {
         *("0.47", "9.7", "0.7", "5.7", "14.0", "9.0", "7.2", "1.2", "2.7")
     },
-    "What does a mask add beyond telling the task?": {"4.2", "13.3", "11.2", "3.2"},
-    "Does learning count once more weights move?": {"0.05", "0.907"},
-    "Does learning count in longer runs?": {"14.7"},
+    "What does a mask add beyond identifying the task?": {"4.2", "13.3", "11.2", "3.2"},
+    "Does learning the masks help when more weights move?": {"0.05", "0.907"},
+    "Does learning the masks help in longer runs?": {"14.7"},
     "Soft masks": {"5.7", "13.2"},
     "Unseen tasks (the paper's Table 4)": {"25.4"},
     # the paper's Table 3

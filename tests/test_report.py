@@ -250,7 +250,7 @@ def test_the_measure_that_most_runs_have_is_compared(runs, tmp_path):
     heading, *rows = parsed.tables["Overview of the runs"]
     shown = {row[0]: row[heading.index("success")][:4] for row in rows}
     assert shown == {"harmodt-f": "0.00", "harmodt-r": "1.00", "prompt-dt": "–"}
-    assert "in the way that is compared: prompt-dt." in parsed.words
+    assert "Without an evaluation that can be compared here: prompt-dt." in parsed.words
     assert "success_rule any instead of last (harmodt-f at step 6, harmodt-f at step 12)" in (
         parsed.words
     )
@@ -489,7 +489,7 @@ def test_a_run_that_has_just_begun_is_shown(run, tmp_path):
     write_report([run], tmp_path / "p.html")
     parsed = Parsed(tmp_path / "p.html")
     assert parsed.content["plots"] == []
-    assert "No numbers over training were kept: run." in parsed.words
+    assert "Without metrics of training: run." in parsed.words
     assert "None of these runs has masks, or a checkpoint with them." in parsed.words
     assert "Settings of the runs" in parsed.tables
 
@@ -560,7 +560,7 @@ def test_the_line_that_training_ends_with_works_as_printed(store, tmp_path, monk
 
 def test_no_run_is_a_mistake(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["harmodt.report"])
-    with pytest.raises(UserError, match="no run is named: give the directories of one or more"):
+    with pytest.raises(UserError, match="no run is named: give the directories of one"):
         command.main()
 
 

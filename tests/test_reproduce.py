@@ -303,7 +303,7 @@ def test_jobs_are_done_in_order_and_only_once(tmp_path):
 def test_a_failure_does_not_end_the_rest(tmp_path):
     a, b, c = (tmp_path / name for name in "abc")
     work = do(tmp_path, [Stub(a, status=3), Stub(b, needs=("a",)), Stub(c)])
-    assert work.failed == {"a": "ended with status 3", "b": "not begun, for it needs a"}
+    assert work.failed == {"a": "ended with status 3", "b": "not begun, because it needs a"}
     assert c.exists() and not b.exists()
     assert do(tmp_path, [Stub(a), Stub(b, needs=("a",)), Stub(c)]).failed == {}
 
@@ -544,7 +544,7 @@ def test_a_kill_loses_nothing(finished, reproduced, what):
         data = reproduced / "data" / "toy-near-optimal"
         again = f"python -m harmodt.train --resume {run} --data {data}"
         assert f"log: {log}\n  repeat it with: {again}" in printed
-        assert "Of 4 results 1 are not there yet" in printed
+        assert "1 of 4 results are still missing" in printed
         wait_for(lambda: not lives(child))
         reproduced = reproduced.rename(reproduced.with_name("moved"))  # which loses nothing either
     result = reproduce(reproduced)
@@ -694,7 +694,7 @@ def test_evaluations_of_other_kinds_are_left_alone(reproduced, monkeypatch, caps
     assert all(any(how in note for note in left_out) for how in changes)
     twice = replace(asked, protocol=replace(asked.protocol, backend="other"))
     twice.save(folder.run(run).evaluation)
-    assert "are both of that run's last step" in refused(reproduced, monkeypatch, capsys)
+    assert "are evaluations of the same last step" in refused(reproduced, monkeypatch, capsys)
 
 
 def test_a_run_that_fails_is_named_and_the_rest_is_done(reproduced, finished):
@@ -713,7 +713,7 @@ def test_a_run_that_fails_is_named_and_the_rest_is_done(reproduced, finished):
     damaged = f"{run}/checkpoints/00000008/state.safetensors is damaged (its checksum fails)"
     assert lines[place + 1].startswith(f"  error: {damaged}")
     assert lines[place + 3] == f"  repeat it with: python -m harmodt.evaluate {run} --episodes 2"
-    assert "Of 4 results 1 are not there yet." in lines
+    assert "1 of 4 results are still missing." in lines
     (path,) = (last / "evaluation").glob("*.json")
     before = finished / path.relative_to(reproduced)
     again, first = (json.loads(p.read_text())["tasks"] for p in (path, before))

@@ -1,4 +1,4 @@
-"""How signals end a run: the first in good order, a second one at once."""
+"""How signals end a run: the first after a checkpoint, a second one at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ import ctypes, sys, time
 from harmodt.training import stop as module
 
 module.MOMENT = float(sys.argv[2])
-stop = module.Stop()
+class Telling(module.Stop):
+    def _remember(self, number, frame):
+        super()._remember(number, frame)
+        print("remembered", flush=True)
+
+stop = Telling()
 with stop.handled():
     print("waiting", flush=True)
     if sys.argv[1] == "python":
@@ -43,7 +48,9 @@ def first_signal(child: subprocess.Popen[str], number: signal.Signals) -> None:
     child.send_signal(number)
     while not (line := child.stderr.readline()).startswith(number.name):
         assert line
-    assert line == f"{number.name}: ending in good order; Ctrl-C or SIGTERM ends this at once\n"
+    assert (
+        line == f"{number.name}: saving and ending; a second Ctrl-C or SIGTERM ends this at once\n"
+    )
 
 
 @pytest.mark.parametrize("how", ["python", "library"])
@@ -72,7 +79,10 @@ def test_another_signal_that_is_no_second_request_changes_nothing(numbers, momen
     with start("input", moment) as child:
         try:
             first_signal(child, numbers[0])
+            # Python would call the handlers of two waiting signals in the order of their numbers.
+            assert child.stdout.readline() == "remembered\n"
             child.send_signal(numbers[1])
+            assert child.stdout.readline() == "remembered\n"
             out, error = child.communicate("\n", timeout=60)
         finally:
             child.kill()

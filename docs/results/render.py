@@ -2,9 +2,9 @@
 
     python docs/results/render.py
 
-`python -m harmodt.reproduce` wrote these files. `others.json` holds what two tables show beside:
-what was measured of checkpoints, and differences from a second reference. In a text, a table
-follows the comment `<!-- table: NAME -->`.
+`python -m harmodt.reproduce` wrote these files, except for `others.json`. That file holds further
+numbers of two tables: measurements of checkpoints, and differences from a second reference. In a
+text, a table follows the comment `<!-- table: NAME -->`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def read(name: str) -> dict[str, Any]:
 
 @functools.cache
 def outcome(name: str) -> Outcome:
-    """What an experiment came to."""
+    """Read the results of an experiment."""
     content = read(name)
     plan = make_plan(name, content["budget"], content["seeds"], content["reference"])
     for row in content["rows"]:
@@ -56,7 +56,7 @@ def outcome(name: str) -> Outcome:
 
 
 def row_of(name: str, column: str, variant: str) -> Row:
-    """The row of an experiment's variant on a column."""
+    """Return the row of an experiment's variant on a column."""
     rows = {(row.column, row.variant): row for row in outcome(name).rows}
     return rows[column, variant]
 
@@ -73,7 +73,7 @@ def with_deviation(row: Row) -> str:
 
 
 def difference(row: Row) -> str:
-    """From the experiment's reference, with its interval; of the reference itself nothing."""
+    """Return the difference from the reference with its interval; nothing for the reference."""
     found = row.difference
     return "" if found is None else interval(*(number(row, getattr(found, n)) for n in BOUNDS))
 
@@ -92,7 +92,7 @@ def compared(
     cell: Callable[[Row], str] = with_deviation,
     rule: str = "---",
 ) -> Lines:
-    """Heading, rule and lines of a table: a variant's mean, and its difference from the reference.
+    """Return a table's lines: each variant's mean, and its difference from the reference.
 
     Args:
         columns, variants: the name in the table of each of the experiment's, in the table's order.
@@ -109,7 +109,7 @@ def compared(
 
 
 def beside(lines: Lines, columns: Lines) -> Lines:
-    """A table with further columns behind its first one."""
+    """Insert further columns after the first column of a table."""
     return [[*line[:1], *more, *line[1:]] for line, more in zip(lines, columns, strict=True)]
 
 
@@ -130,7 +130,7 @@ def methods() -> Lines:
 
 
 def methods_by_task() -> Lines:
-    """Success in % on the hard tasks."""
+    """Return the table of success in % on the hard tasks."""
     tasks = ("reach", "push", "pick-place", "peg-insert-side")
     names = ["HarmoDT-F", "HarmoDT-R", "HarmoDT-R, one mask for all", "Prompt-DT"]
     names += ["Prompt-DT + PCGrad", "MTDT", "MTBC", "MTIQL", "MTDIFF-P, 1.15 M"]
@@ -182,7 +182,7 @@ def movement() -> Lines:
 
 
 def longer() -> Lines:
-    """After ten times as many steps, beside what they came to in `methods` and `controls`."""
+    """Return the results after ten times as many steps, beside those of the shorter runs."""
     column = "MT10 sub-optimal"
     from_second = read("others")["longer minus Prompt-DT"]
     names = ["HarmoDT-F", "HarmoDT-R", "HarmoDT-R, one mask for all", "Prompt-DT"]
@@ -228,7 +228,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "fifty": fifty,
     "fifty in README": fifty_in_readme,
 }
-"""Name of every table in the texts, and what makes its lines."""
+"""The name of every table in the texts, and the function that returns its lines."""
 
 
 def to_markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -237,13 +237,13 @@ def to_markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def with_tables(text: str) -> str:
-    """A text with every table as the JSON files have it."""
+    """Return a text with all its tables made from the JSON files."""
     marked = re.compile(r"(<!-- table: (.+) -->\n\n)(?:\|.*\n)+")
     return marked.sub(lambda found: found[1] + to_markdown(TABLES[found[2]]()), text)
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     for name in EXPERIMENTS:
         (HERE / f"{name}.csv").write_text(outcome(name).to_csv(), encoding="utf-8")
         write_figure(outcome(name), HERE / f"{name}.svg")

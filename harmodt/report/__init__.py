@@ -1,6 +1,6 @@
-"""Runs as one page to look at: `write_report`, or `python -m harmodt.report RUN…`.
+"""Shows runs side by side on one page: `write_report`, or `python -m harmodt.report RUN…`.
 
-The page needs nothing but itself: no network, no other file.
+The page is one file. It needs no network and no other file.
 """
 
 from .page import write_report

@@ -1,4 +1,4 @@
-"""Runs as one page to look at: `python -m harmodt.report RUN… [--output report.html]`."""
+"""Shows runs side by side on one page: `python -m harmodt.report RUN… [--output report.html]`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .numbers import size
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Write a page that shows runs side by side: one file, which needs no network.
+    """Write a page that shows runs side by side. The page is one file and needs no network.
 
     Raises:
         UserError: no run is named.
@@ -27,15 +27,15 @@ class ReportConfig:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN…")]
     """Directories of the runs."""
     output: Path = Path("report.html")
-    """The page."""
+    """File of the page."""
 
     def __post_init__(self) -> None:
         if not self.runs:
-            raise UserError("no run is named: give the directories of one or more")
+            raise UserError("no run is named: give the directories of one or more runs")
 
 
 def main() -> None:
-    """The command line: write the page, and say where it is."""
+    """Run the command line: write the page, and print its path."""
     prepare_cpu()
     config: ReportConfig = parse_arguments(ReportConfig, prog="python -m harmodt.report")
     write_report(config.runs, config.output)

@@ -1,7 +1,7 @@
-"""The page's plots, as Vega-Lite describes them, with the numbers that they show.
+"""Builds the page's plots as Vega-Lite specifications with their data.
 
-A plot's rows name a run by its index among the page's runs, and its colours are the page's own:
-CSS variables, which follow a dark screen and a printer.
+A plot's rows name a run by its index among the page's runs. The colours are CSS variables of the
+page, which change for a dark screen and for print.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from .numbers import few_digits
 from .runs import ReportedRun
 
 COLOURS = 10
-"""Colours of runs that page.css has; beyond them lines are dashed."""
+"""Number of run colours in page.css. Further runs use the same colours with dashed lines."""
 
 POINTS = 2400
-"""Of a plot's lines together, beyond which points next to each other are put into one."""
+"""Limit of points in all lines of a plot. Longer lines average neighbouring points."""
 
 Row = list[Any]
 Spec = dict[str, Any]
@@ -28,14 +28,14 @@ Spec = dict[str, Any]
 
 @dataclass(frozen=True)
 class Variant:
-    """What a plot shows under one choice.
+    """The content of a plot for one choice of the reader.
 
     Attributes:
-        spec: Vega-Lite, without data.
-        columns: names of what is in a row.
+        spec: the Vega-Lite specification, without data.
+        columns: the names of the entries of a row.
         rows: the data.
-        lists: of a column whose rows have indices, what they are indices of.
-        mirrored: whether a row with x and y stands for one with y and x as well.
+        lists: for a column that holds indices, the list that they refer to.
+        mirrored: whether a row with x and y also stands for a row with y and x.
     """
 
     spec: Spec
@@ -47,13 +47,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot and the choices of what it shows.
+    """A plot with a variant for each choice of the reader.
 
     Attributes:
-        name: of its place on the page.
-        label: what it shows, for those who cannot see it.
-        choice: "axis" for steps or time, "run" for a run, by index, or "none".
-        variants: by what is chosen.
+        name: the name of the plot on the page.
+        label: a description for readers who cannot see the plot.
+        choice: what the reader chooses: "axis" (steps or time), "run" (a run, by index) or "none".
+        variants: the variants by choice.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Plot:
 AXES = {"steps": "step", "time": "minutes of training"}
 
 CONFIG: Spec = {
-    "aria": False,  # a word on each of thousands of marks; the plot's place has one on all
+    "aria": False,  # no label for each of thousands of marks; the whole plot has one label
     "background": "transparent",
     "font": "system-ui, sans-serif",
     "view": {"stroke": "var(--line)"},
@@ -92,7 +92,7 @@ CONFIG: Spec = {
     "text": {"fill": "var(--ink)", "fontSize": 11},
     "line": {"strokeWidth": 1.8},
 }
-"""What all plots have in common."""
+"""Vega-Lite settings that all plots share."""
 
 _SHOWN: Spec = {"filter": "indexof(hidden, datum.run) < 0"}
 _HIDDEN: Spec = {"name": "hidden", "value": []}
@@ -108,14 +108,15 @@ def over_training(
     unit: bool = False,
     points: bool = False,
 ) -> Plot | None:
-    """Lines of something that was measured again and again; None where no run has it.
+    """Plot a measurement over training, with a line for each run; None if no run has it.
 
     Args:
-        name, title: of the plot and of what is measured.
-        runs: all of the page.
-        series: steps and values of a run.
-        from_zero: whether the axis begins at 0.
-        unit: whether it ends at 1 as well.
+        name: the name of the plot.
+        title: the name of the measurement.
+        runs: all runs of the page.
+        series: a function that returns the steps and values of a run.
+        from_zero: whether the vertical axis begins at 0.
+        unit: whether the vertical axis goes from 0 to 1.
         points: whether each measurement is marked.
     """
     most = points_each(runs)
@@ -146,7 +147,7 @@ def _lines(
     scale: Spec,
     points: bool,
 ) -> Spec:
-    """A line of rows [run, x, value] for each run."""
+    """Return the specification of a line for each run, from rows [run, x, value]."""
     return {
         "height": 240,
         "params": [_HIDDEN],
@@ -178,19 +179,22 @@ def _lines(
 
 
 def points_each(runs: Sequence[ReportedRun]) -> int:
-    """How many points a line of each run has at most."""
+    """Return the largest number of points in the line of a run."""
     return max(24, min(300, POINTS // len(runs)))
 
 
 def thinned(series: Sequence[tuple[int, float]], most: int) -> list[tuple[int, float]]:
-    """At most so many points: means of as many next to each other as that takes, at the last."""
+    """Reduce a series to at most `most` points: the means of groups of neighbouring points.
+
+    The step of a group is the step of its last point.
+    """
     together = -(-len(series) // most) if series else 1
     groups = (series[i : i + together] for i in range(0, len(series), together))
     return [(group[-1][0], float(np.mean([value for _, value in group]))) for group in groups]
 
 
 def throughput(run: ReportedRun) -> list[tuple[int, float]]:
-    """Steps per second, of the time that went to steps alone."""
+    """Return the training steps per second, without the time of other parts."""
     found, step, spent = [], 0, 0.0
     for record in run.costs:
         seconds = of_steps(record)
@@ -201,12 +205,12 @@ def throughput(run: ReportedRun) -> list[tuple[int, float]]:
 
 
 def of_steps(costs: dict[str, float]) -> float:
-    """Seconds that went to steps, of a record of costs."""
+    """Return the seconds that training steps took, from a record of costs."""
     return costs["seconds"] - sum(costs.get(f"seconds/{part}", 0.0) for part in PARTS)
 
 
 def time_by_part(runs: Sequence[ReportedRun]) -> Plot | None:
-    """What the time of each run went to; None where no run has it."""
+    """Plot the time of each part of training; None if no run recorded it."""
     rows: list[Row] = []
     timed = [run for run in runs if run.costs]
     for index, run in enumerate(runs):
@@ -251,7 +255,7 @@ def time_by_part(runs: Sequence[ReportedRun]) -> Plot | None:
 
 
 def changed_by_layer(runs: Sequence[ReportedRun]) -> Plot | None:
-    """Bounds of the share of each layer's mask bits that ever changed; None where no run has it."""
+    """Plot bounds of the share of each layer's mask bits that ever changed; None without data."""
     rows: list[Row] = []
     layers: list[str] = []
     for index, run in enumerate(runs):
@@ -278,8 +282,8 @@ def changed_by_layer(runs: Sequence[ReportedRun]) -> Plot | None:
                 {
                     "name": "run",
                     "layer": "layer",
-                    "low": "differ from the start, at least ever changed",
-                    "high": "all changes together, at most ever changed",
+                    "low": "changed at least (differ from the start)",
+                    "high": "changed at most (sum of all changes)",
                 },
                 formats={"low": ".4%", "high": ".4%"},
             ),
@@ -310,19 +314,19 @@ def changed_by_layer(runs: Sequence[ReportedRun]) -> Plot | None:
 
 
 def layer_changes(run: ReportedRun) -> list[tuple[str, float, float]]:
-    """Each layer with the least and the most share of its mask bits that can ever have changed."""
+    """Return each layer with bounds of the share of its mask bits that ever changed."""
     changed, differing = run.by_layer("changed/"), run.by_layer("differing/")
     if not changed or run.masks is None:
         return []
     sizes = run.masks.layer_sizes()
     bits = {layer: size * len(run.masks.tasks) for layer, size in sizes.items()}
-    sums = {layer: sum(of[layer] for _, of in changed) for layer in changed[-1][1]}
+    sums = {layer: sum(values[layer] for _, values in changed) for layer in changed[-1][1]}
     last = differing[-1][1]
     return [(layer, last[layer] / bits[layer], sums[layer] / bits[layer]) for layer in last]
 
 
 def overlap(runs: Sequence[ReportedRun]) -> Plot | None:
-    """How far the masks of each two tasks overlap, similar tasks side by side."""
+    """Plot the overlap of each pair of masks, with similar tasks side by side."""
     variants = {}
     for index, run in _with_masks(runs, tasks=2):
         masks = run.masks
@@ -369,11 +373,11 @@ def overlap(runs: Sequence[ReportedRun]) -> Plot | None:
         lists = {"x": tasks, "y": tasks}
         columns = ("x", "y", "overlap", "beyond")
         variants[str(index)] = Variant(spec, columns, rows, lists, mirrored=True)
-    return _of_runs("overlap", "Overlap of the masks of each two tasks", variants)
+    return _by_run("overlap", "Overlap of the masks of each pair of tasks", variants)
 
 
 def places(runs: Sequence[ReportedRun]) -> Plot | None:
-    """The tasks' masks as points in a plane."""
+    """Plot the tasks' masks as points in a plane."""
     variants = {}
     for index, run in _with_masks(runs, tasks=3):
         masks = run.masks
@@ -404,26 +408,26 @@ def places(runs: Sequence[ReportedRun]) -> Plot | None:
             "layer": layers,
         }
         variants[str(index)] = Variant(spec, ("task", "x", "y"), rows, {"task": masks.tasks})
-    return _of_runs("places", "The tasks' masks as points in a plane", variants)
+    return _by_run("places", "The tasks' masks as points in a plane", variants)
 
 
 def density(runs: Sequence[ReportedRun]) -> Plot | None:
-    """The share of active weights of each layer and task."""
+    """Plot the share of active weights of each layer and task."""
     variants = {}
     for index, run in _with_masks(runs, tasks=1):
         assert run.masks is not None
-        of_layers = run.masks.densities()
+        densities = run.masks.densities()
         rows: list[Row] = [
             [layer, task, few_digits(float(share))]
-            for layer, shares in enumerate(of_layers.values())
+            for layer, shares in enumerate(densities.values())
             for task, share in enumerate(shares)
         ]
         spec: Spec = {
-            "height": 16 * len(of_layers),
+            "height": 16 * len(densities),
             "mark": {"type": "rect"},
             "encoding": {
                 "x": _tasks("task", run.masks.tasks, labels=len(run.masks.tasks) <= 12),
-                "y": _tasks("layer", tuple(of_layers), labels=True),
+                "y": _tasks("layer", tuple(densities), labels=True),
                 "color": {
                     "field": "density",
                     "type": "quantitative",
@@ -437,24 +441,24 @@ def density(runs: Sequence[ReportedRun]) -> Plot | None:
                 ),
             },
         }
-        lists = {"task": run.masks.tasks, "layer": tuple(of_layers)}
+        lists = {"task": run.masks.tasks, "layer": tuple(densities)}
         variants[str(index)] = Variant(spec, ("layer", "task", "density"), rows, lists)
-    return _of_runs("density", "Share of active weights of each layer and task", variants)
+    return _by_run("density", "Share of active weights of each layer and task", variants)
 
 
-def _of_runs(name: str, label: str, variants: dict[str, Variant]) -> Plot | None:
+def _by_run(name: str, label: str, variants: dict[str, Variant]) -> Plot | None:
     return Plot(name, label, "run", variants) if variants else None
 
 
 def _with_masks(runs: Sequence[ReportedRun], tasks: int) -> Iterable[tuple[int, ReportedRun]]:
-    """Index and run of those that have masks of so many tasks or more."""
+    """Yield the index and the run of each run with masks of at least `tasks` tasks."""
     for index, run in enumerate(runs):
         if run.masks is not None and len(run.masks.tasks) >= tasks:
             yield index, run
 
 
 def _tasks(name: str, values: Sequence[str], labels: bool) -> Spec:
-    """An axis of names, in their order."""
+    """Return an axis of names that keeps their order."""
     axis: Spec = {"labels": labels, "ticks": False, "domain": False, "labelOverlap": True}
     if len(values) > 24:
         axis["labelFontSize"] = 9
@@ -468,7 +472,7 @@ def _tasks(name: str, values: Sequence[str], labels: bool) -> Spec:
 
 
 def _scale(low: float, high: float, nice: bool = True) -> Spec:
-    """A scale that stays when runs are hidden."""
+    """Return a scale that stays the same when runs are hidden."""
     padding = 0.0 if high > low else abs(high) * 0.1 or 1.0
     return {"domain": [low - padding * (low != 0), high + padding], "nice": nice, "zero": False}
 

@@ -1,4 +1,4 @@
-"""Numbers as a person reads them, and as few digits of them as a page needs."""
+"""Formats numbers for a reader, and shortens them for plots."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MISSING = "–"
 
 
 def duration(seconds: float | None) -> str:
-    """A time in the two units that say most: 48 s, 21 min 5 s, 3 h 20 min."""
+    """Format a time in its two largest units: 48 s, 21 min 5 s, 3 h 20 min."""
     if seconds is None:
         return MISSING
     if seconds < 9.95:
@@ -25,19 +25,19 @@ def duration(seconds: float | None) -> str:
 
 
 def count(number: float | None) -> str:
-    """A count: 402, 10,098, 1.45 M."""
+    """Format a count: 402, 10,098, 1.45 M."""
     if number is None:
         return MISSING
     return f"{number / 1e6:.2f} M" if abs(number) >= 1e6 else f"{number:,.0f}"
 
 
 def size(number: float | None) -> str:
-    """A number of bytes: 1.2 GB."""
+    """Format a number of bytes: 1.2 GB."""
     return MISSING if number is None else decimal(int(number))
 
 
 def measured(number: float | None) -> str:
-    """A measurement with three digits or so: 0.131, 27.4, 865."""
+    """Format a measurement with about three digits: 0.131, 27.4, 865."""
     if number is None:
         return MISSING
     if number == 0 or not math.isfinite(number):
@@ -47,10 +47,10 @@ def measured(number: float | None) -> str:
 
 
 def percent(share: float, digits: int = 0) -> str:
-    """A share: 80.0 %."""
+    """Format a share: 80.0 %."""
     return f"{100 * share:.{digits}f} %"
 
 
 def few_digits(number: float, digits: int = 5) -> float | None:
-    """A number for a plot; None where it is not finite, which JSON does not have."""
+    """Round a number for a plot. The result is None for NaN and infinity, which JSON lacks."""
     return float(f"{number:.{digits}g}") if math.isfinite(number) else None

@@ -1,4 +1,4 @@
-"""The page: its sections, and everything that it needs, in one file."""
+"""Builds the page: one file with all sections, styles and scripts."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ from .runs import ReportedRun, read_runs
 from .tables import text
 
 START = "<!doctype html>\n<!-- Runs of HarmoDT -->\n"
-"""How every page begins: what begins otherwise is not written over."""
+"""The beginning of every page. A file with another beginning is never overwritten."""
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'"
-"""What a browser is told to allow: nothing from anywhere else. Vega makes functions of text."""
+"""The page's security policy: the browser loads nothing from elsewhere. It allows 'unsafe-eval',
+because Vega compiles functions from text."""
 
 PACKAGES = {"vl_convert": "vl-convert-python", "scipy.cluster.hierarchy": "scipy"}
-"""What draws plots and clusters masks: modules, and the packages that have them."""
+"""The modules that draw plots and cluster masks, and their packages."""
 
 
 def write_report(runs: Sequence[Path], output: Path) -> None:
-    """Write a page of some runs, whole or not at all; the same runs make the same page.
+    """Write a page of some runs, whole or not at all. The same runs give the same page.
 
     Args:
-        runs: their directories.
-        output: the HTML file; a page of runs that is there is replaced.
+        runs: the directories of the runs.
+        output: the HTML file. An older page of runs is replaced.
 
     Raises:
-        UserError: a package of harmodt[report] is missing, a directory holds no run or is named
-            twice, a file of a run is damaged, or something else is in the place of the page.
+        UserError: a package of harmodt[report] is missing; a directory holds no run or is named
+            twice; a file of a run is damaged; or `output` exists and is no page of runs.
     """
     check_packages()
     _check_place(output)
@@ -50,7 +51,7 @@ def write_report(runs: Sequence[Path], output: Path) -> None:
 
 
 def check_packages() -> None:
-    """Raise UserError where a package of harmodt[report] is missing."""
+    """Raise UserError if a package of harmodt[report] is missing."""
     for module, package in PACKAGES.items():
         try:
             importlib.import_module(module)
@@ -68,7 +69,7 @@ def _check_place(output: Path) -> None:
         with open(output, "rb") as file:
             if file.read(len(start)) == start:
                 return
-    raise UserError(f"{output} is there and is no page of runs: name another --output")
+    raise UserError(f"{output} exists and is no page of runs: name another --output")
 
 
 def _page(runs: Sequence[ReportedRun]) -> str:
@@ -109,7 +110,7 @@ def _page(runs: Sequence[ReportedRun]) -> str:
 
 
 def _safe_json(content: Any) -> str:
-    """JSON that ends no element and opens none, whatever its names are."""
+    """Return JSON that opens and closes no HTML element, whatever names it holds."""
     return json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
@@ -119,7 +120,7 @@ def _as_json(plot: Plot) -> dict[str, Any]:
             "spec": variant.spec,
             "columns": variant.columns,
             "rows": variant.rows,
-            "lists": {name: list(of) for name, of in variant.lists.items()},
+            "lists": {name: list(values) for name, values in variant.lists.items()},
             "mirrored": variant.mirrored,
         }
         for choice, variant in plot.variants.items()
@@ -128,7 +129,7 @@ def _as_json(plot: Plot) -> dict[str, Any]:
 
 
 def _key(runs: Sequence[ReportedRun]) -> str:
-    """The runs' colours; each button hides and shows its run in the plots."""
+    """Return a button for each run, in its colour, that hides or shows it in the plots."""
     buttons = "".join(
         f'<button type="button" aria-pressed="true" data-run="{index}">'
         f"{tables.run_heading(index, run.name)}</button>"
@@ -140,10 +141,13 @@ def _key(runs: Sequence[ReportedRun]) -> str:
 def _figure(
     plot: Plot | None, plots: list[Plot], title: str, caption: str, kind: str = "half"
 ) -> str:
-    """The place of a plot, which is added to those of the page; without one, nothing.
+    """Add a plot to the page's plots, and return the HTML element that shows it.
 
     Args:
-        kind: of its place: "half" of the page's width, or "wide".
+        plot: the plot; None gives an empty string.
+        plots: the page's plots so far.
+        title, caption: the texts above and below the plot.
+        kind: the width of the element: "half" of the page, or "wide".
     """
     if plot is None:
         return ""
@@ -162,7 +166,13 @@ def _notes(sentences: Sequence[str]) -> str:
 def _lacking(
     runs: Sequence[ReportedRun], has: Callable[[ReportedRun], Any], what: str
 ) -> list[str]:
-    """A sentence on the runs that lack something, if there are any."""
+    """Return a list with a sentence that names the runs which lack something, or an empty list.
+
+    Args:
+        runs: the runs.
+        has: tells whether a run has it.
+        what: the beginning of the sentence.
+    """
     names = [run.name for run in runs if not has(run)]
     if len(names) == len(runs) > 1:
         return [f"{what}: all of these runs."]
@@ -170,7 +180,7 @@ def _lacking(
 
 
 def _choice(name: str, label: str, options: Sequence[tuple[str, str]]) -> str:
-    """What chooses between variants of plots; none where there is no choice."""
+    """Return an HTML element that chooses between variants; nothing for fewer than two options."""
     if len(options) < 2:
         return ""
     items = "".join(f'<option value="{value}">{text(shown)}</option>' for value, shown in options)
@@ -181,7 +191,7 @@ def _choice(name: str, label: str, options: Sequence[tuple[str, str]]) -> str:
 
 
 def _overview(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
-    what = "Not evaluated on all of their tasks in the way that is compared"
+    what = "Without an evaluation that can be compared here"
     unevaluated = _lacking(runs, tables.final_evaluation, what)
     return tables.overview(runs) + _notes([*tables.left_out(runs), *unevaluated])
 
@@ -195,7 +205,7 @@ def _training(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
             plots,
             "Loss",
             "Mean over the tasks of the steps since the last record"
-            f"{'; points next to each other are put into one' if _thinned(runs) else ''}.",
+            f"{'; a point is the mean of neighbouring records' if _thinned(runs) else ''}.",
         ),
         _figure(
             figures.over_training(
@@ -209,16 +219,16 @@ def _training(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
             figures.over_training("return", "mean return", runs, _scores("return"), points=True),
             plots,
             "Mean return",
-            "Of the episodes of all tasks.",
+            "Mean return of the episodes of all tasks.",
         ),
     ]
-    notes = _lacking(runs, lambda run: run.metrics, "No numbers over training were kept")
+    notes = _lacking(runs, lambda run: run.metrics, "Without metrics of training")
     notes += _lacking(
         runs,
         lambda run: run.measure in (None, run.own_measure) or not run.series("mean_return"),
         "Evaluations during training were measured in another way and are left out",
     )
-    notes += _lacking(runs, lambda run: run.costs, "Time was not recorded, by an earlier version")
+    notes += _lacking(runs, lambda run: run.costs, "Earlier versions did not record the time")
     return (
         _choice("axis", "against", axes)
         + f'<div class="grid">{"".join(found)}</div>'
@@ -231,9 +241,12 @@ def _thinned(runs: Sequence[ReportedRun]) -> bool:
 
 
 def _scores(kind: str) -> Callable[[ReportedRun], list[tuple[int, float]]]:
-    """Success, or mean return where environments know no success, at every evaluation.
+    """Return a function that gives the scores of a run's evaluations, by step.
 
-    Only what was measured as the results that are compared.
+    It includes only evaluations with the measure that is compared.
+
+    Args:
+        kind: "success", or "return" for runs whose environments do not report success.
     """
 
     def scores(run: ReportedRun) -> list[tuple[int, float]]:
@@ -260,8 +273,8 @@ def _success(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
         found.append(f"<h3>{text(title)}</h3>{table}{notes}")
     unevaluated = _lacking(runs, lambda run: run.evaluations, "Not evaluated yet")
     caption = (
-        "Intervals are of 95 %: Wilson's of a task's success, a bootstrap's of returns and of the "
-        "average, which resamples tasks and episodes."
+        "All intervals are 95 % intervals: Wilson's for the success of a task, a bootstrap's for "
+        "returns and for the average. The bootstrap resamples tasks and episodes."
     )
     return "".join(found) + (_notes([caption]) if found else "") + _notes(unevaluated)
 
@@ -273,8 +286,8 @@ def _harmony(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
         plots,
         "Averaged harmony score",
         "How far the tasks' gradients agree with their mean, from −1 to 1 (Definition 3.2, Figure "
-        "2a of the paper): of the masked gradients in runs with masks, of the dense ones in runs "
-        "without.",
+        "2a of the paper). Runs with masks compare masked gradients, runs without masks dense "
+        "gradients.",
         "wide",
     )
     lacking = _lacking(runs, lambda run: run.series("harmony"), "Not logged (--harmony-every)")
@@ -290,22 +303,22 @@ def _masks(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
             figures.overlap(runs),
             plots,
             "Overlap between tasks",
-            "Weights that are active in both tasks, among those that are in either (Jaccard's "
-            "index); similar tasks are side by side, and columns are in the order of the rows. The "
-            "colours span the values that there are, however close they lie.",
+            "Share of the weights active in at least one of two tasks that are active in both "
+            "(Jaccard's index). Similar tasks are side by side; rows and columns have the same "
+            "order. The colours span the values of this run, even if these are close together.",
         ),
         _figure(
             figures.places(runs),
             plots,
             "Masks as points in a plane",
             "Classical scaling of the Hamming distances, in place of the t-SNE of the paper's "
-            "Figure 5: distances are kept as far as two axes can.",
+            "Figure 5. It keeps the distances as well as two axes can.",
         ),
         _figure(
             figures.density(runs),
             plots,
             "Density by layer and task",
-            "Share of a layer's weights that is active; columns are the tasks in the run's order.",
+            "Share of a layer's weights that are active. Columns are the tasks in the run's order.",
             "wide",
         ),
     ]
@@ -320,7 +333,7 @@ def _masks(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
 
 
 def _facts(run: ReportedRun) -> str:
-    """What the plots of a run's masks come to, in a sentence or two."""
+    """Return sentences that sum up the plots of a run's masks."""
     masks = run.masks
     assert masks is not None
     tasks, active = len(masks.tasks), np.diag(masks.shared) / masks.sizes.sum()
@@ -331,9 +344,9 @@ def _facts(run: ReportedRun) -> str:
     overlap, beyond = masks.overlap[upper], masks.beyond_chance[upper]
     said += (
         f" Two masks overlap by {overlap.mean():.4f} on average, {overlap.min():.4f} to "
-        f"{overlap.max():.4f}. Pairs that share more or less than masks drawn at random at these "
-        f"densities by over three standard deviations: {int((np.abs(beyond) > 3).sum())} of "
-        f"{len(beyond)}."
+        f"{overlap.max():.4f}. {int((np.abs(beyond) > 3).sum())} of {len(beyond)} pairs differ by "
+        "over three standard deviations from random masks of the same densities in how many "
+        "weights they share."
     )
     if tasks > 2:
         said += f" The plane shows {percent(masks.places()[1])} of the masks' variance."
@@ -355,23 +368,24 @@ def _moved(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
             ),
             plots,
             "Weights moved by each mask update",
-            "Weights that left a task's mask, and as many that entered it; of soft masks, weights "
-            "whose value changed. Of the task with most.",
+            "Number of weights that left a task's mask; as many entered it. With soft masks, the "
+            "number of weights whose mask value changed. The plot shows the task with the largest "
+            "number.",
         ),
         _figure(
             figures.changed_by_layer(runs),
             plots,
             "How many ever moved, by layer",
-            "Of a layer's mask bits, all tasks together: points are those that differ from the "
-            "start, so many at least did ever change; lines end at all changes together, more "
-            "cannot have. Without a line, each bit changed once at most.",
+            "Share of a layer's mask bits, over all tasks. A point shows the bits that differ from "
+            "the start; at least these have changed. A line ends at the sum of all changes; no "
+            "more bits can have changed. A point without a line means that each bit changed at "
+            "most once.",
         ),
         _figure(
             figures.over_training("sparsity", "sparsity", runs, _sparsity),
             plots,
             "Sparsity",
-            "Share of inactive weights where mask updates change it, those of soft masks; mean of "
-            "the tasks.",
+            "Share of inactive weights, mean over the tasks. Only updates of soft masks change it.",
         ),
     ]
     lacking = _lacking(
@@ -381,8 +395,8 @@ def _moved(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
 
 
 def _sparsity(run: ReportedRun) -> list[tuple[int, float]]:
-    """The tasks' mean sparsity after each mask update that may change it."""
-    return [(step, fmean(of.values())) for step, of in run.by_layer("sparsity/")]
+    """Return the mean sparsity over the tasks after each mask update that may change it."""
+    return [(step, fmean(values.values())) for step, values in run.by_layer("sparsity/")]
 
 
 def _costs(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
@@ -391,17 +405,19 @@ def _costs(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
             figures.over_training("speed", "steps/s", runs, figures.throughput, from_zero=True),
             plots,
             "Throughput",
-            "Training steps in a second of the time that went to steps.",
+            "Training steps per second, without the time of other parts.",
         ),
         _figure(
             figures.time_by_part(runs),
             plots,
             "Time by part",
-            "Wall-clock time of the steps that count: what a kill has lost is left out.",
+            "Wall-clock time. Work that a kill has lost is left out.",
         ),
     ]
     notes = _lacking(runs, lambda run: run.costs, "Time and memory were not recorded")
-    memory = "Memory is the most that the training process held; evaluations have workers besides."
+    memory = (
+        "Memory is the most that the training process held, without the workers of evaluations."
+    )
     table = tables.costs(runs)
     return (
         table + f'<div class="grid">{"".join(found)}</div>' + _notes([memory] * bool(table) + notes)
@@ -429,4 +445,4 @@ SECTIONS: dict[str, tuple[str, Callable[[Sequence[ReportedRun], list[Plot]], str
     "costs": ("Time and memory", _costs),
     "settings": ("Settings", _settings),
 }
-"""Title of each section, and what makes it and adds its plots."""
+"""The title of each section, and the function that returns its HTML and adds its plots."""

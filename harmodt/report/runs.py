@@ -1,4 +1,4 @@
-"""What a run's directory has for a page: all of it read, checked, and named."""
+"""Reads and checks the directories of runs for a page, and gives each run a name."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ from .masks import Masks
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """A run as it was found.
+    """The contents of a run's directory.
 
     Attributes:
-        name: tells it from the others on the page.
-        path: as it was given.
-        description: of run.json.
-        config: its settings.
-        metrics: numbers over training, in their order; of an import there are none.
-        costs: time and memory; a run of an earlier version has none.
-        target_returns: what it asks for, by task.
-        evaluations: all that are in its directory.
-        measure: how the results that are compared were measured; None where there are none.
-        compared: its results of that measure, on all its tasks and under its own masks, by step.
-        masks: at its last checkpoint; None without masks or without a checkpoint.
-        step: of its last checkpoint or its last metrics.
+        name: a name that no other run on the page has.
+        path: the directory, as the person named it.
+        description: the content of run.json.
+        config: the settings.
+        metrics: the metrics of training, in their order; empty for an imported checkpoint.
+        costs: time and memory; empty for a run of an earlier version.
+        target_returns: the target return of each task.
+        evaluations: all evaluations in the directory.
+        measure: the measure of the results that are compared; None if there are no such results.
+        compared: the run's results with that measure, on all its tasks and with its own masks,
+            sorted by step.
+        masks: the masks of the last checkpoint; None without masks or without a checkpoint.
+        step: the step of the last checkpoint or of the last metrics, whichever is later.
     """
 
     name: str
@@ -55,12 +56,12 @@ class ReportedRun:
     compared: Sequence[EvaluationResult] = ()
 
     def measure_of(self, result: EvaluationResult) -> Measure:
-        """How one of its results was measured."""
+        """Return the measure of one of the run's results."""
         return result.protocol.measure(self.target_returns)
 
     @property
     def own_measure(self) -> Measure:
-        """How it measures itself while it is trained."""
+        """The measure of the evaluations during training."""
         request = Request(
             episodes=max(1, self.config.evaluation.evaluation_episodes),
             episode_length=self.description.episode_length,
@@ -69,7 +70,7 @@ class ReportedRun:
 
     @property
     def of_itself(self) -> list[EvaluationResult]:
-        """Its results on all its tasks, under its own masks and with its own plans, by step."""
+        """The results on all tasks of the run, with its own masks and plans, sorted by step."""
         trained = dict(settings(self.config))
         found = [
             result
@@ -82,20 +83,24 @@ class ReportedRun:
         return sorted(found, key=lambda result: result.protocol.checkpoint)
 
     def series(self, name: str) -> list[tuple[int, float]]:
-        """Steps and values of what the metrics have under a name."""
+        """Return the steps and values of the metric with this name."""
         return [(int(r["step"]), r[name]) for r in self.metrics if name in r]
 
     def by_layer(self, kind: str) -> list[tuple[int, dict[str, float]]]:
-        """Steps and values by layer, or by task, of what mask updates log under KIND/LAYER."""
+        """Return the steps and the values by layer (or task) that mask updates log as KIND/LAYER.
+
+        Args:
+            kind: KIND with the slash.
+        """
         found = []
         for record in self.metrics:
-            of_layers = {n.partition("/")[2]: v for n, v in record.items() if n.startswith(kind)}
-            if of_layers:
-                found.append((int(record["step"]), of_layers))
+            values = {n.partition("/")[2]: v for n, v in record.items() if n.startswith(kind)}
+            if values:
+                found.append((int(record["step"]), values))
         return found
 
     def seconds_at(self, step: int) -> float | None:
-        """Seconds of training up to a step, as they stood at the first record from it on."""
+        """Return the seconds of training in the first record at or after a step."""
         later = (record["seconds"] for record in self.costs if record["step"] >= step)
         return next(later, None)
 
@@ -104,39 +109,39 @@ def read_runs(paths: Sequence[Path]) -> list[ReportedRun]:
     """Read runs.
 
     Raises:
-        UserError: one is named twice, is no run, or is damaged.
+        UserError: a path is named twice or holds no run, or a run is damaged.
     """
     absolute = [path.resolve() for path in paths]
     for path, place in zip(paths, absolute, strict=True):
         if absolute.count(place) > 1:
-            raise UserError(f"{path} is named more than once: leave it out but once")
+            raise UserError(f"{path} is named more than once: name it only once")
     names = map(printable, _distinct_names(absolute))
     runs = [_read_run(path, name) for path, name in zip(paths, names, strict=True)]
     return [_compare(run, runs) for run in runs]
 
 
 def _compare(run: ReportedRun, runs: Sequence[ReportedRun]) -> ReportedRun:
-    """A run with the results that are compared: those of one measure for all of its family.
+    """Return the run with the results that are compared. They share one measure in each family.
 
-    Of several measures it is the one that most runs have, then the one of a run's own evaluations,
-    then that of most episodes.
+    It is the measure that most runs of the family have. If several do, a measure of evaluations
+    during training is preferred, then the measure with most episodes.
     """
     family = run.description.environment["family"]
     related = [other for other in runs if other.description.environment["family"] == family]
-    having = Counter(m for other in related for m in {*map(other.measure_of, other.of_itself)})
+    counts = Counter(m for other in related for m in {*map(other.measure_of, other.of_itself)})
     usual = {replace(other.own_measure, episodes=0) for other in related}
 
     def rank(measure: Measure) -> tuple[int, bool, int, str]:
-        as_usual = replace(measure, episodes=0) in usual
-        return having[measure], as_usual, measure.episodes, repr(measure)
+        is_usual = replace(measure, episodes=0) in usual
+        return counts[measure], is_usual, measure.episodes, repr(measure)
 
-    measure = max(having, key=rank, default=None)
+    measure = max(counts, key=rank, default=None)
     compared = [result for result in run.of_itself if run.measure_of(result) == measure]
     return replace(run, measure=measure, compared=compared)
 
 
 def _distinct_names(paths: Sequence[Path]) -> list[str]:
-    """The directories' names, with as many of those above as it takes to tell them apart."""
+    """Return the directories' names. Equal names get the names of parent directories as prefix."""
     names: list[str] = []
     for path in paths:
         others = [other for other in paths if other != path]

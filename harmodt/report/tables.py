@@ -1,4 +1,4 @@
-"""The page's tables: what stands in them, and how."""
+"""Builds the page's tables."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Cell:
     """A table's cell.
 
     Attributes:
-        text: what it says.
-        value: what its row is sorted by; by default the text.
-        before, after: HTML around the text.
+        text: the text of the cell.
+        value: the number by which rows are sorted; None sorts them by the text.
+        before, after: HTML before and after the text.
     """
 
     text: str
@@ -36,7 +36,7 @@ class Cell:
 
 
 def text(words: object) -> str:
-    """A name or a sentence as HTML that shows it as it is."""
+    """Escape a name or a sentence for HTML."""
     return escape(printable(words))
 
 
@@ -46,12 +46,12 @@ def table(
     rows: Sequence[Sequence[Cell]],
     last: Sequence[Cell] = (),
 ) -> str:
-    """A table that can be sorted by every column; its first column names the rows.
+    """Return a table that a reader can sort by any column. The first column names the rows.
 
     Args:
-        name: of what it shows, for those who cannot see it.
-        headings: of the columns, as HTML, some with what stands below.
-        rows: that are sorted.
+        name: the table's name for readers who cannot see it.
+        headings: the headings of the columns as HTML, some with HTML below the heading.
+        rows: the rows that can be sorted.
         last: a row that stays at the end.
     """
     head = "".join(
@@ -79,7 +79,7 @@ def _row(cells: Sequence[Cell]) -> str:
 
 
 def run_heading(index: int, name: str) -> str:
-    """A run's colour and name."""
+    """Return a run's colour and name as HTML."""
     return _swatch(index) + text(name)
 
 
@@ -87,16 +87,19 @@ def _swatch(index: int) -> str:
     return f'<span class="swatch run-{index % COLOURS}" aria-hidden="true"></span>'
 
 
-# What a run came to
+# The results of runs
 
 
 def final_evaluation(run: ReportedRun) -> EvaluationResult | None:
-    """The last of its evaluations that are compared; None where there is none."""
+    """Return the last of the run's compared evaluations; None if there is none."""
     return run.compared[-1] if run.compared else None
 
 
 def left_out(runs: Sequence[ReportedRun]) -> list[str]:
-    """A sentence for each measure that is not compared: how it differs, and which runs have it."""
+    """Return a sentence for each measure that is not compared.
+
+    It says how the measure differs and which runs have results with it.
+    """
     found: dict[str, dict[str, None]] = {}
     for run in runs:
         for result in run.of_itself:
@@ -112,7 +115,7 @@ def left_out(runs: Sequence[ReportedRun]) -> list[str]:
 
 
 def overview(runs: Sequence[ReportedRun]) -> str:
-    """A row for each run: what it is, came to and took."""
+    """Return a table with a row for each run: its settings, its results and its costs."""
     headings = ["run", "algorithm", "tasks", "steps", "parameters", "success", "mean return"]
     headings += ["loss", "time", "steps/s", "memory"]
     rows = []
@@ -145,7 +148,7 @@ def overview(runs: Sequence[ReportedRun]) -> str:
 
 
 def _with_bounds(value: float | None, form: Format, result: EvaluationResult | None) -> Cell:
-    """A mean, with the interval of the evaluation that it is of."""
+    """Return the cell of an evaluation's mean and interval."""
     if value is None or result is None:
         return _number(value, form)
     low, high = form(result.average.low), form(result.average.high)
@@ -165,7 +168,13 @@ def _number(value: float | None, form: Format) -> Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """An evaluation beside others: which run's, and what else tells it from them."""
+    """A column of a table that compares evaluations.
+
+    Attributes:
+        run: the index of the evaluation's run.
+        label: the run's name.
+        result: the evaluation.
+    """
 
     run: int
     label: str
@@ -173,10 +182,10 @@ class Column:
 
 
 def evaluations(runs: Sequence[ReportedRun]) -> list[list[Column]]:
-    """What is to be compared: a list for each measure, those of runs' own tasks first.
+    """Return the evaluations to compare: a list for each measure, the runs' own tasks first.
 
-    Of a run's evaluations of one measure, on the same tasks, under the same mask and with plans
-    drawn in the same way, it is the latest.
+    A run may have several evaluations with the same measure, tasks, mask and way to draw plans. Of
+    these, only the one with the latest checkpoint is kept.
     """
     groups: dict[Measure, list[Column]] = {}
     for index, run in enumerate(runs):
@@ -198,7 +207,7 @@ def evaluations(runs: Sequence[ReportedRun]) -> list[list[Column]]:
 
 
 def how_measured(columns: Sequence[Column], runs: Sequence[ReportedRun]) -> str:
-    """A sentence on the measure that evaluations share."""
+    """Return a sentence that describes the measure of some evaluations."""
     first = columns[0]
     measure = runs[first.run].measure_of(first.result)
     rule = {"any": "solved at any step, ", "last": "solved at the last step, ", None: ""}
@@ -206,13 +215,13 @@ def how_measured(columns: Sequence[Column], runs: Sequence[ReportedRun]) -> str:
     asked = "each run's own" if targets is None else ", ".join(f"{t:,.6g}" for t in targets)
     return (
         f"Measured: {rule[measure.success_rule]}{measure.episodes} episodes per task of "
-        f"{measure.environment.episode_length} steps, goals of seed {measure.goal_seed}, prompts "
-        f"of seed {measure.seed}, return asked for: {asked}."
+        f"{measure.environment.episode_length} steps, goal seed {measure.goal_seed}, prompt seed "
+        f"{measure.seed}, target return: {asked}."
     )
 
 
 def success(columns: Sequence[Column]) -> tuple[str, str]:
-    """What evaluations are compared in, and a table: a row for each task, a column for each."""
+    """Return a title, and a table with a row for each task and a column for each evaluation."""
     summaries = [{row["task"]: row for row in column.result.summary()} for column in columns]
     tasks = dict.fromkeys(task for c in columns for task in c.result.protocol.tasks)
     bounds = [_interval_of(row) for summary in summaries for row in summary.values()]
@@ -230,7 +239,10 @@ def success(columns: Sequence[Column]) -> tuple[str, str]:
 
 
 def _heading(column: Column) -> tuple[str, str]:
-    """A run's name and, below it, how it was evaluated, its own masks apart."""
+    """Return a run's name and, below it, how it was evaluated.
+
+    The run's own masks are not mentioned.
+    """
     protocol = column.result.protocol
     how = f"step {protocol.checkpoint:,}, {protocol.episodes} episodes"
     if protocol.unseen or protocol.mask == "voted":
@@ -241,18 +253,20 @@ def _heading(column: Column) -> tuple[str, str]:
 
 
 def protocol_notes(columns: Sequence[Column]) -> list[str]:
-    """In what the evaluations were measured differently, other than in what a column says."""
-    said = (
+    """Return sentences on how the protocols differ, beyond what the columns' headings show."""
+    shown = (
         *("checkpoint", "episodes", "mask", "plans"),
         *("tasks", "target_returns", "backend", "device"),
     )
     found = [column.result.protocol.to_json() for column in columns]
     first, notes = found[0], []
     if any(set(protocol["tasks"]) != set(first["tasks"]) for protocol in found):
-        notes.append("Not all were evaluated on the same tasks: an average is over a column's own.")
-    different = [n for n in first if n not in said and any(p[n] != first[n] for p in found)]
+        notes.append(
+            "Not all evaluations have the same tasks: an average is over the tasks of its column."
+        )
+    different = [n for n in first if n not in shown and any(p[n] != first[n] for p in found)]
     if different:
-        notes.append(f"Not all were measured in one way: they differ in {', '.join(different)}.")
+        notes.append(f"The evaluations were measured differently in {', '.join(different)}.")
     return notes
 
 
@@ -263,7 +277,12 @@ def _interval_of(row: dict[str, Any]) -> tuple[float, float, float]:
 
 
 def _interval_cell(row: dict[str, Any] | None, scale: tuple[float, float]) -> Cell:
-    """The mean, its interval in words, and a mark of both on a scale; empty without a row."""
+    """Return a cell with the mean, its interval as text, and a mark of both on a scale.
+
+    Args:
+        row: the row of the summary; None gives a cell without a result.
+        scale: the lowest and the highest value of the scale.
+    """
     if row is None:
         return Cell(numbers.MISSING)
     low, mean, high = _interval_of(row)
@@ -278,11 +297,11 @@ def _interval_cell(row: dict[str, Any] | None, scale: tuple[float, float]) -> Ce
     return Cell(form(mean), mean, after=after)
 
 
-# What it took, and with which settings
+# Costs and settings
 
 
 def costs(runs: Sequence[ReportedRun]) -> str:
-    """Time by part, throughput and memory of the runs that have them."""
+    """Return a table with time by part, throughput and memory of the runs that recorded them."""
     headings = ["run", "in all", "steps", *PARTS, "steps/s", "memory", "GPU memory"]
     rows = []
     for index, run in enumerate(runs):
@@ -307,7 +326,7 @@ def costs(runs: Sequence[ReportedRun]) -> str:
 
 
 def changes(runs: Sequence[ReportedRun]) -> str:
-    """How much mask updates changed, in the runs that have them."""
+    """Return a table on how many weights the mask updates of each run moved."""
     headings = ["run", "mask updates", "moved per task, in all", "at most in an update"]
     headings += ["differ from the start", "share of a mask"]
     rows = []
@@ -317,7 +336,7 @@ def changes(runs: Sequence[ReportedRun]) -> str:
             continue
         differing = run.by_layer("differing/")
         tasks = len(run.description.tasks)
-        active = sum(run.description.active_weights) / tasks  # 0 where their number changes
+        active = sum(run.description.active_weights) / tasks  # 0 if their number changes
         differ = sum(differing[-1][1].values()) / 2 / tasks if differing and active else None
         share = None if differ is None else differ / active
         rows.append(
@@ -334,7 +353,7 @@ def changes(runs: Sequence[ReportedRun]) -> str:
 
 
 def all_settings(runs: Sequence[ReportedRun]) -> tuple[str, int]:
-    """Every setting of every run, as HTML, and how many of them differ between runs."""
+    """Return all settings of all runs as HTML, and how many of them differ between runs."""
     values: dict[str, list[str]] = {}
     for index, run in enumerate(runs):
         for name, value in _settings_of(run).items():
@@ -359,7 +378,7 @@ def all_settings(runs: Sequence[ReportedRun]) -> tuple[str, int]:
 
 
 def _settings_of(run: ReportedRun) -> dict[str, str]:
-    """Settings, and what else a run depends on, by name."""
+    """Return the settings of a run, and everything else that its result depends on, by name."""
     description = run.description
     found: dict[str, Any] = {"algorithm": run.config.algorithm, "preset": description.preset}
     found |= dict(settings(run.config))
@@ -371,7 +390,7 @@ def _settings_of(run: ReportedRun) -> dict[str, str]:
     for name in dict.fromkeys(name for part in parts for name in part.versions):
         versions = [(part.step, part.versions.get(name, numbers.MISSING)) for part in parts]
         found[f"version of {name}"] = _over_parts(versions)
-    found["changed on the way"] = "; ".join(
+    found["changed on resuming"] = "; ".join(
         f"{c.get('setting')} from {c.get('from')} to {c.get('to')} at step {c.get('step')}"
         for c in description.changes
     )
@@ -379,7 +398,7 @@ def _settings_of(run: ReportedRun) -> dict[str, str]:
 
 
 def _over_parts(values: Sequence[tuple[int, str]]) -> str:
-    """The value of each part of a run; where it changes, with the step after which it does."""
+    """Return the values of a run's parts as text, with the step after which each change came."""
     (_, first), *later = values
     found, before = [first], first
     for step, value in later:

@@ -1,1 +1,1 @@
-"""The paper's tables and figures, trained and measured again: `python -m harmodt.reproduce`."""
+"""Reproduces the paper's tables and figures: `python -m harmodt.reproduce`."""

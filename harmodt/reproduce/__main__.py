@@ -1,4 +1,4 @@
-"""Reproduce a table or figure of the paper: `python -m harmodt.reproduce NAME --budget small`.
+"""Reproduces a table or figure of the paper: `python -m harmodt.reproduce NAME --budget small`.
 
 python -m harmodt.reproduce --list
 python -m harmodt.reproduce table2 --budget small --dry-run
@@ -37,37 +37,38 @@ console = PlainConsole(file=output)
 
 @dataclass(frozen=True)
 class ReproduceConfig:
-    """Train and measure what a table or figure of the paper compares; end in its table.
+    """Train and evaluate the runs of a table or figure of the paper, and write the table.
 
-    An interrupted reproduction goes on when the same command is given again: what is done is
-    skipped, and what a run had come to is taken up. Experiments share a folder, and in it what they
-    have in common.
+    To go on after an interruption, give the same command again. It skips the jobs that are done and
+    resumes the runs at their last checkpoints. Experiments of one budget share a folder, and share
+    the data and runs that they have in common.
     """
 
     name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="NAME")] = None
-    """What to reproduce: see --list."""
+    """Name of the experiment to reproduce; --list shows all names."""
     budget: str = "smoke"
-    """How much is spent: smoke proves the machinery in minutes, small is hours on two cores, paper
-    is the paper's own."""
+    """Size of data and runs: smoke only tests the program and takes minutes, small takes hours on
+    two cores, cores has the paper's steps on data that two cores collect, paper is the paper's
+    own size."""
     output: Path | None = None
     """Folder of data, runs and tables; by default runs/reproduce-BUDGET."""
     seeds: tuple[Whole, ...] = ()
-    """Of training, in place of the budget's."""
+    """Seeds of training, in place of the budget's seeds."""
     reference: str | None = None
-    """Variant that the others are compared with, in place of the experiment's own; its name is in
-    those of the table's files."""
+    """Variant that the others are compared with, in place of the experiment's own reference. The
+    names of the table's files then contain the name of the variant."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where runs are placed: one on each GPU there is, or all on the CPU."""
+    """Device of the runs: cuda uses all GPUs, cpu the CPU, auto the GPUs if there are some."""
     jobs: Count = 1
-    """Runs at a time on each GPU, or on the CPU."""
+    """Number of runs at a time on each GPU, or on the CPU."""
     list: bool = False
-    """Show what there is to reproduce."""
+    """Show all experiments."""
     dry_run: bool = False
-    """Show the runs and how long they would take, by a few steps of each kind taken now."""
+    """Show the runs, and estimate how long they would take from a few steps taken now."""
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     prepare_cpu()
     config: ReproduceConfig = parse_arguments(
         ReproduceConfig,
@@ -100,7 +101,7 @@ def _plan(config: ReproduceConfig) -> Plan:
 
 
 def _find(kind: str, name: str, known: Collection[str]) -> None:
-    """Refuse a name that there is not, with the nearest that there is."""
+    """Refuse an unknown name, and suggest the most similar known name."""
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
         names = ", ".join(map(repr, known))
@@ -108,7 +109,7 @@ def _find(kind: str, name: str, known: Collection[str]) -> None:
 
 
 def _reproduce(plan: Plan, folder: Folder, slots: Sequence[Mapping[str, str]]) -> None:
-    """Do all that is not done, print and write the table, and name what failed."""
+    """Do the jobs that are not done, print and write the table, and name the jobs that failed."""
     command = command_of(["harmodt.reproduce", *sys.argv[1:]])
     stop = output.stop = Stop()
     try:
@@ -131,7 +132,7 @@ def _reproduce(plan: Plan, folder: Folder, slots: Sequence[Mapping[str, str]]) -
 
 
 def _report(plan: Plan, folder: Folder) -> None:
-    """Print the table, and write it, a figure of it and a page of the runs beside them."""
+    """Print the table; write the table, its figure and a page that shows the runs."""
     outcome, path = tabulate(plan, folder), folder.path / plan.table_name
     outcome.save(path)
     console.print(outcome.table(console.width))
@@ -146,7 +147,7 @@ def _report(plan: Plan, folder: Folder) -> None:
 
 
 def _draw(what: str, path: Path, draw: Callable[[], None]) -> None:
-    """Write a file and say so, or why not: the table is there without it."""
+    """Write a file and print its path. If this fails, print why: the table is complete anyway."""
     try:
         draw()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""How long runs would take: measured here and now, by a few steps of each kind of run."""
+"""Estimates how long runs would take, from a few steps that are measured on this machine."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from ..training.trainer import Trainer
 from .plan import Run
 
 STEPS = 3
-"""Steps that are timed; the least time counts."""
+"""Number of steps that are timed; the shortest time counts."""
 
 _UPDATES = 2  # mask updates that are timed
 _EPISODE_LENGTH = 60
 
 
 def seconds_per_step(run: Run) -> float:
-    """The time that a step of a run takes on this machine, with its share of a mask update.
+    """Measure the time of a step on this machine, with its share of a mask update.
 
-    It is measured on random numbers in place of the run's data. The first steps and the first mask
-    update are not timed: they compile kernels and record graphs, which a run does only once.
+    Random numbers take the place of the run's data. The first steps and the first mask update are
+    not timed. They compile kernels and capture CUDA graphs, which a run does only once.
 
     Raises:
-        UserError: the run's device or its kernels are not there.
+        UserError: the run's device or its kernels are missing.
     """
     options = run.config.run
     execution = Execution.choose(options.device, options.fused, options.precision, options.graph)
@@ -46,19 +46,19 @@ def seconds_per_step(run: Run) -> float:
         conditioning = tuple(TaskConditioning.from_data(task, run.config) for task in data)
         setup = Setup(run.config, store.environment, conditioning, execution)
         trainer = Trainer(setup, data, RunDirectory(Path(folder) / "run"))
-        for _ in range(WARM_UP + 1):  # the last one records a graph
+        for _ in range(WARM_UP + 1):  # the last one captures a CUDA graph
             trainer.train_step()
         step = _least_seconds(trainer.train_step, STEPS, execution.device)
         every = dict(settings(run.config)).get("mask_update_every")
         if every is None:
             return step
-        trainer.step = 0  # at which an update is due
+        trainer.step = 0  # an update is due at this step
         trainer.before_step()
         return step + _least_seconds(trainer.before_step, _UPDATES, execution.device) / every
 
 
 def _least_seconds(function: Callable[[], object], times: int, device: torch.device) -> float:
-    """The least time of some calls, each until the device has computed everything."""
+    """Return the shortest time of some calls. A call ends when the device has finished its work."""
     found = []
     for _ in range(times):
         _wait_for(device)

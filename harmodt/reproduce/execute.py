@@ -1,4 +1,4 @@
-"""Does jobs, each in its own process on a device, until none is left that can be done."""
+"""Executes jobs, each in its own process on a device, until all that can be done are done."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from .jobs import Folder, Job
 
 POLL_SECONDS = 0.1
 END_SECONDS = 60
-"""How long a job may take to save a checkpoint and end when it is told to."""
+"""Time in which a job that is asked to end has to save a checkpoint and end."""
 
 
 @dataclass(frozen=True)
 class _Running:
-    """A job that runs: its process, its slot of the machine, and when it began."""
+    """A running job, with its process, its slot and the time at which it began."""
 
     job: Job
     process: subprocess.Popen[bytes]
@@ -37,15 +37,15 @@ class _Running:
 
 
 def find_slots(device: str, jobs: int) -> Sequence[Mapping[str, str]]:
-    """The slots of this machine, each of which runs one job at a time.
+    """Return the slots of this machine. Each slot runs one job at a time.
 
-    A slot is a few environment variables. They name the slot's GPU, or none, and its share of the
-    cores where there are several slots. Where OMP_NUM_THREADS or a variable like it is set already,
-    it stays as it is.
+    A slot consists of environment variables for its jobs. They name the slot's GPU, or no GPU. If
+    there are several slots, they also give the slot its share of the cores. A variable such as
+    OMP_NUM_THREADS that is already set keeps its value.
 
     Args:
-        device: "cuda", "cpu", or "auto" for the GPUs where there are some.
-        jobs: number of slots on each GPU, or on the CPU.
+        device: "cuda", "cpu", or "auto", which takes the GPUs if there are some.
+        jobs: the number of slots on each GPU, or on the CPU.
 
     Raises:
         UserError: there is no GPU.
@@ -69,19 +69,19 @@ def find_slots(device: str, jobs: int) -> Sequence[Mapping[str, str]]:
 
 
 class Work:
-    """Jobs: those that are done, that run, that wait, and that failed.
+    """Executes jobs, and knows which jobs are done, running, waiting or failed.
 
     Args:
-        jobs: in the order in which they begin.
-        slots: as `find_slots` returns them.
-        folder: where the jobs' logs go.
-        console: where a line is printed for each job that has ended.
+        jobs: the jobs, in the order in which they begin.
+        slots: the slots that `find_slots` returns.
+        folder: the folder that holds the jobs' logs.
+        console: prints a line for each job that has ended.
 
     Attributes:
-        failed: for the name of each job that failed, the reason.
+        failed: for each failed job, by name, the reason.
 
     Raises:
-        UserError: a job's directory holds something else, or a damaged file.
+        UserError: a job's directory holds other data or runs, or a damaged file.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Work:
     def do(self, stop: Stop) -> None:
         """Do all jobs that can be done.
 
-        A signal or an error stops the work: the running jobs are told to end, and waited for.
+        After a signal or an error, this asks the running jobs to end, and waits for them.
         """
         self._folder.logs.mkdir(parents=True, exist_ok=True)
         orphans_end = time.monotonic() + END_SECONDS
@@ -123,13 +123,13 @@ class Work:
         """Begin the jobs that can begin.
 
         Args:
-            wait: leave jobs for later whose directory is in use: the run that a killed reproduction
-                began there ends by itself.
+            wait: whether to put off jobs whose directory is in use. A job of an earlier, killed
+                reproduction may still use it, and ends by itself.
         """
         for job in list(self._waiting):
             if self.failed.keys() & {*job.needs}:
                 self._waiting.remove(job)
-                self.failed[job.name] = f"not begun, for it needs {', '.join(job.needs)}"
+                self.failed[job.name] = f"not begun, because it needs {', '.join(job.needs)}"
             elif not self._free or not self._done >= {*job.needs}:
                 continue
             elif not (wait and _in_use(job.directory)):
@@ -137,7 +137,7 @@ class Work:
                 self._running.append(_start(job, self._free.pop(0), self._folder))
 
     def _take_back(self) -> None:
-        """Take back the slots of jobs that have ended, and print how each ended."""
+        """Free the slots of jobs that have ended, and print how each job ended."""
         for ended in [r for r in self._running if r.process.poll() is not None]:
             self._running.remove(ended)
             self._free.append(ended.slot)
@@ -150,7 +150,7 @@ class Work:
 
 
 def _start(job: Job, slot: Mapping[str, str], folder: Folder) -> _Running:
-    """Start a job's process, which ends with this one."""
+    """Start the process of a job. It ends when this process ends."""
     words = job.words()
     with open(folder.log(job.name), "ab") as log:
         log.write(f"$ {command_of(words)}\n".encode())
@@ -160,7 +160,7 @@ def _start(job: Job, slot: Mapping[str, str], folder: Folder) -> _Running:
 
 
 def command_of(words: Sequence[str]) -> str:
-    """A job's command as a person types it."""
+    """Return a job's command as a person types it."""
     return f"python -m {shlex.join(words)}"
 
 
@@ -175,7 +175,7 @@ def _in_use(directory: Path) -> bool:
 
 
 def _why_not(ended: _Running) -> str | None:
-    """The reason why a job that has ended is not done; None if it is."""
+    """Return the reason why a job that has ended is not done; None if it is done."""
     status = ended.process.returncode
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"

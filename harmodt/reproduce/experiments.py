@@ -1,8 +1,8 @@
-"""What there is to reproduce, and at which budgets: the definitions alone.
+"""Defines the experiments that can be reproduced, and their budgets.
 
-An experiment is columns × variants, and each of these trained with every seed is a run. A new
-experiment is a row of `EXPERIMENTS`, a new budget one of `BUDGETS`. What the paper found is in
-`paper.json`, under the experiment's name and those of its variants and columns.
+An experiment has a cell for each of its columns and variants. A cell has a run for each seed. To
+add an experiment, add an entry to `EXPERIMENTS`; to add a budget, add one to `BUDGETS`. The paper's
+results are in `paper.json`, under the names of experiment, variant and column.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Composition = Literal["near-optimal", "sub-optimal"]
 
 @dataclass(frozen=True)
 class Times:
-    """So many times what another setting is at the budget."""
+    """A multiple of the value that another setting has at the budget."""
 
     factor: float
     setting: str
@@ -26,14 +26,14 @@ class Times:
 
 @dataclass(frozen=True)
 class Column:
-    """What variants are compared on.
+    """Tasks and data on which the variants are compared.
 
     Attributes:
-        name: in tables.
-        tasks: a set to train on.
-        composition: of its data.
-        settings: of every run whose algorithm has them.
-        unseen: a set that is met in place of the one that was trained on.
+        name: the name in tables.
+        tasks: the set of tasks that the runs train on.
+        composition: the composition of their data.
+        settings: settings of every run whose algorithm has them.
+        unseen: a set of unseen tasks that is evaluated in place of the training tasks.
     """
 
     name: str
@@ -45,13 +45,13 @@ class Column:
 
 @dataclass(frozen=True)
 class Variant:
-    """What is compared.
+    """An algorithm, with its settings, that is compared with others.
 
     Attributes:
-        name: in tables; the paper's where it has one.
-        algorithm: its name in `ALGORITHMS`.
-        settings: that differ from the budget's: values, or `Times` of the budget's own.
-        mask: that unseen tasks are met under; by default the algorithm's own choice.
+        name: the name in tables; the paper's name if it has one.
+        algorithm: the name of the algorithm in `ALGORITHMS`.
+        settings: the settings that differ from the budget's: values, or `Times` for a multiple.
+        mask: the mask for unseen tasks; None for no mask.
     """
 
     name: str
@@ -65,10 +65,12 @@ class Experiment:
     """A table or figure.
 
     Attributes:
-        title: one line.
-        columns, variants: what is compared on what.
+        title: a title of one line.
+        columns: the tasks and data on which the variants are compared.
+        variants: the algorithms that are compared.
         reference: the variant that the others are compared with, seed by seed.
-        measure: success or return at the end, or the averaged harmony score over training.
+        measure: "outcome" for success or return at the end of training, "harmony" for the averaged
+            harmony score during training.
     """
 
     title: str
@@ -80,22 +82,24 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is spent on an experiment.
+    """The size of the data and the runs of an experiment.
 
     Attributes:
-        title: one line, which a table ends with.
-        preset: where settings come from.
-        seeds: of training.
-        episodes: of each task's data, by composition; the sub-optimal are the first half.
-        prompt_episodes: of each task, held apart.
-        episode_length: of the data; by default the environments'.
-        tasks: how many of each set, the first ones; by default all.
-        steps: of a run, by its number of tasks.
-        tasks_per_step: at most.
-        mask_updates: in a run.
-        settings: others that differ from the preset's, where an algorithm has them.
-        unseen_episodes: of each unseen task.
-        final_episodes: of each task at the end; by default as many as in evaluations on the way.
+        title: a description of one line, which is printed below the table.
+        preset: the preset on which the settings are based.
+        seeds: the seeds of training.
+        episodes: the number of episodes per task in the data, by composition. Sub-optimal data
+            have half as many, because they are the first half of the near-optimal data.
+        prompt_episodes: the number of prompt episodes per task, which are held out.
+        steps: a function that returns the training steps of a run from its number of tasks.
+        tasks_per_step: the largest number of tasks in a step.
+        mask_updates: the number of mask updates in a run.
+        settings: further settings that differ from the preset's, for algorithms that have them.
+        unseen_episodes: the number of evaluation episodes per unseen task.
+        episode_length: the steps of an episode in the data; None for the environments' length.
+        tasks: the number of tasks of each set, which are its first ones; None for all.
+        final_episodes: the number of evaluation episodes per task at the end; None for as many as
+            in the evaluations during training.
     """
 
     title: str
@@ -115,7 +119,7 @@ class Budget:
 
 BUDGETS: dict[str, Budget] = {
     "smoke": Budget(
-        title="two tasks of each set, a tiny model, 8 steps: proves the machinery and nothing else",
+        title="two tasks of each set, a tiny model, 8 steps: only tests that the program works",
         preset="quickstart",
         seeds=(0,),
         episodes={"near-optimal": 4, "sub-optimal": 2},
@@ -139,7 +143,7 @@ BUDGETS: dict[str, Budget] = {
         unseen_episodes=2,
     ),
     "small": Budget(
-        title="the quickstart's recipe, 80 steps per task and 800 at least: hours on two cores",
+        title="the quickstart's recipe, 80 steps per task, at least 800 steps: hours on two cores",
         preset="quickstart",
         seeds=(0, 1),
         episodes={"near-optimal": 60, "sub-optimal": 30},
@@ -180,7 +184,7 @@ BUDGETS: dict[str, Budget] = {
 
 
 def _sets(*names: str, **settings: Any) -> tuple[Column, ...]:
-    """Both compositions of some sets of Meta-World's tasks."""
+    """Return a column for each composition of some sets of Meta-World's tasks."""
     compositions: tuple[Composition, ...] = ("near-optimal", "sub-optimal")
     return tuple(
         Column(f"{name.upper()} {composition}", name, composition, settings)
@@ -195,7 +199,7 @@ def _walkers(name: str, return_scale: float) -> Column:
 
 
 def _sweep(algorithm: str, setting: str, symbol: str, *values: Any) -> tuple[Variant, ...]:
-    """A variant for each value of a setting."""
+    """Return a variant for each value of a setting."""
     shown = [f"× {v.factor:g}" if isinstance(v, Times) else f"= {v:g}" for v in values]
     return tuple(
         Variant(f"{symbol} {text}", algorithm, {setting: value})
@@ -209,7 +213,7 @@ _R = Variant("HarmoDT-R", "harmodt-r")
 _SOFT = Variant("Soft masks", "soco-dt")
 _PROMPT_DT = Variant("Prompt-DT", "prompt-dt")
 _MTDT = Variant("MTDT", "mtdt")
-_WIDER_MTDT = Variant("MTDT", "mtdt", {"embed_dim": 136})  # 1.49 M parameters, the others' 1.47 M
+_WIDER_MTDT = Variant("MTDT", "mtdt", {"embed_dim": 136})  # 1.49 M parameters; others: 1.47 M
 _ETA_MAX = _sweep("harmodt-f", "eta_max", "η_max", 10, 1000, 10_000)
 _SPARSITY = _sweep("harmodt-f", "sparsity", "S", 0.1, 0.3, 0.5)
 _BALANCE = _sweep("harmodt-f", "balance", "λ", 0.1, 1.0, 100.0)
@@ -229,10 +233,10 @@ _INITIALISATION = tuple(
 )
 _EMBEDDING = {"task_embedding_dim": 16}
 _ONE_MASK = Variant("HarmoDT-R, one mask for all", "harmodt-r", {"shared_mask": True})
-# Where masks do most, by the paper's Table 3; of several tasks a step, between which surgery is.
+# In the paper's Table 3, masks help this size most. Gradient surgery needs several tasks in a step.
 _MT10_SMALLEST = _sets("mt10", size="0.48M", tasks_per_step=8)
 _LONGER = {"steps": Times(10, "steps")}
-# What two cores train; its own 5.32 M parameters take hours.
+# Small enough for two cores; the usual model of 5.32 M parameters takes hours.
 _SMALL_MTDIFF = Variant(
     "MTDIFF-P, 1.15 M",
     "mtdiff-p",
@@ -273,7 +277,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             Column(f"{tasks.upper()}, {size[:-1]} M", tasks, settings={"size": size})
             for tasks in ("mt30", "mt50")
             for size in SIZES
-            if size != "5.29M"  # of Table 6
+            if size != "5.29M"  # only in the paper's Table 6
         ),
         variants=(_MTDT, _PROMPT_DT, _F),
         reference="HarmoDT-F",
@@ -327,7 +331,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "surgery": Experiment(
         title="gradient surgery beside masks, and both together, on 10 and 50 tasks",
         columns=tuple(
-            # Surgery is between tasks of one step, of which the paper's settings have one.
+            # Surgery needs several tasks in a step; the paper's settings have one.
             Column(f"{name.upper()} near-optimal", name, settings={"tasks_per_step": 8})
             for name in ("mt10", "mt50")
         ),
@@ -335,7 +339,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         reference="Prompt-DT",
     ),
     "initialisation": Experiment(
-        title="what masks begin as, and one random mask for all tasks, on MT50",
+        title="two kinds of initial masks, and one random mask for all tasks, on MT50",
         columns=_sets("mt50"),
         variants=(
             _F,
@@ -364,7 +368,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         reference="HarmoDT-F",
     ),
     "controls": Experiment(
-        title="what a mask adds beyond telling the task, on 10 tasks at the smallest size",
+        title="what a mask adds beyond identifying the task, on 10 tasks at the smallest size",
         columns=_MT10_SMALLEST,
         variants=(
             _MTDT,
@@ -386,7 +390,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         reference="Prompt-DT",
     ),
     "movement": Experiment(
-        title="masks that move more weights, and none, on 10 tasks at the smallest size",
+        title="mask updates that move more weights or none, on 10 tasks at the smallest size",
         columns=_MT10_SMALLEST,
         variants=(
             _R,
@@ -403,7 +407,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         reference="HarmoDT-R",
     ),
     "soft": Experiment(
-        title="soft masks, hard ones that learn and random ones, on 10 tasks at the smallest size",
+        title="soft masks, learned hard masks and random masks, on 10 tasks at the smallest size",
         columns=_MT10_SMALLEST,
         variants=(_R, _F, _SOFT),
         reference="HarmoDT-F",
@@ -418,7 +422,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         reference="HarmoDT-R",
     ),
     "length": Experiment(
-        title="as many steps as the paper's, on 50 tasks at the smallest size",
+        title="as many steps as in the paper, on 50 tasks at the smallest size",
         columns=(
             Column("MT50 sub-optimal, 0.48 M", "mt50", "sub-optimal", {"size": "0.48M"}),
             Column("MT50 near-optimal, 0.48 M", "mt50", settings={"size": "0.48M"}),
@@ -427,7 +431,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         reference="HarmoDT-R",
     ),
     "pace": Experiment(
-        title="ten times as many mask updates, as the authors' code has, on 50 tasks",
+        title="ten times as many mask updates, as in the authors' code, on 50 tasks",
         columns=(Column("MT50 sub-optimal, 0.48 M", "mt50", "sub-optimal", {"size": "0.48M"}),),
         variants=(
             _R,
@@ -437,7 +441,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         reference="HarmoDT-R",
     ),
     "fifty": Experiment(
-        title="learned masks, random ones and none on 50 tasks, in an easy setting and a hard one",
+        title="learned masks, random masks and no masks on 50 tasks, in an easy and a hard setting",
         columns=(
             Column("MT50 near-optimal, 1.47 M", "mt50"),
             Column("MT50 sub-optimal, 0.48 M", "mt50", "sub-optimal", {"size": "0.48M"}),

@@ -1,4 +1,4 @@
-"""An experiment as a figure: what each variant has more than the reference, with intervals."""
+"""Draws an experiment: the difference of each variant from the reference, with intervals."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ..files import clear_temporaries, write_bytes
 from ..report.page import check_packages
 from .tables import SOLVED, Outcome, Row, number
 
-# Legible on white and on black.
+# These colours are legible on white and on black.
 _INK, _OURS, _GRID = "#6e7781", "#1f7ae0", "#8b949e55"
 _WIDTH = 270
-_LETTERS = 56  # of a title above a panel and its labels
+_LETTERS = 56  # letters that fit above a panel and its labels
 
 Spec = dict[str, Any]
 
@@ -52,14 +52,14 @@ def write_figure(outcome: Outcome, path: Path) -> None:
 
 
 def describe(outcome: Outcome) -> Spec:
-    """The figure as Vega-Lite has it: a panel for each column, a line for each variant."""
+    """Return the figure in Vega-Lite: a panel for each column, with a line for each variant."""
     experiment = outcome.plan.experiment
     references = {r.column: r for r in outcome.rows if r.variant == experiment.reference}
     points = [_point(row, references[row.column]) for row in outcome.rows]
-    legend = "paired differences with 95 % intervals; at the right, means"
+    legend = "paired differences with 95 % intervals; means at the right"
     if any("paper" in point for point in points):
-        legend += "; ◇ the paper's differences, at its own budget"
-    letters = _LETTERS * min(2, len(experiment.columns))  # what is wider would be cut off
+        legend += "; ◇ the paper's differences at its own budget"
+    letters = _LETTERS * min(2, len(experiment.columns))  # a wider text would be cut off
     title = f"{outcome.rows[0].measure}, minus {experiment.reference}"
     panel = [
         _layer("rule", "zero", title, strokeDash=[2, 3], color=_INK),
@@ -100,7 +100,7 @@ def describe(outcome: Outcome) -> Spec:
 
 
 def _point(row: Row, reference: Row) -> Spec:
-    """What is drawn of a row: what there is not is left out."""
+    """Return the values of a row that the figure draws. Missing values are left out."""
     scale = 100 if row.measure == SOLVED else 1
     point: Spec = {"column": row.column, "variant": row.variant, "mean": "–"}
     if row is reference:
@@ -112,13 +112,13 @@ def _point(row: Row, reference: Row) -> Spec:
         point |= {"difference": scale * found.mean}
         point |= {"low": scale * found.low, "high": scale * found.high}
     if row.paper and reference.paper and row is not reference:
-        theirs, of_reference = (float(p.partition(" ± ")[0]) for p in (row.paper, reference.paper))
-        point["paper"] = theirs - of_reference
+        value, base = (float(p.partition(" ± ")[0]) for p in (row.paper, reference.paper))
+        point["paper"] = value - base
     return point
 
 
 def _layer(mark: str, field: str, title: str, x2: Spec | None = None, **style: Any) -> Spec:
-    """Marks where there is a value of a field, across all lines that of the reference alone."""
+    """Return marks at the values of a field. The mark of the field zero spans all lines."""
     encoding: Spec = {"x": {"field": field, "type": "quantitative", "title": title}}
     encoding |= {"x2": x2} if x2 else {}
     encoding |= {"y": None} if field == "zero" else {}

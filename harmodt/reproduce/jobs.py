@@ -1,4 +1,4 @@
-"""What is to be done for a plan, each job a command of its own, and what of it is there already."""
+"""Turns a plan into jobs, and tells which jobs are done. Each job is a command."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ from ..training.records import read_records
 from .plan import Collection, Plan, Question, Run
 
 _LEFT_OPEN = ("data", "output")
-"""Settings that say where a run is, not what it is."""
+"""Settings that hold paths. They do not change a run's result."""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """Where everything of a budget is: data/, runs/, logs/ and the tables."""
+    """The folder of a budget, which holds data/, runs/, logs/ and the tables."""
 
     path: Path
 
     def data(self, collection: Collection) -> Path:
-        """A store."""
+        """Return the path of a store."""
         return self.path / "data" / collection.name
 
     def run(self, run: Run) -> RunDirectory:
-        """A run's directory."""
+        """Return a run's directory."""
         return RunDirectory(self.path / "runs" / run.name)
 
     @property
     def logs(self) -> Path:
-        """What jobs printed."""
+        """The folder of the jobs' logs."""
         return self.path / "logs"
 
     def log(self, job: str) -> Path:
-        """What a job printed."""
+        """Return the file with the output of a job."""
         return self.logs / f"{job}.log"
 
 
 class Job(Protocol):
-    """A command to give, once or until it has come to its end.
+    """A command that is given once, or again until its result is there.
 
     Attributes:
-        name: of its log.
-        needs: names of the jobs that must be done before.
-        directory: that it writes.
+        name: the name of the job and of its log.
+        needs: the names of the jobs that must be done before.
+        directory: the directory that the command writes.
     """
 
     @property
@@ -63,19 +63,19 @@ class Job(Protocol):
     def directory(self) -> Path: ...
 
     def is_done(self) -> bool:
-        """Whether what it makes is there.
+        """Tell whether the job's result is there.
 
         Raises:
-            UserError: something else is, or it is damaged.
+            UserError: the directory holds something else, or the result is damaged.
         """
 
     def words(self) -> list[str]:
-        """The command, after `python -m`: what begins it or, where it was begun, goes on."""
+        """Return the words after `python -m` that begin the job or go on with it."""
 
 
 @dataclass(frozen=True)
 class Collect:
-    """Makes a store; one that was made from other data, such as the paper's, is taken as it is."""
+    """Collects a store. A store that was imported from other data is used without changes."""
 
     folder: Folder
     collection: Collection
@@ -99,12 +99,12 @@ class Collect:
                 f"the store {self.directory} lacks {', '.join(missing)}: move it away, or name "
                 "another --output"
             )
-        made = store.provenance.get("collect", wanted)  # or it was brought here
+        made = store.provenance.get("collect", wanted)  # an imported store has no such entry
         for name in wanted:
             there = made.get(name)
             same = there == wanted[name]
             if isinstance(wanted[name], list) and isinstance(there, list):
-                same = sorted(there) == sorted(wanted[name])  # tasks do not depend on their order
+                same = sorted(there) == sorted(wanted[name])  # the order of tasks does not matter
             if not same:
                 raise UserError(
                     f"the store {self.directory} has {name} = {there} instead of "
@@ -122,7 +122,7 @@ class Collect:
 
 @dataclass(frozen=True)
 class Train:
-    """Trains a run to its last step and evaluates it, or goes on with it."""
+    """Trains a run to its last step and evaluates it; resumes the run if it was begun."""
 
     folder: Folder
     run: Run
@@ -141,10 +141,10 @@ class Train:
 
     @property
     def step(self) -> int | None:
-        """Of its last checkpoint, or 0; None where it has not begun.
+        """The step of the last checkpoint, 0 without checkpoints; None if the run was not begun.
 
         Raises:
-            UserError: it was trained with other settings, or something else is in its place.
+            UserError: the run has other settings, or the directory holds something else.
         """
         directory = self.folder.run(self.run)
         if not directory.description.exists():
@@ -162,7 +162,7 @@ class Train:
 
     def words(self) -> list[str]:
         data = ["--data", str(self.folder.data(self.run.collection))]
-        if self._is_evaluated:  # and the result is not there any more
+        if self._is_evaluated:  # but its result is missing
             episodes = self.run.config.evaluation.evaluation_episodes
             return ["harmodt.evaluate", str(self.directory), "--episodes", str(episodes)]
         if self.folder.run(self.run).description.exists():
@@ -173,14 +173,14 @@ class Train:
 
     @property
     def _is_evaluated(self) -> bool:
-        """Whether the run takes itself to be done with its last evaluation."""
+        """Whether the run's metrics record its last evaluation."""
         if self.step != self.run.steps:
             return False
         records = read_records(self.folder.run(self.run).metrics, timed=False)
         return any(r["step"] == self.run.steps and "mean_return" in r for r in records)
 
     def _check(self, found: Description) -> None:
-        """Raise UserError where a run is another than is wanted."""
+        """Raise UserError if the run has other settings than the plan."""
         changed = {change["setting"] for change in found.changes}
         wanted, there = dict(_leaves(to_json(self.run.config))), dict(_leaves(found.config))
         for name, value in wanted.items():
@@ -194,7 +194,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measures a run in more episodes than on the way, or on tasks that it was not trained on."""
+    """Evaluates a run on more episodes than during training, or on unseen tasks."""
 
     folder: Folder
     run: Run
@@ -227,21 +227,22 @@ class Evaluate:
 
 
 def jobs_of(plan: Plan, folder: Folder) -> list[Job]:
-    """All jobs of a plan, in the order in which they are best done; each once."""
+    """Return all jobs of a plan, each once, in the order in which they should begin."""
     jobs: list[Job] = [Collect(folder, collection) for collection in plan.collections]
     for run in plan.runs:
         jobs.append(Train(folder, run))
-        answered = Question(run.tasks, run.config.evaluation.evaluation_episodes)  # by training
+        # Training itself makes this evaluation.
+        answered = Question(run.tasks, run.config.evaluation.evaluation_episodes)
         asked = dict.fromkeys(cell.question for cell in plan.cells if run in cell.runs)
         jobs += [Evaluate(folder, run, question) for question in asked if question != answered]
     return jobs
 
 
 def find_result(folder: Folder, run: Run, question: Question) -> EvaluationResult | None:
-    """What a run's last checkpoint came to, asked as `harmodt.evaluate` does by default.
+    """Return the result of a run's last checkpoint with the default measure; None without one.
 
     Raises:
-        UserError: an evaluation is damaged, or there are two.
+        UserError: an evaluation is damaged, or there are two such results.
     """
     results = _results(folder, run, question)
     if not results:
@@ -250,14 +251,14 @@ def find_result(folder: Folder, run: Run, question: Question) -> EvaluationResul
     found = [path for path, result in results.items() if result.protocol.measure(own) == measure]
     if len(found) > 1:
         raise UserError(
-            f"{' and '.join(path.name for path in found)} in {found[0].parent} are both of that "
-            "run's last step: move all but one away"
+            f"{' and '.join(path.name for path in found)} in {found[0].parent} are evaluations of "
+            "the same last step: move all but one away"
         )
     return results[found[0]] if found else None
 
 
 def left_out(folder: Folder, run: Run, question: Question) -> list[str]:
-    """How the results that `find_result` leaves out, for the way they were asked, were asked."""
+    """Describe the measures of the results that `find_result` leaves out."""
     results = _results(folder, run, question)
     if not results:
         return []
@@ -267,22 +268,25 @@ def left_out(folder: Folder, run: Run, question: Question) -> list[str]:
 
 
 def _results(folder: Folder, run: Run, question: Question) -> dict[Path, EvaluationResult]:
-    """All results of a run's last step on a question's tasks, under its mask, however asked."""
+    """Return all results of a run's last step on the question's tasks with its mask, by path.
+
+    They may have any measure.
+    """
     masks = {"task", "none"} if question.mask is None else {question.mask}
     trained, found = dict(settings(run.config)), {}
     pattern = f"step-{run.steps}-*-{len(question.tasks)}x*"
     for path in find_results(folder.run(run).evaluation, pattern):
         result = EvaluationResult.load(path)
         protocol = result.protocol
-        of_policy = protocol.mask in masks and plans_as_trained(protocol.plans, trained)
-        on_unseen = (protocol.unseen is not None) == (question.mask is not None)
-        if of_policy and on_unseen and protocol.tasks == question.tasks:
+        same_policy = protocol.mask in masks and plans_as_trained(protocol.plans, trained)
+        same_kind = (protocol.unseen is not None) == (question.mask is not None)
+        if same_policy and same_kind and protocol.tasks == question.tasks:
             found[path] = result
     return found
 
 
 def _measure(folder: Folder, run: Run, question: Question) -> tuple[Measure, dict[str, float]]:
-    """How a question is asked, and the return that is asked for in each task."""
+    """Return the measure of a question, and the target return of each task."""
     directory = folder.run(run)
     description = directory.read()
     request = Request(episodes=question.episodes, episode_length=description.episode_length)
@@ -296,7 +300,7 @@ def _measure(folder: Folder, run: Run, question: Question) -> tuple[Measure, dic
 
 
 def _leaves(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Name and value of every setting, as JSON, in groups at any depth."""
+    """Yield the name and the JSON value of every setting, in groups at any depth."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _leaves(value)

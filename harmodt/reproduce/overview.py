@@ -1,4 +1,4 @@
-"""What there is to reproduce, and what a plan would take."""
+"""Lists the experiments, and shows the runs of a plan with their estimated times."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .plan import Plan, Run, make_plan
 
 
 def listing() -> Table:
-    """Every experiment, with the number of its runs at each budget."""
+    """Return a table of all experiments, with the number of runs at each budget."""
     table = Table(title="Experiments, and the number of runs at each budget", box=box.SIMPLE_HEAD)
     table.add_column("name", no_wrap=True)
     table.add_column("what")
@@ -31,14 +31,16 @@ def listing() -> Table:
 def overview(
     plan: Plan, folder: Folder, slots: int, console: PlainConsole
 ) -> Iterator[RenderableType]:
-    """A plan's runs, their steps, what is done of them, and how long the rest would train.
+    """Yield a table of a plan's runs and their estimated times, and a sentence on the total.
 
     Args:
-        slots: how many runs go on at a time.
-        console: where to draw a bar while steps are measured.
+        plan: the plan.
+        folder: the folder of data and runs.
+        slots: the number of runs at a time.
+        console: draws a bar while steps are measured.
 
     Raises:
-        UserError: a run that is there is damaged, or another's.
+        UserError: the directory of a run holds a damaged run, or something else.
     """
     left = {run.name: run.steps - (Train(folder, run).step or 0) for run in plan.runs}
     step = _measure(plan, left, console)
@@ -64,14 +66,14 @@ def overview(
     yield table
     yield (
         f"{len(plan.runs)} runs and {len(plan.collections)} collections of data in {folder.path}. "
-        f"About {_duration(total / slots)} of training, {slots} at a time: by the quickest of "
-        f"{STEPS} steps of each kind of run, on random numbers, measured now. Collection and "
-        "evaluation come on top."
+        f"Training takes about {_duration(total / slots)} with {slots} at a time. This is an "
+        f"estimate from the quickest of {STEPS} steps of each kind of run, measured now on random "
+        "data. Collection and evaluation take further time."
     )
 
 
 def _measure(plan: Plan, left: dict[str, int], console: PlainConsole) -> dict[object, float]:
-    """Seconds per step of each kind of run that has steps left."""
+    """Measure the seconds per step of each kind of run that has steps left."""
     kinds = {_kind(run): run for run in plan.runs if left[run.name]}
     found = {}
     with progress_bar("kinds of run", console=console) as bar:
@@ -83,7 +85,7 @@ def _measure(plan: Plan, left: dict[str, int], console: PlainConsole) -> dict[ob
 
 
 def _kind(run: Run) -> object:
-    """What the time of a step depends on: all settings but the seed."""
+    """Return all settings on which the time of a step depends: all except the seed."""
     return tuple((name, str(v)) for name, v in settings(run.config) if name != "seed")
 
 

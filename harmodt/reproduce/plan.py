@@ -1,7 +1,7 @@
-"""What an experiment comes to at a budget: collections of data and runs, each with a name.
+"""Makes the plan of an experiment at a budget: its collections of data and its runs.
 
-A name follows from what is collected or trained alone, so experiments that share a folder share
-what they have in common.
+The name of a collection or a run depends only on its own settings. Experiments that use the same
+folder therefore share the collections and runs that they have in common.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Collection:
     """Data that runs train on.
 
     Attributes:
-        name: of its store.
-        tasks: all that the store holds.
-        wanted: what `harmodt.collect` is told, by setting.
+        name: the name of the store.
+        tasks: all tasks of the store.
+        wanted: the settings of `harmodt.collect`, by name.
     """
 
     name: str
@@ -36,14 +36,14 @@ class Collection:
 
 @dataclass(frozen=True)
 class Run:
-    """Something to train.
+    """A training run.
 
     Attributes:
-        name: of its directory.
-        preset: where its settings come from.
-        config: its settings; where its data and its directory are is left open.
-        collection: its data.
-        tasks: that it trains on.
+        name: the name of the run's directory.
+        preset: the preset on which the settings are based.
+        config: the settings, without the paths of the data and of the run's directory.
+        collection: the data.
+        tasks: the tasks that the run trains on.
     """
 
     name: str
@@ -54,12 +54,12 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Its last step."""
+        """The number of steps of the run."""
         return self.config.optimisation.steps
 
     @property
     def flags(self) -> list[str]:
-        """The settings that differ from the preset's, as `harmodt.train` takes them."""
+        """The settings that differ from the preset's, as arguments of `harmodt.train`."""
         default = dict(settings(preset(self.preset, self.config.algorithm)))
         changed = {n: value for n, value in settings(self.config) if value != default[n]}
         return [word for name, value in changed.items() for word in _flag(name, value)]
@@ -67,12 +67,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Question:
-    """What a trained run is asked.
+    """An evaluation that a trained run needs.
 
     Attributes:
-        tasks: that it plays.
-        episodes: of each.
-        mask: where they are not those that it was trained on, the mask that they are met under.
+        tasks: the tasks to play.
+        episodes: the number of episodes per task.
+        mask: the mask for unseen tasks; None if the run was trained on the tasks.
     """
 
     tasks: tuple[str, ...]
@@ -82,7 +82,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Cell:
-    """A variant on a column: one run for each seed, and what each of them is asked."""
+    """A variant on a column: one run for each seed, and the evaluation of each run."""
 
     column: Column
     variant: Variant
@@ -92,7 +92,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """An experiment at a budget, cell by cell."""
+    """An experiment at a budget, divided into cells."""
 
     name: str
     experiment: Experiment
@@ -103,7 +103,7 @@ class Plan:
 
     @property
     def table_name(self) -> str:
-        """Of the table's files: the experiment's, and of a reference that is not its own."""
+        """The name of the table's files. It contains a reference that is not the experiment's."""
         if self.experiment.reference == EXPERIMENTS[self.name].reference:
             return self.name
         words = re.findall(r"\w+", self.experiment.reference.lower())
@@ -111,13 +111,13 @@ class Plan:
 
     @property
     def collections(self) -> tuple[Collection, ...]:
-        """All data that are needed, each once."""
+        """All collections that the runs need, each once."""
         found = {run.collection.name: run.collection for cell in self.cells for run in cell.runs}
         return tuple(found.values())
 
     @property
     def runs(self) -> tuple[Run, ...]:
-        """All runs, each once: every cell's first seed before any second one."""
+        """All runs, each once. The first seed of every cell comes before all second seeds."""
         by_seed = zip(*(cell.runs for cell in self.cells), strict=True)
         return tuple({run.name: run for runs in by_seed for run in runs}.values())
 
@@ -125,15 +125,16 @@ class Plan:
 def make_plan(
     name: str, budget_name: str, seeds: Sequence[int] = (), reference: str | None = None
 ) -> Plan:
-    """The plan of an experiment.
+    """Return the plan of an experiment.
 
     Args:
-        name, budget_name: in `EXPERIMENTS` and `BUDGETS`.
-        seeds: of training, in place of the budget's.
-        reference: the name of a variant, in place of the experiment's.
+        name: the experiment's name in `EXPERIMENTS`.
+        budget_name: the budget's name in `BUDGETS`.
+        seeds: seeds of training, in place of the budget's seeds.
+        reference: the name of a variant, in place of the experiment's reference.
 
     Raises:
-        ValueError: a definition names an algorithm or a setting that there is not.
+        ValueError: a definition names an unknown algorithm or setting.
     """
     experiment, budget = EXPERIMENTS[name], BUDGETS[budget_name]
     if reference is not None:
@@ -149,8 +150,8 @@ def make_plan(
 
 def _cell(budget: Budget, column: Column, variant: Variant, seeds: Sequence[int]) -> Cell:
     runs = tuple(_run(budget, column, variant, seed) for seed in seeds)
-    on_the_way = runs[0].config.evaluation.evaluation_episodes
-    question = Question(runs[0].tasks, budget.final_episodes or on_the_way)
+    in_training = runs[0].config.evaluation.evaluation_episodes
+    question = Question(runs[0].tasks, budget.final_episodes or in_training)
     if column.unseen:
         tasks = _first(budget, family_of([column.tasks]), column.unseen)
         question = Question(tasks, budget.unseen_episodes, variant.mask or "none")
@@ -161,10 +162,10 @@ def _run(budget: Budget, column: Column, variant: Variant, seed: int) -> Run:
     tasks = _first(budget, family_of([column.tasks]), column.tasks)
     base = _base(budget, column, variant, tasks, seed)
     values = dict(settings(base))
-    of_column = {name: value for name, value in column.settings.items() if name in values}
+    shared = {name: value for name, value in column.settings.items() if name in values}
     chosen = {
         name: _times(value, values) if isinstance(value, Times) else value
-        for name, value in {**of_column, **variant.settings}.items()
+        for name, value in {**shared, **variant.settings}.items()
     }
     unknown = chosen.keys() - values.keys()
     if unknown:
@@ -175,7 +176,7 @@ def _run(budget: Budget, column: Column, variant: Variant, seed: int) -> Run:
     differing = [f"{name}-{_text(v)}" for name, v in chosen.items() if v != values[name]]
     words = [column.tasks, column.composition, variant.algorithm, *differing, f"seed-{seed}"]
     run = Run("-".join(words), budget.preset, config, _collection(budget, column), tasks)
-    config_from_json(json.loads(json.dumps(to_json(config))), run.name)  # of the right types
+    config_from_json(json.loads(json.dumps(to_json(config))), run.name)  # checks the types
     check(config)
     return run
 
@@ -183,7 +184,7 @@ def _run(budget: Budget, column: Column, variant: Variant, seed: int) -> Run:
 def _base(
     budget: Budget, column: Column, variant: Variant, tasks: tuple[str, ...], seed: int
 ) -> TrainConfig:
-    """The budget's settings of a run, before what is particular to the column and the variant."""
+    """Return the budget's settings of a run, before column and variant change any of them."""
     steps = budget.steps(len(tasks))
     values: dict[str, Any] = {
         "tasks": (column.tasks,) if budget.tasks is None else tasks,
@@ -199,7 +200,7 @@ def _base(
 
 
 def _collection(budget: Budget, column: Column) -> Collection:
-    """The data of all that the budget trains on in a family, whatever the column's set is."""
+    """Return the data of all tasks of a family at this budget, not only of the column's tasks."""
     found = family_of([column.tasks])
     tasks = dict.fromkeys(t for name in found.task_sets for t in _first(budget, found, name))
     wanted = {
@@ -214,7 +215,7 @@ def _collection(budget: Budget, column: Column) -> Collection:
 
 
 def _first(budget: Budget, family: EnvironmentFamily, name: str) -> tuple[str, ...]:
-    """The tasks of a set that are in the budget."""
+    """Return the tasks of a set that the budget includes."""
     return family.resolve_tasks([name])[: budget.tasks]
 
 
@@ -223,12 +224,12 @@ def _times(times: Times, values: Mapping[str, Any]) -> int:
 
 
 def _text(value: Any) -> str:
-    """A setting in a name."""
+    """Return the value of a setting as part of a name."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _flag(name: str, value: Any) -> list[str]:
-    """A setting as words of a command."""
+    """Return a setting as words of a command."""
     name = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]

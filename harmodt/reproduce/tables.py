@@ -1,4 +1,4 @@
-"""What an experiment came to, beside what the paper found: for a terminal, and as files."""
+"""Tabulates an experiment's results beside the paper's, for a terminal and as files."""
 
 from __future__ import annotations
 
@@ -36,16 +36,21 @@ SOLVED, RETURN, HARMONY = "success in %", "return", "averaged harmony score"
 
 @dataclass(frozen=True)
 class Row:
-    """What a variant came to on a column.
+    """The results of a variant on a column.
 
     Attributes:
-        measure: what the numbers are: SOLVED, RETURN or HARMONY.
-        seeds: those that are there.
-        mean, deviation: over seeds, tasks and episodes; of the seeds' means.
+        column, variant: the names of column and variant.
+        algorithm: the algorithm's name.
+        settings: the settings that differ from the preset's, as arguments.
+        measure: the kind of numbers: SOLVED, RETURN or HARMONY.
+        seeds: the seeds that have a result.
+        tasks, episodes: the number of tasks, and of episodes per task.
+        mean: the mean over seeds, tasks and episodes.
+        deviation: the standard deviation of the seeds' means.
         middle: the interquartile mean.
-        difference: from the experiment's reference, on the seeds that both have.
+        difference: the mean minus the reference's mean, on the seeds that both have.
         paper: the paper's mean ± deviation, as printed.
-        by_task: mean over episodes of each task, by seed; of harmony there is none.
+        by_task: for each task, the mean over episodes of each seed; empty for HARMONY.
     """
 
     column: str
@@ -64,7 +69,7 @@ class Row:
     by_task: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def to_csv(self) -> dict[str, Any]:
-        """The row, flat: of each average its mean and bounds."""
+        """Return the row for a CSV file. Each average becomes a mean and two bounds."""
         row = {name: getattr(self, name) for name in ("column", "variant", "algorithm", "settings")}
         row |= {"measure": self.measure, "seeds": " ".join(map(str, self.seeds))}
         row |= {"tasks": self.tasks, "episodes": self.episodes}
@@ -81,11 +86,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an experiment came to.
+    """The results of an experiment.
 
     Attributes:
-        rows: a column's variants one after the other.
-        notes: how it was measured and how that differs from the paper, a sentence each.
+        plan: the plan of the experiment.
+        rows: the rows of all columns; the variants of a column follow each other.
+        notes: sentences on how the results were measured, and how that differs from the paper.
     """
 
     plan: Plan
@@ -102,7 +108,7 @@ class Outcome:
         sealed.write(content, self.to_json())
 
     def to_csv(self) -> str:
-        """A line for each row."""
+        """Return CSV with a line for each row."""
         text = io.StringIO()
         rows = [row.to_csv() for row in self.rows]
         writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
@@ -111,7 +117,7 @@ class Outcome:
         return text.getvalue()
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as plain JSON values."""
+        """Return all results as plain JSON values."""
         plan = self.plan
         packages = family_of([plan.experiment.columns[0].tasks]).packages
         return {
@@ -132,7 +138,7 @@ class Outcome:
         }
 
     def to_markdown(self) -> str:
-        """Title, a table for each column, and the notes."""
+        """Return Markdown with the title, a table for each column, and the notes."""
         headings, lines = self._headings, [f"# {self._title}", ""]
         for column in self.plan.experiment.columns:
             lines.append(f"| {column.name} | {' | '.join(headings)} |")
@@ -150,15 +156,18 @@ class Outcome:
 
     @property
     def _headings(self) -> list[str]:
-        """Of what stands in `_cells`; of the paper where it has something."""
+        """The headings of `_cells`. The paper has a heading only if it has such results."""
         paper = _paper_of(self.plan.name)
         headings = ["mean", "middle half", f"minus {self.plan.experiment.reference}"]
         return headings + ([f"paper, {paper['source']}"] if paper["variants"] else [])
 
     def table(self, width: int = 80) -> Table:
-        """For a terminal of so many columns: in a cell a mean and, below it, its interval.
+        """Return a table for a terminal. A cell shows a mean and, below it, its interval.
 
-        Where that does not fit, all that was found of a variant is one cell, a line for each.
+        If that is too wide, each variant has one cell, which shows all its results in lines.
+
+        Args:
+            width: the number of characters in a line of the terminal.
         """
         headings = self._headings
         table = self._table(headings, lambda row: _cells(row)[: len(headings)])
@@ -183,7 +192,7 @@ class Outcome:
 
 
 def tabulate(plan: Plan, folder: Folder) -> Outcome:
-    """What there is of an experiment; of a run that is not done there is nothing.
+    """Collect the results of an experiment. Runs that are not done have no results.
 
     Raises:
         UserError: a result is damaged.
@@ -198,7 +207,7 @@ def tabulate(plan: Plan, folder: Folder) -> Outcome:
 
 
 def _values(plan: Plan, cell: Cell, folder: Folder) -> dict[int, np.ndarray]:
-    """What the runs of a cell came to, by seed: [tasks, episodes], of harmony [1, times]."""
+    """Return the results of a cell by seed, [tasks, episodes], or [1, times] for harmony."""
     runs = dict(zip(plan.seeds, cell.runs, strict=True))
     if plan.experiment.measure == "harmony":
         return {s: _harmony(folder, run) for s, run in runs.items() if _is_trained(folder, run)}
@@ -212,7 +221,7 @@ def _is_trained(folder: Folder, run: Run) -> bool:
 
 
 def _harmony(folder: Folder, run: Run) -> np.ndarray:
-    """The averaged harmony scores that a run logged, float64 [1, times]."""
+    """Return the averaged harmony scores that a run logged, float64 [1, times]."""
     records = read_records(folder.run(run).metrics, timed=False)
     return np.array([[float(r["harmony"]) for r in records if "harmony" in r]])
 
@@ -239,7 +248,7 @@ def _row(
     both = [seed for seed in found if seed in reference]
     difference = None
     if both and cell.variant.name != plan.experiment.reference:
-        ours, theirs = (np.stack([of[seed] for seed in both]) for of in (found, reference))
+        ours, theirs = (np.stack([results[s] for s in both]) for results in (found, reference))
         difference = paired_difference(ours, theirs)
     if measure != HARMONY:
         means = values.mean(2).T.tolist()
@@ -257,7 +266,10 @@ def _row(
 
 
 def _training(plan: Plan) -> str:
-    """Steps, and tasks and windows of each; and whose, if they are not the same for all."""
+    """Describe the number of steps, and the tasks and windows of a step.
+
+    Variants that differ from most others are named.
+    """
     cells: dict[str, list[Cell]] = {}
     for cell in plan.cells:
         values = dict(settings(cell.runs[0].config))
@@ -267,8 +279,8 @@ def _training(plan: Plan) -> str:
         cells.setdefault(batch, []).append(cell)
     usual, *others = sorted(cells, key=lambda batch: -len(cells[batch]))
     steps = {
-        batch: " or ".join(f"{n:,}" for n in sorted({cell.runs[0].steps for cell in of_batch}))
-        for batch, of_batch in cells.items()
+        batch: " or ".join(f"{n:,}" for n in sorted({cell.runs[0].steps for cell in same_batch}))
+        for batch, same_batch in cells.items()
     }
     names = {b: dict.fromkeys(cell.variant.name for cell in cells[b]) for b in others}
     named = [f"{', '.join(names[b])}: {steps[b]} steps of {b}" for b in others]
@@ -276,11 +288,11 @@ def _training(plan: Plan) -> str:
 
 
 def _notes(plan: Plan, folder: Folder, rows: Sequence[Row]) -> Iterator[str]:
-    """What the numbers are of, and what differs from the paper."""
+    """Yield sentences on how the results were measured, and how that differs from the paper."""
     yield f"Budget {plan.budget_name}: {plan.budget.title}."
     missing = sum(len(plan.seeds) - len(row.seeds) for row in rows)
     if missing:
-        yield f"Of {len(rows) * len(plan.seeds)} results {missing} are not there yet."
+        yield f"{missing} of {len(rows) * len(plan.seeds)} results are still missing."
     if plan.experiment.measure != "harmony":
         yield from dict.fromkeys(
             f"Left out, because it was measured in another way: {run.name} with {how}."
@@ -290,7 +302,7 @@ def _notes(plan: Plan, folder: Folder, rows: Sequence[Row]) -> Iterator[str]:
         )
     seeds = ", ".join(map(str, plan.seeds))
     if plan.experiment.measure == "harmony":
-        yield f"Scores are those of {rows[0].episodes} steps spread over training; seeds {seeds}."
+        yield f"Scores were logged at {rows[0].episodes} steps during training; seeds {seeds}."
     else:
         episodes = plan.cells[0].question.episodes
         yield (
@@ -305,43 +317,46 @@ def _notes(plan: Plan, folder: Folder, rows: Sequence[Row]) -> Iterator[str]:
     if any(
         family_of([column.tasks]).spec.family == METAWORLD for column in plan.experiment.columns
     ):
-        yield "Tasks and experts are those of Meta-World v3; the paper's tasks are those of v2."
+        yield "Tasks and experts are from Meta-World v3; the paper's tasks are from v2."
     yield from _averages(plan, rows)
     yield (
-        "± is the deviation over seeds; the paper does not say what its own is. In brackets, 95 % "
-        "intervals of a bootstrap over seeds, tasks and episodes (of harmony, seeds and steps). "
-        "Middle half: the interquartile mean over seeds and tasks. Differences are between runs of "
-        "one seed on the same goals."
+        "± is the standard deviation over seeds; the paper does not say what its ± is. Brackets "
+        "hold 95 % intervals of a bootstrap over seeds, tasks and episodes (for harmony, over "
+        "seeds and steps). Middle half: the interquartile mean over seeds and tasks. Differences "
+        "compare runs with the same seed on the same goals."
     )
 
 
 def _averages(plan: Plan, rows: Sequence[Row]) -> Iterator[str]:
-    """Over all columns, where the paper prints such averages; of columns without results, none."""
+    """Yield a sentence with averages over all columns, if the paper prints such averages.
+
+    A variant that lacks the result of a column has no average.
+    """
     parts = []
     for name, variant in _paper_of(plan.name)["variants"].items():
         if "average" in variant:
-            of_variant = [row for row in rows if row.variant == name]
-            means = [row.mean.mean for row in of_variant if row.mean]
-            whole = means and len(means) == len(of_variant)
+            own_rows = [row for row in rows if row.variant == name]
+            means = [row.mean.mean for row in own_rows if row.mean]
+            whole = means and len(means) == len(own_rows)
             ours = number(rows[0], sum(means) / len(means)) if whole else "–"
             parts.append(f"{name} {ours} ({variant['average']})")
     if parts:
-        yield f"Average of the columns, in brackets the paper's: {', '.join(parts)}."
+        yield f"Average of the columns (the paper's in brackets): {', '.join(parts)}."
 
 
 def _data_note(folder: Folder, collection: Collection) -> str:
     made, path = collection.wanted, folder.data(collection)
     if (path / MANIFEST).exists() and "collect" not in DataStore.open(path).provenance:
-        return f"Data: as they were brought to {path}."
+        return f"Data: the store {path}, which was not collected here."
     return (
         f"Data, {made['composition']}: {made['episodes']} episodes of at most "
-        f"{made['episode_length']} steps per task by experts whose exploration falls; paper: 1 M "
-        "transitions per task from replay buffers of SAC, half of them where sub-optimal."
+        f"{made['episode_length']} steps per task, by experts with decreasing exploration; paper: "
+        "1 M transitions per task from SAC's replay buffers, half as many for sub-optimal data."
     )
 
 
 def _cells(row: Row) -> list[str]:
-    """What stands under each heading."""
+    """Return the cells of a row, one for each heading."""
     if row.mean is None:
         return ["–", "–", "–", row.paper or "–"]
     deviation = "" if row.deviation is None else f" ± {number(row, row.deviation)}"
@@ -352,8 +367,8 @@ def _cells(row: Row) -> list[str]:
 
 
 def _stacked(headings: Sequence[str], cells: Sequence[str]) -> str:
-    """All cells of a row below one another, each with its heading."""
-    parts = zip(headings, cells, strict=False)  # without the paper's, where there is nothing
+    """Return all cells of a row in lines, each with its heading."""
+    parts = zip(headings, cells, strict=False)  # the paper's cell may have no heading
     return "\n".join(f"{name} {cell}" for name, cell in parts if cell).replace("\n[", " [")
 
 
@@ -365,16 +380,16 @@ def _with_interval(row: Row, found: Average, deviation: str = "") -> str:
 def number(row: Row, value: float) -> str:
     digits = 3 if row.measure == HARMONY else 1
     scaled = 100 * value if row.measure == SOLVED else value
-    return f"{round(scaled, digits) + 0.0:.{digits}f}"  # + 0, for there is no -0.0
+    return f"{round(scaled, digits) + 0.0:.{digits}f}"  # + 0.0 turns -0.0 into 0.0
 
 
 @functools.cache
 def _paper() -> dict[str, Any]:
-    """paper.json."""
+    """Return the content of paper.json."""
     text = resources.files(__package__).joinpath("paper.json").read_text(encoding="utf-8")
     return json.loads(text)
 
 
 def _paper_of(experiment: str) -> dict[str, Any]:
-    """What the paper has of an experiment: its source, and variants, which may be none."""
+    """Return the paper's results of an experiment: their source, and the variants, if any."""
     return _paper()["experiments"].get(experiment, {"source": None, "variants": {}})

@@ -1,1 +1,1 @@
-"""What drives a training run and keeps its directory."""
+"""Training: begins and resumes runs, takes their steps, and writes their directories."""

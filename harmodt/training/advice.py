@@ -1,4 +1,4 @@
-"""What a person can do when a run ends early: the sentences that name the next command."""
+"""Sentences that tell a person how to go on after a run has ended early."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from ..rundir import RunDirectory
 
 
 def resume_command(directory: RunDirectory) -> str:
-    """The command that goes on with a run."""
+    """Return the command that resumes a run."""
     return f"python -m harmodt.train --resume {shlex.quote(str(directory.path))}"
 
 
 def after_not_finite(
     what: str, directory: RunDirectory, config: TrainConfig, changed: bool
 ) -> UserError:
-    """The error for a number that is NaN or infinite, with what to do about it.
+    """Return the error for a number that is NaN or infinite. Its text says what to do.
 
     Args:
-        what: the first part of the sentence: which number, and where.
-        directory, config: of the run.
-        changed: whether a step had changed the weights before.
+        what: the beginning of the sentence, which says which number it is and where it occurred.
+        directory: the run's directory.
+        config: the run's settings.
+        changed: whether an earlier step has changed the weights.
     """
     if not changed:
         store = shlex.quote(str(config.data.data))
@@ -39,6 +40,6 @@ def after_not_finite(
     )
     rate = config.optimisation.learning_rate / 3
     return UserError(
-        f"{what}: go on {last} at a lower rate with {resume_command(directory)} --learning-rate "
-        f"{rate:.2g}"
+        f"{what}: go on {last} at a lower learning rate with {resume_command(directory)} "
+        f"--learning-rate {rate:.2g}"
     )

@@ -2,9 +2,9 @@
 
 `torch.save` wrote their file from a dict with two entries. `model` is a state dict. `env_masks`
 has, for each task, a dict with a mask for every parameter, 1 where the weight is active. Embeddings
-and heads have masks too, but their forward pass does not apply these: they only kept weights from
-moving during training, so that a policy needs none of them. Their blocks are those of GPT-2, whose
-Conv1D weights are [in, out].
+and heads have masks too. Their forward pass does not apply these masks; during training they only
+stopped some weights from moving. A policy therefore needs none of them. Their blocks are GPT-2's
+blocks, whose Conv1D weights are [in, out].
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ _SHARED = {
     "actions": "embed_action",
     "timesteps": "embed_timestep",
 }
-"""Our name and their name of each module outside the blocks, without the embedding's own name."""
+"""Each module outside the blocks: its name here and its name in their code. The names here leave
+out the name of the embedding that holds the module."""
 
 _BLOCK_LAYERS = {
     "attention_norm": "ln_1",
@@ -48,7 +49,8 @@ _UNUSED = re.compile(
     r"(predict_state|predict_return|prompt_predict_action|transformer\.wte)\..+"
     r"|transformer\.h\.[0-9]+\.attn\.(masked_)?bias"
 )
-"""Weights that a policy does not use: predictions of states and returns, words, causal masks."""
+"""Weights that a policy does not use: the predictions of states and returns, GPT-2's word
+embedding, and the causal masks."""
 
 _TASK_EMBEDDING = re.compile(r".+(?<!prompt)_(embed|predict)_(state|action)\..+")
 
@@ -59,8 +61,8 @@ class AuthorsCheckpoint:
 
     Attributes:
         path: the file.
-        weights: each weight by its name in their code.
-        masks: for each task, by its name, the mask of each parameter by its name.
+        weights: the weights, by their names in their code.
+        masks: the masks of each task, by the task's name and then by the parameter's name.
     """
 
     path: Path
@@ -69,15 +71,17 @@ class AuthorsCheckpoint:
 
     @classmethod
     def read(cls, path: Path) -> AuthorsCheckpoint:
-        """Read a file; this runs no code in it.
+        """Read a file. No code in the file is run.
 
         Raises:
-            UserError: the file is missing or damaged, or is no checkpoint of their code.
+            UserError: the file is missing or damaged, or it is no checkpoint of their code.
         """
         if not path.is_file():
-            raise UserError(f"{path} is no file: give the model_iter_<n> that their code saved")
+            raise UserError(
+                f"{path} is no file: give the file model_iter_<n> that the authors' code saved"
+            )
         try:
-            with zipfile.ZipFile(path) as archive:  # PyTorch compares no checksum
+            with zipfile.ZipFile(path) as archive:  # PyTorch does not check the checksums
                 if changed := archive.testzip():
                     raise ValueError(changed)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -85,8 +89,8 @@ class AuthorsCheckpoint:
             raise_refusal(error, path)
             raise UserError(
                 f"{path} is damaged, or holds more than tensors and plain containers, which cannot "
-                "be read without running code: copy it again, or save {'model': "
-                "model.state_dict(), 'env_masks': env_masks} alone"
+                "be read without running code: copy it again, or save only {'model': "
+                "model.state_dict(), 'env_masks': env_masks}"
             ) from error
         weights, masks = (_entry(path, content, key) for key in ("model", "env_masks"))
         for task in masks:
@@ -98,7 +102,8 @@ class AuthorsCheckpoint:
         """Embedding dimension, number of blocks, number of time steps in their embedding.
 
         Raises:
-            UserError: the file lacks a weight that shows these, or has embeddings of each task.
+            UserError: the file lacks a weight that shows these sizes, or it has separate embeddings
+                for each task.
         """
         for name in self.weights:
             if _TASK_EMBEDDING.fullmatch(name):
@@ -113,14 +118,16 @@ class AuthorsCheckpoint:
         return times.shape[1], len(blocks), times.shape[0]
 
     def tensors(self, vector: ParameterVector) -> dict[str, Tensor]:
-        """Return weights and masks under the names that a run's checkpoint has.
+        """Return weights and masks under the names that a run's checkpoint uses.
+
+        Row i of the masks belongs to task id i.
 
         Args:
-            vector: the parameters of the model that takes the weights; index of a mask = task id.
+            vector: the parameters of the model that takes the weights.
 
         Raises:
-            UserError: a tensor is missing, unknown or of another shape, or a mask holds other
-                numbers than 0 and 1.
+            UserError: a tensor is missing, unknown or has a wrong shape, or a mask holds numbers
+                other than 0 and 1.
         """
         theirs = {name: _name(name) for name in vector.slots}
         unknown = self.weights.keys() - set(theirs.values()) - set(self.unused)
@@ -144,7 +151,7 @@ class AuthorsCheckpoint:
     def _mask(
         self, masks: Mapping[str, Tensor], theirs: Mapping[str, str], vector: ParameterVector
     ) -> Tensor:
-        """Pack the mask of one task, int32 [P_m / 32]."""
+        """Return the packed mask of one task, int32 [P_m / 32]."""
         whole = torch.zeros(vector.maskable_size, dtype=torch.bool)
         for ours, slot in vector.slots.items():
             if slot.end > vector.maskable_size:
@@ -152,8 +159,8 @@ class AuthorsCheckpoint:
             mask = self._in_our_layout(masks, theirs[ours], slot.shape)
             if not bool(((mask == 0) | (mask == 1)).all()):
                 raise UserError(
-                    f"{self.path}: the mask of {theirs[ours]} holds other numbers than 0 and 1: "
-                    "it was damaged, or trained with more moved weights than there are"
+                    f"{self.path}: the mask of {theirs[ours]} holds numbers other than 0 and 1: "
+                    "the file is damaged, or a mask update moved more weights than the mask has"
                 )
             slot.view(whole).copy_(mask == 1)
         return pack_bits(whole)
@@ -163,13 +170,13 @@ class AuthorsCheckpoint:
         tensor = tensor.T if ".c_" in name and name.endswith(".weight") else tensor
         if tensor.shape != shape:
             raise UserError(
-                f"{self.path}: {name} is {list(tensor.shape)} in our layout and {list(shape)} is "
-                "needed: is it of the environments of this store?"
+                f"{self.path}: {name} has the shape {list(tensor.shape)} in our layout, but "
+                f"{list(shape)} is needed: give a store of the environments of that checkpoint"
             )
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(
-                f"{self.path}: {name} has numbers that are NaN or infinite: copy it "
-                "again, or take an earlier one"
+                f"{self.path}: {name} has numbers that are NaN or infinite: copy the "
+                "file again, or give an earlier checkpoint"
             )
         return tensor
 
@@ -183,7 +190,7 @@ class AuthorsCheckpoint:
 
 
 def _entry(path: Path, content: Any, key: str) -> Mapping[str, Any]:
-    """Return the dict under a key of a dict; its own keys must be texts."""
+    """Return the dict under a key of `content`; the keys of that dict must be strings."""
     found = content.get(key) if isinstance(content, Mapping) else None
     if not isinstance(found, Mapping) or not found or not all(isinstance(k, str) for k in found):
         raise UserError(
@@ -194,7 +201,7 @@ def _entry(path: Path, content: Any, key: str) -> Mapping[str, Any]:
 
 
 def _name(ours: str) -> str:
-    """The name in their code of a parameter of our model."""
+    """Return the name that a parameter of our model has in their code."""
     module, _, kind = ours.rpartition(".")
     group, *rest = module.split(".")
     if group == "blocks":

@@ -13,7 +13,7 @@ from ..rundir import RunDirectory
 from .records import Record, Records
 
 PARTS = ("masks and harmony", "evaluations", "checkpoints")
-"""Work whose time is measured apart. All other time counts to the training steps."""
+"""The parts of a run whose time is measured separately. All other time counts as training steps."""
 
 
 class Costs:
@@ -21,22 +21,23 @@ class Costs:
 
     A line has:
         step: the training step.
-        seconds: of training up to that step, over all parts of the run.
-        seconds/PART: how many of them went to each of `PARTS`.
-        peak_memory: the most bytes that the process held, an evaluation's workers left out.
+        seconds: the seconds of training up to that step, also before the run was resumed.
+        seconds/PART: the seconds of them that each of `PARTS` took.
+        peak_memory: the most bytes that the training process held; an evaluation's workers are not
+            included.
         peak_device_memory: on a GPU, the most bytes that PyTorch had allocated there.
 
-    A run that goes on adds to the costs at its last checkpoint. Work that a kill has lost is not
-    counted. Costs have a file of their own because metrics.jsonl is the same whenever a run is
-    repeated, and costs are not.
+    A resumed run adds to the costs at its last checkpoint. Work that a kill has lost is not
+    counted. Costs have their own file, because metrics.jsonl is equal whenever a run is repeated,
+    and costs differ.
 
     Args:
         run: the run's directory.
-        step: the step that the run stands at.
-        device: of the model.
+        step: the run's last step so far.
+        device: the device of the model.
 
     Raises:
-        UserError: a line is damaged, or the file is of another kind.
+        UserError: a line is damaged, or the file holds other records.
     """
 
     def __init__(self, run: RunDirectory, step: int, device: torch.device):
@@ -49,13 +50,16 @@ class Costs:
 
     @contextlib.contextmanager
     def measure(self, part: str) -> Iterator[None]:
-        """Count the time of a block to a part, unless the block raises. Waits for no GPU."""
+        """Add the time of a `with` block to a part, unless the block raises an error.
+
+        This does not wait for a GPU.
+        """
         began = self._now()
         yield
         self._unmeasured.append((part, began, self._now()))
 
     def write(self, step: int) -> None:
-        """Write the costs up to this step, which a GPU has finished."""
+        """Write the costs up to this step. A GPU must have finished the step."""
         for part, began, ended in self._unmeasured:
             self._seconds[part] += _between(began, ended)
         self._unmeasured = []
@@ -73,7 +77,7 @@ class Costs:
         self._records.write(record)
 
     def close(self) -> None:
-        """Finish the file."""
+        """Close the file."""
         self._records.close()
 
     def _now(self) -> _Moment:
@@ -88,7 +92,7 @@ _Moment = float | torch.cuda.Event
 
 
 def _between(began: _Moment, ended: _Moment) -> float:
-    """Seconds between two moments."""
+    """Return the seconds between two moments."""
     if isinstance(began, float) and isinstance(ended, float):
         return ended - began
     assert isinstance(began, torch.cuda.Event) and isinstance(ended, torch.cuda.Event)

@@ -1,7 +1,7 @@
-"""The first steps of a run on new kernels, compared with the same steps in plain PyTorch.
+"""Compares the first steps of a run on new kernels with the same steps in plain PyTorch.
 
-The kernels for GPUs have not been measured on a GPU yet. Until they are, a run on one begins with
-this check.
+The kernels for GPUs have not been measured on a GPU yet. Until they are, every run on a GPU begins
+with this check.
 """
 
 from __future__ import annotations
@@ -21,36 +21,37 @@ from ..settings import change
 from .trainer import build_learner
 
 _STEPS = {"fp32": 6, "tf32": 1, "bf16": 1}
-"""Steps that are compared. Six are enough for a CUDA graph, which computes three steps, records the
-fourth and replays it from then on. Short numbers differ too much after the first step."""
+"""Number of steps that are compared, by precision. Six steps are enough to test a CUDA graph: the
+first three steps run without it, the fourth is captured, and later ones are replayed. In tf32 and
+bf16 the results differ too much after the first step."""
 
 _TOLERANCE = {"fp32": 1e-3, "tf32": 2e-2, "bf16": 5e-2}
-"""Largest difference of a loss or a gradient norm, as a share of it."""
+"""Largest allowed relative difference of a loss or a gradient norm, by precision."""
 
 
 def has_new_kernels(setup: Setup) -> bool:
-    """Whether a run computes with kernels that were not measured yet."""
+    """Tell whether a run computes with kernels that were not measured yet."""
     return setup.config.run.fused and setup.execution.device.type == "cuda"
 
 
 def check_new_kernels(setup: Setup, data: Sequence[TaskData]) -> None:
-    """Compare kernels that were not measured yet with plain PyTorch.
+    """Compare the run's kernels with plain PyTorch if they were not measured yet.
 
     Raises:
         UserError: as `check_kernels`.
     """
     if has_new_kernels(setup):
         check_kernels(setup, data)
-        if setup.execution.device.type == "cuda":  # the run's costs are to tell its own memory
+        if setup.execution.device.type == "cuda":  # the run's costs leave this check's memory out
             torch.cuda.reset_peak_memory_stats(setup.execution.device)
 
 
 def check_kernels(setup: Setup, data: Sequence[TaskData]) -> None:
     """Take the first steps with the run's kernels and again in plain PyTorch.
 
-    This is done in float32, and in the run's precision if that is another. Weights, batches and
-    dropout are equal. The learning rate is at its peak from the first step on, so that the losses
-    of the later steps depend on the gradients and the optimiser as well.
+    The check runs in float32, and in the run's precision if that is another one. Both sides use the
+    same weights, batches and dropout masks. The learning rate is at its peak from the first step
+    on, so that the losses of the later steps also depend on the gradients and the optimiser.
 
     Raises:
         UserError: a loss or a gradient norm differs.
@@ -81,7 +82,7 @@ def _compare(setup: Setup, data: Sequence[TaskData]) -> None:
 
 
 def _first_steps(setup: Setup, data: Sequence[TaskData]) -> Tensor:
-    """Losses and gradient norm of each of the first steps, float64 [S, G + 1], on the CPU."""
+    """Return losses and gradient norm of the S first steps, float64 [S, G + 1], on the CPU."""
     learner, steps = build_learner(setup, data), _STEPS[setup.execution.precision]
     results = [learner.train_step(step) for step in range(1, steps + 1)]
     rows = [torch.cat((result.losses, result.gradient_norm[None])) for result in results]

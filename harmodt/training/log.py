@@ -1,4 +1,4 @@
-"""What a run tells of its steps: metrics and costs in its directory, and a live line."""
+"""Logs a run's steps: writes metrics and costs into its directory, and shows a live line."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from .metrics import Metrics
 
 
 class Log:
-    """Collects the results of steps, and writes their means when it is told to.
+    """Collects the results of steps; `flush` writes their means.
 
-    The results stay on the device until then, so that no step waits for a GPU.
+    The results stay on the device until `flush`, so that no step waits for a GPU.
 
     Args:
-        metrics, costs: of the run.
-        directory, setup: of the run.
-        console: for the live line.
+        metrics: the run's metrics.
+        costs: the run's costs.
+        directory: the run's directory.
+        setup: the run's settings, tasks and device.
+        console: shows the live line.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class Log:
 
     @contextlib.contextmanager
     def progress(self, step: int) -> Iterator[None]:
-        """Show a live line of the steps after `step`."""
+        """Show a live line while the steps after `step` are taken."""
         self._line = _Line(self._config.optimisation.steps, step, self.console)
         with self._line.bar:
             yield
@@ -59,7 +61,7 @@ class Log:
         self._results.append(result)
 
     def flush(self, step: int) -> None:
-        """Write the means over the collected results, and show them.
+        """Write the means over the collected results, and show the mean loss.
 
         Args:
             step: the step of the last result.
@@ -89,10 +91,10 @@ class Log:
 
 
 class _Line:
-    """The live line of a training run; without a terminal, a plain line now and then.
+    """The live line of a training run. Without a terminal it prints a plain line now and then.
 
     Attributes:
-        bar: draws the line while it is entered.
+        bar: the progress bar; it is drawn inside a `with` block.
     """
 
     def __init__(self, steps: int, done: int, console: PlainConsole):

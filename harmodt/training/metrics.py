@@ -1,4 +1,4 @@
-"""Numbers over training, as JSON lines and for TensorBoard."""
+"""Writes the numbers of training as JSON lines and for TensorBoard."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ class Metrics:
     """Writes RUN/metrics.jsonl and RUN/tensorboard.
 
     Attributes:
-        scores: step and score of every evaluation so far. The score is the average success, or the
-            mean return where the environments know no success.
-        best: step and score of the best evaluation so far, the last of equal ones; None before the
-            first.
+        scores: the score of every evaluation so far, by step. The score is the average success, or
+            the mean return where the environments do not report success.
+        best: step and score of the best evaluation so far; the later one if two are equal. None
+            before the first evaluation.
 
     Args:
         run: the run's directory.
-        step: the step that the run stands at. What was written after it is dropped, because the
-            run does those steps again.
+        step: the run's last step so far. Records of later steps are dropped, because the run takes
+            those steps again.
 
     Raises:
-        UserError: a line is damaged, or the file is of another kind.
+        UserError: a line is damaged, or the file holds other records.
     """
 
     def __init__(self, run: RunDirectory, step: int):
@@ -42,10 +42,10 @@ class Metrics:
         self._board: Any = SummaryWriter(run.tensorboard, purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write some numbers of one step."""
+        """Write numbers of one step."""
         self._remember(step, values)
         self._records.write({"step": step, **values})
-        # One event for all numbers, because `add_scalar` takes long to write one for each.
+        # Write one event for all numbers: `add_scalar` would write one for each, which takes long.
         numbers = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._board.file_writer.add_summary(Summary(value=numbers), step)
 
@@ -57,14 +57,14 @@ class Metrics:
         results: Sequence[StepResult],
         losses: Tensor,
     ) -> float:
-        """Write the means over the last steps: loss, each task's loss, gradient norm.
+        """Write the means over some steps: loss, loss of each task, gradient norm.
 
         Args:
             step: the last of the steps.
-            learning_rate: of that step.
-            tasks: all task names.
-            results: the steps.
-            losses: [steps, G] on the CPU, the results' losses.
+            learning_rate: the learning rate of that step.
+            tasks: the names of all tasks; index = task id.
+            results: the results of the steps.
+            losses: the losses of the results, [steps, G] on the CPU.
 
         Returns:
             The mean loss.
@@ -85,11 +85,11 @@ class Metrics:
         return loss
 
     def sync(self) -> None:
-        """Wait until the disk has what was written, so that a crash of the machine loses none."""
+        """Wait until the disk has all records, so that a crash of the machine loses none."""
         self._records.sync()
 
     def close(self) -> None:
-        """Finish both files."""
+        """Close both files."""
         self._records.close()
         self._board.close()
 

@@ -1,4 +1,4 @@
-"""The policy of a saved run."""
+"""Loads the policy of a saved run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def load_policy(
 
 
 def _with_plans(saved: SavedRun, sampler: Sampler | None, steps: int | None) -> SavedRun:
-    """The run, with its plans drawn as the arguments ask where they are given."""
+    """Return the run with the given way to draw plans; None leaves the run's own setting."""
     if sampler is None and steps is None:
         return saved
     if sampler not in (None, *get_args(Sampler)):
@@ -67,13 +67,13 @@ def _with_plans(saved: SavedRun, sampler: Sampler | None, steps: int | None) -> 
 
 
 def _open_unseen(unseen: Unseen, saved: SavedRun) -> tuple[list[TaskData], str]:
-    """The data of the unseen tasks, and the checksum of their store."""
+    """Return the data of the unseen tasks, and the checksum of their store."""
     store = DataStore.open(unseen.store)
     ours, theirs = saved.environment, store.environment
     if replace(theirs, reward_version=ours.reward_version) != ours:
         raise UserError(
-            f"{store.path} holds data of {theirs.family} and the run was trained on {ours.family}: "
-            "name a store of the run's family"
+            f"{store.path} holds data of {theirs.family}, but the run was trained on "
+            f"{ours.family}: name a store of the run's family"
         )
     names = family(ours.family).resolve_tasks(unseen.tasks) if unseen.tasks else store.tasks
     tasks = [store.task(name) for name in names]

@@ -1,4 +1,4 @@
-"""Numbers over training in a file of sealed lines (`sealed.py`)."""
+"""Records of training in a file of sealed lines (`sealed.py`)."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from ..files import write_bytes
 _REMEDY = "delete that line, or restore the file from a copy"
 
 Record = dict[str, float]
-"""What was measured, by name, and the `step` that it was measured at."""
+"""Measured numbers by name, with the `step` at which they were measured."""
 
 
 class Records:
     """Appends records to a file.
 
     Attributes:
-        kept: those that were there, in their order.
+        kept: the records that the file had at the start, in their order, without dropped ones.
 
     Args:
-        path: of the file.
-        step: the step that the run stands at; what was written after it is dropped, because the
-            run does those steps again.
+        path: the file.
+        step: the run's last step so far. Records of later steps are dropped, because the run takes
+            those steps again.
         timed: as in `read_records`.
 
     Raises:
-        UserError: a line is damaged, or the file is of the other kind.
+        UserError: a line is damaged, or the file holds the other kind of records.
     """
 
     def __init__(self, path: Path, step: int, timed: bool):
@@ -40,7 +40,7 @@ class Records:
             lines = [(r, line) for r, line in _read(path, timed) if _belongs_to(r) <= step]
             self.kept = [record for record, _ in lines]
             write_bytes(path, b"".join(line for _, line in lines))
-        self._file = open(path, "a")  # noqa: SIM115 (open while the run goes on)
+        self._file = open(path, "a")  # noqa: SIM115 (stays open during the run)
 
     def write(self, record: Mapping[str, float]) -> None:
         """Append a record."""
@@ -48,23 +48,24 @@ class Records:
         self._file.flush()
 
     def sync(self) -> None:
-        """See to it that what was written outlives a crash of the machine."""
+        """Wait until the disk has all records, so that a crash of the machine loses none."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Finish the file."""
+        """Close the file."""
         self._file.close()
 
 
 def read_records(path: Path, timed: bool) -> list[Record]:
-    """The records of a file; of one that is not there, none.
+    """Return the records of a file; an empty list if there is no file.
 
     Args:
-        path: of the file.
-        timed: whether its records have `seconds`: costs.jsonl's have, metrics.jsonl's have not.
+        path: the file.
+        timed: whether the records have `seconds`. Records of costs.jsonl do; records of
+            metrics.jsonl do not.
 
     Raises:
-        UserError: a line is damaged, or the file is of the other kind.
+        UserError: a line is damaged, or the file holds the other kind of records.
     """
     try:
         return [record for record, _ in _read(path, timed)]
@@ -73,7 +74,7 @@ def read_records(path: Path, timed: bool) -> list[Record]:
 
 
 def _read(path: Path, timed: bool) -> list[tuple[Record, bytes]]:
-    """Records with their lines; the last line, which a kill cut short, is left out."""
+    """Return records with their lines. A last line that a kill has cut short is left out."""
     found = []
     for where, record, line in sealed.read_lines(path, Record, _REMEDY):
         if not record.get("step", -1.0) >= 0:
@@ -88,5 +89,8 @@ def _read(path: Path, timed: bool) -> list[tuple[Record, bytes]]:
 
 
 def _belongs_to(record: Record) -> float:
-    """The step that wrote a record: what is done before a step, a mask update, belongs to that."""
+    """Return the step during which a record was written.
+
+    A mask update and a harmony score belong to the step that follows them.
+    """
     return record["step"] + ("harmony" in record)

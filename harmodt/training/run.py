@@ -1,4 +1,4 @@
-"""A run's directory: begun, read, and taken up again."""
+"""Begins a run, reads a run's directory, and resumes a run."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from .trainer import Trainer
 
 @dataclass(frozen=True)
 class SavedRun:
-    """What a run's directory says of the run.
+    """A run as its directory describes it.
 
     Attributes:
-        directory: where it is.
-        config: its settings.
-        environment: the environments of its tasks.
+        directory: the run's directory.
+        config: the run's settings.
+        environment: the environments of the run's tasks.
         conditioning: one entry per task; index = task id.
-        store: the checksum of the store that it trains on.
+        store: the checksum of the store that the run trains on.
     """
 
     directory: RunDirectory
@@ -46,7 +46,7 @@ class SavedRun:
         """Read a run's directory.
 
         Raises:
-            UserError: there is no run, or it is damaged or of another version.
+            UserError: there is no run, or the run is damaged or has another version.
         """
         directory = RunDirectory(path)
         description, where = directory.read(), directory.description
@@ -58,18 +58,18 @@ class SavedRun:
         return cls(directory, config, environment, tuple(conditioning), description.store)
 
     def setup(self, execution: Execution) -> Setup:
-        """What its learner or policy is built from."""
+        """Return the setup from which the run's learner or policy is built."""
         return Setup(self.config, self.environment, self.conditioning, execution)
 
 
 def begin(
     path: Path, preset: str, config: TrainConfig, store: DataStore, tasks: Sequence[str]
 ) -> Trainer:
-    """Begin a run: build everything, then make its directory.
+    """Begin a run: build its trainer, then make its directory.
 
     Raises:
-        UserError: the settings, the data or the device cannot work, or the data are damaged;
-            nothing is written then.
+        UserError: the settings, the data or the device cannot work, or the data are damaged.
+            Nothing is written then.
     """
     execution = _execution(config)
     data = [store.task(name) for name in tasks]
@@ -101,14 +101,15 @@ def begin(
 
 
 def resume(saved: SavedRun, config: TrainConfig) -> Trainer:
-    """Take up a run at its last checkpoint, or at the start if it has none.
+    """Resume a run at its last checkpoint, or at the start if it has none.
 
     Args:
-        config: its settings; those that differ from the saved ones are recorded in run.json.
+        saved: the run.
+        config: the settings to go on with; run.json records those that differ from the saved ones.
 
     Raises:
-        UserError: data or device are not there, the data are others, or the checkpoint is damaged,
-            of another model size or beyond the last step.
+        UserError: the data or the device are missing; the store is not the run's store; or the
+            checkpoint is damaged, does not fit the model, or lies after the last step.
     """
     execution = _execution(config)
     store = _open_store(saved, config)
@@ -119,7 +120,7 @@ def resume(saved: SavedRun, config: TrainConfig) -> Trainer:
         trainer.load(load_checkpoint(saved.directory))
     if trainer.step > trainer.steps:
         raise UserError(
-            f"the last checkpoint of {saved.directory.path} is of step {trainer.step}, and its "
+            f"the last checkpoint of {saved.directory.path} is of step {trainer.step}, but its "
             f"run.json asks for {trainer.steps} steps: restore run.json from a copy"
         )
     entries = _changes(saved, config, trainer.step)
@@ -139,43 +140,43 @@ def _execution(config: TrainConfig) -> Execution:
 
 
 def _open_store(saved: SavedRun, config: TrainConfig) -> DataStore:
-    """The store that a run trains on, wherever it is now.
+    """Open the store that a run trains on.
 
     Raises:
-        UserError: it is not there, it is another store, or it is damaged.
+        UserError: the store is missing or damaged, or it is another store.
     """
     path = config.data.data
     assert path is not None
     if not path.exists():
         raise UserError(
-            f"the store {path} of the run {saved.directory.path} is not there: name where it is "
-            "now with --data"
+            f"the store {path} of the run {saved.directory.path} is missing: name its present path "
+            "with --data"
         )
     store = DataStore.open(path)
     if store.checksum != saved.store:
         raise UserError(
             f"the store {path} is not the one that the run {saved.directory.path} was trained on: "
-            "name that one, wherever it is now, with --data"
+            "name the present path of that store with --data"
         )
     store.verify(tasks=[task.name for task in saved.conditioning])
     return store
 
 
 def _part(setup: Setup, step: int) -> Part:
-    """The part of a run that begins after `step`, on this machine."""
+    """Return the part of a run that begins after `step` on this machine."""
     execution, packages = setup.execution, family(setup.environment.family).packages
     return Part(step, str(execution.device), execution.backend.name, versions(packages))
 
 
 def _parts_with_next(parts: Sequence[Part], following: Part) -> tuple[Part, ...]:
-    """The parts of a run that goes on; a new one only where something is not as before."""
-    kept = tuple(part for part in parts if part.step < following.step)  # later steps are done again
+    """Return the parts of a resumed run. A part is added only if it differs from the last one."""
+    kept = tuple(part for part in parts if part.step < following.step)  # later steps are repeated
     as_before = bool(kept) and replace(kept[-1], step=following.step) == following
     return kept if as_before else (*kept, following)
 
 
 def _changes(saved: SavedRun, config: TrainConfig, step: int) -> dict[str, Any]:
-    """The entries of run.json for settings that differ from the saved ones."""
+    """Return the entries of run.json that record the settings which differ from the saved ones."""
     assert config.data.data is not None
     config = change(config, {"data": config.data.data.absolute()})
     before, after = dict(settings(saved.config)), dict(settings(config))

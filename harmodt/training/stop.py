@@ -1,4 +1,4 @@
-"""What ends a run before its last step: signals, and an output that nobody reads any more."""
+"""Ends a run before its last step: after a signal, or when its output is closed."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from typing import Any
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 MOMENT = 1.0
-"""Seconds after the first signal in which another one still counts as the same: a terminal or a
-scheduler may send one twice."""
+"""Seconds after the first signal. Further signals within them are ignored, because a terminal or a
+scheduler may send the same signal twice."""
 
 
 class Stopped(BaseException):
-    """A run has ended before its last step because it was asked to."""
+    """A run was asked to end before its last step, and has ended."""
 
 
 class Stop:
-    """Remembers that a run is asked to end, until the run gets to a place where it can.
+    """Remembers a request to end, until the run reaches a point where it can end.
 
     Attributes:
-        signal: the first signal that asked for the end, or None. SIGPIPE stands for an output that
-            nobody reads any more.
+        signal: the first signal that asked for the end, or None. SIGPIPE stands for a closed
+            output.
     """
 
     def __init__(self) -> None:
@@ -37,10 +37,11 @@ class Stop:
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
-        """Remember Ctrl-C, SIGTERM and SIGHUP. A signal that is ignored, as under nohup, stays so.
+        """Remember Ctrl-C, SIGTERM and SIGHUP inside the `with` block.
 
-        A second Ctrl-C or SIGTERM, more than a moment after the first signal, ends the process at
-        once, even while a step hangs. Only the main thread can call this.
+        A signal that the process ignores, as SIGHUP under nohup, is still ignored. A second Ctrl-C
+        or SIGTERM, more than `MOMENT` after the first signal, ends the process at once, even while
+        a step hangs. Only the main thread can call this.
         """
         heeded = [s for s in _SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
         with _second_signal_ends(heeded):
@@ -53,7 +54,10 @@ class Stop:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raise Stopped at a signal. For long work that can be done again from its start."""
+        """Raise `Stopped` at a signal inside the `with` block.
+
+        This is for long work that can be repeated from its start.
+        """
         self._at_once = True
         try:
             if self.signal:
@@ -73,9 +77,9 @@ class Stop:
 def _second_signal_ends(heeded: list[signal.Signals]) -> Iterator[None]:
     """End the process at a second signal.
 
-    Python calls a signal's handler between two instructions of the main thread, and so never while
-    a call of a library hangs. But the system writes the signal's number to the wake-up socket right
-    away, and a thread of its own reads it there.
+    Python calls a signal's handler between two instructions of the main thread. It cannot call it
+    while a library call hangs. But it writes the signal's number to the wake-up socket right away,
+    and a separate thread reads the number there.
     """
     written, read = socket.socketpair()
     written.setblocking(False)
@@ -98,23 +102,23 @@ def _watch(numbers: socket.socket, heeded: list[signal.Signals]) -> None:
             name = signal.Signals(number[0]).name
             if first is None:
                 first = time.monotonic()
-                _tell(f"{name}: ending in good order; Ctrl-C or SIGTERM ends this at once")
+                _tell(f"{name}: saving and ending; a second Ctrl-C or SIGTERM ends this at once")
             elif number[0] != signal.SIGHUP and time.monotonic() - first > MOMENT:
                 _tell(f"{name}: ended at once; what was written to the disk is kept")
                 os._exit(128 + number[0])
 
 
 def _tell(text: str) -> None:
-    """Write a line to standard error, past Python's buffers, which the main thread may hold."""
+    """Write a line to standard error without Python's buffers, which the main thread may lock."""
     with contextlib.suppress(OSError):
         os.write(2, f"\n{text}\n".encode())
 
 
 class Output:
-    """Standard output for a console. Once nobody reads it any more, the run is asked to stop.
+    """Standard output for a console. When it is closed, it asks the run to stop.
 
     Attributes:
-        stop: of the run; None while none is under way.
+        stop: the run's `Stop`; None while no run is active.
     """
 
     def __init__(self) -> None:
@@ -127,16 +131,16 @@ class Output:
         return len(text)
 
     def flush(self) -> None:
-        """Write what is buffered."""
+        """Write the buffered text."""
         with self._until_closed():
             sys.stdout.flush()
 
     def isatty(self) -> bool:
-        """Whether standard output is a terminal."""
+        """Tell whether standard output is a terminal."""
         return sys.stdout.isatty()
 
     def fileno(self) -> int:
-        """The descriptor of standard output."""
+        """Return the file descriptor of standard output."""
         return sys.stdout.fileno()
 
     @property
@@ -153,5 +157,5 @@ class Output:
                 raise
             self.stop.signal = self.stop.signal or signal.SIGPIPE
             null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, sys.stdout.fileno())  # Python's buffer is still to be written somewhere
+            os.dup2(null, sys.stdout.fileno())  # Python still writes its buffer at exit
             os.close(null)

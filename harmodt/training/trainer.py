@@ -1,4 +1,4 @@
-"""Training: the steps of a run, with the evaluations and checkpoints that are due on the way."""
+"""Takes the steps of a run, and makes evaluations and checkpoints when they are due."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from .stop import Stop, Stopped
 
 
 class Trained(NamedTuple):
-    """What training has come to.
+    """The result of training.
 
     Attributes:
         evaluation: the last evaluation of this call; None if none was due.
-        best: step and score of the run's best evaluation; None if there was none.
+        best: step and score of the run's best evaluation; None without evaluations.
     """
 
     evaluation: EvaluationResult | None
@@ -47,18 +47,18 @@ class Trained(NamedTuple):
 class Trainer:
     """Trains a learner of any algorithm to the last step of its run.
 
-    Every random draw of a step follows from (seed, purpose, step). A run that goes on from a
-    checkpoint therefore draws what it would have drawn.
+    Every random draw of a step depends only on (seed, purpose, step). A resumed run therefore
+    draws the same numbers as a run without interruption.
 
     Args:
         setup: the run's settings, tasks and device.
         data: one entry per task; index = task id.
-        directory: of the run; `train` alone writes there.
+        directory: the run's directory; only `train` writes there.
 
     Attributes:
-        learner: what is trained.
-        step: steps done so far.
-        stop: ends `train` before the last step when a signal is set in it.
+        learner: the learner of the run's algorithm.
+        step: the number of steps done so far.
+        stop: ends `train` before the last step once its signal is set.
 
     Raises:
         UserError: tasks_per_step is above the number of tasks, or a setting of the algorithm does
@@ -74,7 +74,7 @@ class Trainer:
 
     @property
     def steps(self) -> int:
-        """Steps of the whole run."""
+        """Number of steps of the whole run."""
         return self.setup.config.optimisation.steps
 
     @property
@@ -86,13 +86,16 @@ class Trainer:
         """Continue from a checkpoint.
 
         Raises:
-            UserError: it is of another model size.
+            UserError: the checkpoint does not fit the model.
         """
         self.learner.load(checkpoint)
         self.step = checkpoint.step
 
     def before_step(self) -> dict[str, float]:
-        """Let the learner do what is due before the next step; returns what is to be logged.
+        """Let the learner prepare the next step, for example by a mask update.
+
+        Returns:
+            The numbers to log, by name.
 
         Raises:
             NotFinite: a gradient or a loss is NaN or infinite.
@@ -100,18 +103,18 @@ class Trainer:
         return self.learner.before_step(self.step)
 
     def train_step(self) -> StepResult:
-        """Take the next step, over some tasks."""
+        """Take the next training step."""
         self.step += 1
         return self.learner.train_step(self.step)
 
     def train(self, console: PlainConsole | None = None) -> Trained:
-        """Train to the last step; evaluate, log and save what is due on the way.
+        """Train to the last step; evaluate, log and save checkpoints when they are due.
 
         Args:
-            console: shows progress; standard output by default.
+            console: shows progress; by default on standard output.
 
         Raises:
-            Stopped: `stop` has asked for the end. The steps so far are in a checkpoint.
+            Stopped: `stop` has asked for the end. A checkpoint has the steps so far.
             UserError: a loss, a gradient or a weight became NaN or infinite.
         """
         clear_temporaries(self.directory)
@@ -126,7 +129,7 @@ class Trainer:
     def _train(self, log: Log) -> Trained:
         evaluation: EvaluationResult | None = None
         while True:
-            # First, because a run that goes on may have ended just before an evaluation.
+            # Evaluate first, because a resumed run may have ended just before an evaluation.
             if self._evaluation_is_due() and self.step not in log.metrics.scores:
                 evaluation = self._evaluate(log)
             if self.step >= self.steps:
@@ -154,7 +157,7 @@ class Trainer:
             raise Stopped
 
     def _advance(self, log: Log) -> None:
-        """Take one step; before it the mask update, after it metrics and checkpoint, if due."""
+        """Take one step, with the mask update before it and the log and checkpoint after it."""
         run = self.setup.config.run
         self._update(log)
         log.add(self.train_step())
@@ -165,12 +168,12 @@ class Trainer:
             self._save(log)
 
     def _update(self, log: Log) -> None:
-        """Do what is due before the next step, and log it."""
+        """Prepare the next step, and log the numbers of the mask update or harmony score."""
         try:
             with log.costs.measure("masks and harmony"):
                 values = self.before_step()
         except NotFinite as error:
-            log.flush(self.step)  # names the step and the task if a loss was the first to break
+            log.flush(self.step)  # if a loss is not finite, its error names the step
             what = f"after step {self.step}, task {self.tasks[error.task]}: {error.reason}"
             raise self._not_finite(what, changed=self.step > 0) from error
         if values:
@@ -178,7 +181,7 @@ class Trainer:
             log.metrics.write(self.step, values)
 
     def _save(self, log: Log) -> None:
-        """Save a checkpoint, and delete those that are not to be kept."""
+        """Save a checkpoint, and delete old checkpoints."""
         log.metrics.sync()
         if self.step not in checkpoint_steps(self.directory):
             tensors = self.learner.tensors()
@@ -192,7 +195,7 @@ class Trainer:
         self._prune(log)
 
     def _prune(self, log: Log) -> None:
-        """Delete all checkpoints but the last ones and that of the best evaluation."""
+        """Delete all checkpoints except the last ones and the one with the best evaluation."""
         best = log.metrics.best[0] if log.metrics.best else None
         prune_checkpoints(self.directory, self.setup.config.run.keep_checkpoints, best)
 
@@ -203,7 +206,8 @@ class Trainer:
         """Evaluate the present weights and save the result.
 
         Raises:
-            Stopped: the checkpoint of this step is there, so the evaluation can be repeated.
+            Stopped: a signal came. The checkpoint of this step exists, so that a resumed run can
+                repeat the evaluation.
         """
         request = Request(
             episodes=self.setup.config.evaluation.evaluation_episodes,
@@ -219,12 +223,12 @@ class Trainer:
         log.metrics.write(self.step, values)
         log.costs.write(self.step)
         log.metrics.sync()
-        self._prune(log)  # the best one may be another now
+        self._prune(log)  # this evaluation may be the new best one
         return result
 
 
 def build_learner(setup: Setup, data: Sequence[TaskData]) -> Learner[Any]:
-    """The learner of the run's algorithm, its initial weights drawn from the run's seed."""
+    """Return the learner of the run's algorithm, with initial weights drawn from the run's seed."""
     Seeds(setup.config.run.seed).begin(INITIALISE, 0)
     learner = find(setup.config.algorithm).learner(setup)
     learner.prepare_training(data)
