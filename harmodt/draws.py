@@ -164,7 +164,7 @@ def _key(seed: int, purpose: int) -> tuple[int, int]:
 def _constants(
     key: tuple[int, int], device: torch.device
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
-    """The multipliers and key of each round, in the order of its even words; 32; a word's mask.
+    """Each round's multipliers and key, in the order of its even words; 32; a mask of 32 bits.
 
     All are int64 tensors [2, 1]. For few words they are twice as fast as Python numbers.
     """

@@ -30,6 +30,7 @@ from harmodt.errors import UserError
 from harmodt.report import __main__ as command
 from harmodt.report import tables, write_report
 from harmodt.report.masks import Masks, count_shared
+from harmodt.report.runs import read_runs
 from harmodt.results import EvaluationResult
 from harmodt.rollout import make_protocol
 from harmodt.rundir import RunDirectory
@@ -527,19 +528,21 @@ def test_what_is_no_page_is_not_written_over(runs, tmp_path):
     assert thesis.read_text() == "<!doctype html>\nyears of work"
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0)])
-def test_the_final_evaluation_is_of_the_last_checkpoint_and_most_episodes(order):
-    of_run = {"unseen": None, "mask": "task", "tasks": ("a", "b")}
-    asked = [
-        {"checkpoint": 8, "episodes": 50},
-        {"checkpoint": 12, "episodes": 10},
-        {"checkpoint": 12, "episodes": 20},
-        {"checkpoint": 12, "episodes": 90, "mask": "voted"},
-    ]
-    results = [SimpleNamespace(protocol=SimpleNamespace(**{**of_run, **more})) for more in asked]
-    description = SimpleNamespace(tasks=("a", "b"))
-    run = SimpleNamespace(description=description, evaluations=[results[i] for i in order])
-    assert tables.final_evaluation(run) is results[2]
+@pytest.mark.parametrize("episodes", [2, 8])
+def test_of_the_measures_of_one_run_that_of_most_episodes_is_compared(runs, tmp_path, episodes):
+    path = Path(shutil.copytree(runs[0], tmp_path / "run"))
+    (file,) = (path / "evaluation").glob("step-12-*.json")
+    usual = EvaluationResult.load(file)
+    tasks = len(usual.protocol.tasks)
+    replace(
+        usual,
+        protocol=replace(usual.protocol, episodes=episodes),
+        successes=np.full((tasks, episodes), True),
+        returns=np.full((tasks, episodes), 5.0),
+    ).save(file.parent)
+    (run,) = read_runs([path])
+    expected = max(episodes, usual.protocol.episodes)
+    assert tables.final_evaluation(run).protocol.episodes == expected
 
 
 # The command

@@ -211,7 +211,7 @@ def test_magnitude_is_that_of_the_initial_weights(store: DataStore, algorithm: s
         ),
         (
             ("--mask-initialisation", "uniform", "--sparsity", "0.99"),
-            "sparsity is 0.99, but biases and LayerNorms",
+            "sparsity is 0.99, but uniform and magnitude masks keep all biases",
         ),
     ],
 )

@@ -131,7 +131,7 @@ class ChangingMaskLearner(RandomMaskLearner[ChangingOwn]):
         """As `RandomMaskLearner.prepare_training`."""
         super().prepare_training(data)
         masks = self.settings.masks
-        self._initial_bits = self.bank.bits.clone()  # a resumed run draws the same masks
+        self._first_bits = self.bank.bits.clone()  # a resumed run draws the same
         tokens = 3 * (self.model.config.prompt_length + self.settings.model.context_length)
         # Captured passes share the memory of captured steps if they have at most as many tasks.
         # Larger passes would hold more memory and save little time. On a GPU, the graph of a pass
@@ -157,7 +157,7 @@ class ChangingMaskLearner(RandomMaskLearner[ChangingOwn]):
         before = self.bank.bits.clone()
         with self.execution.computing():
             values = self.update_masks(step)
-        for kind, earlier in (("changed", before), ("differing", self._initial_bits)):
+        for kind, earlier in (("changed", before), ("differing", self._first_bits)):
             # In soft masks, the first T rows have the active weights.
             changed = (self.bank.bits ^ earlier)[: self.bank.tasks]
             counts = by_layer(self.vector.count_by_parameter(changed))
@@ -191,7 +191,7 @@ class HarmoDTLearner(ChangingMaskLearner[HarmoDTSettings]):
         if masks.eta_max > maskable:
             raise UserError(
                 f"eta_max is {masks.eta_max}, but the model has only {maskable} maskable "
-                "weights: lower it"
+                "weights: lower --eta-max"
             )
         self.updater = MaskUpdater(
             self.bank,

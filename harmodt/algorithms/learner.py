@@ -76,7 +76,7 @@ class Learner(Generic[Own]):
     Attributes:
         settings: the settings that only this algorithm has.
         trained: the parameters of each network that steps train, by the network's name.
-        averages: the parameters of each network that follows a trained network, by its name.
+        averages: the parameters of each moving average of a trained network, by the average's name.
     """
 
     records_steps = True
@@ -214,7 +214,7 @@ class Learner(Generic[Own]):
         return torch.cat((losses.detach(), norm[None]))
 
     def clear_gradients(self) -> None:
-        """Zero the gradients, to which autograd adds."""
+        """Set the gradients to 0, because autograd adds to them."""
         for vector in self.trained.values():
             vector.gradient.zero_()
 
@@ -223,7 +223,7 @@ class Learner(Generic[Own]):
         losses.mean().backward()
 
     def combine_gradients(self, task_ids: Tensor, *extra: Tensor) -> None:
-        """Combine per-task gradients into the step's gradient; do nothing if there is only a mean.
+        """Combine per-task gradients into the step's gradient, if there are any.
 
         Args:
             task_ids: int64 [G], the tasks of the step.
@@ -275,7 +275,7 @@ class Algorithm:
     Attributes:
         settings: the class of the settings that only this algorithm has.
         learner: builds the learner.
-        defaults: shared settings that have another default for this algorithm, by name.
+        defaults: this algorithm's own defaults of shared settings, by the setting's name.
         unread: names of the shared settings that this algorithm does not read. A command refuses
             them.
     """

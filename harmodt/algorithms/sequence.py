@@ -125,7 +125,7 @@ class SequenceLearner(Learner[SequenceOwn]):
         self.records_steps = surgery != "cagrad"
         super().prepare_training(data)
         gradients = self.vector.gradient[None]
-        if surgery != "none":  # zeros, because no layer writes to the padding
+        if surgery != "none":  # zeros: no layer writes to the padding, and it must be 0
             gradients = gradients.new_zeros(tasks, gradients.shape[1])
         bf16_copy = self.optimisers[MODEL].bf16_copy
         self._masks = TaskMasks(
@@ -217,7 +217,7 @@ class SequenceLearner(Learner[SequenceOwn]):
 
         def draw(task_ids: Sequence[int]) -> list[Tensor]:
             nonlocal last
-            if self.draws_from_pytorch:  # seed each pass, so that all have the same dropout
+            if self.draws_from_pytorch:  # masked and dense passes have the same dropout
                 self._seeds.begin(MASKS, step, *task_ids)
             if last[0] != task_ids:
                 last = task_ids, self._draw(step, task_ids)

@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..settings import Share, ShareBelowOne
 
 _COLUMNS = 1 << 16  # columns of the gradients that are converted to float64 at a time
-_DEPENDENT = 1e-9  # a gradient is in the span of others if its relative squared rest is smaller
+_DEPENDENT = 1e-9  # smaller shares of a squared norm outside the span of others count as 0
 
 
 @dataclass(frozen=True)

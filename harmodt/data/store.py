@@ -43,8 +43,8 @@ KIND = sealed.Kind(
     version=VERSION,
     also_reads=EARLIER,
     instead="give a store's directory",
-    again="make the store again in another folder with `python -m harmodt.collect`, or with "
-    "`python -m harmodt.data import`, and the settings that the file lists under provenance",
+    again="make the store again in another folder, with the settings that the file lists under "
+    "provenance, by `python -m harmodt.collect` or `python -m harmodt.data import`",
     remedy=f"{sealed.RESTORE}, or make the store again",
 )
 _UNFINISHED = replace(

@@ -69,7 +69,9 @@ class WindowSampler:
         self._starts = _Starts(self.episodes, inputs.settings.window_start_bias)
         device_of_draws = self.episodes.device
         self._windows = torch.arange(inputs.settings.batch_per_task, device=device_of_draws)
-        self._blocks = torch.arange(1 - (-context_length // _WORDS), device=device_of_draws)
+        # A coin for each step of a window, unless all of them come out the same.
+        coins = context_length if 0 < inputs.settings.action_dropout < 1 else 0
+        self._blocks = torch.arange(1 - (-coins // _WORDS), device=device_of_draws)
         self._times = torch.arange(context_length, device=device_of_draws)
 
     def sample(self, task_ids: Sequence[int] | Tensor, draws: Draws) -> tuple[Batch, Tensor]:
@@ -121,12 +123,17 @@ class WindowSampler:
         present = (self.episodes.lengths[episodes] - starts).clamp_(max=self.context_length)
         present = present[..., None]
         times = starts[..., None] + torch.minimum(self._times, present - 1)
-        coins = words[..., 1:, :].movedim(0, -1).transpose(-3, -2).flatten(-2)
+        if len(self._blocks) > 1:
+            coins = words[..., 1:, :].movedim(0, -1).transpose(-3, -2).flatten(-2)
+            hidden = self.inputs.hidden(coins[..., : self.context_length])
+        else:
+            certain = self.inputs.settings.action_dropout == 1
+            hidden = torch.full_like(times, certain, dtype=torch.bool)
         return Drawn(
             episodes,
             times,
             self._times < present,
-            self.inputs.hidden(coins[..., : self.context_length]),
+            hidden,
             *(self.inputs.draw_prompts(task_ids, *prompt) if self.inputs.prompt else ()),
         )
 

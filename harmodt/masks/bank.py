@@ -28,9 +28,10 @@ class TaskMasks:
         bits: int32 [T, P_m / 32], the masks of all tasks. For soft masks int32 [L T, P_m / 32], as
             in `MaskBank`. If None, every weight is active.
         task_ids: int64 [G], the task of each group.
-        group_gradients: a buffer for the gradients, or None. A backward pass overwrites it and does
-            not set the `grad` of these parameters. A buffer of G rows gets the gradient of each
-            group; a buffer of one row gets their sum. A buffer of P columns gets the gradients of
+        group_gradients: a buffer for the gradients, or None. A backward pass overwrites this
+            buffer. It does not set `grad` of the parameters that the buffer covers. A buffer of G
+            rows gets the gradient of each group; a buffer of one row gets their sum. A buffer of P
+            columns gets the gradients of
             all parameters. A buffer of P_m columns gets only the gradients of the maskable weights,
             and autograd computes the gradients of the other parameters.
         bf16_copy: [P_m], a copy of the maskable weights in the type of matrix products; or None.

@@ -32,10 +32,10 @@ def first_masks(
         seed: seed of the masks; a task's mask also depends on the task's index.
         initialisation: erk: masks are drawn at the ERK densities (Appendix C of the paper).
             uniform: all vectors (biases and LayerNorms) are active, and the same share of each
-            matrix is drawn. RigL (arXiv 1911.11134) compares densities in this way; at most
-            sparsities ERK keeps the vectors too. magnitude: all vectors are active, and the weights
-            with the largest |θ| among all matrices; of equal weights, the first ones. Every task
-            has the same mask.
+            matrix is drawn. RigL (arXiv 1911.11134) compares densities in this way. For most
+            sparsities ERK also keeps all vectors active. magnitude: all vectors are active, and the
+            weights with the largest |θ| among all matrices; of equal weights, the first ones. Every
+            task has the same mask.
         shared: whether all tasks get the mask of the first task.
 
     Raises:
@@ -107,7 +107,7 @@ def uniform_counts(slots: Sequence[Slot], sparsity: float) -> list[int]:
         raise UserError(
             f"sparsity is {sparsity}, but uniform and magnitude masks keep all biases and "
             f"LayerNorms, which are {1 - whole / sum(counts):.1%} of the maskable weights: lower "
-            "it, or use --mask-initialisation erk"
+            "the sparsity, or use --mask-initialisation erk"
         )
     remainders = {i: counts[i] * kept % whole for i in matrices}
     for i in matrices:

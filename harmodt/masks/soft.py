@@ -36,7 +36,7 @@ class SoftMaskUpdate:
 
 
 def fence_factor(step: int, steps: int, settings: SoftMaskSettings) -> float:
-    """The threshold's distance above the third quartile, in interquartile ranges.
+    """How far the threshold lies above the third quartile, in interquartile ranges.
 
     It falls from `fence_max` at the start to `fence_min` at the share `fence_peak` of the run. Then
     it rises to `fence_max` until the end. Both parts are half a cosine.
@@ -135,9 +135,9 @@ class SoftMaskUpdater:
         """A task's levels after an update; all tensors are [P_m].
 
         An active weight conflicts if -ḡ_i ĝ lies above the fence of all active weights. Its level
-        falls to the level that its Fisher information ḡ_i² lets it keep. A weight below the highest
-        level that does not conflict is in harmony if g_i ĝ lies above the fence of all weights
-        below the highest level. Its level rises by one.
+        falls to the level that its Fisher information ḡ_i² lets it keep. Now take all weights whose
+        level is below L. Their scores g_i ĝ give a second fence. If the score of such a weight is
+        above this fence, and the weight does not conflict, its level rises by one.
         """
         levels, after = self._bank.levels, before.clone()
         active, suppressed = before > 0, self._maskable & (before < levels)

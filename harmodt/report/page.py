@@ -303,7 +303,7 @@ def _masks(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
             figures.overlap(runs),
             plots,
             "Overlap between tasks",
-            "Share of the weights active in at least one of two tasks that are active in both "
+            "Of the weights that are active in at least one of two tasks, the share active in both "
             "(Jaccard's index). Similar tasks are side by side; rows and columns have the same "
             "order. The colours span the values of this run, even if these are close together.",
         ),

@@ -42,7 +42,8 @@ def check_new_kernels(setup: Setup, data: Sequence[TaskData]) -> None:
     """
     if has_new_kernels(setup):
         check_kernels(setup, data)
-        if setup.execution.device.type == "cuda":  # the run's costs leave this check's memory out
+        # The run's costs do not count the memory of this check.
+        if setup.execution.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(setup.execution.device)
 
 

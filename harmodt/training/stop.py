@@ -77,9 +77,9 @@ class Stop:
 def _second_signal_ends(heeded: list[signal.Signals]) -> Iterator[None]:
     """End the process at a second signal.
 
-    Python calls a signal's handler between two instructions of the main thread. It cannot call it
-    while a library call hangs. But it writes the signal's number to the wake-up socket right away,
-    and a separate thread reads the number there.
+    Python calls a signal's handler between two instructions of the main thread. While a
+    library call hangs, it cannot call the handler. But Python writes the signal's number to the
+    wake-up socket at once. A separate thread reads the number from this socket.
     """
     written, read = socket.socketpair()
     written.setblocking(False)

@@ -1,6 +1,7 @@
 """Defines the harmony selection in plain PyTorch (Algorithm 2 of the HarmoDT paper).
 
-It stores the scores of one task at a time. The fused backends never store all scores of a task.
+It stores the scores of one task at a time. The fused backends store few of a task's scores, unless
+many weights move.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Selection(NamedTuple):
         """
         refused = self.refused.tolist()
         if any(refused):
-            # One bad gradient spoils the mean, which refuses all tasks: the lowest is the cause.
+            # A bad gradient spoils the mean, which refuses all tasks. The first reason is its own.
             number = min(filter(None, refused))
             kind = UpdateRefused if number in _FROM_FINITE else NotFinite
             raise kind(refused.index(number), REFUSALS[number - 1])
@@ -111,7 +112,7 @@ def select_harmony(
         weights: [P], the maskable weights θ.
         masked_gradients: [T, P], ḡ_i = ∇L_i(θ ⊙ M^i) ⊙ M^i.
         dense_gradients: [T, P], g_i = ∇L_i(θ).
-        mean_gradient: [P], ĝ, the mean of ḡ_i over all tasks, of which there may be more than T.
+        mean_gradient: [P], ĝ, the mean of ḡ_i over all tasks. A call may get only some tasks.
         losses: [T], L_i(θ ⊙ M^i). Only the paper's Fisher importance reads them.
         count: weights to move per task. If a task has fewer active or fewer inactive weights, it
             moves fewer.

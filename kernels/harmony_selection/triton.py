@@ -223,7 +223,7 @@ def rising(values, index, size):
 
 @triton.jit
 def largest_taken(values, size, wanted, VALUES: tl.constexpr):
-    """The largest of the `wanted` smallest int32 values [size], as a uint32 with the same order;
+    """Find the largest of the `wanted` smallest int32 values [size], as an ordered uint32,
     and how many values equal to it belong to the `wanted` smallest."""
     largest = tl.full([], 0, tl.uint32)
     bin = tl.arange(0, 256)

@@ -27,7 +27,7 @@ def masked_adamw(
     max_norm: float = math.inf,
     bf16_copy: Tensor | None = None,
 ) -> Tensor:
-    """Clip the gradient's norm, then run AdamW on the active weights. Others keep their bits.
+    """Clip the gradient's norm, then run AdamW on the active weights; the others do not change.
 
     This is the fused form of `reference.masked_adamw`, in float32. One kernel runs after the one
     that computes the norm.

@@ -25,7 +25,7 @@ def masked_adamw(
     max_norm: float = math.inf,
     bf16_copy: Tensor | None = None,
 ) -> Tensor:
-    """Clip the gradient's norm, then run AdamW on the active weights. Others keep their bits.
+    """Clip the gradient's norm, then run AdamW on the active weights; the others do not change.
 
     This is lazy AdamW, as in `torch.optim.SparseAdam`: neither old moments nor weight decay move an
     inactive weight. The bias corrections count all steps.

@@ -12,7 +12,7 @@ from ..registration import kernels_for
 
 
 class LayerGradients(NamedTuple):
-    """The operands of the gradients of a layer's weight and bias, and the output buffers.
+    """What the gradients of one layer's weight and bias need: operands and output buffers.
 
     Attributes:
         dy: [G, R, N], the gradient of the output.
@@ -68,8 +68,8 @@ def layers_of(*operands: list) -> list[LayerGradients]:
 class WeightGradients:
     """A queue that collects layers, so that one launch computes the weight gradients of several.
 
-    Small layers need this to keep a GPU busy. On a CPU nothing waits. The operands of waiting
-    gradients stay in memory.
+    Small layers need this to keep a GPU busy. On a CPU each layer is computed at once. The operands
+    of waiting gradients stay in memory.
 
     Args:
         layers: the number of layers that are computed at once.

@@ -845,7 +845,7 @@ def product_plan(
 def largest_tile(
     tiles: tuple[Tile, ...], enough: int, results: int, rows: int, columns: int
 ) -> Tile:
-    """The first tile that gives enough tiles of `results` matrices [rows, columns], or the last."""
+    """The first tile that cuts the matrices into enough tiles; if there is none, the last tile."""
     for tile in tiles:
         if results * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns) >= enough:
             return tile

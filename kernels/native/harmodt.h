@@ -203,7 +203,7 @@ HARMODT_API void harmodt_token_embedding_gradient(const harmodt_embedding_shape*
                                                   const float* d_tokens, float* const* gradients,
                                                   int threads);
 
-// Runs the multiply-adds that products use on zeros in registers, to measure this machine's peak.
+// Measures this machine's peak: runs the multiply-adds of products on registers that hold zeros.
 // Returns the number of floating-point operations over all threads.
 HARMODT_API int64_t harmodt_multiply_adds(int64_t repeats, int bf16, int threads);
 

@@ -155,7 +155,7 @@ class RecordingMemory:
         return sum(map(len, self._blocks.values()))
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """Copy a tensor into this memory. Its block becomes free when the copy's storage is."""
+        """Copy a tensor into this memory. Its block is free again when the copy's storage is."""
         block = self._block(max(tensor.untyped_storage().nbytes(), 1))
         lent = block.numpy()[:]
         weakref.finalize(lent, _give_back, weakref.ref(self), block).atexit = False
