@@ -72,7 +72,7 @@ class Layout:
     For other addresses, Triton would compile separate kernels.
 
     Args:
-        like: tensors of the same dtypes and shapes.
+        like: tensors with the dtypes and shapes that the buffer will hold, in order.
     """
 
     def __init__(self, like: Sequence[Tensor]):

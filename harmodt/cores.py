@@ -85,7 +85,9 @@ def _folders(path: str, root: str, point: Path) -> list[Path]:
         inside = PurePosixPath(path).relative_to(root).parts
     except ValueError:
         inside = ()
-    if ".." in inside:  # the group is not in the mounted group, and only that one is visible
+    if (
+        ".." in inside
+    ):  # the group is not in the mounted group, so only the mounted group is visible
         inside = ()
     return [point.joinpath(*inside[:depth]) for depth in range(len(inside) + 1)]
 

@@ -70,7 +70,7 @@ class Execution:
 
     @property
     def rounded_to(self) -> torch.dtype | None:
-        """The type of a copy of the weights that matrix products read; None without a copy.
+        """The dtype of the copy of the weights that matrix products read; None without a copy.
 
         Without the copy, Triton's kernels would round the weights again for every tile. The CPU
         kernels round the weights when they pack them.

@@ -123,7 +123,8 @@ def normal(words: Tensor) -> Tensor:
 
 
 def choose(words: Tensor, count: int) -> Tensor:
-    """The indices of the `count` smallest of n < 2^31 random words; of equal words, the first.
+    """The indices of the `count` smallest of n < 2^31 random words; if words are equal, the first
+    is taken.
 
     Args:
         words: int64 [..., n].

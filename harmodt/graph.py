@@ -96,7 +96,8 @@ class CudaGraph(Graph):
         return self._result.clone()
 
     def _compute(self) -> Tensor:
-        """Compute on the stream of the capture, because autograd keeps its first call's stream."""
+        """Compute on the stream of the capture, because autograd later uses the stream of the first
+        call."""
         present = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(present)
         with torch.cuda.stream(self._stream):

@@ -4,8 +4,8 @@ A sealed object is a JSON object whose last entry, `crc32`, is the checksum of t
 sealed line is such an object on one line; a file can have many lines. The checksum of a binary file
 is in another file, which names it.
 
-A file is called damaged only if its content proves it: the checksum is wrong, or the form is. If
-the system refuses to read a file (no permission, too many open files, a disk error), it raises an
+A file is called damaged only if its content proves it: the checksum or the form is wrong. If the
+system refuses to read a file (no permission, too many open files, a disk error), it raises an
 OSError. This proves nothing about the file, so readers let it pass, and `errors.py` has the words.
 """
 

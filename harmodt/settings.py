@@ -42,7 +42,8 @@ def settings(group: Any) -> Iterator[tuple[str, Any]]:
 
 
 def change(group: Settings, values: Mapping[str, Any]) -> Settings:
-    """Copy a group and its subgroups with new values; ignore names that are no settings of them."""
+    """Copy a group and its subgroups with new values; ignore names that are not settings of the
+    group."""
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(group):  # type: ignore[arg-type]
         value = getattr(group, field.name)

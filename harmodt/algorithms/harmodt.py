@@ -133,7 +133,7 @@ class ChangingMaskLearner(RandomMaskLearner[ChangingOwn]):
         masks = self.settings.masks
         self._first_bits = self.bank.bits.clone()  # a resumed run draws the same
         tokens = 3 * (self.model.config.prompt_length + self.settings.model.context_length)
-        # Captured passes share the memory of captured steps if they have at most as many tasks.
+        # A captured pass shares the memory of captured steps if it has no more tasks than a step.
         # Larger passes would hold more memory and save little time. On a GPU, the graph of a pass
         # would not share this memory.
         records = self.execution.repeats and self.execution.device.type == "cpu"
@@ -149,8 +149,9 @@ class ChangingMaskLearner(RandomMaskLearner[ChangingOwn]):
     def before_step(self, step: int) -> dict[str, float]:
         """Update all masks at the start and then every t_m steps.
 
-        It logs two counts for each layer, over all tasks: `changed` counts the mask bits that this
-        update changed, `differing` the mask bits that differ from the start of the run.
+        It logs two counts for each layer, summed over all tasks. `changed` is the number of mask
+        bits that this update changed. `differing` is the number of mask bits that differ from the
+        first masks.
         """
         if step % self.settings.masks.mask_update_every:
             return super().before_step(step)

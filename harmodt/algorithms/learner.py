@@ -98,7 +98,7 @@ class Learner(Generic[Own]):
 
         Args:
             targets: float32 [G, B, L, A], the actions of the data.
-            extra: the step's extra inputs, as `extra_inputs` returns them but without the first.
+            extra: the step's extra inputs: the tensors of `extra_inputs` after the first one.
         """
         raise NotImplementedError
 
@@ -138,12 +138,12 @@ class Learner(Generic[Own]):
 
     @property
     def max_timesteps(self) -> int:
-        """The number of time steps that the networks tell apart; later ones count as the last."""
+        """Number of time steps that the networks know; a later one counts as the last of them."""
         return self.setup.environment.episode_length
 
     @property
     def draws_from_pytorch(self) -> bool:
-        """Whether a training step draws from PyTorch's generator; each step then seeds it."""
+        """Whether a step draws from PyTorch's generator, which is then seeded before each step."""
         return False
 
     @property
@@ -200,7 +200,8 @@ class Learner(Generic[Own]):
     def _compute(self) -> Tensor:
         """Compute the loaded step. Return its losses [G] and gradient norm as one tensor.
 
-        A graph replays this method. It works only on the device, on tensors with fixed addresses.
+        A graph replays this method. So the method works only on the device, on tensors with fixed
+        addresses.
         """
         batch, targets = self.feed.batch()
         rates, *extra = self.feed.extra

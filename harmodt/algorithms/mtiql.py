@@ -52,14 +52,15 @@ class MTIQLSettings(MLPSettings):
     Advantages A and rewards are divided by --return-scale: with 1000 and Meta-World's rewards of
     about 5 per step, an advantage of one step's reward gives exp(0.5)."""
     target_rate: Annotated[float, Meta(ge=ABOVE_ZERO, le=1)] = 0.02
-    """Share of the distance to the critics that their targets move in each step. IQL's code uses
-    0.005. Short runs need more, because each update spreads a reward back by about one step."""
+    """In each step the target critics move towards the critics by this share of the distance. IQL's
+    code uses 0.005. Short runs need a larger share, because an update carries a reward back by one
+    time step."""
 
 
 class MTIQLLearner(MLPLearner[MTIQLSettings]):
     """Trains a policy, a value and two critics; a slow copy of the critics rates actions.
 
-    A step moves all networks at once, by the gradients at the weights before the step.
+    A step first computes the gradients of all networks, and then moves all networks.
     """
 
     window = WINDOW

@@ -45,7 +45,7 @@ class SequenceSettings(AlgorithmSettings):
 
     @property
     def mask_levels(self) -> int:
-        """L of soft masks; 1 for masks of bits and for a model without masks."""
+        """The number of levels L of soft masks; 1 for masks of bits and without masks."""
         return 1
 
 
@@ -151,7 +151,7 @@ class SequenceLearner(Learner[SequenceOwn]):
         """Learning rates and bias corrections; the seeds of dropout; the numbers of the steps."""
         numbers = torch.arange(steps.start - 1, steps.stop - 1)
         seeds = dropout_seeds(self.setup.config.run.seed, TRAIN, numbers, self.model.dropout_places)
-        # Each seed occurs twice, so that every seed is at a multiple of 16 bytes.
+        # Store each seed twice, so that each pair begins at a multiple of 16 bytes.
         return [*super().extra_inputs(steps), seeds[..., None].expand(-1, -1, 2), numbers]
 
     def losses(self, batch: Batch, targets: Tensor, *extra: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ class SequenceLearner(Learner[SequenceOwn]):
         return TaskMasks(self.vector, self.mask_bits, task_ids, group_gradients)
 
     def before_step(self, step: int) -> dict[str, float]:
-        """Measure how far the tasks' gradients agree if this is due."""
+        """If it is due, measure how far the tasks' gradients agree."""
         if not self.settings.harmony_every or step % self.settings.harmony_every:
             return {}
         return {"harmony": self.averaged_harmony(step)}

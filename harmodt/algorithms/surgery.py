@@ -76,8 +76,8 @@ def pcgrad(gradients: Tensor, draws: Draws) -> Tensor:
     g_i ← g_i − (g_i · g_j / ‖g_j‖²) g_j. The g_j is always the original gradient. The result is the
     mean of the g_i. If no two tasks conflict, it is the mean of the gradients.
 
-    Every g_i stays a linear combination of the gradients. The products of the gradients therefore
-    determine its coefficients.
+    Every g_i stays a linear combination of the original gradients. So the code computes only its
+    coefficients, from the products of the original gradients.
 
     Args:
         gradients: [G, P].
@@ -159,7 +159,7 @@ def worst_task_ascent(products: NDArray[np.float64], c: float) -> NDArray[np.flo
 
 
 def _to_length(square: float, product: float, rest: float) -> float:
-    """The distance along a line after which the squared norm of its point has grown by `rest`.
+    """How far to go along a line until the squared norm of the point has grown by `rest`.
 
     Args:
         square: squared norm of the line's direction; it may be 0.

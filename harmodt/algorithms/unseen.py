@@ -140,10 +140,11 @@ def random_mask(vector: ParameterVector, bits: Tensor, seed: int) -> Tensor:
 def nearest_tasks(
     setup: Setup, checkpoint: Checkpoint, unseen: Sequence[TaskConditioning]
 ) -> Tensor:
-    """For each unseen task, the training task whose gradient has the largest cosine with its own.
+    """For each unseen task, the training task whose gradient has the largest cosine with its
+    gradient.
 
     The gradients are dense, over the maskable weights, on windows of each task's prompt episodes.
-    All tasks get the task embedding of unseen tasks here.
+    Training tasks also get the mean task embedding here, as unseen tasks do.
 
     Args:
         setup: the setup of the run.

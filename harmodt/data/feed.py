@@ -13,7 +13,7 @@ from ..draws import TRAIN, Draws
 from .order import TaskOrder
 from .windows import Drawn, WindowSampler
 
-_WINDOWS = 1 << 14  # windows drawn at a time, approximately, for one step or for several
+_WINDOWS = 1 << 14  # about this many windows are drawn at a time
 _MOST_STEPS = 64
 
 
@@ -86,8 +86,8 @@ class Feed:
     def _inputs_of(self, step: int) -> tuple[list[int], list[Tensor]]:
         """The tasks of a step, and its inputs.
 
-        The inputs are the task ids, the extra inputs, and the windows. If the step gathers its
-        windows itself, the draws of the windows replace the windows.
+        The inputs are the task ids, the extra inputs, and the windows. If the step itself gathers
+        its windows, the draws are returned and not the windows.
         """
         if step not in self._steps:
             self._steps = range(step, step + self._steps_at_once)

@@ -35,13 +35,15 @@ class TaskOrder:
     def of(self, steps: range) -> Tensor:
         """Choose the tasks of consecutive steps; the first step of a run is 1.
 
-        Many steps take hardly more time than one step.
+        Drawing many steps takes about as long as drawing one step.
 
         Returns:
             Task ids, int64 [S, G], on the CPU.
         """
         count, tasks = self._settings.tasks_per_step, len(self._tasks)
-        done = torch.arange(steps.start - 1, steps.stop - 1)[:, None]  # steps before each step
+        done = torch.arange(steps.start - 1, steps.stop - 1)[
+            :, None
+        ]  # the number of steps before each
         if self._settings.task_sampling == "round-robin":
             return (done * count + torch.arange(count)) % tasks
         if count == tasks:

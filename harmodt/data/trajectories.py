@@ -108,7 +108,7 @@ class Trajectories:
     def _make_table(self) -> Tensor:
         """All steps on the device: return-to-go, observation and action, float32 [S, 1 + O + A].
 
-        The host has a second copy of only one task at a time.
+        At any time the host holds a second copy of at most one task.
         """
         counts = [len(arrays[0]) for arrays in self._arrays]
         table = torch.empty(sum(counts), sum(self._widths), device=self.device)

@@ -46,7 +46,7 @@ class WindowSampler:
     """Draws batches of windows from the training episodes of several tasks.
 
     A task's windows depend only on the draws and on its task id, not on the other tasks of the
-    batch. A window does not depend on the number of windows.
+    batch. A window does not depend on how many windows are drawn with it.
 
     Args:
         episodes: the training episodes of each task.
@@ -117,7 +117,7 @@ class WindowSampler:
         words = draws.words(self._windows, groups, self._blocks[:, None])  # [4, ..., G, blocks, B]
         step, start, *prompt = words[..., 0, :]
         first, count = (part[..., None] for part in self.episodes.step_range(task_ids))
-        # The episode of a random step: its probability is proportional to its length.
+        # Take the episode of a random step: a longer episode is drawn more often.
         episodes = self.episodes.episode_of(first + below(step, count))
         starts = self._starts.draw(episodes, start)
         present = (self.episodes.lengths[episodes] - starts).clamp_(max=self.context_length)

@@ -1,4 +1,5 @@
-"""Writes a store task by task, with one episode at a time in memory; a kill loses no whole task."""
+"""Writes a store task by task, with one episode at a time in memory; a kill loses only the
+unfinished task."""
 
 from __future__ import annotations
 

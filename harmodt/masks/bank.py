@@ -19,7 +19,7 @@ from .vector import ParameterVector
 
 
 class TaskMasks:
-    """The masks that a model computes a batch under, and the buffers for its gradients.
+    """The masks under which a model computes a batch, and the buffers for the gradients.
 
     One instance serves many batches: each pass reads the present values of `task_ids`.
 
@@ -142,7 +142,7 @@ class MaskBank:
         initialisation: MaskInitialisation = "erk",
         shared: bool = False,
     ) -> None:
-        """Draw the tasks' first masks. The first values of soft masks are 0 and 1.
+        """Draw the tasks' first masks. Soft masks begin with only the values 0 and 1.
 
         The arguments and errors are those of `first_masks`.
         """
@@ -205,7 +205,7 @@ def vote(bits: Tensor, threshold: float = 0.5) -> Tensor:
             f"the threshold of the voted mask is {threshold:g} and there are {len(bits)} tasks: "
             f"give a share below 1, or a number of tasks below {len(bits)}"
         )
-    # Rounding makes a share such as 0.29 of 100 tasks slightly less than 29.
+    # In floating point 0.29 * 100 is slightly less than 29: add a little before the floor.
     most = math.floor(threshold if threshold >= 1 else threshold * len(bits) + 1e-9)
     votes = torch.zeros(bits.shape[1] * 32, dtype=torch.int32, device=bits.device)
     for row in bits:

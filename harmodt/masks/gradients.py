@@ -155,7 +155,7 @@ class TaskGradients:
         return map(self.of, range(len(self.chunks)))
 
     def mean(self) -> Tensor:
-        """The mean of all tasks' gradients, [P_m]; the chunks do not affect its rounding."""
+        """The mean of all tasks' gradients, [P_m]; it has the same bits for all sizes of chunks."""
         total = self.vector.weights.new_zeros(self.vector.maskable_size)
         for gradients, _ in self:
             for gradient in gradients:

@@ -86,7 +86,7 @@ class MaskUpdater:
             self._select(chunk, count, mean, masked, dense) for chunk in range(len(masked.chunks))
         ]
         selection = Selection(*(torch.cat(chunks) for chunks in zip(*selections, strict=True)))
-        # The host waits here. It refuses NaN and infinity in any task before any weight moves.
+        # The host waits for the device here. If any task has NaN or infinity, no weight moves.
         try:
             self._backend.move_weights(self._bank.bits, selection)
         except NotFinite:

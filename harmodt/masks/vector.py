@@ -18,7 +18,8 @@ from harmodt_kernels import MaskedLayerNorm, MaskedLinear, count_bits, pack_bits
 from harmodt_kernels.bits import BITS_PER_WORD
 
 MASKED_LAYERS = (MaskedLinear, MaskedLayerNorm)
-"""The layers that masks cover. Masks cover all of their parameters and no others."""
+"""The layers that masks cover. Masks cover all parameters of these layers, and no other
+parameters."""
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class DecisionPolicy(TrainedPolicy):
     def _act(self, observations: np.ndarray) -> np.ndarray:
         present = self._append(observations)
         lengths = np.minimum(self._time + 1, self._context_length)
-        # The draws come first, because the model evicts their tables from the CPU's caches.
+        # Draw before the model runs: later the generator's data are no longer in the caches.
         hidden = self._draw_hidden()
         in_graph = self._execution.repeats and lengths.min() >= self._shortest_in_graph
         actions = self._actions_in_graph() if in_graph else self._actions(lengths)
@@ -217,7 +217,8 @@ class DecisionPolicy(TrainedPolicy):
 
 
 class _Groups:
-    """Lays out rows of several tasks in one group per task; short groups repeat their rows.
+    """Lays out rows of several tasks in one group per task; a short group repeats its rows until
+    all groups have the same size.
 
     Args:
         task_ids: int64 [N], the task of each row.

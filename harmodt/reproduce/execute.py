@@ -1,4 +1,4 @@
-"""Executes jobs, each in its own process on a device, until all that can be done are done."""
+"""Executes jobs, each in its own process on a device, until no more job can run."""
 
 from __future__ import annotations
 

@@ -103,7 +103,8 @@ class Plan:
 
     @property
     def table_name(self) -> str:
-        """The name of the table's files. It contains a reference that is not the experiment's."""
+        """The name of the table's files. If another reference was chosen than the experiment's, the
+        name contains it."""
         if self.experiment.reference == EXPERIMENTS[self.name].reference:
             return self.name
         words = re.findall(r"\w+", self.experiment.reference.lower())

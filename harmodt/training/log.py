@@ -91,7 +91,8 @@ class Log:
 
 
 class _Line:
-    """The live line of a training run. Without a terminal it prints a plain line now and then.
+    """The live line of a training run. Without a terminal it prints a plain line about 20 times in
+    a run.
 
     Attributes:
         bar: the progress bar; it is drawn inside a `with` block.

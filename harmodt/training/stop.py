@@ -115,7 +115,8 @@ def _tell(text: str) -> None:
 
 
 class Output:
-    """Standard output for a console. When it is closed, it asks the run to stop.
+    """Standard output for a console. If standard output is closed, this object asks the run to
+    stop.
 
     Attributes:
         stop: the run's `Stop`; None while no run is active.

@@ -58,7 +58,7 @@ class Trainer:
     Attributes:
         learner: the learner of the run's algorithm.
         step: the number of steps done so far.
-        stop: ends `train` before the last step once its signal is set.
+        stop: if its signal is set, `train` ends before the last step.
 
     Raises:
         UserError: tasks_per_step is above the number of tasks, or a setting of the algorithm does
@@ -173,7 +173,7 @@ class Trainer:
             with log.costs.measure("masks and harmony"):
                 values = self.before_step()
         except NotFinite as error:
-            log.flush(self.step)  # if a loss is not finite, its error names the step
+            log.flush(self.step)  # raises for a loss that is not finite, with its step
             what = f"after step {self.step}, task {self.tasks[error.task]}: {error.reason}"
             raise self._not_finite(what, changed=self.step > 0) from error
         if values:
