@@ -38,7 +38,7 @@ KIND = sealed.Kind(
     instead=_REMEDY,
     again=_AWAY,
     remedy=_REMEDY,
-    sealed=False,  # its checksum is that of the tensors
+    sealed=False,  # its entry `crc32` is the checksum of the tensors
 )
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

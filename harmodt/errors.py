@@ -1,4 +1,4 @@
-"""Errors for the person at the keyboard. Only this module words the system's errors."""
+"""Errors for the person at the keyboard. The sentences for the system's errors stand only here."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Measure:
     environment: EnvironmentSpec
 
     def differences(self, other: Measure) -> list[str]:
-        """Describe in words each value of the other measure that differs from the value here."""
+        """Describe each difference between the other measure and this one."""
         ours, theirs = (
             values | values.pop("environment") for values in (asdict(self), asdict(other))
         )
@@ -347,7 +347,7 @@ def find_results(directory: Path, pattern: str) -> list[Path]:
 
 
 def plans_as_trained(plans: Mapping[str, Any] | None, trained: Mapping[str, Any]) -> bool:
-    """Tell whether an evaluation drew its plans, if any, with the settings of its run.
+    """Whether an evaluation drew its plans with the settings of its run; True if it drew none.
 
     Args:
         plans: the protocol's `plans`.

@@ -58,7 +58,8 @@ class Served:
     """An object that a worker holds and whose methods its parent calls."""
 
     def close(self) -> None:
-        """Clean up. The worker calls this after an error, or if the parent lets go or dies."""
+        """Clean up. The worker calls this after an error, or if the parent calls `let_go` or
+        dies."""
 
 
 class Worker:

@@ -9,7 +9,8 @@ This folder is installed as the package `harmodt_kernels`. Each operation has a 
 - `cpu.py` calls the C++ code beside it.
 - `module.py`, where it exists, is the layer (`torch.nn.Module`).
 
-A `Backend` holds all operations of one implementation. The functions named here are the fused ones.
+A `Backend` holds all operations of one implementation. The operations that this module exports are
+the fused ones.
 """
 
 from .backend import PYTORCH, REFERENCE, Backend, fused_backend

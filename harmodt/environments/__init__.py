@@ -70,7 +70,7 @@ class Scene(NamedTuple):
 
 
 class Environment(ABC):
-    """An environment of one task. Start and actions determine an episode to the bit.
+    """An environment of one task. The same start and actions give the same episode, bit for bit.
 
     Environments advance in lock-step, so every episode has the family's `episode_length` steps. If
     a simulation ends earlier, the environment stands still and gives the reward 0.

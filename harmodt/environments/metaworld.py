@@ -48,7 +48,7 @@ class MetaWorld(EnvironmentFamily):
         policy = ENV_POLICY_MAP[task]()  # type: ignore[abstract]
 
         def act(observation: np.ndarray) -> np.ndarray:
-            with warnings.catch_warnings():  # it warns of constants that may be too high
+            with warnings.catch_warnings():  # the policy warns that its constants may be too high
                 warnings.simplefilter("ignore", UserWarning)
                 return policy.get_action(observation)
 

@@ -172,8 +172,8 @@ def attention_gradient_kernel(
 ):
     """Computes the gradients of one block of queries, or of one block of keys and values.
 
-    Both kinds of program compute the scores they need. So one program computes each whole sum, in a
-    fixed order.
+    Each program computes again the scores that it needs. So no sum is divided among programs, and
+    its order is fixed.
 
     Operands are separate arguments: in a tuple, Triton would specialise every number.
     """

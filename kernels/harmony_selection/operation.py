@@ -33,8 +33,9 @@ def select_harmony(
     """Select the `count` weights that leave each task's mask and the `count` weights that enter it.
 
     This is the fused form of `reference.select_harmony`, with the same arguments and the same
-    result, in float32. It reads the gradients once, and a few chunks of them a second time. Its
-    workspace does not grow with the number of tasks. The host does not wait for the device.
+    result, in float32. It reads the gradients once, and a second time only in the chunks that can
+    hold selected weights. Its workspace does not grow with the number of tasks. The host does not
+    wait for the device.
 
     Args:
         mask_bits: int32 [T, P / 32], the masks.

@@ -56,7 +56,7 @@ class Selection(NamedTuple):
             In each row the first `moved` indices count; the rest are -1.
         moved: int64 [T], the number of weights that leave and of weights that enter.
         agreeing, differing: int64 [T], the number of weights whose ḡ_i and ĝ have the same sign
-            and opposite signs (Definition 3.2). A weight with a zero in either counts as neither.
+            and opposite signs (Definition 3.2). If one of the two is 0, the weight is not counted.
         refused: uint8 [T], 0 for a valid selection, else 1 + the index of the reason in `REFUSALS`.
             The task's other results are then meaningless.
     """
@@ -100,9 +100,9 @@ def select_harmony(
     """Select the `count` weights that leave each task's mask and the `count` weights that enter it.
 
     The active weights of smallest harmony leave (Eq. 8 and 9). The inactive weights of largest
-    agreement with the mean gradient enter (Eq. 10). Both are selected on the current mask, and ties
-    go to the lowest index. This function changes nothing: `move_weights` applies the selection. It
-    refuses the selection if a gradient, a loss or a score is NaN or infinite.
+    agreement with the mean gradient enter (Eq. 10). Both sets are selected with the current mask,
+    and ties go to the lowest index. This function changes nothing: `move_weights` applies the
+    selection. It refuses the selection if a gradient, a loss or a score is NaN or infinite.
 
     Every implementation takes these arguments.
 

@@ -148,8 +148,8 @@ def harmony_minima_kernel(
         smallest = tl.join(leaving, entering)  # [CHUNKS, 2]
         out = minima + task * 2 * chunks + chunk[:, None] + side[None, :] * chunks
         tl.store(out, smallest, mask=chunk[:, None] < chunks)
-        # One sum holds both counts, because neither reaches 2^16. Signs are compared, because a
-        # product could underflow.
+        # One int32 holds both counts in its two halves, because both are below 2^16. Signs are
+        # compared, because a product could underflow.
         counted = (masked != 0.0) & (mean != 0.0)
         sign = tl.where((masked > 0.0) == (mean > 0.0), 1, 1 << 16)
         numbers = tl.sum(tl.sum(tl.where(counted, sign, 0), 1), 0)

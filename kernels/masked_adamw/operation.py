@@ -29,8 +29,8 @@ def masked_adamw(
 ) -> Tensor:
     """Clip the gradient's norm, then run AdamW on the active weights; the others do not change.
 
-    This is the fused form of `reference.masked_adamw`, in float32. One kernel runs after the one
-    that computes the norm.
+    This is the fused form of `reference.masked_adamw`, in float32. A first kernel computes the
+    norm, and a second one does the rest.
 
     Tensors and settings are separate arguments, as PyTorch's dispatcher takes them.
 

@@ -57,7 +57,7 @@ def masked_adamw_kernel(
     BF16_COPY: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Steps the weights of one block of words.
+    """Updates the weights of one block of mask words.
 
     Operands are separate arguments: in a tuple, Triton would specialise every number.
     """

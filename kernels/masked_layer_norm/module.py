@@ -59,7 +59,7 @@ class MaskedLayerNorm(nn.LayerNorm):
         apply: Callable[..., tuple[Tensor, Tensor]] = (
             backend.masked_layer_norm if backend else masked_layer_norm
         )
-        # A product reads y next, and would convert it.
+        # The next operation is a product, which would convert y.
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else None
         masks = masks or NO_MASKS

@@ -12,7 +12,7 @@ from .gradients import LayerGradients, layers_of
 
 
 def bf16_products() -> bool:
-    """Whether PyTorch's switch for CPUs sets products of float32 to bf16."""
+    """Whether PyTorch's setting for CPUs rounds the operands of float32 products to bf16."""
     return torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
 
 

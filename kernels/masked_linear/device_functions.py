@@ -30,7 +30,7 @@ def masked_weight(
 ):
     """The tile W ⊙ M of outputs n and inputs k; 0 outside the weight.
 
-    `word` are the mask words of inputs k.
+    `word` holds the indices of the mask words of inputs k.
 
     Tiles, sizes and strides are separate arguments.
     """

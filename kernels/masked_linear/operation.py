@@ -49,8 +49,8 @@ def masked_linear(
             writes each group's gradients to tensors [G, N, K] and [G, N] (None without a bias), or
             their sum to tensors [1, N, K] and [1, N]. Weight and bias themselves then get no
             gradient.
-        queue: collects the gradients for `group_gradients` of several layers, and computes them at
-            the latest when its `finish` is called. With None they are computed at once.
+        queue: collects layers and computes their gradients together, when enough layers wait or
+            when `finish` is called. If it is None, this layer's gradients are computed at once.
 
     Returns:
         [G, R, N], in the dtype of x (under autocast, in the autocast dtype). Sums are in float32.
@@ -70,7 +70,8 @@ def masked_linear(
 def operands_of(
     arguments: tuple[Any, ...], group_gradients: tuple[Tensor, Tensor | None] | None
 ) -> tuple[Any, ...]:
-    """The first operands of `harmodt::masked_linear`: with masks, and x in the dtype of autocast.
+    """The first six operands of `harmodt::masked_linear`. Without masks it adds some in which every
+    weight is active. Under autocast it converts x.
 
     Args:
         arguments: the first six arguments of `masked_linear`.

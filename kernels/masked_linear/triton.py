@@ -347,7 +347,7 @@ class Layer(NamedTuple):
 
 @triton.jit
 def columns_of(layer, BLOCK_K: tl.constexpr):
-    """The tiles side by side in the weight, plus one for the bias if there is one."""
+    """The number of tiles in a row of the weight, plus 1 if there is a bias."""
     tiles = tl.cdiv(layer.inputs, BLOCK_K)
     return tiles if layer.bias_bits is None else tiles + 1
 
@@ -549,8 +549,8 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Tiles by precision ("half": 16-bit operands), larger ones first. The largest tile is used that
-# still makes enough programs. No tile spills registers on any target that the tests compile for.
+# Tiles by precision ("half": 16-bit operands), larger ones first. Of the tiles that make enough
+# programs, the largest is used. No tile spills registers on any target that the tests compile for.
 # None needs more shared memory than the smallest GPUs have: 99 KiB on NVIDIA's, 64 KiB on AMD's.
 # IEEE float32 is computed without matrix units, where larger tiles would spill.
 

@@ -19,7 +19,8 @@ from torch import Tensor
 PATH = Path(__file__).with_name("libharmodt.so")
 
 ISA_VARIABLE = "HARMODT_ISA"
-"""Environment variable that names the instruction set of the kernels. Read when they are loaded."""
+"""Environment variable that names the instruction set of the kernels. It is read when the kernels
+are loaded."""
 
 
 class LinearShape(Structure):

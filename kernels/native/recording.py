@@ -119,7 +119,8 @@ class Recording:
 
 
 class _Noticing(TorchDispatchMode):
-    """Reports PyTorch's operations to a recording. Our own operations report their inner ones."""
+    """Reports PyTorch's operations to a recording. An operation of this package reports the PyTorch
+    operations inside it."""
 
     def __init__(self, recording: Recording):
         super().__init__()
@@ -127,7 +128,7 @@ class _Noticing(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """False: True would import the whole compiler, which takes 150 MB."""
+        """Return False, because True would import PyTorch's compiler, which takes 150 MB."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -165,7 +166,8 @@ class RecordingMemory:
         self._free[block.data_ptr()] = block
 
     def without_ownership(self, tensor: Tensor) -> Tensor:
-        """For a tensor in this memory, a view that does not keep its block; else the tensor."""
+        """A view of a tensor in this memory that does not keep its block from reuse; or the
+        tensor."""
         block = self._blocks.get(_address(tensor))
         return tensor if block is None else _view(tensor, block)
 

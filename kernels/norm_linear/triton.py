@@ -35,7 +35,7 @@ def norm_linear(
         epsilon=epsilon,
         statistics=torch.empty(groups, rows, 2, device=x.device),
         affine=torch.empty(groups, 2, inputs, device=x.device),
-        # The kernel writes zeros, but without rows no program runs.
+        # The kernel sets the counters to 0. Without rows it does not run, so they start at 0.
         arrivals=(torch.empty if rows else torch.zeros)(groups, dtype=torch.int32, device=x.device),
     )
     masks = weight_bits, bias_bits, task_ids
