@@ -24,7 +24,7 @@ from ..data.windows import WindowSampler
 from ..draws import MASKS, SURGERY, TRAIN, Draws, dropout_seeds
 from ..errors import UserError
 from ..masks.bank import TaskMasks
-from ..masks.gradients import GradientPass, TaskGradients, averaged_harmony, backward
+from ..masks.gradients import GradientPass, TaskGradients, averaged_harmony, backward, chunks_of
 from ..networks.decision_transformer import DecisionTransformer, TransformerConfig
 from ..policies.decision import DecisionPolicy
 from ..settings import Count, Whole
@@ -201,8 +201,7 @@ class SequenceLearner(Learner[SequenceOwn]):
 
     def averaged_harmony(self, step: int) -> float:
         """The averaged harmony score (Definition 3.2) on a new batch of each task, in [-1, 1]."""
-        task_ids, at_once = range(self.task_count), self.setup.config.data.tasks_per_step
-        chunks = [task_ids[i : i + at_once] for i in task_ids[::at_once]]
+        chunks = chunks_of(self.task_count, self.setup.config.data.tasks_per_step)
         compute = GradientPass(self.vector, self.losses_of_drawn, self.masks_for)
         with self.execution.computing():
             return averaged_harmony(TaskGradients(compute, self.draw_for(step), chunks))

@@ -193,8 +193,7 @@ class UpdateGradients:
         self._masked = GradientPass(bank.vector, losses, bank.for_tasks, record, most_recorded)
         self._dense = GradientPass(bank.vector, losses, without_masks, record, most_recorded)
         at_once, self._keep = _plan(bank, memory, rows)
-        task_ids = range(bank.tasks)
-        self.chunks = [task_ids[i : i + at_once] for i in task_ids[::at_once]]
+        self.chunks = chunks_of(bank.tasks, at_once)
 
     @property
     def nbytes(self) -> int:
@@ -205,6 +204,12 @@ class UpdateGradients:
         """The masked and the dense gradients on the batches of `draw`."""
         masked = TaskGradients(self._masked, draw, self.chunks, self._keep)
         return masked, TaskGradients(self._dense, draw, self.chunks)
+
+
+def chunks_of(tasks: int, at_once: int) -> list[range]:
+    """The ids of all tasks in chunks of at most `at_once` tasks."""
+    task_ids = range(tasks)
+    return [task_ids[i : i + at_once] for i in task_ids[::at_once]]
 
 
 def _plan(bank: MaskBank, memory: float, rows: int) -> tuple[int, bool]:
