@@ -46,7 +46,7 @@ class MaskUpdater:
         bank: the masks.
         gradients: computes the per-task gradients.
         backend: the backend that computes the harmony selection.
-        settings: λ, the bounds of α_t, and the rule.
+        settings: λ, the bounds of α_t, and the harmony rule.
         importance: "fisher" (HarmoDT-F) or "magnitude" (HarmoDT-M).
         steps: E, the steps of the run.
     """
