@@ -226,7 +226,7 @@ def task_sparsities(setup: Setup, masks: MaskSettings) -> list[float]:
             if task not in sparsities:
                 raise UserError(
                     f"task_sparsity names {task}, but the run trains on {', '.join(sparsities)}: "
-                    f"leave {task} out of --task-sparsity, or add it to --tasks"
+                    f"leave {name} out of --task-sparsity, or add {task} to --tasks"
                 )
             sparsities[task] = sparsity
     return list(sparsities.values())

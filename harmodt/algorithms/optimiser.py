@@ -19,7 +19,7 @@ class Optimiser:
 
     Args:
         vector: the weights and their gradient.
-        settings: learning rate and its schedule, clipping, decay.
+        settings: learning rate and its schedule, clipping, weight decay.
         backend: the backend that computes the masked AdamW.
         rounded_to: the dtype of the bf16 copy of the maskable weights, or None for no copy.
 

@@ -22,7 +22,7 @@ class MaskUpdate:
     """The outcome of one mask update.
 
     Attributes:
-        moved: number of weights that left each task's mask, int64 [T]; as many entered it.
+        moved: number of weights that left each task's mask, int64 [T]; the same number entered.
         harmony: averaged harmony score (Definition 3.2) of the masked gradients, in [-1, 1].
     """
 
