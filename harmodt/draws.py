@@ -91,9 +91,10 @@ def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
     pairs = counter.view(2, 2, -1)
     even, product = pairs[:, 0], pairs[:, 1]
     for multipliers, round_key in rounds:
-        # A round exchanges the two pairs of words. Here the pairs keep the order of `product`, and
-        # `rounds` has its constants in the same order. After ten rounds, the first pair is first
-        # again. The lower halves of `product` are the odd words, and `& word` clears the rest.
+        # A round exchanges the two pairs of words. Here each result stays at the index of its
+        # product, and every second round in `rounds` has its constants in reverse order. After ten
+        # rounds, the first pair is first again. The odd words are the lower halves of `product`,
+        # and `& word` clears the upper halves.
         odd = product.flip(0)
         product = even * multipliers  # overflow wraps around, and all 64 bits are correct
         even = (product >> half).bitwise_xor_(odd).bitwise_xor_(round_key).bitwise_and_(word)

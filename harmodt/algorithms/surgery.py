@@ -130,7 +130,7 @@ def worst_task_ascent(products: NDArray[np.float64], c: float) -> NDArray[np.flo
     allowed, or until no step reaches a higher level. The tasks that are exactly at level t are
     called held. By the optimality conditions v is linear in t while the held tasks stay the same,
     so a few small linear systems give v exactly. The paper's dual problem over the simplex (Eq. 4)
-    has the solution w = v / Σ v, unless u is shorter than allowed; then it has none.
+    has the solution w = v / Σ v. If u is shorter than allowed, the dual problem has no solution.
 
     Args:
         products: [G, G], g_i · g_j.
