@@ -67,9 +67,10 @@ def batch_of(tensors: Sequence[Tensor]) -> tuple[Batch, Tensor]:
 
 
 class Layout:
-    """A layout of several tensors in one buffer of bytes. Each begins at a multiple of 16 bytes.
+    """A layout of several tensors in one buffer of bytes.
 
-    For other addresses, Triton would compile separate kernels.
+    Each tensor begins at a multiple of 16 bytes, because Triton compiles separate kernels for other
+    addresses.
 
     Args:
         like: tensors with the dtypes and shapes that the buffer will hold, in order.
@@ -106,8 +107,8 @@ class Layout:
 def move(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Copy tensors from one device to another in a single transfer.
 
-    The host does not wait for a transfer to a GPU. The GPU finishes it before it starts what the
-    host launches next.
+    The host does not wait for a transfer to a GPU. The GPU finishes the transfer before it starts
+    the kernels that the host launches next.
     """
     layout = Layout(tensors)
     return layout.views(layout.pack(tensors, device).to(device, non_blocking=True))

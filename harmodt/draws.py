@@ -5,7 +5,7 @@ draws the same numbers as a run without interruption. Draws use integer arithmet
 draw the same numbers. Normal numbers are the exception: they use floating-point arithmetic.
 
 The generator is Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as
-1, 2, 3", SC 2011). An int64 holds one 32-bit word.
+1, 2, 3", SC 2011). Each of its 32-bit words is stored as an int64.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 TRAIN, MASKS, INITIALISE, TASKS, DROPOUT, NOISE, SURGERY = range(7)
 """The purposes of draws."""
 
+# The constants of Philox4x32-10.
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -90,8 +91,10 @@ def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
     pairs = counter.view(2, 2, -1)
     even, product = pairs[:, 0], pairs[:, 1]
     for multipliers, round_key in rounds:
-        # The odd words are the lower halves of the products. Their upper bits are cleared together
-        # with those of the even words. The two even words change places in each round.
+        # A round exchanges the two pairs of words. Here each result stays at the index of its
+        # product, and every second round in `rounds` has its constants in reverse order. After ten
+        # rounds, the first pair is first again. The odd words are the lower halves of `product`,
+        # and `& word` clears the upper halves.
         odd = product.flip(0)
         product = even * multipliers  # overflow wraps around, and all 64 bits are correct
         even = (product >> half).bitwise_xor_(odd).bitwise_xor_(round_key).bitwise_and_(word)
@@ -104,7 +107,7 @@ def below(words: Tensor, limit: int | Tensor) -> Tensor:
 
 
 def coin(words: Tensor, probability: float) -> Tensor:
-    """True with a probability, bool of the words' shape; always at 1, never at 0."""
+    """True with a probability, bool of the words' shape; always True at 1, never at 0."""
     return words < round(probability * 2**32)
 
 
@@ -133,6 +136,7 @@ def choose(words: Tensor, count: int) -> Tensor:
         int64 [..., count], in rising order.
     """
     size = words.shape[-1]
+    # Each key is unique: the word first, then the index.
     keys = words * size + torch.arange(size, device=words.device)
     return (keys.sort().values[..., :count] % size).sort().values
 
@@ -165,13 +169,15 @@ def _key(seed: int, purpose: int) -> tuple[int, int]:
 def _constants(
     key: tuple[int, int], device: torch.device
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
-    """Each round's multipliers and key, in the order of its even words; 32; a mask of 32 bits.
+    """The constants of `philox`: each round's multipliers and key; the shift 32; the word mask.
 
-    All are int64 tensors [2, 1]. For few words they are twice as fast as Python numbers.
+    All are int64 tensors [2, 1]. For few words, tensors are twice as fast as Python numbers. Every
+    second round has its constants in reverse order, because each round exchanges the even words.
     """
     table = []
     for i in range(_ROUNDS):
         round_key = [(word + i * step) & _WORD for word, step in zip(key, _KEY_STEPS, strict=True)]
+        # Philox combines the first key with the second product, and the second with the first.
         order = slice(None, None, -1 if i % 2 else 1)
         table.append((_MULTIPLIERS[order], round_key[::-1][order]))
     rounds = [tuple(pair) for pair in torch.tensor(table, device=device)[..., None]]

@@ -73,7 +73,7 @@ class CallGraph(Graph):
 
 
 class CudaGraph(Graph):
-    """The graph on a GPU: a CUDA graph.
+    """The graph on a GPU: a CUDA graph, captured after `WARM_UP` ordinary calls.
 
     Args:
         function: computes one tensor.

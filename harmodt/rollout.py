@@ -1,7 +1,8 @@
-"""Plays any policy in the environments of its tasks; the episodes of a round advance together.
+"""Plays any policy in the environments of its tasks.
 
-Episode e of a task has the goal number e mod the family's number of goals. The goal seed has a
-fixed default, so that all runs that are compared play the same goals.
+Episodes are played in rounds, and all episodes of a round advance together. Episode e of a task has
+the goal number e mod the family's number of goals. The goal seed has a fixed default, so that all
+runs play the same goals and can be compared.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Request:
     tasks: tuple[str, ...] = ()
     """Names of tasks, or of sets such as mt5; by default all tasks of the run."""
     success_rule: Annotated[Literal["any", "last"], tyro.conf.arg(name="success")] = "any"
-    """Count an episode as solved if any of its steps succeeds (any), or if its last one does
+    """Count an episode as solved if any of its steps succeeds (any), or if its last step succeeds
     (last)."""
     seed: Seed = 0
     """Seed from which prompts and a random mask are drawn."""
@@ -83,7 +84,7 @@ class Request:
         """Return the measure of the results on the run's own tasks.
 
         Args:
-            name: the name of their family.
+            name: the name of the tasks' family.
         """
         environment = self.environment(name)
         return Measure(
@@ -111,8 +112,8 @@ def play(
     Args:
         policy: the policy; it forgets the episodes that it was playing, and begins new ones.
         request: the episodes to play; by default the same as `python -m harmodt.evaluate`.
-        video_directory: the folder for a film of each task's first episode; the film is
-            NAME/TASK.mp4, where NAME is the protocol's name; None for no films.
+        video_directory: the folder for a video of each task's first episode; the file is
+            NAME/TASK.mp4, where NAME is the protocol's name; None for no videos.
         console: draws a progress bar; None for no bar.
 
     Raises:
@@ -204,7 +205,7 @@ def _play_round(
     """Play one episode in every row.
 
     Args:
-        policy, simulation, protocol: what plays, where, and how.
+        policy, simulation, protocol: the policy, the environments, and the protocol to follow.
         number: the number of the round, from 0.
         show: a function that is called after each step with the successes and the returns so far,
             [N] each.

@@ -80,7 +80,7 @@ def test_calls_before_start_are_refused(fresh: Callable[[], Policy]) -> None:
         ((np.array([0]), 0.5), "seed is 0.5"),
         ((np.array([0, 1]), 0, np.array([1.0])), r"target_returns has the shape \(1,\)"),
         ((np.array([0]), 0, np.array([np.nan])), "target_returns holds NaN or infinity in row 0"),
-        ((np.array([0]), 0, ["much"]), "target_returns is no array of numbers"),
+        ((np.array([0]), 0, ["much"]), "target_returns is not an array of numbers"),
     ],
 )
 def test_a_start_that_cannot_be_is_refused(
@@ -101,8 +101,8 @@ def test_a_start_that_cannot_be_is_refused(
         (OBSERVATIONS[None], r"has the shape \(1, 2, 39\)"),
         (changed(1, np.nan), "holds NaN or infinity in row 1"),
         (changed(0, -np.inf), "holds NaN or infinity in row 0"),
-        ("nothing", "is no array of numbers"),
-        ([[0.0], [0.0, 1.0]], "is no array of numbers"),
+        ("nothing", "is not an array of numbers"),
+        ([[0.0], [0.0, 1.0]], "is not an array of numbers"),
         (None, "observations"),
     ],
 )
@@ -141,7 +141,7 @@ def test_forgotten_rewards_are_noticed(policy: Policy) -> None:
     with pytest.raises(UserError, match="no action waits for its reward"):
         policy.record_rewards(np.zeros(2))
     policy.act(OBSERVATIONS)
-    with pytest.raises(UserError, match="act was called twice without record_rewards between"):
+    with pytest.raises(UserError, match="act was called twice without record_rewards in between"):
         policy.act(OBSERVATIONS)
     with pytest.raises(UserError, match="restart was called before the rewards"):
         policy.restart(np.array([True, False]))

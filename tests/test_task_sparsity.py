@@ -58,7 +58,7 @@ def test_a_task_has_the_sparsity_that_it_is_given(
 
 def test_a_set_gives_its_sparsity_to_all_of_its_tasks(tmp_path: Path) -> None:
     config = configure("harmodt-r", task_sparsity=("mt5=0.4",))
-    with pytest.raises(UserError, match=r"names .*, and the run trains on reach-v3, push-v3, draw"):
+    with pytest.raises(UserError, match=r"names .*, but the run trains on reach-v3, push-v3, draw"):
         make_trainer(make_store(tmp_path / "other"), config)
     learner = make_trainer(make_store(tmp_path / "mt5", TASK_SETS["mt5"]), config).learner
     assert isinstance(learner, RandomMaskLearner)
@@ -198,7 +198,7 @@ def test_magnitude_is_that_of_the_initial_weights(store: DataStore, algorithm: s
         (("--task-sparsity", "reach=-0.1"), "'reach=-0.1': give"),
         (("--task-sparsity", "reach=nan"), "'reach=nan': give"),
         (("--task-sparsity", "raech=0.3"), "reach"),
-        (("--task-sparsity", "sweep=0.3"), "names sweep-v3, and the run trains on reach-v3, push"),
+        (("--task-sparsity", "sweep=0.3"), "names sweep-v3, but the run trains on reach-v3, push"),
         (("--sparsity-by-loss", "0.3", "0.1"), "sparsity_by_loss is 0.3 0.1: give the lowest"),
         (("--sparsity-by-loss", "0.3", "1"), r"sparsity_by_loss is 1.0: give a share in \[0, 1\)"),
         (

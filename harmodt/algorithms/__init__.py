@@ -48,7 +48,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 
 def find(name: str) -> Algorithm:
-    """Return the algorithm with a name.
+    """Return the algorithm with this name.
 
     Raises:
         UserError: there is no such algorithm.
@@ -63,7 +63,7 @@ def find(name: str) -> Algorithm:
 
 
 def preset(name: str, algorithm: str) -> TrainConfig:
-    """The settings of a preset for an algorithm. It overrides the algorithm's defaults.
+    """Return a preset's settings for an algorithm. They override the algorithm's defaults.
 
     Raises:
         UserError: there is no such preset or algorithm.

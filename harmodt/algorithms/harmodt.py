@@ -1,4 +1,7 @@
-"""HarmoDT: a decision transformer with a mask for each task, learned (F, M) or random (R)."""
+"""HarmoDT: a decision transformer with a mask for each task.
+
+HarmoDT-F and HarmoDT-M learn the masks. HarmoDT-R draws them at random and keeps them.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ class RandomMaskLearner(SequenceLearner[MaskedOwn]):
     """Trains under masks that never change.
 
     Attributes:
-        bank: the masks of all tasks. Without data and checkpoint no weight is active.
+        bank: the masks of all tasks. No weight is active before `prepare_training` or `load`.
     """
 
     def __init__(self, setup: Setup):
@@ -65,10 +68,11 @@ class RandomMaskLearner(SequenceLearner[MaskedOwn]):
         self.bank = MaskBank.empty(self.vector, self.task_count, self.settings.mask_levels)
 
     def prepare_training(self, data: Sequence[TaskData]) -> None:
-        """As `SequenceLearner.prepare_training`; draw the first masks.
+        """Do the same as `SequenceLearner.prepare_training`, and draw the first masks.
 
         Raises:
-            UserError: also if a task's sparsity is impossible, or a sparsity names an unknown task.
+            UserError: also if a task cannot have its sparsity, or `task_sparsity` names a task that
+                the run does not train on.
         """
         super().prepare_training(data)
         masks = self.settings.masks
@@ -80,7 +84,7 @@ class RandomMaskLearner(SequenceLearner[MaskedOwn]):
         )
 
     def _sparsities(self) -> list[float]:
-        """S of each task's mask."""
+        """The sparsity S of each task's mask."""
         bounds = self.settings.masks.sparsity_by_loss
         if bounds is None:
             return task_sparsities(self.setup, self.settings.masks)
@@ -131,11 +135,11 @@ class ChangingMaskLearner(RandomMaskLearner[ChangingOwn]):
         """As `RandomMaskLearner.prepare_training`."""
         super().prepare_training(data)
         masks = self.settings.masks
-        self._first_bits = self.bank.bits.clone()  # a resumed run draws the same
+        self._first_bits = self.bank.bits.clone()  # a resumed run draws the same masks
         tokens = 3 * (self.model.config.prompt_length + self.settings.model.context_length)
-        # A captured pass shares the memory of captured steps if it has no more tasks than a step.
-        # Larger passes would hold more memory and save little time. On a GPU, the graph of a pass
-        # would not share this memory.
+        # Only a CPU captures passes, and only passes of at most as many tasks as a step. They use
+        # the memory of the captured step. A larger pass would need more memory and save little
+        # time. On a GPU, a captured pass could not use the memory of the captured step.
         records = self.execution.repeats and self.execution.device.type == "cpu"
         self.gradients = UpdateGradients(
             self.bank,
@@ -159,7 +163,7 @@ class ChangingMaskLearner(RandomMaskLearner[ChangingOwn]):
         with self.execution.computing():
             values = self.update_masks(step)
         for kind, earlier in (("changed", before), ("differing", self._first_bits)):
-            # In soft masks, the first T rows have the active weights.
+            # The first T rows say which weights are active. Only soft masks have more rows.
             changed = (self.bank.bits ^ earlier)[: self.bank.tasks]
             counts = by_layer(self.vector.count_by_parameter(changed))
             values |= {f"{kind}/{layer}": int(count.sum()) for layer, count in counts.items()}
@@ -210,7 +214,7 @@ class HarmoDTLearner(ChangingMaskLearner[HarmoDTSettings]):
 
 
 def task_sparsities(setup: Setup, masks: MaskSettings) -> list[float]:
-    """S of each task's mask from the settings.
+    """The sparsity S of each task's mask, from the settings.
 
     Raises:
         UserError: a named task does not exist, or the run does not train on it.
@@ -221,8 +225,8 @@ def task_sparsities(setup: Setup, masks: MaskSettings) -> list[float]:
         for task in environments.resolve_tasks((name,)):
             if task not in sparsities:
                 raise UserError(
-                    f"task_sparsity names {task}, and the run trains on {', '.join(sparsities)}: "
-                    "leave it out, or train on it"
+                    f"task_sparsity names {task}, but the run trains on {', '.join(sparsities)}: "
+                    f"leave {name} out of --task-sparsity, or add {task} to --tasks"
                 )
             sparsities[task] = sparsity
     return list(sparsities.values())

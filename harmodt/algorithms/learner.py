@@ -1,4 +1,4 @@
-"""The base of all learners, and the rows of the table of algorithms."""
+"""The base class of all learners, and the rows of the table of algorithms."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Setup:
         config: the run's settings.
         environment: the environments of the tasks.
         conditioning: one entry per task; index = task id.
-        execution: where and how to compute.
+        execution: the device, kernels and precision of the networks.
     """
 
     config: TrainConfig
@@ -53,7 +53,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of a training step: task ids, losses [G], and the norm before clipping."""
+    """A training step's task ids, its losses [G], and its gradient norm before clipping."""
 
     task_ids: Sequence[int]
     losses: Tensor
@@ -64,8 +64,8 @@ class Learner(Generic[Own]):
     """Trains the networks of one algorithm on several tasks, and makes a policy from them.
 
     Each algorithm is a subclass. It builds the networks, and implements the losses of a batch and
-    the policy. It overrides other methods if it needs to. A learner is built without data, which is
-    enough to load a checkpoint and to act. `prepare_training` adds the data.
+    the policy. It overrides other methods if it needs to. A new learner has no data. It can load a
+    checkpoint and act. Before it can train, `prepare_training` adds the data.
 
     A learner does not count steps. The caller passes the number of each step. This number and the
     run's seed determine all random draws of the step.
@@ -75,7 +75,7 @@ class Learner(Generic[Own]):
 
     Attributes:
         settings: the settings that only this algorithm has.
-        trained: the parameters of each network that steps train, by the network's name.
+        trained: the parameters of each trained network, by the network's name.
         averages: the parameters of each moving average of a trained network, by the average's name.
     """
 
@@ -118,7 +118,7 @@ class Learner(Generic[Own]):
 
         The first tensor has the learning rates and bias corrections.
         """
-        optimiser = next(iter(self.optimisers.values()))  # they are the same for all networks
+        optimiser = next(iter(self.optimisers.values()))  # all networks have the same rates
         return [optimiser.rates(steps)]
 
     def before_step(self, step: int) -> dict[str, float]:
@@ -138,7 +138,7 @@ class Learner(Generic[Own]):
 
     @property
     def max_timesteps(self) -> int:
-        """Number of time steps that the networks know; a later one counts as the last of them."""
+        """Number of time steps that the networks distinguish; later ones count as the last one."""
         return self.setup.environment.episode_length
 
     @property
@@ -211,7 +211,7 @@ class Learner(Generic[Own]):
             self.backward(losses)
         self.combine_gradients(batch.task_ids, *extra)
         norms = [o.step(self.mask_bits, batch.task_ids, rates) for o in self.optimisers.values()]
-        norm = functools.reduce(torch.hypot, norms)  # of all networks together
+        norm = functools.reduce(torch.hypot, norms)  # the norm over all networks
         return torch.cat((losses.detach(), norm[None]))
 
     def clear_gradients(self) -> None:
@@ -224,7 +224,7 @@ class Learner(Generic[Own]):
         losses.mean().backward()
 
     def combine_gradients(self, task_ids: Tensor, *extra: Tensor) -> None:
-        """Combine per-task gradients into the step's gradient, if there are any.
+        """Combine per-task gradients into the step's gradient, if `backward` wrote any.
 
         Args:
             task_ids: int64 [G], the tasks of the step.
@@ -241,7 +241,7 @@ class Learner(Generic[Own]):
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors of a checkpoint, by name; before `prepare_training`, without moments."""
+        """All tensors of a checkpoint, by name. AdamW's moments exist after `prepare_training`."""
         moments = {
             # The moments of the network "model" have names without the network's name.
             ".".join(("optimizer", *([] if name == MODEL else [name]), key)): tensor
@@ -287,7 +287,7 @@ class Algorithm:
     unread: tuple[str, ...] = ()
 
     def reads(self, name: str) -> bool:
-        """Whether the algorithm reads the setting of a name."""
+        """Whether the algorithm reads the setting with this name."""
         return name in dict(settings(self.settings())) or (
             name in dict(settings(TrainConfig())) and name not in self.unread
         )

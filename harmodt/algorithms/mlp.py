@@ -18,7 +18,7 @@ from ..policies.reactive import ReactivePolicy
 from .learner import Learner, Setup
 
 DEFAULTS = {"batch_per_task": 160}
-"""Steps per task: as many actions as the 8 windows of 20 steps of a sequence model."""
+"""160 steps per task have as many actions as a sequence model's 8 windows of 20 steps."""
 
 POLICY = "policy"
 """The name of the policy's network."""
@@ -46,7 +46,7 @@ class MLPLearner(Learner[MLPOwn]):
 
     Attributes:
         window: steps of a window.
-        networks: the trained networks by name; `POLICY` is one of them.
+        networks: the trained networks by name; the actor has the name `POLICY`.
     """
 
     window = 1
@@ -58,7 +58,7 @@ class MLPLearner(Learner[MLPOwn]):
         self.train_network(POLICY, self.actor)
 
     def train_network(self, name: str, network: nn.Module) -> None:
-        """Add a network that steps train."""
+        """Add a network that training steps change."""
         self.networks[name] = network
         self.trained[name] = ParameterVector(network, self.execution.device)
 

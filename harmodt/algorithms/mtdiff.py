@@ -5,16 +5,16 @@ Reinforcement Learning", NeurIPS 2023 (arXiv 2305.18459). The HarmoDT paper call
 MTDIFF-P-ONEHOT. The model denoises a plan of actions. It is conditioned on the last observations,
 the task and the return, with classifier-free guidance of the return.
 
-The paper leaves some choices open. This module follows the authors' code there: sizes and schedule,
-a Huber loss in which a plan's first action counts ten times, two observations, prompts of 20 steps,
-returns that one window in five does not read, a running mean of the weights at evaluation, and a
-guidance of 1.2 with half of DDPM's noise.
+The paper leaves some choices open. For them, this module follows the authors' code: sizes and
+schedule, a Huber loss in which a plan's first action counts ten times, two observations, prompts of
+20 steps, a return that is hidden in one window of five, a running mean of the weights at
+evaluation, a guidance weight of 1.2, and half of the random noise when a plan is drawn.
 
-The module differs from that code in these points. Data are normalised, drawn and optimised as for
-the sequence models of this project. Observations therefore have no LayerNorm, and the return is the
-undiscounted return-to-go, from which each reward is subtracted at evaluation. A prompt stays the
-same for a whole episode. That code has no one-hot form; here a one-hot vector of the task replaces
-the prompt's steps.
+The module differs from the authors' code in these points. Batches, normalisation and optimiser are
+those of this project's sequence models. Observations therefore have no LayerNorm, and the return is
+the undiscounted return-to-go, from which each reward is subtracted at evaluation. A prompt stays
+the same for a whole episode. The authors' code has no one-hot form. Here, a one-hot vector of the
+task replaces the prompt's steps.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class DenoiserSettings:
     horizon: ModelSize = 32
     """Number of actions of a plan in training."""
     diffusion_steps: Annotated[int, Meta(ge=1, le=10_000)] = 200
-    """T, the steps of noise that turn a plan into pure noise."""
+    """T, the number of noise steps that turn a plan into pure noise."""
     return_dropout: Share = 0.2
     """Probability of hiding the return from the model in training."""
     first_action_weight: Positive = 10.0
@@ -78,8 +78,8 @@ class MTDiffSettings(AlgorithmSettings):
 
         Raises:
             UserError: the embedding dimension is odd or not a multiple of the heads, there are more
-                sampling steps than steps of the diffusion, or a plan has fewer actions than are to
-                be executed.
+                sampling steps than steps of the diffusion, or a plan has fewer actions than the
+                policy executes.
         """
         model, plan = self.model, self.plan
         if model.embed_dim % 2 or model.embed_dim % model.heads:
@@ -109,10 +109,10 @@ class PromptedMTDiffSettings(MTDiffSettings):
 
 
 class PlanSampler(WindowSampler):
-    """Draws windows of the h - 1 steps before the present and of H steps of a plan.
+    """Draws windows of h - 1 + H steps: those before the present step, and those of a plan.
 
     The plan begins at the present step, which is drawn like the first step of any window. If the
-    episode has no earlier steps, copies of its first step take their place.
+    episode has fewer than h - 1 earlier steps, copies of its first step replace the missing ones.
 
     Args:
         episodes: the training episodes of each task.
@@ -132,7 +132,7 @@ class PlanSampler(WindowSampler):
         self._back = torch.arange(1 - settings.context_length, 0, device=self.episodes.device)
 
     def draw(self, task_ids: Tensor, draws: Draws) -> Drawn:
-        """Draw the windows of a batch; the present step has index h - 1 of h - 1 + H."""
+        """Draw the windows of a batch. The present step has the index h - 1 in its window."""
         drawn = super().draw(task_ids, draws)
         before = (drawn.times[..., :1] + self._back).clamp(min=0)
         there = torch.ones_like(before, dtype=torch.bool)
@@ -147,7 +147,7 @@ class MTDiffLearner(Learner[MTDiffSettings]):
     """Trains a denoiser, and acts with a running mean of its weights.
 
     Attributes:
-        model: the denoiser that steps train.
+        model: the trained denoiser.
         average: a denoiser whose weights are the running mean.
     """
 
@@ -189,12 +189,13 @@ class MTDiffLearner(Learner[MTDiffSettings]):
     def extra_inputs(self, steps: range) -> list[Tensor]:
         """Learning rates and bias corrections; times of the diffusion, visible returns, noise.
 
-        The CPU draws the noise, so that it is the same for every device.
+        The CPU draws the noise, so that all devices get the same noise.
         """
         model, data = self.settings.model, self.setup.config.data
         size = self.setup.environment.action_size
         numbers = model.horizon * size
         windows, groups = torch.arange(data.batch_per_task), torch.arange(data.tasks_per_step)
+        # Block 0 draws time and visible return. Each further block draws four numbers of noise.
         blocks = torch.arange(1 - (-numbers // 4))
         step = torch.arange(steps.start - 1, steps.stop - 1)[:, None, None, None]
         draws = Draws(self.setup.config.run.seed, NOISE, step)
@@ -209,7 +210,7 @@ class MTDiffLearner(Learner[MTDiffSettings]):
         ]
 
     def losses(self, batch: Batch, targets: Tensor, *extra: Tensor) -> Tensor:
-        """Weighted Huber loss of the noise in the valid steps of each group's plans, [G].
+        """Weighted Huber loss of the predicted noise, over the valid steps of the plans, [G].
 
         Args:
             batch: G groups of B windows of h - 1 + H steps.
@@ -239,11 +240,11 @@ class MTDiffLearner(Learner[MTDiffSettings]):
         self.average.vector.weights.lerp_(self.model.vector.weights, share)
 
     def decay(self, step: int) -> float:
-        """The decay of the running mean at a step; at first it gives the mean of all steps."""
+        """The decay of the running mean at a step. At first it gives the mean over all steps."""
         return min(self.settings.model.average_decay, 1 - 1 / step)
 
     def _situation(self, batch: Batch) -> Situation:
-        """The situations of a batch, which its plans are conditioned on, [G B, ...]."""
+        """The inputs that the plans of a batch are conditioned on, [G B, ...]."""
         present = self.settings.model.context_length - 1
         history, tasks = batch.history, batch.task_ids[:, None]
         tasks = tasks.expand(-1, history.valid.shape[1])

@@ -5,7 +5,7 @@ ICLR 2022 (arXiv 2110.06169). Its policy is a Gaussian. Here the policy is the m
 with a fixed deviation, and it ends in a tanh. The weighted likelihood then becomes a weighted
 squared error; if all weights are 1, this is the loss of MTBC. The papers that list MTIQL state its
 number of parameters, but not its architecture. This project chose one: the policy, the value and
-the two critics, without the critics' targets, have 1.72 M parameters for Meta-World's 50 tasks (the
+the two critics, without the target critics, have 1.72 M parameters for Meta-World's 50 tasks (the
 HarmoDT paper's Table 1: 1.74 M).
 """
 
@@ -45,20 +45,20 @@ class MTIQLSettings(MLPSettings):
     discount: ShareBelowOne = 0.99
     """γ, the discount for each step until a reward."""
     expectile: Annotated[float, Meta(ge=ABOVE_ZERO, lt=1)] = 0.7
-    """τ, the expectile of the critics' values that the value learns: 0.5 is the mean, 1 the
-    largest."""
+    """τ: the value network learns this expectile of the critics' values. 0.5 is the mean, 1 the
+    largest value."""
     temperature: NotNegative = 100.0
     """β in an action's weight exp(β A), which is at most 100. With 0 all actions count alike.
-    Advantages A and rewards are divided by --return-scale: with 1000 and Meta-World's rewards of
-    about 5 per step, an advantage of one step's reward gives exp(0.5)."""
+    Rewards, and therefore advantages A, are divided by --return-scale. With β = 100 and a scale of
+    1000, an advantage of 5, about one step's reward in Meta-World, gives the weight exp(0.5)."""
     target_rate: Annotated[float, Meta(ge=ABOVE_ZERO, le=1)] = 0.02
     """In each step the target critics move towards the critics by this share of the distance. IQL's
-    code uses 0.005. Short runs need a larger share, because an update carries a reward back by one
-    time step."""
+    code uses 0.005. Short runs need a larger share, because a training step carries a reward back
+    by only one time step."""
 
 
 class MTIQLLearner(MLPLearner[MTIQLSettings]):
-    """Trains a policy, a value and two critics; a slow copy of the critics rates actions.
+    """Trains a policy, a value network and two critics. The target critics rate actions.
 
     A step first computes the gradients of all networks, and then moves all networks.
     """
@@ -80,14 +80,14 @@ class MTIQLLearner(MLPLearner[MTIQLSettings]):
         return TaskMLP(inputs, 1, *self.sizes, self.settings.critic_conditioning)
 
     def after_step(self, step: int) -> None:
-        """Move the critics' targets towards the critics."""
+        """Move the target critics towards the critics."""
         critics = self.trained[CRITICS].weights
         self.averages[TARGETS].weights.lerp_(critics, self.settings.target_rate)
 
     def losses(self, batch: Batch, targets: Tensor, *extra: Tensor) -> Tensor:
         """The sum of the losses of value, critics and policy (Eq. 5, 6 and 7 of IQL), [G].
 
-        Each loss is a mean over the transitions whose next observation is known or not needed.
+        Each loss is a mean over the known transitions (`Transitions.known`).
         """
         own, tasks = self.settings, batch.task_ids
         step = transitions_of(batch, targets, self.setup.environment)

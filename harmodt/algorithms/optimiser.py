@@ -19,12 +19,12 @@ class Optimiser:
 
     Args:
         vector: the weights and their gradient.
-        settings: learning rate and its schedule, clipping, decay.
+        settings: learning rate and its schedule, clipping, weight decay.
         backend: the backend that computes the masked AdamW.
-        rounded_to: the type of a copy of the maskable weights, or None for no copy.
+        rounded_to: the dtype of the bf16 copy of the maskable weights, or None for no copy.
 
     Attributes:
-        bf16_copy: the copy, [P_m], or None. `round_weights` and every step write it.
+        bf16_copy: the bf16 copy, [P_m], or None. `round_weights` and every step write it.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Optimiser:
             self.round_weights()
 
     def round_weights(self) -> None:
-        """Write the copy again after other code changed the weights."""
+        """Write the bf16 copy again after other code changed the weights."""
         if self.bf16_copy is not None:
             self.bf16_copy.copy_(self._vector.weights[: self._vector.maskable_size])
 
@@ -56,8 +56,8 @@ class Optimiser:
 
         Args:
             mask_bits: int32 [T, P_m / 32], the tasks' masks, or None without masks.
-            task_ids: int64 [G], the tasks of the step. A weight moves if it is active in one of
-                them.
+            task_ids: int64 [G], the tasks of the step. A weight moves if it is active in at least
+                one of them.
             rates: float32 [3], learning rate and bias corrections: the step's row of `rates`.
 
         Returns:
@@ -91,9 +91,9 @@ class Optimiser:
 
 
 def learning_rate(step: int, settings: OptimisationSettings) -> float:
-    """The learning rate at a step: a linear warm-up, and a cosine towards its final share.
+    """The learning rate at a step: the product of a linear warm-up and a cosine.
 
-    The share `final_learning_rate` is relative to the peak. With 1 there is no cosine.
+    The cosine falls from 1 at the start of the run to `final_learning_rate` at its end.
     """
     warm = min(step / settings.warmup_steps, 1.0) if settings.warmup_steps else 1.0
     wave = 0.5 * (1.0 + math.cos(math.pi * min(step / settings.steps, 1.0)))

@@ -118,10 +118,10 @@ class SequenceLearner(Learner[SequenceOwn]):
         surgery, tasks = self.settings.gradients.surgery, self.setup.config.data.tasks_per_step
         if surgery != "none" and tasks == 1:
             raise UserError(
-                f"surgery {surgery} combines the gradients of several tasks, and tasks_per_step is "
+                f"surgery {surgery} combines the gradients of several tasks, but tasks_per_step is "
                 "1: give --tasks-per-step 2 or more, or --surgery none"
             )
-        # CAGrad computes on the host, which a graph cannot do.
+        # CAGrad computes on the host, and a graph cannot capture that.
         self.records_steps = surgery != "cagrad"
         super().prepare_training(data)
         gradients = self.vector.gradient[None]
@@ -139,7 +139,7 @@ class SequenceLearner(Learner[SequenceOwn]):
 
     @property
     def draws_from_pytorch(self) -> bool:
-        """Dropout in plain PyTorch draws from its generator; the kernels' dropout takes seeds."""
+        """True in plain PyTorch, which draws dropout itself; the kernels' dropout takes seeds."""
         return not self.setup.config.run.fused
 
     def make_sampler(self, episodes: Trajectories, inputs: Inputs) -> WindowSampler:
@@ -148,14 +148,14 @@ class SequenceLearner(Learner[SequenceOwn]):
         return WindowSampler(episodes, inputs, length, self.execution.device)
 
     def extra_inputs(self, steps: range) -> list[Tensor]:
-        """Learning rates and bias corrections; the seeds of dropout; the numbers of the steps."""
+        """Learning rates and bias corrections; seeds of dropout; the steps' numbers, from 0."""
         numbers = torch.arange(steps.start - 1, steps.stop - 1)
         seeds = dropout_seeds(self.setup.config.run.seed, TRAIN, numbers, self.model.dropout_places)
         # Store each seed twice, so that each pair begins at a multiple of 16 bytes.
         return [*super().extra_inputs(steps), seeds[..., None].expand(-1, -1, 2), numbers]
 
     def losses(self, batch: Batch, targets: Tensor, *extra: Tensor) -> Tensor:
-        """The losses of a training step's groups, [G]; `extra` holds its seeds and number."""
+        """The losses of a training step's groups, [G]; `extra` has the step's seeds and number."""
         seeds, _ = extra
         return self.losses_under(self._masks, batch, targets, seeds[:, 0])
 
@@ -167,7 +167,7 @@ class SequenceLearner(Learner[SequenceOwn]):
         Args:
             masks: the masks of the groups' tasks.
             targets: float32 [G, B, K, A], the actions of the data.
-            seeds: seeds of dropout, as the model takes them.
+            seeds: the seeds of dropout, as in `DecisionTransformer.forward`.
         """
         valid = batch.history.valid
         shares = valid / (valid.sum((1, 2), keepdim=True) * targets.shape[-1])
@@ -194,7 +194,7 @@ class SequenceLearner(Learner[SequenceOwn]):
         return TaskMasks(self.vector, self.mask_bits, task_ids, group_gradients)
 
     def before_step(self, step: int) -> dict[str, float]:
-        """If it is due, measure how far the tasks' gradients agree."""
+        """Measure how far the tasks' gradients agree, every `harmony_every` steps."""
         if not self.settings.harmony_every or step % self.settings.harmony_every:
             return {}
         return {"harmony": self.averaged_harmony(step)}

@@ -25,7 +25,7 @@ class SoCoDTSettings(ChangingMaskSettings):
 
 
 class SoCoDTLearner(ChangingMaskLearner[SoCoDTSettings]):
-    """Trains under soft masks; the first ones are HarmoDT's, with values of 0 and 1."""
+    """Trains under soft masks. The first masks are those of HarmoDT, with the values 0 and 1."""
 
     def prepare_training(self, data: Sequence[TaskData]) -> None:
         """As `RandomMaskLearner.prepare_training`."""

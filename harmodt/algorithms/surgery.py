@@ -1,4 +1,4 @@
-"""Gradient surgery: a step does not use the mean of its tasks' gradients, but combines them.
+"""Gradient surgery: ways to combine the per-task gradients of a step, other than their mean.
 
 The methods are PCGrad (Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, arXiv
 2001.06782), CAGrad (Liu et al., "Conflict-Averse Gradient Descent for Multi-task Learning", NeurIPS
@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..settings import Share, ShareBelowOne
 
 _COLUMNS = 1 << 16  # columns of the gradients that are converted to float64 at a time
-_DEPENDENT = 1e-9  # smaller shares of a squared norm outside the span of others count as 0
+_ROUNDING = 1e-9  # `worst_task_ascent` treats smaller relative numbers as rounding errors
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ def pcgrad(gradients: Tensor, draws: Draws) -> Tensor:
     """PCGrad (Algorithm 1): remove from each task's gradient its conflicts with the other tasks.
 
     For every other task j in a random order, if the product g_i · g_j is negative,
-    g_i ← g_i − (g_i · g_j / ‖g_j‖²) g_j. The g_j is always the original gradient. The result is the
-    mean of the g_i. If no two tasks conflict, it is the mean of the gradients.
+    g_i ← g_i − (g_i · g_j / ‖g_j‖²) g_j, where g_j is always the original gradient. The result is
+    the mean of the changed g_i. If no two tasks conflict, it is the mean of the original gradients.
 
-    Every g_i stays a linear combination of the original gradients. So the code computes only its
-    coefficients, from the products of the original gradients.
+    Every g_i stays a linear combination of the original gradients. The code computes only the
+    coefficients of this combination, from the products of the original gradients.
 
     Args:
         gradients: [G, P].
@@ -89,7 +89,8 @@ def pcgrad(gradients: Tensor, draws: Draws) -> Tensor:
     products = _products(gradients)
     tasks = torch.arange(len(products), device=products.device)
     words, *_ = draws.words(tasks, tasks[:, None])
-    multiples = torch.eye(len(products), dtype=products.dtype, device=products.device)  # of g_i
+    multiples = torch.eye(len(products), dtype=products.dtype, device=products.device)
+    # Row i of `multiples` has the coefficients of g_i. `others` [G] has the next task j of each i.
     for others in words.argsort(stable=True, dim=1).T:
         product = (multiples * products[others]).sum(1)
         share = product / products[others, others]
@@ -102,9 +103,10 @@ def pcgrad(gradients: Tensor, draws: Draws) -> Tensor:
 def cagrad(gradients: Tensor, c: float) -> Tensor:
     """CAGrad (Eq. 3): the direction near the mean gradient that helps the worst task most.
 
-    d = argmax min_i g_i · d over ‖d − ḡ‖ ≤ c ‖ḡ‖, and ḡ is the mean. The result is not divided by
-    1 + c: if all tasks agree, it is 1 + c times the mean. The CPU solves the problem exactly, in
-    float64 (`worst_task_ascent`). If a gradient is not finite, the result is not finite.
+    d = argmax min_i g_i · d over ‖d − ḡ‖ ≤ c ‖ḡ‖, where ḡ is the mean gradient. The result is not
+    divided by 1 + c: if all tasks agree, it is 1 + c times the mean. The CPU solves the problem
+    exactly, in float64 (`worst_task_ascent`). If a gradient is not finite, the result is not
+    finite.
 
     Args:
         gradients: [G, P].
@@ -128,7 +130,7 @@ def worst_task_ascent(products: NDArray[np.float64], c: float) -> NDArray[np.flo
     allowed, or until no step reaches a higher level. The tasks that are exactly at level t are
     called held. By the optimality conditions v is linear in t while the held tasks stay the same,
     so a few small linear systems give v exactly. The paper's dual problem over the simplex (Eq. 4)
-    has the solution w = v / Σ v, unless u is shorter than allowed; then it has none.
+    has the solution w = v / Σ v. If u is shorter than allowed, the dual problem has no solution.
 
     Args:
         products: [G, G], g_i · g_j.
@@ -138,15 +140,19 @@ def worst_task_ascent(products: NDArray[np.float64], c: float) -> NDArray[np.flo
         v, [G].
     """
     above = products.mean(1) - products.mean(1).min()  # the tasks' g_i · (ḡ + u) − t
-    longest = c * c * products.mean()
+    longest = c * c * products.mean()  # the largest ‖u‖²
     v, held = np.zeros(len(products)), np.zeros(len(products), dtype=bool)
     while True:
-        rise = np.zeros_like(v)  # of v, while t rises by 1
+        rise = np.zeros_like(v)  # the growth of v while t rises by 1
         rise[held] = np.linalg.solve(products[held][:, held], np.ones(held.sum()))
-        fall = 1 - products @ rise
+        fall = 1 - products @ rise  # the decrease of `above` while t rises by 1
+        # The rise of t until the v of a held task is 0 (loses), until a task reaches level t and is
+        # held (joins), and until u has its largest length (left).
         loses = np.divide(v, -rise, out=np.full_like(v, np.inf), where=held & (rise < 0))
-        meets = ~held & (fall > _DEPENDENT)
+        meets = ~held & (fall > _ROUNDING)
         joins = np.divide(above, fall, out=np.full_like(v, np.inf), where=meets)
+        # products @ rise is 1 for held tasks, and v is 0 for the others. So rise.sum() is the
+        # squared norm of the direction Σ rise_i g_i, and v.sum() its product with u.
         left = _to_length(rise.sum(), v.sum(), longest - v @ products @ v)
         step = min(left, loses.min(), joins.min())
         v, above = v + step * rise, above - step * fall
@@ -178,16 +184,16 @@ def _let_go(v: NDArray[np.float64], held: NDArray[np.bool_], task: int) -> None:
 def _hold(
     products: NDArray[np.float64], v: NDArray[np.float64], held: NDArray[np.bool_], task: int
 ) -> bool:
-    """Hold another task. If its gradient depends on held tasks' gradients, let one of them go.
+    """Hold another task. If its gradient depends linearly on held ones, let one held task go.
 
     Returns:
         False if no task can be let go; then no step reaches a higher level.
     """
-    made_of = np.zeros_like(v)
+    made_of = np.zeros_like(v)  # coefficients of its projection on the held gradients
     made_of[held] = np.linalg.solve(products[held][:, held], products[held, task])
     rest = products[task, task] - made_of @ products[task]
-    if rest <= _DEPENDENT * products[task, task]:
-        gives = made_of > _DEPENDENT
+    if rest <= _ROUNDING * products[task, task]:
+        gives = made_of > _ROUNDING
         if not gives.any():
             return False
         most = np.divide(v, made_of, out=np.full_like(v, np.inf), where=gives)
@@ -218,10 +224,10 @@ def graddrop(gradients: Tensor, draws: Draws, leak: float) -> Tensor:
     """
     size = gradients.shape[1]
     words = draws.words(torch.arange(-(-size // 4), device=gradients.device)).flatten()[:size]
-    purity = ((words >> 8 | 1) - (1 << 23)) / (1 << 23)  # 2 U − 1: 24 bits, never 0 or ±1
+    threshold = ((words >> 8 | 1) - (1 << 23)) / (1 << 23)  # 2 U − 1: 24 bits, never 0 or ±1
     positive, negative = gradients.clamp(min=0).sum(0), gradients.clamp(max=0).sum(0)
     total, absolute = positive + negative, positive - negative
-    kept = torch.where(total > purity * absolute, positive, negative)
+    kept = torch.where(total > threshold * absolute, positive, negative)
     return kept.lerp(total, leak) / len(gradients)
 
 

@@ -1,8 +1,8 @@
-"""Policies for tasks that a run was not trained on, under a mask that is made for them.
+"""Policies for tasks that a run was not trained on, and the masks for these tasks.
 
-They use only a few prompt episodes of an unseen task. Observations are normalised by the mean of
-the training tasks' statistics. A model with a task embedding reads the mean of the training tasks'
-embeddings.
+A policy uses only a few prompt episodes of an unseen task. Observations are normalised by the mean
+of the training tasks' statistics. A model with a task embedding reads the mean of the training
+tasks' embeddings.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Unseen:
     Attributes:
         store: the store of the tasks. Only its prompt episodes are used.
         tasks: names or sets of tasks; by default all tasks of the store.
-        mask: voted: the mask of Eq. 13. none: all weights are active. random: each layer has as
-            many active weights as in the voted mask, but random ones. nearest: the mask of the
+        mask: voted: the mask of Eq. 13. none: all weights are active. random: random weights are
+            active, in each layer as many as in the voted mask. nearest: the mask of the
             training task whose gradient on its prompts agrees most with the unseen task's gradient;
             the paper has no such mask. The default is voted for a run with masks and none for a run
             without masks.
-        threshold: the threshold of the voted mask, as `vote` takes it; by default that of the run.
+        threshold: the threshold of the voted mask, as in `vote`; by default the run's threshold.
         seed: the seed of the random mask.
     """
 
@@ -71,9 +71,9 @@ def unseen_policy(
         store: checksum of the store that the data come from.
 
     Raises:
-        UserError: the run has no sequence model, a mask is asked for but the run has no masks, a
-            task has no usable prompt episodes, the threshold is invalid, or the checkpoint has
-            another model size.
+        UserError: the run's model is not a sequence model, a mask is requested but the run has no
+            masks, a task has no usable prompt episodes, the threshold is invalid, or the checkpoint
+            has another model size.
     """
     if not isinstance(setup.config.own, SequenceSettings):
         raise UserError(
@@ -140,10 +140,9 @@ def random_mask(vector: ParameterVector, bits: Tensor, seed: int) -> Tensor:
 def nearest_tasks(
     setup: Setup, checkpoint: Checkpoint, unseen: Sequence[TaskConditioning]
 ) -> Tensor:
-    """For each unseen task, the training task whose gradient has the largest cosine with its
-    gradient.
+    """For each unseen task, the training task with the most similar gradient (largest cosine).
 
-    The gradients are dense, over the maskable weights, on windows of each task's prompt episodes.
+    These are the dense gradients of the maskable weights on windows of each task's prompt episodes.
     Training tasks also get the mean task embedding here, as unseen tasks do.
 
     Args:
@@ -159,6 +158,7 @@ def nearest_tasks(
     learner.prepare_training([_prompts_as_data(task) for task in tasks])
     learner.model.eval()
     trained = len(setup.conditioning)
+    # One chunk of all unseen tasks, and then one chunk for each training task.
     chunks = [[*range(trained, len(tasks))], *([task] for task in range(trained))]
     compute = GradientPass(learner.vector, learner.losses_of_drawn, learner.masks_for)
     gradients = TaskGradients(compute, learner.draw_for(checkpoint.step), chunks)
@@ -181,7 +181,7 @@ def _prompts_as_data(task: TaskConditioning) -> TaskData:
 def _sequence_learner(
     setup: Setup, conditioning: Sequence[TaskConditioning], checkpoint: Checkpoint
 ) -> SequenceLearner[SequenceSettings]:
-    """Make a learner of other tasks, without masks, from the weights of a checkpoint.
+    """Make a learner without masks for other tasks, with the weights of a checkpoint.
 
     The embedding of every task is the mean of the training tasks' embeddings.
     """

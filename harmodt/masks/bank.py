@@ -1,4 +1,8 @@
-"""The masks of all tasks as packed bits, and the masks of one batch."""
+"""The masks of all tasks as packed bits, and the masks of one batch.
+
+Shapes: T tasks, G groups of a batch, P elements of the parameter vector, of which masks cover the
+first P_m (`vector.py`), L levels of soft masks.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +35,9 @@ class TaskMasks:
         group_gradients: a buffer for the gradients, or None. A backward pass overwrites this
             buffer. It does not set `grad` of the parameters that the buffer covers. A buffer of G
             rows gets the gradient of each group; a buffer of one row gets their sum. A buffer of P
-            columns gets the gradients of
-            all parameters. A buffer of P_m columns gets only the gradients of the maskable weights,
-            and autograd computes the gradients of the other parameters.
-        bf16_copy: [P_m], a copy of the maskable weights in the type of matrix products; or None.
+            columns gets the gradients of all parameters. A buffer of P_m columns gets only the
+            gradients of the maskable weights, and autograd computes those of the other parameters.
+        bf16_copy: [P_m], a copy of the maskable weights in the dtype of matrix products; or None.
             Linear layers read the copy instead of the weights. It needs group_gradients.
 
     Attributes:
@@ -65,10 +68,10 @@ class TaskMasks:
         self._shared: dict[nn.Module, list[Tensor]] = {}
 
     def of(self, layer: nn.Module) -> LayerMasks | None:
-        """The masks and buffers of one masked layer; None without masks and buffers."""
+        """The masks and buffers of one masked layer; None if there are neither."""
         if self.bits is None and self.group_gradients is None:
             return None
-        if layer not in self._layers:  # keep views: making them is slower than a small layer
+        if layer not in self._layers:  # keep the views: making them takes longer than a small layer
             weight_bits, bias_bits = self._bits_of(layer)
             gradients, bf16_copy = self._gradients_of_masked(layer), self._bf16_copy_of(layer)
             self._layers[layer] = LayerMasks(
@@ -81,7 +84,7 @@ class TaskMasks:
 
         Returns:
             A view of group_gradients for each parameter, [G, *shape] or [1, *shape]; None if
-            group_gradients has no columns for this module. Autograd then computes its gradients.
+            group_gradients has no columns for this module. Autograd then computes the gradients.
         """
         gradients = self.group_gradients
         if gradients is None or gradients.shape[1] < self.vector.weights.numel():
@@ -117,7 +120,8 @@ class MaskBank:
     Attributes:
         vector: the parameters of the model whose layers are masked.
         bits: int32 [T, P_m / 32], one row per task; bit j masks element j of the parameter vector.
-            Soft masks have L T rows: row l T + i is 1 where the value in task i is above l / L.
+            Soft masks have L T rows: row l T + i, for l < L, is 1 where the value in task i is
+            above l / L.
         levels: L, the number of levels of soft masks; 1 for masks of bits.
         maskable_bits: int32 [P_m / 32], 1 where an element is a weight and 0 where it is padding.
     """
@@ -174,7 +178,7 @@ def voted_masks(bits: Tensor, threshold: float, levels: int, tasks: int) -> Tens
     Args:
         bits: the masks of the training tasks, in the form of `MaskBank.bits`.
         threshold: the threshold of `vote`.
-        levels: L of soft masks, or 1.
+        levels: L for soft masks, 1 for masks of bits.
         tasks: U.
 
     Returns:

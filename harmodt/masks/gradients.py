@@ -1,4 +1,7 @@
-"""The per-task gradients over the maskable weights, and how far the tasks agree."""
+"""The per-task gradients over the maskable weights, and how far the tasks agree.
+
+Shapes are named as in `bank.py`.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,13 @@ from .bank import MaskBank, TaskMasks
 from .vector import ParameterVector
 
 Draw = Callable[[Sequence[int]], list[Tensor]]
-"""Returns a batch of the tasks with some ids; its first tensor is the ids, int64 [G]."""
+"""Draws a batch of the tasks with the given ids. Its first tensor has the ids, int64 [G]."""
 
 Losses = Callable[[list[Tensor], TaskMasks], Tensor]
-"""Returns the losses [G] of a batch under masks."""
+"""Computes the losses [G] of a batch under masks."""
 
 MasksFor = Callable[[Tensor, Tensor], TaskMasks]
-"""Returns the masks of some tasks, int64 [G], with a buffer [G, P_m] for their gradients."""
+"""Makes the masks of some tasks, int64 [G], with a buffer [G, P_m] for their gradients."""
 
 Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 """Turns a function into one that is captured once and then replayed (`Execution.repeated`)."""
@@ -43,6 +46,7 @@ def backward(losses: Tensor, masks: TaskMasks) -> None:
     """
     assert masks.group_gradients is not None
     rows = len(masks.group_gradients)
+    # Every loss has the weight 1 for a buffer of G rows, and 1 / G for a buffer of one row.
     losses.backward(torch.full_like(losses, rows / len(losses)))
     masks.queue.finish()
 
@@ -55,7 +59,7 @@ class GradientPass:
         losses: computes the losses of a batch.
         masks_for: makes the masks.
         record: captures passes, whose buffers then stay in memory. If None, no pass is captured.
-        most_recorded: passes of more tasks than this are not captured.
+        most_recorded: passes of more than this number of tasks are not captured.
     """
 
     def __init__(
@@ -85,7 +89,7 @@ class GradientPass:
 
     @property
     def nbytes(self) -> int:
-        """The size of the buffers that stay in memory."""
+        """The bytes of the buffers that stay in memory."""
         kept = ([*buffers, gradients] for buffers, gradients, _ in self._recorded.values())
         return sum(tensor.nbytes for tensors in kept for tensor in tensors)
 
@@ -112,7 +116,7 @@ class TaskGradients:
     """The gradients of all tasks, either masked or dense. Each task has its own batch.
 
     They are computed in chunks of a few tasks. If the gradients are kept, each is computed once. If
-    not, each call of `of` computes them again, with the same result, and memory does not grow with
+    not, each call of `of` computes them again, with the same result. Memory then does not grow with
     the number of tasks.
 
     Args:
@@ -174,7 +178,7 @@ class UpdateGradients:
         bank: the masks.
         losses: computes the losses of a batch.
         memory: bytes for passes and gradients.
-        rows: rows of one task's batch in a masked layer.
+        rows: the number of rows that the batch of one task has in a masked layer.
         record, most_recorded: as in `GradientPass`.
     """
 
@@ -197,7 +201,7 @@ class UpdateGradients:
 
     @property
     def nbytes(self) -> int:
-        """The size of the buffers that stay in memory between updates."""
+        """The bytes of the buffers that stay in memory between updates."""
         return self._masked.nbytes + self._dense.nbytes
 
     def on(self, draw: Draw) -> tuple[TaskGradients, TaskGradients]:
@@ -217,6 +221,7 @@ def _plan(bank: MaskBank, memory: float, rows: int) -> tuple[int, bool]:
     vector, tasks = bank.vector, bank.tasks
     outputs = sum(weight.shape[0] for weight, _ in vector.layers.values())
     gradient = 4 * vector.maskable_size
+    # Each task of a chunk needs a masked gradient, a dense gradient, and memory for the pass.
     task_bytes = 2 * gradient + PASS_BYTES * rows * outputs * bank.levels
     if tasks * task_bytes <= memory:  # one chunk: its buffer keeps the masked gradients
         return tasks, True

@@ -34,8 +34,8 @@ def first_masks(
             uniform: all vectors (biases and LayerNorms) are active, and the same share of each
             matrix is drawn. RigL (arXiv 1911.11134) compares densities in this way. For most
             sparsities ERK also keeps all vectors active. magnitude: all vectors are active, and the
-            weights with the largest |θ| among all matrices; of equal weights, the first ones. Every
-            task has the same mask.
+            weights with the largest |θ| among all matrices; of equal weights, the first ones. Tasks
+            of equal sparsity have the same mask.
         shared: whether all tasks get the mask of the first task.
 
     Raises:
@@ -75,7 +75,7 @@ def erk_densities(shapes: Sequence[tuple[int, int]], sparsity: float) -> list[fl
         UserError: the sparsity is outside [0, 1).
     """
     if not 0.0 <= sparsity < 1.0:
-        raise UserError(f"sparsity is {sparsity}, but a share of inactive weights lies in [0, 1)")
+        raise UserError(f"sparsity is {sparsity}: give the share of inactive weights, in [0, 1)")
     sizes = [rows * columns for rows, columns in shapes]
     scores = [(rows + columns) / (rows * columns) if rows > 1 else 1.0 for rows, columns in shapes]
     dense: set[int] = set()
@@ -90,9 +90,9 @@ def erk_densities(shapes: Sequence[tuple[int, int]], sparsity: float) -> list[fl
 
 
 def uniform_counts(slots: Sequence[Slot], sparsity: float) -> list[int]:
-    """The number of active weights of each tensor: all of a vector, a fixed share of a matrix.
+    """The number of active weights of each tensor: all of a vector, the same share of each matrix.
 
-    The total is that of ERK. The number of each matrix is rounded down. The matrices with the
+    The total is that of ERK. The number for each matrix is rounded down. The matrices with the
     largest remainders (of equal remainders, the first ones) then get one more weight each.
 
     Raises:
@@ -146,6 +146,7 @@ def sparsities_by_loss(losses: Tensor, low: float, high: float) -> list[float]:
         losses: [T].
         low, high: the lowest and the highest sparsity.
     """
+    # The second argsort turns the order of the losses into their ranks.
     ranks = losses.argsort(stable=True).argsort().tolist()
     last = len(ranks) - 1
     return [high - (high - low) * (rank / last if last else 0.5) for rank in ranks]
@@ -161,7 +162,7 @@ def _largest(vector: ParameterVector, counts: Sequence[int]) -> Tensor:
     places = torch.arange(vector.maskable_size)
     for slot in vector.maskable_slots:
         if len(slot.shape) == 1:
-            slot.view(magnitudes).fill_(torch.inf)
+            slot.view(magnitudes).fill_(torch.inf)  # so that the order begins with all vectors
     elements = torch.cat([slot.view(places).flatten() for slot in vector.maskable_slots])
     order = elements[magnitudes[elements].sort(descending=True, stable=True).indices]
     masks = torch.empty(len(counts), vector.maskable_size // 32, dtype=torch.int32)

@@ -52,8 +52,8 @@ def upper_fence(scores: Tensor, factor: float) -> float:
     """Q3 + factor (Q3 - Q1) of scores [n]; Q1 and Q3 are the ⌈n/4⌉-th and ⌈3n/4⌉-th smallest.
 
     Returns:
-        The fence, or 0 if it is negative, because a negative score means the opposite. Without
-        scores it is infinite.
+        The fence, or 0 if it is negative, because a negative score means the opposite of conflict
+        or of harmony. Without scores the fence is infinite.
     """
     if not len(scores):
         return math.inf
@@ -71,6 +71,7 @@ def retained_levels(importance: Tensor, levels: int) -> Tensor:
     The least important group keeps level 0, and the most important group keeps level L.
     """
     kept = torch.zeros(len(importance), dtype=torch.uint8, device=importance.device)
+    # A weight gains one level for each boundary between groups that its importance exceeds.
     for part in range(1, levels + 1) if len(importance) else ():
         place = max(len(importance) * part // (levels + 1), 1)
         kept += importance > importance.kthvalue(place).values
@@ -135,8 +136,8 @@ class SoftMaskUpdater:
         """A task's levels after an update; all tensors are [P_m].
 
         An active weight conflicts if -ḡ_i ĝ lies above the fence of all active weights. Its level
-        falls to the level that its Fisher information ḡ_i² lets it keep. Now take all weights whose
-        level is below L. Their scores g_i ĝ give a second fence. If the score of such a weight is
+        falls to the level that its Fisher information ḡ_i² lets it keep. The scores g_i ĝ of
+        all weights whose level is below L give a second fence. If the score of such a weight lies
         above this fence, and the weight does not conflict, its level rises by one.
         """
         levels, after = self._bank.levels, before.clone()

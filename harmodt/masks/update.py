@@ -22,7 +22,7 @@ class MaskUpdate:
     """The outcome of one mask update.
 
     Attributes:
-        moved: number of weights that left each task's mask, int64 [T]; as many entered it.
+        moved: number of weights that left each task's mask, int64 [T]; the same number entered.
         harmony: averaged harmony score (Definition 3.2) of the masked gradients, in [-1, 1].
     """
 
@@ -46,7 +46,7 @@ class MaskUpdater:
         bank: the masks.
         gradients: computes the per-task gradients.
         backend: the backend that computes the harmony selection.
-        settings: λ, the bounds of α_t, and the rule.
+        settings: λ, the bounds of α_t, and the harmony rule.
         importance: "fisher" (HarmoDT-F) or "magnitude" (HarmoDT-M).
         steps: E, the steps of the run.
     """

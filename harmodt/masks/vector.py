@@ -2,7 +2,8 @@
 
 Mask selection, gradient clipping, the optimiser and checkpoints work on the whole vector, and the
 model's parameters are views of it. The parameters of masked layers come first. Each row is padded
-to whole 32-bit mask words, so element j of the vector belongs to bit j of the packed mask.
+to a multiple of 32 elements, one for each bit of a mask word. So bit j of a packed mask masks
+element j of the vector.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class ParameterVector:
         layers = [m for m in model.modules() if isinstance(m, MASKED_LAYERS)]
         masked = {id(parameter) for layer in layers for parameter in layer.parameters()}
         parameters = dict(model.named_parameters())
-        first = sorted(parameters, key=lambda name: id(parameters[name]) not in masked)  # stable
+        # The sort is stable: masked parameters come first, else the model's order stays.
+        first = sorted(parameters, key=lambda name: id(parameters[name]) not in masked)
         self.slots: dict[str, Slot] = {}
         self.maskable_size = offset = 0
         for name in first:

@@ -1,7 +1,8 @@
 """The decision transformer. It is conditioned on a prompt, and each task can mask its blocks.
 
 A batch consists of groups, and each group has one task. Shapes in comments: G groups, B windows per
-group, L time steps (K* of the prompt, K of the history), T = 3 L tokens, d embedding dimension.
+group, L time steps (K* of the prompt, K of the history), T = 3 L tokens, R = B T rows, d embedding
+dimension, H attention heads, N tasks.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Block(nn.Module):
         Args:
             past: keys and values of earlier tokens.
             wanted: the tokens whose outputs are computed and returned.
-            seeds: seeds of the dropouts in the attention and after each of the two branches.
+            seeds: seeds of the dropouts in the attention and at the end of both residual branches.
         """
         groups, windows, length, d = x.shape
         qkv, rows = self._begin(x.flatten(1, 2), self.attention_norm, self.qkv, masks)
@@ -106,7 +107,7 @@ class Block(nn.Module):
         masks: TaskMasks,
         relu: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Begin a residual branch. Return layer(norm(rows)), [G, R, N], and the rows."""
+        """Begin a residual branch. Return layer(norm(rows)) and the rows, both [G, R, ...]."""
         of_layer = masks.of(layer) or NO_MASKS
         return self.backend.norm_linear(
             rows,
@@ -217,7 +218,7 @@ class DecisionTransformer(nn.Module):
 
     @property
     def dropout_places(self) -> int:
-        """Number of dropouts: one of the embeddings, and `DROPOUT_PLACES` of each block."""
+        """Number of dropouts: one for the embedded tokens, and `DROPOUT_PLACES` in each block."""
         return 1 + DROPOUT_PLACES * len(self.blocks)
 
     def forward(self, batch: Batch, masks: TaskMasks, seeds: Tensor | None = None) -> Tensor:
@@ -243,6 +244,7 @@ class DecisionTransformer(nn.Module):
         if self.training and self.config.embedding_dropout:
             drop = self.config.embedding_dropout
             x = self.backend.dropout_add(None, x, drop, of_embeddings)
+        # The observation is the second token of each time step.
         observation_tokens = slice(3 * self.config.prompt_length + 1, None, 3)
         for index, block in enumerate(self.blocks):
             last = index == len(self.blocks) - 1
@@ -275,8 +277,8 @@ class DecisionTransformer(nn.Module):
             task_ids: int64 [G].
             masks: the masks of the groups' tasks.
             prompt_cache: keys and values of the groups' prompts, for a model with prompts.
-            shortest: at most the number of valid steps of the shortest history. The last block
-                skips the steps before this one, because no history ends with them.
+            shortest: each history has at least this number of valid steps. The last block does not
+                compute the outputs of earlier steps, because no history ends there.
         """
         # Leave out the last token: it is the action to be predicted.
         x = self._embed_history(history, self._embed_tasks(task_ids, masks), masks)[:, :, :-1]
@@ -285,7 +287,7 @@ class DecisionTransformer(nn.Module):
             past = prompt_cache[index] if prompt_cache is not None else None
             last = index == len(self.blocks) - 1
             x, _ = block(x, masks, past, wanted=observation_tokens if last else slice(None))
-        if x.shape[2] > 1:  # histories may have different lengths
+        if x.shape[2] > 1:  # take each history's last valid step
             x = x.take_along_dim(history.valid.sum(2)[:, :, None, None] - shortest, dim=2)
         return self._actions(x, masks)[:, :, 0]
 
@@ -297,13 +299,13 @@ class DecisionTransformer(nn.Module):
         buffers = masks.gradients_of(self.task_embedding)
         if buffers is None or not torch.is_grad_enabled():
             return rows
-        (buffer,) = buffers  # [G, T, e] or [1, T, e]
+        (buffer,) = buffers  # [G, N, e] or [1, N, e]
         rows = rows.detach().requires_grad_()
         tasks = torch.arange(len(self.task_embedding.weight), device=task_ids.device)
-        own = (task_ids[:, None] == tasks)[..., None]  # [G, T, 1]
+        own = (task_ids[:, None] == tasks)[..., None]  # [G, N, 1]
 
         def write(gradients: Tensor) -> None:
-            # [G, T, e]: in the table of a group, only the row of its task has a gradient
+            # [G, N, e]: in a group's table, only the row of the group's task has a gradient
             tables = torch.where(own, gradients[:, None], 0.0)
             buffer.copy_(tables.sum_to_size(buffer.shape))
 

@@ -1,10 +1,11 @@
 """The Transformer of MTDiff, which predicts the noise in a plan of actions.
 
 It is the planner of He et al., "Diffusion Model is an Effective Planner and Data Synthesizer for
-Multi-Task Reinforcement Learning", NeurIPS 2023 (arXiv 2305.18459). The paper states its input
-tokens and says that it is a GPT-2. The rest follows the authors' code: the widths of the
+Multi-Task Reinforcement Learning", NeurIPS 2023 (arXiv 2305.18459). The paper states the input
+tokens and says that the network is a GPT-2. The rest follows the authors' code: the widths of the
 embeddings, the places where the embeddings of time and return are multiplied and added, and causal
-attention. It has 5.32 M parameters at d = 256, 4 blocks, 20 prompt steps and 32 planned actions.
+attention. The network has 5.32 M parameters with d = 256, 4 blocks, 20 prompt steps and 32 planned
+actions.
 
 Shapes: N plans, H actions of a plan, h observations before it, d embedding dimension.
 """
@@ -31,7 +32,7 @@ class DenoiserConfig:
 
     Attributes:
         observation_size, action_size: components of an observation and of an action.
-        task_size, task_length: numbers in each token of the task, and number of these tokens.
+        task_size, task_length: components of a task token, and number of task tokens.
         context_length: h, number of observations that a plan depends on; the present one is last.
         horizon: H, largest number of actions of a plan.
         embed_dim, layers, heads: d, number of blocks, number of attention heads of each block.
@@ -74,7 +75,7 @@ class Denoiser(nn.Module):
 
     Args:
         config: sizes of the denoiser.
-        device: device of the parameters; they are initialised on the CPU from torch's default
+        device: device of the parameters; they are initialised on the CPU from PyTorch's default
             generator.
     """
 
@@ -118,7 +119,7 @@ class Denoiser(nn.Module):
         Args:
             plans: float32 [N, H or fewer, A], with noise.
             times: int64 [N], time steps of the diffusion.
-            situation: the other inputs of the plans.
+            situation: the inputs that the plans are conditioned on.
             conditioned: bool [N], whether a plan is conditioned on the return. If not, the return's
                 embedding is 0.
 

@@ -58,9 +58,9 @@ class Diffusion:
         """Draw a plan from noise.
 
         Each step goes to an earlier time by Eq. 12 of Song, Meng and Ermon, "Denoising Diffusion
-        Implicit Models", ICLR 2021. DDIM has σ = 0. With `draw`, η is 1; over all times this is
-        DDPM. Each step clips its prediction of the clean plan to [-1, 1] and takes the rest of x as
-        the noise.
+        Implicit Models", ICLR 2021. Without `draw`, its σ is 0 (DDIM). With `draw`, its η is 1;
+        over all T times this is DDPM. Each step clips its prediction of the clean plan to
+        [-1, 1] and takes the rest of x as the noise.
 
         Args:
             predict: predicts the noise in x at a time.

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 TaskInput = Literal["one-hot", "multi-head"]
-"""How a network is conditioned on the task. one-hot: it has T more inputs; the task's input is 1,
-the others are 0. multi-head: each task has its own last layer."""
+"""How a network is conditioned on the task. one-hot: it has T more inputs, 1 for the task and 0 for
+the others. multi-head: each task has its own last layer."""
 
 
 class TaskMLP(nn.Module):

@@ -14,8 +14,8 @@ Sampler = Literal["ddpm", "ddim"]
 class Policy(Protocol):
     """Acts in N episodes in lock-step; row n of every array belongs to episode n.
 
-    Call `start` once. Then alternate `act`, the environments' step, and `record_rewards`. Where an
-    episode has ended, call `restart` after `record_rewards`.
+    Call `start` once. Then alternate `act`, the environments' step, and `record_rewards`. After
+    `record_rewards`, call `restart` for the rows whose episodes have ended.
 
     Attributes:
         tasks: task names; index = task id.
@@ -44,7 +44,7 @@ class Policy(Protocol):
         """The settings of the policy's plans, by name (`PlanSettings`); None if it has no plans."""
 
     def use_voted_mask(self) -> None:
-        """Use the mask for unseen tasks (Eq. 13) in every task; takes effect at `start`.
+        """Use the mask for unseen tasks (Eq. 13) in every task, from the next `start` on.
 
         Raises:
             UserError: the policy has no masks.

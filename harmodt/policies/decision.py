@@ -24,11 +24,8 @@ class DecisionPolicy(TrainedPolicy):
     Args:
         model: the model, on its device; the policy puts it into evaluation mode.
         mask_bits: the tasks' masks in the form of `MaskBank.bits`; None for a model without masks.
-        inputs: turns observations of the tasks into network inputs; index = task id.
         context_length: K, steps of history.
-        environment: the environments of the tasks.
-        execution: where and how the model computes.
-        step: number of training steps after which the weights were saved.
+        inputs, environment, execution, step: as in `TrainedPolicy`.
         unseen_threshold: a weight is active in the voted mask if it is active in more than this
             share of the tasks' masks.
     """
@@ -83,7 +80,7 @@ class DecisionPolicy(TrainedPolicy):
     def _act(self, observations: np.ndarray) -> np.ndarray:
         present = self._append(observations)
         lengths = np.minimum(self._time + 1, self._context_length)
-        # Draw before the model runs: later the generator's data are no longer in the caches.
+        # Draw before the model runs, because the model evicts the generator's data from the caches.
         hidden = self._draw_hidden()
         in_graph = self._execution.repeats and lengths.min() >= self._shortest_in_graph
         actions = self._actions_in_graph() if in_graph else self._actions(lengths)
@@ -97,7 +94,7 @@ class DecisionPolicy(TrainedPolicy):
         return self._computed(Steps(*self._groups.lay_out(begun)), int(lengths.min()))
 
     def _actions_in_graph(self) -> Tensor:
-        """The same actions from the graph; every history must be long enough for it."""
+        """As `_actions`, from the graph; each history must have `_shortest_in_graph` steps."""
         if not self._groups.in_order:
             torch._foreach_copy_(list(self._graph_inputs), self._groups.lay_out(self._history))
         return self._graph()
@@ -118,7 +115,7 @@ class DecisionPolicy(TrainedPolicy):
     def _prepare(self) -> None:
         """Make histories, masks and the graph, which depend only on the rows' tasks and masks.
 
-        Further rounds with the same rows keep them, because making a graph takes long.
+        Later rounds with the same rows use them again, because making a graph takes long.
         """
         self._prepared_for = None
         self._groups = _Groups(self._task_ids, self._execution.device)
@@ -146,10 +143,10 @@ class DecisionPolicy(TrainedPolicy):
 
     @property
     def _shortest_in_graph(self) -> int:
-        """The number of steps that a history must have for the graph, which pads it to K steps.
+        """The fewest steps that every history must have before the graph is used.
 
-        Padding costs little time on a GPU. On a CPU it costs much, so there the graph computes only
-        full histories.
+        The graph always computes K steps; a shorter history is padded. Padding costs little time on
+        a GPU. On a CPU it costs much, so there the graph computes only full histories.
         """
         return 1 if self._execution.device.type == "cuda" else self._context_length
 
@@ -226,7 +223,7 @@ class _Groups:
 
     Attributes:
         task_ids: int64 [G], the task of each group.
-        index: int64 [N] on the device, the index of each row in a layout [G B].
+        index: int64 [N] on the device, the index of each row in a flattened layout [G B].
         in_order: whether the layout has each row once and in the original order.
     """
 

@@ -5,8 +5,8 @@
     agent = MetaWorldAgent(policy, envs)
     success, mean_return, success_per_task, returns = evaluation(agent, envs, num_episodes=50)
 
-That protocol ends an episode at its first success and draws its goals at random. Its returns
-therefore differ from those of `harmodt.evaluate`, and its success rates differ a little.
+Meta-World's `evaluation` ends an episode at its first success and draws the goals at random. Its
+returns therefore differ from those of `harmodt.evaluate`, and its success rates differ a little.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ class MetaWorldAgent:
 
     `evaluation` passes no rewards to an agent, but a policy that is conditioned on the
     return-to-go needs them. Gymnasium's `RecordEpisodeStatistics` keeps a running
-    `episode_returns` for Meta-World's environments. The agent takes its growth as the exact reward.
-    The environments must therefore normalise neither rewards nor observations. The agent ignores a
-    one-hot task id after the observation.
+    `episode_returns` for Meta-World's environments. The agent takes the increase of a row's return
+    as its reward. The environments must therefore not normalise rewards. They must not normalise
+    observations either, because the policy does this. If a one-hot task id follows the observation,
+    the agent ignores it.
 
     Args:
         policy: chooses the actions. The agent starts new episodes in all of its rows.
@@ -58,12 +59,13 @@ class MetaWorldAgent:
         return self._policy.act(observations[:, : self._policy.environment.observation_size])
 
     def reset(self, env_mask: np.ndarray) -> None:
-        """Pass on the last step's rewards; begin new episodes where `env_mask`, bool [rows].
+        """Record the last rewards; begin new episodes where `env_mask`, bool [rows], is True.
 
         `evaluation` calls this before the first step and after each step.
         """
         returns = np.array(self._envs.get_attr("episode_returns"), np.float64)
         if self._rewards_due:
+            # An episode that has ended needs no last reward.
             self._policy.record_rewards(np.where(env_mask, 0.0, returns - self._returns))
         self._policy.restart(env_mask)
         self._returns = returns

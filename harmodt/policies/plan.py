@@ -32,7 +32,7 @@ class PlanSettings:
     """w: the noise is w times the prediction conditioned on the return, plus 1 - w times the
     prediction without the return."""
     temperature: Share = 0.5
-    """Factor of the random noise: in ddpm of each step's noise, in ddim of the first noise."""
+    """Factor of the random noise. ddpm scales the noise of each step, ddim the first noise."""
     replan_every: Count = 1
     """Number of actions that the policy executes before it makes a new plan."""
 
@@ -47,11 +47,8 @@ class PlanPolicy(TrainedPolicy):
     Args:
         model: the denoiser, on its device; the policy puts it into evaluation mode.
         diffusion: the diffusion process that the denoiser was trained on.
-        inputs: turns observations of the tasks into network inputs; index = task id.
-        environment: the environments of the tasks.
-        execution: where and how the model computes.
         settings: how plans are drawn.
-        step: number of training steps after which the weights were saved.
+        inputs, environment, execution, step: as in `TrainedPolicy`.
     """
 
     def __init__(
@@ -122,7 +119,7 @@ class PlanPolicy(TrainedPolicy):
                 times = diffusion.times(diffusion.steps)
                 return diffusion.denoised(predict, draw(), times, cooled).cpu()
             times = diffusion.times(settings.sampling_steps)
-            # With full noise, plans of a barely trained model sometimes end at a bound.
+            # With full noise, plans of a barely trained model sometimes end at -1 or 1.
             return diffusion.denoised(predict, cooled(), times).cpu()
 
 

@@ -21,10 +21,7 @@ class ReactivePolicy(TrainedPolicy):
 
     Args:
         actor: the network, on its device.
-        inputs: normalises observations of the tasks; index = task id.
-        environment: the environments of the tasks.
-        execution: where and how the network computes.
-        step: number of training steps after which the weights were saved.
+        inputs, environment, execution, step: as in `TrainedPolicy`.
     """
 
     def __init__(
@@ -39,10 +36,10 @@ class ReactivePolicy(TrainedPolicy):
         self.actor = actor
 
     def _begin(self, seed: int) -> None:
-        """Check the target returns.
+        """Refuse other target returns, because the network reads none.
 
         Raises:
-            UserError: a target return differs from that of the task.
+            UserError: a target return differs from the target return of the row's task.
         """
         if not np.array_equal(self._targets, self.target_returns[self._task_ids]):
             raise UserError("the run's algorithm reads no target return: leave --target-return out")

@@ -23,9 +23,9 @@ class TrainedPolicy(ABC):
     implements `_begin`, `_restart` and `_act`, which get only checked arguments.
 
     Args:
-        inputs: turns observations of the tasks into network inputs; index = task id.
+        inputs: turns observations into network inputs; its tasks are those of the policy.
         environment: the environments of the tasks.
-        execution: where and how the network computes.
+        execution: the device, kernels and precision of the network.
         step: number of training steps after which the weights were saved.
     """
 
@@ -116,7 +116,7 @@ class TrainedPolicy(ABC):
         shape = self._started("act"), self.environment.observation_size
         if self._rewards_due:
             raise UserError(
-                "act was called twice without record_rewards between: call record_rewards with "
+                "act was called twice without record_rewards in between: call record_rewards with "
                 "the rewards of each action"
             )
         seen = _checked("observations", observations, shape, np.float32)
@@ -203,15 +203,15 @@ def _checked(name: str, values: Any, shape: tuple[int, ...], dtype: type) -> np.
     """Return numbers as an array of a dtype.
 
     Raises:
-        UserError: the values are no numbers, have another shape, or contain NaN or infinity.
+        UserError: the values are not numbers, have another shape, or contain NaN or infinity.
     """
     try:
         array: np.ndarray = np.asarray(values, dtype)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{name} is no array of numbers ({error}): give {shape}") from error
+        raise UserError(f"{name} is not an array of numbers ({error}): give {shape}") from error
     if array.shape != shape:
         raise UserError(
-            f"{name} has the shape {array.shape}: give one row for each episode, the shape {shape}"
+            f"{name} has the shape {array.shape}: give the shape {shape}, one row for each episode"
         )
     finite = np.isfinite(array)
     if not finite.all():
