@@ -34,8 +34,6 @@ def load_keys(present, past_rows, j, column, past, tokens, size, stride, HAS_PAS
     """The keys, or the values, of tokens j: first the past ones, then the present ones.
 
     Rows of `present` are `stride` apart.
-
-    Tiles, sizes and strides are separate arguments.
     """
     row = present + (j - past) * stride
     if HAS_PAST:
@@ -78,10 +76,7 @@ def attention_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Computes `out` for one block of queries of one head.
-
-    Operands are separate arguments: in a tuple, Triton would specialise every number.
-    """
+    """Computes `out` for one block of queries of one head."""
     blocks = tl.cdiv(wanted, BLOCK_Q)
     item, q0 = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_Q
     sequence, head = item // heads, item % heads
@@ -133,8 +128,6 @@ def attention_kernel(
 def load_queries(qkv, d_out, out, log_sums, query, column, wanted, first, step, heads, size):
     """Load a tile of queries of one head with everything that their gradients need.
 
-    Tiles, sizes and strides are separate arguments.
-
     Returns:
         The tiles of queries and of d_out, and for each query the sum of d_out * out and log_sums.
     """
@@ -174,8 +167,6 @@ def attention_gradient_kernel(
 
     Each program computes again the scores that it needs. So no sum is divided among programs, and
     its order is fixed.
-
-    Operands are separate arguments: in a tuple, Triton would specialise every number.
     """
     query_blocks = tl.cdiv(wanted, BLOCK_Q)
     blocks = query_blocks + tl.cdiv(tokens, BLOCK_K)

@@ -99,8 +99,6 @@ def harmony_minima_kernel(
     """Computes the smallest key of each chunk and side, and counts agreeing and differing signs.
 
     A refusal is stored as the minimum of the leaving side, where it is below all keys of scores.
-
-    Operands are separate arguments: in a tuple, Triton would specialise every number.
     """
     block, group = tl.program_id(0) // task_groups, tl.program_id(0) % task_groups
     word = block * WORDS + tl.arange(0, WORDS)
@@ -180,10 +178,7 @@ def harmony_keys_kernel(
     CHUNK_WORDS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Computes the keys of all elements of the chosen chunks.
-
-    Operands are separate arguments: in a tuple, Triton would specialise every number.
-    """
+    """Computes the keys of all elements of the chosen chunks."""
     task, side = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(1)
     row = (tl.program_id(0) % blocks) * WORDS + tl.arange(0, WORDS)
     inside = row < chosen * CHUNK_WORDS
@@ -315,10 +310,7 @@ def harmony_elements_kernel(
     CHUNK: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """Selects the elements with the smallest keys, and writes a task's counts and refusal.
-
-    Operands are separate arguments: in a tuple, Triton would specialise every number.
-    """
+    """Selects the elements with the smallest keys, and writes a task's counts and refusal."""
     task, side = (tl.program_id(0) // 2).to(tl.int64), tl.program_id(0) % 2
     size = chosen * CHUNK
     keys += task * 2 * size

@@ -75,10 +75,7 @@ def masked_layer_norm_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Computes y for one block of rows of one group.
-
-    Operands are separate arguments: in a tuple, Triton would specialise every number.
-    """
+    """Computes y for one block of rows of one group."""
     group, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_R
     task = tl.load(task_ids + group)
     start = group.to(tl.int64) * rows + first
@@ -135,8 +132,6 @@ def masked_layer_norm_gradient_kernel(
 
     Each program stores the sums over its rows. The last program to finish adds up the stored sums,
     in the order of the rows. So the result does not depend on which program is the last.
-
-    Operands are separate arguments: in a tuple, Triton would specialise every number.
     """
     group, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_R
     task = tl.load(task_ids + group)

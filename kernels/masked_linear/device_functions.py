@@ -31,8 +31,6 @@ def masked_weight(
     """The tile W ⊙ M of outputs n and inputs k; 0 outside the weight.
 
     `word` holds the indices of the mask words of inputs k.
-
-    Tiles, sizes and strides are separate arguments.
     """
     in_outputs, near = (n < outputs)[:, None], tl.minimum(n, outputs - 1)[:, None]
     w = tl.load(weight + near * weight_stride + k[None, :], mask=(k < inputs)[None, :], other=0.0)
@@ -64,8 +62,6 @@ def load_dy(
     """A tile of dy with the gradients of ReLU and dropout applied.
 
     The tile is at elements start + offset of dy and y.
-
-    Tiles, sizes and strides are separate arguments.
     """
     dy_tile = tl.load(dy + start + offset, mask=mask, other=0.0)
     if RELU:
@@ -96,10 +92,7 @@ def store_y(
     RELU: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """Add the bias to sums [outputs, rows], apply ReLU and dropout, add the residual, store y.
-
-    Tiles, sizes and strides are separate arguments.
-    """
+    """Add the bias to sums [outputs, rows], apply ReLU and dropout, add the residual, store y."""
     if HAS_BIAS:
         total += b[:, None]
     if RELU:

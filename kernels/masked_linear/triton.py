@@ -103,8 +103,6 @@ def masked_linear_kernel(
     """Computes one tile of y; if STATIONARY, several tiles of a group's rows one after another.
 
     A stationary program keeps its tile of W ⊙ M, which has all inputs, for all of its tiles.
-
-    Operands are separate arguments: in a tuple, Triton would specialise every number.
     """
     if STATIONARY:
         group, first, end, column_tile = rows_of_program(
@@ -225,8 +223,6 @@ def masked_linear_input_gradient_kernel(
 
     A stationary program keeps its tile of W ⊙ M, which has all outputs, for all of its tiles. The
     other branch loads W itself: with `masked_weight`, registers would spill.
-
-    Operands are separate arguments: in a tuple, Triton would specialise every number.
     """
     if STATIONARY:
         group, first, end, column_tile = rows_of_program(

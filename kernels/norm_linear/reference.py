@@ -35,8 +35,8 @@ def norm_then_linear(
         x: [G, R, K], one task per group.
         gain, shift: [K], weight and bias of the LayerNorm.
         weight, bias: [N, K] and [N] (or None), weight and bias of the linear layer.
-        norm_masks, masks: the masks of the LayerNorm and of the linear layer. Their `task_ids` are
-            one tensor.
+        norm_masks, masks: the masks of the LayerNorm and of the linear layer. Both hold the same
+            tensor `task_ids`.
         epsilon: added to the variance.
         relu: apply max(0, y) to the output.
 
