@@ -126,7 +126,7 @@ class Norm(NamedTuple):
 
 @triton.jit
 def row_statistics(x, row, inputs, epsilon, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Mean and inverse standard deviation of some rows. Two passes read them, from the cache."""
+    """Mean and inverse standard deviation of some rows, which are read twice."""
     total = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     for k0 in range(0, inputs, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
@@ -172,7 +172,7 @@ def gain_and_shift(norm, task, k, inputs):
 
 @triton.jit
 def begin_group(norm, group, task, inputs, BLOCK_K: tl.constexpr):
-    """Write a group's inputs of the backward pass: masked gain and shift, and a counter of 0."""
+    """Write what the backward pass needs for a group: masked gain and shift, a counter of 0."""
     tl.store(norm.arrivals + group, 0)
     affine = norm.affine + group.to(tl.int64) * 2 * inputs
     for k0 in range(0, inputs, BLOCK_K):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..launch import launch
 
-# Steps, token elements and inputs that a program processes at a time, forward and for the gradient.
+# Steps, token elements and inputs that a program processes at a time, forward and backward.
 TILE = (32, 64, 32)
 GRADIENT_TILE = (64, 32, 32)
 NUM_WARPS = 4
