@@ -26,7 +26,7 @@ from ..bits import BITS_PER_WORD
 from ..launch import launch
 from .reference import REFUSALS
 
-# Bytes of keys that exist at a time. One task alone may need more: up to 9 bytes per weight, if at
+# Bytes of keys that exist at a time. A single task may need more: up to 9 bytes per weight, if at
 # least one weight in 32 moves.
 WORKSPACE = 64 << 20
 

@@ -1,5 +1,5 @@
-// LayerNorm with the masks of each group's task. A row is read several times. Only the first time, it
-// is not in the cache.
+// LayerNorm with the masks of each group's task. A row is read several times: first from memory, then
+// from the cache.
 #pragma once
 
 #include "native/kernels.h"

@@ -1,4 +1,4 @@
-"""The gradients of weights and biases of masked linear layers, for one layer or several at once."""
+"""The weight and bias gradients of masked linear layers, for one layer or several together."""
 
 from __future__ import annotations
 

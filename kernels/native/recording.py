@@ -242,7 +242,7 @@ _OPTIONS = ("dtype", "layout", "device", "pin_memory")  # an `out` form takes th
 
 
 def _arguments(func: Any) -> list[tuple[str, str]]:
-    """Names and types of an operation's arguments, without those of `_OPTIONS`."""
+    """Names and types of an operation's arguments, except the arguments in `_OPTIONS`."""
     arguments = func._schema.arguments
     return [(a.name, str(a.type)) for a in arguments if a.name not in _OPTIONS]
 
@@ -254,7 +254,7 @@ def _compute_and_copy(func: Any, outputs: list[Tensor | None], args: Any, kwargs
 
 
 def _check_returned(expected: Any, function: Any, *arguments: Any) -> None:
-    """Call a function, and raise RuntimeError if it does not return what is expected."""
+    """Call a function, and raise RuntimeError if it does not return the expected value."""
     returned = function(*arguments)
     if returned != expected:
         raise RuntimeError(
