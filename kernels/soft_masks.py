@@ -121,7 +121,7 @@ class _Layers:
         if bits is None or task_ids is None:
             return layer(x, task_ids, gradients)
         if gradients is not None and len(gradients[0]) > 1:
-            # Groups are computed one by one. A buffer [1, ...] gets the sum of a group's L gradients.
+            # Groups are computed one by one: a buffer [1, ...] gets the sum of the L gradients.
             outputs = []
             for group in range(len(x)):
                 only = slice(group, group + 1)
