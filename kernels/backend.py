@@ -81,7 +81,7 @@ class Backend:
             device: the device of the matrices.
 
         Raises:
-            ValueError: the precision is unknown, or it is "tf32" and the device is no GPU.
+            ValueError: the precision is unknown, or it is "tf32" and the device is not a GPU.
         """
         device = torch.device(device)
         if name not in get_args(Precision):
@@ -99,7 +99,7 @@ class Backend:
         before = products.fp32_precision
         products.fp32_precision = name if by_switch else "ieee"
         try:
-            # Autocast's cache would keep the converted weights of the first step.
+            # Autocast's cache would keep the bf16 weights of the first step for all later steps.
             with torch.autocast(device.type, torch.bfloat16, autocast, cache_enabled=False):
                 yield
         finally:
@@ -173,7 +173,7 @@ REFERENCE = Backend(
     implementations=dict.fromkeys(_OPERATIONS, "reference"),
     rounds_inside=False,
 )
-"""The definitions: a few lines of PyTorch each."""
+"""The definitions. Each is a few lines of PyTorch."""
 
 PYTORCH = Backend(
     "pytorch",

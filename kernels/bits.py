@@ -57,7 +57,7 @@ def _unpack(words: Tensor, size: int, dtype: torch.dtype, one: int) -> Tensor:
         shifts = torch.arange(BITS_PER_WORD, dtype=torch.int32, device=words.device)
         bits = ((words[..., None] >> shifts) & 1).mul_(one).to(dtype)
         return bits.flatten(-2)[..., :size]
-    # On a CPU, a table of the 256 bytes is faster.
+    # On a CPU, it is faster to look up the 8 bits of each byte in a table.
     table = ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).mul_(one).to(dtype)
     as_bytes = words.contiguous().view(torch.uint8)
     bits = table.index_select(0, as_bytes.flatten().int())

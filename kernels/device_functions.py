@@ -15,7 +15,7 @@ def bits_of(words, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def masked_vector(values, bits, index, size):
-    """values[index] where the bit is set, else 0."""
+    """The elements `values` of a vector, whose indices are `index`; 0 where the mask bit is 0."""
     inside = index < size
     words = tl.load(bits + index // 32, mask=inside, other=0)
     return tl.where(((words >> (index % 32)) & 1) != 0, values, 0.0)

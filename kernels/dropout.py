@@ -1,8 +1,8 @@
-"""Draws dropout: a hash of an element's index and of a seed decides whether the element is dropped.
+"""Draws dropout: a hash of an element's index and of a seed decides if the element is dropped.
 
-So every device drops the same elements, and a backward pass draws them again instead of storing
-them. The seed is a tensor that the kernels read on the device: the host never waits for it, and a
-replayed CUDA graph reads the seed's new value.
+So every device drops the same elements. A backward pass draws again, so the forward pass stores no
+dropout mask. The seed is a tensor that the kernels read on the device: the host never waits for it,
+and a replayed CUDA graph reads the seed's new value.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def seed_for(drop: float, seed: Tensor | None, device: torch.device) -> Tensor |
 
     Args:
         drop: the probability of dropping an element.
-        seed: int64 [] or [1], at least 0 and below 2³¹, or None.
+        seed: int64 [] or [1], at least 0 and below 2³¹; or None, to draw one.
         device: the device of the operands.
 
     Returns:
@@ -60,5 +60,5 @@ def kept(shape: Sequence[int], drop: float, seed: Tensor) -> Tensor:
 
 def rate(drop: float) -> tuple[int, float]:
     """The probability of dropping times 2³¹, and the factor of kept elements, for the kernels."""
-    rounded = float(np.float32(drop))  # the CPU's kernels take a float32
+    rounded = float(np.float32(drop))  # the C++ kernels get `drop` as a float32
     return int(rounded * 2**31), 1 / (1 - rounded)

@@ -1,4 +1,10 @@
-"""Launches Triton kernels."""
+"""Launches Triton kernels.
+
+A kernel takes its tensors and numbers as separate arguments. Triton compiles a kernel again when an
+integer becomes 1 or a multiple of 16, unless `do_not_specialize` names this argument. It cannot
+name a number in a tuple. So operands are in a tuple only if their number varies, or if all of them
+may be absent.
+"""
 
 from __future__ import annotations
 

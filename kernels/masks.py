@@ -95,16 +95,17 @@ def copies_of_groups(
         copies.register_hook(write)
     if bits is None:
         return copies
-    # A product would not do: 0 times NaN or infinity is NaN.
+    # torch.where instead of a product with the mask, because 0 times NaN or infinity is NaN.
     return torch.where(unpack_bits(bits[task_ids], values.shape[-1]), copies, 0.0)
 
 
 def with_gradients_in(buffers: Sequence[Tensor | None] | None, *parameters: Any) -> list[Any]:
-    """Parameters whose gradients a backward pass writes to buffers, for plain PyTorch.
+    """Copies of parameters. A backward pass writes the gradients of the copies to buffers.
 
     Args:
-        buffers: [1, *shape] for each parameter; or None, and the parameters come back as they are.
-        parameters: tensors, or None for one that there is not.
+        buffers: a buffer [1, *shape] for each parameter. With None, the function returns the
+            parameters themselves.
+        parameters: tensors. None stands for a bias that the layer lacks.
     """
     if buffers is None:
         return list(parameters)

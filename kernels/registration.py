@@ -42,7 +42,7 @@ def register(package: str, name: str, schema: str, fake: Callable[..., Any]) -> 
         package: the operation's package.
         name: the name of the operation and of both functions.
         schema: the operation's arguments and results, in PyTorch's schema language.
-        fake: returns empty results of the right shape and dtype.
+        fake: returns empty results of the right shape and dtype. PyTorch calls it to trace a model.
     """
 
     _PACKAGES[name] = package

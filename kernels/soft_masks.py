@@ -121,7 +121,7 @@ class _Layers:
         if bits is None or task_ids is None:
             return layer(x, task_ids, gradients)
         if gradients is not None and len(gradients[0]) > 1:
-            # Groups are computed one by one: the L gradients of a group are summed into its row.
+            # Groups are computed one by one: a buffer [1, ...] gets the sum of the L gradients.
             outputs = []
             for group in range(len(x)):
                 only = slice(group, group + 1)
@@ -132,6 +132,7 @@ class _Layers:
                 )
                 outputs.append(self._mean(layer, x[only], bits, task_ids[only], buffers))
             return torch.cat(outputs)
+        # Group g is computed with the masks l T + task_ids[g], for l = 0, …, L - 1.
         first_rows = torch.arange(0, len(bits), len(bits) // self.levels, device=bits.device)
         rows = (first_rows[:, None] + task_ids).flatten()
         copies = x.expand(self.levels, *x.shape).flatten(0, 1)

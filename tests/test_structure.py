@@ -128,14 +128,20 @@ def test_the_kernels_do_without_the_rest() -> None:
 
 
 def test_a_long_function_says_why() -> None:
-    """More than 60 lines, or than 8 parameters, need a word on the arguments in the docstring."""
+    """More than 60 lines, or than 8 parameters, need a word on the arguments in the docstring.
+
+    For the functions that Triton compiles, the docstring of launch.py has this word once.
+    """
+    of_triton = ast.get_docstring(ast.parse(MODULES["harmodt_kernels.launch"].read_text()))
     for name, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
                 parameters = [a for a in arguments if a.arg not in ("self", "cls", "ctx")]
                 long = node.end_lineno - node.lineno >= 60 or len(parameters) > 8
-                reason = re.search("argument", ast.get_docstring(node) or "")
+                compiled = any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
+                text = of_triton if compiled else ast.get_docstring(node)
+                reason = re.search("argument", text or "")
                 assert not long or reason, f"{name}.{node.name}"
 
 

@@ -3,7 +3,7 @@
 //
 // A block is kWidth queries, one in each lane, so sums and maxima over keys need no shuffles. A head's
 // elements are cut into chunks of kWidth, so a matrix of a head is [chunks][rows][kWidth]. A tile is
-// kWidth rows or columns of a chunk, at constant distances. All products are products of tiles.
+// kWidth rows or columns of a chunk, a constant distance apart. All products are products of tiles.
 #pragma once
 
 #include "dropout_add/dropout_add.h"
@@ -12,14 +12,16 @@
 
 namespace {
 
-// While a thread works on a head, it prefetches the second head after it. If it prefetched the next
-// head, it would still have to wait for memory.
+// While a thread works on a head, it prefetches the head that comes two later. The next head would
+// arrive too late.
 constexpr int64_t kHeadsAhead = 2;
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
 
 // 2^x. Results below the normal numbers are 0. NaN stays NaN.
 inline Vec power_of_two(Vec x) {
-  constexpr float round = 12582912.0f;  // 1.5 * 2^23: x + round has no bits for a fraction
+  // 1.5 * 2^23: a float of this size has no bits for a fraction. So the sum rounds x to an integer,
+  // which is in the low bits of the sum.
+  constexpr float round = 12582912.0f;
   Vec n = x + round;
   IntVec bits = (IntVec)n;
   n -= round;
@@ -91,25 +93,25 @@ inline void transpose(Tile& tile) {
 
 // Offsets of a (sequence, head) in the tensors.
 struct Offsets {
-  int64_t inputs;   // the first token's query in qkv; its key and value are `part` and 2 `part` on
+  int64_t inputs;   // the first token's query in qkv; its key is `part` later, its value 2 `part`
   int64_t outputs;  // the first query's output in out
 };
 
 // The state of a thread for one (sequence, head) at a time. The thread copies everything that it reads
 // many times to its own memory. There, zeros pad the elements of a head to whole chunks. Keys are
-// padded to whole tiles, whose values do not matter, because no query sees them.
+// padded to whole tiles. The values of these extra keys do not matter, because no query sees them.
 struct Head {
   const harmodt_attention_shape& s;
   int64_t total;                             // keys: past and present tokens
   int64_t padded_keys;                       // keys in whole tiles
   int64_t chunks, chunk_stride;              // chunks of a matrix of keys, and their distance
-  int64_t part, stride;                      // in qkv: from query to key, and from token to token
+  int64_t part, stride;                      // distances in qkv: query to key, token to token
   float scale;
   uint32_t seed;
   float *keys, *values, *d_keys, *d_values;  // [chunks][padded_keys][kWidth]
   float *queries, *d_out;                    // of a block, [chunks][kWidth][kWidth]
   float *queries_t, *d_out_t;                // the same, transposed: a query in each lane
-  float *scores, *gradients;                 // of a block, [padded_keys][kWidth]
+  float *scores, *d_scores;                  // of a block, [padded_keys][kWidth]
   int64_t item;                              // sequence * heads + head
   Offsets current, ahead;                    // of this head, and of the head that is prefetched
 
@@ -139,7 +141,7 @@ struct Head {
       memory += chunks * kWidth * kWidth;
     }
     scores = memory;
-    gradients = scores + chunk_stride;
+    d_scores = scores + chunk_stride;
   }
 
   void move_to(int64_t to) {
@@ -214,9 +216,9 @@ struct Head {
   }
 };
 
-// A block of kWidth queries from `first` on. If fewer are left, the last one fills the block. While a
-// block is computed, it prefetches its share of the head ahead, a few rows at a time: more requests at
-// once would only queue.
+// A block of kWidth queries from `first` on. If fewer are left, copies of the last query fill the
+// block. While a block is computed, it prefetches its share of the head ahead, a few rows at a time:
+// more requests at once would only queue.
 struct Block {
   const Head& h;
   int64_t first, queries;
@@ -244,7 +246,7 @@ struct Block {
   }
 
   // Prefetches rows into the second-level cache. In the first-level cache they would share few sets,
-  // because they are so far apart. Inlined, because GCC drops calls of functions that only prefetch.
+  // because they are far apart. It is inlined: GCC drops calls of functions that only prefetch.
   HARMODT_ALWAYS_INLINE inline void fetch(const float* matrix, int64_t stride, int64_t rows) const {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t d = 0; d < h.s.head_size; d += 16)
@@ -277,7 +279,8 @@ struct Block {
       if (i < queries) store(rows + i * stride + chunk * kWidth, tile[i], inside);
     });
   }
-  // Copy the block's queries. queries_t also holds the factor of the scores and log2(e).
+  // Copy the block's queries. In queries_t they are multiplied by the factor of the scores and by
+  // log2(e), so that scores are exponents of 2.
   void get_queries(const float* qkv) const {
     const float* rows = qkv + h.current.inputs + h.token(first) * h.stride;
     for (int64_t c = 0; c < h.chunks; ++c) {
@@ -354,16 +357,16 @@ void attention_gradient_of(const Block& block, const float* d_out, const float* 
   int64_t outputs = h.current.outputs + block.first * h.part;
   for (int64_t c = 0; c < h.chunks; ++c) {
     int64_t at = c * kWidth * kWidth;
-    Tile gradients, products;
-    block.get(d_out + outputs, h.part, c, gradients);
+    Tile d_rows, products;
+    block.get(d_out + outputs, h.part, c, d_rows);
     block.get(out + outputs, h.part, c, products);
     unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE {
-      if (i >= block.queries) gradients[i] = Vec{};  // queries that fill the block do not count
-      products[i] *= gradients[i];
+      if (i >= block.queries) d_rows[i] = Vec{};  // copies of the last query do not count
+      products[i] *= d_rows[i];
     });
-    store(h.d_out + at, gradients);
-    transpose(gradients);
-    store(h.d_out_t + at, gradients);
+    store(h.d_out + at, d_rows);
+    transpose(d_rows);
+    store(h.d_out_t + at, d_rows);
     transpose(products);
     unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE { dot += products[i]; });
   }
@@ -374,26 +377,27 @@ void attention_gradient_of(const Block& block, const float* d_out, const float* 
   for (int64_t j = 0; j < keys; j += kWidth) {
     Tile total;
     h.dots(h.values, h.d_out_t, j, total);
-    store(h.gradients + j * kWidth, total);
+    store(h.d_scores + j * kWidth, total);
   }
   block.fetch_outputs(out);
   IntVec draws = block.unhashed_draws;
-  float *score = h.scores, *gradient = h.gradients, drop = h.s.dropout;
-  for (int64_t j = 0; j < keys; ++j, draws += kIndexFactor, score += kWidth, gradient += kWidth) {
-    Vec p = power_of_two(load(score) - log_sum), dp = load(gradient);
+  float *score = h.scores, *d_score = h.d_scores, drop = h.s.dropout;
+  for (int64_t j = 0; j < keys; ++j, draws += kIndexFactor, score += kWidth, d_score += kWidth) {
+    // Until here, d_scores holds the gradients dp of the weights p.
+    Vec p = power_of_two(load(score) - log_sum), dp = load(d_score);
     Vec factor = Dropout ? kept(draws, drop) : splat(1.0f);
     store(score, Dropout ? p * factor : p);
-    store(gradient, p * ((Dropout ? dp * factor : dp) - dot));
+    store(d_score, p * ((Dropout ? dp * factor : dp) - dot));
   }
   block.fetch_outputs(d_out);
   h.add_outer(h.scores, h.d_out, keys, h.d_values);
   block.fetch_inputs(d_qkv, 0);
-  h.add_outer(h.gradients, h.queries, keys, h.d_keys);
+  h.add_outer(h.d_scores, h.queries, keys, h.d_keys);
   block.fetch_inputs(d_qkv, 1);
   for (int64_t c = 0; c < h.chunks; ++c) {
     Tile sums;
     clear(sums);
-    add_products(ChunkColumns{h.keys + c * h.chunk_stride}, h.gradients, block.keys, sums);
+    add_products(ChunkColumns{h.keys + c * h.chunk_stride}, h.d_scores, block.keys, sums);
     unrolled<kWidth>([&](auto i) HARMODT_ALWAYS_INLINE { sums[i] *= h.scale; });
     block.put(sums, c, d_qkv + h.current.inputs + h.token(block.first) * h.stride,
               h.s.query_step * h.stride);

@@ -30,8 +30,7 @@ def attention(
         drop: probability of dropping the weight of a key.
         past: keys and values [B, H, P, D] of P earlier tokens, in the dtype of qkv; or None. A
             policy passes its cache here. Calls with `past` have no gradient.
-        seed: the seed of dropout, int64 [] or [1], at least 0 and below 2³¹. With None the
-            device's generator draws one.
+        seed: the seed of dropout, int64 [] or [1], or None: see `dropout.seed_for`.
 
     Returns:
         [B, query tokens, H, D], in the dtype of qkv. Sums are in float32. Products of float32 are

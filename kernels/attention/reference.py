@@ -22,8 +22,7 @@ def attention(
         queries: selects the query tokens among the T tokens, with a step above 0.
         drop: probability of dropping the weight of a key.
         past: keys and values [B, H, P, D] of P earlier tokens, or None.
-        seed: the seed of dropout, int64 [] or [1], at least 0 and below 2³¹. With None the
-            device's generator draws one.
+        seed: the seed of dropout, int64 [] or [1], or None: see `dropout.seed_for`.
 
     Returns:
         [B, query tokens, H, D].

@@ -1,8 +1,8 @@
 """Triton kernels of the attention.
 
 A sequence has `past` earlier tokens, then `tokens` present tokens. `wanted` of the present tokens
-are queries: numbers first, first + step, … Scores stay in registers and shared memory. When the
-maximum of the scores grows, the sums over earlier blocks of keys are rescaled (Milakov and
+are queries: the tokens number first, first + step, … Scores stay in registers and shared memory.
+When the maximum of the scores grows, the sums over earlier blocks of keys are rescaled (Milakov and
 Gimelshein, arXiv 1805.02867).
 """
 
@@ -34,8 +34,6 @@ def load_keys(present, past_rows, j, column, past, tokens, size, stride, HAS_PAS
     """The keys, or the values, of tokens j: first the past ones, then the present ones.
 
     Rows of `present` are `stride` apart.
-
-    Tiles, sizes and strides are separate arguments.
     """
     row = present + (j - past) * stride
     if HAS_PAST:
@@ -67,10 +65,10 @@ def attention_kernel(
     wanted,
     first,
     step,
-    scale,  # factor of the scores
+    scale,  # multiplies the scores
     seed,  # int64 [1], or None
     threshold,
-    factor,  # of weights that dropout keeps
+    factor,  # multiplies the weights that dropout keeps
     HAS_PAST: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -78,10 +76,7 @@ def attention_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Computes `out` for one block of queries of one head.
-
-    Operands are separate arguments: in a tuple, Triton would specialise every number.
-    """
+    """Computes `out` for one block of queries of one head."""
     blocks = tl.cdiv(wanted, BLOCK_Q)
     item, q0 = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_Q
     sequence, head = item // heads, item % heads
@@ -133,10 +128,8 @@ def attention_kernel(
 def load_queries(qkv, d_out, out, log_sums, query, column, wanted, first, step, heads, size):
     """Load a tile of queries of one head with everything that their gradients need.
 
-    Tiles, sizes and strides are separate arguments.
-
     Returns:
-        The tiles of queries and of d_out, and for each query the sum of d_out * out and log_sums.
+        The tiles of queries and of d_out; and for each query, the sum of d_out * out and log_sums.
     """
     q = load_rows(
         qkv + first * 3 * heads * size, query, column, wanted, size, step * 3 * heads * size
@@ -160,10 +153,10 @@ def attention_gradient_kernel(
     wanted,
     first,
     step,
-    scale,  # factor of the scores
+    scale,  # multiplies the scores
     seed,  # int64 [1], or None
     threshold,
-    factor,  # of weights that dropout keeps
+    factor,  # multiplies the weights that dropout keeps
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -173,9 +166,7 @@ def attention_gradient_kernel(
     """Computes the gradients of one block of queries, or of one block of keys and values.
 
     Each program computes again the scores that it needs. So no sum is divided among programs, and
-    its order is fixed.
-
-    Operands are separate arguments: in a tuple, Triton would specialise every number.
+    each sum has a fixed order.
     """
     query_blocks = tl.cdiv(wanted, BLOCK_Q)
     blocks = query_blocks + tl.cdiv(tokens, BLOCK_K)
@@ -348,7 +339,7 @@ def attention_gradient(
     """Computes `harmodt::attention_gradient`, with the arguments of its schema."""
     d_out = d_out.contiguous()
     sequences, tokens, _, heads, size = qkv.shape
-    # Tokens that are no queries have a query gradient of 0.
+    # If a token is not a query, the gradient of its query is 0.
     d_qkv = torch.empty_like(qkv) if wanted == tokens else torch.zeros_like(qkv)
     precision, tile, block = tile_of(GRADIENT, qkv)
     threshold, factor = rate(drop)

@@ -1,5 +1,5 @@
 // Dropout. A draw depends only on the element's index and on a seed. So a backward pass draws the same
-// again, with any number of threads and any instruction set.
+// numbers again, with any number of threads and any instruction set.
 #pragma once
 
 #include "native/kernels.h"
@@ -40,7 +40,7 @@ struct Dropout {
   uint32_t seed;
   explicit operator bool() const { return drop > 0; }
 
-  // Drops or rescales the elements of v, the first of which has this index in the tensor.
+  // Drops or rescales the elements of v. `index` is the first element's index in the tensor.
   Vec of(Vec v, int64_t index) const {
     IntVec lane;
     for (int i = 0; i < kWidth; ++i) lane[i] = i;

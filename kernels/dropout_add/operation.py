@@ -17,15 +17,14 @@ def dropout_add(
     """x + dropout(branch).
 
     This is the fused form of `reference.dropout_add` and drops the same elements. It allocates
-    nothing but the sum.
+    only the sum.
 
     Args:
         x, branch: tensors of one shape. float32; on a GPU also float16 or bfloat16. x may be None,
             for 0.
         drop: probability of dropping an element of the branch, in [0, 1). Kept elements are divided
             by 1 - drop.
-        seed: the seed of dropout, int64 [] or [1], at least 0 and below 2³¹. With None the
-            device's generator draws one.
+        seed: the seed of dropout, int64 [] or [1], or None: see `dropout.seed_for`.
 
     Returns:
         The sum, in the shape of branch and the dtype to which PyTorch promotes x and branch. It is

@@ -16,8 +16,7 @@ def dropout_add(
         x, branch: tensors of one shape; x may be None, for 0.
         drop: probability of dropping an element of the branch, in [0, 1). Kept elements are divided
             by 1 - drop.
-        seed: the seed of dropout, int64 [] or [1], at least 0 and below 2³¹. With None the
-            device's generator draws one.
+        seed: the seed of dropout, int64 [] or [1], or None: see `dropout.seed_for`.
     """
     seed = seed_for(drop, seed, branch.device)
     if seed is not None:

@@ -28,10 +28,7 @@ def dropout_add_kernel(
     HAS_X: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Computes one block of elements of `out`.
-
-    Operands are separate arguments: in a tuple, Triton would specialise every number.
-    """
+    """Computes one block of elements of `out`."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
     result = tl.load(branch + index, mask=inside).to(tl.float32)

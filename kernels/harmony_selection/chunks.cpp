@@ -35,7 +35,7 @@ int64_t merge(const int64_t* keys, const int64_t* counts, int64_t chunks, int64_
   return std::min<int64_t>(count, all.size());
 }
 
-// The reason to refuse a task, from its losses and the reasons found in its chunks.
+// The reason to refuse a task, from its loss and the reasons found in its chunks.
 uint8_t refusal_of(const harmodt_selection_operands& s, int64_t task, const uint8_t* bad,
                    int64_t chunks) {
   std::vector<uint8_t> reasons(bad, bad + chunks);
@@ -46,7 +46,7 @@ uint8_t refusal_of(const harmodt_selection_operands& s, int64_t task, const uint
   return *std::min_element(reasons.begin(), reasons.end());
 }
 
-// Selects for all tasks of `s`, whose workspace it allocates.
+// Selects the weights that leave and enter for all tasks of `s`. It allocates the workspace.
 void select_tasks(const harmodt_selection_operands& s, int64_t chunks, int64_t* leaving,
                   int64_t* entering, int64_t* results, uint8_t* refused, int threads) {
   int64_t capacity = std::max(kFewestCandidates, 2 * s.count) + 64;

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-// Why a task is refused, in the order of REFUSALS in reference.py. kFine: it is not.
+// Why a task is refused, in the order of REFUSALS in reference.py. kFine: not refused.
 enum Refusal : uint8_t { kFine, kMasked, kDense, kLoss, kZeroLoss, kMean, kScore };
 
 // Finds the reason among elements [first, last), where an operand or a score is not finite.

@@ -15,6 +15,8 @@
 
 namespace {
 
+// The bits of negative floats have the reverse order as integers, unless all bits but the sign are
+// flipped.
 inline int64_t key_of(float score, int64_t index) {
   int32_t bits;
   score += 0.0f;  // turns -0 into 0
@@ -91,7 +93,7 @@ Refusal select_words(const harmodt_selection_operands& s, int64_t task, int64_t 
               keep(comes, inactive) * 0.0f;
     leaving.offer(stays, active, at);
     entering.offer(comes, inactive, at);
-    // Signs are compared, because a product could underflow. A lane that is true is -1.
+    // Signs are compared, because a product could underflow. A true lane is -1, so it is subtracted.
     Vec mean_of_weights = keep(mean, maskable);
     IntVec counted = (m != 0.0f) & (mean_of_weights != 0.0f);
     IntVec same = (m > 0.0f) == (mean_of_weights > 0.0f);

@@ -11,8 +11,8 @@ from ..bits import BITS_PER_WORD
 from ..registration import register
 from .reference import HarmonyRule, Importance, Selection, check_choice
 
-# The kernels index elements with 32-bit integers. The last chunk, or the last program's values, may
-# reach beyond the end of the vector.
+# The kernels index elements with 32-bit integers. The last indices stay unused, because the last
+# chunk, or the last block of values of a program, may reach beyond the end of the vector.
 MOST_BITS = 2**31 - 2048
 
 

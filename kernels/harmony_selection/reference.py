@@ -27,15 +27,15 @@ REFUSALS = (
 """The reasons to refuse a task's selection. If several hold, the first counts."""
 
 _FROM_FINITE = (4, 6)
-"""Numbers, from 1, of the refusals where every gradient and every loss is finite."""
+"""The refusals, counted from 1, that occur although every gradient and every loss is finite."""
 
 
 class UpdateRefused(ValueError):
     """No mask is updated, because of one task.
 
     Attributes:
-        task: its index.
-        reason: what is wrong with it.
+        task: the index of the task.
+        reason: what is wrong with the task.
     """
 
     def __init__(self, task: int, reason: str):
@@ -77,7 +77,8 @@ class Selection(NamedTuple):
         """
         refused = self.refused.tolist()
         if any(refused):
-            # A bad gradient spoils the mean, which refuses all tasks. The first reason is its own.
+            # NaN in one task's gradient makes the mean NaN, so every task is refused. The task with
+            # the NaN has the lowest number, because in REFUSALS the mean comes after the gradients.
             number = min(filter(None, refused))
             kind = UpdateRefused if number in _FROM_FINITE else NotFinite
             raise kind(refused.index(number), REFUSALS[number - 1])
@@ -112,7 +113,7 @@ def select_harmony(
         weights: [P], the maskable weights θ.
         masked_gradients: [T, P], ḡ_i = ∇L_i(θ ⊙ M^i) ⊙ M^i.
         dense_gradients: [T, P], g_i = ∇L_i(θ).
-        mean_gradient: [P], ĝ, the mean of ḡ_i over all tasks. A call may get only some tasks.
+        mean_gradient: [P], ĝ, the mean of ḡ_i over all tasks, also if this call has only some.
         losses: [T], L_i(θ ⊙ M^i). Only the paper's Fisher importance reads them.
         count: weights to move per task. If a task has fewer active or fewer inactive weights, it
             moves fewer.

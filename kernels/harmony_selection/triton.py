@@ -26,19 +26,19 @@ from ..bits import BITS_PER_WORD
 from ..launch import launch
 from .reference import REFUSALS
 
-# Bytes of keys that exist at a time. One task alone may need more: up to 9 bytes per weight, if at
+# Bytes of keys that exist at a time. A single task may need more: up to 9 bytes per weight, if at
 # least one weight in 32 moves.
 WORKSPACE = 64 << 20
 
 MOST_WORDS_PER_CHUNK = 32
 
-# One program takes so many mask words, tasks (which share a read of the mean gradient), warps, and
+# The size of a program: mask words, tasks (which share a read of the mean gradient), warps, and
 # indices of weights to move.
 WORDS = 32
 TASKS = 8
 NUM_WARPS = 4
 INDICES = 128
-# A program that selects the smallest of a row takes so many values at a time, with so many warps.
+# The size of a program that selects the smallest values of a row: values at a time, and warps.
 VALUES = 2048
 VALUES_WARPS = 16
 
@@ -67,6 +67,7 @@ def harmony(masked, mean, weight, loss, balance, FISHER: tl.constexpr, PAPER: tl
 def ordered(score):
     """The int32 keys of float32 scores, with the same order. -0.0 and 0.0 have one key."""
     bits = (score + 0.0).to(tl.int32, bitcast=True)
+    # As integers, negative floats have the reverse order, unless all bits but the sign are flipped.
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
@@ -99,24 +100,24 @@ def harmony_minima_kernel(
     """Computes the smallest key of each chunk and side, and counts agreeing and differing signs.
 
     A refusal is stored as the minimum of the leaving side, where it is below all keys of scores.
-
-    Operands are separate arguments: in a tuple, Triton would specialise every number.
     """
     block, group = tl.program_id(0) // task_groups, tl.program_id(0) % task_groups
     word = block * WORDS + tl.arange(0, WORDS)
     inside = word < words
     bit_index = tl.arange(0, 32)
     bit = 1 << bit_index[None, :]
-    # Beyond the end, the last word is read again. Its elements are then no candidates.
+    # Words beyond the end read the last word again. Their elements are not candidates.
     element = tl.minimum(word, words - 1)[:, None] * 32 + bit_index[None, :]  # [WORDS, 32]
     maskable = tl.load(maskable_bits + word, mask=inside, other=0)
     mean = tl.load(mean_gradient + element)
-    # Padding has no score and no sign. But if its mean is NaN or infinite, 0 times it is NaN.
+    # The mean of padding becomes 0, so padding has no score and no sign. A mean that is not finite
+    # becomes NaN, so that it still refuses the task.
     mean = tl.where((maskable[:, None] & bit) != 0, mean, mean * 0.0)
     weight = mean if FISHER else tl.load(weights + element)
     balance = tl.cast(balance, tl.float32)
     CHUNKS: tl.constexpr = WORDS // CHUNK_WORDS
     chunk = block * CHUNKS + tl.arange(0, CHUNKS)
+    # The refusal of a task whose score is not finite. The mean gradient may be the cause.
     worst = tl.where(tl.abs(mean) < float("inf"), SCORE, MEAN)
     worst = REFUSAL + tl.min(tl.reshape(worst, [CHUNKS, CHUNK_WORDS * 32]), 1)
     side = tl.arange(0, 2)
@@ -148,8 +149,8 @@ def harmony_minima_kernel(
         smallest = tl.join(leaving, entering)  # [CHUNKS, 2]
         out = minima + task * 2 * chunks + chunk[:, None] + side[None, :] * chunks
         tl.store(out, smallest, mask=chunk[:, None] < chunks)
-        # One int32 holds both counts in its two halves, because both are below 2^16. Signs are
-        # compared, because a product could underflow.
+        # The low half of an int32 counts agreeing signs, the high half differing signs. Both counts
+        # are below 2^16. Signs are compared, because a product could underflow.
         counted = (masked != 0.0) & (mean != 0.0)
         sign = tl.where((masked > 0.0) == (mean > 0.0), 1, 1 << 16)
         numbers = tl.sum(tl.sum(tl.where(counted, sign, 0), 1), 0)
@@ -180,10 +181,7 @@ def harmony_keys_kernel(
     CHUNK_WORDS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Computes the keys of all elements of the chosen chunks.
-
-    Operands are separate arguments: in a tuple, Triton would specialise every number.
-    """
+    """Computes the keys of all elements of the chosen chunks."""
     task, side = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(1)
     row = (tl.program_id(0) % blocks) * WORDS + tl.arange(0, WORDS)
     inside = row < chosen * CHUNK_WORDS
@@ -191,7 +189,7 @@ def harmony_keys_kernel(
     chunk = tl.load(chosen_chunks + row // CHUNK_WORDS, mask=inside, other=0)
     word = chunk * CHUNK_WORDS + row % CHUNK_WORDS
     present = inside & (word < words)
-    # Beyond the end, the last word is read again. Its elements are then no candidates.
+    # Words beyond the end read the last word again, and are not eligible.
     word = tl.minimum(word, words - 1)
     bit_index = tl.arange(0, 32)
     element = word[:, None] * 32 + bit_index[None, :]  # [WORDS, 32]
@@ -223,10 +221,14 @@ def rising(values, index, size):
 
 @triton.jit
 def largest_taken(values, size, wanted, VALUES: tl.constexpr):
-    """Find the largest of the `wanted` smallest int32 values [size], as an ordered uint32,
-    and how many values equal to it belong to the `wanted` smallest."""
+    """Find the largest of the `wanted` smallest int32 values [size], as an ordered uint32.
+
+    Also return how many values equal to it are among the `wanted` smallest.
+    """
     largest = tl.full([], 0, tl.uint32)
     bin = tl.arange(0, 256)
+    # Each pass finds the next byte of `largest` among the values that begin with the bytes found so
+    # far. Then `wanted` no longer counts the values with a smaller byte.
     for digit in range(4):
         shift = 24 - 8 * digit
         counts = tl.zeros([256], tl.int32)
@@ -249,7 +251,7 @@ def store_smallest(values, size, wanted, chunks, out, CHUNK: tl.constexpr, VALUE
     indices in the whole vector are stored.
     """
     largest, ties = largest_taken(values, size, wanted, VALUES)
-    # Numbers of smaller and of equal values in the earlier blocks.
+    # The number of smaller values, and of equal ones, in the blocks before this one.
     below = tl.full([], 0, tl.int32)
     equal = tl.full([], 0, tl.int32)
     for first in range(0, size, VALUES):
@@ -257,7 +259,8 @@ def store_smallest(values, size, wanted, chunks, out, CHUNK: tl.constexpr, VALUE
         value = rising(values, index, size)
         is_below = value < largest
         is_equal = (index < size) & (value == largest)
-        # One sum holds both counts, because neither reaches 2^16.
+        # The low half of an int32 counts smaller values, the high half equal values. A block has
+        # fewer than 2^16 values.
         kind = tl.where(is_below, 1, tl.where(is_equal, 1 << 16, 0))
         numbers = tl.cumsum(kind, 0) - kind
         equals = equal + (numbers >> 16)
@@ -315,10 +318,7 @@ def harmony_elements_kernel(
     CHUNK: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """Selects the elements with the smallest keys, and writes a task's counts and refusal.
-
-    Operands are separate arguments: in a tuple, Triton would specialise every number.
-    """
+    """Selects the elements with the smallest keys, and writes a task's counts and refusal."""
     task, side = (tl.program_id(0) // 2).to(tl.int64), tl.program_id(0) % 2
     size = chosen * CHUNK
     keys += task * 2 * size
@@ -425,13 +425,13 @@ def select_harmony(
 
 
 def words_per_chunk(size: int, count: int) -> int:
-    """Words of a chunk of about sqrt(P / C) elements. Then there are as many minima as keys."""
+    """The words of a chunk. About sqrt(P / C) elements give as many minima as recomputed keys."""
     elements = 2 ** round(math.log2(max(size, 1) / max(count, 1)) / 2)
     return min(max(elements // BITS_PER_WORD, 1), MOST_WORDS_PER_CHUNK)
 
 
 def operands_of_launch(operands: dict[str, Tensor], **options: Any) -> dict[str, Any]:
-    """The arguments of a launch that the two kernels that read gradients share."""
+    """The launch arguments that both kernels that read gradients need."""
     return {
         **operands,
         "mask_stride": operands["mask_bits"].stride(0),

@@ -27,11 +27,9 @@ def linear_residual(
 ) -> Tensor:
     """residual + dropout(x[g] (W ⊙ M)ᵀ + b ⊙ m).
 
-    This is the fused form of `reference.linear_residual`. One pass computes the layer, dropout and
-    the sum, so the layer's output is not rounded before the sum. The backward passes apply dropout
-    to dy while they read it.
-
-    Tensors and settings are separate arguments, as PyTorch's dispatcher takes them.
+    This is the fused form of `reference.linear_residual` and takes the same arguments. One pass
+    computes the layer, dropout and the sum, so the layer's output is not rounded before the sum.
+    The backward passes apply dropout to the gradient of the output while they read it.
 
     Args:
         x, weight, bias, weight_bits, bias_bits, task_ids, group_gradients, queue: as in

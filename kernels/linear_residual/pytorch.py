@@ -25,8 +25,8 @@ def linear_residual(
 ) -> Tensor:
     """The same as `reference.linear_residual`, except for the elements that are dropped.
 
-    PyTorch's generators draw them: the argument `seed` is ignored. Gradients are written at once:
-    `queue` is ignored too.
+    PyTorch's generators draw them: the argument `seed` is ignored. The backward pass writes the
+    gradients itself: `queue` is ignored too.
     """
     masks = weight_bits, bias_bits, task_ids
     branch = masked_linear(x, weight, bias, *masks, group_gradients=group_gradients)

@@ -29,10 +29,8 @@ def masked_adamw(
 ) -> Tensor:
     """Clip the gradient's norm, then run AdamW on the active weights; the others do not change.
 
-    This is the fused form of `reference.masked_adamw`, in float32. A first kernel computes the
-    norm, and a second one does the rest.
-
-    Tensors and settings are separate arguments, as PyTorch's dispatcher takes them.
+    This is the fused form of `reference.masked_adamw` and takes the same arguments, in float32. A
+    first kernel computes the norm, and a second one does the rest.
 
     Args:
         weights, first_moment, second_moment: float32 [P]. Elements of active weights are changed in
@@ -40,9 +38,8 @@ def masked_adamw(
         gradient: float32 [P]. It is not changed.
         mask_bits: int32 [T, words], the masks of all tasks; or None if every weight is active.
             Weights beyond the last word are always active.
-        task_ids: int64 [G], the tasks of the step, below T. A GPU does not check them. A weight is
-            active in the step if it is active in one of these tasks. Without masks nothing reads
-            them.
+        task_ids: int64 [G], the tasks of the step, below T; or None without masks. A GPU does not
+            check them. A weight is active in the step if it is active in one of these tasks.
         lr_and_corrections: float32 [3], the learning rate and the bias corrections, from
             `lr_and_corrections_at`. On a GPU, the kernel reads them when it runs.
         max_norm: the gradient is clipped to this global norm.

@@ -37,8 +37,8 @@ def masked_adamw(
         gradient: [P]. It is not changed.
         mask_bits: int32 [T, words], the masks of all tasks; or None if every weight is active.
             Weights beyond the last word are always active.
-        task_ids: int64 [G], the tasks of the step. A weight is active in the step if it is active
-            in one of these tasks. Without masks nothing reads them.
+        task_ids: int64 [G], the tasks of the step; or None without masks. A weight is active in the
+            step if it is active in one of these tasks.
         lr_and_corrections: [3], the learning rate and the bias corrections, from
             `lr_and_corrections_at`.
         max_norm: the gradient is clipped to this global norm.
@@ -68,8 +68,8 @@ def lr_and_corrections_at(
 ) -> tuple[float, float, float]:
     """The learning rate of a step and the factors that correct the bias of its two moments.
 
-    Steps count from 1. The corrections are factors, because products round alike on all devices. A
-    GPU would replace a division by a constant with a product, a CPU would not.
+    Steps count from 1. The corrections are factors, not divisors, because products round alike
+    on all devices. A GPU would replace a division by a constant with a product, a CPU would not.
     """
     beta1, beta2 = betas
     return learning_rate, 1 / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
@@ -85,7 +85,7 @@ def _active(mask_bits: Tensor | None, task_ids: Tensor | None, weights: Tensor) 
 
 
 def _replace(values: Tensor, active: Tensor, new: Tensor) -> None:
-    # torch.where copies bits. Adding 0 would change -0.0, and denormals if they are flushed to 0.
+    # torch.where copies bits. To add 0 would change -0.0, and flush denormals on some devices.
     torch.where(active, new, values, out=values)
 
 

@@ -57,10 +57,7 @@ def masked_adamw_kernel(
     BF16_COPY: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Updates the weights of one block of mask words.
-
-    Operands are separate arguments: in a tuple, Triton would specialise every number.
-    """
+    """Updates the weights of one block of mask words."""
     start = tl.program_id(0).to(tl.int64) * (WORDS * 32)
     word, bit = tl.arange(0, WORDS), tl.arange(0, 32)
     element = word[:, None] * 32 + bit[None, :]  # [WORDS, 32]

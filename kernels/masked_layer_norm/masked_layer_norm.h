@@ -1,5 +1,5 @@
-// LayerNorm with the masks of each group's task. A row is read several times, after the first from the
-// cache.
+// LayerNorm with the masks of each group's task. A row is read several times: first from memory, then
+// from the cache.
 #pragma once
 
 #include "native/kernels.h"
@@ -7,7 +7,7 @@
 
 namespace {
 
-// The rows of a chunk. One thread sums the gradients of gain and bias over a chunk.
+// The number of rows in a chunk. One thread sums the gradients of gain and bias over a chunk.
 constexpr int64_t kChunkRows = 64;
 
 // The sum of a register's lanes.

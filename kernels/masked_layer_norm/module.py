@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 class MaskedLayerNorm(nn.LayerNorm):
     """A `torch.nn.LayerNorm` over groups of rows. Each group has the mask of its task.
 
-    Each call gets the masks. The parameters have the names that they have in `nn.LayerNorm`.
+    Each call takes the masks. The parameters have the same names as in `nn.LayerNorm`.
 
     Args:
-        size: d.
+        size: d, the number of elements of a row.
         eps: added to the variance.
         backend: computes the layer. None selects the fused operation for the input's device.
-        device, dtype: of the parameters.
+        device, dtype: the device and the dtype of the parameters.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class MaskedLayerNorm(nn.LayerNorm):
         apply: Callable[..., tuple[Tensor, Tensor]] = (
             backend.masked_layer_norm if backend else masked_layer_norm
         )
-        # The next operation is a product, which would convert y.
+        # The product that reads y next would convert it, so y is written in the autocast dtype.
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else None
         masks = masks or NO_MASKS

@@ -26,10 +26,8 @@ def masked_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """LayerNorm with the mask of each group's task: y[g] = normalised x[g] (w ⊙ M) + b ⊙ m.
 
-    This is the fused form of `reference.masked_layer_norm`: one pass over x, in float32. Results
-    repeat bit for bit.
-
-    Tensors and settings are separate arguments, as PyTorch's dispatcher takes them.
+    This is the fused form of `reference.masked_layer_norm` and takes the same arguments. It makes
+    one pass over x, in float32. Results repeat bit for bit.
 
     Args:
         x: [G, R, d], one task per group; each row is normalised. float32; on a GPU also float16 or
@@ -37,8 +35,8 @@ def masked_layer_norm(
         weight, bias: float32 [d].
         weight_bits, bias_bits: int32 [T, ceil(d / 32)], the masks of all tasks; or None if every
             weight and bias is active.
-        task_ids: int64 [G], the task of each group, below T. Ids may repeat. A GPU does not check
-            them. Without masks nothing reads them.
+        task_ids: int64 [G], the task of each group, below T; or None without masks. Ids may repeat.
+            A GPU does not check them.
         epsilon: added to the variance.
         dtype: the dtype of y; by default the dtype of x.
         group_gradients: buffers for the gradients of weight and bias, or None. The backward pass
@@ -215,7 +213,7 @@ register(
 register(
     __package__,
     "masked_layer_norm_gradient",
-    # A GPU's kernel counts its programs in `arrivals`, then sets it back to 0.
+    # The GPU kernel counts its programs in `arrivals`, then sets it back to 0.
     "(Tensor dy, Tensor? d_residual, Tensor x, Tensor statistics, Tensor arrivals, Tensor weight, "
     "Tensor weight_bits, Tensor bias_bits, Tensor task_ids, Tensor(a!) weight_out, "
     "Tensor(b!) bias_out) -> Tensor",

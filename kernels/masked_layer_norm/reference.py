@@ -33,8 +33,7 @@ def masked_layer_norm(
         weight, bias: [d].
         weight_bits, bias_bits: int32 [T, ceil(d / 32)], the masks of all tasks; or None if every
             weight and bias is active.
-        task_ids: int64 [G], the task of each group. Ids may repeat. Without masks nothing reads
-            them.
+        task_ids: int64 [G], the task of each group; or None without masks. Ids may repeat.
         epsilon: added to the variance.
         dtype: the dtype of y. None keeps the dtype that PyTorch's promotion gives.
         group_gradients: buffers for the gradients of weight and bias, or None. The backward pass

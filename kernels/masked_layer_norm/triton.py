@@ -16,8 +16,8 @@ from ..launch import launch
 # Elements of x that a program holds at a time: 32 per thread.
 ELEMENTS = 4096
 NUM_WARPS = 4
-# The most rows whose gradients one program sums. With this limit, the 600 rows of a group still
-# make enough programs to fill a GPU.
+# The most rows whose gradients one program sums. With this limit, a group of 600 rows still makes
+# enough programs to fill a GPU.
 ROWS = 16
 
 
@@ -28,11 +28,11 @@ def is_last(arrivals, programs):
     The last program sees everything that the others stored before they arrived. No program waits
     for another, and the last one sets the counter back to 0.
 
-    Why it sees the stores: the barrier orders all stores of this program's threads before the
-    count, which one thread adds. `acq_rel` makes these stores visible to every program of the GPU
-    that counts later, and makes the stores of earlier programs visible to this one. AMD's barrier
-    does not wait for stores. But there each thread has already used values that it loaded after its
-    stores, so the stores are complete.
+    It sees the stores for two reasons. At the barrier, one thread waits until all threads of its
+    program have stored; then this thread counts. `acq_rel` makes these stores visible to every
+    program of the GPU that counts later. On AMD's GPUs, the barrier does not wait until stores are
+    complete. There, the stores are complete before the barrier: after its stores, each thread has
+    loaded values and used them.
     """
     tl.debug_barrier()
     last = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == programs - 1
@@ -65,7 +65,7 @@ def masked_layer_norm_kernel(
     task_ids,  # int64 [groups]
     y,  # [groups, rows, size]
     statistics,  # float32 [groups, rows, 2]: mean and inverse standard deviation
-    arrivals,  # int32 [groups]: this kernel writes 0, the gradient's programs count in it
+    arrivals,  # int32 [groups]: this kernel writes 0, the gradient kernel counts programs in it
     rows,
     tiles,
     size,
@@ -75,10 +75,7 @@ def masked_layer_norm_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Computes y for one block of rows of one group.
-
-    Operands are separate arguments: in a tuple, Triton would specialise every number.
-    """
+    """Computes y for one block of rows of one group."""
     group, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_R
     task = tl.load(task_ids + group)
     start = group.to(tl.int64) * rows + first
@@ -109,13 +106,13 @@ def masked_layer_norm_gradient_kernel(
     d_residual,  # as x, or None
     x,  # [groups, rows, size]
     statistics,  # float32 [groups, rows, 2]
-    arrivals,  # int32 [groups], initially 0: counts finished programs, per group or of all
+    arrivals,  # int32 [groups], initially 0: finished programs per group, or all in element 0
     weight,  # [size]
     weight_bits,  # int32 [tasks, words], weight_task_stride apart
     bias_bits,  # int32 [tasks, words], bias_task_stride apart
     task_ids,  # int64 [groups]
     dx,  # [groups, rows, size]
-    sums,  # float32 [groups, tiles, 2, size]: masked gradients of gain and bias of each tile
+    sums,  # float32 [groups, tiles, 2, size]: each tile's masked gradients of gain and shift
     weight_out,  # [groups, size], weight_group_stride apart, or [1, size]
     bias_out,  # [groups, size], bias_group_stride apart, or [1, size]
     rows,
@@ -131,12 +128,10 @@ def masked_layer_norm_gradient_kernel(
     BLOCK_D: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """Computes dx for one block of rows, and the gradients of gain and bias per group or of all.
+    """Computes dx for one block of rows, and the gradients of gain and shift, per group or summed.
 
     Each program stores the sums over its rows. The last program to finish adds up the stored sums,
     in the order of the rows. So the result does not depend on which program is the last.
-
-    Operands are separate arguments: in a tuple, Triton would specialise every number.
     """
     group, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_R
     task = tl.load(task_ids + group)

@@ -31,8 +31,6 @@ def masked_weight(
     """The tile W ⊙ M of outputs n and inputs k; 0 outside the weight.
 
     `word` holds the indices of the mask words of inputs k.
-
-    Tiles, sizes and strides are separate arguments.
     """
     in_outputs, near = (n < outputs)[:, None], tl.minimum(n, outputs - 1)[:, None]
     w = tl.load(weight + near * weight_stride + k[None, :], mask=(k < inputs)[None, :], other=0.0)
@@ -64,8 +62,6 @@ def load_dy(
     """A tile of dy with the gradients of ReLU and dropout applied.
 
     The tile is at elements start + offset of dy and y.
-
-    Tiles, sizes and strides are separate arguments.
     """
     dy_tile = tl.load(dy + start + offset, mask=mask, other=0.0)
     if RELU:
@@ -96,10 +92,7 @@ def store_y(
     RELU: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """Add the bias to sums [outputs, rows], apply ReLU and dropout, add the residual, store y.
-
-    Tiles, sizes and strides are separate arguments.
-    """
+    """Add the bias to sums [outputs, rows], apply ReLU and dropout, add the residual, store y."""
     if HAS_BIAS:
         total += b[:, None]
     if RELU:
@@ -133,7 +126,7 @@ class Norm(NamedTuple):
 
 @triton.jit
 def row_statistics(x, row, inputs, epsilon, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Mean and inverse standard deviation of some rows. Two passes read them, from the cache."""
+    """Mean and inverse standard deviation of some rows, which are read twice."""
     total = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     for k0 in range(0, inputs, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
@@ -179,7 +172,7 @@ def gain_and_shift(norm, task, k, inputs):
 
 @triton.jit
 def begin_group(norm, group, task, inputs, BLOCK_K: tl.constexpr):
-    """Write a group's inputs of the backward pass: masked gain and shift, and a counter of 0."""
+    """Write what the backward pass needs for a group: masked gain and shift, a counter of 0."""
     tl.store(norm.arrivals + group, 0)
     affine = norm.affine + group.to(tl.int64) * 2 * inputs
     for k0 in range(0, inputs, BLOCK_K):

@@ -1,4 +1,4 @@
-"""The gradients of weights and biases of masked linear layers, for one layer or several at once."""
+"""The weight and bias gradients of masked linear layers, for one layer or several together."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class LayerGradients(NamedTuple):
         bias_out: [G, N] or [1, N] in the same way, or None without a bias.
         drop, seed: the dropout after the layer, which is applied to dy. The seed is None if and
             only if `drop` is 0.
-        statistics, affine: the LayerNorm before the layer, which is applied to x, or None: float32
-            [G, R, 2], each row's mean and inverse standard deviation; and [G, 2, K], gain and shift
-            with the groups' masks.
+        statistics: float32 [G, R, 2], the mean and the inverse standard deviation of each row of x,
+            if a LayerNorm before the layer is applied to x; else None.
+        affine: float32 [G, 2, K], gain and shift of this LayerNorm with the groups' masks, or None.
     """
 
     dy: Tensor
@@ -51,7 +51,7 @@ _BIAS_OUT = LayerGradients._fields.index("bias_out")
 
 
 def write(layers: Sequence[LayerGradients]) -> None:
-    """Write the gradients of some layers. A GPU computes all of them in one launch."""
+    """Write the weight and bias gradients of layers. A GPU computes them in one launch."""
     columns = [list(column) for column in zip(*layers, strict=True)]
     columns[_BIAS_OUT] = [out for out in columns[_BIAS_OUT] if out is not None]
     torch.ops.harmodt.masked_linear_weight_gradients(*columns)
@@ -66,13 +66,13 @@ def layers_of(*operands: list) -> list[LayerGradients]:
 
 
 class WeightGradients:
-    """A queue that collects layers, so that one launch computes the weight gradients of several.
+    """A queue of layers whose weight gradients one launch computes together.
 
-    Small layers need this to keep a GPU busy. On a CPU each layer is computed at once. The operands
-    of waiting gradients stay in memory.
+    Small layers need this to keep a GPU busy. On a CPU no layer waits. The operands of waiting
+    layers stay in memory.
 
     Args:
-        layers: the number of layers that are computed at once.
+        layers: the number of layers per launch.
     """
 
     def __init__(self, layers: int = 4):

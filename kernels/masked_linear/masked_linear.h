@@ -1,10 +1,10 @@
 // The masked linear layer: matrix products as in BLIS. The masks are applied while panels are packed.
 //
-// A panel is kPanel columns of the right operand, [depth][kPanel]. The thread that uses a panel packs
-// it once. A block is kRows rows of the left operand. In bf16, panels and blocks hold pairs of
-// neighbours along the depth, which halves the depth. If the processor has matrix units (AMX), they
-// multiply blocks of kTileRows rows. One thread sums each output element, in a fixed order that does
-// not depend on the number of threads.
+// The depth is the dimension over which a product is summed. A panel is kPanel columns of the right
+// operand, [depth][kPanel]. The thread that uses a panel packs it once. A block is kRows rows of the
+// left operand. In bf16 (Pairs), panels and blocks hold pairs of neighbours along the depth, which
+// halves the depth. If the processor has matrix units (AMX), they multiply blocks of kTileRows rows.
+// One thread sums each output element, in a fixed order that does not depend on the number of threads.
 #pragma once
 
 #include <type_traits>
@@ -30,7 +30,7 @@ constexpr int64_t kPanel = kPanelVecs * kWidth;
 // Rows of a block.
 template <bool Pairs>
 constexpr int64_t kBlock = kTiles<Pairs> ? kTileRows : kRows;
-// Rows of the weight gradient whose left operand is packed at a time (a strip).
+// A strip: rows of the weight gradient whose left operand is packed at a time.
 template <bool Pairs>
 constexpr int64_t kStrip = kTiles<Pairs> ? kTileRows : 8 * kRows;
 // A chunk of rows is multiplied with all panels before the next chunk. A chunk, and panels of at most
@@ -38,8 +38,8 @@ constexpr int64_t kStrip = kTiles<Pairs> ? kTileRows : 8 * kRows;
 template <bool Pairs>
 constexpr int64_t kChunk = kTiles<Pairs> ? 2 * kTileRows : 4 * kRows;
 constexpr int64_t kPanelBytes = 1 << 20;
-// In the weight gradient, rows are the depth. At most so many rows are summed at a time, again to stay
-// in the cache. Pairs of bf16 need half the memory.
+// In the weight gradient, rows are the depth. At most this many rows are summed at a time, again to
+// stay in the cache. Pairs of bf16 need half the memory.
 template <bool Pairs>
 constexpr int64_t kMostDepth = Pairs ? 640 : 320;
 // With fewer rows than this, packing the same panels in another thread costs more than it gains.
@@ -55,7 +55,7 @@ constexpr int64_t kLine = 16;  // floats of a cache line
 template <bool Pairs>
 using Element = std::conditional_t<Pairs, int32_t, float>;
 
-// The depth of a panel for a size. Matrix units take whole tiles, which zeros fill.
+// The depth of a panel for a sum of `size` products. Matrix units take whole tiles: zeros fill them.
 template <bool Pairs>
 int64_t depth_of(int64_t size) {
   if (kTiles<Pairs>) return (size + 2 * kTileDepth - 1) / (2 * kTileDepth) * kTileDepth;
@@ -83,7 +83,7 @@ struct LaterRows {
   int64_t stride = 0;
 
   // Prefetches Lines cache lines of each of Rows rows into the second-level cache, from the column
-  // that belongs to k. Inlined, because GCC drops calls of functions that only prefetch.
+  // that belongs to k. It is inlined, because GCC drops calls of functions that only prefetch.
   template <int Rows, int Lines>
   HARMODT_ALWAYS_INLINE inline void fetch(int64_t k) const {
     for (const float* matrix : {first, second})
@@ -103,8 +103,8 @@ struct NoRows {
 template <int Rows>
 using Sums = Vec[Rows][kPanelVecs];
 
-// sums[i][j] = sum over k of left.at(i, k) * panel[k * panel_stride + j]. Meanwhile it prefetches as
-// many rows of `later`.
+// sums[i][j] = sum over k of left.at(i, k) * panel[k * panel_stride + j]. Meanwhile it prefetches Rows
+// rows of `later`.
 template <int Rows, int Ahead = 0, class Left, class T, class Fetched>
 HARMODT_ALWAYS_INLINE inline void multiply(Left left, const T* panel, int64_t panel_stride,
                                            int64_t depth, Sums<Rows>& sums, Fetched later) {
@@ -142,7 +142,7 @@ inline void with_rows(int64_t rows, const Body& body) {
   if constexpr (Rows > 1) with_rows<Rows - 1>(rows, body);
 }
 
-// The weight with the mask of one group. Rows of weight and bits are a stride apart.
+// The weight with the mask of one group. The strides are the distances between rows.
 struct MaskedWeight {
   const float* weight;
   int64_t stride;
@@ -214,8 +214,9 @@ struct Rows {
   }
 };
 
-// Rows of dy, as Rows. If the layer had a ReLU (y is not null), elements where y <= 0 are 0. If it had
-// dropout, dropped elements are 0 and the others rescaled. `offset` is the first element's index.
+// Rows of the output's gradient before ReLU and dropout. If the layer had a ReLU (y is not null),
+// elements where y <= 0 are 0. If it had dropout, dropped elements are 0 and the others rescaled.
+// `offset` is the first element's index in dy, which dropout needs.
 struct GradientRows {
   Rows dy;
   const float* y;
@@ -281,9 +282,9 @@ void pack_rows(Left left, int64_t first, int64_t rows, int64_t columns,
     }
 }
 
-// The output of the product of some rows and a panel. Before the result is stored, a bias is added
-// (bias[j], or null), a ReLU is applied if `relu`, then dropout, and a residual with the layout of the
-// output is added (or null).
+// The output of the product of some rows and a panel. The result is finished before it is stored: the
+// bias (or null) is added, ReLU is applied if `relu`, then dropout, and the residual (or null) is
+// added. bias[j] belongs to column j. The residual has the layout of the output.
 struct Out {
   float* rows;
   int64_t stride, columns;
@@ -321,16 +322,16 @@ HARMODT_ALWAYS_INLINE inline void finish_as(const Sums<Rows>& sums, const Out& o
   });
 }
 
-// `out` is passed by value. A store could change an object that others can see, so the compiler would
-// read a reference's members again after each store.
+// `out` is passed by value. With a reference, the compiler would read its members again after each
+// store, because the store could have changed them.
 template <int Rows>
 HARMODT_ALWAYS_INLINE inline void finish(const Sums<Rows>& sums, Out out) {
   if (out.residual || out.dropout) return finish_as<Rows, true>(sums, out);
   finish_as<Rows, false>(sums, out);
 }
 
-// Prefetches the cache lines of the output and of the residual for some rows. Inlined, because GCC
-// drops calls of functions that only prefetch.
+// Prefetches the cache lines of the output and of the residual for some rows. It is inlined, because
+// GCC drops calls of functions that only prefetch.
 HARMODT_ALWAYS_INLINE inline void fetch(const Out& out, int64_t rows) {
   for (int64_t i = 0; i < rows; ++i)
     for (int j = 0; j < kPanelVecs; ++j)
@@ -340,8 +341,8 @@ HARMODT_ALWAYS_INLINE inline void fetch(const Out& out, int64_t rows) {
       __builtin_prefetch(out.residual + i * out.stride + j * kWidth);
 }
 
-// The rows of a block times a panel. Not inlined, because surrounding code could occupy registers that
-// the sums need.
+// The rows of a block times a panel. It is not inlined, because surrounding code could occupy
+// registers that the sums need.
 template <int Rows, class T>
 __attribute__((noinline)) void rows_of_block(InRows<T> left, const T* panel, int64_t depth,
                                              const Out& out, const LaterRows& later) {
@@ -556,7 +557,8 @@ void pack_columns(Source source, int64_t rows, int64_t columns, Element<Pairs>* 
     }
 }
 
-// The buffers and masks of a group's gradient, and whether the gradient is added to the buffers.
+// The buffers and masks for the gradients of weight and bias of a group. If `add`, the gradients are
+// added to the buffers, otherwise stored there.
 struct GroupGradient {
   float* weight;
   float* bias;
@@ -583,8 +585,8 @@ HARMODT_ALWAYS_INLINE inline void finish_gradient(const Sums<Rows>& sums, const 
   });
 }
 
-// The rows of a strip times a panel, whose rows may be far apart in memory. Not inlined, for the same
-// reason as rows_of_block.
+// The rows of a strip times a panel, whose rows may be far apart in memory. It is not inlined, for the
+// same reason as rows_of_block.
 template <int Rows, class T>
 __attribute__((noinline)) void rows_of_strip(InStrip<T> strip, const T* panel, int64_t panel_stride,
                                              int64_t depth, const int32_t* bits,
@@ -630,8 +632,9 @@ void strip_times_panel(const harmodt_linear_shape& s, const Element<Pairs>* stri
   }
 }
 
-// Whether panels of x are multiplied without packing. This needs whole panels. Also, rows must not be
-// too far apart and not as narrow as a cache line: then they would share few sets of the cache.
+// Whether panels of x are multiplied without packing. This needs whole panels. Also, rows of x must
+// not be too long, and a panel's rows must be wider than a cache line (kWidth is 16). Otherwise the
+// rows would share few sets of the cache.
 template <bool Pairs>
 bool multiplies_in_place(int64_t inputs) {
   return !Pairs && kWidth == 16 && inputs % kPanel == 0 && inputs <= 512;
@@ -690,6 +693,7 @@ void masked_linear_weight_gradient(const harmodt_linear_shape& s, const Norm& no
     int64_t to = smaller(s.outputs, blocks * (thread + 1) / threads * block);
     for (int64_t group = 0; group < s.groups; ++group) {
       int64_t out_group = out.per_group ? group : 0, task = s.task_ids[group];
+      // Without rows, the loop still runs once and stores zeros.
       for (int64_t first = 0; first < s.rows || first == 0; first += chunk) {
         int64_t row = group * s.rows + first;
         GradientRows left = dy.from(row * s.outputs + from, s.outputs, to - from);

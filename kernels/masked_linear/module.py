@@ -18,14 +18,14 @@ class MaskedLinear(nn.Linear):
     """A `torch.nn.Linear` over groups of rows. Each group has the mask of its task.
 
     If a weight or bias is inactive in a group's task, it counts as 0 for the group and gets no
-    gradient from it. Each call gets the masks. The parameters have the names that they have in
+    gradient from the group. Each call takes the masks. The parameters have the same names as in
     `nn.Linear`.
 
     Args:
         in_features, out_features: sizes K and N.
         bias: whether the layer has a bias, which is masked too.
         backend: computes the layer. None selects the fused operation for the input's device.
-        device, dtype: of the parameters.
+        device, dtype: the device and the dtype of the parameters.
     """
 
     def __init__(

@@ -27,30 +27,29 @@ def masked_linear(
 ) -> Tensor:
     """Linear layer with the mask of each group's task: y[g] = x[g] (W ⊙ M)ᵀ + b ⊙ m.
 
-    This is the fused form of `reference.masked_linear`. The layer is differentiable in x, weight
-    and bias. The gradient of an inactive weight is exactly 0 (Eq. 4 of the HarmoDT paper). Inactive
-    weights may have any value, also NaN. Neither W ⊙ M nor the gradient products of single groups
-    are stored in memory, and results repeat bit for bit. The last dimension of weights and masks
-    must have stride 1; their other strides are free.
-
-    Tensors and settings are separate arguments, as PyTorch's dispatcher takes them.
+    This is the fused form of `reference.masked_linear` and takes the same arguments. The layer is
+    differentiable in x, weight and bias. The gradient of an inactive weight is exactly 0 (Eq. 4 of
+    the HarmoDT paper). Inactive weights may have any value, also NaN. W ⊙ M is never stored in
+    memory. The weight gradients of single groups are stored only if `group_gradients` asks for
+    them. Results repeat bit for bit. The last dimension of weights and masks must have stride 1;
+    their other strides are free.
 
     Args:
         x: [G, R, K], one task per group; float32, float16 or bfloat16.
-        weight: [N, K], in float32 or the dtype of x.
-        bias: [N] in float32 or the dtype of x, or None.
+        weight: [N, K], in float32 or the dtype of the output.
+        bias: [N] in float32 or the dtype of the output, or None.
         weight_bits: int32 [T, N, ceil(K / 32)], the masks of all tasks; or None if every weight
             and bias is active.
         bias_bits: int32 [T, ceil(N / 32)], or None without a bias or without masks.
-        task_ids: int64 [G], the task of each group, below T. Ids may repeat. A GPU does not check
-            them. Without masks nothing reads them.
+        task_ids: int64 [G], the task of each group, below T; or None without masks. Ids may repeat.
+            A GPU does not check them.
         relu: apply max(0, y) to the output.
         group_gradients: buffers for the gradients of weight and bias, or None. The backward pass
             writes each group's gradients to tensors [G, N, K] and [G, N] (None without a bias), or
             their sum to tensors [1, N, K] and [1, N]. Weight and bias themselves then get no
             gradient.
-        queue: collects layers and computes their gradients together, when enough layers wait or
-            when `finish` is called. If it is None, this layer's gradients are computed at once.
+        queue: collects layers and computes their weight gradients together, when enough layers wait
+            or when `finish` is called. If it is None, this layer's backward pass computes them.
 
     Returns:
         [G, R, N], in the dtype of x (under autocast, in the autocast dtype). Sums are in float32.
@@ -70,8 +69,10 @@ def masked_linear(
 def operands_of(
     arguments: tuple[Any, ...], group_gradients: tuple[Tensor, Tensor | None] | None
 ) -> tuple[Any, ...]:
-    """The first six operands of `harmodt::masked_linear`. Without masks it adds some in which every
-    weight is active. Under autocast it converts x.
+    """The first six operands of `harmodt::masked_linear`.
+
+    Without masks, the function adds masks in which every weight is active. Under autocast, it
+    converts x.
 
     Args:
         arguments: the first six arguments of `masked_linear`.
@@ -153,9 +154,13 @@ def _check_types(
             "the reference backend takes any"
         )
     if weight.dtype not in (torch.float32, dtype):
-        raise TypeError(f"weight is {weight.dtype}: it must be float32 or x's {dtype}")
+        raise TypeError(
+            f"weight is {weight.dtype}: it must be float32 or {dtype}, the dtype of the products"
+        )
     if bias is not None and bias.dtype not in (torch.float32, dtype):
-        raise TypeError(f"bias is {bias.dtype}: it must be float32 or x's {dtype}")
+        raise TypeError(
+            f"bias is {bias.dtype}: it must be float32 or {dtype}, the dtype of the products"
+        )
     for name, bits in (("weight_bits", weight_bits), ("bias_bits", bias_bits)):
         if bits is not None and bits.dtype != torch.int32:
             raise ValueError(f"{name} is {bits.dtype}: masks are packed in int32 (pack_bits)")
@@ -256,7 +261,7 @@ class _MaskedLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, weight_bits, bias_bits, task_ids, y, seed = ctx.saved_tensors
         masks, (weight_out, bias_out) = (weight_bits, bias_bits, task_ids), ctx.group_gradients
-        # The gradient of x comes last, so it can use the memory that the weight gradient freed.
+        # dx comes last, so that it can use the memory that the weight gradient freed.
         layer = LayerGradients(dy, y, x, *masks, weight_out, bias_out, ctx.drop, seed)
         d_weight_and_bias = weight_gradients(ctx, weight, layer)
         dx = d_residual = None

@@ -1,6 +1,7 @@
 """The fastest form of the masked linear layer in plain PyTorch.
 
-Autograd through `torch.where` would give the same gradients, but with more passes over the copies.
+It has its own backward pass. Autograd through `torch.where` would give the same gradients, but it
+would read and write the masked copies of the weight more often.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def masked_linear(
 ) -> Tensor:
     """The same as `reference.masked_linear`, with the same arguments and its own backward pass.
 
-    Gradients are written at once: `queue` is ignored.
+    The backward pass writes the gradients itself: `queue` is ignored.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -90,6 +91,6 @@ def _mask(values: Tensor, bits: Tensor | None) -> Tensor:
     """Values [..., K], set to 0 where the bit is 0; unchanged without bits."""
     if bits is None:
         return values
-    # A product would not do: 0 times NaN or infinity is NaN.
+    # A bitwise AND, because 0 times NaN or infinity is NaN.
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
     return (values.view(integer) & all_ones(bits, values.shape[-1], integer)).view(values.dtype)

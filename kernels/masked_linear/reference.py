@@ -37,14 +37,13 @@ def masked_linear(
         weight_bits: int32 [T, N, ceil(K / 32)], the masks of all tasks; or None if every weight
             and bias is active.
         bias_bits: int32 [T, ceil(N / 32)], or None without a bias or without masks.
-        task_ids: int64 [G], the task of each group. Ids may repeat. Without masks nothing reads
-            them.
+        task_ids: int64 [G], the task of each group; or None without masks. Ids may repeat.
         relu: apply max(0, y) to the output.
         group_gradients: buffers for the gradients of weight and bias, or None. The backward pass
             writes each group's gradients to tensors [G, N, K] and [G, N] (None without a bias), or
             their sum to tensors [1, N, K] and [1, N]. Weight and bias themselves then get no
             gradient.
-        queue: ignored: gradients are written at once.
+        queue: the definition ignores it: its backward pass writes the gradients itself.
 
     Returns:
         [G, R, N], in the dtype of x (under autocast, in the autocast dtype).

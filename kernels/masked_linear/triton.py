@@ -4,10 +4,10 @@ There are G groups of R rows, K inputs, N outputs and T tasks: x is [G, R, K], y
 weight is [N, K]. The kernels expand a mask's words while the tile of the weight is in registers. So
 neither W ⊙ M nor an unpacked mask exists in memory.
 
-The masked weight is the left operand of its products, and so the results are transposed. The
-reason: matrix units can take the left operand from registers (wgmma) or from tensor memory
-(tcgen05). Still, each time a tile is masked, Triton converts it to the units' layout through
-shared memory.
+The kernels compute transposed results, for example yᵀ = (W ⊙ M) xᵀ, so that the masked weight is
+the left operand. NVIDIA's matrix units can read a left operand from registers (wgmma) or from
+tensor memory (tcgen05), but a right operand only from shared memory. Triton still moves each masked
+tile through shared memory once, to change its layout.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from .gradients import LayerGradients, layers_of
 def tile_of(row_tiles, column_tiles):
     """Row tile and column tile of this program.
 
-    Consecutive programs take 8 row tiles of one column, then 8 of the next column. Programs of a
-    column share a tile of the weight, and a wave of programs needs few tiles of both operands.
+    Consecutive programs take 8 row tiles of one column, then the same row tiles of the next column.
+    So programs that run at the same time need few different tiles of x and of the weight.
     """
     program = tl.program_id(0)
     first = program // (8 * column_tiles) * 8
@@ -87,7 +87,7 @@ def masked_linear_kernel(
     bias_task_stride,
     seed,  # int64 [1], or None
     threshold,
-    factor,  # of elements that dropout keeps
+    factor,  # multiplies the elements that dropout keeps
     norm,  # a Norm, or None
     tiles_of_program,  # tiles of rows per program, if STATIONARY
     HAS_BIAS: tl.constexpr,
@@ -103,8 +103,6 @@ def masked_linear_kernel(
     """Computes one tile of y; if STATIONARY, several tiles of a group's rows one after another.
 
     A stationary program keeps its tile of W ⊙ M, which has all inputs, for all of its tiles.
-
-    Operands are separate arguments: in a tuple, Triton would specialise every number.
     """
     if STATIONARY:
         group, first, end, column_tile = rows_of_program(
@@ -211,7 +209,7 @@ def masked_linear_input_gradient_kernel(
     bits_stride,
     seed,  # int64 [1], or None
     threshold,
-    factor,  # of elements that dropout keeps
+    factor,  # multiplies the elements that dropout keeps
     tiles_of_program,  # tiles of rows per program, if STATIONARY
     RELU: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -224,9 +222,7 @@ def masked_linear_input_gradient_kernel(
     """Computes one tile of dx; if STATIONARY, several tiles of a group's rows one after another.
 
     A stationary program keeps its tile of W ⊙ M, which has all outputs, for all of its tiles. The
-    other branch loads W itself: with `masked_weight`, registers would spill.
-
-    Operands are separate arguments: in a tuple, Triton would specialise every number.
+    other branch loads W without `masked_weight`, with which registers would spill to memory.
     """
     if STATIONARY:
         group, first, end, column_tile = rows_of_program(
@@ -315,8 +311,8 @@ def masked_linear_input_gradient_kernel(
 class Layer(NamedTuple):
     """A layer as an argument of `masked_linear_weight_gradients_kernel`.
 
-    `do_not_specialize` does not reach numbers in tuples: if one becomes 1 or a multiple of 16,
-    Triton compiles the kernel again.
+    The kernel takes a tuple of them, because the number of layers varies. So Triton compiles the
+    kernel again when an integer in a layer becomes 1 or a multiple of 16.
     """
 
     dy: Tensor  # [groups, rows, outputs]
@@ -340,7 +336,7 @@ class Layer(NamedTuple):
     bias_chunk_stride: int
     seed: Tensor | None  # int64 [1]; None without dropout
     threshold: int
-    factor: float  # of elements that dropout keeps
+    factor: float  # multiplies the elements that dropout keeps
     statistics: Tensor | None  # of the LayerNorm before the layer: see `LayerGradients`
     affine: Tensor | None
 
@@ -397,8 +393,7 @@ def weight_gradient_tile(
 ):
     """Computes weight_out for outputs n, one column of tiles and one chunk of groups.
 
-    The arguments say which tile. The loops over groups and rows are in one function, so that Triton
-    overlaps loads and products.
+    The loops over groups and rows are in one function, so that Triton overlaps loads and products.
     """
     k = column * BLOCK_K + tl.arange(0, BLOCK_K)
     word = column * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
@@ -414,8 +409,9 @@ def weight_gradient_tile(
             affine = layer.affine + group * 2 * layer.inputs
         group_sum = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         for r0 in range(0, layer.rows, BLOCK_R):
-            # Rows beyond the last read the last row, and there x or dy is set to 0. dy is loaded
-            # transposed, as the product needs it: with tl.trans, its loads would be narrower.
+            # Rows beyond the last read the last row; x or dy is set to 0 there, so they add
+            # nothing. The addresses of dy transpose it, as the product needs it. If tl.trans
+            # transposed it, each load would read fewer bytes.
             in_rows = r0 + row < layer.rows
             near = tl.minimum(row, layer.rows - 1 - r0)
             dy_offset = n[:, None] + near[None, :] * layer.outputs
@@ -465,7 +461,7 @@ def weight_gradient_tile(
 @triton.jit
 def masked_linear_weight_gradients_kernel(
     layers,  # a tuple of Layer
-    LAYERS: tl.constexpr,  # their number: Triton 3.6 has no length for tuples that contain None
+    LAYERS: tl.constexpr,  # len(layers), which Triton 3.6 lacks for tuples that contain None
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -504,7 +500,7 @@ def masked_linear_weight_gradients_kernel(
 
 
 class Sum(NamedTuple):
-    """A gradient in chunks, and the buffer for its sum: an argument of `sum_chunks_kernel`."""
+    """The chunks of a weight or bias gradient, and the buffer for their sum."""
 
     chunks: Tensor  # [number, rows, columns]
     out: Tensor  # [rows, columns], row_stride apart
@@ -566,12 +562,13 @@ INPUT_GRADIENT = {
     "tf32": (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
     "half": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 4)),
 }
-# Stationary tiles, for 16-bit operands and sums of up to `depth` products, if every program gets
-# several tiles of rows. The keys are the bytes loaded for an element of x, or of dy and y.
+# The tiles of stationary programs. They need 16-bit operands, sums of at most `depth` products, and
+# at least two tiles of rows per program. The keys are numbers of bytes: of an element of x in the
+# forward pass; of an element of dy, plus one of y if the layer has a ReLU, in the backward pass.
 STATIONARY = {2: Tile(64, 64, 128, 4, 3), 4: Tile(64, 64, 128, 4, 2)}
-# Rows are outputs, columns are inputs. TF32 has no tile of 64 rows: Triton would then use wgmma,
-# which needs TF32 operands transposed in shared memory, and would copy them there 4 bytes at a
-# time.
+# Rows are outputs, columns are inputs. TF32 has no tile of 64 rows, because Triton multiplies such
+# a tile with wgmma. For TF32, wgmma needs operands that are transposed in shared memory, and Triton
+# copies them there only 4 bytes at a time.
 WEIGHT_GRADIENT = {
     "ieee": (Tile(64, 64, 16, 4, 4), Tile(32, 32, 16, 4, 3)),
     "tf32": (Tile(32, 32, 32, 4, 2),),
@@ -831,6 +828,7 @@ def product_plan(
     tile = STATIONARY.get(loaded)
     if tile is not None and precision == "half" and depth <= tile.depth:
         row_tiles = triton.cdiv(rows, tile.rows)
+        # Each group's rows are cut into ranges, one per program, to make enough programs.
         others = groups * triton.cdiv(columns, tile.columns)
         ranges = triton.cdiv(2 * ENOUGH, others)
         if 2 * ranges <= row_tiles:
@@ -845,7 +843,10 @@ def product_plan(
 def largest_tile(
     tiles: tuple[Tile, ...], enough: int, results: int, rows: int, columns: int
 ) -> Tile:
-    """The first tile that cuts the matrices into enough tiles; if there is none, the last tile."""
+    """The first tile that cuts `results` matrices [rows, columns] into at least `enough` tiles.
+
+    If no tile does, the last tile.
+    """
     for tile in tiles:
         if results * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns) >= enough:
             return tile
@@ -855,7 +856,7 @@ def largest_tile(
 def weight_gradient_plan(layers: list[LayerGradients]) -> tuple[str, Tile, int]:
     """The precision, the tile and the number of chunks for the layers' weight gradients.
 
-    The tile is the first that makes enough programs for all layers together. Sums over many groups
+    It is the first tile that makes enough programs for all layers together. Sums over many groups
     are cut into chunks of at least `GROUPS_OF_CHUNK` groups. All chunks together take no more
     memory than the layers' inputs.
     """

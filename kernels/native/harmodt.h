@@ -131,9 +131,9 @@ HARMODT_API void harmodt_masked_linear_input_gradient(const harmodt_linear_shape
                                                       const int64_t* seed,
                                                       const float* weight, float* dx,
                                                       int threads);
-// Writes dy^T x with mask as the weight's gradient and the sums of dy with mask as the bias's; the
-// rules for y and drop are those above. If statistics and affine are not null, harmodt_norm_linear
-// returned them, and x is normalised first.
+// Writes the gradients of the weight, dy^T x with mask, and of the bias, the sums of dy with mask. y
+// and drop change dy as in the function above. If statistics and affine are not null,
+// harmodt_norm_linear returned them, and x is normalised first.
 HARMODT_API void harmodt_masked_linear_weight_gradient(const harmodt_linear_shape* shape,
                                                        const float* dy, const float* y, float drop,
                                                        const int64_t* seed, const float* x,
@@ -158,7 +158,8 @@ HARMODT_API void harmodt_norm_linear(const harmodt_linear_shape* shape,
 HARMODT_API int harmodt_select_harmony(const harmodt_selection_operands* operands, int64_t* leaving,
                                        int64_t* entering, int64_t* counts, uint8_t* refused,
                                        int threads);
-// Flips the mask bits at [tasks][count] indices, whether they leave or enter. Ignores indices below 0.
+// Flips the mask bits at indices [tasks][count]: of the weights that leave, or of those that enter.
+// Ignores indices below 0.
 HARMODT_API void harmodt_move_weights(int32_t* mask_bits, int64_t mask_stride,
                                       const int64_t* indices, int64_t tasks, int64_t count);
 
@@ -177,8 +178,8 @@ HARMODT_API void harmodt_attention_gradient(const harmodt_attention_shape* shape
 HARMODT_API void harmodt_masked_layer_norm(const harmodt_layer_norm_shape* shape, const float* x,
                                            const float* weight, const float* bias, float* y,
                                            float* statistics, int threads);
-// In `out`, the LayerNorm's weight and bias are matrices of one row. d_residual is added to dx; it
-// may be null.
+// In `out`, the gradients of the LayerNorm's weight and bias are matrices of one row. d_residual is
+// added to dx; it may be null.
 HARMODT_API void harmodt_masked_layer_norm_gradient(const harmodt_layer_norm_shape* shape,
                                                     const float* dy, const float* d_residual,
                                                     const float* x, const float* statistics,

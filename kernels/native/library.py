@@ -226,7 +226,7 @@ _NOTING = threading.local()
 
 @contextlib.contextmanager
 def noting(note: Note) -> Iterator[None]:
-    """Call `note` after each call of the library by this thread: function, arguments, result."""
+    """After each library call of this thread, call note(function, arguments, result)."""
     _NOTING.note = note
     try:
         yield
@@ -280,7 +280,7 @@ def _check_whole(path: Path) -> None:
     with path.open("rb") as file:
         header = file.read(64)
     if not header.startswith(b"\x7fELF\x02\x01"):
-        return  # the file is no little-endian 64-bit ELF: the loader reports that
+        return  # the file is not a little-endian 64-bit ELF: the loader reports that
     # Linkers write the table of sections last: read its start, and its entries' size and number.
     _, start, _, _, _, _, size, number, _ = struct.unpack_from("<QQIHHHHHH", header.ljust(64), 32)
     if path.stat().st_size < start + size * number:

@@ -1,7 +1,7 @@
 """Records the operations of a computation on a CPU and replays them without Python's work.
 
-Python, PyTorch's dispatcher and autograd choose operations, check operands and allocate tensors. A
-training step does the same each time, so a replay leaves all of this out.
+Python, PyTorch's dispatcher and autograd choose operations, check operands and allocate tensors.
+This work has the same outcome in each training step, so a replay leaves it out.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Recording:
     def __init__(self, function: Callable[[], Tensor], memory: RecordingMemory | None = None):
         self.calls: list[functools.partial[Any]] = []
         self._memory = memory or RecordingMemory()
-        self._precision: str | None = None  # of the PyTorch products recorded last
+        self._precision: str | None = None  # precision of the PyTorch products recorded last
         with _Noticing(self), noting(self._note_call):
             self.result = function()
 
@@ -95,6 +95,7 @@ class Recording:
 
         result = tree_map_only(Tensor, moved, result)
         new = [None if _address(tensor) in inputs else tensor for tensor in _tensors(result)]
+        # Only operations that write must run again: a replay reuses views and empty tensors.
         changes = func._schema.is_mutable or new.count(None) < len(new)
         if changes and "empty" not in func._opname:
             self._note_precision()
@@ -102,7 +103,7 @@ class Recording:
         return result
 
     def operands(self, *arguments: Any) -> Any:
-        """A call's arguments, with tensors that do not keep the recording's blocks from reuse."""
+        """A call's arguments, in which no tensor keeps a block of the recording from reuse."""
         return tree_map_only(Tensor, self._memory.without_ownership, arguments)
 
     def _note_precision(self) -> None:
@@ -156,9 +157,9 @@ class RecordingMemory:
         return sum(map(len, self._blocks.values()))
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """Copy a tensor into this memory. Its block is free again when the copy's storage is."""
+        """Copy a tensor into this memory. When the copy's storage is freed, so is its block."""
         block = self._block(max(tensor.untyped_storage().nbytes(), 1))
-        lent = block.numpy()[:]
+        lent = block.numpy()[:]  # only the copy's storage refers to this array
         weakref.finalize(lent, _give_back, weakref.ref(self), block).atexit = False
         return _view(tensor, torch.from_numpy(lent)).copy_(tensor)
 
@@ -166,8 +167,10 @@ class RecordingMemory:
         self._free[block.data_ptr()] = block
 
     def without_ownership(self, tensor: Tensor) -> Tensor:
-        """A view of a tensor in this memory that does not keep its block from reuse; or the
-        tensor."""
+        """A tensor on the same memory that does not keep the tensor's block from reuse.
+
+        If the tensor is not in this memory, return the tensor itself.
+        """
         block = self._blocks.get(_address(tensor))
         return tensor if block is None else _view(tensor, block)
 
@@ -239,7 +242,7 @@ _OPTIONS = ("dtype", "layout", "device", "pin_memory")  # an `out` form takes th
 
 
 def _arguments(func: Any) -> list[tuple[str, str]]:
-    """Names and types of an operation's arguments, without those of `_OPTIONS`."""
+    """Names and types of an operation's arguments, except the arguments in `_OPTIONS`."""
     arguments = func._schema.arguments
     return [(a.name, str(a.type)) for a in arguments if a.name not in _OPTIONS]
 
@@ -251,7 +254,7 @@ def _compute_and_copy(func: Any, outputs: list[Tensor | None], args: Any, kwargs
 
 
 def _check_returned(expected: Any, function: Any, *arguments: Any) -> None:
-    """Call a function, and raise RuntimeError if it does not return what is expected."""
+    """Call a function, and raise RuntimeError if it does not return the expected value."""
     returned = function(*arguments)
     if returned != expected:
         raise RuntimeError(

@@ -39,8 +39,8 @@ inline uint32_t lanes_left(int64_t left) {
   return left >= kWidth ? ~0u : left <= 0 ? 0u : (1u << left) - 1;
 }
 
-// The bits of a packed mask from element `at` on, which is a multiple of the width. Higher bits than
-// the lanes' may be set.
+// The bits of a packed mask from element `at` on, which is a multiple of the width. Bits above the
+// lowest kWidth may be set too.
 inline uint32_t bits_at(const int32_t* words, int64_t at) {
   return static_cast<uint32_t>(words[at >> 5]) >> (at & 31);
 }
@@ -52,8 +52,8 @@ inline IntVec expand(uint32_t bits) {
   return (splat(static_cast<int32_t>(bits)) & lane_bit) != 0;
 }
 
-// These touch only the lanes whose bit is set. A load gives 0 in the others; a store leaves their
-// memory as it is.
+// keep, load and store with bits: only lanes whose bit is set count. keep and load give 0 in the other
+// lanes; store leaves their memory unchanged.
 #if defined(__AVX512F__)
 inline Vec keep(Vec v, uint32_t bits) { return (Vec)_mm512_maskz_mov_ps(bits, (__m512)v); }
 inline Vec load(const float* p, uint32_t bits) { return (Vec)_mm512_maskz_loadu_ps(bits, p); }
@@ -139,7 +139,8 @@ HARMODT_ALWAYS_INLINE inline void unrolled(const Body& body) {
   call_each(body, std::make_integer_sequence<int, Count>{});
 }
 
-// Transpose kWidth registers in place.
+// Transposes kWidth registers in place. Pairs of rows that are Half apart exchange half of each group
+// of 2 * Half lanes; then the same is done with Half / 2.
 template <int Half = kWidth / 2>
 inline void transpose(IntVec* rows) {
   IntVec low, high;

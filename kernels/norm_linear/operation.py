@@ -29,17 +29,17 @@ def norm_linear(
 ) -> tuple[Tensor, Tensor]:
     """masked_linear(masked_layer_norm(x)), the start of a residual branch.
 
-    The normalised rows are never stored in memory. The forward pass and the weight's gradient
-    normalise x while they read it. Without masks, the two operations run one after the other.
-
-    Tensors and settings are separate arguments, as PyTorch's dispatcher takes them.
+    This is the fused form of `reference.norm_linear` and takes the same arguments. The normalised
+    rows are never stored in memory: the forward pass, and the pass that computes the weight
+    gradient, normalise x while they read it. Without masks, the two operations run one after the
+    other.
 
     Args:
         x: [G, R, K], one task per group. float32; on a GPU also float16 or bfloat16.
         gain, shift: float32 [K], weight and bias of the LayerNorm.
         weight, bias, relu: as in `masked_linear`.
-        norm_masks, masks: the masks of the LayerNorm and of the linear layer. Their `task_ids` are
-            one tensor.
+        norm_masks, masks: the masks of the LayerNorm and of the linear layer. Both hold the same
+            tensor `task_ids`.
         epsilon: added to the variance.
 
     Returns:

@@ -30,13 +30,13 @@ def norm_then_linear(
     """linear(layer_norm(x)), the start of a residual branch.
 
     Args:
-        layer_norm, linear: `masked_layer_norm` and `masked_linear` of one implementation. The other
-            arguments are those of `norm_linear`.
+        layer_norm, linear: `masked_layer_norm` and `masked_linear` of one implementation. All other
+            arguments are also the arguments of `norm_linear`.
         x: [G, R, K], one task per group.
         gain, shift: [K], weight and bias of the LayerNorm.
         weight, bias: [N, K] and [N] (or None), weight and bias of the linear layer.
-        norm_masks, masks: the masks of the LayerNorm and of the linear layer. Their `task_ids` are
-            one tensor.
+        norm_masks, masks: the masks of the LayerNorm and of the linear layer. Both hold the same
+            tensor `task_ids`.
         epsilon: added to the variance.
         relu: apply max(0, y) to the output.
 

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kTokenVecs = 4, kKinds = 3;
 constexpr int64_t kTokenColumns = kTokenVecs * kWidth;
-// The steps that a thread embeds at a time. A gradient is summed over so many steps in registers and
+// The steps that a thread embeds at a time. A gradient is summed over this many steps in registers and
 // cache before the sum is added to memory.
 constexpr int64_t kSteps = 256;
 
@@ -140,6 +140,7 @@ void token_embedding_gradient(const harmodt_embedding_shape& s, const float* d_t
       sum_of_table(s, d_tokens + column, columns, gradients[2 * kKinds] + column);
       continue;
     }
+    // Without steps, the loop still runs once and stores zeros.
     for (int64_t from = 0; from < s.steps || from == 0; from += kSteps)
       sum_of_kind(s, d_tokens + column, kind, columns, from, smaller(s.steps, from + kSteps),
                   from == 0, gradients[2 * kind] + column * s.inputs[kind],

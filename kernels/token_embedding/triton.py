@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..launch import launch
 
-# Steps, token elements and inputs that a program processes at a time, forward and for the gradient.
+# Steps, token elements and inputs that a program processes at a time, forward and backward.
 TILE = (32, 64, 32)
 GRADIENT_TILE = (64, 32, 32)
 NUM_WARPS = 4
@@ -44,10 +44,7 @@ def token_embedding_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Computes a tile of the tokens of one kind.
-
-    Operands are separate arguments: in a tuple, Triton would specialise every number.
-    """
+    """Computes a tile of the tokens of one kind."""
     kind = tl.program_id(2)
     x, weight, bias, inputs = x0, weight0, bias0, inputs0
     if kind == 1:
@@ -100,8 +97,6 @@ def token_embedding_gradient_kernel(
     """Computes a tile of one layer's gradient, or of the table's.
 
     The table is a layer whose inputs are one-hot vectors of the timesteps.
-
-    Operands are separate arguments: in a tuple, Triton would specialise every number.
     """
     kind = tl.minimum(tl.program_id(1) // tiles_of_kind, 3)
     tile = tl.program_id(1) - kind * tiles_of_kind
