@@ -162,7 +162,7 @@ def task_of_class(name: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _make_goals(task: str, goal_seed: int) -> list[Any]:
-    """The goals of Meta-World's MT1 benchmark. They are cached: drawing them takes half a second."""
+    """The goals of Meta-World's MT1 benchmark, cached because a draw takes over half a second."""
     import metaworld
 
     return metaworld.MT1(task, seed=goal_seed).train_tasks
