@@ -282,7 +282,7 @@ def _read_columns(
 
 
 def _check_size(file: Path, metadata: Any, keys: list[str]) -> None:
-    """Raise UserError if the columns would take far more memory than those of a genuine file."""
+    """Raise UserError if the columns would take far more memory than in a genuine file."""
     numbers = 0
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(group.num_columns)):
