@@ -497,9 +497,7 @@ def test_a_source_that_changed_since_the_import_is_refused(
     before = {file: file.read_bytes() for file in (tmp_path / "store").rglob("*") if file.is_file()}
     change(source / "push-v2" / "1.npz")
     what = "an import" if complete else "an unfinished import"
-    reason = (
-        rf"^nothing was imported: .*store holds {what} of .* files of push-v3 there have changed"
-    )
+    reason = rf"^nothing was imported: .*store holds {what} of .* files of push-v3 have changed"
     with pytest.raises(UserError, match=reason):
         import_data(config, progress=False)
     assert before == {file: file.read_bytes() for file in before}
