@@ -58,11 +58,11 @@ class CollectConfig:
     prompt_episodes: Whole = 10
     """Additional episodes per task that are stored as prompts."""
     composition: Literal["near-optimal", "sub-optimal"] = "near-optimal"
-    """Near-optimal: exploration falls to none, as in a replay buffer. Sub-optimal: the first half
-    of such a buffer."""
+    """near-optimal: exploration falls to none from the first to the last episode, as in a replay
+    buffer. sub-optimal: the data are the first half of such a buffer."""
     prompt_source: Literal["expert", "composition"] | None = None
-    """Expert: prompts are recorded without exploration, which is the default for near-optimal data.
-    Composition: prompts have the same exploration as the training episodes, which is the default
+    """expert: prompts are recorded without exploration, which is the default for near-optimal data.
+    composition: prompts have the same exploration as the training episodes, which is the default
     for sub-optimal data."""
     seed: Whole = 0
     """Seed of the random numbers. It determines every bit of the data, for any number of
@@ -291,7 +291,7 @@ def _make_environment(family: EnvironmentFamily, task: str) -> Environment:
 def _run_episode(
     config: CollectConfig, family: EnvironmentFamily, part: _Part, number: int
 ) -> Episode:
-    """Run the expert for one episode; the episode has the actions that were executed."""
+    """Run the expert, with exploration, for one episode; return it with the executed actions."""
     spec, steps = family.spec, config.episode_length
     assert steps is not None
     key = [config.seed, zlib.crc32(part.task.encode()), part.kind == "prompts", number]

@@ -13,7 +13,7 @@ SHARE = "HARMODT_CORES"
 """The environment variable that limits the cores of a process and of its children."""
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-"""The environment variables that set how many threads the libraries of arithmetic start."""
+"""The environment variables that set how many threads numerical libraries start."""
 
 _PROCESS = Path("/proc/self")
 
@@ -25,7 +25,7 @@ def count_cores() -> int:
     affinity), the CPU quota of its container (rounded up), and `HARMODT_CORES`.
 
     Raises:
-        UserError: `HARMODT_CORES` is no whole number of 1 or more.
+        UserError: `HARMODT_CORES` is not a whole number of 1 or more.
     """
     if hasattr(os, "sched_getaffinity"):
         there = len(os.sched_getaffinity(0))
@@ -78,16 +78,14 @@ def _folders(path: str, root: str, point: Path) -> list[Path]:
 
     Args:
         path: the group's path in its hierarchy.
-        root: the path of the mounted group.
-        point: the folder at which the mounted group is.
+        root: the path of the mounted group in this hierarchy.
+        point: the folder where this group is mounted.
     """
     try:
         inside = PurePosixPath(path).relative_to(root).parts
     except ValueError:
         inside = ()
-    if (
-        ".." in inside
-    ):  # the group is not in the mounted group, so only the mounted group is visible
+    if ".." in inside:  # the group lies outside, so only the mounted group is visible
         inside = ()
     return [point.joinpath(*inside[:depth]) for depth in range(len(inside) + 1)]
 

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from .errors import UserError, printable
 
 LOCK = ".lock"
-"""The file that names the owner of a directory while a command writes to it."""
+"""The file that names the owner of a directory while a command writes to the directory."""
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -39,7 +39,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """The temporary file that this process writes before it becomes `path`."""
+    """The temporary file that this process writes and then renames to `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
@@ -52,7 +52,7 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def clear_temporaries(path: Path) -> None:
-    """Delete temporary files for `path` that killed processes left; keep those in use."""
+    """Delete temporary files for `path`, except files of processes that still run."""
     for file in path.parent.glob(f"{glob.escape(f'.{path.name}.')}*.tmp"):
         process = file.name[len(path.name) + 2 : -len(".tmp")]
         if re.fullmatch("[0-9]{1,9}", process) and not _lives(int(process)):
@@ -75,7 +75,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def check_writable(directory: Path) -> None:
-    """Check that files can be written into a directory, which may be missing. It leaves no trace.
+    """Check that files can be written into a directory, which may be missing. Leave nothing there.
 
     Raises:
         OSError: the directory cannot be made, or files cannot be written into it.
@@ -111,12 +111,12 @@ def read_bytes(path: Path) -> bytes:
     """Read a regular file. Refuse pipes, devices and directories.
 
     Raises:
-        UserError: it is no regular file.
+        UserError: the path is not a regular file.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without this, a pipe would wait
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait without O_NONBLOCK
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise UserError(f"{path} is no regular file: move it away and restore the file")
+            raise UserError(f"{path} is not a regular file: move it away and restore the file")
         with open(descriptor, "rb", closefd=False) as file:
             return file.read()
     finally:
@@ -160,7 +160,7 @@ def replace_directory(temporary: Path, final: Path) -> None:
 
 
 def remove_directory(path: Path) -> None:
-    """Delete a directory. If a kill interrupts this, no part is left under its name."""
+    """Delete a directory. After a kill, it is complete or nothing is left under its name."""
     doomed = path.with_name(f".{path.name}.deleted")
     shutil.rmtree(doomed, ignore_errors=True)  # left by an earlier kill
     os.rename(path, doomed)
@@ -226,7 +226,7 @@ def _lock(path: Path) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # its owner deleted it between the two calls
+        os.close(descriptor)  # the owner deleted the file after it was opened here: open a new one
 
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)

@@ -1,12 +1,13 @@
-"""Reads and checks all files that have a checksum, with the same error messages for all kinds.
+"""Writes, reads and checks files that have a checksum, with the same errors for all kinds.
 
 A sealed object is a JSON object whose last entry, `crc32`, is the checksum of the other entries. A
 sealed line is such an object on one line; a file can have many lines. The checksum of a binary file
-is in another file, which names it.
+is in another file, which names the binary file.
 
 A file is called damaged only if its content proves it: the checksum or the form is wrong. If the
 system refuses to read a file (no permission, too many open files, a disk error), it raises an
-OSError. This proves nothing about the file, so readers let it pass, and `errors.py` has the words.
+OSError. Such an error proves nothing about the file, so readers do not catch it. `errors.py` turns
+it into a sentence.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ class Kind:
         format: value of the entry "format"; None if the kind has no such entry.
         version: the version that HarmoDT writes.
         also_reads: earlier versions that HarmoDT can still read.
-        instead: an instruction which file or folder to name, if a file is of another kind.
-        again: an instruction how to make the file again, if it has another version.
-        remedy: an instruction what to do about a damaged file.
+        instead: advice for a file of another kind: the file or folder to name instead.
+        again: advice for a file of another version: how to make the file again.
+        remedy: advice for a damaged file.
         sealed: whether the object contains its own checksum.
     """
 
@@ -62,7 +63,7 @@ def damaged(what: object, why: object, remedy: str = RESTORE) -> UserError:
     Args:
         what: the file's path, or words that contain it.
         why: the reason that proves the damage.
-        remedy: an instruction to the person.
+        remedy: advice to the person.
     """
     return UserError(f"{what} is damaged ({why}): {remedy}")
 
@@ -95,7 +96,7 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read(path: Path, content: type[Content], kind: Kind) -> Content:
-    """Read an object of a kind.
+    """Read a JSON file of one kind.
 
     Args:
         content: the type that the object must fit. `dict` keeps all entries except the checksum.
@@ -103,14 +104,14 @@ def read(path: Path, content: type[Content], kind: Kind) -> Content:
     Raises:
         FileNotFoundError, NotADirectoryError: there is no such file.
         OSError: the system refuses to read the file.
-        UserError: the file is no regular file, is damaged, or has another kind or version.
+        UserError: the file is not a regular file, is damaged, or has another kind or version.
     """
     try:
         found = json.loads(read_bytes(path), parse_constant=_finite, parse_float=_finite)
         seal = found.pop("crc32", None) if kind.sealed and isinstance(found, dict) else None
         actual = json_checksum(found) if kind.sealed else None
     except (ValueError, RecursionError) as error:  # RecursionError: the nesting is too deep
-        raise damaged(path, f"it is no JSON: {error}", kind.remedy) from None
+        raise damaged(path, f"it is not JSON: {error}", kind.remedy) from None
     if not isinstance(found, dict) or found.get("format") != kind.format:
         raise UserError(f"{path} is not {kind.name}: {kind.instead}")
     version = found.get("version")
@@ -134,7 +135,7 @@ def read_binary(path: Path, recorded: str, remedy: str) -> bytes:
 
     Raises:
         OSError: the system refuses to read the file.
-        UserError: the file is missing, is no regular file, or has another checksum.
+        UserError: the file is missing, is not a regular file, or has another checksum.
     """
     try:
         content = read_bytes(path)
@@ -165,25 +166,26 @@ def read_lines(path: Path, content: type[Content], remedy: str) -> list[tuple[st
 
     Args:
         content: the type that each line must fit.
-        remedy: an instruction what to do about a damaged line.
+        remedy: advice for a damaged line.
 
     Returns:
         For each line its number and path in words, its values and its bytes.
 
     Raises:
         OSError: there is no such file, or the system refuses to read it.
-        UserError: the file is no regular file, or a line is damaged.
+        UserError: the file is not a regular file, or a line is damaged.
     """
     *lines, _cut_short = read_bytes(path).split(b"\n")
     found = []
     for number, line in enumerate(lines, 1):
         where = f"line {number} of {path}"
         text, _, seal = line.partition(_CRC.encode())
+        # `seal` is the checksum and the two characters "} that end the line.
         check(where, f'{checksum(text + b"}")}"}}', seal.decode("utf-8", "replace"), remedy)
         try:
             values = json.loads(text + b"}")
         except (ValueError, RecursionError) as error:
-            raise damaged(where, f"it is no JSON: {error}", remedy) from None
+            raise damaged(where, f"it is not JSON: {error}", remedy) from None
         found.append((where, convert(where, values, content, remedy), line + b"\n"))
     return found
 

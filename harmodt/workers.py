@@ -3,11 +3,10 @@
 A `Worker` is a separate Python interpreter that holds an object and calls the object's methods.
 `start_command` starts a whole command, such as a training run, which saves its work before it ends.
 
-Both start a new program. A fork would be unsafe with PyTorch's threads. A child of
-`multiprocessing` would import the parent's main module, and with it PyTorch. Both kinds of children
-lead their own session. Ctrl-C therefore reaches only the parent, and a kill ends a child together
-with all processes that it started. (For example, MuJoCo's glfw starts a program when it is
-imported.)
+Each child is a new program. A fork would be unsafe with PyTorch's threads. A child of
+`multiprocessing` would import the parent's main module, and with it PyTorch. Each child leads its
+own session. Ctrl-C therefore reaches only the parent, and a kill ends a child together with all
+processes that the child started. (For example, MuJoCo's glfw starts a program when it is imported.)
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from harmodt.workers import serve
 serve(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
 """
 
-_REQUESTS_AHEAD = 2  # a worker has its next request while the parent does other work
+_REQUESTS_AHEAD = 2  # a worker already has its next request, so it does not wait for the parent
 
 _PR_SET_PDEATHSIG = 1  # an option of prctl(2); the setting stays after execve
 
@@ -65,8 +64,8 @@ class Served:
 class Worker:
     """A process that holds an object and calls its methods in the order of the requests.
 
-    The process computes in one thread, and searches for modules only in this process's `sys.path`.
-    When this process lets go of the worker or dies, the worker ends with all processes that it
+    The worker computes in one thread, and searches for modules only in the parent's `sys.path`.
+    When the parent lets go of the worker or dies, the worker ends with all processes that it
     started. It also ends after the first error.
 
     Args:
@@ -74,8 +73,8 @@ class Worker:
             importable.
         name: the worker's name in error messages, as "a simulation worker (reach-v3)".
         relief: advice for a person if memory runs out, as "simulate fewer environments".
-        patience: seconds that the worker has to finish a request and close its object after this
-            process lets go or dies. Then it is killed.
+        patience: seconds that the worker has to finish a request and close its object after the
+            parent lets go or dies. Then it is killed.
         variables: environment variables to set in the worker.
 
     Attributes:
@@ -110,7 +109,7 @@ class Worker:
         self.send(make)
 
     def send(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Request a call. Receive the answers in the order of the requests.
+        """Request a call. `receive` returns the answers in the order of the requests.
 
         Args:
             function: a method of the object's class, as `Class.method`.
@@ -217,7 +216,7 @@ def serve(requests: int, lifeline: int, patience: float) -> None:
         os.kill(0, signal.SIGKILL)  # the whole group, with all programs that a simulator started
 
     def end_with_parent() -> None:
-        os.read(lifeline, 1)
+        os.read(lifeline, 1)  # waits until the parent's end is closed
         time.sleep(patience)
         end_at_once()
 
@@ -249,8 +248,8 @@ def _next_request(connection: Connection) -> bytes | None:
 def _told(error: BaseException) -> tuple[str, Any]:
     """The message to the parent about an error.
 
-    The parent can word the errors of three types, so it gets them unchanged. It gets the traceback
-    of any other error.
+    `errors.py` has sentences for three types of errors, so the parent gets these errors unchanged.
+    It gets the traceback of any other error.
     """
     if isinstance(error, (UserError, OSError, MemoryError)):
         return "refused", error

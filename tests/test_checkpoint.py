@@ -167,6 +167,6 @@ def test_a_description_that_says_nothing_is_refused(run, change):
 @pytest.mark.parametrize("content", ["[]", "3", "null", "{", ""])
 def test_a_damaged_description_is_named(run, content):
     run.description.write_text(content)
-    how = r"is damaged \(it is no JSON" if content in ("{", "") else "is not the description"
+    how = r"is damaged \(it is not JSON" if content in ("{", "") else "is not the description"
     with pytest.raises(UserError, match=rf"run\.json {how}"):
         run.read()

@@ -459,7 +459,7 @@ def test_an_import_that_is_repeated_says_that_nothing_was_imported(
     shutil.rmtree(source)
     run(*command)
     printed = capsys.readouterr().out
-    assert "nothing was imported" in printed and "its source was not compared" in printed
+    assert "nothing was imported" in printed and "its source was not checked for changes" in printed
 
 
 def _touch(file: Path) -> None:
@@ -497,9 +497,7 @@ def test_a_source_that_changed_since_the_import_is_refused(
     before = {file: file.read_bytes() for file in (tmp_path / "store").rglob("*") if file.is_file()}
     change(source / "push-v2" / "1.npz")
     what = "an import" if complete else "an unfinished import"
-    reason = (
-        rf"^nothing was imported: .*store holds {what} of .* files of push-v3 there have changed"
-    )
+    reason = rf"^nothing was imported: .*store holds {what} of .* files of push-v3 have changed"
     with pytest.raises(UserError, match=reason):
         import_data(config, progress=False)
     assert before == {file: file.read_bytes() for file in before}
@@ -529,7 +527,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(
 
     monkeypatch.setattr(StoreWriter, "task", meanwhile)
     config = ImportConfig(source, tmp_path / "store", prompt_episodes=1)
-    with pytest.raises(UserError, match="the files of reach-v3 there have changed since"):
+    with pytest.raises(UserError, match="the source's files of reach-v3 have changed since"):
         import_data(config, progress=False)
     assert not (tmp_path / "store" / "manifest.json").exists()
 

@@ -68,7 +68,7 @@ def test_a_description_that_can_be_read_but_not_written_is_refused(tmp_path: Pat
     for depth in DEPTHS:
         text = f'{{"format": "{FORMAT}", "version": {VERSION}, "id": {nested(depth)}}}'
         (tmp_path / "run.json").write_text(text)
-        with pytest.raises(UserError, match=r"is damaged \((it is no JSON|its checksum fails)"):
+        with pytest.raises(UserError, match=r"is damaged \((it is not JSON|its checksum fails)"):
             RunDirectory(tmp_path).read()
 
 

@@ -341,8 +341,8 @@ def test_it_is_saved_and_loaded_whatever_the_order(tmp_path: Path) -> None:
         ("mean", np.zeros(39), "mean is float64"),
         ("deviation", np.zeros(39, np.float32), "deviation is not positive"),
         ("prompts/rewards", np.zeros(3, np.float32), "rewards is float32 \\[3\\]"),
-        ("prompts/episode_starts", np.array([0, 5, 4]), "do not rise from 0"),
-        ("prompts/episode_starts", np.array([], np.int64), "do not rise from 0"),
+        ("prompts/episode_starts", np.array([0, 5, 4]), "does not begin with 0 and rise"),
+        ("prompts/episode_starts", np.array([], np.int64), "does not begin with 0 and rise"),
         ("prompts/actions", None, "prompts/actions"),
     ],
 )

@@ -126,5 +126,5 @@ def test_an_expert_is_trained_and_the_best_one_is_written(
 
 
 def test_only_walkers_have_experts_to_train(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="metaworld is no family of walkers"):
+    with pytest.raises(UserError, match="metaworld is not a family of walkers"):
         train_expert(TrainExpertConfig("metaworld", tmp_path))

@@ -151,7 +151,9 @@ def test_an_interrupted_merge_goes_on_after_its_finished_tasks(
     with pytest.raises(UserError, match=r"b/push-v3/rewards\.npy is damaged .its checksum"):
         merge(a, b, output=output)
     assert {path.name for path in output.iterdir()} == {UNFINISHED, REACH}
-    with pytest.raises(UserError, match="is unfinished: run the command that began it again"):
+    with pytest.raises(
+        UserError, match="is unfinished: to continue, repeat the command that began"
+    ):
         DataStore.open(output)
     with pytest.raises(UserError, match="an unfinished store that was begun with other settings"):
         merge(b, a, output=output)

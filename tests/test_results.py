@@ -139,12 +139,12 @@ def refused(path: Path) -> str:
         (b"[]", "is not an evaluation"),
         (b"null", "is not an evaluation"),
         (b"7", "is not an evaluation"),
-        (b"{", "is damaged .it is no JSON.*, or evaluate the run again"),
-        (b"", "is damaged .it is no JSON"),
-        (bytes(range(256)), "is damaged .it is no JSON"),
-        (b"[" * 100_000, "is damaged .it is no JSON"),
-        (b'{"a":' * 100_000, "is damaged .it is no JSON"),
-        (b"1" * 100_000, "is damaged .it is no JSON"),
+        (b"{", "is damaged .it is not JSON.*, or evaluate the run again"),
+        (b"", "is damaged .it is not JSON"),
+        (bytes(range(256)), "is damaged .it is not JSON"),
+        (b"[" * 100_000, "is damaged .it is not JSON"),
+        (b'{"a":' * 100_000, "is damaged .it is not JSON"),
+        (b"1" * 100_000, "is damaged .it is not JSON"),
         (None, "there is no evaluation"),
     ],
 )
@@ -158,7 +158,7 @@ def test_files_that_are_no_evaluation_of_this_version(tmp_path, content, says):
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_what_is_no_regular_file_is_not_read(tmp_path, make):
     make(tmp_path / "step-1.json")
-    assert "is no regular file" in refused(tmp_path / "step-1.json")
+    assert "is not a regular file" in refused(tmp_path / "step-1.json")
     assert "there is no evaluation" in refused(Path(__file__) / "step-1.json")
 
 

@@ -55,11 +55,11 @@ def test_an_object_is_read_back_and_its_type_is_checked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", r"is damaged \(it is no JSON.*\): restore it, or count again$"),
-        (b"\xff", r"is damaged \(it is no JSON"),
-        (b'{"a": NaN}', r"is damaged \(it is no JSON: NaN is not finite\)"),
-        (b'{"a": 1e999}', r"is damaged \(it is no JSON: 1e999 is not finite\)"),
-        (b"[" * 100_000, r"is damaged \(it is no JSON"),
+        (b"{", r"is damaged \(it is not JSON.*\): restore it, or count again$"),
+        (b"\xff", r"is damaged \(it is not JSON"),
+        (b'{"a": NaN}', r"is damaged \(it is not JSON: NaN is not finite\)"),
+        (b'{"a": 1e999}', r"is damaged \(it is not JSON: 1e999 is not finite\)"),
+        (b"[" * 100_000, r"is damaged \(it is not JSON"),
         (b"[1]", "is not a list of numbers: name another file$"),
         (b'{"format": "letters"}', "is not a list of numbers: name another file$"),
         (b'{"format": "numbers", "version": 1}', "is of version 1, and this HarmoDT reads version "

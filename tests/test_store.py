@@ -166,7 +166,7 @@ def test_a_store_that_cannot_be_opened_says_why(tmp_path: Path) -> None:
     writer = StoreWriter(tmp_path / "begun", {}, SPEC)
     with writer.task("reach-v3") as task_writer:
         task_writer.add(make_episode(np.random.default_rng(0), 5))
-    with pytest.raises(UserError, match=r"begun is unfinished: run the command .* again"):
+    with pytest.raises(UserError, match=r"begun is unfinished: to continue, repeat the command"):
         DataStore.open(tmp_path / "begun")
 
     path = tmp_path / "store"

@@ -38,7 +38,7 @@ class InfoConfig:
     store: tyro.conf.Positional[Path]
     """Directory of the store."""
     json: bool = False
-    """Print one JSON object, which includes the whole provenance."""
+    """Print one JSON object. It includes the whole provenance: how the store was made."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,11 @@ def _import(config: ImportConfig) -> None:
         print(
             printable(
                 f"nothing was imported: {config.output} was complete already, and "
-                + ("its source has not changed" if compared else "its source was not compared")
+                + (
+                    "its source has not changed"
+                    if compared
+                    else "its source was not checked for changes"
+                )
             )
         )
 
@@ -117,7 +121,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "merge": (MergeConfig, _merge),
     "verify": (VerifyConfig, _verify),
 }
-"""The settings class and the function of every sub-command, by its name."""
+"""The settings class and the function of every sub-command, by the sub-command's name."""
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ _HEADINGS = (
     *("success", "clipped", "prompts", "size"),
 )
 _WIDE = PlainConsole(width=10_000)
-"""Measures tables; it is wider than any table."""
+"""A console that measures tables. It is wider than any table."""
 
 
 def describe(store: DataStore) -> dict[str, Any]:
@@ -103,9 +103,9 @@ def show(description: dict[str, Any], console: Console, width: int | None = None
 
 
 def _parts(rows: Sequence[Sequence[str]], width: int | None) -> Iterator[list[int]]:
-    """The columns of each table: the first column, and as many filled columns as fit.
+    """Yield the columns of each table: the first column, and as many further columns as fit.
 
-    Every table has at least one filled column.
+    Every table has at least one further column. Columns without content are left out.
     """
     part = [0]
     filled = [column for column in range(1, len(_HEADINGS)) if any(row[column] for row in rows)]
@@ -175,8 +175,8 @@ def _cells(name: str, counts: dict[str, Any], between: tuple[str, ...]) -> tuple
 def _numbers(column: Sequence[float]) -> list[str]:
     """Format the numbers of a column with the same number of decimals.
 
-    The smallest absolute value (0 apart) gets three significant digits, and at least one decimal
-    if it is below 1000. The largest gets at most six digits, because a return is a float32.
+    The smallest absolute value above 0 gets three significant digits, and at least one decimal if
+    it is below 1000. The largest gets at most six digits, because a float32 has hardly more.
     """
     sizes = [abs(number) for number in column if number]
     decimals = 0

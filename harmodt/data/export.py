@@ -3,8 +3,8 @@
 Minari requires an observation after an episode's last action, but a store has none. The export
 therefore writes the last observation twice, and an import leaves the copy out again. Minari also
 requires that every episode ends with a termination or a truncation. If the store does not know
-which, `transitions.is_terminal` decides. If the store knows whether an episode was solved,
-`infos["success"]` holds this at the last step, and 0 before it.
+which of the two it was, `transitions.is_terminal` decides. If the store knows whether an episode
+was solved, `infos["success"]` is 1 or 0 at the last step, and 0 at all other steps.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .importers.minari import PROMPTS, minari_storage
 from .store import EPISODE_ARRAYS, DataStore, Episodes, TaskData
 from .transitions import is_terminal
 
-_OVERHEAD = 2**15  # bytes that an episode may need beyond its arrays; HDF5 needs 13,000
+_OVERHEAD = 2**15  # bytes that an episode may need besides its arrays; HDF5 needs 13,000
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def export_data(config: ExportConfig, progress: bool = True) -> dict[str, str]:
     temporary = final.with_name(f".{final.name}.tmp")
     with owned(config.output), progress_bar("episodes", enabled=progress) as bar:
         if final.exists():
-            raise UserError(f"{final} already exists: choose another --namespace or delete it")
+            raise UserError(f"{final} already exists: choose another --namespace or delete {final}")
         shutil.rmtree(temporary, ignore_errors=True)  # a killed export leaves this folder
         total = sum(len(episodes) for _, episodes in parts.values())
         advance = partial(bar.advance, bar.add_task("exporting", total=total))
@@ -96,7 +96,7 @@ def options_of_import(config: ExportConfig) -> list[str]:
     """The options of an import that makes the same store again from the exported data sets."""
     store = DataStore.open(config.store)
     environment = store.environment
-    # The import always takes the exported prompts. A task without prompts must get none.
+    # An import always takes the exported prompts. With 0, a task without prompts gets none.
     options = ["--family", environment.family, "--prompt-episodes", "0"]
     if environment.reward_version:
         options += ["--reward-version", environment.reward_version]
@@ -145,7 +145,7 @@ def _dataset_id(namespace: str, task: str, suffix: str) -> str:
 
 
 def _create(path: Path, storage: str, name: str, task: str, environment: EnvironmentSpec) -> Any:
-    """Create the data set of a task, still without episodes."""
+    """Create the data set of a task, without episodes."""
     from gymnasium.spaces import Box
 
     try:

@@ -13,28 +13,29 @@ from ..draws import TRAIN, Draws
 from .order import TaskOrder
 from .windows import Drawn, WindowSampler
 
-_WINDOWS = 1 << 14  # about this many windows are drawn at a time
-_MOST_STEPS = 64
+_WINDOWS = 1 << 14  # about this many windows are drawn at a time,
+_MOST_STEPS = 64  # but for at most this many steps
 
 
 class Feed:
     """The inputs of training steps.
 
-    Every step finds its inputs in the same buffer, so that a captured step can be replayed on them.
-    The feed draws for many steps at a time, on the device that holds the data. If that is the run's
-    device, the step itself gathers its windows. Otherwise a thread gathers the windows of the next
-    step while the present one is computed, and one transfer brings them to the run's device.
+    Every step reads its inputs from the same buffer, so a captured step can be replayed on new
+    inputs. The feed draws tasks and windows for many steps at a time, on the device that holds the
+    data. If the run's device has a copy of the data, the step itself gathers its windows. Otherwise
+    a thread gathers the windows of the next step while the current step is computed, and one
+    transfer brings them to the run's device.
 
     Args:
         sampler: draws and gathers windows.
         order: the tasks of each step.
         seed: the seed of the run.
-        extra_inputs: returns the other inputs of some consecutive steps, which are counted from 1:
-            tensors [S, ...] on the CPU.
+        extra_inputs: returns all other inputs of S consecutive steps, such as learning rates:
+            tensors [S, ...] on the CPU. Steps are counted from 1.
 
     Attributes:
         task_ids: int64 [G], the tasks of the loaded step.
-        extra: the other inputs of the loaded step.
+        extra: the tensors of `extra_inputs` for the loaded step.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Feed:
         self._extra_inputs = extra_inputs
         windows = order.of(range(1, 2)).numel() * sampler.inputs.settings.batch_per_task
         self._steps_at_once = min(max(_WINDOWS // windows, 1), _MOST_STEPS)
-        self._steps = range(0)  # the steps that are drawn
+        self._steps = range(0)  # the steps whose tasks and windows are drawn
         self._step_gathers = step_gathers(sampler)
         self._thread = None if self._step_gathers else ThreadPoolExecutor(1)
         self._ahead: dict[int, Future[tuple[list[int], list[Tensor]]]] = {}
@@ -87,7 +88,7 @@ class Feed:
         """The tasks of a step, and its inputs.
 
         The inputs are the task ids, the extra inputs, and the windows. If the step itself gathers
-        its windows, the draws are returned and not the windows.
+        its windows, the inputs have the draws of the windows instead.
         """
         if step not in self._steps:
             self._steps = range(step, step + self._steps_at_once)
@@ -111,5 +112,5 @@ class Feed:
 
 
 def step_gathers(sampler: WindowSampler) -> bool:
-    """Whether a step gathers its own windows. It does if the data lie on the run's device."""
+    """Whether a step gathers its own windows: whether the run's device has a copy of the data."""
     return sampler.device == sampler.episodes.copied_to

@@ -85,7 +85,7 @@ def import_data(config: ImportConfig, progress: bool = True) -> DataStore:
     """Import a data set, or continue an unfinished import; return the opened store.
 
     If the store already exists, with the same settings and from the same files, it is only opened.
-    If the source no longer exists, its files are not compared.
+    If the source no longer exists, its files are not checked for changes.
 
     Raises:
         UserError: a setting is out of range; a task does not exist; an episode cannot be used;
@@ -247,7 +247,7 @@ def _read_episode(
     episode = source.read(which)
     check_episode(str(which), episode, environment, config.min_length)
     if not source.family.ends_early and episode.terminated == 1:
-        episode = episode._replace(terminated=0)  # the environments would have gone on
+        episode = episode._replace(terminated=0)  # the family's environments never terminate
     return episode if environment.success else episode._replace(success=UNKNOWN)
 
 

@@ -130,7 +130,8 @@ class Inputs:
         self.prompt = prompt
         statistics = np.array([(task.mean, task.deviation) for task in conditioning])
         self._statistics = torch.from_numpy(statistics).to(device)  # [T, 2, O]
-        # A tensor: for a Python number, a GPU would multiply by the reciprocal.
+        # This is a tensor, because a GPU divides by a Python number as a product with its
+        # reciprocal, which rounds differently.
         self._return_scale = torch.tensor(settings.return_scale, device=device)
         if prompt is not None:
             self._prompts = Trajectories([task.prompts for task in conditioning], device)
@@ -313,7 +314,8 @@ def _task_conditioning(
     def take(name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
         array = arrays[f"{task}/{name}"]
         if array.dtype != np.dtype(dtype) or array.shape != shape:
-            raise ValueError(f"{task}/{name} is {array.dtype} {list(array.shape)}")
+            found, needed = f"{array.dtype} {list(array.shape)}", f"{np.dtype(dtype)} {list(shape)}"
+            raise ValueError(f"{task}/{name} is {found}, but {needed} is needed")
         if not np.isfinite(array).all():
             raise ValueError(f"{task}/{name} contains NaN or infinity")
         return array
@@ -321,7 +323,7 @@ def _task_conditioning(
     count = arrays[f"{task}/prompts/episode_starts"].size
     starts = take("prompts/episode_starts", "<i8", (count,))
     if starts[:1].tolist() != [0] or (starts[1:] <= starts[:-1]).any():
-        raise ValueError(f"{task}/prompts/episode_starts do not rise from 0")
+        raise ValueError(f"{task}/prompts/episode_starts does not begin with 0 and rise")
     counts = dict.fromkeys(_PROMPT_ARRAYS, int(starts[-1]))
     counts |= {"episode_starts": count, "successes": count - 1}
     prompts = {

@@ -112,7 +112,7 @@ def _merge(stores: Sequence[DataStore], writer: StoreWriter, bar: Progress) -> N
                 for episode in _read(store, name, "train"):
                     task_writer.add(episode)
                     bar.advance(line)
-                # Stores record only the number of shared prompts, so any of them may be marked.
+                # A store records how many prompts are shared, not which. So mark the first ones.
                 shared = store.shared_prompts(name)
                 for number, episode in enumerate(_read(store, name, "prompts")):
                     task_writer.add_prompt(episode, shared=number < shared)
@@ -130,7 +130,7 @@ def _read(store: DataStore, name: str, kind: Literal["train", "prompts"]) -> Ite
     """Read the episodes of a task, with one at a time in memory.
 
     Raises:
-        UserError: a checksum differs. For most arrays it is known only after the last episode.
+        UserError: a checksum is wrong. Most checksums can be compared only after the last episode.
     """
     episodes = getattr(store.task(name), kind)
     prefix = f"{PROMPTS}/" if kind == "prompts" else ""

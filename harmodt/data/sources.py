@@ -19,7 +19,7 @@ from .store import KIND
 class Files(msgspec.Struct, frozen=True):
     """Describes a set of files; a changed description shows that the files have changed.
 
-    Nothing reads the content of the files for this.
+    The description is made without reading the content of the files.
 
     Attributes:
         count, bytes: the number of files, and their total size.
@@ -37,7 +37,7 @@ class Files(msgspec.Struct, frozen=True):
 
 
 class Record(msgspec.Struct):
-    """The facts about an import in a store's provenance, besides its settings.
+    """The facts about an import in a store's provenance, besides the import's settings.
 
     Attributes:
         files: the source's files of each task; empty if an earlier version of this program made
@@ -98,7 +98,7 @@ def check_unchanged(
     for task in now if then else ():
         if then.get(task) != now[task]:
             raise UserError(
-                f"nothing was imported: {store} holds {what} of {source}, and the files of {task} "
-                f"there have changed since (then {then.get(task, 'none')}; now {now[task]}): "
+                f"nothing was imported: {store} holds {what} of {source}, and the source's files "
+                f"of {task} have changed since (then {then.get(task, 'none')}; now {now[task]}): "
                 f"delete {store} or choose another --output"
             )

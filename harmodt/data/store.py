@@ -78,9 +78,9 @@ class Episode(NamedTuple):
 class Episodes:
     """Episodes of one task, one after the other: E episodes with S steps in total.
 
-    This class defines the arrays of a store. Every field is one file. The metadata of a field
-    give the dtype. If an entry is a vector, they also name the attribute of EnvironmentSpec that
-    gives its size.
+    This class defines the arrays of a store. Every field is one file. A field's metadata give the
+    dtype of the array. If each entry of the array is a vector, the metadata also name the attribute
+    of EnvironmentSpec that gives the vector's size.
 
     Attributes:
         observations: float32 [S, observation_size], unnormalised.
@@ -125,7 +125,7 @@ EPISODE_ARRAYS: tuple[str, ...] = tuple(array.name for array in fields(Episodes)
 
 
 def array_types(environment: EnvironmentSpec) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The dtype and the entry shape of every array in `Episodes`, by its name."""
+    """The dtype, and the shape of one entry, of every array in `Episodes`, by the array's name."""
     types: dict[str, tuple[str, tuple[int, ...]]] = {}
     for array in fields(Episodes):
         size = array.metadata.get("size")
@@ -292,7 +292,7 @@ class DataStore:
 
 def _why_no_store(path: Path) -> str:
     if (path / UNFINISHED).exists():
-        return f"the store {path} is unfinished: run the command that began it again to continue"
+        return f"the store {path} is unfinished: to continue, repeat the command that began it"
     return f"there is no store in {path}: make one with python -m harmodt.collect --output {path}"
 
 

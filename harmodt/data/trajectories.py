@@ -98,7 +98,8 @@ class Trajectories:
         rows = (steps - self._first_step[task_ids][:, None, None]).numpy()
         for group, task in enumerate(task_ids.tolist()):
             for array, out in zip(self._arrays[task], outs, strict=True):
-                # With "clip", NumPy makes no second copy. Every row lies within the array.
+                # With "clip", NumPy makes no second copy. It clips nothing, because every row lies
+                # within the array.
                 np.take(array, rows[group], axis=0, out=out[group], mode="clip")
         return found
 

@@ -44,9 +44,9 @@ _Array = TypeVar("_Array", np.ndarray, Tensor)
 def is_terminal(terminated: _Array, lengths: _Array, environment: EnvironmentSpec) -> _Array:
     """Whether an episode's last step is terminal, so that nothing follows it, bool [...].
 
-    If the data do not say how an episode ended, it counts as terminated if it is shorter than the
-    environment's `episode_length` and the family's episodes can end early. In other families a
-    short episode was cut when it was recorded, for example at the first success.
+    An episode whose ending is unknown counts as terminated if it is shorter than the environment's
+    `episode_length` and the family's episodes can end early. In other families a short episode was
+    cut when it was recorded, for example at the first success.
 
     Args:
         terminated: int8 [...], as in `store.Episodes`.
@@ -68,7 +68,7 @@ def transitions_of(batch: Batch, actions: Tensor, environment: EnvironmentSpec) 
     Args:
         batch: windows of two steps from a store. Its time steps must not be clipped below the
             environment's `episode_length`.
-        actions: float32 [G, B, 2, A], including those that the batch hides.
+        actions: float32 [G, B, 2, A], including the actions that the batch hides.
         environment: the environment in which the data were recorded.
     """
     history = batch.history

@@ -69,8 +69,9 @@ class WindowSampler:
         self._starts = _Starts(self.episodes, inputs.settings.window_start_bias)
         device_of_draws = self.episodes.device
         self._windows = torch.arange(inputs.settings.batch_per_task, device=device_of_draws)
-        # A coin for each step of a window, unless all of them come out the same.
+        # Each step of a window needs a coin, unless the result of every coin is certain.
         coins = context_length if 0 < inputs.settings.action_dropout < 1 else 0
+        # The words of block 0 draw the window and its prompt. The words of the others are coins.
         self._blocks = torch.arange(1 - (-coins // _WORDS), device=device_of_draws)
         self._times = torch.arange(context_length, device=device_of_draws)
 
@@ -124,6 +125,7 @@ class WindowSampler:
         present = present[..., None]
         times = starts[..., None] + torch.minimum(self._times, present - 1)
         if len(self._blocks) > 1:
+            # From [4, ..., G, blocks - 1, B] to [..., G, B, 4 * (blocks - 1)].
             coins = words[..., 1:, :].movedim(0, -1).transpose(-3, -2).flatten(-2)
             hidden = self.inputs.hidden(coins[..., : self.context_length])
         else:
@@ -141,14 +143,15 @@ class WindowSampler:
 class _Starts:
     """Draws the start of a window, floor(n u^bias), in an episode of n steps; u is uniform.
 
-    For each length n, a table holds the smallest random word of every start k, which is the word of
-    u = (k / n)^(1 / bias). The CPU makes the tables once, because another device may round a power
-    differently. All tables together have at most as many entries as the data have steps.
+    For each length n, a table has, for every start k, the smallest random word that gives this
+    start: 2^32 u for u = (k / n)^(1 / bias). The CPU makes the tables once, because another device
+    may round a power differently. All tables together have at most as many entries as the data have
+    steps.
     """
 
     def __init__(self, episodes: Trajectories, bias: float):
         lengths, table_of = np.unique(episodes.lengths.cpu().numpy(), return_inverse=True)
-        # Words of table i have i as their upper 32 bits, so the tables together form one rising
+        # Entries of table i have i as their upper 32 bits, so the tables together form one rising
         # table.
         tables = [
             (i << 32) + np.rint((np.arange(n) / n) ** (1 / bias) * 2.0**32).astype(np.int64)
@@ -157,6 +160,7 @@ class _Starts:
         first = np.cumsum([0, *lengths])[:-1]
         self._table = torch.from_numpy(np.concatenate(tables)).to(episodes.device)
         self._prefix = torch.from_numpy(table_of << 32).to(episodes.device)
+        # `searchsorted` returns the index after the found entry, so 1 is added.
         self._before = torch.from_numpy(first[table_of] + 1).to(episodes.device)
 
     def draw(self, episodes: Tensor, words: Tensor) -> Tensor:

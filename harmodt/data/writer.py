@@ -1,5 +1,4 @@
-"""Writes a store task by task, with one episode at a time in memory; a kill loses only the
-unfinished task."""
+"""Writes a store; a kill loses only the unfinished task."""
 
 from __future__ import annotations
 
@@ -73,12 +72,13 @@ class StoreWriter:
                 raise UserError(
                     f"{self.path} holds an unfinished store of version {unfinished['version']}, "
                     f"but this program writes version {VERSION}: choose another directory or "
-                    "delete it"
+                    f"delete {self.path}"
                 )
             if unfinished | {"tasks": {}} != self._manifest:
                 raise UserError(
                     f"{self.path} holds an unfinished store that was begun with other settings: "
-                    "repeat the command with those settings, choose another directory or delete it"
+                    "repeat the command with those settings, choose another directory or delete "
+                    f"{self.path}"
                 )
             DataStore(self.path, unfinished).verify()
             self._manifest = unfinished
@@ -122,7 +122,7 @@ class StoreWriter:
 
 
 class TaskWriter:
-    """Writes the arrays of one task; `StoreWriter.task` makes it.
+    """Writes the arrays of one task; `StoreWriter.task` makes this object.
 
     `add` and `add_prompt` raise ValueError for an episode that does not fit the environment.
 
@@ -282,6 +282,7 @@ def make_or_open(
         UserError: the directory holds something else, or another process owns it.
     """
     done = (path / MANIFEST).exists()
+    # If a lock or leftovers exist, a killed command did not tidy up, or another command still runs.
     if done and not any((path / name).exists() for name in (LOCK, *leftovers)):
         return _open_finished(path, command, settings)
     if not done:
@@ -304,7 +305,7 @@ def _open_finished(path: Path, command: str, settings: dict[str, Any]) -> DataSt
         if found.get(name) != value:
             raise UserError(
                 f"{path} already holds a store with {name} = {found.get(name)} instead of {value}: "
-                "choose another --output or delete it"
+                f"choose another --output or delete {path}"
             )
     return store
 
@@ -316,7 +317,7 @@ def _check_output(path: Path) -> None:
     if not path.is_dir():
         raise UserError(f"{path} is a file: choose a directory that is new or empty")
     if (path / MANIFEST).exists():
-        raise UserError(f"{path} already holds a store: choose another directory or delete it")
+        raise UserError(f"{path} already holds a store: choose another directory or delete {path}")
     # A kill before the first save leaves the lock and the temporary file of `unfinished.json`.
     if any(
         file.name != LOCK and not file.name.startswith(f".{UNFINISHED}.") for file in path.iterdir()

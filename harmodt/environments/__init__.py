@@ -1,6 +1,7 @@
-"""Families of environments: tasks that share a simulator, sizes and an episode length.
+"""Families of environments.
 
-A family is a module with a subclass of `EnvironmentFamily`, and a row of `FAMILIES`. Only `make`
+The tasks of a family share a simulator, the sizes of observations and actions, and the episode
+length. Each family is a subclass of `EnvironmentFamily`, and has a row in `FAMILIES`. Only `make`
 and `expert` import simulators, so a run can read data and train without them.
 """
 
@@ -31,11 +32,11 @@ FAMILIES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class EnvironmentSpec:
-    """The description of a family that data, runs and evaluations record.
+    """The description of a family. Stores, runs and evaluations record it.
 
     Attributes:
         family: the family's name.
-        observation_size, action_size: numbers in an observation and in an action.
+        observation_size, action_size: how many numbers an observation and an action have.
         episode_length: steps after which an episode ends; a success does not end it.
         success: whether the family says if a task is solved. If not, an episode has only a return.
         reward_version: name of the reward function, for a simulator that has several; None if the
@@ -78,11 +79,15 @@ class Environment(ABC):
 
     @abstractmethod
     def reset(self, goal_index: int) -> np.ndarray:
-        """Begin an episode at one of the family's `goals`; return the observation, float64."""
+        """Begin an episode at the start with this index, which is below the family's `goals`.
+
+        Returns:
+            The observation, float64 [observation_size].
+        """
 
     @abstractmethod
     def reset_random(self, seed: int) -> np.ndarray:
-        """Begin an episode at a start that `seed` draws from all possible starts of the task."""
+        """As `reset`, but `seed` draws the start from all possible starts of the task."""
 
     @abstractmethod
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool]:
@@ -108,17 +113,18 @@ class Environment(ABC):
 
 
 class EnvironmentFamily(ABC):
-    """Tasks, sizes, and how to make an environment.
+    """A family's tasks and sizes, and the methods that make its environments and experts.
 
     A family is a value: a frozen dataclass, which can be compared, hashed and pickled.
 
     Attributes:
         spec: the description of the environments that `make` returns.
-        goals: number of starts that a task has for each goal seed; in Meta-World these are goals.
+        goals: number of starts that a goal seed draws for a task. In Meta-World each start has its
+            own goal.
         ends_early: whether the simulation can end an episode before `spec.episode_length` steps.
         reward_versions: names of the simulator's reward functions, if it has several.
         packages: names of the packages whose versions affect results.
-        task_sets: names that stand for several tasks.
+        task_sets: the tasks of each set, by the name of the set.
     """
 
     spec: EnvironmentSpec
@@ -138,11 +144,13 @@ class EnvironmentFamily(ABC):
 
     @abstractmethod
     def make(self, task: str, goal_seed: int = 0) -> Environment:
-        """Make an environment for a task; `goal_seed` draws the `goals` of its `reset`."""
+        """Make an environment for a task; `goal_seed` draws the starts that `reset` can choose."""
 
     @abstractmethod
     def expert(self, task: str) -> Callable[[np.ndarray], np.ndarray]:
-        """Make a policy that solves the task in one episode; it maps observation to action.
+        """Make a policy that solves the task; it maps an observation to an action.
+
+        The policy may have a state, so make a new one for each episode.
 
         Raises:
             UserError: the family has no expert.
@@ -167,8 +175,8 @@ def family_of(tasks: Sequence[str]) -> EnvironmentFamily:
     """Return the family that has the tasks of these names.
 
     Raises:
-        UserError: no family has all tasks. The error is that of the family whose name the first
-            task begins with, or that of Meta-World.
+        UserError: no family has all tasks. If the first task begins with the name of a family, the
+            error says what this family lacks; else it says what Meta-World lacks.
     """
     reasons: dict[str, UserError] = {}
     for name in FAMILIES:

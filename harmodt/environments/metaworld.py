@@ -86,8 +86,8 @@ class MetaWorldEnvironment(Environment):
         self.task = task
         self.goal_seed = goal_seed
         self._env = ALL_V3_ENVIRONMENTS[task](reward_function_version=REWARD_VERSION)
-        # This does the same as Meta-World's "goal-observable" classes. The cached space would hide
-        # the goal.
+        # This does the same as Meta-World's "goal-observable" classes. The cached observation space
+        # would hide the goal.
         self._env._partially_observable = False
         self._env.__dict__.pop("sawyer_observation_space", None)
         self._env._set_task_called = True
@@ -162,7 +162,7 @@ def task_of_class(name: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _make_goals(task: str, goal_seed: int) -> list[Any]:
-    """The goals of Meta-World's MT1 benchmark. Drawing them takes more than half a second."""
+    """The goals of Meta-World's MT1 benchmark, cached because a draw takes over half a second."""
     import metaworld
 
     return metaworld.MT1(task, seed=goal_seed).train_tasks

@@ -18,9 +18,9 @@ EXIT_SECONDS = 30  # before a worker ends, it may have to finish a step and a vi
 
 
 class Simulation:
-    """N environments, one per row, each with its own goal. It is a context manager.
+    """N environments, each with its own goal. It is a context manager.
 
-    Results do not depend on the number of workers.
+    Row i of every array belongs to environment i. Results do not depend on the number of workers.
 
     Args:
         family: name or description of the environments' family.
@@ -32,9 +32,10 @@ class Simulation:
         variables: environment variables to set for the workers, such as MUJOCO_GL.
 
     Raises:
-        UserError, OSError, MemoryError: an environment raised it. Every method can raise it too.
+        UserError, OSError, MemoryError: an environment raised it. Every method can raise these
+            errors.
         WorkerError: a worker died, or an environment raised another error. Every method can raise
-            it too.
+            it.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Films of episodes as MP4 files; MuJoCo draws them without a screen."""
+"""Films episodes into MP4 files; MuJoCo draws the images without a screen."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from . import Environment
 
 BACKENDS = ("egl", "osmesa")  # hardware first
 SIZE = 480  # pixels, both ways
-FRAMES_PER_SECOND = 20  # about the largest rate
+FRAMES_PER_SECOND = 20  # a film has at most about this many
 
 _PROBE_SECONDS = 60
 
@@ -129,7 +129,7 @@ def upright(image: np.ndarray) -> np.ndarray:
 
 
 def count_frames(path: Path) -> int:
-    """Count the frames of an MP4 file; 0 if the file is no film.
+    """Count the frames of an MP4 file; 0 if the file is not a film.
 
     The count shows whether a film is complete: on a full disk the encoder ends without an error.
     """

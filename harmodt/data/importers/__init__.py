@@ -1,4 +1,4 @@
-"""Importers for the formats of offline data that a store can take.
+"""Importers: each reads one format of offline data, which is then written to a store.
 
 Each format has a module with a subclass of `Importer`, and an entry in `IMPORTERS`.
 """
@@ -35,8 +35,8 @@ squares in training stay far from infinity."""
 class Importer(ABC):
     """Reads a data set whose tasks belong to one family of environments.
 
-    An unread episode may be any object, such as the path of its file. Its string tells a person
-    where the episode is.
+    An unread episode is an object of any type, such as the path of its file. The object's string
+    tells a person where the episode is.
 
     Args:
         source: the path of the data set.
@@ -213,12 +213,14 @@ def check_array(
     if not length:
         return
     if not np.isfinite(array).all():
-        raise UserError(f"{where}: {key} holds NaN or infinity: remove it or repair its values")
+        raise UserError(
+            f"{where}: {key} holds NaN or infinity: remove the episode or repair its values"
+        )
     largest = max(array.min(), array.max(), key=abs)
     if abs(largest) > LIMIT:
         raise UserError(
             f"{where}: {key} holds {largest:.3g}, but training can use only numbers up to "
-            f"{LIMIT:g}: remove it or repair its values"
+            f"{LIMIT:g}: remove the episode or repair its values"
         )
 
 

@@ -1,4 +1,4 @@
-"""Functions that several formats use: errors of unreadable files, and checks of plain arrays."""
+"""Functions that several importers use to word the errors of files and to check arrays."""
 
 from __future__ import annotations
 

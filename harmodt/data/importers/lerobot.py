@@ -140,7 +140,7 @@ class LeRobotImporter(Importer):
         return index
 
     def _check_lengths(self, lengths: dict[int, int]) -> None:
-        """Raise UserError if the files have another number of rows than `meta` says.
+        """Raise UserError if the data files have another number of rows than `meta` says.
 
         Args:
             lengths: the number of rows of each episode, by the episode's number.
@@ -220,6 +220,7 @@ def _check_order(where: str, columns: dict[str, np.ndarray], fps: float | None) 
 def _find_episodes(file: Path) -> list[tuple[str, LeRobotEpisode]]:
     """The episodes of a file, each with its task."""
     numbers, ids = _read_whole_numbers(file, "episode_index", "task_id")
+    # The prepended number differs from the first one, so row 0 is a start too.
     starts = np.flatnonzero(np.diff(numbers, prepend=~numbers[:1])).tolist()
     found = []
     for start, end in pairwise([*starts, len(numbers)]):
@@ -248,7 +249,7 @@ def _read_whole_numbers(file: Path, *keys: str) -> list[np.ndarray]:
 def _read_columns(
     file: Path, needed: tuple[str, ...], optional: tuple[str, ...] = ()
 ) -> dict[str, np.ndarray]:
-    """Read columns of a file, [rows] or [rows, width]; those in `optional` may be missing."""
+    """Read columns of a file, [rows] or [rows, width]; the columns in `optional` may be missing."""
     try:
         from pyarrow import parquet  # an optional dependency
     except ImportError as error:
@@ -281,7 +282,7 @@ def _read_columns(
 
 
 def _check_size(file: Path, metadata: Any, keys: list[str]) -> None:
-    """Raise UserError if the columns would take far more memory than a genuine file's."""
+    """Raise UserError if the columns would take far more memory than in a genuine file."""
     numbers = 0
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(group.num_columns)):

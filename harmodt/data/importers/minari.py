@@ -1,9 +1,9 @@
-"""Reads local Minari data sets in all storage formats of Minari: `--dataset ID=TASK` for each.
+"""Reads local Minari data sets, in all storage formats of Minari.
 
 SOURCE is the folder that MINARI_DATASETS_PATH names, by default ~/.minari/datasets. A data set lies
-below it, in the folder named by its id. Minari does not name tasks. Each data set belongs to one
-task, and a task may have several data sets. A data set whose name ends in `-prompts` holds the
-prompts of its task.
+below it, in the folder named by its id. Minari does not name tasks, so `--dataset ID=TASK` names
+the task of each data set. A task may have several data sets. A data set whose name ends in
+`-prompts` holds the prompts of its task.
 
 In Minari an episode of T steps has T + 1 observations. The importer leaves out the last
 observation, which follows the last action. An episode is solved if `infos["success"]` is not 0 at
@@ -28,7 +28,7 @@ from .arrays import as_float32, ending, flags_of, one_per_step, solved
 PROMPTS = "-prompts"
 """The name of a data set of prompts ends with this, followed only by the version."""
 
-_SMALLEST = 100  # least bytes of an episode on disk; even an empty one takes more in HDF5
+_SMALLEST = 100  # bytes that every episode takes on disk; in HDF5 even an empty one takes more
 _LARGEST = 2**26  # most bytes of an episode; a Meta-World episode has 180,000
 
 
@@ -137,7 +137,8 @@ class MinariImporter(Importer):
             )
         with _readable(str(path)):
             size = _size_of(path / "data")
-            # Without the spaces, Minari would make the environment and so run any code it names.
+            # If the metadata lack the spaces, Minari makes the environment that they name, and
+            # thus runs any code.
             known = kind.read_raw_metadata(path / "data").keys()
             if not known >= {"observation_space", "action_space"}:
                 raise UserError(
@@ -192,7 +193,7 @@ def _size_of(folder: Path) -> int:
 
 
 def _check_size(episode: MinariEpisode) -> None:
-    """Raise UserError if an episode in HDF5 would take far more memory than a genuine one."""
+    """Raise UserError if an episode in HDF5 would take far more memory than a genuine episode."""
     import h5py  # an optional dependency
 
     sizes = []

@@ -64,7 +64,7 @@ class NpzImporter(Importer):
     def read(self, episode: Path) -> Episode:
         """Read one file."""
         with reading(episode, "truncated or not an npz file: download it again or remove it"):
-            # With mmap_mode, a large .npy file, which is refused below, is not read.
+            # mmap_mode: a large .npy file is not read into memory before it is refused below.
             file = np.load(episode, mmap_mode="r", allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise UserError(f"{episode} is a single array: give an .npz file with named arrays")

@@ -1,9 +1,9 @@
 """Reads pickles of plain containers, numbers, strings and NumPy arrays without running their code.
 
-A pickle is a program that may call any function that can be imported. The machine in this file
-knows only the instructions that write such data, in every protocol of Python 3. If an instruction
-names a function of NumPy, the machine calls a function in this file instead, which checks its
-arguments. The machine imports nothing, sets no attribute and knows no other name.
+A pickle is a program that may call any function that can be imported. The virtual machine in this
+file knows only the instructions that Python 3 writes for such data, in all pickle protocols. If an
+instruction names a function of NumPy, the machine calls a function in this file instead, which
+checks its arguments. The machine imports nothing, sets no attribute and knows no other name.
 
 Reading a file takes little more memory than the file's size. Arrays share the bytes of the file,
 nothing is allocated only because the file declares a size, and the number of instructions has a
@@ -63,7 +63,7 @@ class _Refusal(Exception):
 
 
 class _DType:
-    """A dtype; `set_state` gives its byte order."""
+    """A dtype; `set_state` sets its byte order."""
 
     def __init__(self, code: str, align: bool = False, copy: bool = True) -> None:
         if not isinstance(code, str):
@@ -80,7 +80,7 @@ class _DType:
 
 
 class _Machine:
-    """Runs one pickle.
+    """Runs the instructions of one pickle.
 
     Args:
         size: the size of the file in bytes.
@@ -143,16 +143,16 @@ class _Machine:
 
     def set_items(self, values: list[Any]) -> None:
         target, keys = self.stack[-1], values[::2]
-        # The hash of any other key could take unlimited time or recursion.
+        # To hash a key of another type could take unlimited time or recursion.
         if not isinstance(target, dict) or not all(isinstance(key, str) for key in keys):
             raise TypeError(type(target))
         target.update(zip(keys, values[1::2], strict=True))
 
-    def put(self, place: int | None) -> None:
-        self.memo[len(self.memo) if place is None else place] = self.stack[-1]
+    def put(self, index: int | None) -> None:
+        self.memo[len(self.memo) if index is None else index] = self.stack[-1]
 
-    def get(self, place: int) -> None:
-        self.push(self.memo[place])
+    def get(self, index: int) -> None:
+        self.push(self.memo[index])
 
     def name(self, name: str) -> None:
         if name not in self.names:
@@ -215,7 +215,7 @@ def _reconstruct(kind: object, shape: object, code: object) -> Array:
 
 
 def _from_buffer(content: bytes, dtype: _DType, shape: Sequence[int], order: str) -> Array:
-    """Make an array in the way of protocol 5."""
+    """Make an array; protocol 5 writes it as this call."""
     return Array(_as_array(content, dtype, shape, order))
 
 

@@ -262,5 +262,5 @@ def _read_array(place: Place, content: Any, key: str) -> np.ndarray:
     array = content[key]
     if not isinstance(array, Array) or array.values is None:
         raise UserError(f"{place}: {key} is not an array: download or write the file again")
-    with np.errstate(over="ignore"):  # too large values become infinite, and are refused later
+    with np.errstate(over="ignore"):  # too large values become infinite and are refused later
         return array.values.astype(np.float32)

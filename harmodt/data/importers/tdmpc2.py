@@ -1,4 +1,4 @@
-"""Reads mt80, TD-MPC2's data of 80 tasks (Hansen et al., 2024): the 50 tasks of Meta-World.
+"""Reads the 50 Meta-World tasks of mt80, TD-MPC2's data of 80 tasks (Hansen et al., 2024).
 
 The source is the folder of the chunks `chunk_0.pt`, `chunk_1.pt` and so on. `torch.save` wrote each
 chunk as a TensorDict with n episodes of 101 rows. The importer reads these keys: obs (n, 101, 39);
@@ -52,7 +52,7 @@ FIRST = 30
 _ROWS = SPEC.episode_length + 1
 _WIDTHS = {"obs": (39,), "action": (6,), "reward": (), "task": ()}
 _FLAGS: dict[str, tuple[int, ...]] = dict.fromkeys(ENDS, ())  # a chunk may lack them
-_LARGEST = 2**20  # most bytes of a chunk's data.pkl, which describes its tensors; it has 600
+_LARGEST = 2**20  # most bytes of data.pkl, which describes a chunk's tensors; TD-MPC2's have 600
 
 
 class _Which(NamedTuple):
@@ -169,7 +169,7 @@ class _Pickled:
 
 
 def _open_chunk(path: Path) -> dict[str, torch.Tensor]:
-    """Read a whole chunk once to verify its checksums, and map its tensors.
+    """Read a whole chunk once to verify its checksums, and map its tensors into memory.
 
     Raises:
         UserError: the chunk is missing or damaged, or is not a chunk of mt80.
@@ -205,7 +205,7 @@ def _check_archive(path: Path) -> None:
 
 def _load(path: Path) -> _Pickled:
     """Read a file of `torch.save` without running anything that it names."""
-    allowed = get_safe_globals()  # other code of this process, such as tensordict, may add some
+    allowed = get_safe_globals()  # other code, such as tensordict, may have allowed some classes
     clear_safe_globals()
     try:
         for name in get_unsafe_globals_in_checkpoint(path):

@@ -1,6 +1,6 @@
 """Cheetah-dir, Cheetah-vel and Ant-dir: families whose tasks differ only in a goal.
 
-Prompt-DT (Xu et al., 2022) and Table 4 of the paper use them. A task's name has its goal:
+Prompt-DT (Xu et al., 2022) and Table 4 of the paper use them. A task's name contains its goal:
 `cheetah-vel-0.600` is 0.6 m/s. Each family holds some tasks out as unseen tasks.
 """
 
@@ -92,7 +92,7 @@ class Locomotion(EnvironmentFamily):
         return tuple(dict.fromkeys(tasks))
 
     def make(self, task: str, goal_seed: int = 0) -> Walker:
-        """Make a walker; the seed draws the `goals` states in which its episodes can begin."""
+        """Make a walker; the seed draws the states in which `reset` begins episodes."""
         return self.walker(task, self.goal_of(task), goal_seed)
 
     def expert(self, task: str) -> Callable[[np.ndarray], np.ndarray]:
@@ -161,5 +161,5 @@ def walkers(name: str) -> Locomotion:
     """
     found = family(name)
     if not isinstance(found, Locomotion):
-        raise UserError(f"{name} is no family of walkers: name one, such as cheetah-vel")
+        raise UserError(f"{name} is not a family of walkers: name one, such as cheetah-vel")
     return found

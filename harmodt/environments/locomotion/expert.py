@@ -16,7 +16,7 @@ from ...errors import UserError
 from ...files import read_bytes
 
 WEIGHTS = Path(__file__).parent / "weights"
-"""The folder of FAMILY.safetensors: weight and bias of every layer, float32, in order."""
+"""The folder of the files FAMILY.safetensors: weight and bias of every layer, float32, in order."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ EPISODE_LENGTH = 200
 FRAME_SKIP = 5
 STEP_SECONDS = 0.05
 
-_NOISE = 0.1  # in the first state of an episode
+_NOISE = 0.1  # size of the noise in the first state of an episode
 
 
 class Walker(Environment):
@@ -53,7 +53,7 @@ class Walker(Environment):
     @staticmethod
     @abstractmethod
     def progress(velocity: np.ndarray, goal: np.ndarray) -> np.ndarray:
-        """The reward [...] of velocities, float64 [..., 2], for goals [...]."""
+        """The part of the reward [...] that velocities, float64 [..., 2], earn for goals [...]."""
 
     @staticmethod
     @abstractmethod
@@ -176,10 +176,11 @@ class DirectionAnt(Walker):
     def features(observation: np.ndarray, goal: np.ndarray) -> np.ndarray:
         """The observation in coordinates whose x axis is the goal's direction: [..., 27].
 
-        All directions of the plane are alike, so the expert only learns to run along x.
+        All directions of the plane are alike, so the expert needs to learn only how to run along x.
         """
         turned = observation.copy()
-        # The torso's orientation is a quaternion. A turn by -θ about z is (c, 0, 0, -s).
+        # The torso's orientation is a quaternion. A turn by -θ about z is the quaternion
+        # (c, 0, 0, -s). The product of the two is the orientation after the turn.
         c, s = np.cos(goal / 2), np.sin(goal / 2)
         w, x, y, z = np.moveaxis(observation[..., 1:5], -1, 0)
         parts = [c * w + s * z, c * x + s * y, c * y - s * x, c * z - s * w]

@@ -2,9 +2,9 @@
 
     python -m harmodt.environments.locomotion.train_expert cheetah-vel
 
-Needs harmodt[experts]. Half of each batch's transitions get another goal and the reward for this
-goal (Andrychowicz et al., "Hindsight experience replay", 2017). The velocity of a transition
-determines its reward for any goal.
+It needs the packages of harmodt[experts]. Half of each batch's transitions get another goal and the
+reward for this goal (Andrychowicz et al., "Hindsight experience replay", 2017). This reward follows
+from the transition's velocity.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ class RelabellingBuffer(ReplayBuffer):
         self._family = family
         self._weight = progress_weight
         self._rng = np.random.default_rng(seed)
+        # The observations before and after the step, the velocity [2], and the reward's other part.
         width = 2 * family.spec.observation_size + 3
         self._raw = np.zeros((self.buffer_size, self.n_envs, width), np.float32)
 
@@ -111,15 +112,16 @@ class RelabellingBuffer(ReplayBuffer):
 
     def sample(self, batch_size: int, env: Any = None) -> ReplayBufferSamples:
         rows = self._rng.integers(self.buffer_size if self.full else self.pos, size=batch_size)
-        of = self._rng.integers(self.n_envs, size=batch_size)
-        observations, after = self.observations[rows, of], self.next_observations[rows, of]
-        rewards = self.rewards[rows, of]
+        columns = self._rng.integers(self.n_envs, size=batch_size)
+        chosen = rows, columns
+        observations, after = self.observations[chosen], self.next_observations[chosen]
+        rewards = self.rewards[chosen]
         half = batch_size // 2
         observations[:half], after[:half], rewards[:half] = self._relabelled(
-            self._raw[rows[:half], of[:half]]
+            self._raw[rows[:half], columns[:half]]
         )
-        ended = self.dones[rows, of] * (1 - self.timeouts[rows, of])
-        parts = (observations, self.actions[rows, of], after, ended[:, None], rewards[:, None])
+        ended = self.dones[chosen] * (1 - self.timeouts[chosen])
+        parts = (observations, self.actions[chosen], after, ended[:, None], rewards[:, None])
         return ReplayBufferSamples(*map(self.to_torch, parts))
 
     def _relabelled(self, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -158,7 +160,7 @@ class KeepBest(BaseCallback):
 
 
 def train_expert(config: TrainExpertConfig) -> None:
-    """Train an expert and write the best one."""
+    """Train an expert, and write the weights with the highest mean return."""
     check(config)
     family = walkers(config.family)
     torch.set_num_threads(1)  # the layers are small
