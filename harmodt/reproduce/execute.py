@@ -23,7 +23,7 @@ from .jobs import Folder, Job
 
 POLL_SECONDS = 0.1
 END_SECONDS = 60
-"""Time in which a job that is asked to end has to save a checkpoint and end."""
+"""Time that a job gets to save a checkpoint and end, after it was asked to end."""
 
 
 @dataclass(frozen=True)

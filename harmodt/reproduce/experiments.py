@@ -18,7 +18,7 @@ Composition = Literal["near-optimal", "sub-optimal"]
 
 @dataclass(frozen=True)
 class Times:
-    """A multiple of the value that another setting has at the budget."""
+    """`factor` times the value that `setting` has at the budget."""
 
     factor: float
     setting: str
@@ -97,7 +97,7 @@ class Budget:
         settings: further settings that differ from the preset's, for algorithms that have them.
         unseen_episodes: the number of evaluation episodes per unseen task.
         episode_length: the steps of an episode in the data; None for the environments' length.
-        tasks: the number of tasks of each set, which are its first ones; None for all.
+        tasks: the number of tasks to use of each set, from its first task on; None for all.
         final_episodes: the number of evaluation episodes per task at the end; None for as many as
             in the evaluations during training.
     """
