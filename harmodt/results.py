@@ -479,7 +479,7 @@ def _odd(content: _Content, protocol: Protocol) -> str | None:
 
 
 def _number(value: float) -> str:
-    """Format a return; one below 1000 gets a decimal."""
+    """Format a return; a return below 1000 gets one decimal."""
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.1f}"
 
 
