@@ -67,6 +67,7 @@ class Measure:
 
     def differences(self, other: Measure) -> list[str]:
         """Describe each difference between the other measure and this one."""
+        # pop removes the environment before its entries are merged.
         ours, theirs = (
             values | values.pop("environment") for values in (asdict(self), asdict(other))
         )

@@ -184,7 +184,7 @@ class RunDirectory:
         Raises:
             UserError: the directory is not empty.
         """
-        # A run that is killed before it writes run.json leaves at most this file.
+        # A run that is killed before it writes run.json leaves at most this file and hidden files.
         leftovers = {self.conditioning.name}
         if self.path.exists() and any(
             file.name not in leftovers and not file.name.startswith(".")

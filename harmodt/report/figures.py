@@ -366,7 +366,7 @@ def overlap(runs: Sequence[ReportedRun]) -> Plot | None:
                         "y": "task",
                         "x": "and task",
                         "overlap": "overlap",
-                        "beyond": "deviations beyond chance",
+                        "beyond": "standard deviations beyond chance",
                     },
                     formats={"overlap": ".5f"},
                 ),

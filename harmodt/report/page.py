@@ -204,7 +204,7 @@ def _training(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
             figures.over_training("loss", "loss", runs, lambda run: run.series("loss")),
             plots,
             "Loss",
-            "Mean over the tasks of the steps since the last record"
+            "Mean over the steps since the last record and over the tasks of each step"
             f"{'; a point is the mean of neighbouring records' if _thinned(runs) else ''}.",
         ),
         _figure(

@@ -40,8 +40,8 @@ def find_slots(device: str, jobs: int) -> Sequence[Mapping[str, str]]:
     """Return the slots of this machine. Each slot runs one job at a time.
 
     A slot consists of environment variables for its jobs. They name the slot's GPU, or no GPU. If
-    there are several slots, they also give the slot its share of the cores. A variable such as
-    OMP_NUM_THREADS that is already set keeps its value.
+    there are several slots, the variables also limit a job to its share of the cores. A variable
+    such as OMP_NUM_THREADS that is already set keeps its value.
 
     Args:
         device: "cuda", "cpu", or "auto", which takes the GPUs if there are some.

@@ -236,7 +236,7 @@ _ONE_MASK = Variant("HarmoDT-R, one mask for all", "harmodt-r", {"shared_mask": 
 # In the paper's Table 3, masks help this size most. Gradient surgery needs several tasks in a step.
 _MT10_SMALLEST = _sets("mt10", size="0.48M", tasks_per_step=8)
 _LONGER = {"steps": Times(10, "steps")}
-# Small enough for two cores; the usual model of 5.32 M parameters takes hours.
+# This model is small enough for two cores; the usual model of 5.32 M parameters takes hours.
 _SMALL_MTDIFF = Variant(
     "MTDIFF-P, 1.15 M",
     "mtdiff-p",

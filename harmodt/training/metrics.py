@@ -26,8 +26,7 @@ class Metrics:
 
     Args:
         run: the run's directory.
-        step: the run's last step so far. Records of later steps are dropped, because the run takes
-            those steps again.
+        step: the run's last step so far. Records of later steps are dropped (`Records`).
 
     Raises:
         UserError: a line is damaged, or the file holds other records.

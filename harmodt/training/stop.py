@@ -69,7 +69,7 @@ class Stop:
     def _remember(self, number: int, frame: Any) -> None:
         self.signal = self.signal or signal.Signals(number)
         if self._at_once:
-            self._at_once = False
+            self._at_once = False  # further signals do not raise
             raise Stopped
 
 
