@@ -43,9 +43,9 @@ def load_policy(
 
     Args:
         run: the run's directory.
-        checkpoint: training step of the checkpoint; by default that of the last one.
+        checkpoint: the training step of the checkpoint; by default the last checkpoint.
         device, fused, precision: how the policy computes; by default as the run was trained.
-        unseen: tasks that the run was not trained on, a `harmodt.algorithms.unseen.Unseen`. The
+        unseen: a `harmodt.algorithms.unseen.Unseen` with tasks that the run was not trained on. The
             policy acts on them and not on the run's own tasks.
         sampler: how MTDiff draws its plans, "ddpm" or "ddim"; by default as in the run's settings.
         sampling_steps: number of steps of ddim; by default as in the run's settings.

@@ -1,8 +1,8 @@
 """Writes, reads and deletes the checkpoints of a run. A checkpoint is written whole or not at all.
 
 A checkpoint is a directory that gets its final name when it is complete. The tuple (seed, purpose,
-step) seeds every random draw of a run. The step is therefore the only random state and the only
-position in the data that a checkpoint stores.
+step) seeds every random draw of a run, also of its batches. A checkpoint therefore stores no state
+of a random generator and no position in the data, only the step.
 """
 
 from __future__ import annotations
@@ -152,7 +152,9 @@ def load_checkpoint(run: RunDirectory, step: int | None = None) -> Checkpoint:
         step = steps[-1]
     if step not in steps:
         there = ", ".join(map(str, steps))
-        raise UserError(f"{run.path} has no checkpoint of step {step}: it has those of {there}")
+        raise UserError(
+            f"{run.path} has no checkpoint of step {step}: it has checkpoints of the steps {there}"
+        )
     path, description = run.checkpoint(step), run.read()
     state = _read_state(path, description.id)
     if state.step != step:
@@ -192,7 +194,7 @@ def _read_state(path: Path, run: str) -> _State:
 
 
 def _check(path: Path, tensors: Mapping[str, Tensor], description: Description) -> None:
-    """Check that numbers are finite and masks have the run's density.
+    """Check that all numbers are finite and that the masks have their first densities.
 
     Raises:
         UserError: a number is not finite, or a task's mask has another density than its first mask.
@@ -214,7 +216,7 @@ def _check(path: Path, tensors: Mapping[str, Tensor], description: Description) 
     ):
         if active != at_first:
             raise _damaged(
-                path, f"the mask of {task} has {active} active weights, and at first {at_first}"
+                path, f"the mask of {task} has {active} active weights and began with {at_first}"
             )
 
 

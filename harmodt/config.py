@@ -24,8 +24,8 @@ MaskInitialisation = Literal["erk", "uniform", "magnitude"]
 # A larger model is of no use. PyTorch would build it for hours until the memory is full.
 ModelSize = Annotated[int, Meta(ge=1, le=2**16)]
 
-# Embedding dimension, layers, heads. The first four sizes are from Table 3 of the paper, whose
-# parameter counts hold for d = 128. The last size has the d = 256 of its Table 6.
+# Embedding dimension, layers, heads. The first four sizes are from Table 3 of the paper; its
+# parameter counts hold for d = 128. The last size has d = 256 as in Table 6.
 SIZES: dict[str, tuple[int, int, int]] = {
     "0.48M": (128, 1, 2),
     "0.87M": (128, 3, 4),
@@ -45,7 +45,8 @@ class DataSettings:
     tasks: tuple[str, ...] = ()
     """Tasks or task sets to train on; by default all tasks of the store."""
     tasks_per_step: Count = 5
-    """Number of tasks in a step, over which Eq. 11 is averaged. A run of fewer tasks uses all."""
+    """Number of tasks in a step; their losses are averaged (Eq. 11). A run of fewer tasks uses all
+    of them in each step."""
     batch_per_task: Count = 8
     """Windows per task and step."""
     task_sampling: Literal["random", "round-robin"] = "random"
@@ -115,7 +116,8 @@ class PromptSettings:
     prompt_length: ModelSize = 5
     """K*, steps of the prompt."""
     prompt_pool: Count = 5
-    """Number of prompt episodes per task that prompts come from; they have the highest returns."""
+    """Number of prompt episodes per task from which prompts are drawn: the ones with the highest
+    returns."""
     prompt_position: Literal["random", "end"] = "random"
     """random: a prompt is any K* consecutive steps of an episode. end: a prompt is the K* steps
     before the last step, and evaluations use the best episode, as in the authors' code."""
@@ -132,11 +134,11 @@ class MaskSettings:
     earlier one."""
     sparsity_by_loss: tuple[ShareBelowOne, ShareBelowOne] | None = None
     """Lowest and highest sparsity, instead of one sparsity for all tasks. The task with the highest
-    loss under the first weights gets the lowest sparsity. The other tasks follow in even steps."""
+    loss under the initial weights gets the lowest sparsity, and the others follow in even steps."""
     mask_initialisation: MaskInitialisation = "erk"
-    """How the first masks are made. erk and uniform draw them at random: erk with ERK densities,
-    uniform with one density for all matrices. magnitude takes the largest weights, which are the
-    same for every task."""
+    """How the first masks are made. erk and uniform draw them at random: erk with higher densities
+    for small matrices (Erdős–Rényi-Kernel), uniform with one density for all. magnitude takes the
+    largest weights, which are the same for every task."""
     shared_mask: bool = False
     """Draw one first mask for all tasks. harmodt-r keeps it; other algorithms then learn a mask for
     each task."""
@@ -272,7 +274,7 @@ class EvaluationSettings:
     evaluate_every: Whole = 0
     """Steps between evaluations during training; 0 for none before the end."""
     evaluation_episodes: Whole = 10
-    """Episodes per task of each evaluation; 0 for no evaluation at all."""
+    """Episodes per task in each evaluation; 0 for no evaluation at all."""
     target_return: float | None = None
     """Return to aim at in evaluations; by default the best return in each task's data."""
 
@@ -300,7 +302,7 @@ class RunSettings:
     precision: Precision = "fp32"
     """Precision of matrix products (tf32: only on GPUs); weights and optimiser stay in fp32."""
     log_every: Count = 20
-    """Steps between metrics."""
+    """Steps between two lines of metrics."""
     checkpoint_every: Count = 200
     """Steps between checkpoints."""
     keep_checkpoints: Count = 3
@@ -330,11 +332,11 @@ class TrainConfig:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # These settings had the highest measured success over seeds: docs/quickstart.md.
+    # The defaults had the highest measured success over seeds: docs/quickstart.md.
     "quickstart": {},
-    # Table 6 of the paper, with the model size of its parameter counts. The paper does not state
-    # tasks per step, windows, warm-up, initialisation, dropout of embeddings and the position of
-    # prompts: here the preset follows the authors' code. It uses fused kernels only with --fused.
+    # Table 6 of the paper, with the model size that gives the paper's parameter counts. The paper
+    # does not state tasks per step, windows, warm-up, initialisation, dropout of embeddings and the
+    # position of prompts, so the preset takes them from the authors' code.
     "paper": {
         "fused": False,
         "dropout": 0.1,

@@ -1,4 +1,4 @@
-"""Chooses device, kernels and precision of a model, and prepares the CPU."""
+"""Chooses device, kernels and precision of a model, and prepares a process for a CPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .cores import SHARE, count_cores
 from .errors import UserError
 from .graph import CallGraph, CudaGraph
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of mallopt(3)
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of mallopt(3)
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Execution:
         backend: the implementation of the model's operations.
         precision: the precision of matrix products.
         graph: whether steps, mask updates and policy calls may be captured and replayed.
-        memory: the memory of all captured graphs on a CPU; one thread replays them in turn.
+        memory: the memory that all captured graphs on a CPU share. They can share it because one
+            thread replays them in turn.
     """
 
     device: torch.device
@@ -65,7 +66,7 @@ class Execution:
         return cls(found, _choose_backend(fused, found), precision, graph)
 
     def computing(self) -> contextlib.AbstractContextManager[Any]:
-        """A context that sets this precision."""
+        """A context in which matrix products have this precision."""
         return self.backend.precision(self.precision, self.device)
 
     @property
@@ -88,7 +89,7 @@ class Execution:
         """Make a graph of a function; if that is not possible, return the function itself.
 
         Args:
-            function: a function as `Graph` needs it.
+            function: a function that meets the conditions of `Graph`.
         """
         if not self.repeats:
             return function
@@ -111,7 +112,7 @@ def find_device(name: str) -> torch.device:
     except Exception:  # PyTorch has many error types for devices that its build lacks
         pass
     there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    raise UserError(f"device {name!r} is not there: this machine has {', '.join(there)}")
+    raise UserError(f"there is no device {name!r}: give auto or one of {', '.join(there)}")
 
 
 def _choose_backend(fused: bool, device: torch.device) -> Backend:
@@ -120,7 +121,7 @@ def _choose_backend(fused: bool, device: torch.device) -> Backend:
     try:
         return fused_backend(device)
     except BackendUnavailable as error:
-        raise UserError(f"--fused: {error}; --no-fused is the reference path") from None
+        raise UserError(f"--fused: {error}; --no-fused selects plain PyTorch") from None
 
 
 def prepare_cpu() -> None:
@@ -133,7 +134,7 @@ def prepare_cpu() -> None:
     their number.
 
     Raises:
-        UserError: `HARMODT_CORES` is no whole number of 1 or more.
+        UserError: `HARMODT_CORES` is not a whole number of 1 or more.
     """
     torch.set_flush_denormal(True)
     _keep_freed_memory()

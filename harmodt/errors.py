@@ -1,4 +1,4 @@
-"""Errors for the person at the keyboard. The sentences for the system's errors stand only here."""
+"""Prints errors for the person at the keyboard, also the errors of the operating system."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _SYSTEM = {
     errno.EAGAIN: ("no more processes are allowed", "end others or raise the limit (ulimit -u)"),
     errno.ENOMEM: ("there is not enough memory", "end other programs"),
 }
-"""The system's errors: what happened, and what to do about it."""
+"""For each error of the operating system, what happened and what to do about it."""
 
 _OUT_OF_MEMORY = (
     "not enough memory",
@@ -84,7 +84,9 @@ def printable(text: object) -> str:
 
 @contextmanager
 def going_on(how: str) -> Iterator[None]:
-    """Attach advice to errors in a block; it replaces the advice to give the same command again.
+    """Attach advice to the errors of a `with` block.
+
+    Without it, they end with "give the same command again".
 
     Args:
         how: an instruction to the person, such as "go on with: COMMAND".
@@ -106,7 +108,7 @@ def run_command(main: Callable[[], None]) -> None:
     _print_anything()
     try:
         _check_packages()
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by harmodt/__init__.py
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # harmodt/__init__.py set it
             signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
     except BrokenPipeError:  # the reader of the output has ended, as in `... --help | head`
@@ -142,8 +144,8 @@ def describe(error: Exception) -> str | None:
 def raise_refusal(error: Exception, where: object) -> None:
     """Raise an error again, with the file's name, if the system refused to read the file.
 
-    A refusal proves nothing about the file, so no reader may call it damage. Readers themselves
-    report a missing file.
+    A refusal does not prove that the file is damaged, so a reader must not say so. This function
+    ignores a missing file, because each reader has its own sentence for it.
     """
     if isinstance(error, OSError) and error.errno in _SYSTEM and error.errno != errno.ENOENT:
         error.filename = error.filename or str(where)
@@ -166,8 +168,8 @@ def _describe_unexpected(error: Exception) -> str:
         print(text, file=sys.stderr)
         where = "the lines above"
     return (
-        f"unexpected {type(error).__name__}{_first_line(error)} in `{command}`: please report it "
-        f"with the traceback in {where}; all written files are kept: to try again, "
+        f"unexpected {type(error).__name__}{_first_line(error)} in `{command}`. All written files "
+        f"are kept. Please report this error with the traceback in {where}. To try again, "
         f"{_how_to_go_on(error)}"
     )
 
@@ -178,14 +180,14 @@ def _first_line(error: Exception) -> str:
 
 
 def _print_anything() -> None:
-    """Print an escape for a character that the terminal's encoding lacks, instead of failing."""
+    """Print escapes for characters that the terminal's encoding lacks, in place of an error."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _check_packages() -> None:
-    """Refuse packages that are too old, such as another NumPy on PYTHONPATH.
+    """Refuse packages that are too old, such as an old NumPy on PYTHONPATH.
 
     Raises:
         UserError: a package is too old; the error names its folder and both versions.

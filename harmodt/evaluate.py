@@ -38,21 +38,21 @@ class PolicyOptions:
     """Training step of the checkpoint; by default the last one."""
     unseen: Path | None = None
     """A store of unseen tasks, which the run was not trained on. The policy plays them in place of
-    the run's tasks; it reads only their prompt episodes."""
+    the run's tasks. It needs only their prompt episodes."""
     mask: tuple[Mask, ...] = ()
     """Mask of the policy. For the run's tasks: task (each task's own mask, the default) or voted
     (the mask of Eq. 13 for all tasks). For unseen tasks: voted (the default if the run has masks),
     none (no mask), random (a random mask as dense as the voted one) or nearest (the mask of the
-    training task whose gradient on the prompts agrees most). Several masks are compared in one
-    table."""
+    training task whose gradient on its prompts agrees most with the unseen task's gradient).
+    Several masks are compared in one table."""
     threshold: NotNegative | None = None
-    """Threshold of the voted mask: a share of the training tasks, or a number of tasks; by default
-    the run's."""
+    """A weight is in the voted mask if more than this number of training tasks use it. A number
+    below 1 is a share of the tasks. By default the run's threshold."""
     sampler: Sampler | None = None
-    """How MTDiff draws its plans: through all steps of the diffusion (ddpm) or through some (ddim);
-    by default as in the run."""
+    """How MTDiff draws its plans: with all steps of the diffusion (ddpm) or with some (ddim); by
+    default the run's."""
     sampling_steps: Count | None = None
-    """Number of ddim steps in which a plan is drawn; by default the run's."""
+    """Number of steps with which ddim draws a plan; by default the run's."""
     device: str | None = None
     """PyTorch device, such as cpu, cuda or cuda:1; by default the run's."""
     precision: Literal["fp32", "tf32", "bf16"] | None = None
@@ -132,7 +132,7 @@ def _output(config: EvaluateConfig) -> Path:
 
 
 def _elsewhere() -> AbstractContextManager[None]:
-    return going_on("(or with another --output) give the same command again")
+    return going_on("give the same command again, or name another --output")
 
 
 def _play(config: EvaluateConfig, policy: Policy, console: PlainConsole) -> EvaluationResult:

@@ -83,7 +83,8 @@ def import_checkpoint(config: ImportCheckpointConfig) -> AuthorsCheckpoint:
     check(settings)
     with owned(config.output):
         made, final = RunDirectory(config.output / ".import"), RunDirectory(config.output)
-        if made.path.exists() and not final.description.exists():  # killed between the moves
+        # A kill may have come between the moves below.
+        if made.path.exists() and not final.description.exists():
             shutil.rmtree(final.checkpoints, ignore_errors=True)
         shutil.rmtree(made.path, ignore_errors=True)
         final.check_empty()
@@ -101,7 +102,7 @@ def import_checkpoint(config: ImportCheckpointConfig) -> AuthorsCheckpoint:
 def _tasks(
     config: ImportCheckpointConfig, found: AuthorsCheckpoint, store: DataStore
 ) -> tuple[str, ...]:
-    """Return the store's name of each mask's task."""
+    """Return the task of each mask in the file, as the store names it."""
     names = config.tasks or tuple(found.masks)
     tasks = family(store.environment.family).resolve_tasks(names)
     if len(tasks) != len(found.masks):
@@ -113,12 +114,12 @@ def _tasks(
 
 
 def _settings(config: ImportCheckpointConfig, found: AuthorsCheckpoint) -> TrainConfig:
-    """Return the run's settings. The paper preset gives those that file and command leave open."""
+    """Return the run's settings. The paper preset sets what the file and the command do not say."""
     embed_dim, layers, max_timesteps = found.shape
     heads = config.heads or {size[1]: size[2] for size in SIZES.values()}.get(layers)
     if heads is None:
         raise UserError(
-            f"{config.file} has {layers} blocks and does not say how many heads each has: give "
+            f"{config.file} has {layers} blocks and does not say how many heads they have: give "
             "--heads"
         )
     numbered = re.search(r"([0-9]{1,8})$", config.file.name)

@@ -43,8 +43,8 @@ def progress_bar(
     """Return a bar with a description, a count, further fields, and the time elapsed and left.
 
     Args:
-        unit: the name of what the bar counts.
-        fields: names of texts that `Progress.update` may set, such as a loss.
+        unit: the word after the count, such as "steps".
+        fields: the names of further texts, such as a loss; `Progress.update` sets them.
         enabled: False draws nothing.
         console: the console that shows the bar; by default standard output.
     """

@@ -67,6 +67,7 @@ class Measure:
 
     def differences(self, other: Measure) -> list[str]:
         """Describe each difference between the other measure and this one."""
+        # pop removes the environment before its entries are merged.
         ours, theirs = (
             values | values.pop("environment") for values in (asdict(self), asdict(other))
         )
@@ -479,7 +480,7 @@ def _odd(content: _Content, protocol: Protocol) -> str | None:
 
 
 def _number(value: float) -> str:
-    """Format a return; one below 1000 gets a decimal."""
+    """Format a return; a return below 1000 gets one decimal."""
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.1f}"
 
 

@@ -65,12 +65,12 @@ class Description:
         config: all settings as JSON.
         active_weights: number of active weights in each task's mask, which is the same at every
             step. Empty without masks, or if the number changes.
-        changes: settings that were changed on resuming: the step, the old and the new value.
+        changes: the settings that a resumed run changed: step, name, old and new value.
         parts: the device and versions of each part of the run, in the order of the steps.
         preset, parameters: the preset and the number of parameters, for a report.
         episode_length: number of steps of the longest training episode, and of episodes in
-            evaluations. None in a run of an earlier version; its evaluations have the length of the
-            environments.
+            evaluations. None in a run of an earlier version; its evaluations have the
+            environments' episode length.
         device, backend, versions: the first part of the run, as earlier versions wrote it.
     """
 
@@ -92,7 +92,7 @@ class Description:
 
     def __post_init__(self) -> None:
         if self.active_weights and len(self.active_weights) != len(self.tasks):
-            raise ValueError("active_weights has another number of tasks")
+            raise ValueError("active_weights and tasks have different lengths")
         if not self.parts:
             only = Part(0, self.device, self.backend, self.versions)
             object.__setattr__(self, "parts", (only,))
@@ -184,7 +184,7 @@ class RunDirectory:
         Raises:
             UserError: the directory is not empty.
         """
-        # A run that is killed before it writes run.json leaves at most this file.
+        # A run that is killed before it writes run.json leaves at most this file and hidden files.
         leftovers = {self.conditioning.name}
         if self.path.exists() and any(
             file.name not in leftovers and not file.name.startswith(".")

@@ -67,7 +67,7 @@ def parse_arguments(kind: Any, arguments: Sequence[str] | None = None, **options
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         return tyro.cli(kind, args=arguments, console_outputs=False, **options)
-    except SystemExit:
+    except SystemExit:  # help or an error is due: parse again to print it
         if "default" in options:
             shown = {name: _shown(value) for name, value in settings(options["default"])}
             options["default"] = change(options["default"], shown)
@@ -111,7 +111,7 @@ def _check_value(name: str, value: Any, kind: Any) -> None:
     try:
         msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        index = re.search(r"`\$\[([0-9]+)\]`", str(error))
+        index = re.search(r"`\$\[([0-9]+)\]`", str(error))  # `$[2]`: a tuple's third element
         wrong = value[int(index[1])] if index else value
     else:
         values = value if isinstance(value, tuple) else (value,)

@@ -60,8 +60,8 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> Average:
     the same entries of both, so that effects which both share cancel.
 
     All pairs of successes may differ by the same d, in [-1, 1]. The bootstrap then has no spread.
-    Let s be the upper bound of Wilson's interval for 0 of all pairs. The interval then allows that
-    a share s of other pairs differs by -1 or by 1 instead of d.
+    Let s be the upper bound of Wilson's interval for 0 successes in as many trials as pairs. The
+    interval then allows that a share s of the pairs differs by -1 or by 1 instead of d.
 
     Raises:
         ValueError: the shapes differ.

@@ -132,7 +132,9 @@ def _report(trainer: Trainer, trained: Trained) -> None:
     if trained.best is not None and trained.best[0] != trainer.step:
         step, score = trained.best
         name = "success" if trainer.setup.environment.success else "mean return"
-        console.print(f"best {name} {score:.2f} at step {step}; the table is the last")
+        console.print(
+            f"best {name} {score:.2f} at step {step}; the table shows the last evaluation"
+        )
     path = trainer.directory.path
     console.print(f"run: {path}", soft_wrap=True)
     report = f"python -m harmodt.report {shlex.quote(str(path))}"
@@ -140,7 +142,7 @@ def _report(trainer: Trainer, trained: Trained) -> None:
 
 
 def _end(trainer: Trainer) -> NoReturn:
-    """Print the signal that ended the run early and the command that goes on; exit."""
+    """Print the signal that ended the run early and the command that resumes it; exit."""
     by = trainer.stop.signal
     assert by is not None
     unread = by is signal.SIGPIPE
@@ -185,7 +187,7 @@ def resume(path: Path, arguments: Sequence[str]) -> Trainer:
     for name, new in after.items():
         if new != before[name] and name not in _CHANGEABLE + _RECORDED:
             raise UserError(
-                f"{name} cannot change from {before[name]} to {new} in a run that goes on: "
+                f"{name} cannot change from {before[name]} to {new} in a resumed run: "
                 "leave it out, or begin a new run"
             )
     return run.resume(saved, config)
@@ -241,7 +243,7 @@ def _refuse_settings_of_others(arguments: Sequence[str], config: TrainConfig) ->
         having = [a for a, row in ALGORITHMS.items() if row.reads(name)]
         if having:
             raise UserError(
-                f"--{name.replace('_', '-')} is no setting of {config.algorithm}, but of "
+                f"--{name.replace('_', '-')} is not a setting of {config.algorithm}, but of "
                 f"{', '.join(having)}: leave it out, or name one of them with --algorithm"
             )
 

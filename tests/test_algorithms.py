@@ -123,7 +123,9 @@ def test_it_goes_on_after_a_kill(store: DataStore, tmp_path: Path) -> None:
 
 
 def test_it_has_its_own_settings(store: DataStore, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--sparsity is no setting of actor-critic, but of harmodt"):
+    with pytest.raises(
+        UserError, match="--sparsity is not a setting of actor-critic, but of harmodt"
+    ):
         begin(store, tmp_path / "run", "--sparsity", "0.5")
     with pytest.raises(UserError, match="hidden is 0: give 1 or more"):
         begin(store, tmp_path / "run", "--hidden", "0")

@@ -48,7 +48,7 @@ def test_the_last_checkpoint_is_the_default_and_others_can_be_named(run):
         save(run, step)
     assert load_checkpoint(run).step == 300
     assert load_checkpoint(run, 40).step == 40
-    with pytest.raises(UserError, match="step 41: it has those of 5, 40, 300"):
+    with pytest.raises(UserError, match="step 41: it has checkpoints of the steps 5, 40, 300"):
         load_checkpoint(run, 41)
 
 

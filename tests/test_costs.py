@@ -133,7 +133,7 @@ def test_records_of_the_other_kind_are_refused(store, tmp_path):
     for path, other in ((directory.metrics, directory.costs), (directory.costs, directory.metrics)):
         content = path.read_bytes()
         path.write_bytes(other.read_bytes())
-        with pytest.raises(UserError, match=f"{path.name} holds the numbers of another file"):
+        with pytest.raises(UserError, match=f"{path.name} holds the records of another file"):
             train.main(["--resume", str(tmp_path / "run")])
         path.write_bytes(content)
 

@@ -13,7 +13,7 @@ from harmodt.errors import UserError
 )
 @pytest.mark.filterwarnings("ignore:'mkldnn' is no longer used")
 def test_a_device_that_cannot_compute_here_is_refused(name):
-    with pytest.raises(UserError, match=f"device '{name}' is not there: this machine has cpu"):
+    with pytest.raises(UserError, match=f"there is no device '{name}': give auto or one of cpu"):
         find_device(name)
 
 

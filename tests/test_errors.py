@@ -129,8 +129,8 @@ def test_other_errors_are_bugs_whose_traceback_is_in_a_file(tmp_path, capsys, mo
     (file,) = tmp_path.iterdir()
     assert status == 1 and text.count("\n") == 1
     assert text.startswith("error: unexpected ZeroDivisionError (by) in `")
-    assert f"report it with the traceback in {file}; " in text
-    assert text.endswith("to try again, give the same command again\n")
+    assert f"report this error with the traceback in {file}. " in text
+    assert text.endswith("To try again, give the same command again\n")
     written = file.read_text()
     assert "Traceback (most recent call last)" in written and "in main\n" in written
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))

@@ -148,7 +148,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_played(
         command(monkeypatch, run, "--output", tmp_path / "file" / "results")
     assert exit.value.code == 2 and played == []
     assert capsys.readouterr().err.endswith(
-        "then (or with another --output) give the same command again\n"
+        "then give the same command again, or name another --output\n"
     )
     with pytest.raises(Stop):
         command(monkeypatch, run, "--output", tmp_path / "a" / "b")
@@ -177,7 +177,7 @@ def test_a_result_that_cannot_be_written_is_shown(run, monkeypatch, capsys, tmp_
     shown, error = capsys.readouterr()
     assert exit.value.code == 2 and "50/50" in shown and "average" in shown
     assert "the disk is full" in error
-    assert error.endswith("(or with another --output) give the same command again\n")
+    assert error.endswith("give the same command again, or name another --output\n")
 
 
 def test_settings_of_the_command_are_those_of_the_request(run, monkeypatch, played):
@@ -217,7 +217,7 @@ def test_help_groups_the_settings(monkeypatch, capsys):
         (["--device", "cuda:77"], "cuda:77.*cpu"),
         (["--device", "abacus"], "abacus.*cpu"),
         (["--precision", "tf32"], "tf32.*GPU"),
-        (["--sampler", "ddpm"], "does not plan: leave --sampler and --sampling-steps out"),
+        (["--sampler", "ddpm"], "draws no plans: leave --sampler and --sampling-steps out"),
         (["--sampling-steps", "0"], "sampling_steps is 0: give 1 or more"),
         (["--sampler", "ddpm", "--sampling-steps", "3"], "all steps .*: leave sampling_steps out"),
         (["--episode-length", "501"], "episode_length is 501: give 1 to 500"),

@@ -486,8 +486,8 @@ def one_more(tensors):
     [
         (as_integers, "is torch.int32, not torch.float32"),
         (not_finite, "optimizer.first_moment has numbers that are NaN"),
-        (all_zero, "has 0 active weights, and at first"),
-        (one_more, "active weights, and at first"),
+        (all_zero, "has 0 active weights and began with"),
+        (one_more, "active weights and began with"),
         (lambda tensors: tensors.pop("optimizer.first_moment"), "the checkpoint lacks it"),
     ],
 )
@@ -506,7 +506,7 @@ def test_tensors_that_cannot_be_the_runs_are_refused(run, change, message):
 def test_as_many_numbers_of_active_weights_as_tasks(run):
     directory = RunDirectory(run)
     directory.update({"active_weights": [directory.read().active_weights[0]]})
-    assert "is damaged (active_weights has another number of tasks)" in refused(run)
+    assert "is damaged (active_weights and tasks have different lengths)" in refused(run)
 
 
 def test_masks_keep_their_density(run):

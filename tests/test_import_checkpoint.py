@@ -303,7 +303,7 @@ def _mask(name: str, value: object) -> Callable[[dict[str, Any]], Any]:
         (lambda content: {"model": content["model"]}, "has no 'env_masks' with named entries"),
         (lambda content: content | {"env_masks": {}}, "has no 'env_masks' with named entries"),
         (lambda content: content | {"env_masks": {"a": 1}}, "has no 'a' with named entries"),
-        (lambda content: content | {"optimizer": Command()}, "cannot be read without running code"),
+        (lambda content: content | {"optimizer": Command()}, "runs no code from a file"),
         (_weights({"reach-v2_embed_state.weight": torch.zeros(1)}), "--special_embedding"),
         (_weights({"adapter.weight": torch.zeros(1)}), "has the weight 'adapter.weight'"),
         (_without("embed_timestep.weight"), "no tensor 'embed_timestep.weight'"),
@@ -337,8 +337,8 @@ def test_a_file_that_cannot_be_used_is_named_and_nothing_is_written(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"file": "missing"}, "missing is no file"),
-        ({"file": "short"}, "short is damaged, or holds more than tensors"),
+        ({"file": "missing"}, "missing is not a file"),
+        ({"file": "short"}, "short is damaged, or holds objects other than tensors"),
         ({"file": "unnumbered"}, "unnumbered does not end in a number of training steps"),
         ({"data": "missing"}, "there is no store in"),
         ({"tasks": ("reach", "push")}, "masks for 3 tasks, reach-v2, .* 2 tasks are named"),

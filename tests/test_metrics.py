@@ -106,7 +106,7 @@ def plays(scores: dict[int, float]):
 
 
 HIGH_FIRST = {4: 0.75, 8: 0.25, 12: 0.5}
-BEST = "best success {} at step {}; the table is the last"
+BEST = "best success {} at step {}; the table shows the last evaluation"
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,9 @@ def test_settings_that_mean_nothing_are_refused(store: DataStore, tmp_path: Path
     }
     for algorithm, names in refused.items():
         for name in (*names, "sparsity", "prompt-length", "context-length"):
-            with pytest.raises(UserError, match=f"--{name} is no setting of {algorithm}, but of h"):
+            with pytest.raises(
+                UserError, match=f"--{name} is not a setting of {algorithm}, but of h"
+            ):
                 begin(store, tmp_path / "run", f"--{name}", "0.5", algorithm=algorithm)
     begin(store, tmp_path / "run", *SMALL, "--return-scale", "7", algorithm="mtiql")
 

@@ -134,7 +134,7 @@ def test_the_masks_of_two_tasks_are_not_taken_for_each_other(
     tensors = load_checkpoint(directory).tensors
     tensors["masks"] = tensors["masks"].flip(0)
     save_checkpoint(directory, 16, tensors)
-    with pytest.raises(UserError, match=r"mask of reach-v3 has .* active weights, and at first"):
+    with pytest.raises(UserError, match=r"mask of reach-v3 has .* active weights and began with"):
         load_checkpoint(directory, 16)
 
 

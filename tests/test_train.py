@@ -146,8 +146,8 @@ def test_tf32_on_a_cpu_is_refused(store, tmp_path):
 
 
 def test_a_missing_device_is_named(store, tmp_path):
-    assert "device 'cuda:7' is not there" in refused(store, tmp_path, "--device", "cuda:7")
-    assert "device 'gpu' is not there" in refused(store, tmp_path, "--device", "gpu")
+    assert "no device 'cuda:7'" in refused(store, tmp_path, "--device", "cuda:7")
+    assert "no device 'gpu'" in refused(store, tmp_path, "--device", "gpu")
 
 
 def test_a_task_that_is_not_there_is_named(store, tmp_path):
@@ -194,7 +194,9 @@ def test_bad_settings_are_named_when_a_run_goes_on(store, tmp_path):
 
 
 def test_a_setting_of_another_algorithm_is_refused(store, tmp_path):
-    with pytest.raises(UserError, match=r"--sparsity is no setting of prompt-dt, but of harmodt-f"):
+    with pytest.raises(
+        UserError, match=r"--sparsity is not a setting of prompt-dt, but of harmodt-f"
+    ):
         begin(store, tmp_path / "run", "--sparsity", "0.5", algorithm="prompt-dt")
     with pytest.raises(UserError, match="did you mean harmodt-f"):
         train.main(["--algorithm", "harmodtf"])

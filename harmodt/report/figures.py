@@ -20,7 +20,8 @@ COLOURS = 10
 """Number of run colours in page.css. Further runs use the same colours with dashed lines."""
 
 POINTS = 2400
-"""Limit of points in all lines of a plot. Longer lines average neighbouring points."""
+"""Largest number of points in all lines of a plot together. Longer lines average neighbouring
+points."""
 
 Row = list[Any]
 Spec = dict[str, Any]
@@ -94,6 +95,7 @@ CONFIG: Spec = {
 }
 """Vega-Lite settings that all plots share."""
 
+# page.js sets the parameter `hidden` to the indices of the runs that the reader hides.
 _SHOWN: Spec = {"filter": "indexof(hidden, datum.run) < 0"}
 _HIDDEN: Spec = {"name": "hidden", "value": []}
 
@@ -188,13 +190,13 @@ def thinned(series: Sequence[tuple[int, float]], most: int) -> list[tuple[int, f
 
     The step of a group is the step of its last point.
     """
-    together = -(-len(series) // most) if series else 1
+    together = -(-len(series) // most) if series else 1  # points in a group, rounded up
     groups = (series[i : i + together] for i in range(0, len(series), together))
     return [(group[-1][0], float(np.mean([value for _, value in group]))) for group in groups]
 
 
 def throughput(run: ReportedRun) -> list[tuple[int, float]]:
-    """Return the training steps per second, without the time of other parts."""
+    """Return the training steps per second between records, without the time of `PARTS`."""
     found, step, spent = [], 0, 0.0
     for record in run.costs:
         seconds = of_steps(record)
@@ -255,7 +257,7 @@ def time_by_part(runs: Sequence[ReportedRun]) -> Plot | None:
 
 
 def changed_by_layer(runs: Sequence[ReportedRun]) -> Plot | None:
-    """Plot bounds of the share of each layer's mask bits that ever changed; None without data."""
+    """Plot which share of each layer's mask bits ever changed, by bounds; None without data."""
     rows: list[Row] = []
     layers: list[str] = []
     for index, run in enumerate(runs):
@@ -314,7 +316,7 @@ def changed_by_layer(runs: Sequence[ReportedRun]) -> Plot | None:
 
 
 def layer_changes(run: ReportedRun) -> list[tuple[str, float, float]]:
-    """Return each layer with bounds of the share of its mask bits that ever changed."""
+    """Return each layer with a lower and an upper bound of the share of its bits that changed."""
     changed, differing = run.by_layer("changed/"), run.by_layer("differing/")
     if not changed or run.masks is None:
         return []
@@ -364,7 +366,7 @@ def overlap(runs: Sequence[ReportedRun]) -> Plot | None:
                         "y": "task",
                         "x": "and task",
                         "overlap": "overlap",
-                        "beyond": "deviations beyond chance",
+                        "beyond": "standard deviations beyond chance",
                     },
                     formats={"overlap": ".5f"},
                 ),

@@ -23,7 +23,7 @@ async function draw(plot) {
   const variant = plot.variants[chosen[plot.choice]];
   views.get(plot.name)?.finalize();
   views.delete(plot.name);
-  place.textContent = variant ? "" : "There is nothing to show of this choice.";
+  place.textContent = variant ? "" : "There is nothing to show for this choice.";
   if (!variant) return;
   const spec = {
     width: "container",
@@ -42,6 +42,7 @@ async function draw(plot) {
   await hide(view);
 }
 
+// Tells a plot which runs are hidden. Plots of a single run have no such signal.
 function hide(view) {
   if (!("hidden" in view.getState({ signals: (name) => name === "hidden" }).signals)) return;
   return view.signal("hidden", [...hidden]).runAsync();
@@ -72,6 +73,7 @@ function sort(button) {
     return Number(x) - Number(y);
   };
   rows.sort((a, b) => (descending ? compare(b, a) : compare(a, b)));
+  // Rows without a number go to the end; the others keep their order.
   if (numbers) rows.sort((a, b) => (value(a) === undefined) - (value(b) === undefined));
   body.append(...rows);
   for (const other of heading.parentElement.children) other.removeAttribute("aria-sort");
@@ -84,7 +86,8 @@ for (const button of document.querySelectorAll(".sortable th button")) {
 for (const button of document.querySelectorAll("#key button")) {
   button.addEventListener("click", async () => {
     const run = Number(button.dataset.run);
-    const shown = hidden.delete(run) || !hidden.add(run);
+    const shown = hidden.delete(run); // true if the run was hidden until now
+    if (!shown) hidden.add(run);
     button.setAttribute("aria-pressed", String(shown));
     await Promise.all([...views.values()].map(hide));
   });

@@ -40,7 +40,7 @@ def write_report(runs: Sequence[Path], output: Path) -> None:
 
     Raises:
         UserError: a package of harmodt[report] is missing; a directory holds no run or is named
-            twice; a file of a run is damaged; or `output` exists and is no page of runs.
+            twice; a file of a run is damaged; or `output` exists and is not a page of runs.
     """
     check_packages()
     _check_place(output)
@@ -69,7 +69,7 @@ def _check_place(output: Path) -> None:
         with open(output, "rb") as file:
             if file.read(len(start)) == start:
                 return
-    raise UserError(f"{output} exists and is no page of runs: name another --output")
+    raise UserError(f"{output} exists and is not a page of runs: name another --output")
 
 
 def _page(runs: Sequence[ReportedRun]) -> str:
@@ -170,7 +170,7 @@ def _lacking(
 
     Args:
         runs: the runs.
-        has: tells whether a run has it.
+        has: tells whether a run has the thing.
         what: the beginning of the sentence.
     """
     names = [run.name for run in runs if not has(run)]
@@ -204,7 +204,7 @@ def _training(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
             figures.over_training("loss", "loss", runs, lambda run: run.series("loss")),
             plots,
             "Loss",
-            "Mean over the tasks of the steps since the last record"
+            "Mean over the steps since the last record and over the tasks of each step"
             f"{'; a point is the mean of neighbouring records' if _thinned(runs) else ''}.",
         ),
         _figure(
@@ -344,9 +344,9 @@ def _facts(run: ReportedRun) -> str:
     overlap, beyond = masks.overlap[upper], masks.beyond_chance[upper]
     said += (
         f" Two masks overlap by {overlap.mean():.4f} on average, {overlap.min():.4f} to "
-        f"{overlap.max():.4f}. {int((np.abs(beyond) > 3).sum())} of {len(beyond)} pairs differ by "
-        "over three standard deviations from random masks of the same densities in how many "
-        "weights they share."
+        f"{overlap.max():.4f}. In {int((np.abs(beyond) > 3).sum())} of {len(beyond)} pairs, the "
+        "number of shared weights is more than three standard deviations from the mean of random "
+        "masks with the same densities."
     )
     if tasks > 2:
         said += f" The plane shows {percent(masks.places()[1])} of the masks' variance."
@@ -405,7 +405,8 @@ def _costs(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
             figures.over_training("speed", "steps/s", runs, figures.throughput, from_zero=True),
             plots,
             "Throughput",
-            "Training steps per second, without the time of other parts.",
+            "Training steps per second, without the time of mask updates, evaluations and "
+            "checkpoints.",
         ),
         _figure(
             figures.time_by_part(runs),
@@ -416,7 +417,8 @@ def _costs(runs: Sequence[ReportedRun], plots: list[Plot]) -> str:
     ]
     notes = _lacking(runs, lambda run: run.costs, "Time and memory were not recorded")
     memory = (
-        "Memory is the most that the training process held, without the workers of evaluations."
+        "Memory is the largest amount that the training process held, without the workers of "
+        "evaluations."
     )
     table = tables.costs(runs)
     return (

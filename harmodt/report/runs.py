@@ -121,10 +121,10 @@ def read_runs(paths: Sequence[Path]) -> list[ReportedRun]:
 
 
 def _compare(run: ReportedRun, runs: Sequence[ReportedRun]) -> ReportedRun:
-    """Return the run with the results that are compared. They share one measure in each family.
+    """Return the run with the results that are compared. Runs of one family share their measure.
 
-    It is the measure that most runs of the family have. If several do, a measure of evaluations
-    during training is preferred, then the measure with most episodes.
+    It is the measure with results of the most runs. Of equally common measures, one of evaluations
+    during training is preferred, then the one with the most episodes.
     """
     family = run.description.environment["family"]
     related = [other for other in runs if other.description.environment["family"] == family]

@@ -266,7 +266,7 @@ def protocol_notes(columns: Sequence[Column]) -> list[str]:
         )
     different = [n for n in first if n not in shown and any(p[n] != first[n] for p in found)]
     if different:
-        notes.append(f"The evaluations were measured differently in {', '.join(different)}.")
+        notes.append(f"The protocols of these evaluations differ in {', '.join(different)}.")
     return notes
 
 
@@ -337,6 +337,7 @@ def changes(runs: Sequence[ReportedRun]) -> str:
         differing = run.by_layer("differing/")
         tasks = len(run.description.tasks)
         active = sum(run.description.active_weights) / tasks  # 0 if their number changes
+        # Each move changes two bits: one weight leaves the mask, and another weight enters it.
         differ = sum(differing[-1][1].values()) / 2 / tasks if differing and active else None
         share = None if differ is None else differ / active
         rows.append(

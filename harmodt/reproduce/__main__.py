@@ -64,7 +64,7 @@ class ReproduceConfig:
     list: bool = False
     """Show all experiments."""
     dry_run: bool = False
-    """Show the runs, and estimate how long they would take from a few steps taken now."""
+    """Show the runs, and estimate their time from a few steps that are measured now."""
 
 
 def main() -> None:
@@ -105,7 +105,7 @@ def _find(kind: str, name: str, known: Collection[str]) -> None:
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
         names = ", ".join(map(repr, known))
-        raise UserError(f"there is no {kind} {name!r}: did you mean {nearest!r}? There are {names}")
+        raise UserError(f"there is no {kind} {name!r}: did you mean {nearest!r}? Known: {names}")
 
 
 def _reproduce(plan: Plan, folder: Folder, slots: Sequence[Mapping[str, str]]) -> None:
@@ -147,7 +147,7 @@ def _report(plan: Plan, folder: Folder) -> None:
 
 
 def _draw(what: str, path: Path, draw: Callable[[], None]) -> None:
-    """Write a file and print its path. If this fails, print why: the table is complete anyway."""
+    """Write a file and print its path. If this fails, print why and go on without the file."""
     try:
         draw()
     except UserError as error:

@@ -30,8 +30,7 @@ _EPISODE_LENGTH = 60
 
 
 def seconds_per_step(run: Run) -> float:
-    """Measure the time of a step on this machine, plus the time of a mask update, divided by the
-    steps between updates.
+    """Measure the seconds of a step on this machine, with the step's share of a mask update.
 
     Random numbers take the place of the run's data. The first steps and the first mask update are
     not timed. They compile kernels and capture CUDA graphs, which a run does only once.

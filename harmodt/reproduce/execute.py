@@ -23,7 +23,7 @@ from .jobs import Folder, Job
 
 POLL_SECONDS = 0.1
 END_SECONDS = 60
-"""Time in which a job that is asked to end has to save a checkpoint and end."""
+"""Time that a job gets to save a checkpoint and end, after it was asked to end."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ def find_slots(device: str, jobs: int) -> Sequence[Mapping[str, str]]:
     """Return the slots of this machine. Each slot runs one job at a time.
 
     A slot consists of environment variables for its jobs. They name the slot's GPU, or no GPU. If
-    there are several slots, they also give the slot its share of the cores. A variable such as
-    OMP_NUM_THREADS that is already set keeps its value.
+    there are several slots, the variables also limit a job to its share of the cores. A variable
+    such as OMP_NUM_THREADS that is already set keeps its value.
 
     Args:
         device: "cuda", "cpu", or "auto", which takes the GPUs if there are some.

@@ -18,7 +18,7 @@ Composition = Literal["near-optimal", "sub-optimal"]
 
 @dataclass(frozen=True)
 class Times:
-    """A multiple of the value that another setting has at the budget."""
+    """`factor` times the value that `setting` has at the budget."""
 
     factor: float
     setting: str
@@ -97,7 +97,7 @@ class Budget:
         settings: further settings that differ from the preset's, for algorithms that have them.
         unseen_episodes: the number of evaluation episodes per unseen task.
         episode_length: the steps of an episode in the data; None for the environments' length.
-        tasks: the number of tasks of each set, which are its first ones; None for all.
+        tasks: the number of tasks to use of each set, from its first task on; None for all.
         final_episodes: the number of evaluation episodes per task at the end; None for as many as
             in the evaluations during training.
     """
@@ -236,7 +236,7 @@ _ONE_MASK = Variant("HarmoDT-R, one mask for all", "harmodt-r", {"shared_mask": 
 # In the paper's Table 3, masks help this size most. Gradient surgery needs several tasks in a step.
 _MT10_SMALLEST = _sets("mt10", size="0.48M", tasks_per_step=8)
 _LONGER = {"steps": Times(10, "steps")}
-# Small enough for two cores; the usual model of 5.32 M parameters takes hours.
+# This model is small enough for two cores; the usual model of 5.32 M parameters takes hours.
 _SMALL_MTDIFF = Variant(
     "MTDIFF-P, 1.15 M",
     "mtdiff-p",

@@ -47,11 +47,11 @@ class Folder:
 
 
 class Job(Protocol):
-    """A command that is given once, or again until its result is there.
+    """A command that produces a result. After an interruption, the command is given again.
 
     Attributes:
         name: the name of the job and of its log.
-        needs: the names of the jobs that must be done before.
+        needs: the names of the jobs that must be done before this one.
         directory: the directory that the command writes.
     """
 
@@ -286,7 +286,7 @@ def _results(folder: Folder, run: Run, question: Question) -> dict[Path, Evaluat
 
 
 def _measure(folder: Folder, run: Run, question: Question) -> tuple[Measure, dict[str, float]]:
-    """Return the measure of a question, and the target return of each task."""
+    """Return the measure of a question's results, and the target return of each task."""
     directory = folder.run(run)
     description = directory.read()
     request = Request(episodes=question.episodes, episode_length=description.episode_length)

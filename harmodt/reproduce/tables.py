@@ -156,7 +156,7 @@ class Outcome:
 
     @property
     def _headings(self) -> list[str]:
-        """The headings of `_cells`. The paper has a heading only if it has such results."""
+        """The headings of `_cells`, with one for the paper if the paper has this experiment."""
         paper = _paper_of(self.plan.name)
         headings = ["mean", "middle half", f"minus {self.plan.experiment.reference}"]
         return headings + ([f"paper, {paper['source']}"] if paper["variants"] else [])
@@ -172,6 +172,7 @@ class Outcome:
         headings = self._headings
         table = self._table(headings, lambda row: _cells(row)[: len(headings)])
         names = [row.variant for row in self.rows] + [row.column for row in self.rows]
+        # The names can be wrapped between words, which saves this width.
         wrapped = max(map(len, names)) - max(len(word) for name in names for word in name.split())
         if Console(width=1000).measure(table).maximum - wrapped <= width:
             return table
@@ -378,6 +379,7 @@ def _with_interval(row: Row, found: Average, deviation: str = "") -> str:
 
 
 def number(row: Row, value: float) -> str:
+    """Format a value in the unit of the row's measure."""
     digits = 3 if row.measure == HARMONY else 1
     scaled = 100 * value if row.measure == SOLVED else value
     return f"{round(scaled, digits) + 0.0:.{digits}f}"  # + 0.0 turns -0.0 into 0.0

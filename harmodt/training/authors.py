@@ -1,10 +1,10 @@
-"""Reads checkpoints of the HarmoDT authors' code as the tensors of a run.
+"""Reads checkpoints that the HarmoDT authors' code saved, as the tensors of a run.
 
-`torch.save` wrote their file from a dict with two entries. `model` is a state dict. `env_masks`
-has, for each task, a dict with a mask for every parameter, 1 where the weight is active. Embeddings
-and heads have masks too. Their forward pass does not apply these masks; during training they only
-stopped some weights from moving. A policy therefore needs none of them. Their blocks are GPT-2's
-blocks, whose Conv1D weights are [in, out].
+A checkpoint is one file. `torch.save` wrote it from a dict with two entries. `model` is a state
+dict. `env_masks` has, for each task, a dict with a mask for every parameter, 1 where the weight is
+active. Embeddings and heads have masks too. The authors' forward pass does not apply these masks;
+they only stop some weights from changing during training. A policy therefore needs none of them.
+The blocks are GPT-2's blocks, whose Conv1D layers store weights as [in, out].
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _SHARED = {
     "actions": "embed_action",
     "timesteps": "embed_timestep",
 }
-"""Each module outside the blocks: its name here and its name in their code. The names here leave
-out the name of the embedding that holds the module."""
+"""For each module outside the blocks, its name in the authors' code. The keys are our names without
+the prefix `prompt_embedding.` or `history_embedding.`."""
 
 _BLOCK_LAYERS = {
     "attention_norm": "ln_1",
@@ -57,11 +57,11 @@ _TASK_EMBEDDING = re.compile(r".+(?<!prompt)_(embed|predict)_(state|action)\..+"
 
 @dataclass(frozen=True)
 class AuthorsCheckpoint:
-    """The content of one of their files.
+    """The content of a file that the authors' code saved. Parameters have the authors' names.
 
     Attributes:
         path: the file.
-        weights: the weights, by their names in their code.
+        weights: the weights, by the parameter's name.
         masks: the masks of each task, by the task's name and then by the parameter's name.
     """
 
@@ -74,22 +74,22 @@ class AuthorsCheckpoint:
         """Read a file. No code in the file is run.
 
         Raises:
-            UserError: the file is missing or damaged, or it is no checkpoint of their code.
+            UserError: the file is missing or damaged, or the authors' code did not save it.
         """
         if not path.is_file():
             raise UserError(
-                f"{path} is no file: give the file model_iter_<n> that the authors' code saved"
+                f"{path} is not a file: give the file model_iter_<n> that the authors' code saved"
             )
         try:
-            with zipfile.ZipFile(path) as archive:  # PyTorch does not check the checksums
+            with zipfile.ZipFile(path) as archive:  # torch.load does not verify its checksums
                 if changed := archive.testzip():
                     raise ValueError(changed)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # PyTorch raises many kinds of exceptions for damage
             raise_refusal(error, path)
             raise UserError(
-                f"{path} is damaged, or holds more than tensors and plain containers, which cannot "
-                "be read without running code: copy it again, or save only {'model': "
+                f"{path} is damaged, or holds objects other than tensors and plain containers, and "
+                "HarmoDT runs no code from a file: copy it again, or save only {'model': "
                 "model.state_dict(), 'env_masks': env_masks}"
             ) from error
         weights, masks = (_entry(path, content, key) for key in ("model", "env_masks"))
@@ -109,7 +109,7 @@ class AuthorsCheckpoint:
             if _TASK_EMBEDDING.fullmatch(name):
                 raise UserError(
                     f"{self.path} has embeddings for each task ({name}), made with "
-                    "--special_embedding: give a model whose tasks share its embeddings"
+                    "--special_embedding: give a model whose tasks share one embedding"
                 )
         times = self._take(self.weights, "embed_timestep.weight")
         blocks = {name.split(".")[2] for name in self.weights if name.startswith("transformer.h.")}
@@ -133,8 +133,8 @@ class AuthorsCheckpoint:
         unknown = self.weights.keys() - set(theirs.values()) - set(self.unused)
         if unknown:
             raise UserError(
-                f"{self.path} has the weight {min(unknown)!r}, which the public model does not "
-                "have: give a checkpoint of the public model"
+                f"{self.path} has the weight {min(unknown)!r}, which the authors' public code does "
+                "not have: give a checkpoint that this code saved"
             )
         tensors = {
             f"model.{ours}": self._in_our_layout(self.weights, name, vector.slots[ours].shape)
@@ -155,7 +155,7 @@ class AuthorsCheckpoint:
         whole = torch.zeros(vector.maskable_size, dtype=torch.bool)
         for ours, slot in vector.slots.items():
             if slot.end > vector.maskable_size:
-                continue
+                continue  # embeddings and heads
             mask = self._in_our_layout(masks, theirs[ours], slot.shape)
             if not bool(((mask == 0) | (mask == 1)).all()):
                 raise UserError(
@@ -167,11 +167,12 @@ class AuthorsCheckpoint:
 
     def _in_our_layout(self, tensors: Mapping[str, Tensor], name: str, shape: torch.Size) -> Tensor:
         tensor = self._take(tensors, name).float()
-        tensor = tensor.T if ".c_" in name and name.endswith(".weight") else tensor
+        if ".c_" in name and name.endswith(".weight"):  # a Conv1D layer
+            tensor = tensor.T
         if tensor.shape != shape:
             raise UserError(
                 f"{self.path}: {name} has the shape {list(tensor.shape)} in our layout, but "
-                f"{list(shape)} is needed: give a store of the environments of that checkpoint"
+                f"{list(shape)} is needed: give a store of the checkpoint's environments"
             )
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(
@@ -183,8 +184,8 @@ class AuthorsCheckpoint:
     def _take(self, tensors: Mapping[str, Tensor], name: str) -> Tensor:
         if not isinstance(tensors.get(name), Tensor):
             raise UserError(
-                f"{self.path} has no tensor {name!r}, which the public model has: give a "
-                "checkpoint of the public model"
+                f"{self.path} has no tensor {name!r}, which the authors' public code has: give a "
+                "checkpoint that this code saved"
             )
         return tensors[name]
 
@@ -201,7 +202,7 @@ def _entry(path: Path, content: Any, key: str) -> Mapping[str, Any]:
 
 
 def _name(ours: str) -> str:
-    """Return the name that a parameter of our model has in their code."""
+    """Return the authors' name of a parameter of our model."""
     module, _, kind = ours.rpartition(".")
     group, *rest = module.split(".")
     if group == "blocks":

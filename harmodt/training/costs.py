@@ -21,15 +21,15 @@ class Costs:
 
     A line has:
         step: the training step.
-        seconds: the seconds of training up to that step, also before the run was resumed.
-        seconds/PART: the seconds of them that each of `PARTS` took.
-        peak_memory: the most bytes that the training process held; an evaluation's workers are not
-            included.
-        peak_device_memory: on a GPU, the most bytes that PyTorch had allocated there.
+        seconds: the seconds of training up to that step, with the time before a resumption.
+        seconds/PART: for each of `PARTS`, how many of these seconds it took.
+        peak_memory: the largest number of bytes that the training process held; an evaluation's
+            workers are not included.
+        peak_device_memory: on a GPU, the largest number of bytes that PyTorch had allocated there.
 
     A resumed run adds to the costs at its last checkpoint. Work that a kill has lost is not
-    counted. Costs have their own file, because metrics.jsonl is equal whenever a run is repeated,
-    and costs differ.
+    counted. Costs have their own file: two runs with the same settings write the same
+    metrics.jsonl, but their costs differ.
 
     Args:
         run: the run's directory.
@@ -52,7 +52,7 @@ class Costs:
     def measure(self, part: str) -> Iterator[None]:
         """Add the time of a `with` block to a part, unless the block raises an error.
 
-        This does not wait for a GPU.
+        The block does not wait for a GPU; `write` reads the GPU's times later.
         """
         began = self._now()
         yield
@@ -63,7 +63,7 @@ class Costs:
         for part, began, ended in self._unmeasured:
             self._seconds[part] += _between(began, ended)
         self._unmeasured = []
-        memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # given in KiB
         record = {
             "step": step,
             "seconds": self._before.get("seconds", 0.0) + time.monotonic() - self._began,

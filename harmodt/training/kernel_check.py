@@ -1,7 +1,7 @@
 """Compares the first steps of a run on new kernels with the same steps in plain PyTorch.
 
-The kernels for GPUs have not been measured on a GPU yet. Until they are, every run on a GPU begins
-with this check.
+The kernels for GPUs have not run on a GPU yet. Until they have, every run on a GPU begins with this
+check.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _TOLERANCE = {"fp32": 1e-3, "tf32": 2e-2, "bf16": 5e-2}
 
 
 def has_new_kernels(setup: Setup) -> bool:
-    """Tell whether a run computes with kernels that were not measured yet."""
+    """Tell whether a run computes with new kernels: the fused kernels for GPUs."""
     return setup.config.run.fused and setup.execution.device.type == "cuda"
 
 
 def check_new_kernels(setup: Setup, data: Sequence[TaskData]) -> None:
-    """Compare the run's kernels with plain PyTorch if they were not measured yet.
+    """Call `check_kernels` if the run computes with new kernels.
 
     Raises:
-        UserError: as `check_kernels`.
+        UserError: a loss or a gradient norm differs.
     """
     if has_new_kernels(setup):
         check_kernels(setup, data)
@@ -48,7 +48,7 @@ def check_new_kernels(setup: Setup, data: Sequence[TaskData]) -> None:
 
 
 def check_kernels(setup: Setup, data: Sequence[TaskData]) -> None:
-    """Take the first steps with the run's kernels and again in plain PyTorch.
+    """Take the first steps with the run's kernels and again in plain PyTorch, and compare them.
 
     The check runs in float32, and in the run's precision if that is another one. Both sides use the
     same weights, batches and dropout masks. The learning rate is at its peak from the first step
@@ -83,7 +83,10 @@ def _compare(setup: Setup, data: Sequence[TaskData]) -> None:
 
 
 def _first_steps(setup: Setup, data: Sequence[TaskData]) -> Tensor:
-    """Return losses and gradient norm of the S first steps, float64 [S, G + 1], on the CPU."""
+    """Return the losses and the gradient norm of the first S steps, float64 [S, G + 1], on the CPU.
+
+    G is the number of tasks in a step.
+    """
     learner, steps = build_learner(setup, data), _STEPS[setup.execution.precision]
     results = [learner.train_step(step) for step in range(1, steps + 1)]
     rows = [torch.cat((result.losses, result.gradient_norm[None])) for result in results]

@@ -1,4 +1,4 @@
-"""Logs a run's steps: writes metrics and costs into its directory, and shows a live line."""
+"""Logs a run's steps: writes metrics and costs into the run's directory, and shows a live line."""
 
 from __future__ import annotations
 

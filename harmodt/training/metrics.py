@@ -26,8 +26,7 @@ class Metrics:
 
     Args:
         run: the run's directory.
-        step: the run's last step so far. Records of later steps are dropped, because the run takes
-            those steps again.
+        step: the run's last step so far. Records of later steps are dropped (`Records`).
 
     Raises:
         UserError: a line is damaged, or the file holds other records.
@@ -45,7 +44,7 @@ class Metrics:
         """Write numbers of one step."""
         self._remember(step, values)
         self._records.write({"step": step, **values})
-        # Write one event for all numbers: `add_scalar` would write one for each, which takes long.
+        # Write one event for all numbers: `add_scalar` would write one for each, which is slow.
         numbers = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._board.file_writer.add_summary(Summary(value=numbers), step)
 
@@ -64,7 +63,7 @@ class Metrics:
             learning_rate: the learning rate of that step.
             tasks: the names of all tasks; index = task id.
             results: the results of the steps.
-            losses: the losses of the results, [steps, G] on the CPU.
+            losses: the losses of the results, [steps, tasks in a step] on the CPU.
 
         Returns:
             The mean loss.

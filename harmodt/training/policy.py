@@ -49,17 +49,17 @@ def load_policy(
 
 
 def _with_plans(saved: SavedRun, sampler: Sampler | None, steps: int | None) -> SavedRun:
-    """Return the run with the given way to draw plans; None leaves the run's own setting."""
+    """Return the run with another sampler of MTDiff's plans; None keeps the run's own setting."""
     if sampler is None and steps is None:
         return saved
     if sampler not in (None, *get_args(Sampler)):
         raise UserError(f"sampler is {sampler!r}: give {' or '.join(get_args(Sampler))}")
     if sampler == "ddpm" and steps is not None:
-        raise UserError("ddpm goes through all steps of the diffusion: leave sampling_steps out")
+        raise UserError("ddpm takes all steps of the diffusion: leave sampling_steps out")
     asked = {"sampler": sampler or "ddim"} | ({} if steps is None else {"sampling_steps": steps})
     if asked.keys() - dict(settings(saved.config)).keys():
         raise UserError(
-            "the run's algorithm does not plan: leave --sampler and --sampling-steps out"
+            "the run's algorithm draws no plans: leave --sampler and --sampling-steps out"
         )
     config = change(saved.config, asked)
     check(config)
@@ -70,6 +70,7 @@ def _open_unseen(unseen: Unseen, saved: SavedRun) -> tuple[list[TaskData], str]:
     """Return the data of the unseen tasks, and the checksum of their store."""
     store = DataStore.open(unseen.store)
     ours, theirs = saved.environment, store.environment
+    # Only the version of the rewards may differ.
     if replace(theirs, reward_version=ours.reward_version) != ours:
         raise UserError(
             f"{store.path} holds data of {theirs.family}, but the run was trained on "

@@ -1,4 +1,4 @@
-"""Records of training in a file of sealed lines (`sealed.py`)."""
+"""Writes and reads the records of training: a JSON object with a checksum on each line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Records:
         timed: as in `read_records`.
 
     Raises:
-        UserError: a line is damaged, or the file holds the other kind of records.
+        UserError: a line is damaged, or `timed` is wrong for the file.
     """
 
     def __init__(self, path: Path, step: int, timed: bool):
@@ -65,7 +65,7 @@ def read_records(path: Path, timed: bool) -> list[Record]:
             metrics.jsonl do not.
 
     Raises:
-        UserError: a line is damaged, or the file holds the other kind of records.
+        UserError: a line is damaged, or `timed` is wrong for the file.
     """
     try:
         return [record for record, _ in _read(path, timed)]
@@ -80,7 +80,7 @@ def _read(path: Path, timed: bool) -> list[tuple[Record, bytes]]:
         if not record.get("step", -1.0) >= 0:
             raise sealed.damaged(where, "it has no step", _REMEDY)
         if ("seconds" in record) != timed:
-            raise UserError(f"{path} holds the numbers of another file: {sealed.RESTORE}")
+            raise UserError(f"{path} holds the records of another file: {sealed.RESTORE}")
         if timed and not ("peak_memory" in record and all(map(math.isfinite, record.values()))):
             why = "it lacks the memory, or a number is not finite"
             raise sealed.damaged(where, why, _REMEDY)

@@ -15,12 +15,12 @@ from typing import Any
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 MOMENT = 1.0
-"""Seconds after the first signal. Further signals within them are ignored, because a terminal or a
+"""Seconds after the first signal in which further signals are ignored, because a terminal or a
 scheduler may send the same signal twice."""
 
 
 class Stopped(BaseException):
-    """A run was asked to end before its last step, and has ended."""
+    """Raised to end a run before its last step."""
 
 
 class Stop:
@@ -39,13 +39,13 @@ class Stop:
     def handled(self) -> Iterator[None]:
         """Remember Ctrl-C, SIGTERM and SIGHUP inside the `with` block.
 
-        A signal that the process ignores, as SIGHUP under nohup, is still ignored. A second Ctrl-C
-        or SIGTERM, more than `MOMENT` after the first signal, ends the process at once, even while
-        a step hangs. Only the main thread can call this.
+        A signal that the process already ignores stays ignored, as SIGHUP under nohup. A second
+        Ctrl-C or SIGTERM, more than `MOMENT` after the first signal, ends the process at once, even
+        while a step hangs. Only the main thread can call this.
         """
-        heeded = [s for s in _SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
-        with _second_signal_ends(heeded):
-            handlers = {s: signal.signal(s, self._remember) for s in heeded}
+        watched = [s for s in _SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+        with _second_signal_ends(watched):
+            handlers = {s: signal.signal(s, self._remember) for s in watched}
             try:
                 yield
             finally:
@@ -69,12 +69,12 @@ class Stop:
     def _remember(self, number: int, frame: Any) -> None:
         self.signal = self.signal or signal.Signals(number)
         if self._at_once:
-            self._at_once = False
+            self._at_once = False  # further signals do not raise
             raise Stopped
 
 
 @contextlib.contextmanager
-def _second_signal_ends(heeded: list[signal.Signals]) -> Iterator[None]:
+def _second_signal_ends(watched: list[signal.Signals]) -> Iterator[None]:
     """End the process at a second signal.
 
     Python calls a signal's handler between two instructions of the main thread. While a
@@ -84,7 +84,7 @@ def _second_signal_ends(heeded: list[signal.Signals]) -> Iterator[None]:
     written, read = socket.socketpair()
     written.setblocking(False)
     before = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(read, heeded), daemon=True).start()
+    threading.Thread(target=_watch, args=(read, watched), daemon=True).start()
     try:
         yield
     finally:
@@ -92,12 +92,12 @@ def _second_signal_ends(heeded: list[signal.Signals]) -> Iterator[None]:
         written.close()  # ends the thread, which closes the other end
 
 
-def _watch(numbers: socket.socket, heeded: list[signal.Signals]) -> None:
+def _watch(numbers: socket.socket, watched: list[signal.Signals]) -> None:
     """Read the numbers of signals until the other end is closed."""
     first: float | None = None
     with numbers:
         while number := numbers.recv(1):
-            if number[0] not in heeded:
+            if number[0] not in watched:
                 continue
             name = signal.Signals(number[0]).name
             if first is None:
@@ -115,8 +115,7 @@ def _tell(text: str) -> None:
 
 
 class Output:
-    """Standard output for a console. If standard output is closed, this object asks the run to
-    stop.
+    """Standard output for a console. If its reader closes it, this object asks the run to stop.
 
     Attributes:
         stop: the run's `Stop`; None while no run is active.
@@ -126,7 +125,7 @@ class Output:
         self.stop: Stop | None = None
 
     def write(self, text: str) -> int:
-        """Write text."""
+        """Write text; return its length."""
         with self._until_closed():
             sys.stdout.write(text)
         return len(text)

@@ -92,7 +92,7 @@ class Trainer:
         self.step = checkpoint.step
 
     def before_step(self) -> dict[str, float]:
-        """Let the learner prepare the next step, for example by a mask update.
+        """Let the learner prepare the next step, for example with a mask update.
 
         Returns:
             The numbers to log, by name.
@@ -111,7 +111,7 @@ class Trainer:
         """Train to the last step; evaluate, log and save checkpoints when they are due.
 
         Args:
-            console: shows progress; by default on standard output.
+            console: shows progress; by default a console on standard output.
 
         Raises:
             Stopped: `stop` has asked for the end. A checkpoint has the steps so far.
