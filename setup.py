@@ -103,7 +103,7 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-benchmark>=5",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.8",
             # Draws the plot of the benchmark report.
             "matplotlib>=3.10",
             # Generates the inputs of the property tests and shrinks what fails.

@@ -61,7 +61,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the cases of large grids that are marked as full, unless they are asked for."""
+    """Leave out the cases of large grids that are marked as full, unless they are asked for.
+
+    Begin with the compilation for all targets. It takes longest, so it must not be the last to end.
+    """
+    items.sort(key=lambda item: item.path.name != "test_kernels_targets.py")
     left_out = [item for item in items if item.get_closest_marker("full")]
     if left_out and not config.getoption("--full"):
         config.hook.pytest_deselected(items=left_out)

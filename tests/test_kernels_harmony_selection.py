@@ -252,15 +252,17 @@ def test_the_smallest_of_a_row_are_those_of_a_stable_sort(
         np.testing.assert_array_equal(row, np.sort(np.argsort(of_row, kind="stable")[:wanted]))
 
 
-@settings(max_examples=30, **examples)
-@given(seed=st.integers(0, 2**32), count=st.integers(0, 40), kind=st.sampled_from(RULES))
-def test_what_leaves_does_not_come_back_in_the_same_update(
-    backend, device, seed, count, kind
-) -> None:
-    problem = Problem.random(seed, 4, 4)
-    masks, moved = problem.select(backend, device, count, *kind)
-    np.testing.assert_array_equal((problem.masks & ~masks).sum(1), moved)
-    np.testing.assert_array_equal((masks & ~problem.masks).sum(1), moved)
+@pytest.mark.parametrize("number", [5, pytest.param(30, marks=pytest.mark.full)])
+def test_what_leaves_does_not_come_back_in_the_same_update(backend, device, number) -> None:
+    @settings(max_examples=number, deadline=None)
+    @given(seed=st.integers(0, 2**32), count=st.integers(0, 40), kind=st.sampled_from(RULES))
+    def of_random(seed: int, count: int, kind: Any) -> None:
+        problem = Problem.random(seed, 4, 4)
+        masks, moved = problem.select(backend, device, count, *kind)
+        np.testing.assert_array_equal((problem.masks & ~masks).sum(1), moved)
+        np.testing.assert_array_equal((masks & ~problem.masks).sum(1), moved)
+
+    of_random()
 
 
 def random_floats(seed: int, tasks: int, words: int) -> Problem:
@@ -284,15 +286,19 @@ def random_floats(seed: int, tasks: int, words: int) -> Problem:
     )
 
 
-@settings(max_examples=10, **examples)
-@given(seed=st.integers(0, 2**32), kind=st.sampled_from(RULES))
-def test_random_floats_keep_the_number_of_active_weights(backend, device, seed, kind) -> None:
-    problem = random_floats(seed, 3, 4)
-    for _ in range(3):
-        masks, moved = problem.select(backend, device, 20, *kind)
-        np.testing.assert_array_equal(masks.sum(1), problem.masks.sum(1))
-        np.testing.assert_array_equal((problem.masks & ~masks).sum(1), moved)
-        problem.masks = masks
+@pytest.mark.parametrize("number", [3, pytest.param(10, marks=pytest.mark.full)])
+def test_random_floats_keep_the_number_of_active_weights(backend, device, number) -> None:
+    @settings(max_examples=number, deadline=None)
+    @given(seed=st.integers(0, 2**32), kind=st.sampled_from(RULES))
+    def of_random(seed: int, kind: Any) -> None:
+        problem = random_floats(seed, 3, 4)
+        for _ in range(3):
+            masks, moved = problem.select(backend, device, 20, *kind)
+            np.testing.assert_array_equal(masks.sum(1), problem.masks.sum(1))
+            np.testing.assert_array_equal((problem.masks & ~masks).sum(1), moved)
+            problem.masks = masks
+
+    of_random()
 
 
 def as_sets(selection: Selection) -> list[Tensor]:
@@ -300,15 +306,19 @@ def as_sets(selection: Selection) -> list[Tensor]:
     return [leaving.sort(-1).values, entering.sort(-1).values, *of_tasks]
 
 
-@settings(max_examples=40, **examples)
-@given(
-    seed=st.integers(0, 2**32),
-    words=st.sampled_from([3, 40]),
-    count=st.sampled_from([1, 7, 150]),
-    kind=st.sampled_from(RULES),
-)
-def test_all_backends_choose_the_same_of_random_floats(device, seed, words, count, kind) -> None:
-    check_backends_agree(random_floats(seed, 3, words), device, count, kind)
+@pytest.mark.parametrize("number", [15, pytest.param(40, marks=pytest.mark.full)])
+def test_all_backends_choose_the_same_of_random_floats(device, number) -> None:
+    @settings(max_examples=number, deadline=None)
+    @given(
+        seed=st.integers(0, 2**32),
+        words=st.sampled_from([3, 40]),
+        count=st.sampled_from([1, 7, 150]),
+        kind=st.sampled_from(RULES),
+    )
+    def of_random(seed: int, words: int, count: int, kind: Any) -> None:
+        check_backends_agree(random_floats(seed, 3, words), device, count, kind)
+
+    of_random()
 
 
 def check_backends_agree(problem: Problem, device: torch.device, count: int, kind: Any) -> None:

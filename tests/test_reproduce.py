@@ -450,12 +450,16 @@ def reproduced(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "reproduced"))
 
 
+def go_on(monkeypatch, folder: Path, *more: str) -> None:
+    """Run the command in this process, which has imported everything; its jobs are processes."""
+    monkeypatch.setattr(sys, "argv", ["harmodt.reproduce", *TOY[3:], str(folder), *more])
+    command.main()
+
+
 def in_process(monkeypatch, capsys, folder: Path, *more: str) -> str:
     """The command in this process, where nothing is left to be started."""
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a job begins"))
-    words = ["harmodt.reproduce", "toy", "--budget", "toy", "--output", str(folder), *more]
-    monkeypatch.setattr(sys, "argv", words)
-    command.main()
+    go_on(monkeypatch, folder, *more)
     return capsys.readouterr().out
 
 
@@ -525,7 +529,7 @@ def test_seeds_are_added_or_left_out(reproduced, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("what", ["the reproduction", "a run"])
-def test_a_kill_loses_nothing(finished, reproduced, what):
+def test_a_kill_loses_nothing(finished, reproduced, monkeypatch, what):
     """Of a run that is under way: its last steps are to be taken again, or its evaluation."""
     run = reproduced / "runs" / "both-near-optimal-harmodt-f-seed-0"
     shutil.rmtree(run / "checkpoints" / "00000008")
@@ -547,12 +551,11 @@ def test_a_kill_loses_nothing(finished, reproduced, what):
         assert "1 of 4 results are still missing" in printed
         wait_for(lambda: not lives(child))
         reproduced = reproduced.rename(reproduced.with_name("moved"))  # which loses nothing either
-    result = reproduce(reproduced)
-    assert result.returncode == 0, result.stdout + result.stderr
+    go_on(monkeypatch, reproduced)
     assert outputs(reproduced) == outputs(finished)
 
 
-def test_ctrl_c_ends_the_run_with_a_checkpoint(finished, reproduced):
+def test_ctrl_c_ends_the_run_with_a_checkpoint(finished, reproduced, monkeypatch):
     run = reproduced / "runs" / "both-near-optimal-harmodt-f-seed-0"
     shutil.rmtree(run)
     with begin(reproduced) as process:
@@ -564,7 +567,7 @@ def test_ctrl_c_ends_the_run_with_a_checkpoint(finished, reproduced):
     again = f"toy --budget toy --output {reproduced}"
     assert f"stopped by SIGINT; go on with: python -m harmodt.reproduce {again}" in printed
     assert checkpoint_steps(RunDirectory(run))
-    assert reproduce(reproduced).returncode == 0
+    go_on(monkeypatch, reproduced)
     assert outputs(reproduced) == outputs(finished)
 
 
@@ -697,7 +700,7 @@ def test_evaluations_of_other_kinds_are_left_alone(reproduced, monkeypatch, caps
     assert "are evaluations of the same last step" in refused(reproduced, monkeypatch, capsys)
 
 
-def test_a_run_that_fails_is_named_and_the_rest_is_done(reproduced, finished):
+def test_a_run_that_fails_is_named_and_the_rest_is_done(reproduced, finished, monkeypatch, capsys):
     """One whose checkpoint is damaged; of the next one the evaluation was deleted."""
     run, last = (
         reproduced / "runs" / f"both-near-optimal-{name}"
@@ -706,9 +709,11 @@ def test_a_run_that_fails_is_named_and_the_rest_is_done(reproduced, finished):
     for directory in (run, last):
         shutil.rmtree(directory / "evaluation")
     (run / "checkpoints" / "00000008" / "state.safetensors").write_bytes(b"")
-    result = reproduce(reproduced)
-    assert result.returncode == 1 and "Traceback" not in result.stdout + result.stderr
-    lines = result.stdout.splitlines()
+    with pytest.raises(SystemExit) as ended:
+        go_on(monkeypatch, reproduced)
+    printed = capsys.readouterr()
+    assert ended.value.code == 1 and "Traceback" not in printed.out + printed.err
+    lines = printed.out.splitlines()
     place = lines.index(f"FAILED {run.name}: ended with status 2")
     damaged = f"{run}/checkpoints/00000008/state.safetensors is damaged (its checksum fails)"
     assert lines[place + 1].startswith(f"  error: {damaged}")

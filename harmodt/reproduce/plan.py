@@ -150,7 +150,7 @@ def make_plan(
 
 
 def _cell(budget: Budget, column: Column, variant: Variant, seeds: Sequence[int]) -> Cell:
-    runs = tuple(_run(budget, column, variant, seed) for seed in seeds)
+    runs = _runs(budget, column, variant, seeds)
     in_training = runs[0].config.evaluation.evaluation_episodes
     question = Question(runs[0].tasks, budget.final_episodes or in_training)
     if column.unseen:
@@ -159,9 +159,12 @@ def _cell(budget: Budget, column: Column, variant: Variant, seeds: Sequence[int]
     return Cell(column, variant, runs, question)
 
 
-def _run(budget: Budget, column: Column, variant: Variant, seed: int) -> Run:
+def _runs(
+    budget: Budget, column: Column, variant: Variant, seeds: Sequence[int]
+) -> tuple[Run, ...]:
+    """Return the runs of a cell, which differ only in their seeds."""
     tasks = _first(budget, family_of([column.tasks]), column.tasks)
-    base = _base(budget, column, variant, tasks, seed)
+    base = _base(budget, column, variant, tasks)
     values = dict(settings(base))
     shared = {name: value for name, value in column.settings.items() if name in values}
     chosen = {
@@ -175,16 +178,17 @@ def _run(budget: Budget, column: Column, variant: Variant, seed: int) -> Run:
         chosen["tasks_per_step"] = min(chosen["tasks_per_step"], len(tasks))
     config = change(base, chosen)
     differing = [f"{name}-{_text(v)}" for name, v in chosen.items() if v != values[name]]
-    words = [column.tasks, column.composition, variant.algorithm, *differing, f"seed-{seed}"]
-    run = Run("-".join(words), budget.preset, config, _collection(budget, column), tasks)
-    config_from_json(json.loads(json.dumps(to_json(config))), run.name)  # checks the types
+    name = "-".join([column.tasks, column.composition, variant.algorithm, *differing])
+    config_from_json(json.loads(json.dumps(to_json(config))), name)  # checks the types
     check(config)
-    return run
+    collection = _collection(budget, column)
+    return tuple(
+        Run(f"{name}-seed-{seed}", budget.preset, change(config, {"seed": seed}), collection, tasks)
+        for seed in seeds
+    )
 
 
-def _base(
-    budget: Budget, column: Column, variant: Variant, tasks: tuple[str, ...], seed: int
-) -> TrainConfig:
+def _base(budget: Budget, column: Column, variant: Variant, tasks: tuple[str, ...]) -> TrainConfig:
     """Return the budget's settings of a run, before column and variant change any of them."""
     steps = budget.steps(len(tasks))
     values: dict[str, Any] = {
@@ -193,7 +197,6 @@ def _base(
         "steps": steps,
         "mask_update_every": max(1, steps // budget.mask_updates),
         **budget.settings,
-        "seed": seed,
     }
     if column.unseen:
         values["evaluation_episodes"] = 0
