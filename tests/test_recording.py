@@ -281,6 +281,49 @@ def test_a_kernel_that_ends_otherwise_is_noticed() -> None:
 
 
 @pytest.mark.usefixtures("native")
+def test_operands_of_kernels_live_as_long_as_the_recording() -> None:
+    arrays = [
+        np.ones((1, 2, 32), np.float32),  # x
+        np.ones((4, 32), np.float32),  # weight
+        np.ones(4, np.float32),  # bias
+        np.full((1, 4, 1), -1, np.int32),  # weight_bits
+        np.full((1, 1), -1, np.int32),  # bias_bits
+        np.zeros(1, np.int64),  # task_ids
+    ]
+    owners = [weakref.ref(array) for array in arrays]
+    operands = [torch.from_numpy(array) for array in arrays]
+    layer = fused_backend("cpu").masked_linear
+    recording = Recording(functools.partial(layer, *operands))
+    operands[1].data = torch.zeros(4, 32)  # the tensor leaves its memory, which loses its owner
+    del arrays, operands
+    gc.collect()
+    assert all(owner() is not None for owner in owners)
+    recording.result.zero_()
+    recording.replay()
+    assert recording.result.unique().tolist() == [33]
+    del recording
+    gc.collect()
+    assert not any(owner() is not None for owner in owners)
+
+
+@pytest.mark.usefixtures("native")
+def test_memory_of_kernels_operands_is_used_again() -> None:
+    x, seed, add = torch.ones(1000), torch.tensor(3), fused_backend("cpu").dropout_add
+
+    def chain() -> Tensor:
+        y = x
+        for _ in range(50):
+            y = add(y, x, 0.5, seed)
+        return y
+
+    recording = Recording(chain)
+    assert recording.nbytes == 2 * x.nbytes
+    x.fill_(2)
+    recording.replay()
+    assert torch.equal(recording.result, chain())
+
+
+@pytest.mark.usefixtures("native")
 def test_calls_of_other_threads_are_not_recorded() -> None:
     from concurrent.futures import ThreadPoolExecutor
 

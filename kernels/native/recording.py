@@ -13,7 +13,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -50,7 +50,8 @@ class Recording:
     """Runs a function once, records its operations, and replays them.
 
     A replay runs no Python of the function. So the function must read its inputs from tensors whose
-    addresses never change. A replay also skips the checks of operands: task ids must stay valid.
+    addresses never change. The recording keeps their memory.
+    A replay also skips the checks of operands: task ids must stay valid.
     Tensors that the function allocates lie in the recording's memory. When a tensor is freed, a
     later one can take its block.
 
@@ -70,8 +71,9 @@ class Recording:
     def __init__(self, function: Callable[[], Tensor], memory: RecordingMemory | None = None):
         self.calls: list[functools.partial[Any]] = []
         self._memory = memory or RecordingMemory()
+        self._kept: dict[int, UntypedStorage] = {}  # what calls of the C library read, by address
         self._precision: str | None = None  # precision of the PyTorch products recorded last
-        with _RefusingReads(), _Noticing(self), noting(self._note_call):
+        with _RefusingReads(), _Noticing(self), noting(self._note_call, self._keep):
             self.result = function()
 
     def replay(self) -> None:
@@ -126,6 +128,14 @@ class Recording:
         if self._precision != _PRODUCTS.fp32_precision:
             self._precision = _PRODUCTS.fp32_precision
             self.calls.append(functools.partial(_multiply_in, self._precision))
+
+    def _keep(self, operand: Tensor) -> None:
+        """Keep the storage of an operand of the C library, because its calls hold addresses only.
+
+        The recording's own blocks stay anyway. They are left out, so that they are used again.
+        """
+        if operand not in self._memory:
+            self._kept[_address(operand)] = operand.untyped_storage()
 
     def _note_call(self, function: Any, arguments: tuple[Any, ...], returned: Any) -> None:
         call = functools.partial(function, *arguments)
@@ -197,6 +207,9 @@ class RecordingMemory:
     def give_back(self, block: Tensor) -> None:
         with torch._C.DisableTorchFunction():  # the recorded function may be what frees a tensor
             self._free[block.data_ptr()] = block
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return _address(tensor) in self._blocks
 
     def without_ownership(self, tensor: Tensor) -> Tensor:
         """A tensor on the same memory that does not keep the tensor's block from reuse.
