@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import gc
+import pickle
 import weakref
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -40,6 +43,30 @@ def _first_row_replaced(x: Tensor, y: Tensor) -> Tensor:
 def _flattened(x: Tensor, y: Tensor) -> Tensor:
     with torch.inference_mode():  # where PyTorch leaves its composed operations whole
         return torch.cat((x[:, :2].flatten(), y.t().reshape(-1)[:8])).unflatten(0, (4, 4))
+
+
+class _ReadingBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * gradient.tolist()[0]
+
+
+def _gradient_by_a_function(x: Tensor) -> Tensor:
+    leaf = x.clone().requires_grad_()
+    _ReadingBackward.apply(leaf).sum().backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def _gradient_by_a_hook(x: Tensor) -> Tensor:
+    leaf = x.clone().requires_grad_()
+    doubled = leaf * 2
+    doubled.register_hook(lambda gradient: gradient * gradient.numpy()[0])
+    return torch.autograd.grad(doubled.sum(), leaf)[0]
 
 
 def _gradient(x: Tensor, y: Tensor) -> Tensor:
@@ -151,20 +178,69 @@ def test_what_others_keep_of_it_stays_as_it_is() -> None:
 @pytest.mark.parametrize(
     "broken",
     [
-        lambda x: x * float(x.sum()),
-        lambda x: x.nonzero(),
-        lambda x: x[x > 0],
-        lambda x: x.unique(),
-        lambda x: x + torch.rand(3),
-        lambda x: torch.nn.functional.dropout(x, 0.5),
-        lambda x: x.clone().normal_(),
-        lambda x: x if torch.equal(x, x) else x + 1,
+        pytest.param(lambda x: x * float(x.sum()), id="value"),
+        pytest.param(lambda x: x.nonzero(), id="places"),
+        pytest.param(lambda x: x[x > 0], id="truths"),
+        pytest.param(lambda x: x.unique(), id="sizes"),
+        pytest.param(lambda x: x + torch.rand(3), id="random"),
+        pytest.param(lambda x: torch.nn.functional.dropout(x, 0.5), id="dropout"),
+        pytest.param(lambda x: x.clone().normal_(), id="in place"),
+        pytest.param(lambda x: x if torch.equal(x, x) else x + 1, id="comparison"),
+        pytest.param(lambda x: x + x.tolist()[0], id="tolist"),
+        pytest.param(lambda x: x + x.numpy()[0], id="numpy"),
+        pytest.param(lambda x: x + np.asarray(x)[0], id="asarray"),
+        pytest.param(lambda x: x + np.float32(x[0]), id="numpy's number"),
+        pytest.param(lambda x: x + np.from_dlpack(x)[0], id="dlpack"),
+        pytest.param(lambda x: x + x.storage()[0], id="storage"),
+        pytest.param(lambda x: x + bytes(x.untyped_storage())[0], id="bytes"),
+        pytest.param(lambda x: x + len(pickle.dumps(x)), id="pickle"),
+        pytest.param(lambda x: x + len(repr(x)), id="repr"),
+        pytest.param(lambda x: x + len(f"{x}"), id="format"),
+        pytest.param(lambda x: x + float(x[0]), id="float"),
+        pytest.param(lambda x: x if bool(x[0]) else -x, id="bool"),
+        pytest.param(lambda x: x + len(range(x.long()[0])), id="range"),
+        pytest.param(lambda x: x.clone().apply_(lambda value: value + 1), id="apply"),
+        pytest.param(lambda x: x.clone().map_(x, lambda a, b: a + b), id="map"),
+        pytest.param(lambda x: torch.tensor([x[0], x[1]]), id="list"),
+        pytest.param(lambda x: torch.as_tensor(data=[[x[0]]]), id="nested list"),
+        pytest.param(lambda x: x.new_tensor([x[0], x[1]]), id="new tensor"),
+        pytest.param(lambda x: torch.Tensor([x[0], x[1]]), id="old constructor"),
+        pytest.param(lambda x: x.tensor_split(x[:1].long())[0].clone(), id="split"),
+        pytest.param(lambda x: x + x.data_ptr(), id="address"),
+        pytest.param(_gradient_by_a_function, id="backward"),
+        pytest.param(_gradient_by_a_hook, id="hook"),
     ],
-    ids=["value", "places", "truths", "sizes", "random", "dropout", "in place", "comparison"],
 )
 def test_what_cannot_be_repeated_is_refused(broken: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(CannotRecord, match="a recording cannot replay"):
         Recording(lambda: broken(torch.ones(3)))
+
+
+def test_an_operation_reads_anew_in_each_replay() -> None:
+    library = torch.library.Library("reading", "DEF")
+    library.define("scaled(Tensor x) -> Tensor")
+    library.impl("scaled", lambda x: x * x.tolist()[0] + float(x.numpy()[1]), "CPU")
+    x = torch.tensor([2.0, 3.0])
+    recording = Recording(lambda: torch.ops.reading.scaled(x))
+    x.copy_(torch.tensor([5.0, 7.0]))
+    recording.replay()
+    assert recording.result.tolist() == [32, 42]
+
+
+def test_others_may_read_while_a_thread_records() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    x = torch.ones(3)
+    with ThreadPoolExecutor(1) as thread:
+        read = []
+
+        def computed() -> Tensor:
+            read.append(thread.submit(x.tolist).result())
+            return x + 1
+
+        Recording(computed)
+    assert read == [[1, 1, 1]]
+    assert x.numpy().sum() == 3  # and this thread, afterwards
 
 
 def test_products_are_repeated_in_their_precision() -> None:
@@ -202,6 +278,49 @@ def test_a_kernel_that_ends_otherwise_is_noticed() -> None:
         RuntimeError, match="harmodt_token_embedding returned 1 in a replay, but -1 when recorded"
     ):
         recording.replay()
+
+
+@pytest.mark.usefixtures("native")
+def test_operands_of_kernels_live_as_long_as_the_recording() -> None:
+    arrays = [
+        np.ones((1, 2, 32), np.float32),  # x
+        np.ones((4, 32), np.float32),  # weight
+        np.ones(4, np.float32),  # bias
+        np.full((1, 4, 1), -1, np.int32),  # weight_bits
+        np.full((1, 1), -1, np.int32),  # bias_bits
+        np.zeros(1, np.int64),  # task_ids
+    ]
+    owners = [weakref.ref(array) for array in arrays]
+    operands = [torch.from_numpy(array) for array in arrays]
+    layer = fused_backend("cpu").masked_linear
+    recording = Recording(functools.partial(layer, *operands))
+    operands[1].data = torch.zeros(4, 32)  # the tensor leaves its memory, which loses its owner
+    del arrays, operands
+    gc.collect()
+    assert all(owner() is not None for owner in owners)
+    recording.result.zero_()
+    recording.replay()
+    assert recording.result.unique().tolist() == [33]
+    del recording
+    gc.collect()
+    assert not any(owner() is not None for owner in owners)
+
+
+@pytest.mark.usefixtures("native")
+def test_memory_of_kernels_operands_is_used_again() -> None:
+    x, seed, add = torch.ones(1000), torch.tensor(3), fused_backend("cpu").dropout_add
+
+    def chain() -> Tensor:
+        y = x
+        for _ in range(50):
+            y = add(y, x, 0.5, seed)
+        return y
+
+    recording = Recording(chain)
+    assert recording.nbytes == 2 * x.nbytes
+    x.fill_(2)
+    recording.replay()
+    assert torch.equal(recording.result, chain())
 
 
 @pytest.mark.usefixtures("native")

@@ -216,26 +216,32 @@ def _why_missing(path: Path, wanted: str | None) -> str | None:
 
 def library() -> Any:
     """The loaded library. Inside `noting`, a wrapper that reports each call."""
-    loaded, note = _load(PATH), getattr(_NOTING, "note", None)
+    loaded, note = _load(PATH), getattr(_NOTING, "call", None)
     return loaded if note is None else _Noted(loaded, note)
 
 
-Note = Callable[[Any, tuple[Any, ...], Any], None]
+NoteCall = Callable[[Any, tuple[Any, ...], Any], None]
+NoteOperand = Callable[[Tensor], None]
 _NOTING = threading.local()
 
 
 @contextlib.contextmanager
-def noting(note: Note) -> Iterator[None]:
-    """After each library call of this thread, call note(function, arguments, result)."""
-    _NOTING.note = note
+def noting(call: NoteCall, operand: NoteOperand) -> Iterator[None]:
+    """Report this thread's calls of the library.
+
+    Args:
+        call: is called after each call: with the function, its arguments and its result.
+        operand: is called with each tensor whose address a call gets.
+    """
+    _NOTING.call, _NOTING.operand = call, operand
     try:
         yield
     finally:
-        del _NOTING.note
+        del _NOTING.call, _NOTING.operand
 
 
 class _Noted:
-    def __init__(self, loaded: ctypes.CDLL, note: Note):
+    def __init__(self, loaded: ctypes.CDLL, note: NoteCall):
         self._loaded, self._note = loaded, note
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -288,8 +294,12 @@ def _check_whole(path: Path) -> None:
 
 
 def pointer(tensor: Tensor | None) -> int | None:
-    """The address of a tensor's first element."""
-    return None if tensor is None else tensor.data_ptr()
+    """The address of a tensor's first element. Inside `noting`, it reports the tensor."""
+    if tensor is None:
+        return None
+    if (note := getattr(_NOTING, "operand", None)) is not None:
+        note(tensor)
+    return tensor.data_ptr()
 
 
 def pointer_to_ids(task_ids: Tensor, tasks: int) -> int | None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -25,6 +27,18 @@ _REFUSED = {
     torch.Tag.nondeterministic_seeded,  # PyTorch's generators draw
 }
 
+# These functions of PyTorch give Python a tensor's values or its address.
+_READERS = {
+    *(Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__),
+    *(Tensor.item, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__complex__),
+    *(Tensor.__index__, Tensor.__repr__, Tensor.__format__, Tensor.__reduce_ex__),
+    *(Tensor.apply_, Tensor.map_, Tensor.map2_),  # they call a function of Python for each value
+    *(Tensor.data_ptr, Tensor.storage, Tensor.untyped_storage),
+}
+_CONSTRUCTORS = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor, Tensor.new}
+_SPLITS = {torch.tensor_split, Tensor.tensor_split}
+_BACKWARD = {Tensor.backward, torch.autograd.backward, torch.autograd.grad}
+
 _PRODUCTS = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 
@@ -36,7 +50,8 @@ class Recording:
     """Runs a function once, records its operations, and replays them.
 
     A replay runs no Python of the function. So the function must read its inputs from tensors whose
-    addresses never change. A replay also skips the checks of operands: task ids must stay valid.
+    addresses never change. The recording keeps their memory.
+    A replay also skips the checks of operands: task ids must stay valid.
     Tensors that the function allocates lie in the recording's memory. When a tensor is freed, a
     later one can take its block.
 
@@ -49,14 +64,16 @@ class Recording:
         result: the tensor that the function returned. Each replay writes the new result into it.
 
     Raises:
-        CannotRecord: the function reads a tensor's value, or draws from PyTorch's generators.
+        CannotRecord: the function reads a tensor's values or its address, or draws from PyTorch's
+            generators.
     """
 
     def __init__(self, function: Callable[[], Tensor], memory: RecordingMemory | None = None):
         self.calls: list[functools.partial[Any]] = []
         self._memory = memory or RecordingMemory()
+        self._kept: dict[int, UntypedStorage] = {}  # what calls of the C library read, by address
         self._precision: str | None = None  # precision of the PyTorch products recorded last
-        with _Noticing(self), noting(self._note_call):
+        with _RefusingReads(), _Noticing(self), noting(self._note_call, self._keep):
             self.result = function()
 
     def replay(self) -> None:
@@ -112,6 +129,14 @@ class Recording:
             self._precision = _PRODUCTS.fp32_precision
             self.calls.append(functools.partial(_multiply_in, self._precision))
 
+    def _keep(self, operand: Tensor) -> None:
+        """Keep the storage of an operand of the C library, because its calls hold addresses only.
+
+        The recording's own blocks stay anyway. They are left out, so that they are used again.
+        """
+        if operand not in self._memory:
+            self._kept[_address(operand)] = operand.untyped_storage()
+
     def _note_call(self, function: Any, arguments: tuple[Any, ...], returned: Any) -> None:
         call = functools.partial(function, *arguments)
         if returned is not None:
@@ -133,7 +158,10 @@ class _Noticing(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():  # the function does not see what an operation reads
+            return self._notice(func, args, kwargs or {})
+
+    def _notice(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func.namespace == "harmodt":
             with self:
                 return kernel(func._opname)(*args, **kwargs)
@@ -143,6 +171,19 @@ class _Noticing(TorchDispatchMode):
             return result
         self._recording.check(func, args)
         return self._recording.note(func, args, kwargs, func(*args, **kwargs))
+
+
+class _RefusingReads(TorchFunctionMode):
+    """Refuses to read values in Python. PyTorch's dispatcher does not see most of these reads."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if _reads(func, args, kwargs):
+            raise CannotRecord(f"a recording cannot replay {func.__name__}")
+        if func not in _BACKWARD:
+            return func(*args, **kwargs)
+        with self:  # a backward pass calls the Python of hooks and of autograd functions
+            return _without_modes(func)(*args, **kwargs)
 
 
 class RecordingMemory:
@@ -164,7 +205,11 @@ class RecordingMemory:
         return _view(tensor, torch.from_numpy(lent)).copy_(tensor)
 
     def give_back(self, block: Tensor) -> None:
-        self._free[block.data_ptr()] = block
+        with torch._C.DisableTorchFunction():  # the recorded function may be what frees a tensor
+            self._free[block.data_ptr()] = block
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return _address(tensor) in self._blocks
 
     def without_ownership(self, tensor: Tensor) -> Tensor:
         """A tensor on the same memory that does not keep the tensor's block from reuse.
@@ -191,6 +236,28 @@ def _give_back(memory: weakref.ref[RecordingMemory], block: Tensor) -> None:
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _reads(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a call of a function of PyTorch gives Python a tensor's values or its address."""
+    given = [*args, *kwargs.values()]
+    if func in _CONSTRUCTORS:  # they read tensors that are in a list
+        return any(_tensors(x) for x in given if not isinstance(x, Tensor))
+    if func in _SPLITS:  # they read places from a second tensor
+        return len(_tensors(given)) > 1
+    return func in _READERS
+
+
+def _without_modes(func: FunctionType) -> FunctionType:
+    """A copy of a function of PyTorch that does not ask modes to replace it."""
+    names = {name: _never for name in func.__globals__ if name.startswith("has_torch_function")}
+    copy = FunctionType(func.__code__, func.__globals__ | names, None, func.__defaults__)
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
+
+
+def _never(*_: Any) -> bool:
+    return False
 
 
 def _address(tensor: Tensor) -> int:
