@@ -1,15 +1,16 @@
 """Plays any policy in the environments of its tasks.
 
-Episodes are played in rounds, and all episodes of a round advance together. Episode e of a task has
-the goal number e mod the family's number of goals. The goal seed has a fixed default, so that all
-runs play the same goals and can be compared.
+Episodes are played in rounds. The episodes of a round are played in two halves: while one half
+simulates, the policy acts for the other half. Episode e of a task has the goal number e mod the
+family's number of goals. The goal seed has a fixed default, so that all runs play the same goals
+and can be compared.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -107,7 +108,8 @@ def play(
 ) -> EvaluationResult:
     """Play the episodes of every task.
 
-    In each time step, one call of the policy gives the actions of all episodes of the round.
+    In each time step, one call of the policy gives the actions of half the episodes of the round.
+    Meanwhile the other half simulates.
 
     Args:
         policy: the policy; it forgets the episodes that it was playing, and begins new ones.
@@ -126,9 +128,12 @@ def play(
     protocol = make_protocol(policy, request)
     with progress_bar("steps", "so_far", enabled=console is not None, console=console) as progress:
         bar = _Bar(progress, protocol)
-        with _simulate(protocol, request.workers, video_directory) as simulation:
+        parts = _halves(len(protocol.tasks), protocol.episodes_per_round)
+        policies = [policy, *(policy.copy() for _ in parts[1:])]
+        halves = list(zip(policies, parts, strict=True))
+        with _simulate(protocol, parts, request.workers, video_directory) as simulation:
             played = [
-                _play_round(policy, simulation, protocol, number, bar.show)
+                _play_round(halves, simulation, protocol, number, bar.show)
                 for number in range(protocol.rounds)
             ]
     # All rounds have the same size, so the last round may play more episodes than were requested.
@@ -181,7 +186,27 @@ def make_protocol(policy: Policy, request: Request) -> Protocol:
     )
 
 
-def _simulate(protocol: Protocol, workers: int | None, video_directory: Path | None) -> Simulation:
+def _halves(tasks: int, size: int) -> list[range]:
+    """The rows of the two halves of a round; a single row is a half of its own.
+
+    With several tasks, the cut is between two tasks. So the policy's calls have as many rows of
+    each task as one call for all rows.
+
+    Args:
+        tasks: the number of tasks.
+        size: the number of rows of each task.
+    """
+    rows = range(tasks * size)
+    cut = tasks // 2 * size if tasks > 1 else size // 2
+    return [half for half in (rows[:cut], rows[cut:]) if half]
+
+
+def _simulate(
+    protocol: Protocol,
+    parts: Sequence[range],
+    workers: int | None,
+    video_directory: Path | None,
+) -> Simulation:
     """Start the environments of one round; the environments of a task are adjacent rows."""
     size = protocol.episodes_per_round
     rows = [task for task in protocol.tasks for _ in range(size)]
@@ -192,11 +217,13 @@ def _simulate(protocol: Protocol, workers: int | None, video_directory: Path | N
         folder = video_directory / protocol.name
         folder.mkdir(parents=True, exist_ok=True)
         videos = {i * size: folder / f"{task}.mp4" for i, task in enumerate(protocol.tasks)}
-    return Simulation(protocol.environment, rows, protocol.goal_seed, workers, videos, variables)
+    return Simulation(
+        protocol.environment, rows, protocol.goal_seed, workers, videos, variables, parts
+    )
 
 
 def _play_round(
-    policy: Policy,
+    halves: Sequence[tuple[Policy, range]],
     simulation: Simulation,
     protocol: Protocol,
     number: int,
@@ -205,7 +232,8 @@ def _play_round(
     """Play one episode in every row.
 
     Args:
-        policy, simulation, protocol: the policy, the environments, and the protocol to follow.
+        halves: for each part of the simulation, the policy that plays it, and its rows.
+        simulation, protocol: the environments, and the protocol to follow.
         number: the number of the round, from 0.
         show: a function that is called after each step with the successes and the returns so far,
             [N] each.
@@ -215,17 +243,26 @@ def _play_round(
     """
     tasks, size = len(protocol.tasks), protocol.episodes_per_round
     first = number * size
-    task_ids = np.array([policy.tasks.index(task) for task in protocol.tasks])
-    targets = np.array(protocol.target_returns)
-    policy.start(task_ids.repeat(size), protocol.seed + first, targets.repeat(size))
+    targets = np.array(protocol.target_returns).repeat(size)
+    for policy, rows in halves:
+        task_ids = np.array([policy.tasks.index(task) for task in protocol.tasks]).repeat(size)
+        policy.start(task_ids, protocol.seed + first, targets, rows)
     goals = (first + np.arange(size)) % family(protocol.environment.family).goals
     observations = simulation.reset(np.tile(goals, tasks))
+    for part, (policy, rows) in enumerate(halves):
+        simulation.begin_step(policy.act(observations[rows.start : rows.stop]), part)
     successes, returns = np.zeros(tasks * size, bool), np.zeros(tasks * size)
-    for _ in range(protocol.environment.episode_length):
-        observations, rewards, solved = simulation.step(policy.act(observations))
-        policy.record_rewards(rewards)
-        returns += rewards
-        successes = successes | solved if protocol.success_rule == "any" else solved
+    length = protocol.environment.episode_length
+    for step in range(1, length + 1):
+        for part, (policy, rows) in enumerate(halves):
+            seen, rewards, solved = simulation.finish_step(part)
+            policy.record_rewards(rewards)
+            if step < length:  # the other half simulates while this policy acts
+                simulation.begin_step(policy.act(seen), part)
+            own = slice(rows.start, rows.stop)
+            returns[own] += rewards
+            earlier = successes[own] if protocol.success_rule == "any" else False
+            successes[own] = solved | earlier
         show(successes, returns)
     return successes.reshape(tasks, size), returns.reshape(tasks, size)
 

@@ -583,7 +583,7 @@ def test_what_is_planned_for_is_what_training_saw(tmp_path: Path) -> None:
     policy, data = learner.policy(0), store.task(TASKS[1]).train
     seen: list[Situation] = []
 
-    def draw(situation: Situation) -> Tensor:
+    def draw(situation: Situation, rows: np.ndarray) -> Tensor:
         seen.append(situation)
         return torch.zeros(2, 1, 4)
 
@@ -620,9 +620,9 @@ def test_a_plan_is_acted_on_before_the_next(learners: dict[str, MTDiffLearner]) 
     drawn: list[int] = []
     original = policy._draw
 
-    def draw(situation: Situation) -> Tensor:
+    def draw(situation: Situation, rows: np.ndarray) -> Tensor:
         drawn.append(len(situation.task))
-        plans = original(situation)
+        plans = original(situation, rows)
         assert plans.shape == (len(situation.task), 3, 4)
         return plans
 

@@ -5,15 +5,18 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from harmodt import environments
 from harmodt.environments import METAWORLD
 from harmodt.environments.metaworld import MetaWorldEnvironment
-from harmodt.environments.simulation import Simulation
+from harmodt.environments.simulation import Simulation, _share_out
 from harmodt.errors import describe
 from harmodt.workers import WorkerError
 
@@ -28,10 +31,15 @@ def play_alone(row: int, actions: np.ndarray) -> list[tuple]:
     return [(first, 0.0, False)] + [environment.step(action[row]) for action in actions]
 
 
-@pytest.mark.parametrize("workers", [1, 3, 9])
-def test_every_row_is_the_environment_on_its_own(workers):
+PARTS = [None, [range(1), range(1, 4)], [range(2), range(2, 4)]]
+
+
+@pytest.mark.parametrize(
+    ("workers", "parts"), [(1, None), (3, None), (9, None), (2, PARTS[1]), (3, PARTS[2])]
+)
+def test_every_row_is_the_environment_on_its_own(workers, parts):
     actions = np.random.default_rng(0).uniform(-1.5, 1.5, (12, len(TASKS), 4))
-    with Simulation(METAWORLD, TASKS, GOAL_SEED, workers) as simulation:
+    with Simulation(METAWORLD, TASKS, GOAL_SEED, workers, parts=parts) as simulation:
         simulation.reset(GOALS[::-1])
         for action in actions:
             simulation.step(-action)
@@ -45,6 +53,37 @@ def test_every_row_is_the_environment_on_its_own(workers):
         np.testing.assert_array_equal(observations[:, row], [step[0] for step in alone])
         np.testing.assert_array_equal(rewards[:, row], [step[1] for step in alone])
         np.testing.assert_array_equal(successes[:, row], [step[2] for step in alone])
+
+
+def test_a_part_begins_its_next_step_before_the_other_part_ends_its_own(monkeypatch):
+    monkeypatch.setitem(environments.FAMILIES, "toy", "toy_family:Toy")
+    tasks, parts = ["slow", "quick", "slow"], [range(1), range(1, 3)]
+    moves = np.array([[1, 0], [-0.5, 0], [4, 0]])
+    with Simulation("toy", tasks, goal_seed=9, workers=2, parts=parts) as simulation:
+        simulation.reset(np.array([0, 1, 3]))
+        simulation.begin_step(moves[:1], 0)
+        simulation.begin_step(moves[1:], 1)
+        first, paid, _ = simulation.finish_step(0)
+        simulation.begin_step(moves[:1], 0)
+        second, more, solved = simulation.finish_step(1)
+        again, _, _ = simulation.finish_step(0)
+    np.testing.assert_array_equal(first, [[0.5, 9, 1]])
+    np.testing.assert_array_equal(again, [[1, 9, 2]])
+    np.testing.assert_array_equal(second, [[0, 9, 1], [3.5, 9, 1]])
+    assert paid.tolist() == [0.5] and more.tolist() == [-1, 0.5] and solved.shape == (2,)
+
+
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=3), workers=st.integers(1, 6))
+def test_workers_share_the_rows_of_each_part_and_of_all_parts_equally(sizes, workers):
+    ends = np.cumsum([0, *sizes]).tolist()
+    parts = [range(*pair) for pair in pairwise(ends)]
+    shares = [_share_out(part, workers) for part in parts]
+    for part, own in zip(parts, shares, strict=True):
+        assert np.concatenate([*own.values()]).tolist() == [*part]
+        counts = [len(own.get(worker, ())) for worker in range(workers)]
+        assert max(counts) - min(counts) <= 1
+    totals = [sum(len(own.get(worker, ())) for own in shares) for worker in range(workers)]
+    assert max(totals) - min(totals) <= 1
 
 
 def test_another_family_is_simulated(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import configure, make_store, make_trainer
+from tiny import TASKS, configure, make_store, make_trainer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from harmodt.algorithms.soco_dt import SoCoDTLearner
 from harmodt.config import SoftMaskSettings
@@ -114,6 +116,49 @@ def prescribed(values: torch.Tensor) -> SimpleNamespace:
         of=lambda chunk: (values[chunks[chunk].start : chunks[chunk].stop], None),
         mean=lambda: values.mean(0),
     )
+
+
+class HostCopies(TorchDispatchMode):
+    """Counts the operations for which the host would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        name = function.name()
+        by_bool = name in ("aten::index.Tensor", "aten::index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in arguments[1]
+        )
+        if by_bool or name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"):
+            self.names.append(name)
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("tasks", [TASKS[:2], TASKS])
+def test_the_host_waits_for_each_chunk_and_not_for_each_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tasks: tuple[str, ...]
+) -> None:
+    learner = make_learner(make_store(tmp_path / "store", tasks), fence_min=0.5, fence_max=1.0)
+    shape = len(tasks), learner.vector.maskable_size
+    gradients = prescribed(torch.randn(shape)), prescribed(torch.randn(shape))
+    monkeypatch.setattr(learner.gradients, "on", lambda _: gradients)
+    copies = HostCopies()
+    for name in ("tolist", "cpu", "numpy"):  # PyTorch does not dispatch these on a CPU
+        original = getattr(torch.Tensor, name)
+
+        def counted(tensor, *arguments, name=name, original=original):
+            if copies in watching:
+                copies.names.append(name)
+            return original(tensor, *arguments)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    watching = [copies]
+    with copies:
+        learner.updater.update(10, learner.draw_for(10))
+    watching.clear()
+    # The sizes, each of two chunks, the outcome; the last two read what is on the host already.
+    assert copies.names == ["tolist"] * 3 + ["cpu", "tolist", "aten::_local_scalar_dense"]
 
 
 @pytest.mark.parametrize("step", [0, 7, 10, 16])

@@ -50,8 +50,15 @@ class Policy(Protocol):
             UserError: the policy has no masks.
         """
 
+    def copy(self) -> Policy:
+        """A policy with the same networks, which plays its own episodes; call its `start` first."""
+
     def start(
-        self, task_ids: np.ndarray, seed: int = 0, target_returns: np.ndarray | None = None
+        self,
+        task_ids: np.ndarray,
+        seed: int = 0,
+        target_returns: np.ndarray | None = None,
+        part: range | None = None,
     ) -> None:
         """Begin N new episodes.
 
@@ -60,6 +67,9 @@ class Policy(Protocol):
             seed: seed of everything that the policy draws, such as prompts.
             target_returns: float [N], unscaled, the return to aim at in each row; by default the
                 target return of the row's task.
+            part: the rows that this policy plays; by default all. Copies of the policy play the
+                others. Every copy draws for all N rows, and uses its own draws, so draws do not
+                depend on the parts. From now on, all arrays have only the rows of the part.
         """
 
     def restart(self, rows: np.ndarray) -> None:

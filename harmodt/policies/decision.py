@@ -50,6 +50,12 @@ class DecisionPolicy(TrainedPolicy):
         self._unseen_threshold = unseen_threshold
         self._prepared_for: tuple[np.ndarray, Tensor | None] | None = None
 
+    def copy(self) -> DecisionPolicy:
+        """A policy with the same model and masks, and its own histories and graph."""
+        other = super().copy()
+        other._prepared_for = None
+        return other
+
     def use_voted_mask(self) -> None:
         """Replace every task's mask by the mask for unseen tasks (Eq. 13).
 
@@ -75,7 +81,7 @@ class DecisionPolicy(TrainedPolicy):
         for part in self._history:
             part[restarted] = 0
         if self._inputs.prompt is not None:
-            self._encode_prompts(np.flatnonzero(rows))
+            self._encode_prompts(rows)
 
     def _act(self, observations: np.ndarray) -> np.ndarray:
         present = self._append(observations)
@@ -178,15 +184,19 @@ class DecisionPolicy(TrainedPolicy):
         rows, probability = len(self._task_ids), self._inputs.settings.action_dropout
         if probability in (0, 1):
             return torch.full((rows,), probability == 1, device=self._execution.device)
-        return self._inputs.hidden(self._words(rows)).to(self._execution.device)
+        words = self._draw_for(np.ones(rows, bool), self._words)
+        return self._inputs.hidden(words).to(self._execution.device)
 
     def _words(self, *shape: int) -> Tensor:
         """Draw random 32-bit words, int64 of a shape."""
         return torch.from_numpy(self._rng.integers(2**32, size=shape))
 
-    def _encode_prompts(self, rows: np.ndarray) -> None:
-        """Draw and encode new prompts for some rows, int [n]; the other rows keep theirs."""
-        tasks, (episode, start) = self._tasks[rows], self._words(2, len(rows), 1)
+    def _encode_prompts(self, restarted: np.ndarray) -> None:
+        """Draw and encode new prompts where `restarted`, bool [N]; the other rows keep theirs."""
+        rows = np.flatnonzero(restarted)
+        tasks = self._tasks[rows]
+        words = self._draw_for(restarted, lambda count: self._words(2, count, 1).movedim(1, 0))
+        episode, start = words.unbind(1)
         drawn = self._inputs.draw_prompts(tasks, episode, start, acting=True)
         prompts = Steps(*(part[:, 0] for part in self._inputs.prompts(tasks, *drawn)))
         groups = _Groups(self._task_ids[rows], self._execution.device)

@@ -84,7 +84,7 @@ class PlanPolicy(TrainedPolicy):
         tasks = self._tasks[begun]
         prompts = None
         if self._inputs.prompt is not None:
-            episode, start = torch.randint(2**32, (2, len(begun), 1), generator=self._generator)
+            episode, start = self._draw_for(rows, self._words).unbind(1)
             drawn = self._inputs.draw_prompts(tasks, episode, start, acting=True)
             prompts = self._inputs.prompts(tasks, *drawn)
         self._task_tokens[begun] = tokens_of_task(tasks[:, None], len(self.tasks), prompts)[:, 0]
@@ -96,19 +96,33 @@ class PlanPolicy(TrainedPolicy):
         self._observations[:, -1] = present.observations
         self._observations[begun] = present.observations[begun][:, None]
         places = self._time % self.settings.replan_every
-        if due := np.flatnonzero(places == 0).tolist():
+        due = places == 0
+        if due.any():
+            chosen = torch.from_numpy(due)
             rows = Situation(present.returns_to_go, self._task_tokens, self._observations)
-            self._plans[due] = self._draw(Situation(*(part[due] for part in rows)))
+            self._plans[chosen] = self._draw(Situation(*(part[chosen] for part in rows)), due)
         return self._plans[torch.arange(len(places)), torch.from_numpy(places)].numpy()
 
-    def _draw(self, situation: Situation) -> Tensor:
-        """Draw the actions that will be executed, [n, replan_every, A], on the CPU."""
+    def _words(self, rows: int) -> Tensor:
+        """Draw two random 32-bit words for each row, int64 [rows, 2, 1]."""
+        return torch.randint(2**32, (2, rows, 1), generator=self._generator).movedim(1, 0)
+
+    def _draw(self, situation: Situation, rows: np.ndarray) -> Tensor:
+        """Draw the actions that some rows will execute, [n, replan_every, A], on the CPU.
+
+        Args:
+            situation: the situations of these rows, [n, ...].
+            rows: bool [N], True in these rows.
+        """
         settings, diffusion = self.settings, self._diffusion
         device = self._execution.device
-        shape = len(situation.task), settings.replan_every, self.environment.action_size
+        shape = settings.replan_every, self.environment.action_size
+
+        def noise(count: int) -> Tensor:
+            return torch.randn((count, *shape), generator=self._generator)
 
         def draw() -> Tensor:
-            return torch.randn(shape, generator=self._generator).to(device)
+            return self._draw_for(rows, noise).to(device)
 
         def cooled() -> Tensor:
             return settings.temperature * draw()

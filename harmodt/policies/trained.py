@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..batch import Steps
 from ..data.inputs import Inputs
 from ..devices import Execution
 from ..environments import EnvironmentSpec
 from ..errors import UserError
+
+Own = TypeVar("Own", bound="TrainedPolicy")
 
 
 class TrainedPolicy(ABC):
@@ -59,21 +64,34 @@ class TrainedPolicy(ABC):
         """
         raise UserError("the run's algorithm has no masks to vote: leave --mask out")
 
+    def copy(self: Own) -> Own:
+        """A policy with the same networks, as `Policy.copy` says."""
+        other = copy.copy(self)
+        other._rows = None
+        return other
+
     def start(
-        self, task_ids: np.ndarray, seed: int = 0, target_returns: np.ndarray | None = None
+        self,
+        task_ids: np.ndarray,
+        seed: int = 0,
+        target_returns: np.ndarray | None = None,
+        part: range | None = None,
     ) -> None:
         """Begin N new episodes, as `Policy.start` says.
 
         Raises:
-            UserError: a task id, the seed or a target return is invalid.
+            UserError: a task id, the seed, a target return or the part is invalid.
         """
         self._rows = None
-        self._task_ids = self._checked_tasks(task_ids)
-        rows = len(self._task_ids)
+        of_all = self._checked_tasks(task_ids)
+        self._all_rows = len(of_all)
         if not isinstance(seed, int | np.integer) or seed < 0:
             raise UserError(f"seed is {seed!r}: give a whole number, 0 or larger")
-        targets = self.target_returns[self._task_ids] if target_returns is None else target_returns
-        self._targets = _checked("target_returns", targets, (rows,), np.float64).copy()
+        targets = self.target_returns[of_all] if target_returns is None else target_returns
+        targets = _checked("target_returns", targets, (self._all_rows,), np.float64)
+        self._part = np.arange(self._all_rows)[_checked_part(part, self._all_rows)]
+        self._task_ids, self._targets = of_all[self._part], targets[self._part]
+        rows = len(self._part)
         self._returns_to_go = self._targets.copy()
         self._tasks = torch.from_numpy(self._task_ids)
         self._time = np.zeros(rows, np.int64)
@@ -157,6 +175,20 @@ class TrainedPolicy(ABC):
     def _act(self, observations: np.ndarray) -> np.ndarray:
         """Choose actions, float32 [N, A] in [-1, 1], after observations float32 [N, O]."""
 
+    def _draw_for(self, rows: np.ndarray, draw: Callable[[int], Tensor]) -> Tensor:
+        """Draw random numbers for some rows; draw also for all rows of other parts, and drop those.
+
+        So a row gets the same numbers whatever the parts are, while all rows begin together.
+
+        Args:
+            rows: bool [n], the rows of this part that need numbers.
+            draw: draws numbers for a number of rows, [rows, ...].
+        """
+        needed = np.ones(self._all_rows, bool)
+        needed[self._part] = rows
+        places = needed.cumsum()[self._part[rows]] - 1
+        return draw(int(needed.sum()))[torch.from_numpy(places)]
+
     def _present(self, observations: np.ndarray) -> Steps:
         """The present step of every row as the network reads it, [N, ...], on the CPU."""
         rows = len(observations)
@@ -197,6 +229,19 @@ class TrainedPolicy(ABC):
                 f"there is no task {unknown[0]}: the policy's tasks are 0 to {len(self.tasks) - 1}"
             )
         return ids.astype(np.int64)
+
+
+def _checked_part(part: range | None, rows: int) -> slice:
+    """Return a part of the rows as a slice.
+
+    Raises:
+        UserError: it is not a range of adjacent rows.
+    """
+    if part is None:
+        return slice(0, rows)
+    if part.step != 1 or not 0 <= part.start < part.stop <= rows:
+        raise UserError(f"part is {part}: give a range of adjacent rows from 0 to {rows - 1}")
+    return slice(part.start, part.stop)
 
 
 def _checked(name: str, values: Any, shape: tuple[int, ...], dtype: type) -> np.ndarray:
