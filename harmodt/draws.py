@@ -91,10 +91,10 @@ def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
     pairs = counter.view(2, 2, -1)
     even, product = pairs[:, 0], pairs[:, 1]
     for multipliers, round_key in rounds:
-        # A round exchanges the two pairs of words. Here each result stays at the index of its
-        # product, and every second round in `rounds` has its constants in reverse order. After ten
-        # rounds, the first pair is first again. The odd words are the lower halves of `product`,
-        # and `& word` clears the upper halves.
+        # A round of Philox exchanges the two pairs of words. This code does not exchange them, and
+        # `rounds` has the constants of every second round in reverse order instead. Ten exchanges
+        # cancel out, so the result has Philox's order. The odd words are the lower halves of
+        # `product`, and `& word` clears the upper halves.
         odd = product.flip(0)
         product = even * multipliers  # overflow wraps around, and all 64 bits are correct
         even = (product >> half).bitwise_xor_(odd).bitwise_xor_(round_key).bitwise_and_(word)
@@ -172,7 +172,7 @@ def _constants(
     """The constants of `philox`: each round's multipliers and key; the shift 32; the word mask.
 
     All are int64 tensors [2, 1]. For few words, tensors are twice as fast as Python numbers. Every
-    second round has its constants in reverse order, because each round exchanges the even words.
+    second round has its constants in reverse order, because `philox` does not exchange the words.
     """
     table = []
     for i in range(_ROUNDS):

@@ -96,8 +96,11 @@ class CudaGraph(Graph):
         return self._result.clone()
 
     def _compute(self) -> Tensor:
-        """Compute on the stream of the capture, because autograd later uses the stream of the first
-        call."""
+        """Compute on the stream of the capture.
+
+        Autograd runs later backward passes on the stream of the first call. A capture fails if they
+        run on another stream than its own.
+        """
         present = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(present)
         with torch.cuda.stream(self._stream):

@@ -177,7 +177,7 @@ def make_protocol(policy: Policy, request: Request) -> Protocol:
         rounds=math.ceil(request.episodes / max(1, request.environments // len(tasks))),
         mask=policy.mask,
         unseen=policy.unseen,
-        # Not the environment of the data, because its rewards may have another version.
+        # Not `policy.environment`: it may have the reward version of the run's data.
         environment=request.environment(policy.environment.family),
         precision=policy.precision,
         backend=policy.backend,

@@ -135,7 +135,8 @@ class ChangingMaskLearner(RandomMaskLearner[ChangingOwn]):
         """As `RandomMaskLearner.prepare_training`."""
         super().prepare_training(data)
         masks = self.settings.masks
-        self._first_bits = self.bank.bits.clone()  # a resumed run draws the same masks
+        # A resumed run also has the first masks here: it loads its checkpoint later.
+        self._first_bits = self.bank.bits.clone()
         tokens = 3 * (self.model.config.prompt_length + self.settings.model.context_length)
         # Only a CPU captures passes, and only passes of at most as many tasks as a step. They use
         # the memory of the captured step. A larger pass would need more memory and save little

@@ -11,10 +11,10 @@ schedule, a Huber loss in which a plan's first action counts ten times, two obse
 evaluation, a guidance weight of 1.2, and half of the random noise when a plan is drawn.
 
 The module differs from the authors' code in these points. Batches, normalisation and optimiser are
-those of this project's sequence models. Observations therefore have no LayerNorm, and the return is
-the undiscounted return-to-go, from which each reward is subtracted at evaluation. A prompt stays
-the same for a whole episode. The authors' code has no one-hot form. Here, a one-hot vector of the
-task replaces the prompt's steps.
+those of this project's sequence models. So observations are normalised by the statistics of the
+data and not by a LayerNorm. The return is the undiscounted return-to-go, from which each reward is
+subtracted at evaluation. A prompt stays the same for a whole episode. The authors' code has no
+one-hot form. Here, a one-hot vector of the task replaces the prompt's steps.
 """
 
 from __future__ import annotations

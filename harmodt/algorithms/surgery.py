@@ -130,7 +130,8 @@ def worst_task_ascent(products: NDArray[np.float64], c: float) -> NDArray[np.flo
     allowed, or until no step reaches a higher level. The tasks that are exactly at level t are
     called held. By the optimality conditions v is linear in t while the held tasks stay the same,
     so a few small linear systems give v exactly. The paper's dual problem over the simplex (Eq. 4)
-    has the solution w = v / Σ v. If u is shorter than allowed, the dual problem has no solution.
+    has the solution w = v / Σ v, unless u is shorter than allowed. Then every dual solution has
+    Σ w_i g_i = 0, which does not determine u.
 
     Args:
         products: [G, G], g_i · g_j.
@@ -193,6 +194,8 @@ def _hold(
     made_of[held] = np.linalg.solve(products[held][:, held], products[held, task])
     rest = products[task, task] - made_of @ products[task]
     if rest <= _ROUNDING * products[task, task]:
+        # Raise this task's v until the v of a held task is 0. The v of the held tasks change so
+        # that u stays the same.
         gives = made_of > _ROUNDING
         if not gives.any():
             return False
@@ -212,7 +215,7 @@ def graddrop(gradients: Tensor, draws: Draws, leak: float) -> Tensor:
     positive gradients are kept, otherwise the negative ones. A share `leak` of the dropped
     gradients is kept as well. The result is the mean over all tasks. The paper applies this to the
     gradients of a shared layer's outputs. This function applies it to the gradients of the weights,
-    as later comparisons do.
+    as later papers that compare gradient surgery do.
 
     Args:
         gradients: [G, P].

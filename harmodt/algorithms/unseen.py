@@ -126,6 +126,8 @@ def _masks_under(
     voted = voted_masks(bits, threshold, levels, count)
     if mask == "voted":
         return voted
+    # One row for each level. The seed is the same, so the active weights of a level are also active
+    # in the levels below it.
     drawn = [random_mask(trained.vector, row, unseen.seed) for row in voted[::count]]
     return torch.stack(drawn).repeat_interleave(count, 0)
 

@@ -171,8 +171,9 @@ class UpdateGradients:
     """The gradients that a mask update needs.
 
     These are the masked gradients ḡ_i = ∇L_i(θ ⊙ M^i) ⊙ M^i and the dense gradients g_i = ∇L_i(θ).
-    A chunk has as many tasks as fit into the memory. If all masked gradients fit into the rest of
-    the memory, they are kept, because an update reads them twice.
+    A chunk has as many tasks as fit into the memory. An update reads each masked gradient twice:
+    for the mean of all tasks, and then for the task's own selection. So all masked gradients are
+    kept if they fit into the rest of the memory.
 
     Args:
         bank: the masks.

@@ -32,10 +32,10 @@ def first_masks(
         seed: seed of the masks; a task's mask also depends on the task's index.
         initialisation: erk: masks are drawn at the ERK densities (Appendix C of the paper).
             uniform: all vectors (biases and LayerNorms) are active, and the same share of each
-            matrix is drawn. RigL (arXiv 1911.11134) compares densities in this way. For most
-            sparsities ERK also keeps all vectors active. magnitude: all vectors are active, and the
-            weights with the largest |θ| among all matrices; of equal weights, the first ones. Tasks
-            of equal sparsity have the same mask.
+            matrix is drawn. RigL (arXiv 1911.11134) also keeps vectors active, and for most
+            sparsities ERK does so too. magnitude: all vectors are active, and the weights with the
+            largest |θ| among all matrices; of equal weights, the first ones. Tasks of equal
+            sparsity have the same mask.
         shared: whether all tasks get the mask of the first task.
 
     Raises:

@@ -38,8 +38,8 @@ class SoftMaskUpdate:
 def fence_factor(step: int, steps: int, settings: SoftMaskSettings) -> float:
     """How far the threshold lies above the third quartile, in interquartile ranges.
 
-    It falls from `fence_max` at the start to `fence_min` at the share `fence_peak` of the run. Then
-    it rises to `fence_max` until the end. Both parts are half a cosine.
+    It falls from `fence_max` to `fence_min` while the share of done steps grows from 0 to
+    `fence_peak`. Then it rises to `fence_max` until the end. Both parts are half a cosine.
     """
     done = step / steps
     rising = done < settings.fence_peak
@@ -52,8 +52,8 @@ def upper_fence(scores: Tensor, factor: float) -> Tensor:
     """Q3 + factor (Q3 - Q1) of scores [n]; Q1 and Q3 are the ⌈n/4⌉-th and ⌈3n/4⌉-th smallest.
 
     Returns:
-        The fence, float64 [], or 0 if it is negative, because a negative score means the opposite
-        of conflict or of harmony. Without scores the fence is infinite.
+        The fence, float64 [], or 0 if it is negative, so that no weight with a negative score is
+        above it: such a weight neither conflicts nor agrees. Without scores the fence is infinite.
     """
     if not len(scores):
         return scores.new_full((), math.inf, dtype=torch.float64)

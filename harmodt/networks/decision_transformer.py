@@ -107,7 +107,11 @@ class Block(nn.Module):
         masks: TaskMasks,
         relu: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Begin a residual branch. Return layer(norm(rows)) and the rows, both [G, R, ...]."""
+        """Begin a residual branch. Return layer(norm(rows)) and the rows, both [G, R, ...].
+
+        `_add` gets the returned rows, so that the LayerNorm's backward pass adds the gradients of
+        both paths.
+        """
         of_layer = masks.of(layer) or NO_MASKS
         return self.backend.norm_linear(
             rows,
@@ -300,6 +304,7 @@ class DecisionTransformer(nn.Module):
         if buffers is None or not torch.is_grad_enabled():
             return rows
         (buffer,) = buffers  # [G, N, e] or [1, N, e]
+        # The hook below writes the gradient of the rows, so autograd must not reach the embedding.
         rows = rows.detach().requires_grad_()
         tasks = torch.arange(len(self.task_embedding.weight), device=task_ids.device)
         own = (task_ids[:, None] == tasks)[..., None]  # [G, N, 1]
@@ -324,6 +329,7 @@ class DecisionTransformer(nn.Module):
         return normalised.view(x.shape)
 
     def _embed_prompt(self, steps: Steps, tasks: Tensor | None, masks: TaskMasks) -> Tensor:
+        # As in Prompt-DT's code, no LayerNorm follows.
         return self.prompt_embedding(_beside(steps, tasks), masks)
 
     def _actions(self, x: Tensor, masks: TaskMasks) -> Tensor:

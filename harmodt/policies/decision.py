@@ -121,7 +121,7 @@ class DecisionPolicy(TrainedPolicy):
     def _prepare(self) -> None:
         """Make histories, masks and the graph, which depend only on the rows' tasks and masks.
 
-        Later rounds with the same rows use them again, because making a graph takes long.
+        A later `start` with the same tasks and masks uses them again, because a capture takes long.
         """
         self._prepared_for = None
         self._groups = _Groups(self._task_ids, self._execution.device)

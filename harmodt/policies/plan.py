@@ -133,7 +133,8 @@ class PlanPolicy(TrainedPolicy):
                 times = diffusion.times(diffusion.steps)
                 return diffusion.denoised(predict, draw(), times, cooled).cpu()
             times = diffusion.times(settings.sampling_steps)
-            # With full noise, plans of a barely trained model sometimes end at -1 or 1.
+            # With unscaled noise, a barely trained model sometimes plans actions that saturate at
+            # -1 or 1.
             return diffusion.denoised(predict, cooled(), times).cpu()
 
 

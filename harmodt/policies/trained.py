@@ -253,7 +253,9 @@ def _checked(name: str, values: Any, shape: tuple[int, ...], dtype: type) -> np.
     try:
         array: np.ndarray = np.asarray(values, dtype)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{name} is not an array of numbers ({error}): give {shape}") from error
+        raise UserError(
+            f"{name} is not an array of numbers ({error}): give numbers of the shape {shape}"
+        ) from error
     if array.shape != shape:
         raise UserError(
             f"{name} has the shape {array.shape}: give the shape {shape}, one row for each episode"
