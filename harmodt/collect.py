@@ -116,7 +116,7 @@ def collect(config: CollectConfig, progress: bool = True) -> DataStore:
         writer.finish(config.tasks)
 
     for task in config.tasks:
-        found.expert(task)
+        found.expert(task)  # raises now, before any work, if a task has no expert
     return make_or_open(config.output, "collect", settings, make, leftovers=(_PARTS,))
 
 

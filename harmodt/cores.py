@@ -58,7 +58,8 @@ def _quota(process: Path) -> float:
         mounts = (process / "mountinfo").read_text(errors="surrogateescape").splitlines()
     except OSError:
         return math.inf  # this system has no control groups
-    paths: dict[str, str] = {}  # the group's path by controller; version 2 names no controller
+    # The path of the process's group for each controller; version 2 has one group, under "".
+    paths: dict[str, str] = {}
     for line in groups:
         _, controllers, path = line.split(":", 2)
         paths |= dict.fromkeys(controllers.split(","), path)
@@ -77,15 +78,15 @@ def _folders(path: str, root: str, point: Path) -> list[Path]:
     """The folders of a control group and of the groups that contain it.
 
     Args:
-        path: the group's path in its hierarchy.
-        root: the path of the mounted group in this hierarchy.
-        point: the folder where this group is mounted.
+        path: the group's path in the hierarchy of groups.
+        root: the path of the group that is mounted, in the same hierarchy.
+        point: the folder where the group `root` is mounted.
     """
     try:
         inside = PurePosixPath(path).relative_to(root).parts
     except ValueError:
         inside = ()
-    if ".." in inside:  # the group lies outside, so only the mounted group is visible
+    if ".." in inside:  # the group lies outside `root`, and the mount shows only `root`
         inside = ()
     return [point.joinpath(*inside[:depth]) for depth in range(len(inside) + 1)]
 

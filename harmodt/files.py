@@ -160,7 +160,7 @@ def replace_directory(temporary: Path, final: Path) -> None:
 
 
 def remove_directory(path: Path) -> None:
-    """Delete a directory. After a kill, it is complete or nothing is left under its name."""
+    """Delete a directory. A kill leaves the complete directory, or nothing under its name."""
     doomed = path.with_name(f".{path.name}.deleted")
     shutil.rmtree(doomed, ignore_errors=True)  # left by an earlier kill
     os.rename(path, doomed)
@@ -226,7 +226,7 @@ def _lock(path: Path) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # the owner deleted the file after it was opened here: open a new one
+        os.close(descriptor)  # the last owner has deleted the file: try again with a new one
 
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)

@@ -154,8 +154,8 @@ def check(what: object, actual: str, recorded: str, remedy: str) -> None:
 def seal_line(values: Mapping[str, Any]) -> str:
     """Write an object as a sealed line.
 
-    The checksum is computed from the text of the other entries. It comes last, so that a reader can
-    cut this text out.
+    The checksum comes last. It is computed from the text of all other entries, which a reader finds
+    before it.
     """
     text = json.dumps(values)
     return f'{text[:-1]}{_CRC}{checksum(text.encode())}"}}\n'

@@ -99,7 +99,8 @@ class Worker:
         with requests, lifeline:  # only the worker keeps these ends; its death closes them
             numbers = requests.fileno(), lifeline.fileno()
             self.process = subprocess.Popen(
-                # -I: before sys.path is set, no module comes from the user's or current folder.
+                # With -I, Python imports nothing from the user's or the current folder before
+                # _SERVE sets sys.path.
                 [sys.executable, "-I", "-c", _SERVE, *map(str, (*numbers, patience, *sys.path))],
                 env={**os.environ, **share(1), **(variables or {})},
                 stdin=subprocess.DEVNULL,

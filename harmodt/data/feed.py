@@ -13,8 +13,8 @@ from ..draws import TRAIN, Draws
 from .order import TaskOrder
 from .windows import Drawn, WindowSampler
 
-_WINDOWS = 1 << 14  # about this many windows are drawn at a time,
-_MOST_STEPS = 64  # but for at most this many steps
+_WINDOWS = 1 << 14  # windows to draw at a time, about
+_MOST_STEPS = 64  # most steps to draw at a time
 
 
 class Feed:

@@ -130,8 +130,8 @@ class Inputs:
         self.prompt = prompt
         statistics = np.array([(task.mean, task.deviation) for task in conditioning])
         self._statistics = torch.from_numpy(statistics).to(device)  # [T, 2, O]
-        # This is a tensor, because a GPU divides by a Python number as a product with its
-        # reciprocal, which rounds differently.
+        # A GPU divides by a tensor. But by a Python number it does not divide: it multiplies by the
+        # number's reciprocal, and the result is rounded differently.
         self._return_scale = torch.tensor(settings.return_scale, device=device)
         if prompt is not None:
             self._prompts = Trajectories([task.prompts for task in conditioning], device)
@@ -214,8 +214,8 @@ class Inputs:
             task_ids: int64 [..., G].
             episode, start: random words, int64 [..., G, B]. They choose each prompt's episode and
                 its first step.
-            acting: True at evaluation. A prompt at the end of an episode then always comes from
-                the best prompt episode.
+            acting: True at evaluation. If the run takes prompts from the end of episodes, every
+                prompt is then from the best prompt episode.
 
         Returns:
             The episodes, int64 [..., G, B], numbered over all tasks, and each prompt's time steps,

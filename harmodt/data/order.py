@@ -41,7 +41,7 @@ class TaskOrder:
             Task ids, int64 [S, G], on the CPU.
         """
         count, tasks = self._settings.tasks_per_step, len(self._tasks)
-        done = torch.arange(steps.start - 1, steps.stop - 1)[:, None]  # steps before each step
+        done = torch.arange(steps.start - 1, steps.stop - 1)[:, None]  # number of earlier steps
         if self._settings.task_sampling == "round-robin":
             return (done * count + torch.arange(count)) % tasks
         if count == tasks:

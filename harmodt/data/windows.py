@@ -111,8 +111,8 @@ class WindowSampler:
         Args:
             task_ids: int64 [..., G] on the device of the episodes; the tensors of the result have
                 the same leading dimensions.
-            draws: the random numbers. For several batches, the step of the draws has a value for
-                each batch: [..., 1, 1, 1].
+            draws: the random numbers. For several batches, `draws.step` is a tensor [..., 1, 1, 1]
+                with the step of each batch.
         """
         groups = task_ids[..., None, None]
         words = draws.words(self._windows, groups, self._blocks[:, None])  # [4, ..., G, blocks, B]
@@ -143,10 +143,9 @@ class WindowSampler:
 class _Starts:
     """Draws the start of a window, floor(n u^bias), in an episode of n steps; u is uniform.
 
-    For each length n, a table has, for every start k, the smallest random word that gives this
-    start: 2^32 u for u = (k / n)^(1 / bias). The CPU makes the tables once, because another device
-    may round a power differently. All tables together have at most as many entries as the data have
-    steps.
+    Each length n has a table. Its entry k is the smallest random word 2^32 u that gives the start
+    k, so u = (k / n)^(1 / bias). The CPU makes the tables once, because another device may round a
+    power differently. All tables together have at most as many entries as the data have steps.
     """
 
     def __init__(self, episodes: Trajectories, bias: float):
@@ -160,7 +159,8 @@ class _Starts:
         first = np.cumsum([0, *lengths])[:-1]
         self._table = torch.from_numpy(np.concatenate(tables)).to(episodes.device)
         self._prefix = torch.from_numpy(table_of << 32).to(episodes.device)
-        # `searchsorted` returns the index after the found entry, so 1 is added.
+        # The index of a table's first entry; plus 1, because `searchsorted` returns the index after
+        # the found entry.
         self._before = torch.from_numpy(first[table_of] + 1).to(episodes.device)
 
     def draw(self, episodes: Tensor, words: Tensor) -> Tensor:

@@ -79,7 +79,10 @@ class Environment(ABC):
 
     @abstractmethod
     def reset(self, goal_index: int) -> np.ndarray:
-        """Begin an episode at the start with this index, which is below the family's `goals`.
+        """Begin an episode at one of the task's starts.
+
+        Args:
+            goal_index: the index of the start, from 0 to the family's `goals` - 1.
 
         Returns:
             The observation, float64 [observation_size].

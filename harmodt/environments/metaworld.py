@@ -86,10 +86,11 @@ class MetaWorldEnvironment(Environment):
         self.task = task
         self.goal_seed = goal_seed
         self._env = ALL_V3_ENVIRONMENTS[task](reward_function_version=REWARD_VERSION)
-        # This does the same as Meta-World's "goal-observable" classes. The cached observation space
-        # would hide the goal.
+        # These two lines show the goal, as Meta-World's "goal-observable" classes do. The second
+        # deletes a cached observation space that would hide the goal.
         self._env._partially_observable = False
         self._env.__dict__.pop("sawyer_observation_space", None)
+        # `reset_random` needs these two lines, because it calls no `set_task` and gives a seed.
         self._env._set_task_called = True
         self._env.seeded_rand_vec = True
 

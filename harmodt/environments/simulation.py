@@ -27,7 +27,8 @@ class Simulation:
     workers nor on the parts.
 
     Args:
-        family: name or description of the environments' family.
+        family: name or description of the environments' family. A description also gives the length
+            of the filmed episodes.
         tasks: the task of each of the N rows. Put rows of one task next to each other, because each
             worker prepares the goals of all its tasks.
         goal_seed: seed of the goals, as in `EnvironmentFamily.make`.

@@ -1,4 +1,4 @@
-"""Functions that several importers use to word the errors of files and to check arrays."""
+"""Functions of several importers: they turn errors into sentences, and check arrays."""
 
 from __future__ import annotations
 

@@ -5,9 +5,9 @@ file knows only the instructions that Python 3 writes for such data, in all pick
 instruction names a function of NumPy, the machine calls a function in this file instead, which
 checks its arguments. The machine imports nothing, sets no attribute and knows no other name.
 
-Reading a file takes little more memory than the file's size. Arrays share the bytes of the file,
-nothing is allocated only because the file declares a size, and the number of instructions has a
-limit.
+Reading a file takes little more memory than the file's size. Arrays share the bytes of the file.
+The reader allocates no memory for a size that the file only declares. The number of instructions
+has a limit.
 """
 
 from __future__ import annotations

@@ -6,9 +6,10 @@
 
 `env` is cheetah_dir, cheetah_vel or ant_dir; the quality is a word such as expert. The importer
 reads an episode's keys observations (T, observation_size), actions (T, action_size) and rewards
-(T,) or (T, 1), and if they exist, terminals and other flags of an episode's end. It reads a goal's
-key direction (1 or -1), velocity (m/s) or goal (radians). The file of prompts may be missing. The
-file of the goal may be missing for cheetahs, because their goals are known.
+(T,) or (T, 1), and if they exist, terminals and other flags of an episode's end. In the dict
+of a goal, it reads the key direction (1 or -1), velocity (m/s) or goal (radians). The file of
+prompts may be missing. The file of the goal may be missing for cheetahs, because their goals are
+known.
 
 The importer reads each pickle whole, but only one at a time. The largest file therefore determines
 the memory.
@@ -188,7 +189,7 @@ class PromptDTImporter(Importer):
         folders = [self._folder, *self._folder.absolute().parents[:2]]
         places = [f / below for f in folders for below in ("", f"config/{self._environment}")]
         for place in places:
-            if os.path.lexists(place / file):  # also for a broken link, so that reading refuses it
+            if os.path.lexists(place / file):  # also finds a broken link, so that reading fails
                 return self._named_by_goal(place / file)
         if self.family.spec.family == "ant-dir" or number >= len(self.family.task_goals):
             raise UserError(

@@ -52,7 +52,7 @@ FIRST = 30
 _ROWS = SPEC.episode_length + 1
 _WIDTHS = {"obs": (39,), "action": (6,), "reward": (), "task": ()}
 _FLAGS: dict[str, tuple[int, ...]] = dict.fromkeys(ENDS, ())  # a chunk may lack them
-_LARGEST = 2**20  # most bytes of data.pkl, which describes a chunk's tensors; TD-MPC2's have 600
+_LARGEST = 2**20  # most bytes of a chunk's data.pkl, which describes its tensors; TD-MPC2's has 600
 
 
 class _Which(NamedTuple):

@@ -48,7 +48,10 @@ class Locomotion(EnvironmentFamily):
 
     @property
     def trained(self) -> tuple[int, ...]:
-        """The indices of the training tasks; all tasks, if every task is also an unseen task."""
+        """The indices of the training tasks.
+
+        They are the tasks that are not unseen. If all are unseen, all are also training tasks.
+        """
         numbers = range(len(self.task_goals))
         return tuple(number for number in numbers if number not in self.unseen) or tuple(numbers)
 

@@ -53,7 +53,7 @@ class Walker(Environment):
     @staticmethod
     @abstractmethod
     def progress(velocity: np.ndarray, goal: np.ndarray) -> np.ndarray:
-        """The part of the reward [...] that velocities, float64 [..., 2], earn for goals [...]."""
+        """The reward for progress [...], from velocities, float64 [..., 2], and goals [...]."""
 
     @staticmethod
     @abstractmethod

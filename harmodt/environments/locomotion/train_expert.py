@@ -102,7 +102,8 @@ class RelabellingBuffer(ReplayBuffer):
         self._family = family
         self._weight = progress_weight
         self._rng = np.random.default_rng(seed)
-        # The observations before and after the step, the velocity [2], and the reward's other part.
+        # Each row: the observations before and after the step, the velocity [2], and the reward
+        # without its part for progress.
         width = 2 * family.spec.observation_size + 3
         self._raw = np.zeros((self.buffer_size, self.n_envs, width), np.float32)
 
