@@ -67,7 +67,7 @@ def _quota(process: Path) -> float:
     for line in mounts:
         before, _, after = line.partition(" - ")
         root, point = map(_unescaped, before.split()[3:5])
-        kind, _, options = after.split()[:3]
+        kind, _, options = after.rstrip().split(" ")[:3]  # a mount's source may be empty
         controller = {"cgroup2": "", "cgroup": "cpu"}.get(kind)
         if controller in paths and (kind == "cgroup2" or "cpu" in options.split(",")):
             quotas += map(_quota_of, _folders(paths[controller], root, Path(point)))

@@ -59,6 +59,7 @@ V1_GROUPS = "5:cpuset:/other\n4:cpu,cpuacct:{}\n1:name=systemd:/other\n0::/other
         ("0::/a/b\n", V2, {"cpu.max": "max 9", "a/cpu.max": "3 1", "a/b/cpu.max": "8 1"}, 3),
         ("0::/a/b\n", V2, {"a/cpu.max": "8 1", "a/b/cpu.max": "3 1", "a/b/c/cpu.max": "1 1"}, 3),
         ("0::/../x\n", V2, {"cpu.max": "5 1", "../x/cpu.max": "1 1"}, 5),
+        ("0::/\n", "28 23 0:25 / /mnt rw - tmpfs  rw\n" + V2, {"cpu.max": "2 1"}, 2),  # no source
         ("0::/a b\n", V2.replace("SYS", r"SYS/x\040y"), {"x y/a b/cpu.max": "4 1"}, 4),
         (
             V1_GROUPS.format("/docker/1"),  # the container sees its own group alone

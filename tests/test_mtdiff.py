@@ -730,6 +730,7 @@ def test_settings_that_do_not_fit_together_are_refused(
     changes: dict[str, object], message: str
 ) -> None:
     check(configure("mtdiff-p", **SMALL))
+    check(configure("mtdiff-p", **{**SMALL, "sampler": "ddpm", "sampling_steps": 17}))  # unread
     with pytest.raises(UserError, match=message):
         check(configure("mtdiff-p", **{**SMALL, **changes}))
 

@@ -87,7 +87,7 @@ class MTDiffSettings(AlgorithmSettings):
                 f"embed_dim {model.embed_dim} is odd or not a multiple of heads {model.heads}: "
                 "change one of the two"
             )
-        if plan.sampling_steps > model.diffusion_steps:
+        if plan.sampler == "ddim" and plan.sampling_steps > model.diffusion_steps:
             raise UserError(
                 f"sampling_steps {plan.sampling_steps} is above diffusion_steps "
                 f"{model.diffusion_steps}: lower it"
