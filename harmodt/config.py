@@ -134,7 +134,8 @@ class MaskSettings:
     earlier one."""
     sparsity_by_loss: tuple[ShareBelowOne, ShareBelowOne] | None = None
     """Lowest and highest sparsity, instead of one sparsity for all tasks. The task with the highest
-    loss under the initial weights gets the lowest sparsity, and the others follow in even steps."""
+    loss under the initial weights gets the lowest sparsity, and the task with the lowest loss the
+    highest. The sparsities of the others are evenly spaced, in the order of their losses."""
     mask_initialisation: MaskInitialisation = "erk"
     """How the first masks are made. erk and uniform draw them at random: erk with higher densities
     for small matrices (Erdős–Rényi-Kernel), uniform with one density for all. magnitude takes the
@@ -191,7 +192,8 @@ class UpdatedMaskSettings(MaskSettings):
     """t_m, steps between mask updates."""
     mask_update_gb: NotNegative = 4.0
     """Memory for a mask update, in GB. The update computes as many tasks at a time as fit. If the
-    gradients of all tasks do not fit, it computes them twice."""
+    gradients of all tasks do not fit, it computes them twice: first for their mean, then
+    for the scores."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,8 @@ class LearnedMaskSettings(UpdatedMaskSettings):
     eta_max: Whole = 100
     """Most weights moved per task and mask update."""
     harmony_rule: Literal["paper", "upstream-score"] = "paper"
-    """Harmony score: as in the paper (A + λI), or as in the authors' code (λA + I, unscaled I)."""
+    """Harmony score: as in the paper (A + λI), or as in the authors' code (λA + I, where the Fisher
+    information I is not divided by the squared loss)."""
 
     def check(self) -> None:
         """Refuse bounds that do not fit together.

@@ -180,7 +180,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _print_anything() -> None:
-    """Print escapes for characters that the terminal's encoding lacks, in place of an error."""
+    """Print escapes for characters that the terminal's encoding lacks; do not raise an error."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -43,7 +43,7 @@ class PolicyOptions:
     """Mask of the policy. For the run's tasks: task (each task's own mask, the default) or voted
     (the mask of Eq. 13 for all tasks). For unseen tasks: voted (the default if the run has masks),
     none (no mask), random (a random mask as dense as the voted one) or nearest (the mask of the
-    training task whose gradient on its prompts agrees most with the unseen task's gradient).
+    training task with the most similar gradient; each task's gradient is computed on its prompts).
     Several masks are compared in one table."""
     threshold: NotNegative | None = None
     """A weight is in the voted mask if more than this number of training tasks use it. A number

@@ -83,7 +83,7 @@ def import_checkpoint(config: ImportCheckpointConfig) -> AuthorsCheckpoint:
     check(settings)
     with owned(config.output):
         made, final = RunDirectory(config.output / ".import"), RunDirectory(config.output)
-        # A kill may have come between the moves below.
+        # If an earlier import was killed between the moves below, delete its checkpoints.
         if made.path.exists() and not final.description.exists():
             shutil.rmtree(final.checkpoints, ignore_errors=True)
         shutil.rmtree(made.path, ignore_errors=True)
@@ -170,9 +170,10 @@ def main() -> None:
     if found.unused:
         names = printable(", ".join(found.unused))
         console.print(f"left out, because a policy does not use them: {names}", soft_wrap=True)
+    count = len(found.masks)
     console.print(
-        f"{len(found.masks)} tasks written to {printable(config.output)}: measure it with python "
-        f"-m harmodt.evaluate {printable(config.output)}",
+        f"{count} task{'s'[: count > 1]} written to {printable(config.output)}: measure the run "
+        f"with python -m harmodt.evaluate {printable(config.output)}",
         soft_wrap=True,
     )
 

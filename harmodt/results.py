@@ -53,7 +53,8 @@ class Measure:
     A measure does not depend on the policy.
 
     Attributes:
-        target_returns: None where the policy aimed at the target returns of its own run.
+        target_returns: the distinct target returns of the tasks; None where the policy aimed at the
+            target returns of its own run.
         episodes, success_rule, goal_seed, seed, unseen, environment: as in `Protocol`.
     """
 

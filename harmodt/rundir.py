@@ -68,10 +68,11 @@ class Description:
         changes: the settings that a resumed run changed: step, name, old and new value.
         parts: the device and versions of each part of the run, in the order of the steps.
         preset, parameters: the preset and the number of parameters, for a report.
-        episode_length: number of steps of the longest training episode, and of episodes in
-            evaluations. None in a run of an earlier version; its evaluations have the
+        episode_length: number of steps of the longest training episode. Episodes of evaluations
+            have as many. None in a run of an earlier version; its evaluations have the
             environments' episode length.
-        device, backend, versions: the first part of the run, as earlier versions wrote it.
+        device, backend, versions: where the run was computed. Only earlier versions wrote them;
+            `parts` replaces them.
     """
 
     id: str

@@ -59,9 +59,9 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> Average:
     Entries with the same index have the same training seed and the same goal. Each resample draws
     the same entries of both, so that effects which both share cancel.
 
-    All pairs of successes may differ by the same d, in [-1, 1]. The bootstrap then has no spread.
-    Let s be the upper bound of Wilson's interval for 0 successes in as many trials as pairs. The
-    interval then allows that a share s of the pairs differs by -1 or by 1 instead of d.
+    If all n pairs of successes have the same difference d (-1, 0 or 1), the bootstrap has no
+    spread. The bounds are then the means that result if a share s of the pairs has the difference
+    -1, or 1, instead of d. s is the upper bound of Wilson's interval for 0 successes in n trials.
 
     Raises:
         ValueError: the shapes differ.

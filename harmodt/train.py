@@ -93,12 +93,12 @@ def _train(trainer: Trainer) -> None:
 
 def _announce(trainer: Trainer) -> None:
     """Print the algorithm, its size, the device and the run's directory."""
-    setup, numbers = trainer.setup, trainer.learner.describe()
+    setup, numbers, count = trainer.setup, trainer.learner.describe(), len(trainer.tasks)
     masks = f"{decimal(numbers['mask_bytes'])} of masks, " if "mask_bytes" in numbers else ""
     parts = trainer.directory.read().parts
     goes_on = f" (goes on after step {trainer.step})" if trainer.step else ""
     lines = [
-        f"{setup.config.algorithm} on {len(trainer.tasks)} tasks: "
+        f"{setup.config.algorithm} on {count} task{'s'[: count > 1]}: "
         f"{numbers['parameters'] / 1e6:.2f} M parameters, {masks}{setup.execution.device}, "
         f"{setup.execution.backend.name} kernels",
         f"run: {trainer.directory.path}{goes_on}",
@@ -132,9 +132,11 @@ def _report(trainer: Trainer, trained: Trained) -> None:
     if trained.best is not None and trained.best[0] != trainer.step:
         step, score = trained.best
         name = "success" if trainer.setup.environment.success else "mean return"
-        console.print(
-            f"best {name} {score:.2f} at step {step}; the table shows the last evaluation"
-        )
+        where = "the table shows the last evaluation"
+        if trained.evaluation is None:  # a finished run was resumed
+            folder = trainer.directory.evaluation
+            where = f"nothing was evaluated now, and all evaluations are in {folder}"
+        console.print(f"best {name} {score:.2f} at step {step}; {where}", soft_wrap=True)
     path = trainer.directory.path
     console.print(f"run: {path}", soft_wrap=True)
     report = f"python -m harmodt.report {shlex.quote(str(path))}"

@@ -16,7 +16,7 @@ from harmodt import devices, train
 from harmodt.data.store import DataStore
 from harmodt.errors import UserError
 from harmodt.training import kernel_check
-from harmodt.training.kernel_check import check_kernels, has_new_kernels
+from harmodt.training.kernel_check import check_kernels, check_new_kernels, has_new_kernels
 from harmodt_kernels import PYTORCH, Backend
 
 
@@ -90,6 +90,18 @@ def everything_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, for the kernels of a CPU."""
     for module in (kernel_check, train):
         monkeypatch.setattr(module, "has_new_kernels", lambda setup: setup.config.run.fused)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+
+
+def test_the_memory_of_the_check_is_not_counted(
+    store: DataStore, monkeypatch: pytest.MonkeyPatch, everything_is_new: None
+) -> None:
+    done: list[object] = []
+    monkeypatch.setattr(kernel_check, "check_kernels", lambda setup, data: done.append("check"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", done.append)
+    for fused, expected in ((False, []), (True, ["check", torch.device("cpu")])):
+        check_new_kernels(make_setup(store, configure(fused=fused), backend=PYTORCH), [])
+        assert done == expected
 
 
 @pytest.mark.usefixtures("native")

@@ -194,8 +194,8 @@ def test_stores_that_cannot_be_merged_are_named(tmp_path: Path) -> None:
     (tmp_path / "taken" / "precious").touch()
     before = contents(tmp_path)
     cases: list[tuple[list[Any], str, str]] = [
-        ([], "c", "there are 0 stores to merge"),
-        ([a], "c", "there are 1 stores to merge: give two or more"),
+        ([], "c", "no store is named: give two or more"),
+        ([a], "c", "only one store is named: give two or more"),
         ([a, b, a], "c", "a and .*/a are the same store"),
         ([a, b, tmp_path / "copy"], "c", "a and .*/copy are the same store, .* leave one of them"),
         ([a, b], "b", "--output .*/b lies in .*/b"),

@@ -149,3 +149,15 @@ def test_the_checkpoint_of_the_best_evaluation_is_kept(
         int(line["step"]): line["success"] for line in lines(directory.path) if "success" in line
     }
     assert found == scores
+
+
+def test_a_finished_run_that_is_resumed_names_no_table(
+    store: DataStore, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(module, "play", plays(HIGH_FIRST))
+    begin(store, tmp_path / "run", *FLAGS)
+    capsys.readouterr()
+    train.main(["--resume", str(tmp_path / "run")])
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("best ")]
+    where = f"nothing was evaluated now, and all evaluations are in {tmp_path / 'run/evaluation'}"
+    assert printed == [f"best success 0.75 at step 4; {where}"]

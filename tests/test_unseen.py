@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from tiny import TASKS, configure, make_setup, make_store, unpack_masks
 
@@ -257,8 +258,21 @@ def test_a_store_of_another_family_is_refused(run: Path, tmp_path: Path) -> None
 
     config = CollectConfig(tmp_path / "walkers", ("cheetah-dir",), 1, 1, workers=1)
     collect(config, progress=False)
-    with pytest.raises(UserError, match="of cheetah-dir, but the run was trained on metaworld"):
+    with pytest.raises(UserError, match="family cheetah-dir instead of metaworld"):
         load_policy(run, unseen=Unseen(config.output))
+
+
+def test_the_fields_in_which_other_environments_differ_are_named(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versioned = dataclasses.replace(tiny.SPEC, reward_version="v1")
+    monkeypatch.setattr(tiny, "SPEC", versioned)
+    meet(run, make_store(tmp_path / "versioned", UNSEEN))
+    monkeypatch.setattr(tiny, "SPEC", dataclasses.replace(versioned, episode_length=200))
+    shorter = make_store(tmp_path / "shorter", UNSEEN)
+    reason = r"shorter has other environments than the run \(episode_length 200 instead of 500\)"
+    with pytest.raises(UserError, match=reason):
+        meet(run, shorter)
 
 
 def test_prompts_that_have_changed_are_refused_and_the_rest_is_not_read(

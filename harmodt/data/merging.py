@@ -67,7 +67,8 @@ def merge_stores(config: MergeConfig, progress: bool = True) -> DataStore:
 def _check(stores: Sequence[DataStore], output: Path) -> None:
     """Raise UserError if the stores cannot be merged, or cannot be merged into `output`."""
     if len(stores) < 2:
-        raise UserError(f"there are {len(stores)} stores to merge: give two or more")
+        named = "only one store is named" if stores else "no store is named"
+        raise UserError(f"{named}: give two or more")
     first, *others = stores
     seen: dict[str, DataStore] = {}
     for store in stores:

@@ -257,7 +257,7 @@ def time_by_part(runs: Sequence[ReportedRun]) -> Plot | None:
 
 
 def changed_by_layer(runs: Sequence[ReportedRun]) -> Plot | None:
-    """Plot which share of each layer's mask bits ever changed, by bounds; None without data."""
+    """Plot bounds of the share of each layer's mask bits that ever changed; None without data."""
     rows: list[Row] = []
     layers: list[str] = []
     for index, run in enumerate(runs):

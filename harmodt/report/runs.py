@@ -121,10 +121,11 @@ def read_runs(paths: Sequence[Path]) -> list[ReportedRun]:
 
 
 def _compare(run: ReportedRun, runs: Sequence[ReportedRun]) -> ReportedRun:
-    """Return the run with the results that are compared. Runs of one family share their measure.
+    """Return the run with its measure and with the results that have this measure.
 
-    It is the measure with results of the most runs. Of equally common measures, one of evaluations
-    during training is preferred, then the one with the most episodes.
+    All runs of a family get the same measure: the one with which the most runs have results. If
+    there are several, a measure of evaluations during training comes first, whatever its number of
+    episodes, and then the one with the most episodes.
     """
     family = run.description.environment["family"]
     related = [other for other in runs if other.description.environment["family"] == family]
@@ -161,7 +162,7 @@ def _read_run(path: Path, name: str) -> ReportedRun:
     if steps:
         policy = load_policy(path, device="cpu", fused=False, precision="fp32")
         if isinstance(policy, DecisionPolicy) and policy.mask_bits is not None:
-            active = policy.mask_bits[: len(policy.tasks)]  # the lowest level of soft masks
+            active = policy.mask_bits[: len(policy.tasks)]  # of soft masks, the values above 0
             masks = Masks.measure(policy.tasks, policy.model.vector, active)
     last = int(metrics[-1]["step"]) if metrics else 0
     return ReportedRun(

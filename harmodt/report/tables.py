@@ -234,7 +234,8 @@ def success(columns: Sequence[Column]) -> tuple[str, str]:
         for task in (*tasks, "average")
     ]
     measure = "Mean return" if first.successes is None else "Success"
-    title = f"{measure} on {len(tasks)} {'unseen ' * bool(first.protocol.unseen)}tasks"
+    unseen = "unseen " * bool(first.protocol.unseen)
+    title = f"{measure} on {len(tasks)} {unseen}task{'s'[: len(tasks) > 1]}"
     return title, table(title, ["task", *map(_heading, columns)], rows[:-1], rows[-1])
 
 

@@ -18,7 +18,7 @@ Composition = Literal["near-optimal", "sub-optimal"]
 
 @dataclass(frozen=True)
 class Times:
-    """`factor` times the value that `setting` has at the budget."""
+    """A value that depends on the budget: `factor` times the budget's value of `setting`."""
 
     factor: float
     setting: str

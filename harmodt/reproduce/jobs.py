@@ -99,7 +99,8 @@ class Collect:
                 f"the store {self.directory} lacks {', '.join(missing)}: move it away, or name "
                 "another --output"
             )
-        made = store.provenance.get("collect", wanted)  # an imported store has no such entry
+        # An imported store has no entry "collect", so none of its settings is refused.
+        made = store.provenance.get("collect", wanted)
         for name in wanted:
             there = made.get(name)
             same = there == wanted[name]
@@ -162,7 +163,7 @@ class Train:
 
     def words(self) -> list[str]:
         data = ["--data", str(self.folder.data(self.run.collection))]
-        if self._is_evaluated:  # but its result is missing
+        if self._is_evaluated:  # its result is missing, so make it again
             episodes = self.run.config.evaluation.evaluation_episodes
             return ["harmodt.evaluate", str(self.directory), "--episodes", str(episodes)]
         if self.folder.run(self.run).description.exists():

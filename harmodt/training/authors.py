@@ -53,6 +53,7 @@ _UNUSED = re.compile(
 embedding, and the causal masks."""
 
 _TASK_EMBEDDING = re.compile(r".+(?<!prompt)_(embed|predict)_(state|action)\..+")
+"""Weights that belong to one task, such as `reach-v2_embed_state.weight`."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,8 @@ class AuthorsCheckpoint:
             if not bool(((mask == 0) | (mask == 1)).all()):
                 raise UserError(
                     f"{self.path}: the mask of {theirs[ours]} holds numbers other than 0 and 1: "
-                    "the file is damaged, or a mask update moved more weights than the mask has"
+                    "the file is damaged, or a mask update of the authors' code moved more weights "
+                    "than were active or inactive"
                 )
             slot.view(whole).copy_(mask == 1)
         return pack_bits(whole)
@@ -172,7 +174,8 @@ class AuthorsCheckpoint:
         if tensor.shape != shape:
             raise UserError(
                 f"{self.path}: {name} has the shape {list(tensor.shape)} in our layout, but "
-                f"{list(shape)} is needed: give a store of the checkpoint's environments"
+                f"{list(shape)} is needed: give a store of the environments in which the "
+                "checkpoint was trained"
             )
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(

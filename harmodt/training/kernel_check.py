@@ -43,8 +43,7 @@ def check_new_kernels(setup: Setup, data: Sequence[TaskData]) -> None:
     if has_new_kernels(setup):
         check_kernels(setup, data)
         # The run's costs do not count the memory of this check.
-        if setup.execution.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(setup.execution.device)
+        torch.cuda.reset_peak_memory_stats(setup.execution.device)
 
 
 def check_kernels(setup: Setup, data: Sequence[TaskData]) -> None:

@@ -67,16 +67,26 @@ def _with_plans(saved: SavedRun, sampler: Sampler | None, steps: int | None) -> 
 
 
 def _open_unseen(unseen: Unseen, saved: SavedRun) -> tuple[list[TaskData], str]:
-    """Return the data of the unseen tasks, and the checksum of their store."""
+    """Return the data of the unseen tasks, and the checksum of their store.
+
+    Raises:
+        UserError: the store is damaged, lacks a task, or has other environments than the run. Only
+            the version of the rewards may differ.
+    """
     store = DataStore.open(unseen.store)
-    ours, theirs = saved.environment, store.environment
-    # Only the version of the rewards may differ.
-    if replace(theirs, reward_version=ours.reward_version) != ours:
+    ours, theirs = saved.environment.to_json(), store.environment.to_json()
+    different = [
+        f"{name} {theirs[name]} instead of {ours[name]}"
+        for name in ours
+        if name != "reward_version" and theirs[name] != ours[name]
+    ]
+    if different:
         raise UserError(
-            f"{store.path} holds data of {theirs.family}, but the run was trained on "
-            f"{ours.family}: name a store of the run's family"
+            f"{store.path} has other environments than the run ({', '.join(different)}): name a "
+            "store of the run's environments"
         )
-    names = family(ours.family).resolve_tasks(unseen.tasks) if unseen.tasks else store.tasks
+    found = family(saved.environment.family)
+    names = found.resolve_tasks(unseen.tasks) if unseen.tasks else store.tasks
     tasks = [store.task(name) for name in names]
     store.verify(prompts_of=names)
     return tasks, store.checksum

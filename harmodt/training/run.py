@@ -170,7 +170,8 @@ def _part(setup: Setup, step: int) -> Part:
 
 def _parts_with_next(parts: Sequence[Part], following: Part) -> tuple[Part, ...]:
     """Return the parts of a resumed run. A part is added only if it differs from the last one."""
-    kept = tuple(part for part in parts if part.step < following.step)  # later steps are repeated
+    # The run takes its later steps again, so parts that began later no longer count.
+    kept = tuple(part for part in parts if part.step < following.step)
     as_before = bool(kept) and replace(kept[-1], step=following.step) == following
     return kept if as_before else (*kept, following)
 

@@ -173,7 +173,7 @@ class Trainer:
             with log.costs.measure("masks and harmony"):
                 values = self.before_step()
         except NotFinite as error:
-            log.flush(self.step)  # raises for a loss that is not finite, with its step
+            log.flush(self.step)  # if a step's loss is not finite, this error names the step
             what = f"after step {self.step}, task {self.tasks[error.task]}: {error.reason}"
             raise self._not_finite(what, changed=self.step > 0) from error
         if values:
