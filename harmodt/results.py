@@ -73,16 +73,21 @@ class Measure:
             values | values.pop("environment") for values in (asdict(self), asdict(other))
         )
         return [
-            f"{name} {_words(theirs[name])} instead of {_words(ours[name])}"
+            f"{name} {_words(name, theirs[name])} instead of {_words(name, ours[name])}"
             for name in ours
             if ours[name] != theirs[name]
         ]
 
 
-def _words(value: Any) -> str:
+_MEANING_OF_NONE = {"target_returns": "the run's own", "reward_version": "unknown"}
+
+
+def _words(name: str, value: Any) -> str:
+    if value is None:
+        return _MEANING_OF_NONE.get(name, "none")
     if isinstance(value, tuple):
         return ", ".join(f"{number:g}" for number in value)
-    return "the run's own" if value is None else str(value)
+    return str(value)
 
 
 @dataclass(frozen=True)

@@ -198,6 +198,7 @@ def test_evaluations_whose_plans_were_drawn_otherwise_stand_side_by_side():
 
 
 SHORT = replace(family(METAWORLD).spec, episode_length=7)
+UNKNOWN = replace(family(METAWORLD).spec, episode_length=30, reward_version=None)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +210,7 @@ SHORT = replace(family(METAWORLD).spec, episode_length=7)
         ({"target_returns": (7.0,) * 3}, "target_returns 7 instead of the run's own"),
         ({"episodes": 5}, "episodes 5 instead of 4"),
         ({"environment": SHORT}, "episode_length 7 instead of 30"),
+        ({"environment": UNKNOWN}, "reward_version unknown instead of v2"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

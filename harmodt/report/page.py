@@ -337,9 +337,10 @@ def _facts(run: ReportedRun) -> str:
     masks = run.masks
     assert masks is not None
     tasks, active = len(masks.tasks), np.diag(masks.shared) / masks.sizes.sum()
-    said = f"{run.name}: {tasks} masks, {percent(active.mean(), 1)} of the weights active in each."
+    share, number = percent(active.mean(), 1), "1 mask" if tasks == 1 else f"{tasks} masks"
+    said = f"{run.name}: {number}, {share} of the weights active in each."
     if tasks == 1:
-        return said.replace("masks", "mask")
+        return said
     upper = np.triu_indices(tasks, 1)
     overlap, beyond = masks.overlap[upper], masks.beyond_chance[upper]
     said += (

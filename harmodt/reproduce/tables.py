@@ -303,7 +303,8 @@ def _notes(plan: Plan, folder: Folder, rows: Sequence[Row]) -> Iterator[str]:
         )
     seeds = ", ".join(map(str, plan.seeds))
     if plan.experiment.measure == "harmony":
-        yield f"Scores were logged at {rows[0].episodes} steps during training; seeds {seeds}."
+        times = max(row.episodes for row in rows)  # a row without a result has none
+        yield f"Scores were logged at {times} steps during training; seeds {seeds}."
     else:
         episodes = plan.cells[0].question.episodes
         yield (
