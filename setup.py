@@ -60,6 +60,7 @@ setup(
     ],
     package_dir={"harmodt_kernels": "kernels"},
     package_data={
+        "harmodt_kernels": ["py.typed"],  # type checkers read the annotations of the package
         "harmodt.environments.locomotion": ["weights/*.safetensors"],
         "harmodt.report": ["page.css", "page.js"],
         "harmodt.reproduce": ["paper.json"],

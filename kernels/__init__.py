@@ -13,6 +13,8 @@ A `Backend` holds all operations of one implementation. The operations that this
 the fused ones.
 """
 
+from importlib.metadata import version
+
 from .backend import PYTORCH, REFERENCE, Backend, fused_backend
 from .bits import count_bits, pack_bits, unpack_bits, words_for
 from .harmony_selection import (
@@ -28,6 +30,9 @@ from .masked_linear import MaskedLinear, masked_linear
 from .masks import NO_MASKS, LayerMasks
 from .native.recording import CannotRecord, Recording, RecordingMemory
 from .registration import BackendUnavailable
+
+__version__ = version("harmodt")
+"""The version of the distribution `harmodt`, to which this package belongs."""
 
 __all__ = [
     "NO_MASKS",

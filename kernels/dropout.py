@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .operands import check
+
 
 def seed_for(drop: float, seed: Tensor | None, device: torch.device) -> Tensor | None:
     """The seed of a draw: the caller's, or one that the device's generator draws.
@@ -28,19 +30,22 @@ def seed_for(drop: float, seed: Tensor | None, device: torch.device) -> Tensor |
 
     Raises:
         TypeError: the seed's dtype is not int64.
-        ValueError: the seed has more than one element, or is on another device.
+        ValueError: `drop` is not in [0, 1), or the seed has more than one element or is on another
+            device.
     """
+    check_probability(drop)
     if drop == 0.0:
         return None
     if seed is None:
         return torch.randint(2**31, (1,), device=device)
-    if seed.dtype != torch.int64:
-        raise TypeError(f"seed is {seed.dtype}: it must be int64")
-    if seed.shape not in ((), (1,)):
-        raise ValueError(f"seed has shape {list(seed.shape)}: it must be one number, [] or [1]")
-    if seed.device != device:
-        raise ValueError(f"seed is on {seed.device} and the operands on {device}")
+    check("seed", seed, torch.int64, () if seed.dim() == 0 else (1,), device)
     return seed
+
+
+def check_probability(drop: float) -> None:
+    """Raise ValueError unless 0 ≤ drop < 1."""
+    if not 0.0 <= drop < 1.0:
+        raise ValueError(f"drop is {drop}: the probability must be at least 0 and below 1")
 
 
 def kept(shape: Sequence[int], drop: float, seed: Tensor) -> Tensor:
@@ -48,14 +53,23 @@ def kept(shape: Sequence[int], drop: float, seed: Tensor) -> Tensor:
 
     The hash takes an element's row-major index in the shape, modulo 2³².
     """
-    draw = torch.arange(math.prod(shape), device=seed.device).view(*shape) * 0x9E3779B1 + seed
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        draw = draw & 0xFFFFFFFF  # keep the low 32 bits of the int64, as an unsigned number
-        draw = (draw ^ (draw >> shift)) * factor
-    draw = draw & 0xFFFFFFFF
-    draw = (draw ^ (draw >> 16)) & 0x7FFFFFFF
+    key = _hashed(seed + _INDEX_FACTOR, torch.zeros_like(seed))
+    index = torch.arange(math.prod(shape), device=seed.device).view(*shape)
+    draw = _hashed(index * _INDEX_FACTOR + key, key) & 0x7FFFFFFF
     threshold, factor_of_kept = rate(drop)
-    return torch.where(draw < threshold, 0.0, factor_of_kept)
+    return (draw >= threshold).to(torch.float32) * factor_of_kept
+
+
+def _hashed(v: Tensor, key: Tensor) -> Tensor:
+    """Hash the low 32 bits of int64 numbers. The key enters between two multiplications too: so the
+    hashes of consecutive numbers under one key are no shift of those under another."""
+    v = v & 0xFFFFFFFF
+    v = ((v ^ (v >> 16)) * 0x7FEB352D & 0xFFFFFFFF) ^ key
+    v = (v ^ (v >> 15)) * 0x846CA68B & 0xFFFFFFFF
+    return v ^ (v >> 16)
+
+
+_INDEX_FACTOR = 0x9E3779B1
 
 
 def rate(drop: float) -> tuple[int, float]:

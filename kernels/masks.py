@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .bits import pack_bits, unpack_bits
+from .bits import unpack_bits
 
 if TYPE_CHECKING:
     from .masked_linear.gradients import WeightGradients
@@ -65,6 +64,11 @@ NO_MASKS = LayerMasks(None, None, None)
 """For a layer whose weights are all active."""
 
 
+def stride_of(bits: Tensor | None, dimension: int) -> int:
+    """The stride of mask bits. Without masks it is 0."""
+    return 0 if bits is None else bits.stride(dimension)
+
+
 def copies_of_groups(
     values: Tensor,
     bits: Tensor | None,
@@ -113,17 +117,3 @@ def with_gradients_in(buffers: Sequence[Tensor | None] | None, *parameters: Any)
     return [
         p if p is None else copies_of_groups(p, None, None, 1, out).squeeze(0) for p, out in pairs
     ]
-
-
-@functools.cache
-def all_active(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """The mask of one task that uses every weight, int32 [1, ..., words]; padding bits are 0."""
-    with torch.inference_mode(False):  # the next caller of the cached tensor may need gradients
-        return pack_bits(torch.ones(1, *shape, dtype=torch.bool, device=device))
-
-
-@functools.cache
-def first_task(groups: int, device: torch.device) -> Tensor:
-    """Task ids of groups that all belong to task 0, int64 [G]."""
-    with torch.inference_mode(False):
-        return torch.zeros(groups, dtype=torch.int64, device=device)

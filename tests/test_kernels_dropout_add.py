@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from harmodt_kernels import REFERENCE, fused_backend
+from harmodt_kernels import PYTORCH, REFERENCE, fused_backend
 from harmodt_kernels.dropout_add import dropout_add
 from harmodt_kernels.native import library
 
@@ -126,17 +126,52 @@ def test_the_registered_operation_keeps_pytorchs_rules(device) -> None:
     torch.library.opcheck(torch.ops.harmodt.dropout_add, (None, branch.T, *settings))
 
 
+def test_no_seeds_draw_is_a_shift_of_anothers(backend, device) -> None:
+    """If seeds were only added to indices, the second draw would be the first, 2 elements on."""
+    if backend is PYTORCH:
+        pytest.skip("PyTorch's generators draw")
+    factor, shift = 0x9E3779B1, 2
+    seeds = 5, (5 + shift * factor) % 2**32
+    assert max(seeds) < 2**31
+    first, second = (
+        backend.dropout_add(None, ones, 0.5, torch.tensor(seed, device=device)) > 0
+        for ones in [torch.ones(4000, device=device)]
+        for seed in seeds
+    )
+    for by in (0, shift):
+        assert 0.45 < (first[by:] == second[: 4000 - by]).float().mean() < 0.55
+
+
+@pytest.mark.parametrize("drop", [-0.5, 1.0, float("nan")])
+def test_a_probability_out_of_range_is_refused(backend, device, drop: float) -> None:
+    ones = torch.ones(1, 4, 3, 1, 8, device=device)
+    for call in (
+        lambda: backend.dropout_add(None, ones, drop),
+        lambda: backend.attention(ones, slice(None), drop),
+    ):
+        with pytest.raises(ValueError, match=r"drop is .*: the probability must be at least 0"):
+            call()
+
+
 @pytest.mark.usefixtures("native")
 def test_operands_that_do_not_fit_are_named() -> None:
     for dtype in (torch.float64, torch.float16):
         with pytest.raises(TypeError, match=f"branch is {dtype}"):
             dropout_add(torch.zeros(3), torch.zeros(3, dtype=dtype), 0.5)
-    with pytest.raises(ValueError, match=r"x has shape \[3\] and branch \[4\]"):
+    with pytest.raises(ValueError, match=r"x has shape \[3\]: with branch \[4\] .* \[4\]"):
         dropout_add(torch.zeros(3), torch.zeros(4), 0.5)
     for seed, error, message in (
-        (torch.tensor(3, dtype=torch.int32), TypeError, "seed is torch.int32: it must be int64"),
-        (torch.tensor([3, 4]), ValueError, r"seed has shape \[2\]: it must be one number"),
-        (torch.tensor(3, device="meta"), ValueError, "seed is on meta and the operands on cpu"),
+        (
+            torch.tensor(3, dtype=torch.int32),
+            TypeError,
+            "seed is torch.int32: it must be torch.int64",
+        ),
+        (torch.tensor([3, 4]), ValueError, r"seed has shape \[2\]: it must be \[1\]"),
+        (
+            torch.tensor(3, device="meta"),
+            ValueError,
+            "seed is on meta, and other operands are on cpu",
+        ),
     ):
         with pytest.raises(error, match=message):
             dropout_add(torch.zeros(3), torch.zeros(3), 0.5, seed)

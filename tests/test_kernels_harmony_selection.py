@@ -606,11 +606,23 @@ def test_operands_that_do_not_fit_are_refused(device) -> None:
             r"losses has shape \[2\]: with mask_bits \[3",
         ),
         (2, operands[2][:100], ValueError, r"weights has shape \[100\]"),
-        (4, operands[4].T.contiguous().T, ValueError, "dense_gradients has gaps"),
+        (4, operands[4].T.contiguous().T, ValueError, "dense_gradients has strides"),
     ):
         wrong = [other if i == place else operand for i, operand in enumerate(operands)]
         with pytest.raises(error, match=message):
             fused.select_harmony(*wrong, **arguments)
     selection = fused.select_harmony(*operands, **arguments)
-    with pytest.raises(ValueError, match="mask_bits has 2 tasks and the selection 3"):
-        fused.move_weights(operands[0][:2], selection)
+    bits = operands[0].clone()
+    beyond = torch.full_like(selection.leaving, bits.shape[1] * 32)
+    for mask_bits, changed, error, message in (
+        (bits[:2], {}, ValueError, r"selection.leaving has shape \[3, 5\]: with mask_bits \[2"),
+        (bits.repeat(1, 2)[:, ::2], {}, ValueError, "mask_bits has strides"),
+        (bits, {"leaving": selection.leaving.int()}, TypeError, "selection.leaving is torch.int32"),
+        (bits, {"entering": selection.entering[:, :2]}, ValueError, "selection.entering has shape"),
+        (bits, {"entering": beyond}, IndexError, "selection.entering holds"),
+    ):
+        if error is IndexError and (device.type != "cpu" or fused.name.startswith("triton")):
+            continue  # a GPU's kernel does not check
+        with pytest.raises(error, match=message):
+            fused.move_weights(mask_bits, selection._replace(**changed))
+    assert torch.equal(bits, operands[0])

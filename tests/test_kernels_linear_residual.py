@@ -214,7 +214,7 @@ def test_operands_that_do_not_fit_are_named(device) -> None:
     for of_layer in (masks, [None] * 3):
         layer = x, weight, bias, *of_layer
         with pytest.raises(
-            ValueError, match=r"residual has shape \[2, 4, 4\]: it must be \[2, 5, 4\]"
+            ValueError, match=r"residual has shape \[2, 4, 4\]: .* it must be \[2, 5, 4\]"
         ):
             linear_residual(*layer, residual[:, 1:], 0.3)
         with pytest.raises(TypeError, match=r"residual is torch\.float64"):

@@ -203,6 +203,18 @@ def test_compiles_to_one_graph(device) -> None:
     problem.check(problem.computed(whole, device, False), False)
 
 
+def test_an_output_that_is_not_used_has_gradients_of_zero(device) -> None:
+    problem = LayerNormProblem.random(2, 7, 40)
+    x = problem.x.to(device).requires_grad_()
+    parameters = problem.weight.to(device), problem.bias.to(device)
+    masks, outs = [t.to(device) for t in problem.masks], torch.full((2, 2, 40), 7.0, device=device)
+    gradients = tuple(outs)
+    apply = fused_backend(device).masked_layer_norm
+    _, residual = apply(x, *parameters, *masks, group_gradients=gradients)
+    residual.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x)) and not outs.any()
+
+
 @pytest.mark.usefixtures("native")
 def test_a_cpu_refuses_halves() -> None:
     problem = LayerNormProblem.random(2, 7, 40)
@@ -216,7 +228,7 @@ def test_operands_that_do_not_fit_are_named() -> None:
     bits = problem.masks[:2]
     with pytest.raises(TypeError, match=r"x is torch\.float64"):
         masked_layer_norm(problem.x.double(), problem.weight, problem.bias, *problem.masks)
-    with pytest.raises(TypeError, match=r"task_ids is torch\.int32.* takes torch\.int64"):
+    with pytest.raises(TypeError, match=r"task_ids is torch\.int32: it must be torch\.int64"):
         masked_layer_norm(problem.x, problem.weight, problem.bias, *bits, problem.task_ids.int())
     with pytest.raises(ValueError, match=r"weight_bits has shape \[4, 1\].* \[4, 2\]"):
         masked_layer_norm(

@@ -319,6 +319,35 @@ def test_a_bias_keeps_its_type_beside_a_rounded_weight(device) -> None:
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)  # sums of the same numbers
 
 
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_of_gradients(backend, device, masked: bool, relu: bool) -> None:
+    problem = LinearProblem.random(2, 5, 39, 4)
+    masks = [t.to(device) for t in (*problem.bits, torch.from_numpy(problem.task_ids))]
+    masks = masks if masked else [None] * 3
+
+    def penalty(backend: Backend, leaves: list[Tensor]) -> Tensor:
+        y = backend.masked_linear(*leaves, *masks, relu=relu)
+        gradients = torch.autograd.grad(y.square().mean(), leaves, create_graph=True)
+        return sum(g.square().mean() for g in gradients)
+
+    leaves = [
+        torch.from_numpy(v).to(device, torch.float32).requires_grad_()
+        for v in (problem.x, problem.weight.copy(), problem.bias)
+    ]
+    wanted = torch.autograd.grad(penalty(REFERENCE, leaves), leaves)
+    if backend in (REFERENCE, PYTORCH):
+        found = torch.autograd.grad(penalty(backend, leaves), leaves)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+        return
+    with pytest.raises(RuntimeError, match="no gradient of a gradient: use backend=PYTORCH"):
+        torch.autograd.grad(penalty(backend, leaves), leaves)
+    y = backend.masked_linear(*leaves, *masks, relu=relu)  # whose gradient is a constant
+    (d_x,) = torch.autograd.grad(y.sum(), leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="no gradient of a gradient: use backend=PYTORCH"):
+        d_x.square().sum().backward()
+
+
 def operands_of_ops(device: torch.device) -> dict[str, tuple]:
     problem = LinearProblem.random(2, 5, 39, 4)
     x, weight, bias, dy = (
@@ -348,6 +377,7 @@ def operands_of_ops(device: torch.device) -> dict[str, tuple]:
             [None, draw[1]],
             [None, x.new_ones(2, 5, 2)],
             [None, x.new_ones(2, 2, 39)],
+            [True, False],
         ),
     }
 
@@ -439,12 +469,12 @@ def test_the_backward_pass_in_pytorch_passes_its_own_check() -> None:
         ({"x": torch.zeros(2, 5, 40)}, ValueError, "weight has shape"),
         ({"x": torch.zeros(0, 5, 39)}, ValueError, "x has no groups"),
         ({"x": torch.zeros(2, 5, 39, dtype=torch.float64)}, TypeError, "x is torch.float64"),
-        ({"weight_bits": torch.zeros(3, 4, 2, dtype=torch.int64)}, ValueError, "weight_bits is"),
+        ({"weight_bits": torch.zeros(3, 4, 2, dtype=torch.int64)}, TypeError, "weight_bits is"),
         ({"weight_bits": torch.zeros(3, 4, 1, dtype=torch.int32)}, ValueError, "weight_bits has"),
         ({"bias_bits": None}, ValueError, "bias and bias_bits"),
         ({"weight_bits": None}, ValueError, "bias_bits is given without weight_bits"),
         ({"task_ids": torch.zeros(3, dtype=torch.int64)}, ValueError, "task_ids has shape"),
-        ({"task_ids": torch.zeros(2, dtype=torch.int32)}, ValueError, "task_ids is torch.int32"),
+        ({"task_ids": torch.zeros(2, dtype=torch.int32)}, TypeError, "task_ids is torch.int32"),
         ({"task_ids": None}, ValueError, "task_ids is None"),
         ({"weight": torch.zeros(39, 4).T}, ValueError, "weight has strides"),
         ({"group_gradients": (torch.zeros(2, 4, 39), None)}, ValueError, "a tensor for the bias"),

@@ -378,6 +378,6 @@ def test_operands_that_do_not_fit_are_named(device) -> None:
     other = replace(masks[0], task_ids=masks[0].task_ids.clone())
     with pytest.raises(ValueError, match="different task_ids"):
         apply(x, gain, *rest, other, masks[1])
-    wanted = r"weight is torch\.float16: it must be float32 or torch\.bfloat16, the dtype of"
+    wanted = r"weight is torch\.float16: it must be torch\.float32 or torch\.bfloat16"
     with torch.autocast(x.device.type, torch.bfloat16), pytest.raises(TypeError, match=wanted):
         apply(x, gain, rest[0], rest[1].half(), rest[2], *masks)

@@ -90,6 +90,23 @@ def test_the_rest_waits_for_the_end(device) -> None:
     assert all(result.found["weight"].isnan().all() for result in results)
 
 
+def test_an_error_leaves_no_layer_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the next step would write the gradients of the failed one."""
+    queue, x = WeightGradients(4), torch.zeros(1, 2, 3, device="meta")
+    layer = LayerGradients(x, None, x, None, None, None, x, None)
+    queue.add(layer)
+
+    def fails(layers: list[LayerGradients]) -> None:
+        assert layers == [layer]
+        raise MemoryError
+
+    module = importlib.import_module("harmodt_kernels.masked_linear.gradients")
+    monkeypatch.setattr(module, "write", fails)
+    with pytest.raises(MemoryError):
+        queue.finish()
+    queue.finish()  # would fail again if the layer still waited
+
+
 def test_results_repeat_bit_for_bit(device) -> None:
     first, second = (backward(WeightGradients(4), device, 9) for _ in range(2))
     for expected, result in zip(first, second, strict=True):

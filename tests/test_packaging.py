@@ -19,6 +19,7 @@ import pytest
 from tiny import make_store
 
 import harmodt
+import harmodt_kernels
 from harmodt.algorithms import ALGORITHMS, preset
 from harmodt.config import PRESETS, SIZES
 from harmodt.settings import settings
@@ -125,7 +126,7 @@ def test_ci_script_can_be_executed() -> None:
 
 
 def test_version_is_the_same_everywhere() -> None:
-    assert metadata.version("harmodt") == harmodt.__version__
+    assert metadata.version("harmodt") == harmodt.__version__ == harmodt_kernels.__version__
     assert f"\nversion: {harmodt.__version__}\n" in read("CITATION.cff")
     newest = re.search(r"^## (\S+)", read("CHANGELOG.md"), re.MULTILINE)
     assert newest and newest[1] == harmodt.__version__

@@ -263,7 +263,7 @@ def test_products_are_repeated_in_their_precision() -> None:
 
 
 @pytest.mark.usefixtures("native")
-def test_a_kernel_that_ends_otherwise_is_noticed() -> None:
+def test_a_replay_refuses_a_timestep_without_a_row() -> None:
     backend = fused_backend("cpu")
     rows, parameters = torch.zeros(1, 1, 2, dtype=torch.int64), []
     for inputs in (1, 2, 3):
@@ -274,10 +274,21 @@ def test_a_kernel_that_ends_otherwise_is_noticed() -> None:
     rows[0, 0, 1] = 4
     recording.replay()
     rows[0, 0, 1] = 5  # the table has rows 0 to 4
-    with pytest.raises(
-        RuntimeError, match="harmodt_token_embedding returned 1 in a replay, but -1 when recorded"
-    ):
+    with pytest.raises(IndexError, match="timesteps holds 5, but the table has 5 rows"):
         recording.replay()
+
+
+@pytest.mark.usefixtures("native")
+def test_a_replay_refuses_a_task_without_a_mask() -> None:
+    backend, ids = fused_backend("cpu"), torch.tensor([0, 2])
+    x, weight = torch.ones(2, 3, 32), torch.ones(4, 32)
+    bits = torch.full((3, 4, 1), -1, dtype=torch.int32)
+    recording = Recording(lambda: backend.masked_linear(x, weight, None, bits, None, ids))
+    recording.replay()
+    for task in (-1, 3):
+        ids[0] = task
+        with pytest.raises(IndexError, match=f"task_ids holds {task}, but there are masks for 3"):
+            recording.replay()
 
 
 @pytest.mark.usefixtures("native")

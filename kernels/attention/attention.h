@@ -107,7 +107,7 @@ struct Head {
   int64_t chunks, chunk_stride;              // chunks of a matrix of keys, and their distance
   int64_t part, stride;                      // distances in qkv: query to key, token to token
   float scale;
-  uint32_t seed;
+  uint32_t key;                              // of the dropout
   float *keys, *values, *d_keys, *d_values;  // [chunks][padded_keys][kWidth]
   float *queries, *d_out;                    // of a block, [chunks][kWidth][kWidth]
   float *queries_t, *d_out_t;                // the same, transposed: a query in each lane
@@ -131,7 +131,7 @@ struct Head {
     part = s.heads * s.head_size;
     stride = 3 * part;
     scale = 1 / __builtin_sqrtf(static_cast<float>(s.head_size));
-    seed = seed_at(s.seed);
+    key = key_at(s.seed);
     for (float** matrix : {&keys, &values, &d_keys, &d_values}) {
       *matrix = memory;
       memory += chunks * chunk_stride;
@@ -226,7 +226,7 @@ struct Block {
   int64_t seen_by_all;    // keys that every query may see
   int64_t from, to;       // tokens of the head ahead that this block prefetches
   IntVec positions;       // the last key that each query sees
-  IntVec unhashed_draws;  // the unhashed dropout draw of each query at the first key
+  UVec unhashed_draws;   // the unhashed dropout draw of each query at the first key
 
   Block(const Head& head, int64_t first_query) : h(head), first(first_query) {
     const harmodt_attention_shape& s = h.s;
@@ -240,9 +240,9 @@ struct Block {
     int32_t last = static_cast<int32_t>(queries - 1);
     lane = lane < last ? lane : splat(last);
     positions = lane * static_cast<int32_t>(s.query_step) + static_cast<int32_t>(seen_by_all - 1);
-    unhashed_draws = unhashed(lane * static_cast<int32_t>(s.heads * h.total) +
-                                  static_cast<int32_t>(h.row(first) * h.total),
-                              h.seed);
+    unhashed_draws = unhashed((UVec)lane * static_cast<uint32_t>(s.heads * h.total) +
+                                  static_cast<uint32_t>(h.row(first) * h.total),
+                              h.key);
   }
 
   // Prefetches rows into the second-level cache. In the first-level cache they would share few sets,
@@ -324,12 +324,12 @@ void attention_of(const Block& block, const float* qkv, float* out, float* log_s
   block.get_queries(qkv);
   Vec largest = block.score(), total{};
   block.fetch_inputs(qkv, 1);
-  IntVec draws = block.unhashed_draws;
+  UVec draws = block.unhashed_draws;
   float *scores = h.scores, drop = h.s.dropout;
   for (int64_t j = 0, keys = block.keys; j < keys; ++j, draws += kIndexFactor) {
     Vec e = power_of_two(load(scores + j * kWidth) - largest);
     total += e;
-    store(scores + j * kWidth, Dropout ? e * kept(draws, drop) : e);
+    store(scores + j * kWidth, Dropout ? e * kept(draws, h.key, drop) : e);
   }
   block.fetch_inputs(qkv, 2);
   Vec share = 1 / total, log_sum = (largest + binary_logarithm(total)) * kLn2;
@@ -380,12 +380,12 @@ void attention_gradient_of(const Block& block, const float* d_out, const float* 
     store(h.d_scores + j * kWidth, total);
   }
   block.fetch_outputs(out);
-  IntVec draws = block.unhashed_draws;
+  UVec draws = block.unhashed_draws;
   float *score = h.scores, *d_score = h.d_scores, drop = h.s.dropout;
   for (int64_t j = 0; j < keys; ++j, draws += kIndexFactor, score += kWidth, d_score += kWidth) {
     // Until here, d_scores holds the gradients dp of the weights p.
     Vec p = power_of_two(load(score) - log_sum), dp = load(d_score);
-    Vec factor = Dropout ? kept(draws, drop) : splat(1.0f);
+    Vec factor = Dropout ? kept(draws, h.key, drop) : splat(1.0f);
     store(score, Dropout ? p * factor : p);
     store(d_score, p * ((Dropout ? dp * factor : dp) - dot));
   }

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autograd import differentiable_once
 from ..dropout import seed_for
+from ..operands import check
 from ..registration import FLOATS, kernels_for, register
 
 
@@ -27,7 +29,7 @@ def attention(
         qkv: [B, T, 3, H, D], query, key and value of every token and head. float32; on a GPU also
             float16 or bfloat16.
         queries: selects the query tokens among the T tokens, with a step above 0.
-        drop: probability of dropping the weight of a key.
+        drop: probability of dropping the weight of a key, in [0, 1).
         past: keys and values [B, H, P, D] of P earlier tokens, in the dtype of qkv; or None. A
             policy passes its cache here. Calls with `past` have no gradient.
         seed: the seed of dropout, int64 [] or [1], or None: see `dropout.seed_for`.
@@ -38,46 +40,29 @@ def attention(
 
     Raises:
         TypeError: qkv or seed has a dtype that is not accepted, or past has another dtype than qkv.
-        ValueError: shapes or devices do not fit together, or a gradient is needed with `past`.
+        ValueError: shapes or devices do not fit together, the step of queries or `drop` is out of
+            range, or a gradient is needed with `past`.
         BackendUnavailable: the device has no fused kernels.
     """
-    keys, values = past or (None, None)
-    _check_types(qkv, keys, values)
-    _check_shapes(qkv, keys, values)
+    taken = FLOATS if kernels_for(qkv.device) == "triton" else (torch.float32,)
+    check("qkv", qkv, taken, (None, None, 3, None, None), qkv.device)
     wanted = range(*queries.indices(qkv.shape[1]))
+    if wanted.step < 1:
+        raise ValueError(f"queries has the step {wanted.step}: it must be at least 1")
     settings = len(wanted), wanted.start, wanted.step, drop, seed_for(drop, seed, qkv.device)
     if past is not None:
+        _check_past(qkv, *past)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (qkv, *past)):
             raise ValueError("attention with `past` has no gradient: call it in torch.no_grad()")
-        return torch.ops.harmodt.attention(qkv, keys, values, *settings)[0]
+        return torch.ops.harmodt.attention(qkv, *past, *settings)[0]
     return _Attention.apply(qkv.contiguous(), *settings)
 
 
-def _check_types(qkv: Tensor, keys: Tensor | None, values: Tensor | None) -> None:
-    taken = FLOATS if kernels_for(qkv.device) == "triton" else (torch.float32,)
-    if qkv.dtype not in taken:
-        raise TypeError(
-            f"qkv is {qkv.dtype}, but the fused attention takes {' or '.join(map(str, taken))}"
-        )
-    for tensor in (keys, values):
-        if tensor is not None and tensor.dtype != qkv.dtype:
-            raise TypeError(f"past is {tensor.dtype} and qkv is {qkv.dtype}: use one dtype")
-        if tensor is not None and tensor.device != qkv.device:
-            raise ValueError(f"past is on {tensor.device} and qkv is on {qkv.device}")
-
-
-def _check_shapes(qkv: Tensor, keys: Tensor | None, values: Tensor | None) -> None:
-    if qkv.dim() != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"qkv has shape {list(qkv.shape)}: it must be [B, T, 3, heads, head size]")
-    if keys is None or values is None:
-        return
+def _check_past(qkv: Tensor, keys: Tensor, values: Tensor) -> None:
     sequences, _, _, heads, size = qkv.shape
-    before = keys.shape[2] if keys.dim() == 4 else -1
-    if not keys.shape == values.shape == (sequences, heads, before, size):
-        raise ValueError(
-            f"past has shapes {list(keys.shape)} and {list(values.shape)}: with qkv "
-            f"{list(qkv.shape)}, [B, T, 3, heads, head size], both must be [B, heads, P, head size]"
-        )
+    shape, beside = (sequences, heads, None, size), [("qkv", qkv)]
+    check("past[0]", keys, qkv.dtype, shape, qkv.device, beside=beside)
+    check("past[1]", values, qkv.dtype, keys.shape, qkv.device, beside=[("past[0]", keys)])
 
 
 class _Attention(torch.autograd.Function):
@@ -92,6 +77,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         *operands, seed = ctx.saved_tensors
         d_qkv = torch.ops.harmodt.attention_gradient(d_out, *operands, *ctx.settings, seed)

@@ -7,44 +7,48 @@
 
 namespace {
 
-// Hashes integers to random-looking integers.
-inline IntVec hash(IntVec x) {
-  typedef uint32_t UVec __attribute__((vector_size(HARMODT_WIDTH * 4)));
-  UVec v = (UVec)x;
+typedef uint32_t UVec __attribute__((vector_size(HARMODT_WIDTH * 4)));
+
+// Hashes integers to random-looking integers. The key enters between two multiplications too: so the
+// hashes of consecutive integers under one key are no shift of those under another.
+inline UVec hash(UVec v, uint32_t key) {
   v ^= v >> 16;
   v *= 0x7feb352du;
+  v ^= key;
   v ^= v >> 15;
   v *= 0x846ca68bu;
   v ^= v >> 16;
-  return (IntVec)v;
+  return v;
 }
 
 // The input of the hash for the element at an index. It grows by kIndexFactor from index to index.
-constexpr int32_t kIndexFactor = static_cast<int32_t>(0x9E3779B1u);
-inline IntVec unhashed(IntVec index, uint32_t seed) {
-  return index * kIndexFactor + static_cast<int32_t>(seed);
-}
+constexpr uint32_t kIndexFactor = 0x9E3779B1u;
+inline UVec unhashed(UVec index, uint32_t key) { return index * kIndexFactor + key; }
 
 // The dropout factors: 1 / (1 - drop) for a kept element, else 0.
-inline Vec kept(IntVec unhashed_draw, float drop) {
+inline Vec kept(UVec unhashed_draw, uint32_t key, float drop) {
   int32_t threshold = static_cast<int32_t>(drop * 2147483648.0);
-  return (hash(unhashed_draw) & 0x7fffffff) < threshold ? Vec{} : splat(1 / (1 - drop));
+  IntVec draw = (IntVec)(hash(unhashed_draw, key) & 0x7fffffffu);
+  return draw < threshold ? Vec{} : splat(1 / (1 - drop));
 }
 
-// The seed, or 0 for null. It is read from memory, so that a replayed call draws with a new seed.
-inline uint32_t seed_at(const int64_t* seed) { return seed ? static_cast<uint32_t>(*seed) : 0; }
+// The key of a seed's draws: its hash, or 0 for null. The seed is read from memory, so that a replayed
+// call draws with a new seed.
+inline uint32_t key_at(const int64_t* seed) {
+  return seed ? hash(UVec{} + static_cast<uint32_t>(*seed) + kIndexFactor, 0)[0] : 0;
+}
 
 // The dropout of a tensor.
 struct Dropout {
   float drop;
-  uint32_t seed;
+  uint32_t key;
   explicit operator bool() const { return drop > 0; }
 
   // Drops or rescales the elements of v. `index` is the first element's index in the tensor.
   Vec of(Vec v, int64_t index) const {
-    IntVec lane;
+    UVec lane;
     for (int i = 0; i < kWidth; ++i) lane[i] = i;
-    return v * kept(unhashed(lane + static_cast<int32_t>(index), seed), drop);
+    return v * kept(unhashed(lane + static_cast<uint32_t>(index), key), key, drop);
   }
 };
 

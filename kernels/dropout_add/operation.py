@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autograd import differentiable_once
 from ..dropout import seed_for
+from ..operands import check
 from ..registration import FLOATS, kernels_for, register
 
 
@@ -32,22 +34,13 @@ def dropout_add(
 
     Raises:
         TypeError: x, branch or seed has a dtype that is not accepted.
-        ValueError: shapes or devices do not fit together.
+        ValueError: shapes or devices do not fit together, or `drop` is out of range.
         BackendUnavailable: the device has no fused kernels.
     """
     taken = FLOATS if kernels_for(branch.device) == "triton" else (torch.float32,)
-    for name, tensor in (("x", x), ("branch", branch)):
-        if tensor is not None and tensor.dtype not in taken:
-            raise TypeError(
-                f"{name} is {tensor.dtype}, but the fused dropout_add takes "
-                + " or ".join(str(dtype) for dtype in taken)
-            )
-    if x is not None and x.device != branch.device:
-        raise ValueError(f"x is on {x.device} and branch is on {branch.device}")
-    if x is not None and x.shape != branch.shape:
-        raise ValueError(
-            f"x has shape {list(x.shape)} and branch {list(branch.shape)}: they must be equal"
-        )
+    check("branch", branch, taken, branch.shape, branch.device)
+    if x is not None:
+        check("x", x, taken, branch.shape, branch.device, beside=[("branch", branch)])
     seed = seed_for(drop, seed, branch.device)
     if seed is None:
         return branch if x is None else x + branch
@@ -63,6 +56,7 @@ class _DropoutAdd(torch.autograd.Function):
         return torch.ops.harmodt.dropout_add(x, branch, drop, seed, dtype)
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x_dtype, branch_dtype = ctx.dtypes
         operands = None, dy, ctx.drop, *ctx.saved_tensors, branch_dtype

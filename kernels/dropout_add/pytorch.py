@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dropout import check_probability
+
 
 def dropout_add(
     x: Tensor | None, branch: Tensor, drop: float, seed: Tensor | None = None
@@ -24,6 +26,7 @@ def dropout_add(
 
 def dropout(x: Tensor, drop: float) -> Tensor:
     """Set elements to 0 with probability `drop` and divide the others by 1 - drop."""
+    check_probability(drop)
     if drop == 0.0:
         return x
     if x.device.type != "cpu":

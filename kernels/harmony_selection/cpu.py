@@ -7,6 +7,7 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
+from ..bits import BITS_PER_WORD
 from ..native.library import SelectionOperands, library, pointer, threads
 
 
@@ -50,12 +51,15 @@ def select_harmony(
         paper=rule == "paper",
     )
     results = (pointer(t) for t in (leaving, entering, counts, refused))
-    if not library().harmodt_select_harmony(byref(operands), *results, threads()):
-        raise MemoryError(f"there is not enough memory to select {columns} weights per task")
+    library().harmodt_select_harmony(byref(operands), *results, threads())
     return leaving, entering, counts, refused
 
 
 def move_weights(mask_bits: Tensor, leaving: Tensor, entering: Tensor) -> None:
+    size = mask_bits.shape[1] * BITS_PER_WORD
+    for name, indices in (("leaving", leaving), ("entering", entering)):
+        if indices.numel() and (largest := int(indices.max())) >= size:
+            raise IndexError(f"selection.{name} holds {largest}, but a mask has {size} bits only")
     for indices in (leaving.contiguous(), entering.contiguous()):
         library().harmodt_move_weights(
             pointer(mask_bits), mask_bits.stride(0), pointer(indices), *indices.shape

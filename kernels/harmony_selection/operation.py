@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..bits import BITS_PER_WORD
+from ..operands import check
 from ..registration import register
 from .reference import HarmonyRule, Importance, Selection, check_choice
 
@@ -53,7 +54,8 @@ def select_harmony(
 
     Raises:
         TypeError: a tensor has another dtype.
-        ValueError: shapes do not fit together, or the importance or the rule is unknown.
+        ValueError: shapes, strides or devices do not fit together, or the importance or the rule
+            is unknown.
     """
     check_choice(importance, rule)
     _check_tensors(
@@ -85,20 +87,25 @@ def select_harmony(
 def move_weights(mask_bits: Tensor, selection: Selection) -> None:
     """Remove the leaving weights from each task's mask and add the entering ones, in place.
 
+    If it raises an error, no weight was moved.
+
     Args:
-        mask_bits: int32 [T, P / 32].
-        selection: the selection for the same T tasks.
+        mask_bits: int32 [T, P / 32]; rows may have gaps between them.
+        selection: the selection for the same T tasks. A GPU does not check its indices.
 
     Raises:
-        UpdateRefused: as `Selection.check` does; no weight was moved.
-        ValueError: the selection is for another number of tasks; no weight was moved.
+        UpdateRefused: as `Selection.check` does.
+        TypeError: a tensor has another dtype.
+        ValueError: shapes or devices do not fit together, or a row of bits has gaps.
+        IndexError: on a CPU, an index lies beyond the mask.
     """
+    check("mask_bits", mask_bits, torch.int32, (None, None), mask_bits.device, layout="rows")
+    shape = len(mask_bits), selection.leaving.shape[-1]
+    for name in ("leaving", "entering"):
+        indices = getattr(selection, name)
+        beside = [("mask_bits", mask_bits)]
+        check(f"selection.{name}", indices, torch.int64, shape, mask_bits.device, beside=beside)
     selection.check()
-    if len(mask_bits) != len(selection.leaving):
-        raise ValueError(
-            f"mask_bits has {len(mask_bits)} tasks and the selection {len(selection.leaving)}: "
-            "these must be equal"
-        )
     torch.ops.harmodt.move_weights(mask_bits, selection.leaving, selection.entering)
 
 
@@ -111,13 +118,14 @@ def _check_tensors(
     mean_gradient: Tensor,
     losses: Tensor,
 ) -> None:
+    check("mask_bits", mask_bits, torch.int32, (None, None), mask_bits.device)
     tasks, words = mask_bits.shape
     size = words * BITS_PER_WORD
     if size > MOST_BITS:
         raise ValueError(
             f"a mask has {size} bits, but the fused selection takes at most {MOST_BITS}"
         )
-    for name, tensor, dtype, shape in (
+    operands: list[tuple[str, Tensor, torch.dtype, tuple[int, ...]]] = [
         ("mask_bits", mask_bits, torch.int32, (tasks, words)),
         ("maskable_bits", maskable_bits, torch.int32, (words,)),
         ("weights", weights, torch.float32, (size,)),
@@ -125,16 +133,10 @@ def _check_tensors(
         ("dense_gradients", dense_gradients, torch.float32, (tasks, size)),
         ("mean_gradient", mean_gradient, torch.float32, (size,)),
         ("losses", losses, torch.float32, (tasks,)),
-    ):
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name} is {tensor.dtype}, but the fused selection takes {dtype}")
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}: with mask_bits {[tasks, words]} it must "
-                f"be {list(shape)}"
-            )
-        if shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"{name} has gaps between its elements: pass {name}.contiguous()")
+    ]
+    beside = [("mask_bits", mask_bits)]
+    for name, tensor, dtype, shape in operands:
+        check(name, tensor, dtype, shape, mask_bits.device, layout="rows", beside=beside)
 
 
 def _select_harmony_fake(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..dropout import seed_for
 from ..masked_linear.gradients import WeightGradients
 from ..masked_linear.operation import differentiable, operands_of
+from ..operands import check
 from ..registration import FLOATS
 
 
@@ -45,21 +45,10 @@ def linear_residual(
             dtype, the shape or the device of residual is wrong.
     """
     layer = operands_of((x, weight, bias, weight_bits, bias_bits, task_ids), group_gradients)
-    _check_residual(residual, (*x.shape[:2], len(weight)), x.device)
+    shape = *x.shape[:2], len(weight)
+    beside = [("x", x), ("weight", weight)]
+    check("residual", residual, FLOATS, shape, x.device, beside=beside)
     residual_rows = residual.reshape(*layer[0].shape[:2], len(weight))
     end = False, residual_rows, drop, seed_for(drop, seed, x.device)
     sums = differentiable((*layer, *end), group_gradients, queue)
     return sums if weight_bits is not None else sums.view(residual.shape)
-
-
-def _check_residual(residual: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    if residual.dtype not in FLOATS:
-        raise TypeError(
-            f"residual is {residual.dtype}, but the fused layer takes float32, float16 or bfloat16"
-        )
-    if residual.shape != shape:
-        raise ValueError(
-            f"residual has shape {list(residual.shape)}: it must be {list(shape)}, as the output"
-        )
-    if residual.device != device:
-        raise ValueError(f"residual is on {residual.device} and x is on {device}")

@@ -6,7 +6,7 @@ from ctypes import byref
 
 from torch import Tensor
 
-from ..native.library import AdamWOperands, library, pointer, pointer_to_ids, threads
+from ..native.library import AdamWOperands, library, pointer, threads
 
 
 def masked_adamw(
@@ -40,8 +40,8 @@ def masked_adamw(
     if mask_bits is not None and task_ids is not None:
         operands.mask_words = mask_bits.shape[1]
         operands.mask_bits, operands.mask_stride = pointer(mask_bits), mask_bits.stride(0)
-        operands.tasks = len(task_ids)
-        operands.task_ids = pointer_to_ids(task_ids, len(mask_bits))
+        operands.tasks, operands.groups = len(mask_bits), len(task_ids)
+        operands.task_ids = pointer(task_ids)
     library().harmodt_masked_adamw(byref(operands), threads())
     if bf16_copy is not None:
         bf16_copy.copy_(weights[: len(bf16_copy)])

@@ -17,7 +17,7 @@ inline Vec lerp(Vec start, Vec end, float weight) {
 inline uint32_t active_in_step(const harmodt_adamw_operands& s, int64_t word) {
   if (word >= s.mask_words) return ~0u;
   uint32_t active = 0;
-  for (int64_t i = 0; i < s.tasks; ++i) {
+  for (int64_t i = 0; i < s.groups; ++i) {
     active |= static_cast<uint32_t>(s.mask_bits[s.task_ids[i] * s.mask_stride + word]);
   }
   return active;

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from ..bits import words_for
+from ..operands import check
 from ..registration import register
+
+# The dtypes of a copy of the weights.
+_COPIES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def masked_adamw(
@@ -51,14 +55,24 @@ def masked_adamw(
 
     Raises:
         TypeError: a tensor has another dtype.
-        ValueError: shapes do not fit together.
+        ValueError: shapes, strides or devices do not fit together.
         IndexError: on a CPU, a task id is out of range.
     """
-    _check_vectors(weights, gradient, first_moment, second_moment, lr_and_corrections)
+    size, device = weights.numel(), weights.device
+    for name, tensor, length in (
+        ("weights", weights, size),
+        ("gradient", gradient, size),
+        ("first_moment", first_moment, size),
+        ("second_moment", second_moment, size),
+        ("lr_and_corrections", lr_and_corrections, 3),
+    ):
+        beside = [("weights", weights)]
+        check(name, tensor, torch.float32, (length,), device, layout="contiguous", beside=beside)
     if mask_bits is not None:
-        _check_masks(mask_bits, task_ids, words_for(weights.numel()))
+        _check_masks(mask_bits, task_ids, size, device)
     if bf16_copy is not None:
-        _check_bf16_copy(bf16_copy, weights)
+        lengths = range(size + 1)
+        check("bf16_copy", bf16_copy, _COPIES, (lengths,), device, layout="contiguous")
     norm = torch.linalg.vector_norm(gradient)
     beta1, beta2 = betas
     torch.ops.harmodt.masked_adamw(
@@ -80,55 +94,14 @@ def masked_adamw(
     return norm
 
 
-def _check_vectors(
-    weights: Tensor,
-    gradient: Tensor,
-    first_moment: Tensor,
-    second_moment: Tensor,
-    lr_and_corrections: Tensor,
+def _check_masks(
+    mask_bits: Tensor, task_ids: Tensor | None, size: int, device: torch.device
 ) -> None:
-    size = weights.numel()
-    for name, tensor, length in (
-        ("weights", weights, size),
-        ("gradient", gradient, size),
-        ("first_moment", first_moment, size),
-        ("second_moment", second_moment, size),
-        ("lr_and_corrections", lr_and_corrections, 3),
-    ):
-        if tensor.dtype != torch.float32:
-            raise TypeError(f"{name} is {tensor.dtype}, but the fused AdamW takes torch.float32")
-        if tensor.shape != (length,):
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}: for {size} weights it must be [{length}]"
-            )
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} has gaps between its elements")
-
-
-def _check_masks(mask_bits: Tensor, task_ids: Tensor | None, words: int) -> None:
-    if mask_bits.dtype != torch.int32:
-        raise TypeError(f"mask_bits is {mask_bits.dtype}: masks are packed in int32 (pack_bits)")
-    if mask_bits.dim() != 2 or mask_bits.shape[1] > words:
-        raise ValueError(
-            f"mask_bits has shape {list(mask_bits.shape)}: it must be [T, at most {words}]"
-        )
-    if mask_bits.stride(1) != 1:
-        raise ValueError(f"mask_bits has strides {mask_bits.stride()}: the last must be 1")
-    if task_ids is None or task_ids.dtype != torch.int64 or task_ids.dim() != 1:
-        raise ValueError("mask_bits needs the tasks of the step as task_ids, int64 [G]")
-
-
-def _check_bf16_copy(bf16_copy: Tensor, weights: Tensor) -> None:
-    if not bf16_copy.is_floating_point():
-        raise TypeError(f"bf16_copy is {bf16_copy.dtype}: it must have a floating-point dtype")
-    if bf16_copy.dim() != 1 or bf16_copy.numel() > weights.numel():
-        raise ValueError(
-            f"bf16_copy has shape {list(bf16_copy.shape)}: it must be [at most {weights.numel()}]"
-        )
-    if not bf16_copy.is_contiguous():
-        raise ValueError("bf16_copy has gaps between its elements")
-    if bf16_copy.device != weights.device:
-        raise ValueError(f"bf16_copy is on {bf16_copy.device} and weights is on {weights.device}")
+    words = range(words_for(size) + 1)
+    check("mask_bits", mask_bits, torch.int32, (None, words), device, layout="rows")
+    if task_ids is None:
+        raise ValueError("task_ids is None: mask_bits needs the tasks of the step, int64 [G]")
+    check("task_ids", task_ids, torch.int64, (None,), device, layout="contiguous")
 
 
 def _masked_adamw_fake(*_: Any) -> None:

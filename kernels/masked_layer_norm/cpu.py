@@ -8,12 +8,12 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
+from ..masks import stride_of
 from ..native.library import (
     LayerNormShape,
     WeightGradient,
     library,
     pointer,
-    pointer_to_ids,
     threads,
 )
 
@@ -22,9 +22,9 @@ def masked_layer_norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    weight_bits: Tensor,
-    bias_bits: Tensor,
-    task_ids: Tensor,
+    weight_bits: Tensor | None,
+    bias_bits: Tensor | None,
+    task_ids: Tensor | None,
     epsilon: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,9 +52,9 @@ def masked_layer_norm_gradient(
     statistics: Tensor,
     _: Tensor,
     weight: Tensor,
-    weight_bits: Tensor,
-    bias_bits: Tensor,
-    task_ids: Tensor,
+    weight_bits: Tensor | None,
+    bias_bits: Tensor | None,
+    task_ids: Tensor | None,
     weight_out: Tensor,
     bias_out: Tensor,
 ) -> Tensor:
@@ -80,14 +80,19 @@ def masked_layer_norm_gradient(
 
 
 def shape_of(
-    x: Tensor, weight_bits: Tensor, bias_bits: Tensor, task_ids: Tensor, epsilon: float = 0.0
+    x: Tensor,
+    weight_bits: Tensor | None,
+    bias_bits: Tensor | None,
+    task_ids: Tensor | None,
+    epsilon: float = 0.0,
 ) -> LayerNormShape:
     return LayerNormShape(
         *x.shape,
+        0 if weight_bits is None else len(weight_bits),
         pointer(weight_bits),
-        weight_bits.stride(0),
+        stride_of(weight_bits, 0),
         pointer(bias_bits),
-        bias_bits.stride(0),
-        pointer_to_ids(task_ids, len(weight_bits)),
+        stride_of(bias_bits, 0),
+        pointer(task_ids),
         epsilon,
     )

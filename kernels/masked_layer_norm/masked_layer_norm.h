@@ -30,10 +30,10 @@ struct MaskedRow {
 };
 
 inline const int32_t* weight_bits_of(const harmodt_layer_norm_shape& s, int64_t group) {
-  return s.weight_bits + s.task_ids[group] * s.weight_bits_task_stride;
+  return s.weight_bits + task_of(s, group) * s.weight_bits_task_stride;
 }
 inline const int32_t* bias_bits_of(const harmodt_layer_norm_shape& s, int64_t group) {
-  return s.bias_bits + s.task_ids[group] * s.bias_bits_task_stride;
+  return s.bias_bits + task_of(s, group) * s.bias_bits_task_stride;
 }
 
 // Mean and inverse standard deviation of a row.

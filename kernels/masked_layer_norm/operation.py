@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autograd import differentiable_once
 from ..bits import words_for
-from ..masks import all_active, first_task
+from ..operands import check
 from ..registration import FLOATS, kernels_for, register
 
 
@@ -54,51 +55,20 @@ def masked_layer_norm(
         IndexError: on a CPU, a task id is out of range.
         BackendUnavailable: the device has no fused kernels.
     """
-    if weight_bits is None:
-        if bias_bits is not None:
-            raise ValueError("bias_bits is given without weight_bits: give both or neither")
-        return _without_masks(x, weight, bias, epsilon, dtype, group_gradients)
-    if bias_bits is None or task_ids is None:
-        raise ValueError("weight_bits needs bias_bits and task_ids: give all of them or none")
-    check_operands(x, weight, bias, weight_bits, bias_bits, task_ids)
-    weight_out, bias_out = group_gradients or (None, None)
-    check_outputs(len(x), weight, weight_out, bias_out)
-    masks = weight_bits, bias_bits, task_ids
-    return _MaskedLayerNorm.apply(
-        x, weight, bias, *masks, epsilon, dtype or x.dtype, weight_out, bias_out
-    )
-
-
-def _without_masks(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    epsilon: float,
-    dtype: torch.dtype | None,
-    group_gradients: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor]:
-    """The layer with a mask in which every weight is active."""
-    everything = all_active(weight.shape, x.device)
-    return masked_layer_norm(
-        x,
-        weight,
-        bias,
-        everything,
-        everything,
-        first_task(len(x), x.device),
-        epsilon=epsilon,
-        dtype=dtype,
-        group_gradients=group_gradients,
-    )
+    check_operands(x, weight, bias, weight_bits, bias_bits, task_ids, group_gradients)
+    masks = weight_bits, bias_bits, None if weight_bits is None else task_ids
+    out = group_gradients or (None, None)
+    return _MaskedLayerNorm.apply(x, weight, bias, *masks, epsilon, dtype or x.dtype, *out)
 
 
 def check_operands(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    weight_bits: Tensor,
-    bias_bits: Tensor,
-    task_ids: Tensor,
+    weight_bits: Tensor | None,
+    bias_bits: Tensor | None,
+    task_ids: Tensor | None,
+    group_gradients: tuple[Tensor, Tensor | None] | None,
     names: tuple[str, str] = ("weight", "bias"),
 ) -> None:
     """Raise TypeError or ValueError if operands of `masked_layer_norm` do not fit together.
@@ -106,48 +76,35 @@ def check_operands(
     Args:
         names: the caller's names for weight and bias, for the messages.
     """
-    if len(x) == 0:
+    device = x.device
+    taken = FLOATS if kernels_for(device) == "triton" else (torch.float32,)
+    check("x", x, taken, (None, None, None), device)
+    groups, _, size = x.shape
+    if groups == 0:
         raise ValueError("x has no groups: give at least one")
-    size, words = x.shape[-1], words_for(x.shape[-1])
-    tasks = len(weight_bits)
-    taken = FLOATS if kernels_for(x.device) == "triton" else (torch.float32,)
-    expected: list[tuple[str, Tensor, torch.dtype, tuple[int, ...] | None]] = [
-        ("x", x, x.dtype if x.dtype in taken else torch.float32, None),
+    operands: list[tuple[str, Any, torch.dtype, tuple[int, ...]]] = [
         (names[0], weight, torch.float32, (size,)),
         (names[1], bias, torch.float32, (size,)),
-        (f"{names[0]}_bits", weight_bits, torch.int32, (tasks, words)),
-        (f"{names[1]}_bits", bias_bits, torch.int32, (tasks, words)),
-        ("task_ids", task_ids, torch.int64, (len(x),)),
     ]
-    for name, tensor, dtype, shape in expected:
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name} is {tensor.dtype}, but the fused LayerNorm takes {dtype}")
-        if shape is None:
-            continue
-        if x.dim() != 3 or tensor.shape != shape:
+    if weight_bits is not None:
+        if bias_bits is None or task_ids is None:
             raise ValueError(
-                f"{name} has shape {list(tensor.shape)}: with x {list(x.shape)} it must be "
-                f"{list(shape)}; x must be [groups, rows, size]"
+                f"{names[0]}_bits needs {names[1]}_bits and task_ids: give all of them or none"
             )
-        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            raise ValueError(f"{name} has strides {tensor.stride()}: the last must be 1")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} and x is on {x.device}")
-
-
-def check_outputs(
-    groups: int, weight: Tensor, weight_out: Tensor | None, bias_out: Tensor | None
-) -> None:
-    """Raise ValueError if the layer's gradients cannot be written to these tensors."""
-    for tensor in (weight_out, bias_out):
-        if tensor is None:
-            continue
-        fits = tensor.shape in ((groups, len(weight)), (1, len(weight)))
-        if not fits or tensor.dtype != torch.float32 or tensor.stride(-1) != 1:
-            raise ValueError(
-                f"group_gradients has a tensor {tensor.dtype} {list(tensor.shape)}: it must be "
-                f"float32, {[groups, len(weight)]} or {[1, len(weight)]}, and its last stride 1"
-            )
+        tasks, words = len(weight_bits), words_for(size)
+        operands += [
+            (f"{names[0]}_bits", weight_bits, torch.int32, (tasks, words)),
+            (f"{names[1]}_bits", bias_bits, torch.int32, (tasks, words)),
+            ("task_ids", task_ids, torch.int64, (groups,)),
+        ]
+    elif bias_bits is not None:
+        raise ValueError("bias_bits is given without weight_bits: give both or neither")
+    if group_gradients is not None:
+        sums = 1 if len(group_gradients[0]) == 1 else groups
+        for i, out in enumerate(group_gradients):
+            operands.append((f"group_gradients[{i}]", out, torch.float32, (sums, size)))
+    for name, tensor, dtype, shape in operands:
+        check(name, tensor, dtype, shape, device, layout="rows", beside=[("x", x)])
 
 
 class _MaskedLayerNorm(torch.autograd.Function):
@@ -157,9 +114,9 @@ class _MaskedLayerNorm(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
-        weight_bits: Tensor,
-        bias_bits: Tensor,
-        task_ids: Tensor,
+        weight_bits: Tensor | None,
+        bias_bits: Tensor | None,
+        task_ids: Tensor | None,
         epsilon: float,
         dtype: torch.dtype,
         weight_out: Tensor | None,
@@ -175,19 +132,28 @@ class _MaskedLayerNorm(torch.autograd.Function):
         return y, x
 
     @staticmethod
+    @differentiable_once
     def backward(
         ctx: Any, dy: Tensor | None, d_residual: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        if dy is None:
+        weight_out, bias_out = ctx.group_gradients
+        if dy is None:  # y is not used
+            fill_with_zeros(weight_out, bias_out)
             return d_residual, *[None] * 9
         gradient = torch.ops.harmodt.masked_layer_norm_gradient
-        weight_out, bias_out = ctx.group_gradients
         if weight_out is not None:
             return gradient(dy, d_residual, *ctx.saved_tensors, weight_out, bias_out), *[None] * 9
         weight = ctx.saved_tensors[3]
         d_weight, d_bias = (weight.new_empty(1, len(weight)) for _ in range(2))
         dx = gradient(dy, d_residual, *ctx.saved_tensors, d_weight, d_bias)
         return dx, d_weight[0], d_bias[0], *[None] * 7
+
+
+def fill_with_zeros(*gradients: Tensor | None) -> None:
+    """Write the gradient of a layer's parameters if the layer's output is not used."""
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.zero_()
 
 
 def _masked_layer_norm_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,8 +171,8 @@ def _gradient_fake(dy: Tensor, d_residual: Tensor | None, x: Tensor, *_: Any) ->
 register(
     __package__,
     "masked_layer_norm",
-    "(Tensor x, Tensor weight, Tensor bias, Tensor weight_bits, Tensor bias_bits, "
-    "Tensor task_ids, float epsilon, ScalarType dtype) "
+    "(Tensor x, Tensor weight, Tensor bias, Tensor? weight_bits, Tensor? bias_bits, "
+    "Tensor? task_ids, float epsilon, ScalarType dtype) "
     "-> (Tensor y, Tensor statistics, Tensor arrivals)",
     _masked_layer_norm_fake,
 )
@@ -215,7 +181,7 @@ register(
     "masked_layer_norm_gradient",
     # The GPU kernel counts its programs in `arrivals`, then sets it back to 0.
     "(Tensor dy, Tensor? d_residual, Tensor x, Tensor statistics, Tensor arrivals, Tensor weight, "
-    "Tensor weight_bits, Tensor bias_bits, Tensor task_ids, Tensor(a!) weight_out, "
+    "Tensor? weight_bits, Tensor? bias_bits, Tensor? task_ids, Tensor(a!) weight_out, "
     "Tensor(b!) bias_out) -> Tensor",
     _gradient_fake,
 )

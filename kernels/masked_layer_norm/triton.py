@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device_functions import masked_vector
+from ..device_functions import masked_vector, task_of
 from ..launch import launch
+from ..masks import stride_of
 
 # Elements of x that a program holds at a time: 32 per thread.
 ELEMENTS = 4096
@@ -60,9 +61,9 @@ def masked_layer_norm_kernel(
     x,  # [groups, rows, size]
     weight,  # [size]
     bias,  # [size]
-    weight_bits,  # int32 [tasks, words], weight_task_stride apart
-    bias_bits,  # int32 [tasks, words], bias_task_stride apart
-    task_ids,  # int64 [groups]
+    weight_bits,  # int32 [tasks, words], weight_task_stride apart, or None
+    bias_bits,  # int32 [tasks, words], bias_task_stride apart, or None
+    task_ids,  # int64 [groups], or None
     y,  # [groups, rows, size]
     statistics,  # float32 [groups, rows, 2]: mean and inverse standard deviation
     arrivals,  # int32 [groups]: this kernel writes 0, the gradient kernel counts programs in it
@@ -77,7 +78,7 @@ def masked_layer_norm_kernel(
 ):
     """Computes y for one block of rows of one group."""
     group, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_R
-    task = tl.load(task_ids + group)
+    task = task_of(task_ids, group)
     start = group.to(tl.int64) * rows + first
     row, column = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     in_rows, in_size = first + row < rows, column < size
@@ -89,9 +90,9 @@ def masked_layer_norm_kernel(
     variance = tl.sum(centred * centred, 1) / size
     scale = tl.rsqrt(variance + tl.cast(epsilon, tl.float32))
     gain = tl.load(weight + column, mask=in_size, other=0.0).to(tl.float32)
-    gain = masked_vector(gain, weight_bits + task * weight_task_stride, column, size)
+    gain = masked_vector(gain, weight_bits, task * weight_task_stride, column, size)
     shift = tl.load(bias + column, mask=in_size, other=0.0).to(tl.float32)
-    shift = masked_vector(shift, bias_bits + task * bias_task_stride, column, size)
+    shift = masked_vector(shift, bias_bits, task * bias_task_stride, column, size)
     result = centred * scale[:, None] * gain[None, :] + shift[None, :]
     tl.store(y + start * size + offset, result.to(y.dtype.element_ty), mask=inside)
     tl.store(statistics + (start + row) * 2, mean, mask=in_rows)
@@ -108,9 +109,9 @@ def masked_layer_norm_gradient_kernel(
     statistics,  # float32 [groups, rows, 2]
     arrivals,  # int32 [groups], initially 0: finished programs per group, or all in element 0
     weight,  # [size]
-    weight_bits,  # int32 [tasks, words], weight_task_stride apart
-    bias_bits,  # int32 [tasks, words], bias_task_stride apart
-    task_ids,  # int64 [groups]
+    weight_bits,  # int32 [tasks, words], weight_task_stride apart, or None
+    bias_bits,  # int32 [tasks, words], bias_task_stride apart, or None
+    task_ids,  # int64 [groups], or None
     dx,  # [groups, rows, size]
     sums,  # float32 [groups, tiles, 2, size]: each tile's masked gradients of gain and shift
     weight_out,  # [groups, size], weight_group_stride apart, or [1, size]
@@ -134,7 +135,7 @@ def masked_layer_norm_gradient_kernel(
     in the order of the rows. So the result does not depend on which program is the last.
     """
     group, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_R
-    task = tl.load(task_ids + group)
+    task = task_of(task_ids, group)
     start = group.to(tl.int64) * rows + first
     row, column = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     in_rows, in_size = first + row < rows, column < size
@@ -145,15 +146,15 @@ def masked_layer_norm_gradient_kernel(
     mean = tl.load(statistics + (start + row) * 2, mask=in_rows, other=0.0)
     scale = tl.load(statistics + (start + row) * 2 + 1, mask=in_rows, other=0.0)
     normalised = tl.where(inside, (values - mean[:, None]) * scale[:, None], 0.0)
-    weight_bits += task * weight_task_stride
-    bias_bits += task * bias_task_stride
-    d_gain = masked_vector(tl.sum(d * normalised, 0), weight_bits, column, size)
-    d_shift = masked_vector(tl.sum(d, 0), bias_bits, column, size)
+    gain_before, shift_before = task * weight_task_stride, task * bias_task_stride
+    d_gain = tl.sum(d * normalised, 0)
+    d_gain = masked_vector(d_gain, weight_bits, gain_before, column, size)
+    d_shift = masked_vector(tl.sum(d, 0), bias_bits, shift_before, column, size)
     row_sums = sums + tl.program_id(0).to(tl.int64) * 2 * size
     tl.store(row_sums + column, d_gain, mask=in_size)
     tl.store(row_sums + size + column, d_shift, mask=in_size)
     gain = tl.load(weight + column, mask=in_size, other=0.0).to(tl.float32)
-    gain = masked_vector(gain, weight_bits, column, size)
+    gain = masked_vector(gain, weight_bits, gain_before, column, size)
     d *= gain[None, :]
     along = tl.sum(d * normalised, 1) / size
     result = (d - (tl.sum(d, 1) / size)[:, None] - normalised * along[:, None]) * scale[:, None]
@@ -174,9 +175,9 @@ def masked_layer_norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    weight_bits: Tensor,
-    bias_bits: Tensor,
-    task_ids: Tensor,
+    weight_bits: Tensor | None,
+    bias_bits: Tensor | None,
+    task_ids: Tensor | None,
     epsilon: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,7 +185,7 @@ def masked_layer_norm(
     x = x.contiguous()
     groups, rows, size = x.shape
     y = torch.empty_like(x, dtype=dtype)
-    statistics = torch.empty(groups, rows, 2, device=x.device)
+    statistics = torch.empty(groups, rows, 2, dtype=torch.float32, device=x.device)
     arrivals = torch.empty(groups, dtype=torch.int32, device=x.device)
     tiles, block_r, block_d = tiles_of(rows, size)
     launch(
@@ -202,8 +203,8 @@ def masked_layer_norm(
         rows=rows,
         tiles=tiles,
         size=size,
-        weight_task_stride=weight_bits.stride(0),
-        bias_task_stride=bias_bits.stride(0),
+        weight_task_stride=stride_of(weight_bits, 0),
+        bias_task_stride=stride_of(bias_bits, 0),
         epsilon=epsilon,
         BLOCK_R=block_r,
         BLOCK_D=block_d,
@@ -220,9 +221,9 @@ def masked_layer_norm_gradient(
     statistics: Tensor,
     arrivals: Tensor,
     weight: Tensor,
-    weight_bits: Tensor,
-    bias_bits: Tensor,
-    task_ids: Tensor,
+    weight_bits: Tensor | None,
+    bias_bits: Tensor | None,
+    task_ids: Tensor | None,
     weight_out: Tensor,
     bias_out: Tensor,
 ) -> Tensor:
@@ -231,7 +232,7 @@ def masked_layer_norm_gradient(
     groups, rows, size = x.shape
     tiles, block_r, block_d = tiles_of(rows, size)
     dx = torch.empty_like(x)
-    sums = torch.empty(groups, tiles, 2, size, device=x.device)
+    sums = torch.empty(groups, tiles, 2, size, dtype=torch.float32, device=x.device)
     launch(
         masked_layer_norm_gradient_kernel,
         (groups * tiles,),
@@ -251,8 +252,8 @@ def masked_layer_norm_gradient(
         rows=rows,
         tiles=tiles,
         size=size,
-        weight_task_stride=weight_bits.stride(0),
-        bias_task_stride=bias_bits.stride(0),
+        weight_task_stride=stride_of(weight_bits, 0),
+        bias_task_stride=stride_of(bias_bits, 0),
         weight_group_stride=weight_out.stride(0),
         bias_group_stride=bias_out.stride(0),
         PER_GROUP=len(weight_out) == groups,

@@ -7,7 +7,8 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
-from ..native.library import LinearShape, WeightGradient, library, pointer, pointer_to_ids, threads
+from ..masks import stride_of
+from ..native.library import LinearShape, WeightGradient, library, pointer, threads
 from .gradients import LayerGradients, layers_of
 
 
@@ -20,9 +21,9 @@ def masked_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    weight_bits: Tensor,
+    weight_bits: Tensor | None,
     bias_bits: Tensor | None,
-    task_ids: Tensor,
+    task_ids: Tensor | None,
     relu: bool,
     residual: Tensor | None = None,
     drop: float = 0.0,
@@ -51,8 +52,8 @@ def masked_linear_input_gradient(
     dy: Tensor,
     y: Tensor | None,
     weight: Tensor,
-    weight_bits: Tensor,
-    task_ids: Tensor,
+    weight_bits: Tensor | None,
+    task_ids: Tensor | None,
     dtype: torch.dtype,
     drop: float = 0.0,
     seed: Tensor | None = None,
@@ -116,9 +117,9 @@ def shape_of(
     x: Tensor,
     weight: Tensor | None,
     y: Tensor,
-    weight_bits: Tensor,
+    weight_bits: Tensor | None,
     bias_bits: Tensor | None,
-    task_ids: Tensor,
+    task_ids: Tensor | None,
     dtype: torch.dtype,
 ) -> LinearShape:
     groups, rows, inputs = x.shape
@@ -129,10 +130,11 @@ def shape_of(
         outputs=y.shape[2],
         weight_stride=0 if weight is None else weight.stride(0),
         weight_bits=pointer(weight_bits),
-        weight_bits_task_stride=weight_bits.stride(0),
-        weight_bits_row_stride=weight_bits.stride(1),
+        tasks=0 if weight_bits is None else len(weight_bits),
+        weight_bits_task_stride=stride_of(weight_bits, 0),
+        weight_bits_row_stride=stride_of(weight_bits, 1),
         bias_bits=pointer(bias_bits),
-        bias_bits_task_stride=0 if bias_bits is None else bias_bits.stride(0),
-        task_ids=pointer_to_ids(task_ids, len(weight_bits)),
+        bias_bits_task_stride=stride_of(bias_bits, 0),
+        task_ids=pointer(task_ids),
         bf16=dtype == torch.bfloat16 or bf16_products(),
     )

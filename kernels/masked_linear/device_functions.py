@@ -30,23 +30,27 @@ def masked_weight(
 ):
     """The tile W ⊙ M of outputs n and inputs k; 0 outside the weight.
 
-    `word` holds the indices of the mask words of inputs k.
+    `word` holds the indices of the mask words of inputs k. If `weight_bits` is None, the tile is W.
     """
     in_outputs, near = (n < outputs)[:, None], tl.minimum(n, outputs - 1)[:, None]
     w = tl.load(weight + near * weight_stride + k[None, :], mask=(k < inputs)[None, :], other=0.0)
-    words = tl.load(
-        weight_bits + n[:, None] * bits_stride + word[None, :],
-        mask=in_outputs & (word * 32 < inputs)[None, :],
-        other=0,
-    )
-    return tl.where(bits_of(words, BLOCK_N, BLOCK_K), w, 0.0)
+    if weight_bits is None:
+        w = tl.where(in_outputs, w, 0.0)
+    else:
+        words = tl.load(
+            weight_bits + n[:, None] * bits_stride + word[None, :],
+            mask=in_outputs & (word * 32 < inputs)[None, :],
+            other=0,
+        )
+        w = tl.where(bits_of(words, BLOCK_N, BLOCK_K), w, 0.0)
+    return w
 
 
 @triton.jit
-def masked_bias(bias, bits, n, outputs):
-    """The bias of outputs n with a task's mask, float32."""
+def masked_bias(bias, bits, before, n, outputs):
+    """The bias of outputs n with a task's mask, float32. `masked_vector` explains `before`."""
     b = tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)
-    return masked_vector(b, bits, n, outputs)
+    return masked_vector(b, bits, before, n, outputs)
 
 
 @triton.jit
@@ -164,9 +168,9 @@ def store_statistics(norm, start, row, rows_left, mean, scale):
 def gain_and_shift(norm, task, k, inputs):
     """Gain and shift of the LayerNorm for inputs k, with a task's mask."""
     gain = tl.load(norm.gain + k, mask=k < inputs, other=0.0)
-    gain = masked_vector(gain, norm.gain_bits + task * norm.gain_task_stride, k, inputs)
+    gain = masked_vector(gain, norm.gain_bits, task * norm.gain_task_stride, k, inputs)
     shift = tl.load(norm.shift + k, mask=k < inputs, other=0.0)
-    shift = masked_vector(shift, norm.shift_bits + task * norm.shift_task_stride, k, inputs)
+    shift = masked_vector(shift, norm.shift_bits, task * norm.shift_task_stride, k, inputs)
     return gain, shift
 
 

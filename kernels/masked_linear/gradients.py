@@ -31,9 +31,9 @@ class LayerGradients(NamedTuple):
     dy: Tensor
     y: Tensor | None
     x: Tensor
-    weight_bits: Tensor
+    weight_bits: Tensor | None
     bias_bits: Tensor | None
-    task_ids: Tensor
+    task_ids: Tensor | None
     weight_out: Tensor
     bias_out: Tensor | None
     drop: float = 0.0
@@ -47,22 +47,24 @@ class LayerGradients(NamedTuple):
         return self.x.dtype if self.statistics is None else self.dy.dtype
 
 
-_BIAS_OUT = LayerGradients._fields.index("bias_out")
-
-
 def write(layers: Sequence[LayerGradients]) -> None:
     """Write the weight and bias gradients of layers. A GPU computes them in one launch."""
     columns = [list(column) for column in zip(*layers, strict=True)]
-    columns[_BIAS_OUT] = [out for out in columns[_BIAS_OUT] if out is not None]
-    torch.ops.harmodt.masked_linear_weight_gradients(*columns)
+    bias_outs = columns[_BIAS_OUT]
+    columns[_BIAS_OUT] = [out for out in bias_outs if out is not None]
+    has_bias = [out is not None for out in bias_outs]
+    torch.ops.harmodt.masked_linear_weight_gradients(*columns, has_bias)
 
 
 def layers_of(*operands: list) -> list[LayerGradients]:
-    """The layers from the operation's arguments. `bias_out` lists only the layers with a bias."""
-    columns, bias_outs = list(operands), iter(operands[_BIAS_OUT])
-    bias_bits = columns[LayerGradients._fields.index("bias_bits")]
-    columns[_BIAS_OUT] = [None if bits is None else next(bias_outs) for bits in bias_bits]
+    """The layers from the operation's arguments: the inverse of what `write` does."""
+    *columns, has_bias = operands
+    bias_outs = iter(columns[_BIAS_OUT])
+    columns[_BIAS_OUT] = [next(bias_outs) if has else None for has in has_bias]
     return [LayerGradients(*layer) for layer in zip(*columns, strict=True)]
+
+
+_BIAS_OUT = LayerGradients._fields.index("bias_out")
 
 
 class WeightGradients:
@@ -87,6 +89,6 @@ class WeightGradients:
 
     def finish(self) -> None:
         """Compute the gradients of all waiting layers."""
-        if self._waiting:
-            write(self._waiting)
-            self._waiting.clear()
+        waiting, self._waiting = self._waiting, []  # also empty if an error ends the writing
+        if waiting:
+            write(waiting)

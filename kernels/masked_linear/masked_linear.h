@@ -411,7 +411,7 @@ void for_panels(const harmodt_linear_shape& s, int64_t width, int64_t depth, int
 }
 
 MaskedWeight weight_of(const harmodt_linear_shape& s, const float* weight, int64_t group) {
-  return {weight, s.weight_stride, s.weight_bits + s.task_ids[group] * s.weight_bits_task_stride,
+  return {weight, s.weight_stride, s.weight_bits + task_of(s, group) * s.weight_bits_task_stride,
           s.weight_bits_row_stride};
 }
 
@@ -474,7 +474,7 @@ void masked_linear(const harmodt_linear_shape& s, const Norm& norm, const float*
                    float* y, int threads) {
   int64_t depth = depth_of<Pairs>(s.inputs);
   for_panels(s, s.outputs, depth, threads, [&](const Item& item) {
-    int64_t row = item.group * s.rows + item.first, task = s.task_ids[item.group];
+    int64_t row = item.group * s.rows + item.first, task = task_of(s, item.group);
     auto pack = [&](int64_t index, Element<Pairs>* panel) {
       int64_t n = index * kPanel, columns = smaller(kPanel, s.outputs - n);
       pack_transposed<Pairs>(weight_of(s, weight, item.group), n, columns, s.inputs, panel);
@@ -664,7 +664,7 @@ void weight_gradient_of(const harmodt_linear_shape& s, const GradientRows& dy, c
   pack_columns<Pairs, strip, kTiles<Pairs>>(dy, rows, to - from, packed,
                                             out.bias ? sums : nullptr);
   for (int64_t n = from; out.bias && n < to; ++n) {
-    bool kept = out.bias_bits[n >> 5] >> (n & 31) & 1;
+    bool kept = bits_at(out.bias_bits, n) & 1;
     out.bias[n] = (out.add ? out.bias[n] : 0) + (kept ? sums[n - from] : 0);
   }
   TileConfiguration<Pairs> configuration;
@@ -692,7 +692,7 @@ void masked_linear_weight_gradient(const harmodt_linear_shape& s, const Norm& no
     int64_t from = blocks * thread / threads * block;
     int64_t to = smaller(s.outputs, blocks * (thread + 1) / threads * block);
     for (int64_t group = 0; group < s.groups; ++group) {
-      int64_t out_group = out.per_group ? group : 0, task = s.task_ids[group];
+      int64_t out_group = out.per_group ? group : 0, task = task_of(s, group);
       // Without rows, the loop still runs once and stores zeros.
       for (int64_t first = 0; first < s.rows || first == 0; first += chunk) {
         int64_t row = group * s.rows + first;
@@ -701,7 +701,7 @@ void masked_linear_weight_gradient(const harmodt_linear_shape& s, const Norm& no
             out.weight + out_group * out.weight_group_stride,
             out.bias ? out.bias + out_group * out.bias_group_stride : nullptr,
             s.weight_bits + task * s.weight_bits_task_stride,
-            s.bias_bits ? s.bias_bits + task * s.bias_bits_task_stride : nullptr,
+            s.bias_bits + task * s.bias_bits_task_stride,
             first > 0 || (group > 0 && !out.per_group)};
         auto add_rows = [&](const auto& right, const float* in_place) {
           weight_gradient_of<Pairs>(s, left, right, in_place, smaller(chunk, s.rows - first), from,

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autograd import differentiable_once
 from ..bits import words_for
-from ..masks import all_active, first_task
+from ..operands import Dtypes, check
 from ..registration import FLOATS, register
 from .gradients import LayerGradients, WeightGradients, write
 
@@ -56,8 +57,8 @@ def masked_linear(
         Products of float32 are in TF32 if PyTorch's own switch says so.
 
     Raises:
-        TypeError: a floating-point dtype is not accepted.
-        ValueError: shapes, strides, devices or integer dtypes do not fit together.
+        TypeError: a dtype is not accepted.
+        ValueError: shapes, strides or devices do not fit together.
         IndexError: on a CPU, a task id is out of range.
         BackendUnavailable: the device has no fused kernels.
     """
@@ -71,8 +72,8 @@ def operands_of(
 ) -> tuple[Any, ...]:
     """The first six operands of `harmodt::masked_linear`.
 
-    Without masks, the function adds masks in which every weight is active. Under autocast, it
-    converts x.
+    Without masks, the batch becomes one group, unless each group's gradient is needed. Under
+    autocast, x is converted.
 
     Args:
         arguments: the first six arguments of `masked_linear`.
@@ -81,49 +82,21 @@ def operands_of(
         TypeError, ValueError: the arguments do not fit together.
     """
     x, weight, bias, weight_bits, bias_bits, task_ids = arguments
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    check_operands(x, weight, bias, weight_bits, bias_bits, task_ids, group_gradients)
     if weight_bits is None:
-        x, weight_bits, bias_bits, task_ids = _without_masks(
-            x, weight, bias, bias_bits, group_gradients
-        )
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        x = x.to(torch.get_autocast_dtype(kind))
-    layer = x, weight, bias, weight_bits, bias_bits, task_ids
-    check_operands(*layer, group_gradients)
-    return layer
-
-
-def _without_masks(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    bias_bits: Tensor | None,
-    group_gradients: tuple[Tensor, Tensor | None] | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Operands for a layer without masks: a mask in which every weight is active.
-
-    The batch becomes one group, unless each group's gradient is needed.
-
-    Returns:
-        x as [1, G R, K] or [G, R, K], weight_bits, bias_bits and task_ids.
-
-    Raises:
-        ValueError: there is a mask of the bias only, or x is not [G, R, K] with G > 0.
-    """
-    if bias_bits is not None:
-        raise ValueError("bias_bits is given without weight_bits: give both or neither")
-    _check_groups(x)
-    per_group = group_gradients and len(group_gradients[0]) == len(x)
-    rows = x if per_group else x.flatten(0, 1)[None]
-    bias_mask = None if bias is None else all_active(bias.shape, x.device)
-    return rows, all_active(weight.shape, x.device), bias_mask, first_task(len(rows), x.device)
+        task_ids = None
+        if group_gradients is None or len(group_gradients[0]) == 1:
+            x = x.flatten(0, 1)[None]
+    return x, weight, bias, weight_bits, bias_bits, task_ids
 
 
 def check_operands(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    weight_bits: Tensor,
+    weight_bits: Tensor | None,
     bias_bits: Tensor | None,
     task_ids: Tensor | None,
     group_gradients: tuple[Tensor, Tensor | None] | None,
@@ -134,90 +107,49 @@ def check_operands(
     Args:
         dtype: the dtype of the products, if it is not the dtype of x.
     """
-    weight_out, bias_out = group_gradients or (None, None)
-    _check_types(x, dtype or x.dtype, weight, bias, weight_bits, bias_bits, task_ids)
-    _check_layout(x, weight, bias, weight_bits, bias_bits, task_ids, weight_out, bias_out)
+    device = x.device
+    check("x", x, FLOATS, (None, None, None), device)
+    groups, _, inputs = x.shape
+    if groups == 0:
+        raise ValueError("x has no groups: give at least one")
+    floats = tuple(dict.fromkeys((torch.float32, dtype or x.dtype)))
+    check("weight", weight, floats, (None, inputs), device, layout="rows", beside=[("x", x)])
+    outputs = len(weight)
+    operands: list[tuple[str, Tensor | None, Dtypes, tuple[int, ...]]] = [
+        ("bias", bias, floats, (outputs,))
+    ]
+    if weight_bits is not None:
+        _check_complete(bias, bias_bits, task_ids)
+        tasks = len(weight_bits)
+        operands += [
+            ("weight_bits", weight_bits, torch.int32, (tasks, outputs, words_for(inputs))),
+            ("bias_bits", bias_bits, torch.int32, (tasks, words_for(outputs))),
+            ("task_ids", task_ids, torch.int64, (groups,)),
+        ]
+    elif bias_bits is not None:
+        raise ValueError("bias_bits is given without weight_bits: give both or neither")
+    if group_gradients is not None:
+        weight_out, bias_out = group_gradients
+        if (bias is None) != (bias_out is None):
+            raise ValueError(
+                "group_gradients must have a tensor for the bias if and only if bias is given"
+            )
+        sums = 1 if len(weight_out) == 1 else groups
+        operands += [
+            ("group_gradients[0]", weight_out, FLOATS, (sums, outputs, inputs)),
+            ("group_gradients[1]", bias_out, FLOATS, (sums, outputs)),
+        ]
+    beside = [("x", x), ("weight", weight)]
+    for name, tensor, dtypes, shape in operands:
+        if tensor is not None:
+            check(name, tensor, dtypes, shape, device, layout="rows", beside=beside)
 
 
-def _check_types(
-    x: Tensor,
-    dtype: torch.dtype,
-    weight: Tensor,
-    bias: Tensor | None,
-    weight_bits: Tensor,
-    bias_bits: Tensor | None,
-    task_ids: Tensor | None,
-) -> None:
-    if x.dtype not in FLOATS:
-        raise TypeError(
-            f"x is {x.dtype}, but the fused masked linear takes float32, float16 or bfloat16; "
-            "the reference backend takes any"
-        )
-    if weight.dtype not in (torch.float32, dtype):
-        raise TypeError(
-            f"weight is {weight.dtype}: it must be float32 or {dtype}, the dtype of the products"
-        )
-    if bias is not None and bias.dtype not in (torch.float32, dtype):
-        raise TypeError(
-            f"bias is {bias.dtype}: it must be float32 or {dtype}, the dtype of the products"
-        )
-    for name, bits in (("weight_bits", weight_bits), ("bias_bits", bias_bits)):
-        if bits is not None and bits.dtype != torch.int32:
-            raise ValueError(f"{name} is {bits.dtype}: masks are packed in int32 (pack_bits)")
+def _check_complete(bias: Tensor | None, bias_bits: Tensor | None, task_ids: Tensor | None) -> None:
     if task_ids is None:
         raise ValueError("task_ids is None: masks need the task of each group, int64")
-    if task_ids.dtype != torch.int64:
-        raise ValueError(f"task_ids is {task_ids.dtype}: it must be int64")
     if (bias is None) != (bias_bits is None):
         raise ValueError("bias and bias_bits belong together: give both or neither")
-
-
-def _check_groups(x: Tensor) -> None:
-    if x.dim() != 3:
-        raise ValueError(f"x has shape {list(x.shape)}: it must be [groups, rows, inputs]")
-    if len(x) == 0:
-        raise ValueError("x has no groups: give at least one")
-
-
-def _check_layout(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    weight_bits: Tensor,
-    bias_bits: Tensor | None,
-    task_ids: Tensor | None,
-    weight_out: Tensor | None,
-    bias_out: Tensor | None,
-) -> None:
-    _check_groups(x)
-    groups, _, inputs = x.shape
-    outputs, tasks = len(weight), len(weight_bits)
-    sums = 1 if weight_out is not None and len(weight_out) == 1 else groups
-    if weight_out is not None and (bias is None) != (bias_out is None):
-        raise ValueError(
-            "group_gradients must have a tensor for the bias if and only if bias is given"
-        )
-    device = x.device
-    for name, tensor, shape in (
-        ("weight", weight, (outputs, inputs)),
-        ("bias", bias, (outputs,)),
-        ("weight_bits", weight_bits, (tasks, outputs, words_for(inputs))),
-        ("bias_bits", bias_bits, (tasks, words_for(outputs))),
-        ("task_ids", task_ids, (groups,)),
-        ("group_gradients[0]", weight_out, (sums, outputs, inputs)),
-        ("group_gradients[1]", bias_out, (sums, outputs)),
-    ):
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}: with x {list(x.shape)} and weight "
-                f"{list(weight.shape)} it must be {list(shape)}"
-            )
-        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            raise ValueError(f"{name} has strides {tensor.stride()}: the last must be 1")
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device} and x is on {x.device}")
 
 
 def differentiable(
@@ -238,9 +170,9 @@ class _MaskedLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        weight_bits: Tensor,
+        weight_bits: Tensor | None,
         bias_bits: Tensor | None,
-        task_ids: Tensor,
+        task_ids: Tensor | None,
         relu: bool,
         residual: Tensor | None,
         drop: float,
@@ -254,10 +186,12 @@ class _MaskedLinear(torch.autograd.Function):
         y = torch.ops.harmodt.masked_linear(x, weight, bias, *masks, relu, residual, drop, seed)
         ctx.save_for_backward(x, weight, *masks, y if relu else None, seed)
         ctx.group_gradients, ctx.queue, ctx.drop = (weight_out, bias_out), queue, drop
+        ctx.has_bias = bias is not None
         ctx.residual_dtype = None if residual is None else residual.dtype
         return y
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, weight_bits, bias_bits, task_ids, y, seed = ctx.saved_tensors
         masks, (weight_out, bias_out) = (weight_bits, bias_bits, task_ids), ctx.group_gradients
@@ -294,7 +228,7 @@ def weight_gradients(
     if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
         return None, None
     d_weight = weight.new_empty(1, *weight.shape, dtype=torch.float32)
-    d_bias = None if layer.bias_bits is None else d_weight.new_empty(1, len(weight))
+    d_bias = d_weight.new_empty(1, len(weight)) if ctx.has_bias else None
     write([layer._replace(weight_out=d_weight, bias_out=d_bias)])
     # Autograd converts the bias gradient: the bias may have another dtype than the weight.
     return d_weight[0].to(weight.dtype), None if d_bias is None else d_bias[0]
@@ -318,24 +252,26 @@ register(
     __package__,
     "masked_linear",
     # residual, drop and seed: the dropout and the residual sum at the end of a branch
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor weight_bits, Tensor? bias_bits, "
-    "Tensor task_ids, bool relu, Tensor? residual=None, float drop=0.0, Tensor? seed=None) "
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? weight_bits, Tensor? bias_bits, "
+    "Tensor? task_ids, bool relu, Tensor? residual=None, float drop=0.0, Tensor? seed=None) "
     "-> Tensor",
     _masked_linear_fake,
 )
 register(
     __package__,
     "masked_linear_input_gradient",
-    "(Tensor dy, Tensor? y, Tensor weight, Tensor weight_bits, Tensor task_ids, "
+    "(Tensor dy, Tensor? y, Tensor weight, Tensor? weight_bits, Tensor? task_ids, "
     "ScalarType dtype, float drop=0.0, Tensor? seed=None) -> Tensor",
     _input_gradient_fake,
 )
 register(
     __package__,
     "masked_linear_weight_gradients",
-    # Lists over layers, in the order of `LayerGradients`. bias_out has only layers with a bias.
-    "(Tensor[] dy, Tensor?[] y, Tensor[] x, Tensor[] weight_bits, Tensor?[] bias_bits, "
-    "Tensor[] task_ids, Tensor(a!)[] weight_out, Tensor(b!)[] bias_out, float[] drop, "
-    "Tensor?[] seed, Tensor?[] statistics, Tensor?[] affine) -> ()",
+    # Lists over layers, in the order of `LayerGradients`. PyTorch has no list of tensors, some of
+    # them None, that an operation changes: so `bias_out` lists the layers with a bias only, and
+    # `has_bias` says which these are.
+    "(Tensor[] dy, Tensor?[] y, Tensor[] x, Tensor?[] weight_bits, Tensor?[] bias_bits, "
+    "Tensor?[] task_ids, Tensor(a!)[] weight_out, Tensor(b!)[] bias_out, float[] drop, "
+    "Tensor?[] seed, Tensor?[] statistics, Tensor?[] affine, bool[] has_bias) -> ()",
     _weight_gradients_fake,
 )

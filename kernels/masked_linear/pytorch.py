@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..bits import all_ones
 from ..masks import with_gradients_in
+from . import reference
 from .gradients import WeightGradients
 
 
@@ -57,7 +58,7 @@ class _MaskedLinear(torch.autograd.Function):
         group_gradients: tuple[Tensor, Tensor | None] | None,
     ) -> Tensor:
         ctx.dtype, ctx.group_gradients = weight.dtype, group_gradients
-        ctx.has_bias = bias is not None
+        parameters = weight, bias
         if bits is None:
             weight = weight.expand(len(x), -1, -1)
             bias = None if bias is None else bias.expand(len(x), -1)
@@ -68,16 +69,20 @@ class _MaskedLinear(torch.autograd.Function):
             masked_bias = _mask(bias, bias_bits).to(x.dtype)  # [G, N]
             y = torch.baddbmm(masked_bias[:, None], x, masked_weight.mT)
         y = y.relu_() if relu else y
-        ctx.save_for_backward(x, masked_weight, bits, bias_bits, y if relu else None)
+        saved = masked_weight, bits, bias_bits, y if relu else None
+        ctx.save_for_backward(x, *parameters, *saved)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, masked_weight, bits, bias_bits, y = ctx.saved_tensors
+        x, weight, bias, masked_weight, bits, bias_bits, y = ctx.saved_tensors
+        if torch.is_grad_enabled() and ctx.group_gradients is None:
+            gradients = _with_graph(x, weight, bias, bits, bias_bits, y is not None, dy)
+            return *gradients, *[None] * 4
         dy = dy if y is None else dy.masked_fill(y <= 0, 0.0)
         dx = dy @ masked_weight if ctx.needs_input_grad[0] else None
         d_weights = _mask(dy.mT @ x, bits)  # [G, N, K]
-        d_biases = _mask(dy.sum(1, dtype=ctx.dtype), bias_bits) if ctx.has_bias else None
+        d_biases = _mask(dy.sum(1, dtype=ctx.dtype), bias_bits) if bias is not None else None
         if ctx.group_gradients is not None:
             for out, gradient in zip(ctx.group_gradients, (d_weights, d_biases), strict=True):
                 if gradient is not None:
@@ -85,6 +90,27 @@ class _MaskedLinear(torch.autograd.Function):
             return dx, *[None] * 6
         d_bias = None if d_biases is None else d_biases.sum(0)
         return dx, d_weights.sum(0, dtype=ctx.dtype), d_bias, *[None] * 4
+
+
+def _with_graph(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bits: Tensor | None,
+    bias_bits: Tensor | None,
+    relu: bool,
+    dy: Tensor,
+) -> list[Tensor | None]:
+    """The gradients of x, weight and bias, which have gradients themselves.
+
+    Args:
+        bits, bias_bits: the masks of each group.
+    """
+    groups = torch.arange(len(x), device=x.device)
+    y = reference.masked_linear(x, weight, bias, bits, bias_bits, groups, relu=relu)
+    wanted = [t for t in (x, weight, bias) if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in (x, weight, bias)]
 
 
 def _mask(values: Tensor, bits: Tensor | None) -> Tensor:

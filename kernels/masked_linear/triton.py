@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device_functions import bits_of, kept, masked_vector
+from ..device_functions import bits_of, kept, masked_vector, task_of
 from ..dropout import rate
 from ..launch import launch, precision_of
+from ..masks import stride_of
 from .device_functions import (
     Norm,
     begin_group,
@@ -72,9 +73,9 @@ def masked_linear_kernel(
     x,  # [groups, rows, inputs]
     weight,  # [outputs, inputs], rows weight_stride apart
     bias,  # [outputs], or None
-    weight_bits,  # int32 [tasks, outputs, words], task_stride and bits_stride apart
+    weight_bits,  # int32 [tasks, outputs, words], task_stride and bits_stride apart, or None
     bias_bits,  # int32 [tasks, words], bias_task_stride apart, or None
-    task_ids,  # int64 [groups]
+    task_ids,  # int64 [groups], or None
     residual,  # as y, or None
     y,  # [groups, rows, outputs]
     groups,
@@ -108,10 +109,11 @@ def masked_linear_kernel(
         group, first, end, column_tile = rows_of_program(
             rows, tiles_of_program, tl.cdiv(outputs, BLOCK_N), BLOCK_R
         )
-        task = tl.load(task_ids + group)
+        task = task_of(task_ids, group)
         k, word = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_K // 32)
         n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        weight_bits += task * task_stride
+        if weight_bits is not None:
+            weight_bits += task * task_stride
         w = masked_weight(
             *(weight, weight_bits, n, k, word, outputs, inputs, weight_stride, bits_stride),
             BLOCK_N=BLOCK_N,
@@ -119,7 +121,7 @@ def masked_linear_kernel(
         ).to(y.dtype.element_ty if norm is not None else x.dtype.element_ty)
         b = 0.0
         if HAS_BIAS:
-            b = masked_bias(bias, bias_bits + task * bias_task_stride, n, outputs)
+            b = masked_bias(bias, bias_bits, task * bias_task_stride, n, outputs)
         if DROPOUT:
             seed = tl.load(seed).to(tl.uint32)
         if norm is not None:
@@ -150,13 +152,14 @@ def masked_linear_kernel(
         row_tile, column_tile = tile_of(groups * tiles_of_group, tl.cdiv(outputs, BLOCK_N))
         group = row_tile // tiles_of_group
         first = row_tile % tiles_of_group * BLOCK_R
-        task = tl.load(task_ids + group)
+        task = task_of(task_ids, group)
         row = tl.arange(0, BLOCK_R)
         near = tl.minimum(row, rows - 1 - first)  # rows beyond the last read the last row
         n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         start = group.to(tl.int64) * rows + first
         x += start * inputs
-        weight_bits += task * task_stride
+        if weight_bits is not None:
+            weight_bits += task * task_stride
         if DROPOUT:
             seed = tl.load(seed).to(tl.uint32)
         if norm is not None:
@@ -181,7 +184,7 @@ def masked_linear_kernel(
             total = tl.dot(w.to(x_tile.dtype), tl.trans(x_tile), total, input_precision=PRECISION)
         b = 0.0
         if HAS_BIAS:
-            b = masked_bias(bias, bias_bits + task * bias_task_stride, n, outputs)
+            b = masked_bias(bias, bias_bits, task * bias_task_stride, n, outputs)
         store_y(
             *(total, y, residual, start, row, n, rows - first, outputs, b),
             *(seed, threshold, factor),
@@ -197,8 +200,8 @@ def masked_linear_input_gradient_kernel(
     dy,  # [groups, rows, outputs]
     y,  # as dy, or None
     weight,  # [outputs, inputs], rows weight_stride apart
-    weight_bits,  # int32 [tasks, outputs, words], task_stride and bits_stride apart
-    task_ids,  # int64 [groups]
+    weight_bits,  # int32 [tasks, outputs, words], task_stride and bits_stride apart, or None
+    task_ids,  # int64 [groups], or None
     dx,  # [groups, rows, inputs]
     groups,
     rows,
@@ -231,7 +234,8 @@ def masked_linear_input_gradient_kernel(
         n = tl.arange(0, BLOCK_N)
         k = column_tile * BLOCK_K + tl.arange(0, BLOCK_K)
         word = column_tile * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
-        weight_bits += tl.load(task_ids + group) * task_stride
+        if weight_bits is not None:
+            weight_bits += task_of(task_ids, group) * task_stride
         w = masked_weight(
             *(weight, weight_bits, n, k, word, outputs, inputs, weight_stride, bits_stride),
             BLOCK_N=BLOCK_N,
@@ -261,7 +265,7 @@ def masked_linear_input_gradient_kernel(
         row_tile, column_tile = tile_of(groups * tiles_of_group, tl.cdiv(inputs, BLOCK_K))
         group = row_tile // tiles_of_group
         first = row_tile % tiles_of_group * BLOCK_R
-        task = tl.load(task_ids + group)
+        task = task_of(task_ids, group)
         row = tl.arange(0, BLOCK_R)
         k = column_tile * BLOCK_K + tl.arange(0, BLOCK_K)
         word = column_tile * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
@@ -269,7 +273,8 @@ def masked_linear_input_gradient_kernel(
         dy_row = tl.minimum(row, rows - 1 - first)  # rows beyond the last are not stored
         start = group.to(tl.int64) * rows + first
         dx += start * inputs
-        weight_bits += task * task_stride
+        if weight_bits is not None:
+            weight_bits += task * task_stride
         if DROPOUT:
             seed = tl.load(seed).to(tl.uint32)
         total = tl.zeros([BLOCK_K, BLOCK_R], tl.float32)
@@ -281,11 +286,12 @@ def masked_linear_input_gradient_kernel(
                 mask=in_inputs[None, :],
                 other=0.0,
             )
-            words = tl.load(
-                weight_bits + n[:, None] * bits_stride + word[None, :],
-                mask=in_outputs[:, None] & (word * 32 < inputs)[None, :],
-                other=0,
-            )
+            if weight_bits is not None:
+                words = tl.load(
+                    weight_bits + n[:, None] * bits_stride + word[None, :],
+                    mask=in_outputs[:, None] & (word * 32 < inputs)[None, :],
+                    other=0,
+                )
             offset = dy_row[:, None] * outputs + n[None, :]
             dy_tile = load_dy(
                 dy,
@@ -299,7 +305,11 @@ def masked_linear_input_gradient_kernel(
                 RELU=RELU,
                 DROPOUT=DROPOUT,
             ).to(dx.dtype.element_ty)
-            w = tl.where(bits_of(words, BLOCK_N, BLOCK_K), w, 0.0).to(dy_tile.dtype)
+            if weight_bits is None:
+                w = tl.where(in_outputs[:, None], w, 0.0)
+            else:
+                w = tl.where(bits_of(words, BLOCK_N, BLOCK_K), w, 0.0)
+            w = w.to(dy_tile.dtype)
             total = tl.dot(tl.trans(w), tl.trans(dy_tile), total, input_precision=PRECISION)
         tl.store(
             dx + row[:, None] * inputs + k[None, :],
@@ -318,9 +328,9 @@ class Layer(NamedTuple):
     dy: Tensor  # [groups, rows, outputs]
     y: Tensor | None  # as dy; None without ReLU
     x: Tensor  # [groups, rows, inputs]
-    weight_bits: Tensor  # int32 [tasks, outputs, words], task_stride and bits_stride apart
-    bias_bits: Tensor | None  # int32 [tasks, words], bias_task_stride apart; None without a bias
-    task_ids: Tensor  # int64 [groups]
+    weight_bits: Tensor | None  # int32 [tasks, outputs, words], task_stride and bits_stride apart
+    bias_bits: Tensor | None  # int32 [tasks, words], bias_task_stride apart
+    task_ids: Tensor | None  # int64 [groups]; None without masks, as the bits
     weight_out: Tensor  # [chunks, outputs, inputs], weight_chunk_stride, weight_row_stride apart
     bias_out: Tensor | None  # [chunks, outputs], bias_chunk_stride apart; None without a bias
     groups: int
@@ -345,7 +355,7 @@ class Layer(NamedTuple):
 def columns_of(layer, BLOCK_K: tl.constexpr):
     """The number of tiles in a row of the weight, plus 1 if there is a bias."""
     tiles = tl.cdiv(layer.inputs, BLOCK_K)
-    return tiles if layer.bias_bits is None else tiles + 1
+    return tiles if layer.bias_out is None else tiles + 1
 
 
 @triton.jit
@@ -374,8 +384,9 @@ def bias_gradient_tile(layer, chunk, n, BLOCK_N: tl.constexpr, BLOCK_R: tl.const
                 RELU=layer.y is not None,
                 DROPOUT=layer.seed is not None,
             ).to(tl.float32)
-        bits = layer.bias_bits + tl.load(layer.task_ids + group) * layer.bias_task_stride
-        total += masked_vector(tl.sum(group_sum, 1), bits, n, layer.outputs)
+        before = task_of(layer.task_ids, group) * layer.bias_task_stride
+        group_bias = tl.sum(group_sum, 1)
+        total += masked_vector(group_bias, layer.bias_bits, before, n, layer.outputs)
     out = layer.bias_out + chunk * layer.bias_chunk_stride
     tl.store(out + n, total.to(out.dtype.element_ty), mask=n < layer.outputs)
 
@@ -441,15 +452,17 @@ def weight_gradient_tile(
                 dy_tile = dy_tile.to(tl.float32) * kept(index, seed, layer.threshold, layer.factor)
             dy_tile = dy_tile.to(x_tile.dtype)
             group_sum = tl.dot(dy_tile, x_tile, group_sum, input_precision=PRECISION)
-        words = tl.load(
-            layer.weight_bits
-            + tl.load(layer.task_ids + group) * layer.task_stride
-            + n[:, None] * layer.bits_stride
-            + word[None, :],
-            mask=in_outputs[:, None] & (word * 32 < layer.inputs)[None, :],
-            other=0,
-        )
-        total += tl.where(bits_of(words, BLOCK_N, BLOCK_K), group_sum, 0.0)
+        if layer.weight_bits is not None:
+            words = tl.load(
+                layer.weight_bits
+                + tl.load(layer.task_ids + group) * layer.task_stride
+                + n[:, None] * layer.bits_stride
+                + word[None, :],
+                mask=in_outputs[:, None] & (word * 32 < layer.inputs)[None, :],
+                other=0,
+            )
+            group_sum = tl.where(bits_of(words, BLOCK_N, BLOCK_K), group_sum, 0.0)
+        total += group_sum
     out = layer.weight_out + chunk * layer.weight_chunk_stride
     tl.store(
         out + n[:, None] * layer.weight_row_stride + k[None, :],
@@ -483,7 +496,7 @@ def masked_linear_weight_gradients_kernel(
             n = tile // columns * BLOCK_N + tl.arange(0, BLOCK_N)
             column = tile % columns
             if column * BLOCK_K >= layer.inputs:
-                if layer.bias_bits is not None:
+                if layer.bias_out is not None:
                     bias_gradient_tile(layer, chunk, n, BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R)
             else:
                 weight_gradient_tile(
@@ -591,9 +604,9 @@ def masked_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    weight_bits: Tensor,
+    weight_bits: Tensor | None,
     bias_bits: Tensor | None,
-    task_ids: Tensor,
+    task_ids: Tensor | None,
     relu: bool,
     residual: Tensor | None = None,
     drop: float = 0.0,
@@ -628,9 +641,9 @@ def masked_linear(
         inputs=inputs,
         outputs=outputs,
         weight_stride=weight.stride(0),
-        task_stride=weight_bits.stride(0),
-        bits_stride=weight_bits.stride(1),
-        bias_task_stride=0 if bias_bits is None else bias_bits.stride(0),
+        task_stride=stride_of(weight_bits, 0),
+        bits_stride=stride_of(weight_bits, 1),
+        bias_task_stride=stride_of(bias_bits, 0),
         seed=seed,
         threshold=threshold,
         factor=factor,
@@ -651,8 +664,8 @@ def masked_linear_input_gradient(
     dy: Tensor,
     y: Tensor | None,
     weight: Tensor,
-    weight_bits: Tensor,
-    task_ids: Tensor,
+    weight_bits: Tensor | None,
+    task_ids: Tensor | None,
     dtype: torch.dtype,
     drop: float = 0.0,
     seed: Tensor | None = None,
@@ -678,8 +691,8 @@ def masked_linear_input_gradient(
         inputs=inputs,
         outputs=outputs,
         weight_stride=weight.stride(0),
-        task_stride=weight_bits.stride(0),
-        bits_stride=weight_bits.stride(1),
+        task_stride=stride_of(weight_bits, 0),
+        bits_stride=stride_of(weight_bits, 1),
         seed=seed,
         threshold=threshold,
         factor=factor,
@@ -722,7 +735,9 @@ def kernel_layer(layer: LayerGradients, chunks: int) -> Layer:
     weight_out, bias_out = layer.weight_out, layer.bias_out
     each = groups_per_program(layer, chunks)
     if len(weight_out) != triton.cdiv(groups, each):
-        weight_out = torch.empty(triton.cdiv(groups, each), *weight_out.shape[1:], device=x.device)
+        weight_out = torch.empty(
+            triton.cdiv(groups, each), *weight_out.shape[1:], dtype=torch.float32, device=x.device
+        )
         bias_out = None if bias_out is None else weight_out.new_empty(weight_out.shape[:2])
     threshold, factor = rate(layer.drop)
     return Layer(
@@ -739,9 +754,9 @@ def kernel_layer(layer: LayerGradients, chunks: int) -> Layer:
         inputs=inputs,
         outputs=dy.shape[2],
         groups_of_program=each,
-        task_stride=layer.weight_bits.stride(0),
-        bits_stride=layer.weight_bits.stride(1),
-        bias_task_stride=0 if bias_bits is None else bias_bits.stride(0),
+        task_stride=stride_of(layer.weight_bits, 0),
+        bits_stride=stride_of(layer.weight_bits, 1),
+        bias_task_stride=stride_of(bias_bits, 0),
         weight_chunk_stride=weight_out.stride(0),
         weight_row_stride=weight_out.stride(1),
         bias_chunk_stride=0 if bias_out is None else bias_out.stride(0),

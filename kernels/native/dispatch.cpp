@@ -55,6 +55,25 @@ std::vector<const Kernels*> available() {
 
 const Kernels* in_use = available().front();
 
+// The place of the first id that is not in [0, end), or -1. Null stands for no ids.
+int64_t beyond(const int64_t* ids, int64_t count, int64_t end) {
+  for (int64_t i = 0; ids && i < count; ++i)
+    if (ids[i] < 0 || ids[i] >= end) return i;
+  return -1;
+}
+int64_t beyond(const harmodt_linear_shape& s) { return beyond(s.task_ids, s.groups, s.tasks); }
+int64_t beyond(const harmodt_layer_norm_shape& s) { return beyond(s.task_ids, s.groups, s.tasks); }
+int64_t beyond(const harmodt_adamw_operands& s) { return beyond(s.task_ids, s.groups, s.tasks); }
+int64_t beyond(const harmodt_embedding_shape& s) { return beyond(s.timesteps, s.steps, s.rows); }
+
+// Runs a kernel unless an id of the operands is out of range. Returns what the C functions return.
+template <typename Operands, typename Kernel>
+int64_t if_within(const Operands& operands, Kernel kernel) {
+  int64_t place = beyond(operands);
+  if (place < 0) kernel();
+  return place;
+}
+
 }  // namespace
 
 const Kernels& kernels() { return *in_use; }
@@ -101,37 +120,51 @@ int harmodt_use_isa(const char* name) {
   return 0;
 }
 
-void harmodt_masked_linear(const harmodt_linear_shape* shape, const float* x, const float* weight,
-                           const float* bias, int relu, const float* residual, float drop,
-                           const int64_t* seed, float* y, int threads) {
-  in_use->masked_linear(*shape, x, weight, bias, relu, residual, drop, seed, y, threads);
+int64_t harmodt_masked_linear(const harmodt_linear_shape* shape, const float* x,
+                              const float* weight, const float* bias, int relu,
+                              const float* residual, float drop, const int64_t* seed,
+                              float* y, int threads) {
+  return if_within(*shape, [&] {
+    in_use->masked_linear(*shape, x, weight, bias, relu, residual, drop, seed, y, threads);
+  });
 }
 
-void harmodt_masked_linear_input_gradient(const harmodt_linear_shape* shape, const float* dy,
-                                          const float* y, float drop, const int64_t* seed,
-                                          const float* weight, float* dx, int threads) {
-  in_use->masked_linear_input_gradient(*shape, dy, y, drop, seed, weight, dx, threads);
+int64_t harmodt_masked_linear_input_gradient(const harmodt_linear_shape* shape,
+                                             const float* dy, const float* y,
+                                             float drop, const int64_t* seed,
+                                             const float* weight, float* dx,
+                                             int threads) {
+  return if_within(*shape, [&] {
+    in_use->masked_linear_input_gradient(*shape, dy, y, drop, seed, weight, dx, threads);
+  });
 }
 
-void harmodt_masked_linear_weight_gradient(const harmodt_linear_shape* shape, const float* dy,
-                                           const float* y, float drop, const int64_t* seed,
-                                           const float* x, const float* statistics,
-                                           const float* affine,
-                                           const harmodt_weight_gradient* out, int threads) {
-  in_use->masked_linear_weight_gradient(*shape, dy, y, drop, seed, x, statistics, affine, *out,
-                                        threads);
+int64_t harmodt_masked_linear_weight_gradient(const harmodt_linear_shape* shape,
+                                              const float* dy, const float* y,
+                                              float drop, const int64_t* seed,
+                                              const float* x, const float* statistics,
+                                              const float* affine,
+                                              const harmodt_weight_gradient* out,
+                                              int threads) {
+  return if_within(*shape, [&] {
+    in_use->masked_linear_weight_gradient(*shape, dy, y, drop, seed, x, statistics, affine, *out,
+                                          threads);
+  });
 }
 
-void harmodt_norm_linear(const harmodt_linear_shape* shape, const harmodt_layer_norm_shape* norm,
-                         const float* x, const float* gain, const float* shift,
-                         const float* weight, const float* bias, int relu, float* y,
-                         float* statistics, float* affine, int threads) {
-  in_use->norm_linear(*shape, *norm, x, gain, shift, weight, bias, relu, y, statistics, affine,
-                      threads);
+int64_t harmodt_norm_linear(const harmodt_linear_shape* shape,
+                            const harmodt_layer_norm_shape* norm, const float* x,
+                            const float* gain, const float* shift, const float* weight,
+                            const float* bias, int relu, float* y, float* statistics,
+                            float* affine, int threads) {
+  return if_within(*shape, [&] {
+    in_use->norm_linear(*shape, *norm, x, gain, shift, weight, bias, relu, y, statistics, affine,
+                        threads);
+  });
 }
 
-void harmodt_masked_adamw(const harmodt_adamw_operands* operands, int threads) {
-  in_use->masked_adamw(*operands, threads);
+int64_t harmodt_masked_adamw(const harmodt_adamw_operands* operands, int threads) {
+  return if_within(*operands, [&] { in_use->masked_adamw(*operands, threads); });
 }
 
 void harmodt_attention(const harmodt_attention_shape* shape, const float* qkv, float* out,
@@ -145,18 +178,25 @@ void harmodt_attention_gradient(const harmodt_attention_shape* shape, const floa
   in_use->attention_gradient(*shape, d_out, qkv, out, log_sums, d_qkv, threads);
 }
 
-void harmodt_masked_layer_norm(const harmodt_layer_norm_shape* shape, const float* x,
-                               const float* weight, const float* bias, float* y, float* statistics,
-                               int threads) {
-  in_use->masked_layer_norm(*shape, x, weight, bias, y, statistics, threads);
+int64_t harmodt_masked_layer_norm(const harmodt_layer_norm_shape* shape,
+                                  const float* x, const float* weight,
+                                  const float* bias, float* y, float* statistics,
+                                  int threads) {
+  return if_within(*shape, [&] {
+    in_use->masked_layer_norm(*shape, x, weight, bias, y, statistics, threads);
+  });
 }
 
-void harmodt_masked_layer_norm_gradient(const harmodt_layer_norm_shape* shape, const float* dy,
-                                        const float* d_residual, const float* x,
-                                        const float* statistics, const float* weight, float* dx,
-                                        const harmodt_weight_gradient* out, int threads) {
-  in_use->masked_layer_norm_gradient(*shape, dy, d_residual, x, statistics, weight, dx, *out,
-                                     threads);
+int64_t harmodt_masked_layer_norm_gradient(const harmodt_layer_norm_shape* shape,
+                                           const float* dy, const float* d_residual,
+                                           const float* x, const float* statistics,
+                                           const float* weight, float* dx,
+                                           const harmodt_weight_gradient* out,
+                                           int threads) {
+  return if_within(*shape, [&] {
+    in_use->masked_layer_norm_gradient(*shape, dy, d_residual, x, statistics, weight, dx, *out,
+                                       threads);
+  });
 }
 
 void harmodt_dropout_add(int64_t size, const float* x, const float* branch, float* out, float drop,
@@ -165,13 +205,17 @@ void harmodt_dropout_add(int64_t size, const float* x, const float* branch, floa
 }
 
 int64_t harmodt_token_embedding(const harmodt_embedding_shape* shape,
-                                const float* const* parameters, float* tokens, int threads) {
-  return in_use->token_embedding(*shape, parameters, tokens, threads);
+                                const float* const* parameters, float* tokens,
+                                int threads) {
+  return if_within(*shape, [&] { in_use->token_embedding(*shape, parameters, tokens, threads); });
 }
 
-void harmodt_token_embedding_gradient(const harmodt_embedding_shape* shape, const float* d_tokens,
-                                      float* const* gradients, int threads) {
-  in_use->token_embedding_gradient(*shape, d_tokens, gradients, threads);
+int64_t harmodt_token_embedding_gradient(const harmodt_embedding_shape* shape,
+                                         const float* d_tokens,
+                                         float* const* gradients, int threads) {
+  return if_within(*shape, [&] {
+    in_use->token_embedding_gradient(*shape, d_tokens, gradients, threads);
+  });
 }
 
 int64_t harmodt_multiply_adds(int64_t repeats, int bf16, int threads) {

@@ -1,6 +1,9 @@
 // The C interface of the CPU kernels. Strides count elements. Matrices are row-major. Masks are packed
 // 32 bits to a word, lowest bit first. Every call runs on `threads` threads, and its result does not
 // depend on their number.
+//
+// Functions that return int64_t check task ids and timesteps first. They return -1, or the place of
+// the first one that is out of range; then they have written nothing.
 #pragma once
 
 #include <stdint.h>
@@ -19,11 +22,12 @@ extern "C" {
 typedef struct {
   int64_t groups, rows, inputs, outputs;
   int64_t weight_stride;          // between rows of the weight [outputs][inputs]
-  const int32_t* weight_bits;     // [tasks][outputs][words]
+  int64_t tasks;
+  const int32_t* weight_bits;     // [tasks][outputs][words], or null: all weights are active
   int64_t weight_bits_task_stride, weight_bits_row_stride;
-  const int32_t* bias_bits;       // [tasks][words], or null without a bias
+  const int32_t* bias_bits;       // [tasks][words], or null: the whole bias is active
   int64_t bias_bits_task_stride;
-  const int64_t* task_ids;        // [groups]
+  const int64_t* task_ids;        // [groups], below `tasks`; null without masks
   int bf16;                       // round the operands of products to bf16
 } harmodt_linear_shape;
 
@@ -63,10 +67,11 @@ typedef struct {
   float* first_moment;
   float* second_moment;
   int64_t mask_words;             // words of a mask; all weights beyond them are active
-  const int32_t* mask_bits;       // [tasks of the run][mask_words], rows mask_stride words apart
+  const int32_t* mask_bits;       // [tasks][mask_words], rows mask_stride words apart
   int64_t mask_stride;
-  int64_t tasks;                  // tasks of this step
-  const int64_t* task_ids;        // [tasks]
+  int64_t tasks;
+  int64_t groups;                 // number of tasks in this step
+  const int64_t* task_ids;        // [groups], below `tasks`
   const float* norm;              // norm of the gradient, which the step clips to max_norm
   float max_norm;
   float first_rate, second_rate;  // 1 - beta1 and 1 - beta2
@@ -88,11 +93,12 @@ typedef struct {
 // A masked LayerNorm; x is [groups][rows][size].
 typedef struct {
   int64_t groups, rows, size;
-  const int32_t* weight_bits;     // [tasks][words]
+  int64_t tasks;
+  const int32_t* weight_bits;     // [tasks][words], or null: all weights are active
   int64_t weight_bits_task_stride;
-  const int32_t* bias_bits;       // [tasks][words]
+  const int32_t* bias_bits;       // in the same way
   int64_t bias_bits_task_stride;
-  const int64_t* task_ids;        // [groups]
+  const int64_t* task_ids;        // [groups], below `tasks`; null without masks
   float epsilon;
 } harmodt_layer_norm_shape;
 
@@ -119,36 +125,36 @@ HARMODT_API int harmodt_use_isa(const char* name);
 // y = x (W with mask)^T + bias with mask, then max(0, y) if relu. bias may be null. If drop is above
 // 0, elements of y are dropped with this probability and the others are divided by 1 - drop. Then
 // residual is added, unless it is null.
-HARMODT_API void harmodt_masked_linear(const harmodt_linear_shape* shape, const float* x,
-                                       const float* weight, const float* bias, int relu,
-                                       const float* residual, float drop, const int64_t* seed,
-                                       float* y, int threads);
+HARMODT_API int64_t harmodt_masked_linear(const harmodt_linear_shape* shape, const float* x,
+                                          const float* weight, const float* bias, int relu,
+                                          const float* residual, float drop, const int64_t* seed,
+                                          float* y, int threads);
 // dx = dy (W with mask). If y is not null, the layer had a ReLU, and dy counts as 0 where y is not
 // above 0. If drop is above 0, dy counts as 0 where the layer dropped an element, and is divided by
 // 1 - drop elsewhere.
-HARMODT_API void harmodt_masked_linear_input_gradient(const harmodt_linear_shape* shape,
-                                                      const float* dy, const float* y, float drop,
-                                                      const int64_t* seed,
-                                                      const float* weight, float* dx,
-                                                      int threads);
+HARMODT_API int64_t harmodt_masked_linear_input_gradient(const harmodt_linear_shape* shape,
+                                                         const float* dy, const float* y,
+                                                         float drop, const int64_t* seed,
+                                                         const float* weight, float* dx,
+                                                         int threads);
 // Writes the gradients of the weight, dy^T x with mask, and of the bias, the sums of dy with mask. y
 // and drop change dy as in the function above. If statistics and affine are not null,
 // harmodt_norm_linear returned them, and x is normalised first.
-HARMODT_API void harmodt_masked_linear_weight_gradient(const harmodt_linear_shape* shape,
-                                                       const float* dy, const float* y, float drop,
-                                                       const int64_t* seed, const float* x,
-                                                       const float* statistics,
-                                                       const float* affine,
-                                                       const harmodt_weight_gradient* out,
-                                                       int threads);
+HARMODT_API int64_t harmodt_masked_linear_weight_gradient(const harmodt_linear_shape* shape,
+                                                          const float* dy, const float* y,
+                                                          float drop, const int64_t* seed,
+                                                          const float* x, const float* statistics,
+                                                          const float* affine,
+                                                          const harmodt_weight_gradient* out,
+                                                          int threads);
 
 // A masked LayerNorm, then harmodt_masked_linear. Two outputs serve the backward pass: statistics
 // [groups][rows][2] of x, and affine [groups][2][inputs], the LayerNorm's gain and shift with masks.
-HARMODT_API void harmodt_norm_linear(const harmodt_linear_shape* shape,
-                                     const harmodt_layer_norm_shape* norm, const float* x,
-                                     const float* gain, const float* shift, const float* weight,
-                                     const float* bias, int relu, float* y, float* statistics,
-                                     float* affine, int threads);
+HARMODT_API int64_t harmodt_norm_linear(const harmodt_linear_shape* shape,
+                                        const harmodt_layer_norm_shape* norm, const float* x,
+                                        const float* gain, const float* shift, const float* weight,
+                                        const float* bias, int relu, float* y, float* statistics,
+                                        float* affine, int threads);
 
 // Selects the weights that leave and that enter each task's mask. leaving and entering are indices
 // [tasks][count] in order of their scores; -1 fills the rest of a row. counts [tasks][3] holds the
@@ -163,7 +169,7 @@ HARMODT_API int harmodt_select_harmony(const harmodt_selection_operands* operand
 HARMODT_API void harmodt_move_weights(int32_t* mask_bits, int64_t mask_stride,
                                       const int64_t* indices, int64_t tasks, int64_t count);
 
-HARMODT_API void harmodt_masked_adamw(const harmodt_adamw_operands* operands, int threads);
+HARMODT_API int64_t harmodt_masked_adamw(const harmodt_adamw_operands* operands, int threads);
 
 // out is [sequences][queries][heads][head_size]. log_sums [sequences][queries][heads] serves the
 // backward pass. d_qkv has the shape of qkv; all of it is written.
@@ -175,17 +181,18 @@ HARMODT_API void harmodt_attention_gradient(const harmodt_attention_shape* shape
 
 // y = (x normalised) * (weight with mask) + bias with mask. statistics [groups][rows][2] serve the
 // backward pass.
-HARMODT_API void harmodt_masked_layer_norm(const harmodt_layer_norm_shape* shape, const float* x,
-                                           const float* weight, const float* bias, float* y,
-                                           float* statistics, int threads);
+HARMODT_API int64_t harmodt_masked_layer_norm(const harmodt_layer_norm_shape* shape,
+                                              const float* x, const float* weight,
+                                              const float* bias, float* y, float* statistics,
+                                              int threads);
 // In `out`, the gradients of the LayerNorm's weight and bias are matrices of one row. d_residual is
 // added to dx; it may be null.
-HARMODT_API void harmodt_masked_layer_norm_gradient(const harmodt_layer_norm_shape* shape,
-                                                    const float* dy, const float* d_residual,
-                                                    const float* x, const float* statistics,
-                                                    const float* weight, float* dx,
-                                                    const harmodt_weight_gradient* out,
-                                                    int threads);
+HARMODT_API int64_t harmodt_masked_layer_norm_gradient(const harmodt_layer_norm_shape* shape,
+                                                       const float* dy, const float* d_residual,
+                                                       const float* x, const float* statistics,
+                                                       const float* weight, float* dx,
+                                                       const harmodt_weight_gradient* out,
+                                                       int threads);
 
 // out = x + dropout(branch), of `size` elements: elements of the branch are dropped with probability
 // `drop`, and the others are divided by 1 - drop. x may be null, for 0.
@@ -194,15 +201,14 @@ HARMODT_API void harmodt_dropout_add(int64_t size, const float* x, const float* 
 
 // tokens [steps][3][size]: each token is W x + bias of its kind plus the table's row of the step's
 // timestep. parameters holds the weight [size][inputs] and the bias of each kind in turn, then the
-// table [rows][size]. Returns -1, or the first step whose timestep has no row; then tokens are not
-// written.
+// table [rows][size].
 HARMODT_API int64_t harmodt_token_embedding(const harmodt_embedding_shape* shape,
                                             const float* const* parameters, float* tokens,
                                             int threads);
 // gradients has the layout of parameters above.
-HARMODT_API void harmodt_token_embedding_gradient(const harmodt_embedding_shape* shape,
-                                                  const float* d_tokens, float* const* gradients,
-                                                  int threads);
+HARMODT_API int64_t harmodt_token_embedding_gradient(const harmodt_embedding_shape* shape,
+                                                     const float* d_tokens,
+                                                     float* const* gradients, int threads);
 
 // Measures this machine's peak: runs the multiply-adds of products on registers that hold zeros.
 // Returns the number of floating-point operations over all threads.

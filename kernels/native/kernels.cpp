@@ -25,20 +25,20 @@ const Kernels NAME(HARMODT_ISA) = {
     [](const harmodt_linear_shape& s, const float* x, const float* weight, const float* bias,
        bool relu, const float* residual, float drop, const int64_t* seed, float* y, int threads) {
       auto layer = s.bf16 ? masked_linear<true> : masked_linear<false>;
-      layer(s, {}, x, weight, bias, relu, {residual, {drop, seed_at(seed)}}, y, threads);
+      layer(s, {}, x, weight, bias, relu, {residual, {drop, key_at(seed)}}, y, threads);
     },
     [](const harmodt_linear_shape& s, const float* dy, const float* y, float drop,
        const int64_t* seed, const float* weight, float* dx, int threads) {
       auto gradient =
           s.bf16 ? masked_linear_input_gradient<true> : masked_linear_input_gradient<false>;
-      gradient(s, {dy, y, {drop, seed_at(seed)}}, weight, dx, threads);
+      gradient(s, {dy, y, {drop, key_at(seed)}}, weight, dx, threads);
     },
     [](const harmodt_linear_shape& s, const float* dy, const float* y, float drop,
        const int64_t* seed, const float* x, const float* statistics, const float* affine,
        const harmodt_weight_gradient& out, int threads) {
       auto gradient =
           s.bf16 ? masked_linear_weight_gradient<true> : masked_linear_weight_gradient<false>;
-      gradient(s, {statistics, affine}, {dy, y, {drop, seed_at(seed)}}, x, out, threads);
+      gradient(s, {statistics, affine}, {dy, y, {drop, key_at(seed)}}, x, out, threads);
     },
     [](const harmodt_linear_shape& s, const harmodt_layer_norm_shape& norm, const float* x,
        const float* gain, const float* shift, const float* weight, const float* bias, bool relu,
@@ -51,7 +51,7 @@ const Kernels NAME(HARMODT_ISA) = {
     masked_layer_norm,
     masked_layer_norm_gradient,
     [](int64_t size, const float* x, const float* branch, float* out, float drop,
-       const int64_t* seed, int threads) { dropout_add(size, x, branch, out, {drop, seed_at(seed)}, threads); },
+       const int64_t* seed, int threads) { dropout_add(size, x, branch, out, {drop, key_at(seed)}, threads); },
     token_embedding,
     token_embedding_gradient,
     select_harmony,

@@ -36,8 +36,8 @@ struct Kernels {
                                      const harmodt_weight_gradient&, int threads);
   void (*dropout_add)(int64_t size, const float* x, const float* branch, float* out, float drop,
                       const int64_t* seed, int threads);
-  int64_t (*token_embedding)(const harmodt_embedding_shape&, const float* const* parameters,
-                             float* tokens, int threads);
+  void (*token_embedding)(const harmodt_embedding_shape&, const float* const* parameters,
+                          float* tokens, int threads);
   void (*token_embedding_gradient)(const harmodt_embedding_shape&, const float* d_tokens,
                                    float* const* gradients, int threads);
   // Cuts each task's words into `chunks`. keys are [tasks][chunks][2][capacity], counts
@@ -47,6 +47,12 @@ struct Kernels {
   void (*masked_adamw)(const harmodt_adamw_operands&, int threads);
   int64_t (*multiply_adds)(int64_t repeats, bool bf16, int threads);
 };
+
+// The task of a group, for operands with `task_ids`. Without masks it is 0: strides are 0 then.
+template <typename Operands>
+inline int64_t task_of(const Operands& s, int64_t group) {
+  return s.task_ids ? s.task_ids[group] : 0;
+}
 
 // The kernels in use.
 const Kernels& kernels();

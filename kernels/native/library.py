@@ -28,6 +28,7 @@ class LinearShape(Structure):
 
     _fields_ = [
         *((name, c_int64) for name in ("groups", "rows", "inputs", "outputs", "weight_stride")),
+        ("tasks", c_int64),
         ("weight_bits", c_void_p),
         ("weight_bits_task_stride", c_int64),
         ("weight_bits_row_stride", c_int64),
@@ -84,6 +85,7 @@ class AdamWOperands(Structure):
         ("mask_bits", c_void_p),
         ("mask_stride", c_int64),
         ("tasks", c_int64),
+        ("groups", c_int64),
         ("task_ids", c_void_p),
         ("norm", c_void_p),
         *((name, c_float) for name in ("max_norm", "first_rate", "second_rate")),
@@ -110,6 +112,7 @@ class LayerNormShape(Structure):
 
     _fields_ = [
         *((name, c_int64) for name in ("groups", "rows", "size")),
+        ("tasks", c_int64),
         ("weight_bits", c_void_p),
         ("weight_bits_task_stride", c_int64),
         ("bias_bits", c_void_p),
@@ -140,26 +143,53 @@ _STRUCTURES: dict[str, type[Structure]] = {
     "harmodt_embedding_shape": EmbeddingShape,
 }
 
+
+def _check_ids(beyond: int, function: Any, arguments: tuple[Any, ...]) -> None:
+    """Raise IndexError if a function of the library found an id out of range.
+
+    ctypes calls this after each call, so also when a recording replays the call.
+
+    Args:
+        beyond: what the function returned: -1, or the place of the first id that is out of range.
+        arguments: the function's arguments. The first is the structure that holds the ids.
+    """
+    if beyond < 0:
+        return
+    operands = arguments[0]._obj
+    name = "timesteps" if isinstance(operands, EmbeddingShape) else "task_ids"
+    held = ctypes.cast(getattr(operands, name), POINTER(c_int64))[beyond]
+    if name == "timesteps":
+        raise IndexError(f"timesteps holds {held}, but the table has {operands.rows} rows")
+    raise IndexError(f"task_ids holds {held}, but there are masks for {operands.tasks} tasks only")
+
+
+def _check_memory(enough: int, function: Any, arguments: tuple[Any, ...]) -> None:
+    """Raise MemoryError if a function of the library returned 0."""
+    if not enough:
+        raise MemoryError(f"{function.__name__}: there is not enough memory")
+
+
 _P, _THREADS = c_void_p, c_int
+_IDS, _MEMORY = "ids", "memory"  # results that ctypes gives to the functions of `_CHECKS`
 _DROPOUT = c_float, c_void_p  # probability and seed
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "harmodt_size_of": (c_int64, [c_char_p]),
     "harmodt_isa": (c_char_p, []),
     "harmodt_use_isa": (c_int, [c_char_p]),
     "harmodt_masked_linear": (
-        None,
+        _IDS,
         [POINTER(LinearShape), _P, _P, _P, c_int, _P, *_DROPOUT, _P, _THREADS],
     ),
     "harmodt_masked_linear_input_gradient": (
-        None,
+        _IDS,
         [POINTER(LinearShape), _P, _P, *_DROPOUT, _P, _P, _THREADS],
     ),
     "harmodt_masked_linear_weight_gradient": (
-        None,
+        _IDS,
         [POINTER(LinearShape), _P, _P, *_DROPOUT, *(_P, _P, _P), POINTER(WeightGradient), _THREADS],
     ),
     "harmodt_norm_linear": (
-        None,
+        _IDS,
         [
             POINTER(LinearShape),
             POINTER(LayerNormShape),
@@ -167,9 +197,9 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
             _THREADS,
         ],
     ),
-    "harmodt_masked_layer_norm": (None, [POINTER(LayerNormShape), _P, _P, _P, _P, _P, _THREADS]),
+    "harmodt_masked_layer_norm": (_IDS, [POINTER(LayerNormShape), _P, _P, _P, _P, _P, _THREADS]),
     "harmodt_masked_layer_norm_gradient": (
-        None,
+        _IDS,
         [POINTER(LayerNormShape), _P, _P, _P, _P, _P, _P, POINTER(WeightGradient), _THREADS],
     ),
     "harmodt_attention": (None, [POINTER(AttentionShape), _P, _P, _P, _THREADS]),
@@ -179,17 +209,22 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     ),
     "harmodt_dropout_add": (None, [c_int64, _P, _P, _P, *_DROPOUT, _THREADS]),
     "harmodt_token_embedding": (
-        c_int64,
+        _IDS,
         [POINTER(EmbeddingShape), POINTER(_P), _P, _THREADS],
     ),
     "harmodt_token_embedding_gradient": (
-        None,
+        _IDS,
         [POINTER(EmbeddingShape), _P, POINTER(_P), _THREADS],
     ),
-    "harmodt_select_harmony": (c_int, [POINTER(SelectionOperands), _P, _P, _P, _P, _THREADS]),
+    "harmodt_select_harmony": (_MEMORY, [POINTER(SelectionOperands), _P, _P, _P, _P, _THREADS]),
     "harmodt_move_weights": (None, [_P, c_int64, _P, c_int64, c_int64]),
-    "harmodt_masked_adamw": (None, [POINTER(AdamWOperands), _THREADS]),
+    "harmodt_masked_adamw": (_IDS, [POINTER(AdamWOperands), _THREADS]),
     "harmodt_multiply_adds": (c_int64, [c_int64, c_int, _THREADS]),
+}
+
+_CHECKS: dict[str, tuple[Any, Any]] = {
+    _IDS: (c_int64, _check_ids),
+    _MEMORY: (c_int, _check_memory),
 }
 
 
@@ -220,7 +255,7 @@ def library() -> Any:
     return loaded if note is None else _Noted(loaded, note)
 
 
-NoteCall = Callable[[Any, tuple[Any, ...], Any], None]
+NoteCall = Callable[[Any, tuple[Any, ...]], None]
 NoteOperand = Callable[[Tensor], None]
 _NOTING = threading.local()
 
@@ -230,7 +265,7 @@ def noting(call: NoteCall, operand: NoteOperand) -> Iterator[None]:
     """Report this thread's calls of the library.
 
     Args:
-        call: is called after each call: with the function, its arguments and its result.
+        call: is called after each call, with the function and its arguments.
         operand: is called with each tensor whose address a call gets.
     """
     _NOTING.call, _NOTING.operand = call, operand
@@ -249,7 +284,7 @@ class _Noted:
 
         def call(*arguments: Any) -> Any:
             returned = function(*arguments)
-            self._note(function, arguments, returned)
+            self._note(function, arguments)
             return returned
 
         return call
@@ -273,7 +308,11 @@ def _load(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(loaded, name)
-        function.restype, function.argtypes = result, arguments
+        function.argtypes = arguments
+        if result in _CHECKS:
+            function.restype, function.errcheck = _CHECKS[result]
+        else:
+            function.restype = result
     for name, structure in _STRUCTURES.items():
         built, here = loaded.harmodt_size_of(name.encode()), ctypes.sizeof(structure)
         if built != here:
@@ -300,18 +339,6 @@ def pointer(tensor: Tensor | None) -> int | None:
     if (note := getattr(_NOTING, "operand", None)) is not None:
         note(tensor)
     return tensor.data_ptr()
-
-
-def pointer_to_ids(task_ids: Tensor, tasks: int) -> int | None:
-    """The address of task ids. They are checked, because the library indexes masks with them.
-
-    Raises:
-        IndexError: a task id is below 0, or not below `tasks`.
-    """
-    for task in task_ids.tolist():
-        if not 0 <= task < tasks:
-            raise IndexError(f"task_ids holds {task}, but there are masks for {tasks} tasks only")
-    return pointer(task_ids)
 
 
 def threads() -> int:

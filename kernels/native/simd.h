@@ -41,8 +41,9 @@ inline uint32_t lanes_left(int64_t left) {
 
 // The bits of a packed mask from element `at` on, which is a multiple of the width. Bits above the
 // lowest kWidth may be set too.
+// Null stands for a mask in which every bit is 1.
 inline uint32_t bits_at(const int32_t* words, int64_t at) {
-  return static_cast<uint32_t>(words[at >> 5]) >> (at & 31);
+  return words ? static_cast<uint32_t>(words[at >> 5]) >> (at & 31) : ~0u;
 }
 
 // Every bit of a lane is 1 if the lane's bit is set, else 0.

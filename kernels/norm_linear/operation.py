@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autograd import differentiable_once
 from ..masked_layer_norm import operation as layer_norm
 from ..masked_linear import operation as linear
 from ..masked_linear.gradients import LayerGradients, WeightGradients
@@ -59,21 +60,19 @@ def norm_linear(
             epsilon=epsilon,
             relu=relu,
         )
-    gain_bits, shift_bits = norm_masks.weight_bits, norm_masks.bias_bits
-    weight_bits, bias_bits, task_ids = masks.weight_bits, masks.bias_bits, masks.task_ids
-    if shift_bits is None or task_ids is None:
-        raise ValueError("norm_masks has weight_bits: give its bias_bits and task_ids as well")
-    if norm_masks.task_ids is not task_ids:  # comparing their values would wait for the device
+    gain_bits, shift_bits, task_ids = norm_masks.bits
+    weight_bits, bias_bits, _ = masks.bits
+    if masks.task_ids is not task_ids:  # comparing their values would wait for the device
         raise ValueError("norm_masks and masks have different task_ids: give both the same tensor")
-    layer_norm.check_operands(x, gain, shift, gain_bits, shift_bits, task_ids, ("gain", "shift"))
-    norm_out = norm_masks.group_gradients or (None, None)
-    layer_norm.check_outputs(len(x), gain, *norm_out)
+    norm_out, out = norm_masks.group_gradients, masks.group_gradients
+    norm_bits = gain_bits, shift_bits, task_ids
+    layer_norm.check_operands(x, gain, shift, *norm_bits, norm_out, ("gain", "shift"))
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    out = masks.group_gradients
     linear.check_operands(x, weight, bias, weight_bits, bias_bits, task_ids, out, dtype)
     bits = gain_bits, shift_bits, weight_bits, bias_bits, task_ids
-    outs, rest = (*norm_out, *(out or (None, None))), (epsilon, relu, dtype, masks.queue)
+    outs = *(norm_out or (None, None)), *(out or (None, None))
+    rest = epsilon, relu, dtype, masks.queue
     return _NormLinear.apply(x, weight, bias, gain, shift, *outs, *bits, *rest)
 
 
@@ -114,14 +113,17 @@ class _NormLinear(torch.autograd.Function):
             (weight_out, bias_out),
             queue,
         )
+        ctx.has_bias = bias is not None
         ctx.set_materialize_grads(False)
         return y, x
 
     @staticmethod
+    @differentiable_once
     def backward(
         ctx: Any, dy: Tensor | None, d_residual: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        if dy is None:
+        if dy is None:  # y is not used
+            layer_norm.fill_with_zeros(*ctx.norm_out, *ctx.layer_out)
             return d_residual, *[None] * 17
         *norm_tensors, affine, weight, weight_bits, bias_bits, task_ids, y = ctx.saved_tensors
         x, statistics, _, gain, *_ = norm_tensors

@@ -33,8 +33,8 @@ def norm_linear(
         gain_task_stride=gain_bits.stride(0),
         shift_task_stride=shift_bits.stride(0),
         epsilon=epsilon,
-        statistics=torch.empty(groups, rows, 2, device=x.device),
-        affine=torch.empty(groups, 2, inputs, device=x.device),
+        statistics=torch.empty(groups, rows, 2, dtype=torch.float32, device=x.device),
+        affine=torch.empty(groups, 2, inputs, dtype=torch.float32, device=x.device),
         # The kernel sets the counters to 0. Without rows it does not run, so they start at 0.
         arrivals=(torch.empty if rows else torch.zeros)(groups, dtype=torch.int32, device=x.device),
     )

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autograd import differentiable_once
+from ..operands import Layout, check
 from ..registration import register
 
 
@@ -55,8 +57,8 @@ def _check_operands(
             f"there are {len(inputs)} inputs, {len(parameters)} parameters and {len(gradients)} "
             "gradients: give three, seven, and seven or none"
         )
-    if timesteps.dtype != torch.int64:
-        raise TypeError(f"timesteps is {timesteps.dtype}: it must be int64")
+    device = timesteps.device
+    check("timesteps", timesteps, torch.int64, (None,) * timesteps.dim(), device)
     rows, size = len(parameters[-1]), parameters[-1].shape[-1]
     shapes: list[tuple[int, ...]] = []
     for x in inputs:
@@ -67,14 +69,8 @@ def _check_operands(
         for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=False)):
             named.append((f"{name}[{i}]", tensor, (*one, *shape)))
     for name, tensor, shape in named:
-        if tensor.dtype != torch.float32:
-            raise TypeError(f"{name} is {tensor.dtype}, but the fused embedding takes float32")
-        if tensor.shape != shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}: it must be {list(shape)}")
-        if tensor.device != timesteps.device:
-            raise ValueError(f"{name} is on {tensor.device} and timesteps on {timesteps.device}")
-        if not name.startswith("inputs") and not tensor.is_contiguous():
-            raise ValueError(f"{name} has strides {tensor.stride()}: it must be contiguous")
+        layout: Layout = "any" if name.startswith("inputs") else "contiguous"
+        check(name, tensor, torch.float32, shape, device, layout=layout)
 
 
 class _TokenEmbedding(torch.autograd.Function):
@@ -87,6 +83,7 @@ class _TokenEmbedding(torch.autograd.Function):
         return torch.ops.harmodt.token_embedding(inputs, timesteps, parameters)
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, d_tokens: Tensor) -> tuple[Tensor | None, ...]:
         timesteps, *tensors = ctx.saved_tensors
         inputs, parameters = tensors[:3], tensors[3:]

@@ -40,13 +40,6 @@ struct TokenColumns {
   }
 };
 
-// The first step whose timestep has no row in the table, or -1.
-int64_t step_beyond_table(const harmodt_embedding_shape& s) {
-  for (int64_t step = 0; step < s.steps; ++step)
-    if (s.timesteps[step] < 0 || s.timesteps[step] >= s.rows) return step;
-  return -1;
-}
-
 // Computes kTokenColumns columns, from `column` on, of the tokens of steps [from, to).
 void embed_steps(const harmodt_embedding_shape& s, const float* const* parameters, int64_t column,
                  int64_t from, int64_t to, float* tokens) {
@@ -73,10 +66,8 @@ void embed_steps(const harmodt_embedding_shape& s, const float* const* parameter
   }
 }
 
-int64_t token_embedding(const harmodt_embedding_shape& s, const float* const* parameters,
-                        float* tokens, int threads) {
-  int64_t beyond = step_beyond_table(s);
-  if (beyond >= 0) return beyond;
+void token_embedding(const harmodt_embedding_shape& s, const float* const* parameters,
+                     float* tokens, int threads) {
   int64_t blocks = (s.size + kTokenColumns - 1) / kTokenColumns;
   int64_t chunks = (s.steps + kSteps - 1) / kSteps;
   int64_t steps = chunks ? (s.steps + chunks - 1) / chunks : 0;
@@ -86,7 +77,6 @@ int64_t token_embedding(const harmodt_embedding_shape& s, const float* const* pa
     embed_steps(s, parameters, item % blocks * kTokenColumns, from, smaller(s.steps, from + steps),
                 tokens);
   }
-  return -1;
 }
 
 // Sums the gradients of one kind's weight (dy times x) and bias (dy) over steps [from, to), for the
