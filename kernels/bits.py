@@ -61,7 +61,7 @@ def _unpack(words: Tensor, size: int, dtype: torch.dtype, one: int) -> Tensor:
     table = ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).mul_(one).to(dtype)
     as_bytes = words.contiguous().view(torch.uint8)
     bits = table.index_select(0, as_bytes.flatten().int())
-    return bits.view(*words.shape[:-1], -1)[..., :size]
+    return bits.view(*words.shape[:-1], words.shape[-1] * BITS_PER_WORD)[..., :size]
 
 
 def count_bits(words: Tensor) -> Tensor:

@@ -53,8 +53,9 @@ def kept(shape: Sequence[int], drop: float, seed: Tensor) -> Tensor:
 
     The hash takes an element's row-major index in the shape, modulo 2³².
     """
+    seed = seed.view(())
     key = _hashed(seed + _INDEX_FACTOR, torch.zeros_like(seed))
-    index = torch.arange(math.prod(shape), device=seed.device).view(*shape)
+    index = torch.arange(math.prod(shape), device=seed.device).view(tuple(shape))
     draw = _hashed(index * _INDEX_FACTOR + key, key) & 0x7FFFFFFF
     threshold, factor_of_kept = rate(drop)
     return (draw >= threshold).to(torch.float32) * factor_of_kept

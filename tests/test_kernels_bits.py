@@ -9,7 +9,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from harmodt_kernels import count_bits, pack_bits, unpack_bits, words_for
 
-MASKS = arrays(bool, array_shapes(min_dims=1, max_dims=3, max_side=100))
+MASKS = arrays(bool, array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=100))
 
 
 @settings(deadline=None)

@@ -34,7 +34,7 @@ inline Vec power_of_two(Vec x) {
   auto normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
   return (Vec)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
 #else
-  return x < -126.0f ? Vec{} : p * (Vec)((bits << 23) + 0x3f800000);
+  return x < -126.0f ? Vec{} : p * (Vec)(((UVec)bits << 23) + 0x3f800000);
 #endif
 }
 

@@ -7,8 +7,6 @@
 
 namespace {
 
-typedef uint32_t UVec __attribute__((vector_size(HARMODT_WIDTH * 4)));
-
 // Hashes integers to random-looking integers. The key enters between two multiplications too: so the
 // hashes of consecutive integers under one key are no shift of those under another.
 inline UVec hash(UVec v, uint32_t key) {

@@ -95,6 +95,7 @@ extern "C" {
 int harmodt_select_harmony(const harmodt_selection_operands* operands, int64_t* leaving,
                            int64_t* entering, int64_t* counts, uint8_t* refused, int threads) {
   harmodt_selection_operands s = *operands;
+  if (s.tasks == 0) return 1;
   int64_t chunks = chunks_of(s, threads);
   try {
     // A few tasks at a time, so that the workspace does not grow with the number of tasks.

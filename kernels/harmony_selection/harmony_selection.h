@@ -21,7 +21,8 @@ inline int64_t key_of(float score, int64_t index) {
   int32_t bits;
   score += 0.0f;  // turns -0 into 0
   __builtin_memcpy(&bits, &score, 4);
-  return (static_cast<int64_t>(bits ^ ((bits >> 31) & 0x7fffffff)) << 32) | index;
+  uint64_t ordered = static_cast<uint32_t>(bits ^ ((bits >> 31) & 0x7fffffff));
+  return static_cast<int64_t>(ordered << 32) | index;
 }
 
 inline float score_of(int64_t key) {

@@ -54,10 +54,12 @@ def select_harmony(
 
     Raises:
         TypeError: a tensor has another dtype.
-        ValueError: shapes, strides or devices do not fit together, or the importance or the rule
-            is unknown.
+        ValueError: shapes, strides or devices do not fit together, the importance or the rule is
+            unknown, or the count is below 0.
     """
     check_choice(importance, rule)
+    if count < 0:
+        raise ValueError(f"count is {count}: it must be at least 0")
     _check_tensors(
         mask_bits,
         maskable_bits,

@@ -82,8 +82,9 @@ def operands_of(
         TypeError, ValueError: the arguments do not fit together.
     """
     x, weight, bias, weight_bits, bias_bits, task_ids = arguments
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
     check_operands(x, weight, bias, weight_bits, bias_bits, task_ids, group_gradients)
     if weight_bits is None:
         task_ids = None

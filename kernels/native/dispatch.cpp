@@ -10,11 +10,18 @@
 #include <unistd.h>
 #endif
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "kernels.h"
 
 extern const Kernels kernels_portable;
 #ifdef HARMODT_X86
-extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16;
+extern const Kernels kernels_avx2;
+#endif
+#ifdef HARMODT_AVX512
+extern const Kernels kernels_avx512, kernels_avx512bf16;
 #endif
 #ifdef HARMODT_AMX
 extern const Kernels kernels_amx;
@@ -39,6 +46,7 @@ std::vector<const Kernels*> available() {
 #ifdef HARMODT_X86
   __builtin_cpu_init();
   bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#ifdef HARMODT_AVX512
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
@@ -47,6 +55,7 @@ std::vector<const Kernels*> available() {
 #endif
   if (bf16) found.push_back(&kernels_avx512bf16);
   if (avx512) found.push_back(&kernels_avx512);
+#endif
   if (avx2) found.push_back(&kernels_avx2);
 #endif
   found.push_back(&kernels_portable);
@@ -86,6 +95,10 @@ void* scratch(uint64_t bytes) {
     memory.reset(std::aligned_alloc(64, size));
     if (!memory) std::abort();  // an error cannot leave a parallel region
   }
+#ifdef __SANITIZE_ADDRESS__
+  ASAN_UNPOISON_MEMORY_REGION(memory.get(), bytes);
+  ASAN_POISON_MEMORY_REGION(static_cast<char*>(memory.get()) + bytes, size - bytes);
+#endif
   return memory.get();
 }
 

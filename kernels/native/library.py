@@ -341,6 +341,12 @@ def pointer(tensor: Tensor | None) -> int | None:
     return tensor.data_ptr()
 
 
+_PROCESS = os.getpid()
+
+
 def threads() -> int:
-    """The number of threads that PyTorch uses."""
-    return torch.get_num_threads()
+    """The number of threads that PyTorch uses; 1 in a forked child.
+
+    OpenMP would wait there for threads that exist only in the parent.
+    """
+    return torch.get_num_threads() if os.getpid() == _PROCESS else 1

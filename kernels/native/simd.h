@@ -22,6 +22,8 @@ namespace {
 constexpr int kWidth = HARMODT_WIDTH;
 typedef float Vec __attribute__((vector_size(HARMODT_WIDTH * 4)));
 typedef int32_t IntVec __attribute__((vector_size(HARMODT_WIDTH * 4)));
+// Sums and products that may overflow are computed in unsigned integers.
+typedef uint32_t UVec __attribute__((vector_size(HARMODT_WIDTH * 4)));
 typedef float UnalignedVec __attribute__((vector_size(HARMODT_WIDTH * 4), aligned(4), may_alias));
 typedef int32_t UnalignedIntVec
     __attribute__((vector_size(HARMODT_WIDTH * 4), aligned(4), may_alias));
@@ -175,9 +177,9 @@ inline IntVec pair_neighbours(Vec a, Vec b) {
 #else
 // Rounds to bf16 (nearest even) in the high half of each lane. The low half is undefined.
 inline IntVec round_bf16(Vec v) {
-  IntVec bits = (IntVec)v;
-  IntVec rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  return v == v ? rounded : bits | 0x400000;  // NaN stays NaN
+  UVec bits = (UVec)v;
+  UVec rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  return (IntVec)(v == v ? rounded : bits | 0x400000);  // NaN stays NaN
 }
 
 // Two bf16 in each lane, `first` in the low half.

@@ -22,8 +22,8 @@ def token_embedding(
     """Embed three inputs per step: each token is a linear layer's output plus the timestep's row.
 
     This is the fused form of `reference.token_embedding`: one pass forward, and one pass for the
-    gradients of all parameters. Products are in float32, whatever precision is set. Results repeat
-    bit for bit.
+    gradients of all parameters. Products are in float32, whatever precision is set; but the
+    gradients of inputs are PyTorch's products. Results repeat bit for bit.
 
     Args:
         inputs: three tensors, float32 [..., I]. Each has its own I.
