@@ -65,13 +65,14 @@ def ci(tree: Path, prints: str, status: int = 0, **programs: str) -> tuple[int, 
     for name in ("run", "skips"):
         (tree / ".ci" / name).write_bytes((ROOT / ".ci" / name).read_bytes())
     (tree / "printed").write_text(prints)
-    tests = {"python3": f"cat printed; exit {status}", "id": "echo 1000"} | programs
+    path = {"python3": f"cat printed; exit {status}", "id": "echo 1000", "cmake": ":", "gcc": ":"}
+    tests = path | programs
     tests |= dict.fromkeys(("ruff", "mypy", "python"), ":")
     for name, does in tests.items():
-        path = tree / ("bin" if name in ("python3", "id", *programs) else ".venv/bin") / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f'#!/bin/bash\necho "{path.name} $*" >> "{tree}/called"\n{does}\n')
-        path.chmod(0o755)
+        file = tree / ("bin" if name in path | programs else ".venv/bin") / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f'#!/bin/bash\necho "{name} $*" >> "{tree}/called"\n{does}\n')
+        file.chmod(0o755)
     (tree / ".ci" / "audit").write_text("#!/bin/bash\n")
     (tree / ".ci" / "audit").chmod(0o755)
     (tree / "README.md").write_text(f"```bash\n{CI_COMMAND}\n```\n")
@@ -98,6 +99,7 @@ def test_ci_runs_the_readme_test_command_and_fails_with_it(tmp_path: Path) -> No
     called = (tmp_path / "passes" / "called").read_text()
     assert "python -m pytest -n auto --dist loadfile --full -m full" in called
     assert "ruff" in called and "mypy" in called and "bench/" in called
+    assert "cmake -B build/sanitize -DHARMODT_SANITIZE=ON" in called and "odd_shapes.py" in called
 
 
 def test_ci_fails_where_a_test_is_skipped_for_another_reason(tmp_path: Path) -> None:
