@@ -26,7 +26,7 @@ from harmodt.data.store import DataStore
 from harmodt.devices import prepare_cpu
 from harmodt.files import write_json
 from harmodt.masks.bank import MaskBank
-from harmodt.masks.vector import ParameterVector
+from harmodt_kernels.vector import ParameterVector
 
 COMPARED = ("fused", "masked copies", "reference", "dense")
 

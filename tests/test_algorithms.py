@@ -22,9 +22,9 @@ from harmodt.data.store import DataStore
 from harmodt.data.trajectories import Trajectories
 from harmodt.data.windows import WindowSampler
 from harmodt.errors import UserError
-from harmodt.masks.vector import ParameterVector
 from harmodt.rundir import RunDirectory
 from harmodt.settings import Count
+from harmodt_kernels.vector import ParameterVector
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from harmodt.masks.initialisation import (
     sparsities_by_loss,
     uniform_counts,
 )
-from harmodt.masks.vector import ParameterVector
 from harmodt.networks.decision_transformer import DecisionTransformer, TransformerConfig
 from harmodt_kernels import REFERENCE, MaskedLinear, pack_bits
+from harmodt_kernels.vector import ParameterVector
 
 SHAPES = st.lists(
     st.tuples(st.integers(2, 300), st.integers(1, 300))

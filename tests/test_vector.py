@@ -7,9 +7,9 @@ from tiny import make_model
 from torch import nn
 
 from harmodt.masks.bank import TaskMasks
-from harmodt.masks.vector import ParameterVector
 from harmodt.networks.decision_transformer import DecisionTransformer, TransformerConfig
 from harmodt_kernels import PYTORCH, MaskedLayerNorm, MaskedLinear
+from harmodt_kernels.vector import ParameterVector
 
 DIMENSIONS = [(32, 2), (24, 3), (60, 4), (40, 2)]  # embedding dimension, heads
 

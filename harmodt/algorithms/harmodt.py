@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from harmodt_kernels.harmony_selection import Importance
+from harmodt_kernels.vector import by_layer
 
 from ..config import LearnedMaskSettings, MaskSettings, PromptSettings, UpdatedMaskSettings
 from ..data.store import TaskData
@@ -22,7 +23,6 @@ from ..masks.bank import MaskBank, TaskMasks
 from ..masks.gradients import UpdateGradients
 from ..masks.initialisation import sparsities_by_loss
 from ..masks.update import MaskUpdater
-from ..masks.vector import by_layer
 from .learner import Setup
 from .sequence import SequenceLearner, SequenceSettings
 

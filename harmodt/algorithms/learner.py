@@ -10,6 +10,8 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor
 
+from harmodt_kernels.vector import ParameterVector
+
 from ..batch import Batch
 from ..checkpoint import Checkpoint
 from ..config import AlgorithmSettings, PromptSettings, TrainConfig
@@ -22,7 +24,6 @@ from ..data.windows import WindowSampler
 from ..devices import Execution
 from ..draws import TRAIN, Seeds
 from ..environments import EnvironmentSpec
-from ..masks.vector import ParameterVector
 from ..policies import Policy
 from ..settings import settings
 from .optimiser import Optimiser

@@ -8,11 +8,12 @@ from typing import Annotated, TypeVar
 from msgspec import Meta
 from torch import nn
 
+from harmodt_kernels.vector import ParameterVector
+
 from ..config import AlgorithmSettings, ModelSize
 from ..data.inputs import Inputs
 from ..data.trajectories import Trajectories
 from ..data.windows import WindowSampler
-from ..masks.vector import ParameterVector
 from ..networks.task_mlp import Actor, TaskInput
 from ..policies.reactive import ReactivePolicy
 from .learner import Learner, Setup

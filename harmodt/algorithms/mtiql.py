@@ -19,10 +19,11 @@ import torch
 from msgspec import Meta
 from torch import Tensor, nn
 
+from harmodt_kernels.vector import ParameterVector
+
 from ..batch import Batch
 from ..config import ModelSize
 from ..data.transitions import WINDOW, transitions_of
-from ..masks.vector import ParameterVector
 from ..networks.task_mlp import TaskInput, TaskMLP
 from ..settings import ABOVE_ZERO, NotNegative, ShareBelowOne
 from .learner import Setup

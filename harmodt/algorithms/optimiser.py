@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from harmodt_kernels import Backend, lr_and_corrections_at
+from harmodt_kernels.vector import ParameterVector
 
 from ..config import OptimisationSettings
-from ..masks.vector import ParameterVector
 
 
 class Optimiser:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from harmodt_kernels import unpack_bits
+from harmodt_kernels.vector import ParameterVector
 
 from ..checkpoint import Checkpoint
 from ..data.inputs import TaskConditioning
@@ -25,7 +26,6 @@ from ..errors import UserError
 from ..masks.bank import voted_masks
 from ..masks.gradients import GradientPass, TaskGradients
 from ..masks.initialisation import draw_mask
-from ..masks.vector import ParameterVector
 from ..policies.decision import DecisionPolicy
 from . import find
 from .harmodt import RandomMaskLearner, RandomMaskSettings

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from harmodt_kernels import LayerMasks, MaskedLinear, count_bits, pack_bits, unpack_bits
 from harmodt_kernels.bits import BITS_PER_WORD
 from harmodt_kernels.masked_linear import WeightGradients
+from harmodt_kernels.vector import ParameterVector
 
 from ..config import MaskInitialisation
 from ..errors import UserError
 from .initialisation import first_masks
-from .vector import ParameterVector
 
 
 class TaskMasks:

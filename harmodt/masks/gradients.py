@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from harmodt_kernels.harmony_selection import count_signs
+from harmodt_kernels.vector import ParameterVector
 
 from ..batch import Layout
 from .bank import MaskBank, TaskMasks
-from .vector import ParameterVector
 
 Draw = Callable[[Sequence[int]], list[Tensor]]
 """Draws a batch of the tasks with the given ids. Its first tensor has the ids, int64 [G]."""

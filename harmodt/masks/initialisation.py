@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from harmodt_kernels import pack_bits
+from harmodt_kernels.vector import ParameterVector, Slot
 
 from ..config import MaskInitialisation
 from ..errors import UserError
-from .vector import ParameterVector, Slot
 
 
 def first_masks(

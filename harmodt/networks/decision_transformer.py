@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from harmodt_kernels import NO_MASKS, Backend, MaskedLayerNorm, MaskedLinear
+from harmodt_kernels.vector import ParameterVector
 
 from ..batch import Batch, Steps
 from ..masks.bank import TaskMasks
-from ..masks.vector import ParameterVector
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..masks.vector import ParameterVector
+from harmodt_kernels.vector import ParameterVector
 
 BEFORE = 2
 """Number of tokens before the task's tokens: one for the diffusion's time, one for the return."""

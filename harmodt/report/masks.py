@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from ..masks.vector import ParameterVector
+from harmodt_kernels.vector import ParameterVector
 
 
 @dataclass(frozen=True)

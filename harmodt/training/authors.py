@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from harmodt_kernels import pack_bits
+from harmodt_kernels.vector import ParameterVector
 
 from ..errors import UserError, raise_refusal
-from ..masks.vector import ParameterVector
 
 _SHARED = {
     "history_norm": "embed_ln",

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from harmodt_kernels import MaskedLayerNorm, MaskedLinear, count_bits, pack_bits, words_for
-from harmodt_kernels.bits import BITS_PER_WORD
+from .bits import BITS_PER_WORD, count_bits, pack_bits, words_for
+from .masked_layer_norm import MaskedLayerNorm
+from .masked_linear import MaskedLinear
 
 MASKED_LAYERS = (MaskedLinear, MaskedLayerNorm)
 """The layers that masks cover. Masks cover all parameters of these layers, and no other
