@@ -24,12 +24,14 @@ from .harmony_selection import (
     move_weights,
     select_harmony,
 )
-from .masked_adamw import lr_and_corrections_at, masked_adamw
+from .masked_adamw import MaskedAdamW, lr_and_corrections_at, masked_adamw
 from .masked_layer_norm import MaskedLayerNorm
 from .masked_linear import MaskedLinear, masked_linear
+from .masked_model import MaskedModel
 from .masks import NO_MASKS, LayerMasks
 from .native.recording import CannotRecord, Recording, RecordingMemory
 from .registration import BackendUnavailable
+from .vector import ParameterVector
 
 __version__ = version("harmodt")
 """The version of the distribution `harmodt`, to which this package belongs."""
@@ -42,9 +44,12 @@ __all__ = [
     "BackendUnavailable",
     "CannotRecord",
     "LayerMasks",
+    "MaskedAdamW",
     "MaskedLayerNorm",
     "MaskedLinear",
+    "MaskedModel",
     "NotFinite",
+    "ParameterVector",
     "Recording",
     "RecordingMemory",
     "Selection",
