@@ -51,7 +51,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         super().__init__([model.vector.weights], {**settings, "max_norm": max_norm})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move the weights that are active in the tasks of the model's calls since the last step.
 
         Args:

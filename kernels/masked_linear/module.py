@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -80,8 +80,9 @@ class MaskedLinear(nn.Linear):
         """Apply `fn`, which for example moves a tensor, to the parameters and to the masks."""
         super()._apply(fn, recurse)
         if self.masks is not None:
-            values = ((f.name, getattr(self.masks, f.name)) for f in dataclasses.fields(LayerMasks))
-            moved = {name: fn(value) for name, value in values if isinstance(value, Tensor)}
+            names = ("weight_bits", "bias_bits", "task_ids", "bf16_copy")
+            tensors = ((name, getattr(self.masks, name)) for name in names)
+            moved: dict[str, Any] = {name: fn(t) for name, t in tensors if t is not None}
             if (buffers := self.masks.group_gradients) is not None:
                 moved["group_gradients"] = tuple(b if b is None else fn(b) for b in buffers)
             self.masks = dataclasses.replace(self.masks, **moved)
