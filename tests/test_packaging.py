@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tarfile
 import venv
 import zipfile
 from importlib import metadata
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy
 import pytest
+import torch
 from tiny import make_store
 
 import harmodt
@@ -65,7 +65,8 @@ def ci(tree: Path, prints: str, status: int = 0, **programs: str) -> tuple[int, 
     for name in ("run", "skips"):
         (tree / ".ci" / name).write_bytes((ROOT / ".ci" / name).read_bytes())
     (tree / "printed").write_text(prints)
-    path = {"python3": f"cat printed; exit {status}", "id": "echo 1000", "cmake": ":", "gcc": ":"}
+    path = {"python3": f"cat printed; exit {status}", "id": "echo 1000"}
+    path |= dict.fromkeys(("cmake", "ctest", "gcc"), ":")
     tests = path | programs
     tests |= dict.fromkeys(("ruff", "mypy", "python"), ":")
     for name, does in tests.items():
@@ -113,12 +114,17 @@ def test_ci_fails_where_a_test_is_skipped_for_another_reason(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("user", [0, 1000])
-def test_ci_installs_chromium_as_root(tmp_path: Path, user: int) -> None:
-    status, *_ = ci(tmp_path, SKIP, **{"id": f"echo {user}", "apt-get": ":"})
+@pytest.mark.parametrize("stand_ins", [True, False])
+def test_ci_installs_missing_programs_as_root(tmp_path: Path, user: int, stand_ins: bool) -> None:
+    names = ("chromium", "aarch64-linux-gnu-g++", "qemu-aarch64-static")
+    programs = {"id": f"echo {user}", "apt-get": ":"}
+    programs |= dict.fromkeys(names if stand_ins else (), ":")
+    status, *_ = ci(tmp_path, SKIP, **programs)
     assert status == 0
     called = (tmp_path / "called").read_text()
-    there = shutil.which("chromium") is not None
-    assert ("install -y -qq --no-install-recommends chromium" in called) == (
+    packages = "chromium g++-aarch64-linux-gnu qemu-user-static"
+    there = stand_ins or all(shutil.which(name) for name in names)
+    assert (f"install -y -qq --no-install-recommends {packages}" in called) == (
         user == 0 and not there
     )
 
@@ -192,52 +198,98 @@ def test_readme_tables_are_of_the_settings_there_are() -> None:
     assert list(table("`--algorithm`")) == list(ALGORITHMS)
 
 
-def test_an_installed_wheel_trains(tmp_path: Path) -> None:
-    """From the source distribution to a wheel to an environment that has nothing else of ours."""
-    tree = tmp_path / "tree"
+@pytest.fixture(scope="module")
+def source_distribution(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked source distribution of the tracked files."""
+    tree = tmp_path_factory.mktemp("source")
     for name in subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True).split("\0"):
         if name and (ROOT / name).is_file():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             (tree / name).write_bytes((ROOT / name).read_bytes())
     build = "import setuptools.build_meta as b; print(b.build_sdist('.'))"
     built = subprocess.check_output([sys.executable, "-c", build], cwd=tree, text=True)
-    sdist = tree / built.splitlines()[-1]
-    with tarfile.open(sdist) as archive:
-        held = {name.partition("/")[2] for name in archive.getnames()}
+    shutil.unpack_archive(tree / built.splitlines()[-1], tree / "unpacked")
+    (unpacked,) = (tree / "unpacked").iterdir()
+    return unpacked
+
+
+def test_a_source_distribution_has_every_source(source_distribution: Path) -> None:
     cpp = {path.relative_to(ROOT).as_posix() for path in (ROOT / "kernels").rglob("*.[ch]*")}
     cpp = {name for name in cpp if name.endswith((".h", ".cpp"))}
-    assert held >= {path.as_posix() for path in sources()} | cpp | {"CMakeLists.txt"}
+    for name in {path.as_posix() for path in sources()} | cpp | {"CMakeLists.txt"}:
+        assert (source_distribution / name).is_file(), name
 
-    # The kernels in C++ take a minute to build, and the reference path does without them.
-    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    no_compiler = alone | {"CXX": "/nonexistent"}
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    wheel = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
-    subprocess.run([*wheel, str(sdist)], check=True, env=no_compiler)
-    (path,) = tmp_path.glob("harmodt-*.whl")
-    packed = {name for name in zipfile.ZipFile(path).namelist() if name.endswith(".py")}
-    assert packed == {
+
+USE_WHEEL = """
+import harmodt, harmodt_kernels, torch
+
+layer = harmodt_kernels.MaskedLinear(5, 3)
+layer(torch.ones(2, 7, 5)).sum().backward()
+assert torch.equal(layer.weight.grad, torch.full((3, 5), 14.0))
+maps = open("/proc/self/maps").read().split()
+runtimes = {m for m in maps if "libgomp" in m or "libomp" in m or "libiomp" in m}
+backend = harmodt_kernels.fused_backend("cpu").name
+print(harmodt.__file__, harmodt_kernels.__file__, backend, *runtimes, sep="\\n")
+"""
+
+
+def test_a_wheel_for_many_distributions_trains_where_no_compiler_is(
+    source_distribution: Path, tmp_path: Path
+) -> None:
+    """From the source distribution, with the commands of CONTRIBUTING.md, to a wheel to an
+    environment that has nothing else of ours. The wheel brings no OpenMP: PyTorch's is used."""
+    pytest.importorskip("auditwheel")
+    left_out = ("PYTHONPATH", "TRITON_INTERPRET", "HARMODT_ISA")
+    alone = {name: value for name, value in os.environ.items() if name not in left_out}
+    here = Path(sys.executable).parent
+    # Optimised kernels take a minute to compile.
+    building = alone | {"PATH": f"{here}:{alone['PATH']}", "CMAKE_BUILD_TYPE": "Debug"}
+    lines = [line for line in code_lines("CONTRIBUTING.md") if "wheel" in line]
+    commands = "\n".join(lines).replace("pip wheel", "pip wheel --no-build-isolation")
+    subprocess.run(
+        ["bash", "-e", "-c", commands], check=True, cwd=source_distribution, env=building
+    )
+    (path,) = (source_distribution / "dist" / "manylinux").iterdir()
+    assert re.search(r"-manylinux_\d+_\d+_\w+\.whl$", path.name)
+    held = set(zipfile.ZipFile(path).namelist())
+    assert {name for name in held if name.endswith(".py")} == {
         re.sub("^kernels/", "harmodt_kernels/", source.as_posix()) for source in sources()
     }
+    assert {name for name in held if ".so" in name} == {"harmodt_kernels/native/libharmodt.so"}
 
     venv.create(tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     install = [*pip, "--python", str(python), "install", "--no-deps", str(path)]
     subprocess.run(install, check=True, env=alone)
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     # Dependencies come from here; the editable installation beside them is not followed.
-    (site / "dependencies.pth").write_text(f"{Path(numpy.__file__).parents[1]}\n")
+    dependencies = {Path(module.__file__).parents[1] for module in (numpy, torch)}
+    (site / "dependencies.pth").write_text("".join(f"{folder}\n" for folder in dependencies))
+    alone["PATH"] = str(python.parent)
+    assert shutil.which("g++", path=alone["PATH"]) is None
+    used = [python, "-c", USE_WHEEL]
+    printed = subprocess.check_output(used, cwd=tmp_path, env=alone, text=True).split()
+    assert all(name.startswith(str(site)) for name in printed[:2])
+    assert printed[2].startswith("cpu-")
+    (runtime,) = printed[3:]
+    assert not runtime.startswith(str(site))
     store = make_store(tmp_path / "store")
     flags = "--steps 2 --embed-dim 32 --layers 1 --heads 2 --context-length 4 --prompt-length 2"
-    flags += " --tasks-per-step 2 --evaluation-episodes 0 --no-fused --output run"
+    flags += " --tasks-per-step 2 --evaluation-episodes 0 --fused --output run"
     command = [python, "-m", "harmodt.train", "--data", store.path, *flags.split()]
     subprocess.run(command, check=True, cwd=tmp_path, env=alone)
     assert (tmp_path / "run" / "checkpoints" / "00000002").is_dir()
-    where = subprocess.check_output(
-        [python, "-c", "import harmodt, harmodt_kernels as k; print(harmodt.__file__, k.__file__)"],
-        cwd=tmp_path, env=alone, text=True,
+
+
+def test_where_no_compiler_is_the_rest_is_installed(tmp_path: Path) -> None:
+    build = ["setup.py", "build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path]
+    ended = subprocess.run(
+        [sys.executable, *build], cwd=ROOT, env=os.environ | {"CXX": "/nonexistent"},
+        capture_output=True, text=True,
     )  # fmt: skip
-    assert where.count(str(site)) == 2
+    assert ended.returncode == 0 and "the CPU kernels were not built" in ended.stderr
+    assert not (tmp_path / "lib" / "harmodt_kernels" / "native" / "libharmodt.so").exists()
 
 
 def sources() -> set[Path]:

@@ -120,7 +120,8 @@ HARMODT_ALWAYS_INLINE inline void multiply(Left left, const T* panel, int64_t pa
     });
     unrolled<Rows>([&](auto i) HARMODT_ALWAYS_INLINE {
       auto value = splat(left.at(i, k));
-      asm volatile("" : "+x"(value));  // makes GCC broadcast once, not once per product
+      // Makes GCC broadcast once, not once per product.
+      asm volatile("" : "+" HARMODT_REGISTER(value));
       unrolled<kPanelVecs>([&](auto j) HARMODT_ALWAYS_INLINE {
         sums[i][j] = multiply_add(sums[i][j], value, right[j]);
       });

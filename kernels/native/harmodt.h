@@ -172,7 +172,8 @@ HARMODT_API void harmodt_move_weights(int32_t* mask_bits, int64_t mask_stride,
 HARMODT_API int64_t harmodt_masked_adamw(const harmodt_adamw_operands* operands, int threads);
 
 // out is [sequences][queries][heads][head_size]. log_sums [sequences][queries][heads] serves the
-// backward pass. d_qkv has the shape of qkv; all of it is written.
+// backward pass. d_qkv has the shape of qkv; all of it is written. The gradient needs a shape whose
+// past is 0.
 HARMODT_API void harmodt_attention(const harmodt_attention_shape* shape, const float* qkv,
                                    float* out, float* log_sums, int threads);
 HARMODT_API void harmodt_attention_gradient(const harmodt_attention_shape* shape,

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import os
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int64, c_void_p
@@ -16,7 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PATH = Path(__file__).with_name("libharmodt.so")
+
+def file_name(platform: str) -> str:
+    """The name that CMake gives to the library, on a platform of `sys.platform`."""
+    return "libharmodt.dylib" if platform == "darwin" else "libharmodt.so"
+
+
+PATH = Path(__file__).with_name(file_name(sys.platform))
 
 ISA_VARIABLE = "HARMODT_ISA"
 """Environment variable that names the instruction set of the kernels. It is read when the kernels

@@ -22,14 +22,14 @@ int64_t multiply_adds(int64_t repeats, int threads) {
     Vec total[sums];
     for (int i = 0; i < sums; ++i) {  // asm hides that all sums are equal: GCC would compute one
       total[i] = Vec{};
-      asm volatile("" : "+x"(total[i]));
+      asm volatile("" : "+" HARMODT_REGISTER(total[i]));
     }
     std::conditional_t<Pairs, IntVec, Vec> value{};
-    asm volatile("" : "+x"(value));
+    asm volatile("" : "+" HARMODT_REGISTER(value));
     for (int64_t r = 0; r < repeats; ++r)
 #pragma GCC unroll 24
       for (int i = 0; i < sums; ++i) total[i] = multiply_add(total[i], value, value);
-    for (int i = 0; i < sums; ++i) asm volatile("" : : "x"(total[i]));
+    for (int i = 0; i < sums; ++i) asm volatile("" : : HARMODT_REGISTER(total[i]));
   }
   int64_t each = kTiles<Pairs> ? 4 * 2 * 16 * 16 * 32 : sums * kWidth * (Pairs ? 4 : 2);
   return each * repeats * threads;

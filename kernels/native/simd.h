@@ -14,6 +14,16 @@
 #define HARMODT_WIDTH 8
 #else
 #define HARMODT_WIDTH 4
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+#endif
+
+// The constraint of asm operands that are registers of floats.
+#if defined(__aarch64__)
+#define HARMODT_REGISTER "w"
+#else
+#define HARMODT_REGISTER "x"
 #endif
 
 // Everything is compiled once for each instruction set, so nothing may have external linkage.
@@ -107,6 +117,8 @@ inline Vec fused_multiply_add(Vec a, Vec b, Vec c) {
   return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__AVX2__)
   return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
 #endif
@@ -117,6 +129,8 @@ inline Vec square_root(Vec v) {
   return (Vec)_mm512_sqrt_ps((__m512)v);
 #elif defined(__AVX2__)
   return (Vec)_mm256_sqrt_ps((__m256)v);
+#elif defined(__aarch64__)
+  return (Vec)vsqrtq_f32((float32x4_t)v);
 #else
   for (int i = 0; i < kWidth; ++i) v[i] = __builtin_sqrtf(v[i]);
   return v;
