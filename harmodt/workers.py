@@ -112,17 +112,15 @@ class Worker:
     def send(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Request a call. `receive` returns the answers in the order of the requests.
 
+        If the worker has ended, this raises nothing, because the reason may wait among the answers:
+        `receive` raises it.
+
         Args:
             function: a method of the object's class, as `Class.method`.
             arguments: the method's arguments after `self`.
-
-        Raises:
-            WorkerDied: the worker was killed or has ended.
         """
-        try:
+        with contextlib.suppress(OSError):
             self.connection.send((function, arguments))
-        except OSError:
-            raise self._death() from None
 
     def receive(self) -> Any:
         """Wait for the answer to the oldest request that is not yet answered, and return it.
@@ -153,6 +151,9 @@ class Worker:
         _wait_or_kill(self.process, self._patience)
 
     def _death(self) -> WorkerDied:
+        # The worker closed its connection and perhaps ends by itself: its own exit status says more.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(1)
         _kill(self.process)  # and all processes that it started
         code = self.process.returncode
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"

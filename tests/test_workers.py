@@ -64,6 +64,17 @@ def test_an_error_with_a_sentence_has_the_same_sentence_here(error: Exception) -
     assert describe(raised.value) == describe(error) is not None
 
 
+def test_a_request_after_an_error_does_not_hide_it() -> None:
+    """The worker ends after its error; only then does the parent make another request."""
+    with working(Sum) as [worker]:
+        worker.send(Sum.fail, OSError(errno.ENOSPC, "full", "x"))
+        worker.process.wait(LONG)
+        worker.send(Sum.add, 1)
+        with pytest.raises(OSError, match="full") as raised:
+            worker.receive()
+    assert raised.value.errno == errno.ENOSPC
+
+
 @pytest.mark.parametrize(
     ("function", "arguments", "says"),
     [
