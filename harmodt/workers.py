@@ -151,7 +151,7 @@ class Worker:
         _wait_or_kill(self.process, self._patience)
 
     def _death(self) -> WorkerDied:
-        # The worker closed its connection and perhaps ends by itself: its own exit status says more.
+        # The worker may be about to end by itself: its own exit status says more than a kill.
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(1)
         _kill(self.process)  # and all processes that it started
