@@ -95,7 +95,7 @@ class Graph:
     def __init__(self, trainer: Trainer):
         self._learner, self._step = trainer.learner, 1
         self._learner.feed.load(1)
-        self._graph = graph.CudaGraph(self._learner._compute, DEVICE)
+        self._graph = graph.CudaGraph(self._learner._compute, graph.CudaMemory(DEVICE))
         for _ in range(graph.WARM_UP):
             self._graph()
         torch.cuda.synchronize()

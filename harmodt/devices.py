@@ -23,7 +23,7 @@ from harmodt_kernels import (
 from .config import Precision
 from .cores import SHARE, count_cores
 from .errors import UserError
-from .graph import CallGraph, CudaGraph
+from .graph import CallGraph, CudaGraph, CudaMemory
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of mallopt(3)
 
@@ -37,15 +37,15 @@ class Execution:
         backend: the implementation of the model's operations.
         precision: the precision of matrix products.
         graph: whether steps, mask updates and policy calls may be captured and replayed.
-        memory: the memory that all captured graphs on a CPU share. They can share it because one
-            thread replays them in turn.
+        memory: the memory that all captured graphs share. They can share it because one thread
+            replays them in turn.
     """
 
     device: torch.device
     backend: Backend
     precision: Precision = "fp32"
     graph: bool = True
-    memory: RecordingMemory = field(default_factory=RecordingMemory, repr=False, compare=False)
+    memory: RecordingMemory | CudaMemory = field(kw_only=True, repr=False, compare=False)
 
     @classmethod
     def choose(
@@ -63,7 +63,8 @@ class Execution:
         found = find_device(device)
         if precision == "tf32" and found.type != "cuda":
             raise UserError("precision tf32 is a mode of GPUs: use fp32 or bf16 on a CPU")
-        return cls(found, _choose_backend(fused, found), precision, graph)
+        memory = CudaMemory(found) if found.type == "cuda" else RecordingMemory()
+        return cls(found, _choose_backend(fused, found), precision, graph, memory=memory)
 
     def computing(self) -> contextlib.AbstractContextManager[Any]:
         """A context in which matrix products have this precision."""
@@ -93,8 +94,9 @@ class Execution:
         """
         if not self.repeats:
             return function
-        on_gpu = self.device.type == "cuda"
-        return CudaGraph(function, self.device) if on_gpu else CallGraph(function, self.memory)
+        if isinstance(self.memory, CudaMemory):
+            return CudaGraph(function, self.memory)
+        return CallGraph(function, self.memory)
 
 
 def find_device(name: str) -> torch.device:

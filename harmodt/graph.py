@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,18 +74,40 @@ class CallGraph(Graph):
         return self.recording.result.clone()
 
 
+class CudaMemory:
+    """The memory of several CUDA graphs: a pool, and the stream on which all of them are captured.
+
+    The allocator of PyTorch gives freed memory of a pool only to the stream that used it before. So
+    graphs that share memory share the stream too. Nothing is made before the first graph needs it.
+
+    Args:
+        device: the GPU.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    @functools.cached_property
+    def stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device)
+
+    @functools.cached_property
+    def pool(self) -> Any:  # PyTorch's type of a pool's handle is private
+        return torch.cuda.graph_pool_handle()
+
+
 class CudaGraph(Graph):
     """The graph on a GPU: a CUDA graph, captured after `WARM_UP` ordinary calls.
 
     Args:
         function: computes one tensor.
-        device: the GPU.
+        memory: memory that several graphs share; they must never run at the same time. A replay
+            overwrites what the other graphs computed, except their results.
     """
 
-    def __init__(self, function: Callable[[], Tensor], device: torch.device):
+    def __init__(self, function: Callable[[], Tensor], memory: CudaMemory):
         super().__init__(function)
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._memory = memory
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -101,18 +125,19 @@ class CudaGraph(Graph):
         Autograd runs later backward passes on the stream of the first call. A capture fails if they
         run on another stream than its own.
         """
-        present = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(present)
-        with torch.cuda.stream(self._stream):
+        present = torch.cuda.current_stream(self._memory.device)
+        self._memory.stream.wait_stream(present)
+        with torch.cuda.stream(self._memory.stream):
             result = self._function().clone()
-        present.wait_stream(self._stream)
+        present.wait_stream(self._memory.stream)
         result.record_stream(present)
         return result
 
     def _record(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self._stream):
+            memory = self._memory
+            with torch.cuda.graph(graph, pool=memory.pool, stream=memory.stream):
                 self._result = self._function()
         except RuntimeError as error:
             raise UserError(_ADVICE.format(error)) from error

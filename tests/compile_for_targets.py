@@ -411,6 +411,8 @@ def masked_layer_norm_case(precision: str, rows: int, size: int) -> Case:
 
 def attention_cases() -> Iterator[Case]:
     yield attention_case("bf16, fp32 weights", 75, 16)
+    yield attention_case("bf16, fp32 weights", 75, 32)
+    yield attention_case("tf32", 75, 16)
     yield attention_case("fp32", 75, 64)
     for precision in TRAINING:
         yield attention_case(precision, 300, 128)._replace(largest=True)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,19 +18,75 @@ from torch import Tensor
 from harmodt.algorithms import preset
 from harmodt.data.store import DataStore
 from harmodt.devices import Execution
-from harmodt.graph import Graph
+from harmodt.graph import WARM_UP, CudaGraph, CudaMemory, Graph
 from harmodt.policies.decision import DecisionPolicy
 from harmodt.settings import settings as all_settings
 from harmodt.training.trainer import Trainer
-from harmodt_kernels import CannotRecord
+from harmodt_kernels import PYTORCH, CannotRecord
 
 # Small: the interpreter takes a millisecond or more for each tile.
 SIZES = {"batch_per_task": 1, "context_length": 3, "prompt_length": 1, "layers": 1}
+
+TRITON = replace(PYTORCH, name="triton")  # graphs ask for the name alone
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> DataStore:
     return make_store(tmp_path_factory.mktemp("data") / "store")
+
+
+class CudaCalls:
+    """The calls of `torch.cuda` that capture graphs, without a GPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.captures: list[tuple[object, object]] = []  # pool and stream of each
+        for name, fake in (
+            ("Stream", lambda device: SimpleNamespace(wait_stream=lambda other: None)),
+            ("current_stream", lambda device: SimpleNamespace(wait_stream=lambda other: None)),
+            ("stream", lambda stream: contextlib.nullcontext()),
+            ("graph_pool_handle", lambda: (0, next(self._handles))),
+            ("CUDAGraph", lambda: SimpleNamespace(replay=lambda: None)),
+            ("graph", self._graph),
+        ):
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
+        self._handles = itertools.count(1)
+
+    def _graph(
+        self, graph: object, pool: object = None, stream: object = None
+    ) -> contextlib.nullcontext[None]:
+        self.captures.append((pool, stream))
+        return contextlib.nullcontext()
+
+
+def test_graphs_of_one_execution_share_one_memory_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = CudaCalls(monkeypatch)
+    first, second = (
+        Execution(torch.device("cuda", 0), TRITON, memory=CudaMemory(torch.device("cuda", 0)))
+        for _ in range(2)
+    )
+    for execution in (first, replace(first, precision="bf16"), second):
+        graph = execution.repeated(lambda: torch.ones(2))
+        assert isinstance(graph, CudaGraph)
+        for _ in range(WARM_UP + 2):
+            assert graph().tolist() == [1, 1]
+    (pool, stream), same, (other_pool, other_stream) = calls.captures  # one each
+    assert same == (pool, stream)
+    assert other_pool != pool and other_stream is not stream
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_second_graph_needs_no_more_memory() -> None:
+    execution = Execution.choose("cuda", fused=True, precision="fp32")
+    x, reserved = torch.ones(1 << 24, device=execution.device), []
+    for factor in (2.0, 3.0):
+        graph = execution.repeated(lambda factor=factor: (x * factor).sum())
+        for _ in range(WARM_UP + 1):
+            result = graph()
+        assert result.item() == factor * x.numel()
+        torch.cuda.empty_cache()
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[1] - reserved[0] < x.nbytes
 
 
 class Repeated:

@@ -304,7 +304,12 @@ def test_operands_that_do_not_fit_are_refused(device) -> None:
 
 def test_a_weight_is_active_in_any_task_of_the_step_and_beyond_the_masks(backend, device) -> None:
     masks = torch.tensor([[1, 8], [2, 0], [4, 0]], dtype=torch.int32, device=device)
-    for tasks, active in (([0], [0, 35]), ([2, 1, 2], [1, 2]), ([0, 1], [0, 1, 35])):
+    for tasks, active in (
+        ([0], [0, 35]),
+        ([2, 1, 2], [1, 2]),
+        ([0, 1], [0, 1, 35]),
+        ([0] * 40 + [1], [0, 1, 35]),  # more masks than a program loads at a time
+    ):
         weights, gradient = torch.ones(2, 70, device=device)
         first, second = torch.zeros(2, 70, device=device)
         task_ids, rates = torch.tensor(tasks, device=device), _rates(weights)

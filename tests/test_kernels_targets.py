@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
@@ -135,3 +140,64 @@ def test_scores_are_rounded_after_each_operation(compiled: list[Compiled]) -> No
     scores = [c for c in compiled if c["target"] in NVIDIA and c["kernel"].startswith("harmony_")]
     assert scores
     assert labels(c for c in scores if c["instructions"]["fma"]) == []
+
+
+def varied_launches() -> tuple[list[str], list[dict[str, str]]]:
+    """Launch kernels with varied rows, groups and dropout; in a process without the interpreter.
+
+    Returns:
+        The name of each compilation's kernel, and the failures.
+    """
+    import compile_for_targets as tool  # it needs Triton without the interpreter
+
+    def cases() -> Iterator[Any]:
+        for sequences, tokens, drop in ((1, 1, 0.5), (8, 75, 0.1), (16, 64, 0.25)):
+            yield tool.Case("varied", partial(attend, sequences, tokens, drop))
+        for steps in ((1, 1, 1), (1, 8, 5), (2, 64, 20)):
+            yield tool.token_embedding_case(steps, 39, 128)
+        for tasks in (1, 5, 16):
+            yield tool.Case("varied", partial(step_of, tasks))
+
+    def attend(sequences: int, tokens: int, drop: float) -> None:
+        qkv = torch.empty(sequences, tokens, 3, 2, 16, requires_grad=True)
+        out = tool.attention(qkv, slice(tokens // 2, None, 1 + tokens % 2), drop)
+        out.backward(torch.empty_like(out))
+
+    def step_of(tasks: int) -> None:
+        bits, ids = torch.zeros(50, 32, dtype=torch.int32), torch.zeros(tasks, dtype=torch.int64)
+        rates = {"betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 1e-4, "max_norm": 0.25}
+        tool.masked_adamw(*torch.zeros(4, 1024), bits, ids, torch.zeros(3), **rates)
+
+    tool.CASES = {"varied": cases}
+    result = tool.compile_operation("varied", "sm_80", everything=True)
+    return [compiled.kernel for compiled in result.compiled], result.failures
+
+
+def test_rows_groups_and_dropout_do_not_compile_a_kernel_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        kernels, failures = pool.submit(varied_launches).result()
+    assert failures == []
+    names = ("attention", "attention_gradient", "masked_adamw")
+    names += ("token_embedding", "token_embedding_gradient")
+    assert Counter(kernels) == dict.fromkeys([f"{name}_kernel" for name in names], 1)
+
+
+@pytest.mark.parametrize("target", ["sm_90"])
+def test_warps_share_the_products_of_attention(compiled: list[Compiled], target: str) -> None:
+    # Triton gives each warp 16 rows of a tile. More warps would compute the same products again.
+    # A product of 16-bit operands has 16 * 8 * 16 multiplications.
+    size = 16
+    found = 0
+    for c in compiled:
+        options = dict(option.split("=") for option in c["options"].split(", "))
+        few = c["kernel"] == "attention_kernel" and options["BLOCK_D"] == str(size)
+        if c["target"] == target and c["precision"].startswith("bf16") and few:
+            products = 2 * int(options["BLOCK_Q"]) * int(options["BLOCK_K"]) * size
+            computed = c["instructions"]["matrix"] * int(options["num_warps"])
+            assert computed * 16 * 8 * 16 == products, labels([c])
+            found += 1
+    assert found

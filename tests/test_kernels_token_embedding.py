@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -87,6 +89,75 @@ def test_equals_the_formulas(backend, device, sizes, in_place) -> None:
     problem.check(problem.computed(backend, device, in_place))
 
 
+@pytest.mark.parametrize("rows_used", [1, 3, 40], ids=str)
+def test_many_steps_of_few_timesteps(monkeypatch, implementation, device, rows_used) -> None:
+    if implementation == "triton":  # several parts, sums of parts and ranges of timesteps
+        kernels = importlib.import_module("harmodt_kernels.token_embedding.triton")
+        for name, value in (("BLOCKS_OF_PART", 1), ("PARTS", 2), ("TIMESTEPS", 64)):
+            monkeypatch.setattr(kernels, name, value)
+    problem = Problem.random((260,), (1, 16, 4), 5)
+    problem.timesteps %= rows_used
+    computed = problem.computed(fused_backend(device), device)
+    for values, expected in zip(computed, problem.expected(), strict=True):
+        error = (values.double().cpu() - expected).abs().max()
+        assert error <= 1e-5 * max(1.0, expected.abs().max())
+    again = problem.computed(fused_backend(device), device)
+    assert all(map(torch.equal, again, computed))
+
+
+@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
+def test_the_lists_of_steps_do_not_overlap(monkeypatch, device) -> None:
+    kernels = importlib.import_module("harmodt_kernels.token_embedding.triton")
+    problem, lists = Problem.random((260,), (1, 3, 4), 40), []
+    launch = kernels.launch
+
+    def noted(*args: object, **arguments: object) -> None:
+        lists.append(arguments.get("order"))
+        launch(*args, **arguments)
+
+    monkeypatch.setattr(kernels, "launch", noted)
+    monkeypatch.setattr(kernels, "TIMESTEPS", 64)
+    problem.computed(fused_backend(device), device)
+    block_of = problem.timesteps // kernels.GRADIENT_TILE[2]
+    expected = torch.sort(block_of, stable=True).indices
+    assert len(lists[-1]) == 2  # two tiles of token elements
+    assert all(torch.equal(order.long().cpu(), expected) for order in lists[-1])
+
+
+def test_the_gradient_can_be_computed_twice(device) -> None:
+    problem = Problem.random((2, 3), (1, 39, 4), 40)
+    parameters = [p.clone().to(device).requires_grad_() for p in problem.parameters]
+    inputs = [x.to(device) for x in problem.inputs]
+    tokens = fused_backend(device).token_embedding(inputs, problem.timesteps.to(device), parameters)
+    d_tokens = problem.d_tokens.to(device)
+    first, second = (
+        torch.autograd.grad(tokens, parameters, d_tokens, retain_graph=True) for _ in range(2)
+    )
+    assert all(map(torch.equal, first, second))
+
+
+def test_the_gradient_of_many_tasks_has_few_serial_iterations() -> None:
+    # 50 tasks with 8 windows each; a window has 20 steps, and its prompt 5
+    kernels = pytest.importorskip("harmodt_kernels.token_embedding.triton")
+    block_s, _, rows = kernels.GRADIENT_TILE
+    generator = np.random.default_rng(0)
+    serial, blocks = 0, 0
+    for length in (20, 5):
+        starts = generator.integers(-length + 1, 500 - length, 50 * 8)
+        times = np.maximum(starts[:, None] + np.arange(length), 0).ravel()  # padded steps: time 0
+        steps, widths = times.size, (1, 39, 4)
+        plan = kernels.gradient_plan(steps, widths, 1000)
+        of_part = -(-steps // (block_s * plan.parts))
+        sums = -(-(max(widths) + 1) // rows) * -(-plan.parts // kernels.PARTS)
+        most = np.bincount(times // rows).max()
+        of_table = 2 * -(-steps // kernels.TIMESTEPS) + -(-most // block_s)
+        serial += max(of_part + sums, of_table)
+        blocks += -(-steps // block_s)
+        assert plan.parts * block_s * of_part >= steps
+    assert blocks == 157  # the iterations of programs that go through all steps
+    assert serial <= 30
+
+
 def test_results_repeat_bit_for_bit(backend, device) -> None:
     problem = Problem.random((3, 40), (1, 39, 4), 40)
     first, *others = (problem.computed(backend, device) for _ in range(5))
@@ -113,8 +184,10 @@ def test_the_registered_operations_keep_pytorchs_rules(device) -> None:
     timesteps, outs = problem.timesteps.to(device), [torch.zeros_like(p)[None] for p in parameters]
     ops = torch.ops.harmodt
     torch.library.opcheck(ops.token_embedding, (inputs, timesteps, parameters))
+    _, arrivals = ops.token_embedding(inputs, timesteps, parameters)
+    d_tokens = problem.d_tokens.to(device)
     torch.library.opcheck(
-        ops.token_embedding_gradient, (problem.d_tokens.to(device), inputs, timesteps, outs)
+        ops.token_embedding_gradient, (d_tokens, inputs, timesteps, arrivals, outs)
     )
 
 

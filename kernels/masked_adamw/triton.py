@@ -12,6 +12,8 @@ from ..launch import launch
 # Mask words per program: each thread loads 2 x 16 bytes of each vector.
 WORDS = 32
 NUM_WARPS = 4
+# Masks that a program loads at a time: their loads do not wait for each other.
+TASKS = 16
 
 
 @triton.jit
@@ -22,13 +24,26 @@ def lerp(start, end, weight):
 
 
 @triton.jit
-def active_in_step(mask_bits, mask_stride, mask_words, task_ids, tasks, word):
-    """Mask words of the weights that are active in at least one task of the step."""
+def either(a, b):
+    return a | b
+
+
+@triton.jit
+def active_in_step(mask_bits, mask_stride, mask_words, task_ids, tasks, word, TASKS: tl.constexpr):
+    """Mask words of the weights that are active in at least one task of the step.
+
+    Words beyond the masks have only ones: the weights there have no mask.
+    """
     covered = word < mask_words
     active = tl.where(covered, 0, -1)
-    for i in range(tasks):
-        task = tl.load(task_ids + i)
-        active |= tl.load(mask_bits + task * mask_stride + word, mask=covered, other=0)
+    for first in range(0, tasks, TASKS):
+        i = first + tl.arange(0, TASKS)
+        task = tl.load(task_ids + i, mask=i < tasks, other=0)
+        inside = (i < tasks)[:, None] & covered[None, :]
+        words = tl.load(
+            mask_bits + task[:, None] * mask_stride + word[None, :], mask=inside, other=0
+        )
+        active |= tl.reduce(words, 0, either)
     return active
 
 
@@ -56,18 +71,13 @@ def masked_adamw_kernel(
     MASKED: tl.constexpr,
     BF16_COPY: tl.constexpr,
     WORDS: tl.constexpr,
+    TASKS: tl.constexpr,
 ):
     """Updates the weights of one block of mask words."""
     start = tl.program_id(0).to(tl.int64) * (WORDS * 32)
     word, bit = tl.arange(0, WORDS), tl.arange(0, 32)
     element = word[:, None] * 32 + bit[None, :]  # [WORDS, 32]
     inside = element < size - start
-    active = inside
-    if MASKED:
-        words = active_in_step(
-            mask_bits, mask_stride, mask_words, task_ids, tasks, start // 32 + word
-        )
-        active &= (words[:, None] & (1 << bit[None, :])) != 0
     weights += start + element
     first_moment += start + element
     second_moment += start + element
@@ -75,6 +85,12 @@ def masked_adamw_kernel(
     g = tl.load(gradient + start + element, mask=inside)
     m = tl.load(first_moment, mask=inside)
     v = tl.load(second_moment, mask=inside)
+    active = inside
+    if MASKED:
+        words = active_in_step(
+            mask_bits, mask_stride, mask_words, task_ids, tasks, start // 32 + word, TASKS
+        )
+        active &= (words[:, None] & (1 << bit[None, :])) != 0
 
     # The same as `torch.nn.utils.clip_grad_norm_`: NaN stays NaN.
     one = tl.cast(1.0, tl.float32)
@@ -140,6 +156,7 @@ def masked_adamw(
         MASKED=mask_bits is not None,
         BF16_COPY=bf16_copy is not None,
         WORDS=WORDS,
+        TASKS=TASKS,
         num_warps=NUM_WARPS,
         enable_fp_fusion=False,
     )

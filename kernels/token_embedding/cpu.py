@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from ctypes import Array, byref, c_void_p
 
+import torch
 from torch import Tensor
 
 from ..native.library import EmbeddingShape, library, pointer, threads
@@ -12,7 +14,8 @@ from ..native.library import EmbeddingShape, library, pointer, threads
 
 def token_embedding(
     inputs: Sequence[Tensor], timesteps: Tensor, parameters: Sequence[Tensor]
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """Computes `harmodt::token_embedding`, with the arguments of its schema."""
     rows, size = parameters[-1].shape
     inputs, timesteps = [x.contiguous() for x in inputs], timesteps.contiguous()
     tokens = parameters[-1].new_empty(*timesteps.shape, len(inputs), size)
@@ -20,11 +23,22 @@ def token_embedding(
     library().harmodt_token_embedding(
         byref(shape), pointers(parameters), pointer(tokens), threads()
     )
-    return tokens
+    return tokens, no_arrivals(len(inputs), size)
+
+
+@functools.cache
+def no_arrivals(inputs: int, size: int) -> Tensor:
+    """Zeros, int32 [inputs, size]. Only a GPU needs these counters, to find the last program."""
+    with torch.inference_mode(False):
+        return torch.zeros(inputs, size, dtype=torch.int32)
 
 
 def token_embedding_gradient(
-    d_tokens: Tensor, inputs: Sequence[Tensor], timesteps: Tensor, outs: Sequence[Tensor]
+    d_tokens: Tensor,
+    inputs: Sequence[Tensor],
+    timesteps: Tensor,
+    _: Tensor,
+    outs: Sequence[Tensor],
 ) -> None:
     inputs, timesteps = [x.contiguous() for x in inputs], timesteps.contiguous()
     shape, d_tokens = shape_of(inputs, timesteps, *outs[-1].shape[1:]), d_tokens.contiguous()

@@ -78,18 +78,19 @@ class _TokenEmbedding(torch.autograd.Function):
     def forward(ctx: Any, timesteps: Tensor, *tensors: Tensor) -> Tensor:
         """Takes inputs, parameters and gradients one by one: autograd finds no tensors in lists."""
         inputs, parameters = tensors[:3], tensors[3:10]
-        ctx.save_for_backward(timesteps, *inputs, *parameters)
+        tokens, arrivals = torch.ops.harmodt.token_embedding(inputs, timesteps, parameters)
+        ctx.save_for_backward(timesteps, arrivals, *inputs, *parameters)
         ctx.gradients = tensors[10:]
-        return torch.ops.harmodt.token_embedding(inputs, timesteps, parameters)
+        return tokens
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, d_tokens: Tensor) -> tuple[Tensor | None, ...]:
-        timesteps, *tensors = ctx.saved_tensors
+        timesteps, arrivals, *tensors = ctx.saved_tensors
         inputs, parameters = tensors[:3], tensors[3:]
         given = len(ctx.gradients) > 0
         outs = ctx.gradients if given else [torch.empty_like(p)[None] for p in parameters]
-        torch.ops.harmodt.token_embedding_gradient(d_tokens, inputs, timesteps, outs)
+        torch.ops.harmodt.token_embedding_gradient(d_tokens, inputs, timesteps, arrivals, outs)
         with torch.autocast(d_tokens.device.type, enabled=False):
             d_inputs = [
                 d_tokens.select(-2, i) @ parameters[2 * i] if ctx.needs_input_grad[1 + i] else None
@@ -101,8 +102,12 @@ class _TokenEmbedding(torch.autograd.Function):
 
 def _token_embedding_fake(
     inputs: Sequence[Tensor], timesteps: Tensor, parameters: Sequence[Tensor]
-) -> Tensor:
-    return inputs[0].new_empty(*timesteps.shape, len(inputs), parameters[-1].shape[1])
+) -> tuple[Tensor, Tensor]:
+    size = parameters[-1].shape[1]
+    return (
+        inputs[0].new_empty(*timesteps.shape, len(inputs), size),
+        inputs[0].new_empty(len(inputs), size, dtype=torch.int32),
+    )
 
 
 def _gradient_fake(*_: Any) -> None:
@@ -112,12 +117,14 @@ def _gradient_fake(*_: Any) -> None:
 register(
     __package__,
     "token_embedding",
-    "(Tensor[] inputs, Tensor timesteps, Tensor[] parameters) -> Tensor",
+    "(Tensor[] inputs, Tensor timesteps, Tensor[] parameters) -> (Tensor tokens, Tensor arrivals)",
     _token_embedding_fake,
 )
 register(
     __package__,
     "token_embedding_gradient",
-    "(Tensor d_tokens, Tensor[] inputs, Tensor timesteps, Tensor(a!)[] outs) -> ()",
+    # The GPU kernel counts its programs in `arrivals`, then sets it back to 0.
+    "(Tensor d_tokens, Tensor[] inputs, Tensor timesteps, Tensor arrivals, Tensor(a!)[] outs) "
+    "-> ()",
     _gradient_fake,
 )
