@@ -138,12 +138,18 @@ def test_records_of_the_other_kind_are_refused(store, tmp_path):
         path.write_bytes(content)
 
 
-def test_a_damaged_line_is_named(store, tmp_path):
+@pytest.mark.parametrize("name", ["costs", "metrics"])
+def test_a_damaged_line_is_named_and_nothing_changes(store, tmp_path, name):
     begin(store, tmp_path / "run")
-    path = RunDirectory(tmp_path / "run").costs
+    directory = RunDirectory(tmp_path / "run")
+    shutil.rmtree(directory.checkpoint(12))  # a resumed run drops later lines of both files
+    path = getattr(directory, name)
     path.write_bytes(path.read_bytes().replace(b'"step": 4', b'"step": 5', 1))
-    with pytest.raises(UserError, match=f"line 2 of {path} is damaged"):
+    before = {file: file.read_bytes() for file in directory.path.rglob("*") if file.is_file()}
+    with pytest.raises(UserError, match=rf"line \d of {path} is damaged"):
         train.main(["--resume", str(tmp_path / "run")])
+    after = {file: file.read_bytes() for file in directory.path.rglob("*") if file.is_file()}
+    assert after == before
 
 
 @pytest.mark.parametrize(

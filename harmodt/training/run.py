@@ -20,6 +20,7 @@ from ..results import versions
 from ..rundir import Part, RunDirectory
 from ..settings import change, from_json, settings, to_json
 from .kernel_check import check_new_kernels
+from .records import read_records
 from .trainer import Trainer
 
 
@@ -109,7 +110,8 @@ def resume(saved: SavedRun, config: TrainConfig) -> Trainer:
 
     Raises:
         UserError: the data or the device are missing; the store is not the run's store; or the
-            checkpoint is damaged, does not fit the model, or lies after the last step.
+            checkpoint is damaged, does not fit the model, or lies after the last step; or a log of
+            the run is damaged.
     """
     execution = _execution(config)
     store = _open_store(saved, config)
@@ -123,6 +125,9 @@ def resume(saved: SavedRun, config: TrainConfig) -> Trainer:
             f"the last checkpoint of {saved.directory.path} is of step {trainer.step}, but its "
             f"run.json asks for {trainer.steps} steps: restore run.json from a copy"
         )
+    # Read both logs before any file changes, so that a damaged one leaves the run as it was.
+    read_records(saved.directory.metrics, timed=False)
+    read_records(saved.directory.costs, timed=True)
     entries = _changes(saved, config, trainer.step)
     before = saved.directory.read().parts
     parts = _parts_with_next(before, _part(setup, trainer.step))
