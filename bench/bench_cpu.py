@@ -1,4 +1,4 @@
-"""Compares the CPU kernels with PyTorch's operations. The calls are made in turn.
+"""Compares the CPU kernels of the linear layers with PyTorch's. The calls are made in turn.
 
     pytest bench/bench_cpu.py --benchmark-only
 
@@ -18,18 +18,27 @@ To limit both sides to AVX2, set ONEDNN_MAX_CPU_ISA=AVX2 and HARMODT_ISA=avx2.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_masked_linear import TOLERANCE, Problem, dense, masked, of_backend
-from measuring import ON_GPU, assert_agree, fused, measure_in_turn, onednn, onednn_is_exact
+from bench_masked_linear import TOLERANCE, Problem, dense, forward_of, masked, of_backend
+from measuring import (
+    ON_GPU,
+    assert_agree,
+    fused,
+    inside,
+    measure_in_turn,
+    note_held,
+    onednn,
+    onednn_is_exact,
+)
 from torch import Tensor
 
-from harmodt_kernels import PYTORCH
-from harmodt_kernels.attention import pytorch as attention_pytorch
+from harmodt_kernels import Recording
 
 SHAPES = [(600, layer, 128) for layer in ("qkv", "out", "up", "down")]
 SHAPES += [(rows, "up", 256) for rows in (32, 600, 4800)]
@@ -37,17 +46,9 @@ CASES = [(passes, "float32", *s) for s in SHAPES for passes in ("forward", "forw
 CASES += [("forward + backward", "bf16", *shape) for shape in SHAPES]
 
 pytestmark = [
-    pytest.mark.skipif(ON_GPU, reason="PyTorch computes on a GPU here"),
+    pytest.mark.skipif(ON_GPU, reason="bench_masked_linear.py measures a GPU"),
     pytest.mark.benchmark(disable_gc=True),
 ]
-
-
-def inside(context: Callable[[], Any], call: Callable[[], Any]) -> Callable[[], Any]:
-    def run() -> Any:
-        with context():
-            return call()
-
-    return run
 
 
 @pytest.mark.parametrize(("passes", "products", "rows", "layer", "d"), CASES)
@@ -77,67 +78,39 @@ def bench_linear(benchmark: Any, passes: str, products: str, rows: int, layer: s
     measure_in_turn(benchmark, calls, seconds=1.0)
 
 
-@pytest.mark.parametrize("head_size", [16, 32])
+@pytest.mark.parametrize("rows", [600, 32])
+@pytest.mark.parametrize("tasks", [1, 5])
 @pytest.mark.parametrize("passes", ["forward", "forward + backward"])
-def bench_attention(benchmark: Any, passes: str, head_size: int) -> None:
-    torch.manual_seed(0)
-    qkv = torch.randn(40, 75, 3, 8, head_size, requires_grad=passes != "forward")
-    d_out = torch.randn(40, 75, 8, head_size)
-    kernel = fused().attention
+def bench_masks(benchmark: Any, passes: str, tasks: int, rows: int) -> None:
+    """What masks cost: the layer "up" with random masks, with full masks, and without masks.
 
-    def run(attention: Callable[[], Tensor]) -> Tensor:
-        if passes == "forward":
-            with torch.no_grad():
-                return attention()
-        return torch.autograd.grad(attention(), qkv, d_out)[0]
-
-    def by_kernel() -> Tensor:
-        return run(lambda: kernel(qkv, slice(None), 0.0))
-
-    def by_products() -> Tensor:
-        return attention_pytorch.attention(qkv, slice(None), 0.0)
-
-    def by_pytorch() -> Tensor:
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
-
-    for other in (by_products, by_pytorch):
-        assert_agree(by_kernel(), run(other), 1e-5)
-    calls = {
-        "fused": by_kernel,
-        "products and softmax": lambda: run(by_products),
-        "the same, oneDNN": inside(onednn, lambda: run(by_products)),
-        "F.scaled_dot_product_attention": lambda: run(by_pytorch),
+    A call with one row of x per task packs all weights, but multiplies next to nothing. With masks
+    it packs them once per task; without masks it packs them once. Recorded calls are replayed, so
+    that Python adds no time to any row.
+    """
+    problem = Problem.random(torch.float32, 128, "up", tasks, 4 if benchmark.disabled else rows)
+    one_row = dataclasses.replace(problem, x=problem.x[:, :1], dy=problem.dy[:, :1].contiguous())
+    cases = {
+        "fused": (problem, "fused"),
+        "full masks": (problem, "fused, full masks"),
+        "no masks": (problem, "fused, no masks"),
+        "one row per task: packing": (one_row, "fused"),
+        "the same, no masks": (one_row, "fused, no masks"),
     }
-    benchmark.group = "attention: 40 sequences of 75 tokens, 8 heads"
-    measure_in_turn(benchmark, calls, seconds=1.0)
+    recordings = {name: recorded(*case, passes) for name, case in cases.items()}
+    for name, (operands, path) in cases.items():
+        recordings[name].replay()
+        expected = operands.expected(path == "fused")[0 if passes == "forward" else 1]
+        assert_agree(recordings[name].result, expected, TOLERANCE["float32"])
+    benchmark.group = "what masks cost: layer up, d = 128, replayed; fused has 13 of 16 bits set"
+    measure_in_turn(benchmark, {name: r.replay for name, r in recordings.items()}, seconds=1.0)
+    if not benchmark.disabled:
+        note_held(benchmark, {name: r.nbytes for name, r in recordings.items()})
 
 
-@pytest.mark.parametrize("passes", ["forward", "forward + backward"])
-def bench_layer_norm(benchmark: Any, passes: str) -> None:
-    problem = Problem.random(torch.float32, 128, "out", 5, 600)
-    bits = (problem.bias_bits, problem.bias_bits, problem.task_ids)
-
-    def run(layer_norm: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
-        weight = problem.bias
-
-        def forward(x: Tensor, _: Tensor, bias: Tensor) -> Tensor:
-            return layer_norm(x, weight, bias, *bits)[0]
-
-        if passes == "forward":
-            return problem.forward(forward)
-        x = problem.x.requires_grad_()
-        return torch.autograd.grad(forward(x, weight, problem.bias), x, problem.dy)[0]
-
-    def plain(x: Tensor, weight: Tensor, bias: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-        return F.layer_norm(x, x.shape[-1:], weight, bias), x
-
-    kernel = fused().masked_layer_norm
-    assert_agree(run(kernel), run(PYTORCH.masked_layer_norm), 1e-5)
-    calls = {
-        "fused": lambda: run(kernel),
-        "PyTorch dense": lambda: run(plain),
-        "reference": lambda: run(PYTORCH.masked_layer_norm),
-    }
-    benchmark.group = "LayerNorm: 5 tasks x 600 rows, d = 128"
-    measure_in_turn(benchmark, calls, seconds=1.0)
+def recorded(problem: Problem, path: str, passes: str) -> Recording:
+    """A recording of a layer. Its result is y, or the gradient of x if there is a backward pass."""
+    forward = forward_of(path, problem, "")
+    if passes == "forward":
+        return Recording(lambda: problem.forward(forward))
+    return Recording(lambda: problem.forward_backward(forward)[1])

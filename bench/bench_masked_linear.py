@@ -5,11 +5,17 @@
 A step has a group of 600 rows (8 windows of 75 tokens) for each task, but at most GROUPS groups.
 The masks of all tasks are in memory. As in the model, the layer "up" ends in a ReLU. The paths:
 
-    fused       the kernels, which apply the bits to tiles of W
-    reference   plain PyTorch: one masked copy of W per group, then a batched product
-    compiled    the reference through torch.compile
-    vmap        torch.func: a linear layer called on the stacked masked copies
-    dense       no masks: the lower bound
+    fused                the kernels, which apply the bits to tiles of W
+    fused, full masks    on a GPU, the kernels with masks whose bits are all 1
+    fused, no masks      on a GPU, the kernels without masks
+    reference            plain PyTorch: one masked copy of W per group, then a batched product
+    compiled             the reference through torch.compile
+    vmap                 torch.func: a linear layer called on the stacked masked copies
+    dense                no masks: the lower bound. W is in float32, and each call casts it
+    dense, W cast once   in bf16, the same on a W that is in bf16 already; so is its gradient
+
+The rows "full masks" and "no masks" show what the masks cost. On a CPU, bench_cpu.py times this in
+turn, because the difference is less than what the machine's speed changes between two benchmarks.
 
 Before a path is timed, its results are compared with the definition in float64. For this the
 weights are rounded to the dtype of the products.
@@ -21,6 +27,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -47,6 +54,8 @@ if ON_GPU:
     CASES += [("float32", d, "up", 5) for d in (128, 256)]
 else:
     CASES = [("float32", 128, "up", tasks) for tasks in TASKS] + [("float32", 256, "up", 5)]
+
+MASKED = ("fused", "reference", "compiled", "vmap")
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -88,6 +97,17 @@ class Problem:
         dy = self.dy.masked_fill(edges[0] | edges[1], 0.0)
         return dataclasses.replace(self, dy=dy, relu=True)
 
+    def without_masks(self) -> Problem:
+        """The problem with every weight active: its masks are full."""
+        bits = (torch.full_like(bits, -1) for bits in (self.weight_bits, self.bias_bits))
+        weight_bits, bias_bits = bits
+        return dataclasses.replace(self, weight_bits=weight_bits, bias_bits=bias_bits)
+
+    def cast(self) -> Problem:
+        """The problem with weight and bias in the dtype of x."""
+        weight, bias = self.weight.to(self.x.dtype), self.bias.to(self.x.dtype)
+        return dataclasses.replace(self, weight=weight, bias=bias)
+
     @property
     def masks(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.weight_bits, self.bias_bits, self.task_ids
@@ -104,10 +124,9 @@ class Problem:
 
     def expected(self, masked: bool) -> tuple[Tensor, ...]:
         """The results of `forward_backward` by the definition in float64."""
-        bits = self.masks[:2] if masked else (torch.full_like(b, -1) for b in self.masks[:2])
-        weight, bias = (t.to(self.x.dtype).double() for t in (self.weight, self.bias))
-        operands = self.x.double(), weight, bias, self.dy.double(), *bits
-        exact = Problem(*operands, self.task_ids, self.relu)
+        problem = self.cast() if masked else self.cast().without_masks()
+        operands = (t.double() for t in (problem.x, problem.weight, problem.bias, problem.dy))
+        exact = Problem(*operands, *problem.masks, self.relu)
         return exact.forward_backward(of_backend(REFERENCE.masked_linear, exact))
 
 
@@ -151,9 +170,14 @@ def forward_of(path: str, problem: Problem, compiler: str) -> Forward:
     """The layer of a path; `compiler` is torch.compile's backend."""
     if path == "fused":
         return of_backend(fused().masked_linear, problem)
+    if path == "fused, full masks":
+        return of_backend(fused().masked_linear, problem.without_masks())
+    if path == "fused, no masks":
+        kernel = partial(fused().masked_linear, relu=problem.relu)
+        return lambda x, weight, bias: kernel(x, weight, bias, None, None, None)
     if path == "vmap":
         return activated(problem, vmap(problem))
-    if path == "dense":
+    if path.startswith("dense"):
         return activated(problem, dense)
     reference = of_backend(PYTORCH.masked_linear, problem)
     if path == "reference":
@@ -170,15 +194,30 @@ def problem_and_results(
     return problem, problem.expected(is_masked)
 
 
-@pytest.mark.parametrize("path", ["fused", "reference", "compiled", "vmap", "dense"])
-@pytest.mark.parametrize(("dtype", "d", "layer", "tasks"), CASES)
-@pytest.mark.parametrize("passes", ["forward + backward", "forward"])
+def paths_of(dtype: str) -> list[str]:
+    """The paths of the benchmarks whose products are in a dtype."""
+    cast = [] if dtype == "float32" else ["dense, W cast once"]
+    return [*MASKED, "dense", *cast, *(("fused, full masks", "fused, no masks") if ON_GPU else ())]
+
+
+@pytest.mark.parametrize(
+    ("passes", "dtype", "d", "layer", "tasks", "path"),
+    [
+        (passes, *case, path)
+        for passes in ("forward + backward", "forward")
+        for case in CASES
+        for path in paths_of(case[0])
+        # compiling for a CPU takes long, and both passes include the forward one
+        if ON_GPU or (passes, path) != ("forward", "compiled")
+    ],
+)
 def bench_masked_linear(
     benchmark: Any, passes: str, dtype: str, d: int, layer: str, tasks: int, path: str
 ) -> None:
     problem, expected = problem_and_results(
-        dtype, d, layer, tasks, 4 if benchmark.disabled else ROWS, path != "dense"
+        dtype, d, layer, tasks, 4 if benchmark.disabled else ROWS, path in MASKED
     )
+    problem = problem.cast() if path == "dense, W cast once" else problem
     # Without timing, only check that the whole graph compiles: generating code takes too long.
     forward = forward_of(path, problem, "aot_eager" if benchmark.disabled else "inductor")
     run = problem.forward if passes == "forward" else problem.forward_backward

@@ -74,9 +74,13 @@ def measure(benchmark: Any, call: Callable[[], object], *, cold: bool = True) ->
 
 
 def measure_in_turn(
-    benchmark: Any, calls: Mapping[str, Callable[[], object]], seconds: float = 3.0
+    benchmark: Any,
+    calls: Mapping[str, Callable[[], object]],
+    seconds: float = 3.0,
+    *,
+    on_device: bool = False,
 ) -> None:
-    """Time calls in turn, round after round, on the host.
+    """Time calls in turn, round after round.
 
     The speed of a shared machine changes from second to second. Ratios of calls that are made in
     turn are reliable even if times are not. The first call is the benchmark's own. For the others,
@@ -85,21 +89,27 @@ def measure_in_turn(
     Args:
         calls: the calls by name. The caller has checked their results.
         seconds: the time for all rounds, or longer if three rounds take longer.
+        on_device: whether to measure the time on the device, without the host's launches, as
+            `measure` does. The benchmark's timer must then be `timer`. Otherwise it is the time on
+            the host until the device is done.
     """
-    first, *others = (finished(call) for call in calls.values())
+    first, *others = calls.values() if on_device else map(finished, calls.values())
+    seconds_of = _seconds if on_device else _host_seconds
     if benchmark.disabled:
         for call in others:
             call()
         benchmark.pedantic(first)
         return
-    notes = [_notes(call) for call in (first, *others)]
-    once = sum(_host_seconds(call) for call in (first, *others))
+    notes = [_notes(finished(call)) for call in (first, *others)]
+    once = sum(seconds_of(call) for call in (first, *others))
     rounds = min(max(round(seconds / once), 3), MOST_ROUNDS)
     times: list[list[float]] = [[] for _ in others]
 
     def run_others() -> None:
         for call, values in zip(others, times, strict=True):
-            values.append(_host_seconds(call))
+            values.append(seconds_of(call))
+        if on_device:
+            _prepare()
 
     benchmark.pedantic(first, setup=run_others, rounds=rounds)
     benchmark.extra_info.update(notes[0])
@@ -118,6 +128,18 @@ def _notes(call: Callable[[], object]) -> dict[str, int]:
         kernels, _ = profiled(call)
         notes["launches"] = sum(count for count, _ in kernels.values())
     return notes
+
+
+def note_held(benchmark: Any, held: Mapping[str, int]) -> None:
+    """Add the memory that stays between calls to the memory that a call allocates.
+
+    Args:
+        held: bytes by the name of a call, in the order of the calls that were measured in turn.
+    """
+    first, *others = held.items()
+    benchmark.extra_info["peak_bytes"] += first[1]
+    for name, size in others:
+        benchmark.extra_info["beside"][name]["peak_bytes"] += size
 
 
 def profiled(call: Callable[[], object]) -> tuple[dict[str, tuple[int, float]], Counter[str]]:
@@ -156,6 +178,16 @@ def finished(call: Callable[[], object]) -> Callable[[], object]:
         result = call()
         torch.cuda.synchronize()
         return result
+
+    return run
+
+
+def inside(context: Callable[[], Any], call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call, each time inside a new context."""
+
+    def run() -> Any:
+        with context():
+            return call()
 
     return run
 

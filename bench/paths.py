@@ -2,16 +2,24 @@
 
 The paths:
 
-    fused           the kernels
-    masked copies   one pass makes W ⊙ M of all layers for the tasks of the step, PyTorch's batched
-                    products multiply with these copies, and one pass masks and sums the gradients.
-                    All other operations are those of "fused"
-    reference       masks in plain PyTorch: --no-fused
-    dense           Prompt-DT: the same model without masks, in PyTorch
-    dense, oneDNN   on a CPU, the same with oneDNN's products, which are faster on AMD's processors
-    compiled        "dense" through torch.compile, with PyTorch's fused AdamW
+    fused                  the kernels
+    fused, computed anew   on a CPU, the same without a recording: Python calls every kernel
+    masked copies          one pass makes W ⊙ M of all layers for the tasks of the step, PyTorch's
+                           batched products multiply with these copies, and one pass masks and sums
+                           the gradients. All other operations are those of "fused"
+    reference              masks in plain PyTorch: --no-fused
+    reference, compiled    masks in plain PyTorch through torch.compile, which also compiles AdamW
+    dense                  Prompt-DT: the same model without masks, in PyTorch
+    dense, recorded        on a CPU, the same, but recorded and replayed as "fused" is
+    dense, oneDNN          on a CPU, "dense" with oneDNN's products, which are faster on AMD's
+                           processors
+    compiled               "dense" through torch.compile, with PyTorch's fused AdamW
 
-"masked copies" and "compiled" also use oneDNN's products if these keep float32 operands.
+On a CPU, the trainers of "fused", "masked copies" and "dense, recorded" replay a recorded step. A
+recording cannot replay draws of PyTorch's generator. So "dense, recorded" draws its dropout with an
+operation that first seeds the generator with the seed of the dropout.
+
+"masked copies" and the compiled paths also use oneDNN's products if these keep float32 operands.
 """
 
 from __future__ import annotations
@@ -20,6 +28,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -34,12 +43,17 @@ from harmodt.data.store import DataStore
 from harmodt.masks.bank import MaskBank, TaskMasks
 from harmodt.settings import change
 from harmodt.training.trainer import Trainer
-from harmodt_kernels import PYTORCH, Backend, MaskedLinear, pack_bits, unpack_bits
+from harmodt_kernels import PYTORCH, REFERENCE, Backend, MaskedLinear, pack_bits, unpack_bits
+from harmodt_kernels.bits import BITS_PER_WORD
 from harmodt_kernels.dropout_add.pytorch import dropout_mask
 from harmodt_kernels.norm_linear.reference import norm_then_linear
 
-DENSE = ("dense", "compiled") if ON_GPU else ("dense", "dense, oneDNN", "compiled")
-PATHS = ("fused", "masked copies", "reference", *DENSE)
+ANEW = () if ON_GPU else ("fused, computed anew",)
+FUSED = ("fused", *ANEW, "masked copies")
+DENSE = ("dense",) if ON_GPU else ("dense", "dense, recorded", "dense, oneDNN")
+COMPILED = ("reference, compiled", "compiled")
+PATHS = (*FUSED, "reference", *DENSE, *COMPILED)
+WITHOUT_MASKS = (*DENSE, "compiled")
 STEP = {"tasks_per_step": 5, "batch_per_task": 8}
 
 
@@ -54,35 +68,46 @@ def make_trainer(
     Args:
         compiler: torch.compile's backend, for the path "compiled".
     """
-    on_kernels = path in ("fused", "masked copies")
+    on_kernels = path in FUSED
     kernels = fused() if on_kernels else None
-    config = preset("paper", "prompt-dt" if path in DENSE else "harmodt-f")
+    config = preset("paper", "prompt-dt" if path in WITHOUT_MASKS else "harmodt-f")
     config = change(config, {**STEP, "fused": on_kernels, "graph": not ON_GPU, **settings})
+    if path in ANEW:
+        config = change(config, {"graph": False})
     if path == "masked copies":
         assert kernels is not None
         copies = MaskedCopies(kernels)
         trainer = tiny.make_trainer(store, config, DEVICE, copies.backend)
         copies.bank = trainer.learner.bank
+    elif path == "dense, recorded":
+        trainer = tiny.make_trainer(store, config, DEVICE, for_recording())
     elif path == "dense, oneDNN":
         # PyTorch selects oneDNN for this precision, whether or not oneDNN rounds operands
         config = change(config, {"precision": "bf16"})
         backend = dataclasses.replace(PYTORCH, rounds_inside=True)
         trainer = tiny.make_trainer(store, config, DEVICE, backend)
-    elif path == "compiled":
-        backend = for_compiler()
+    elif path in COMPILED:
+        backend = for_compiler(path == "reference, compiled", compiler)
         config = change(config, {"precision": "bf16"} if backend.rounds_inside else {})
         trainer = tiny.make_trainer(store, config, DEVICE, backend)
-        torch.compiler.reset()  # else other models count as recompilations, and those are limited
-        model, vector = trainer.learner.model, trainer.learner.vector
-        # The compiler takes no hooks: autograd adds the gradients, as in an ordinary program.
-        trainer.learner._masks = TaskMasks(vector, None, trainer.learner.feed.task_ids)
-        trainer.learner.clear_gradients = vector.gradient.zero_
-        trainer.learner.backward = lambda losses: losses.mean().backward()
-        for module in [model] if ON_GPU else model.blocks:
-            module.compile(backend=compiler, dynamic=False, fullgraph=True)
+        compile_model(trainer, compiler)
     else:
         trainer = tiny.make_trainer(store, config, DEVICE)
     return trainer
+
+
+def compile_model(trainer: Trainer, compiler: str) -> None:
+    """Compile the model of a trainer: the whole model on a GPU, and each block on a CPU."""
+    torch.compiler.reset()  # else other models count as recompilations, and those are limited
+    learner = trainer.learner
+    # The compiler takes no hooks: autograd adds the gradients, as in an ordinary program.
+    learner._masks = TaskMasks(learner.vector, learner.mask_bits, learner.feed.task_ids)
+    for layer in learner.vector.layers:
+        learner._masks.of(layer)  # keeps the layer's masks, which the compiler only reads
+    learner.clear_gradients = learner.vector.gradient.zero_
+    learner.backward = lambda losses: losses.mean().backward()
+    for module in [learner.model] if ON_GPU else learner.model.blocks:
+        module.compile(backend=compiler, dynamic=False, fullgraph=True)
 
 
 class Graph:
@@ -260,56 +285,157 @@ def _fastest_products() -> contextlib.AbstractContextManager[None]:
     return onednn() if not ON_GPU and onednn_is_exact() else contextlib.nullcontext()
 
 
-def for_compiler() -> Backend:
-    """Operations without masks, which torch.compile compiles whole, and PyTorch's optimiser."""
+def for_recording() -> Backend:
+    """PyTorch's operations without masks, which a CPU can record."""
+    # with this name, a CPU records the step as it records the kernels'
+    return dataclasses.replace(_with_dropout(_dropout, PYTORCH.masked_linear), name="cpu-pytorch")
+
+
+def for_compiler(masked: bool, compiler: str) -> Backend:
+    """Operations that torch.compile compiles whole, and an optimiser.
+
+    Args:
+        masked: whether there are masks. AdamW with masks is compiled too. Without masks it is
+            PyTorch's fused AdamW.
+        compiler: torch.compile's backend.
+    """
+
+    def dropout(x: Tensor, drop: float, seed: Tensor | None) -> Tensor:
+        return _dropout(x, drop, None)  # the generator's own draws: the compiler needs no seed
+
+    rounds_inside = not ON_GPU and onednn_is_exact()
+    if not masked:
+        backend = _with_dropout(dropout, PYTORCH.masked_linear)
+        return dataclasses.replace(
+            backend, masked_adamw=LibraryAdamW(), rounds_inside=rounds_inside
+        )
+    return dataclasses.replace(
+        _with_dropout(dropout, _masked_linear),
+        masked_layer_norm=_masked_layer_norm,
+        norm_linear=partial(norm_then_linear, _masked_layer_norm, _masked_linear),
+        masked_adamw=torch.compile(
+            REFERENCE.masked_adamw, backend=compiler, dynamic=False, fullgraph=True
+        ),
+        rounds_inside=rounds_inside,
+    )
+
+
+def _with_dropout(dropout: Callable[..., Tensor], linear: Callable[..., Tensor]) -> Backend:
+    """PyTorch's operations with a form of dropout and of the masked linear layer."""
 
     def dropout_add(
         x: Tensor | None, branch: Tensor, drop: float, seed: Tensor | None = None
     ) -> Tensor:
-        dropped = _dropout(branch, drop)
+        dropped = dropout(branch, drop, seed)
         return dropped if x is None else x + dropped
 
     def linear_residual(x: Tensor, *layer: Any, seed: Tensor | None, **more: Any) -> Tensor:
         *layer, residual, drop = layer
-        return dropout_add(residual, PYTORCH.masked_linear(x, *layer, **more), drop)
+        return dropout_add(residual, linear(x, *layer, **more), drop, seed)
 
     return dataclasses.replace(
         PYTORCH,
+        masked_linear=linear,
         linear_residual=linear_residual,
         dropout_add=dropout_add,
-        attention=PYTORCH.attention if ON_GPU else _attention,
-        masked_adamw=LibraryAdamW(),
-        rounds_inside=not ON_GPU and onednn_is_exact(),
+        attention=PYTORCH.attention if ON_GPU else partial(_attention, dropout),
     )
 
 
-def _attention(
-    qkv: Tensor, queries: slice, drop: float, past: None = None, seed: Tensor | None = None
+def _masked(values: Tensor, bits: Tensor, task_ids: Tensor) -> Tensor:
+    """Masked copies of a weight or bias [..., K] for the groups' tasks, [G, ..., K].
+
+    The compiler fuses the unpacking of bits with what reads the copy.
+    """
+    shifts = torch.arange(BITS_PER_WORD, dtype=torch.int32, device=bits.device)
+    mask = ((bits[task_ids][..., None] >> shifts) & 1).flatten(-2)[..., : values.shape[-1]]
+    return torch.where(mask.bool(), values, 0.0)
+
+
+def _masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    weight_bits: Tensor | None,
+    bias_bits: Tensor | None,
+    task_ids: Tensor,
+    *,
+    relu: bool = False,
+    **more: Any,
 ) -> Tensor:
-    """Attention over whole sequences on a CPU. The compiler fuses all that is between products."""
+    """A masked linear layer for the compiler, which derives the backward pass."""
+    if weight_bits is None or bias_bits is None:  # the head has no masks
+        return PYTORCH.masked_linear(x, weight, bias, None, None, None, relu=relu, **more)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    copies = _masked(weight, weight_bits, task_ids).to(x.dtype)
+    biases = _masked(bias, bias_bits, task_ids).to(x.dtype)
+    y = torch.baddbmm(biases[:, None], x, copies.mT)
+    return y.relu() if relu else y
+
+
+def _masked_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    weight_bits: Tensor | None,
+    bias_bits: Tensor | None,
+    task_ids: Tensor,
+    *,
+    epsilon: float = 1e-5,
+    dtype: torch.dtype | None = None,
+    **more: Any,
+) -> tuple[Tensor, Tensor]:
+    """A masked LayerNorm for the compiler."""
+    if weight_bits is None or bias_bits is None:
+        operands = x, weight, bias, None, None, None
+        return PYTORCH.masked_layer_norm(*operands, epsilon=epsilon, dtype=dtype, **more)
+    gain, shift = (
+        _masked(values, bits, task_ids)[:, None]
+        for values, bits in ((weight, weight_bits), (bias, bias_bits))
+    )
+    y = F.layer_norm(x, x.shape[-1:], eps=epsilon) * gain + shift
+    return y if dtype is None else y.to(dtype), x
+
+
+def _attention(
+    dropout: Callable[..., Tensor],
+    qkv: Tensor,
+    queries: slice,
+    drop: float,
+    past: None = None,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """The attention of plain PyTorch over whole sequences on a CPU, with a form of dropout."""
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
     tokens = qkv.shape[1]
-    later = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)[queries]
+    later = query.new_full((tokens, tokens), -math.inf).triu(1)[queries]
     scores = (query[:, :, queries] * query.shape[-1] ** -0.5) @ key.mT
-    weights = scores.masked_fill(later, -math.inf).softmax(-1)
-    return (_dropout(weights, drop) @ value).transpose(1, 2)
+    weights = scores.add_(later).softmax(-1)
+    return (dropout(weights, drop, seed) @ value).transpose(1, 2)
 
 
-def _dropout(x: Tensor, drop: float) -> Tensor:
-    """Dropout with fast random numbers on a CPU: the compiler's own are many times slower."""
+def _dropout(x: Tensor, drop: float, seed: Tensor | None) -> Tensor:
+    """Dropout with fast random numbers on a CPU: the compiler's own are many times slower.
+
+    Args:
+        seed: int64 [], with which PyTorch's generator is seeded first; or None.
+    """
     if ON_GPU or not drop:
         return F.dropout(x, drop)
-    return x * _kept(x, drop).to(x.dtype) / (1 - drop)
+    return x * _kept(x, drop, seed).to(x.dtype) / (1 - drop)
 
 
 @torch.library.custom_op("harmodt_bench::kept", mutates_args=())
-def _kept(x: Tensor, drop: float) -> Tensor:
+def _kept(x: Tensor, drop: float, seed: Tensor | None) -> Tensor:
     """The elements that dropout keeps, drawn as for the path "dense"."""
+    if seed is not None:
+        torch.default_generator.manual_seed(int(seed))
     return dropout_mask(x.shape, drop)
 
 
 @_kept.register_fake
-def _(x: Tensor, drop: float) -> Tensor:
+def _(x: Tensor, drop: float, seed: Tensor | None) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.bool)
 
 

@@ -165,10 +165,13 @@ def plain_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def text(rows: list[Row], width: int) -> str:
-    """A table with a line for each case above its paths. Long paths are truncated."""
+    """A table with a line for each case above its paths.
+
+    A path that is too long for its column stands whole on lines above its numbers.
+    """
     columns = cells(rows)
     room = width - 2 - sum(max(map(len, (h, *column))) + 2 for h, column in columns.items() if h)
-    columns[""] = [p if len(p) <= room - 2 else f"{p[: room - 3]}…" for p in columns[""]]
+    columns[""] = [row.path if len(row.path) + 2 <= room else "" for row in rows]
     widths = [max(map(len, (head, *column))) + 2 for head, column in columns.items()]
     aligned = [
         line[0].ljust(widths[0]) + "".join(map(str.rjust, line[1:], widths[1:]))
@@ -179,6 +182,8 @@ def text(rows: list[Row], width: int) -> str:
         if row.case != case:
             lines += textwrap.wrap(row.case, width)
             case = row.case
+        if len(row.path) + 2 > room:
+            lines += textwrap.wrap(row.path, width, initial_indent="  ", subsequent_indent="  ")
         lines.append(f"  {line}")
     return "\n".join(line.rstrip() for line in lines)
 
