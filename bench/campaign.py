@@ -144,10 +144,12 @@ def all_parts(train_minutes: int = 0, output: Path = Path("results")) -> list[Pa
         ),
         Part(
             "profile",
-            "which kernels take the time of a training step?",
-            60,
-            (f"{BENCH}/profile_kernels.py", "--output", "RESULT"),
-            ("--tasks", "1"),
+            "which kernels take the time of a training step, and is tf32x3 faster than fp32?",
+            90,
+            *(
+                (f"{BENCH}/profile_kernels.py", "--output", "RESULT", "--precision", *which)
+                for which in (("fp32", "tf32x3", "bf16"), ("fp32", "--tasks", "1"))
+            ),
             profile_kernels.table,
         ),
         Part(
@@ -169,8 +171,8 @@ def all_parts(train_minutes: int = 0, output: Path = Path("results")) -> list[Pa
         Part(
             "compiled",
             "how fast is a training step through torch.compile?",
-            300,
-            (*benchmarks(300, "train_step"), "-k", "compiled"),
+            270,
+            (*benchmarks(270, "train_step"), "-k", "compiled"),
             ("-k", "sampling"),
             report.tables,
         ),

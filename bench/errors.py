@@ -23,7 +23,7 @@ from torch import Tensor
 from harmodt.files import write_json
 from harmodt_kernels import PYTORCH, REFERENCE, Backend, LayerMasks, fused_backend
 
-PRECISIONS = ("bf16", "tf32", "fp32") if ON_GPU else ("bf16", "fp32")
+PRECISIONS = ("bf16", "tf32", "tf32x3", "fp32") if ON_GPU else ("bf16", "fp32")
 Results = dict[str, Tensor]
 Operation = Callable[[Backend, torch.dtype, torch.dtype], Results]
 

@@ -1,6 +1,6 @@
 """Prints a table of the kernels of a training step and of their time, by torch.profiler.
 
-    python bench/profile_kernels.py [--tasks 1 5 50] [--precision bf16] [--output profile.json]
+    python bench/profile_kernels.py [--tasks 1 5 50] [--precision bf16 …] [--output profile.json]
 
 The step is that of the path "fused". A host wait is a call in which the host waits until the device
 is done. On a CPU, the table shows PyTorch's operations instead of kernels.
@@ -31,13 +31,14 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 5, 50])
-    parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
+    choices = ("fp32", "tf32x3", "bf16")
+    parser.add_argument("--precision", nargs="+", default=["bf16"], choices=choices)
     parser.add_argument("--output", type=Path, help="JSON file; by default, print a table")
     arguments = parser.parse_args()
     prepare_cpu()
     with tempfile.TemporaryDirectory() as folder:
         store = random_store(Path(folder) / "store", episodes=2, tasks="mt50")
-        found = [measure(store, tasks, arguments.precision) for tasks in arguments.tasks]
+        found = [measure(store, t, p) for p in arguments.precision for t in arguments.tasks]
     if arguments.output is None:
         print(table(found))
     else:
@@ -71,13 +72,14 @@ def measure(store: DataStore, tasks: int, precision: str) -> dict[str, Any]:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """Markdown tables: a line per number of tasks, then the longest kernels of the last one."""
+    """Markdown tables: a line per step, then the longest kernels of the last one."""
     what = "kernels" if ON_GPU else "operations"
     overview = plain_table(
-        ["tasks", "a step", f"in {what}", what, "host waits"],
+        ["tasks", "precision", "a step", f"in {what}", what, "host waits"],
         [
             [
                 str(row["tasks"]),
+                row["precision"],
                 seconds(row["wall_seconds"]),
                 seconds(row["device_seconds"]),
                 f"{row['launches']:.0f}",

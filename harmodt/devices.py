@@ -61,8 +61,8 @@ class Execution:
             UserError: there is no such device, or it lacks fused kernels or this precision.
         """
         found = find_device(device)
-        if precision == "tf32" and found.type != "cuda":
-            raise UserError("precision tf32 is a mode of GPUs: use fp32 or bf16 on a CPU")
+        if precision in ("tf32x3", "tf32") and found.type != "cuda":
+            raise UserError(f"precision {precision} is a mode of GPUs: use fp32 or bf16 on a CPU")
         memory = CudaMemory(found) if found.type == "cuda" else RecordingMemory()
         return cls(found, _choose_backend(fused, found), precision, graph, memory=memory)
 

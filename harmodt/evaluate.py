@@ -55,8 +55,8 @@ class PolicyOptions:
     """Number of steps with which ddim draws a plan; by default the run's."""
     device: str | None = None
     """PyTorch device, such as cpu, cuda or cuda:1; by default the run's."""
-    precision: Literal["fp32", "tf32", "bf16"] | None = None
-    """Precision of the matrix products (tf32: GPUs only); by default the run's."""
+    precision: Literal["fp32", "tf32x3", "tf32", "bf16"] | None = None
+    """Precision of the matrix products (tf32x3, tf32: GPUs only); by default the run's."""
     fused: Annotated[bool, tyro.conf.FlagCreatePairsOff, _KERNELS] = False
     """Act with the fused kernels, whatever the run was trained with."""
     no_fused: Annotated[bool, tyro.conf.FlagCreatePairsOff, _KERNELS] = False

@@ -19,6 +19,7 @@ from .dropout_add import reference as dropout_reference
 from .harmony_selection import Selection
 from .harmony_selection import operation as harmony_operation
 from .harmony_selection import reference as harmony_reference
+from .launch import float32_in_three_products
 from .linear_residual import operation as residual_operation
 from .linear_residual import pytorch as residual_pytorch
 from .linear_residual import reference as residual_reference
@@ -38,7 +39,10 @@ from .registration import check_available, kernels_for
 from .token_embedding import operation as embedding_operation
 from .token_embedding import reference as embedding_reference
 
-Precision = Literal["fp32", "tf32", "bf16"]
+Precision = Literal["fp32", "tf32x3", "tf32", "bf16"]
+
+# The names that `torch.set_float32_matmul_precision` gives to the settings of `fp32_precision`.
+_OLDER_NAMES = {"ieee": "highest", "tf32": "high", "bf16": "medium"}
 
 
 @dataclass(frozen=True)
@@ -74,36 +78,61 @@ class Backend:
 
         On exit it restores the previous precision.
 
+        The error of a product of two float32 numbers, relative to the product, is at most 2⁻²⁴ in
+        "fp32", 2⁻¹⁹ in "tf32x3" and 2⁻⁹ in "tf32". All three add the products in float32.
+
         Args:
-            name: "fp32"; "tf32", which only GPUs have; or "bf16". For "bf16" the kernels round the
-                operands themselves if the backend can (`rounds_inside`); otherwise PyTorch's
-                autocast converts them.
+            name: "fp32"; "tf32x3" or "tf32", which only GPUs have; or "bf16". "fp32" uses no matrix
+                units on NVIDIA's GPUs. "tf32x3" does: Triton's kernels split each operand into two
+                TF32 numbers and add three of the four products of these. PyTorch's own products
+                stay in float32 then. On AMD's GPUs, whose matrix units multiply float32, "tf32x3"
+                is "fp32". For "bf16" the kernels round the operands themselves if the backend can
+                (`rounds_inside`); otherwise PyTorch's autocast converts them.
             device: the device of the matrices.
 
         Raises:
-            ValueError: the precision is unknown, or it is "tf32" and the device is not a GPU.
+            ValueError: the precision is unknown, or only GPUs have it and the device is none.
         """
         device = torch.device(device)
         if name not in get_args(Precision):
             raise ValueError(f"precision {name!r} is none of {', '.join(get_args(Precision))}")
-        if name == "tf32" and device.type != "cuda":
-            raise ValueError(f"tf32 is a mode of GPUs: use fp32 or bf16 on a {device.type}")
+        if name in ("tf32x3", "tf32") and device.type != "cuda":
+            raise ValueError(f"{name} is a mode of GPUs: use fp32 or bf16 on a {device.type}")
         return self._computing(name, device)
 
     @contextlib.contextmanager
     def _computing(self, name: Precision, device: torch.device) -> Iterator[None]:
-        library = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-        products = library.matmul
         by_switch = name == "tf32" or (name == "bf16" and self.rounds_inside)
         autocast = name == "bf16" and not self.rounds_inside
-        before = products.fp32_precision
-        products.fp32_precision = name if by_switch else "ieee"
-        try:
+        in_three = name == "tf32x3" and torch.version.hip is None
+        with (
+            _float32_products(name if by_switch else "ieee"),
+            float32_in_three_products(in_three),
             # Autocast's cache would keep the bf16 weights of the first step for all later steps.
-            with torch.autocast(device.type, torch.bfloat16, autocast, cache_enabled=False):
-                yield
-        finally:
-            products.fp32_precision = before
+            torch.autocast(device.type, torch.bfloat16, autocast, cache_enabled=False),
+        ):
+            yield
+
+
+@contextlib.contextmanager
+def _float32_products(precision: str) -> Iterator[None]:
+    """A context that sets PyTorch's switches for products of float32, the older one as well.
+
+    If only the newer switches said "tf32" or "bf16", PyTorch would raise when it reads the older
+    one. torch.compile reads it.
+    """
+    switches = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "ieee"  # now the older switch can be read
+    older = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(_OLDER_NAMES[precision])  # it sets the newer ones too
+        yield
+    finally:
+        torch.set_float32_matmul_precision(older)
+        for switch, usual in zip(switches, before, strict=True):
+            switch.fp32_precision = usual
 
 
 class _Operation(NamedTuple):

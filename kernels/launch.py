@@ -8,6 +8,8 @@ may be absent.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,13 +35,38 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         kernel[grid](**arguments)
 
 
-def precision_of(dtype: torch.dtype) -> str:
-    """How the kernels multiply operands of a dtype: "half", "tf32" or "ieee".
+_three_products = False
 
-    16-bit operands are multiplied as "half". For float32 PyTorch's own switch decides between
-    "tf32" and "ieee": `torch.backends.cuda.matmul.fp32_precision` or
+
+@contextlib.contextmanager
+def float32_in_three_products(on: bool) -> Iterator[None]:
+    """A context that sets whether the kernels multiply float32 operands as "tf32x3".
+
+    PyTorch's own switches have no name for it. All threads share the setting, because a backward
+    pass on a GPU runs in another thread.
+    """
+    global _three_products
+    before, _three_products = _three_products, on
+    try:
+        yield
+    finally:
+        _three_products = before
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How the kernels multiply operands of a dtype: "half", "tf32", "tf32x3" or "ieee".
+
+    16-bit operands are multiplied as "half". For float32 the context `Backend.precision` decides.
+    Outside of it, PyTorch's own switch decides: `torch.backends.cuda.matmul.fp32_precision` or
     `torch.set_float32_matmul_precision`.
     """
     if dtype != torch.float32:
         return "half"
+    if _three_products:
+        return "tf32x3"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def input_precision(precision: str) -> str:
+    """The argument of `tl.dot` for a precision of `precision_of`."""
+    return "ieee" if precision == "half" else precision

@@ -33,8 +33,16 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 import harmodt_kernels
-from harmodt_kernels import LayerMasks, masked_adamw, masked_linear, registration, words_for
+from harmodt_kernels import (
+    PYTORCH,
+    LayerMasks,
+    masked_adamw,
+    masked_linear,
+    registration,
+    words_for,
+)
 from harmodt_kernels.attention import attention
+from harmodt_kernels.backend import Precision
 from harmodt_kernels.dropout_add import dropout_add
 from harmodt_kernels.linear_residual import linear_residual
 from harmodt_kernels.masked_layer_norm import masked_layer_norm
@@ -75,6 +83,7 @@ OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 # The dtypes of x, of weights and of biases.
 PRECISIONS = {
     "fp32": (torch.float32,) * 3,
+    "tf32x3": (torch.float32,) * 3,
     "tf32": (torch.float32,) * 3,
     "bf16": (torch.bfloat16,) * 3,
     "fp16": (torch.float16,) * 3,
@@ -87,7 +96,7 @@ WEIGHTS = 1_189_888
 
 # The precisions of a training run. The others are compiled for fewer sizes. In bf16, steps read the
 # optimiser's bf16 copy of the weights; mask updates and policies read the weights themselves.
-TRAINING = ("fp32", "tf32", "bf16, fp32 weights")
+TRAINING = ("fp32", "tf32x3", "tf32", "bf16, fp32 weights")
 BF16_COPY = "bf16, bf16 weights"
 
 
@@ -105,8 +114,10 @@ class Case(NamedTuple):
 
     def belongs(self, target: str, everything: bool) -> bool:
         """Whether the case is compiled for a target; `everything`: with --all."""
+        if target.startswith("gfx") and self.precision == "tf32x3":
+            return False  # AMD's GPUs have no such mode
         if target in ALIKE:  # TF32 has float32's tiles here, and sm_80 shows its other properties
-            return self.largest and (everything or self.precision != "tf32")
+            return self.largest and (everything or not self.precision.startswith("tf32"))
         if everything or target == USUAL:
             return True
         # With the bf16 copy, the tiles are the same, and they need less shared memory.
@@ -169,9 +180,11 @@ def masked_linear_cases() -> Iterator[Case]:
             yield masked_linear_case(precision, (1, 1, 39, 4))
         else:
             case = masked_linear_case(precision, large, relu=True)
-            yield case._replace(largest=precision == "tf32")
+            yield case._replace(largest=precision.startswith("tf32"))
         if precision in TRAINING:
             yield masked_linear_case(precision, (4, 75, 39, 96), relu=True)
+            yield masked_linear_case(precision, (1, 600, 128, 512), relu=True)
+            yield masked_linear_case(precision, (1, 600, 512, 128))
     wide = masked_linear_case("bf16, fp32 weights", (1, 600, 1024, 1024), relu=True)
     yield wide._replace(largest=True)
 
@@ -271,37 +284,44 @@ def stationary_case(precision: str, drop: float) -> Case:
 
 def linear_residual_cases() -> Iterator[Case]:
     for precision in ("fp32", "bf16, fp32 weights", BF16_COPY):
-        yield linear_residual_case(precision, 600, 512, 128)
+        for groups in (1, 5):
+            yield linear_residual_case(precision, 600, 512, 128, groups)
     for precision in ("bf16, fp32 weights", BF16_COPY):
         case = linear_residual_case(precision, 4800, 1024, 256)
         yield case._replace(largest=True)
 
 
-def linear_residual_case(precision: str, rows: int, inputs: int, outputs: int) -> Case:
+def linear_residual_case(
+    precision: str, rows: int, inputs: int, outputs: int, groups: int = 5
+) -> Case:
     """Forward and backward pass with dropout and a float32 residual."""
     dtype, weight_dtype, bias_dtype = PRECISIONS[precision]
 
     def run() -> None:
         bits = torch.zeros(3, outputs, words_for(inputs), dtype=torch.int32)
         y = linear_residual(
-            torch.empty(5, rows, inputs, dtype=dtype, requires_grad=True),
+            torch.empty(groups, rows, inputs, dtype=dtype, requires_grad=True),
             torch.empty(outputs, inputs, dtype=weight_dtype, requires_grad=True),
             torch.empty(outputs, dtype=bias_dtype, requires_grad=True),
             bits,
             torch.zeros(3, words_for(outputs), dtype=torch.int32),
-            torch.zeros(5, dtype=torch.int64),
-            torch.empty(5, rows, outputs),
+            torch.zeros(groups, dtype=torch.int64),
+            torch.empty(groups, rows, outputs),
             0.1,
         )
         y.backward(torch.empty_like(y))
 
-    return Case(f"5 × {rows} rows, {inputs} to {outputs}, dropout, residual", run, precision)
+    use = f"{groups} × {rows} rows, {inputs} to {outputs}, dropout, residual"
+    return Case(use, run, precision)
 
 
 def norm_linear_cases() -> Iterator[Case]:
     yield norm_linear_case("fp32", 600, 128, 384)
     yield norm_linear_case("bf16, fp32 weights", 600, 128, 384)
     yield norm_linear_case(BF16_COPY, 600, 128, 384)
+    for precision in TRAINING:
+        for outputs in (384, 512):
+            yield norm_linear_case(precision, 600, 128, outputs, groups=1, backward=False)
     for precision in (*TRAINING, BF16_COPY):
         case = norm_linear_case(precision, 4800, 256, 1024, relu=True, backward=False)
         yield case._replace(largest=True)
@@ -315,6 +335,7 @@ def norm_linear_case(
     *,
     relu: bool = False,
     backward: bool = True,
+    groups: int = 5,
 ) -> Case:
     """Forward pass, and backward pass if `backward`, under autocast; x is float32."""
     dtype, weight_dtype, bias_dtype = PRECISIONS[precision]
@@ -322,10 +343,10 @@ def norm_linear_case(
     def run() -> None:
         gain, shift = torch.empty(2, inputs, requires_grad=True)
         norm_bits = torch.zeros(3, words_for(inputs), dtype=torch.int32)
-        ids = torch.zeros(5, dtype=torch.int64)
+        ids = torch.zeros(groups, dtype=torch.int64)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             y, x = norm_linear(
-                torch.empty(5, rows, inputs, requires_grad=True),
+                torch.empty(groups, rows, inputs, requires_grad=True),
                 *(gain, shift),
                 torch.empty(outputs, inputs, dtype=weight_dtype, requires_grad=True),
                 torch.empty(outputs, dtype=bias_dtype, requires_grad=True),
@@ -340,7 +361,7 @@ def norm_linear_case(
         if backward:
             torch.autograd.backward((y, x), (torch.empty_like(y), torch.empty_like(x)))
 
-    use = f"5 × {rows} rows, LayerNorm, {inputs} to {outputs}"
+    use = f"{groups} × {rows} rows, LayerNorm, {inputs} to {outputs}"
     return Case(f"{use}, ReLU" if relu else use, run, precision)
 
 
@@ -348,7 +369,9 @@ def weight_gradients_cases() -> Iterator[Case]:
     # Few cases, because each takes seconds. With dropout, because it needs the most registers.
     for precision in TRAINING:
         yield weight_gradients_case(precision, 512, 1, drop=0.1)._replace(largest=True)
-    yield weight_gradients_case(TRAINING[-1], 128, 50, drop=0.1)._replace(largest=True)
+    for groups in (1, 50):
+        case = weight_gradients_case(TRAINING[-1], 128, groups, drop=0.1)
+        yield case._replace(largest=groups == 50)
 
 
 def weight_gradients_case(precision: str, d: int, groups: int, *, drop: float) -> Case:
@@ -587,18 +610,16 @@ def compile_operation(operation: str, target: str, everything: bool) -> Compilat
                 for name, value in names.items()
                 if name.endswith("_kernel") and isinstance(value, triton.JITFunction)
             ]
-    switch = torch.backends.cuda.matmul
-    usual = switch.fp32_precision
     for case in CASES[operation]():
         if not case.belongs(target, everything):
             continue
-        switch.fp32_precision = "tf32" if case.precision == "tf32" else "ieee"
+        name: Precision = case.precision if case.precision in ("tf32", "tf32x3") else "fp32"
         try:
-            case.run()
+            with PYTORCH.precision(name, "cuda"):
+                case.run()
         except Exception:  # reported with its traceback; the other cases still run
             where = {"use": case.use, "precision": case.precision, "target": target}
             result.failures.append({**where, "error": traceback.format_exc()})
-    switch.fp32_precision = usual
     return result
 
 

@@ -200,7 +200,7 @@ def test_zero_is_not_above_zero_where_denormal_numbers_are_flushed() -> None:
         ({"target_return": float("nan")}, "target_return is nan: give a finite number"),
         ({"deviation_floor": float("inf")}, "deviation_floor is inf: give a number above 0"),
         ({"steps": 2.5}, "steps is 2.5: give 1 to 99999999"),
-        ({"precision": "fp8"}, "precision is fp8: give bf16 or fp32 or tf32"),
+        ({"precision": "fp8"}, "precision is fp8: give bf16 or fp32 or tf32 or tf32x3"),
         (
             {"sparsity_by_loss": (0.1, 0.2, 0.3)},
             "sparsity_by_loss is .0.1, 0.2, 0.3.: give 2 values, each a share",

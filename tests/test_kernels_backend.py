@@ -4,7 +4,9 @@ import copy
 import dataclasses
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from problems import LinearProblem
@@ -17,6 +19,7 @@ from harmodt_kernels import (
     fused_backend,
     registration,
 )
+from harmodt_kernels.launch import precision_of
 from harmodt_kernels.native import library
 
 
@@ -105,14 +108,91 @@ def test_bf16_rounds_the_weights_as_they_are_now() -> None:
 
 
 def test_a_precision_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match="tf32 is a mode of GPUs: use fp32 or bf16 on a cpu"):
-        PYTORCH.precision("tf32", "cpu")
-    with pytest.raises(ValueError, match="precision 'fp16' is none of fp32, tf32, bf16"):
+    for name in ("tf32", "tf32x3"):
+        with pytest.raises(ValueError, match=f"{name} is a mode of GPUs: use fp32 or bf16 on a c"):
+            PYTORCH.precision(name, "cpu")
+    with pytest.raises(ValueError, match="precision 'fp16' is none of fp32, tf32x3, tf32, bf16"):
         PYTORCH.precision("fp16", "cpu")
     before = products(torch.device("cuda"))
     with PYTORCH.precision("tf32", "cuda"):
         assert products(torch.device("cuda")) == "tf32"
     assert products(torch.device("cuda")) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [("fp32", "cpu"), ("fp32", "cuda"), ("tf32", "cuda"), ("tf32x3", "cuda"), ("bf16", "cpu")],
+)
+def test_pytorchs_older_switch_can_be_read(name, where) -> None:
+    """torch.compile reads it; PyTorch raises if the newer switches say something else."""
+    newer = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    backend = dataclasses.replace(PYTORCH, rounds_inside=True)
+    for usual in ("highest", "high", "medium"):
+        torch.set_float32_matmul_precision(usual)
+        before = [switch.fp32_precision for switch in newer]
+        with pytest.raises(KeyError), backend.precision(name, where):
+            assert torch.get_float32_matmul_precision() in ("highest", "high", "medium")
+            assert torch.backends.cuda.matmul.allow_tf32 in (False, True)
+            found = newer[where == "cpu"].fp32_precision
+            assert found == (name if name in ("tf32", "bf16") else "ieee")
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == usual
+        assert [switch.fp32_precision for switch in newer] == before
+    torch.set_float32_matmul_precision("highest")
+    for switch in newer:
+        switch.fp32_precision = "none"
+
+
+def test_float32_is_multiplied_as_the_innermost_context_says() -> None:
+    assert precision_of(torch.float32) == "ieee"
+    with PYTORCH.precision("tf32x3", "cuda"):
+        assert precision_of(torch.float32) == "tf32x3"
+        assert (precision_of(torch.float16), precision_of(torch.bfloat16)) == ("half", "half")
+        with PYTORCH.precision("tf32", "cuda"):
+            assert precision_of(torch.float32) == "tf32"
+        with PYTORCH.precision("fp32", "cuda"):
+            assert precision_of(torch.float32) == "ieee"
+        with ThreadPoolExecutor(1) as pool:  # a backward pass on a GPU runs in another thread
+            assert pool.submit(precision_of, torch.float32).result() == "tf32x3"
+    assert precision_of(torch.float32) == "ieee"
+
+
+def test_amds_gpus_multiply_float32_itself(monkeypatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with PYTORCH.precision("tf32x3", "cuda"):
+        assert precision_of(torch.float32) == "ieee"
+
+
+def rounded_to_tf32(values: np.ndarray) -> np.ndarray:
+    """The nearest number with 10 bits after the point, ties away from 0: PTX's cvt.rna.tf32."""
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def cut_to_tf32(values: np.ndarray) -> np.ndarray:
+    """The matrix units ignore the last 13 bits of an operand."""
+    return (values.astype(np.float32).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def test_three_products_of_tf32_have_the_error_that_is_documented() -> None:
+    """Triton 3.9 does the same: cvt.rna.tf32, a difference, three products (seen in PTX)."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=10**6).astype(np.float32) for _ in range(2))
+    # operands whose rest after rounding is as large as it can be, and is cut as much as it can be
+    a[:1000] = 1 + np.arange(1000, dtype=np.float32) / 1024 + np.float32(0xFFF / 2**23)
+    b[:1000] = a[999::-1]
+    large_a, large_b = rounded_to_tf32(a), rounded_to_tf32(b)
+    small_a, small_b = cut_to_tf32(a - large_a), cut_to_tf32(b - large_b)
+
+    def product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return x.astype(np.float64) * y  # of two TF32 numbers: exact
+
+    exact = product(a, b)
+    three = product(small_a, large_b) + product(large_a, small_b) + product(large_a, large_b)
+    one = product(cut_to_tf32(a), cut_to_tf32(b))
+    worst = {key: abs(v / exact - 1).max() for key, v in {"three": three, "one": one}.items()}
+    assert 2**-22 < worst["three"] <= 2**-19
+    assert 2**-11 < worst["one"] <= 2**-9
 
 
 @pytest.mark.usefixtures("native")

@@ -211,6 +211,45 @@ def test_a_program_goes_through_several_where_enough_are_left(
         assert 2 * 132 <= plan.programs < tiles <= plan.programs * plan.tiles_of_program
 
 
+# Inputs and outputs of the layers of a block, d = 128, and the bytes that are loaded for an element
+# of x and of dy in bf16. A group has 8 windows of 5 prompt steps and 20 context steps of 3 tokens.
+# After the last block's attention only the 20 states of a window are left.
+BLOCK = {
+    "qkv": (128, 384, 4, 2),
+    "out": (128, 128, 2, 4),
+    "up": (128, 512, 4, 4),
+    "down": (512, 128, 2, 4),
+}
+ROWS = 8 * (5 + 20) * 3
+ROWS_AT_THE_END = 8 * 20
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("layer", BLOCK)
+def test_a_product_keeps_a_gpu_busy(layer, gradient, dtype) -> None:
+    kernels = pytest.importorskip("harmodt_kernels.masked_linear.triton")
+    inputs, outputs, of_x, of_dy = BLOCK[layer]
+    table = kernels.INPUT_GRADIENT if gradient else kernels.FORWARD
+    depth, columns, loaded = (outputs, inputs, of_dy) if gradient else (inputs, outputs, of_x)
+
+    def plan(groups: int, rows: int) -> tuple[int, int]:
+        """Programs, and the steps that one program takes one after another."""
+        x = torch.empty(groups, rows, depth, device="meta")
+        found = kernels.product_plan(table, x, dtype, depth, columns, loaded)
+        return found.programs, found.tiles_of_program * -(-depth // found.tile.depth)
+
+    programs, steps = plan(1, ROWS)
+    assert programs >= 100 and steps <= 16
+    for groups in (5, 50):
+        for rows in (ROWS, ROWS_AT_THE_END):
+            programs, steps = plan(groups, rows)
+            assert programs >= 132 and steps <= 40
+    # The smallest tile has 16 rows, as many as matrix units take, and a word's 32 inputs.
+    programs, steps = plan(1, ROWS_AT_THE_END)
+    assert programs >= 10 * columns // 32 and steps <= 8
+
+
 @pytest.mark.parametrize("sizes", SIZES[1:4])
 def test_autocast_errs_at_most_twice_as_much_as_dense_layers(backend, device, sizes) -> None:
     _skip_what_is_not_computed(backend, torch.bfloat16)
@@ -279,13 +318,20 @@ def test_any_shape(backend, device, groups, rows, inputs, outputs, relu, masked)
 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("size", range(4))  # the largest tile of each table, then smaller ones
 @pytest.mark.parametrize("implementation", ["triton"], indirect=True)
-def test_the_tiles_of_large_layers(backend, device, dtype, relu, monkeypatch) -> None:
+def test_every_tile(backend, device, dtype, relu, size, monkeypatch) -> None:
     kernels = importlib.import_module("harmodt_kernels.masked_linear.triton")
-    monkeypatch.setattr(kernels, "ENOUGH", 1)
-    problem = LinearProblem.random(2, 75, 140, 139).rounded(dtype)
-    computed = problem.computed(backend, device, dtype, relu=relu)
+    for name in ("FORWARD", "INPUT_GRADIENT", "WEIGHT_GRADIENT"):
+        tiles = {
+            key: row[size : size + 1] or row[-1:] for key, row in getattr(kernels, name).items()
+        }
+        monkeypatch.setattr(kernels, name, tiles)
+    sizes = (75, 140, 139) if size == 0 else (35, 70, 67)
+    problem = LinearProblem.random(2, *sizes).rounded(dtype)
+    computed, again = (problem.computed(backend, device, dtype, relu=relu) for _ in range(2))
     problem.check(computed, 2e-4 if dtype == torch.float32 else 3e-2, relu)
+    assert all(torch.equal(values, again[name]) for name, values in computed.items())
 
 
 def test_results_repeat_bit_for_bit(backend, device) -> None:

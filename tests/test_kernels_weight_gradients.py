@@ -113,17 +113,64 @@ def test_results_repeat_bit_for_bit(device) -> None:
         assert all(torch.equal(result.found[n], v) for n, v in expected.found.items())
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("groups", [1, 2, 5])
+@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
+def test_rows_of_a_group_are_summed_in_ranges(device, groups, monkeypatch) -> None:
+    kernels = importlib.import_module("harmodt_kernels.masked_linear.triton")
+    monkeypatch.setattr(kernels, "ROWS_OF_CHUNK", 20)
+    monkeypatch.setattr(kernels, "FEWEST_CHUNKS", 2)
+    plans, chunks_of = [], kernels.chunks_of
+
+    def remembered(*operands: Any) -> Any:
+        plans.append(chunks_of(*operands))
+        return plans[-1]
+
+    monkeypatch.setattr(kernels, "chunks_of", remembered)
+    problem = LinearProblem.random(groups, 90, 39, 35)
+    first, second = (
+        problem.computed(fused_backend(device), device, torch.float32, relu=True, in_place=True)
+        for _ in range(2)
+    )
+    problem.check(first, 2e-4, relu=True)
+    assert all(torch.equal(values, second[name]) for name, values in first.items())
+    number, of_groups, rows, ranges = plans[-1]
+    assert (number, of_groups, rows, ranges) == (2 * groups, 1, 48, 2)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 0, 4), (2, 5, 4, 0), (2, 5, 0, 0), (2, 0, 0, 4)])
+def test_a_weight_without_elements(device, shape) -> None:
+    groups, rows, inputs, outputs = shape
+    x, dy = torch.ones(groups, rows, inputs), torch.ones(groups, rows, outputs)
+    weight_out, bias_out = torch.ones(1, outputs, inputs), torch.full((1, outputs), torch.nan)
+    tensors = (t.to(device) for t in (dy, x, weight_out, bias_out))
+    dy, x, weight_out, bias_out = tensors
+    write([LayerGradients(dy, None, x, None, None, None, weight_out, bias_out)])
+    assert (bias_out == groups * rows).all()
+
+
 class FakeLaunches:
-    """Takes the place of `launch` and remembers kernels and numbers of programs."""
+    """Takes the place of `launch` and remembers kernels, numbers of programs, and arguments."""
 
     def __init__(self) -> None:
         self.made: list[tuple[str, int]] = []
+        self.arguments: list[dict[str, Any]] = []
 
-    def __call__(self, kernel: Any, grid: tuple[int], **_: Any) -> None:
+    def __call__(self, kernel: Any, grid: tuple[int], **arguments: Any) -> None:
         self.made.append((kernel.__name__, grid[0]))
+        self.arguments.append(arguments)
+
+    def steps(self) -> int:
+        """The most products that a program of the first launch adds one after another."""
+        arguments = self.arguments[0]
+        return max(
+            layer.groups_of_program
+            * -(-min(layer.rows, layer.rows_of_program) // arguments["BLOCK_R"])
+            for layer in arguments["layers"]
+        )
 
 
-@pytest.mark.parametrize("precision", ["ieee", "tf32", "half"])
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3", "tf32", "half"])
 @pytest.mark.parametrize("groups", [1, 5, 50])
 @pytest.mark.parametrize("d", [128, 256])
 def test_a_block_keeps_a_gpu_busy_in_two_launches(monkeypatch, d, groups, precision) -> None:
@@ -134,6 +181,7 @@ def test_a_block_keeps_a_gpu_busy_in_two_launches(monkeypatch, d, groups, precis
     dtype = torch.bfloat16 if precision == "half" else torch.float32
     for of_groups in (False, True):
         launches.made.clear()
+        launches.arguments.clear()
         layers = []
         for inputs, outputs in ((d, 3 * d), (d, d), (d, 4 * d), (4 * d, d)):
             out_rows = groups if of_groups else 1
@@ -153,5 +201,22 @@ def test_a_block_keeps_a_gpu_busy_in_two_launches(monkeypatch, d, groups, precis
         (name, programs), *more = launches.made
         assert name == "masked_linear_weight_gradients_kernel"
         assert programs >= 132  # multiprocessors of NVIDIA's H100
+        if (d, precision) == (128, "half"):
+            assert launches.steps() <= 40
         assert [name for name, _ in more] in ([], ["sum_chunks_kernel"])
         assert not (more and (of_groups or groups < 50))
+
+
+@pytest.mark.parametrize("groups", [1, 5, 50])
+def test_many_rows_of_one_group_keep_a_gpu_busy(monkeypatch, groups) -> None:
+    """Without masks, the groups of a batch are one group."""
+    kernels = importlib.import_module("harmodt_kernels.masked_linear.triton")
+    launches = FakeLaunches()
+    monkeypatch.setattr(kernels, "launch", launches)
+    layers = []
+    for inputs, outputs in ((128, 384), (128, 128), (128, 512), (512, 128)):
+        dy, x = (torch.empty(1, groups * 600, n, dtype=torch.bfloat16) for n in (outputs, inputs))
+        out, bias_out = torch.empty(1, outputs, inputs), torch.empty(1, outputs)
+        layers.append(LayerGradients(dy, None, x, None, None, None, out, bias_out))
+    write(layers)
+    assert launches.made[0][1] >= 132 and launches.steps() <= 40

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..device_functions import kept
 from ..dropout import rate
-from ..launch import launch, precision_of
+from ..launch import input_precision, launch, precision_of
 
 LN_2 = tl.constexpr(math.log(2))
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -271,11 +271,13 @@ class Tile(NamedTuple):
 # larger heads 4 warps share the products, and fewer warps spill.
 FORWARD = {
     "ieee": (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 2)),
+    "tf32x3": (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 2)),
     "tf32": (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
     "half": (Tile(32, 32, 2, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
 }
 GRADIENT = {
     "ieee": (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
+    "tf32x3": (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 8, 2)),
     "tf32": (Tile(16, 16, 2, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 2)),
     "half": (Tile(32, 32, 2, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
 }
@@ -326,7 +328,7 @@ def attention(
         factor=factor,
         HAS_PAST=past_keys is not None,
         DROPOUT=drop > 0,
-        PRECISION="tf32" if precision == "tf32" else "ieee",
+        PRECISION=input_precision(precision),
         BLOCK_Q=tile.queries,
         BLOCK_K=tile.keys,
         BLOCK_D=block,
@@ -375,7 +377,7 @@ def attention_gradient(
         threshold=threshold,
         factor=factor,
         DROPOUT=drop > 0,
-        PRECISION="tf32" if precision == "tf32" else "ieee",
+        PRECISION=input_precision(precision),
         BLOCK_Q=tile.queries,
         BLOCK_K=tile.keys,
         BLOCK_D=block,

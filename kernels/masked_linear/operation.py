@@ -54,7 +54,8 @@ def masked_linear(
 
     Returns:
         [G, R, N], in the dtype of x (under autocast, in the autocast dtype). Sums are in float32.
-        Products of float32 are in TF32 if PyTorch's own switch says so.
+        Products of float32 are in TF32 if PyTorch's own switch says so. `Backend.precision` sets
+        it.
 
     Raises:
         TypeError: a dtype is not accepted.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..device_functions import bits_of, kept, masked_vector, task_of
 from ..dropout import rate
-from ..launch import launch, precision_of
+from ..launch import input_precision, launch, precision_of
 from ..masks import stride_of
 from .device_functions import (
     Norm,
@@ -338,6 +338,8 @@ class Layer(NamedTuple):
     inputs: int
     outputs: int
     groups_of_program: int
+    rows_of_program: int  # a multiple of BLOCK_R
+    ranges: int  # of rows in a group
     task_stride: int
     bits_stride: int
     bias_task_stride: int
@@ -359,19 +361,28 @@ def columns_of(layer, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def chunk_of(layer, chunk):
+    """First group, end of the groups, first row and end of the rows of a chunk."""
+    group = chunk // layer.ranges * layer.groups_of_program
+    row = (chunk % layer.ranges).to(tl.int32) * layer.rows_of_program
+    group_end = tl.minimum(group + layer.groups_of_program, layer.groups)
+    return group, group_end, row, tl.minimum(row + layer.rows_of_program, layer.rows)
+
+
+@triton.jit
 def bias_gradient_tile(layer, chunk, n, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Computes bias_out for outputs n and one chunk of groups: sums of dy over rows, with masks."""
+    """Computes bias_out for outputs n and one chunk: sums of dy over rows, with masks."""
     row = tl.arange(0, BLOCK_R)
     offset = n[:, None] + row[None, :] * layer.outputs
     seed = layer.seed
     if layer.seed is not None:
         seed = tl.load(layer.seed).to(tl.uint32)
     total = tl.zeros([BLOCK_N], tl.float32)
-    first = chunk * layer.groups_of_program
-    for group in range(first, tl.minimum(first + layer.groups_of_program, layer.groups)):
+    first, end, first_row, row_end = chunk_of(layer, chunk)
+    for group in range(first, end):
         start = group * layer.rows
         group_sum = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-        for r0 in tl.range(0, layer.rows, BLOCK_R, num_stages=4):
+        for r0 in tl.range(first_row, row_end, BLOCK_R, num_stages=4):
             group_sum += load_dy(
                 layer.dy,
                 layer.y,
@@ -402,7 +413,7 @@ def weight_gradient_tile(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Computes weight_out for outputs n, one column of tiles and one chunk of groups.
+    """Computes weight_out for outputs n, one column of tiles and one chunk.
 
     The loops over groups and rows are in one function, so that Triton overlaps loads and products.
     """
@@ -413,13 +424,13 @@ def weight_gradient_tile(
     if layer.seed is not None:
         seed = tl.load(layer.seed).to(tl.uint32)
     total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    first = chunk * layer.groups_of_program
-    for group in range(first, tl.minimum(first + layer.groups_of_program, layer.groups)):
+    first, end, first_row, row_end = chunk_of(layer, chunk)
+    for group in range(first, end):
         start = group * layer.rows
         if layer.statistics is not None:
             affine = layer.affine + group * 2 * layer.inputs
         group_sum = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        for r0 in range(0, layer.rows, BLOCK_R):
+        for r0 in range(first_row, row_end, BLOCK_R):
             # Rows beyond the last read the last row; x or dy is set to 0 there, so they add
             # nothing. The addresses of dy transpose it, as the product needs it. If tl.trans
             # transposed it, each load would read fewer bytes.
@@ -480,7 +491,9 @@ def masked_linear_weight_gradients_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Computes one tile of a layer's weight_out or bias_out for one chunk of groups.
+    """Computes one tile of a layer's weight_out or bias_out for one chunk.
+
+    A chunk has all rows of `groups_of_program` groups, or `rows_of_program` rows of one group.
 
     The first programs belong to the first layer, the next ones to the second, and so on.
     """
@@ -489,7 +502,7 @@ def masked_linear_weight_gradients_kernel(
         layer = layers[i]
         columns = columns_of(layer, BLOCK_K)
         tiles = tl.cdiv(layer.outputs, BLOCK_N) * columns
-        programs = tiles * tl.cdiv(layer.groups, layer.groups_of_program)
+        programs = tiles * layer.ranges * tl.cdiv(layer.groups, layer.groups_of_program)
         if (program >= 0) & (program < programs):
             tile = program % tiles
             chunk = (program // tiles).to(tl.int64)
@@ -559,21 +572,37 @@ class Tile(NamedTuple):
 
 
 # Tiles by precision ("half": 16-bit operands), larger ones first. Of the tiles that make enough
-# programs, the largest is used. No tile spills registers on any target that the tests compile for.
+# programs, the largest is used. No tile spills registers on any target that the tests compile for,
+# but the smallest one of weight gradients: on gfx942, with dropout, it spills 2 registers.
 # None needs more shared memory than the smallest GPUs have: 99 KiB on NVIDIA's, 64 KiB on AMD's.
-# IEEE float32 is computed without matrix units, where larger tiles would spill.
+# IEEE float32 is computed without matrix units, where larger tiles would spill. The smallest tiles
+# are deep: a program loops seldom, and each loop has many loads on their way at the same time.
 
 # Rows are rows of x, columns are outputs.
 FORWARD = {
-    "ieee": (Tile(64, 64, 32, 4, 3),),
-    "tf32": (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
-    "half": (Tile(128, 128, 64, 8, 2), Tile(64, 64, 32, 4, 3)),
+    "ieee": (Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 2), Tile(16, 32, 64, 4, 2)),
+    "tf32x3": (Tile(64, 64, 32, 4, 2), Tile(32, 32, 32, 4, 3), Tile(16, 32, 64, 4, 2)),
+    "tf32": (
+        *(Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+        *(Tile(32, 32, 64, 4, 2), Tile(16, 32, 128, 4, 2)),
+    ),
+    "half": (
+        *(Tile(128, 128, 64, 8, 2), Tile(64, 64, 32, 4, 3)),
+        *(Tile(32, 32, 64, 4, 2), Tile(16, 32, 128, 4, 2)),
+    ),
 }
 # Rows are rows of dy, columns are inputs.
 INPUT_GRADIENT = {
-    "ieee": (Tile(64, 64, 16, 8, 4),),
-    "tf32": (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
-    "half": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 4)),
+    "ieee": (Tile(64, 64, 16, 8, 4), Tile(32, 32, 32, 4, 3), Tile(16, 32, 64, 4, 2)),
+    "tf32x3": (Tile(64, 64, 32, 4, 2), Tile(32, 32, 32, 4, 3), Tile(16, 32, 64, 4, 2)),
+    "tf32": (
+        *(Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+        *(Tile(32, 32, 64, 4, 2), Tile(16, 32, 128, 4, 2)),
+    ),
+    "half": (
+        *(Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 4)),
+        *(Tile(32, 32, 64, 4, 2), Tile(16, 32, 128, 4, 2)),
+    ),
 }
 # The tiles of stationary programs. They need 16-bit operands, sums of at most `depth` products, and
 # at least two tiles of rows per program. The keys are numbers of bytes: of an element of x in the
@@ -584,17 +613,22 @@ STATIONARY = {2: Tile(64, 64, 128, 4, 3), 4: Tile(64, 64, 128, 4, 2)}
 # copies them there only 4 bytes at a time.
 WEIGHT_GRADIENT = {
     "ieee": (Tile(64, 64, 16, 4, 4), Tile(32, 32, 16, 4, 3)),
+    "tf32x3": (Tile(32, 32, 32, 4, 2),),
     "tf32": (Tile(32, 32, 32, 4, 2),),
-    "half": (Tile(128, 128, 16, 8, 4), Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 4)),
+    "half": (Tile(128, 128, 16, 8, 4), Tile(64, 64, 64, 8, 2), Tile(32, 32, 128, 4, 2)),
 }
 
 # Enough programs to keep a GPU busy: one for each multiprocessor of an NVIDIA H100.
 ENOUGH = 132
 
-# Sums over groups are cut into chunks, to make up to CHUNKED_PROGRAMS times ENOUGH programs. A
-# chunk has at least GROUPS_OF_CHUNK groups.
-CHUNKED_PROGRAMS = 4
-GROUPS_OF_CHUNK = 4
+# The sums of weight gradients over groups and rows are cut into chunks, to make up to
+# CHUNKED_PROGRAMS times ENOUGH programs. A chunk has at least ROWS_OF_CHUNK rows. Fewer chunks than
+# FEWEST_CHUNKS are not worth the launch that adds them. A smaller tile is used where the programs
+# of a larger one would loop more than MOST_STEPS times.
+CHUNKED_PROGRAMS = 5
+ROWS_OF_CHUNK = 2048
+FEWEST_CHUNKS = 4
+MOST_STEPS = 50
 
 # Elements per program of `sum_chunks_kernel`.
 SUM_BLOCK = 1024
@@ -710,14 +744,14 @@ def masked_linear_weight_gradients(*operands: list) -> None:
     """Computes `harmodt::masked_linear_weight_gradients`. A second launch sums chunks."""
     layers = layers_of(*operands)
     precision, tile, chunks = weight_gradient_plan(layers)
-    kernel_layers = [kernel_layer(layer, chunks) for layer in layers]
+    kernel_layers = [kernel_layer(layer, chunks, tile.depth) for layer in layers]
     tiles = (tiles_of(layer, tile, with_bias=True) for layer in layers)
     launch(
         masked_linear_weight_gradients_kernel,
         (sum(n * len(layer.weight_out) for n, layer in zip(tiles, kernel_layers, strict=True)),),
         layers=tuple(kernel_layers),
         LAYERS=len(kernel_layers),
-        PRECISION="tf32" if precision == "tf32" else "ieee",
+        PRECISION=input_precision(precision),
         BLOCK_N=tile.rows,
         BLOCK_K=tile.columns,
         BLOCK_R=tile.depth,
@@ -728,15 +762,15 @@ def masked_linear_weight_gradients(*operands: list) -> None:
     sum_chunks(layers, kernel_layers)
 
 
-def kernel_layer(layer: LayerGradients, chunks: int) -> Layer:
-    """A layer as the kernel's argument, with sums over groups in up to `chunks` chunks."""
+def kernel_layer(layer: LayerGradients, chunks: int, depth: int) -> Layer:
+    """A layer as the kernel's argument, with sums over groups and rows in up to `chunks` chunks."""
     dy, x, bias_bits = layer.dy.contiguous(), layer.x.contiguous(), layer.bias_bits
     groups, rows, inputs = x.shape
     weight_out, bias_out = layer.weight_out, layer.bias_out
-    each = groups_per_program(layer, chunks)
-    if len(weight_out) != triton.cdiv(groups, each):
+    each = chunks_of(layer, chunks, depth)
+    if len(weight_out) != each.number:
         weight_out = torch.empty(
-            triton.cdiv(groups, each), *weight_out.shape[1:], dtype=torch.float32, device=x.device
+            each.number, *weight_out.shape[1:], dtype=torch.float32, device=x.device
         )
         bias_out = None if bias_out is None else weight_out.new_empty(weight_out.shape[:2])
     threshold, factor = rate(layer.drop)
@@ -753,7 +787,9 @@ def kernel_layer(layer: LayerGradients, chunks: int) -> Layer:
         rows=rows,
         inputs=inputs,
         outputs=dy.shape[2],
-        groups_of_program=each,
+        groups_of_program=each.groups,
+        rows_of_program=each.rows,
+        ranges=each.ranges,
         task_stride=stride_of(layer.weight_bits, 0),
         bits_stride=stride_of(layer.weight_bits, 1),
         bias_task_stride=stride_of(bias_bits, 0),
@@ -812,7 +848,7 @@ class Plan(NamedTuple):
         """The arguments of a launch that follow from the plan."""
         return {
             "tiles_of_program": self.tiles_of_program,
-            "PRECISION": "tf32" if self.precision == "tf32" else "ieee",
+            "PRECISION": input_precision(self.precision),
             "STATIONARY": self.stationary,
             "num_warps": self.tile.warps,
             "num_stages": self.tile.stages,
@@ -871,26 +907,27 @@ def largest_tile(
 def weight_gradient_plan(layers: list[LayerGradients]) -> tuple[str, Tile, int]:
     """The precision, the tile and the number of chunks for the layers' weight gradients.
 
-    It is the first tile that makes enough programs for all layers together. Sums over many groups
-    are cut into chunks of at least `GROUPS_OF_CHUNK` groups. All chunks together take no more
-    memory than the layers' inputs.
+    It is the first tile that makes enough programs of at most `MOST_STEPS` steps for all layers
+    together. If there is none, it is the first tile that makes enough programs, else the last tile.
+    All chunks together take no more memory than the layers' inputs.
     """
     dtypes = {layer.dtype for layer in layers}
     precision = precision_of(torch.float32 if torch.float32 in dtypes else dtypes.pop())
-    groups = min(len(layer.x) for layer in layers)
     sizes = 4 * sum(layer.weight_out[0].numel() for layer in layers)
-    room = sum(layer.x.numel() * layer.dtype.itemsize for layer in layers) // sizes
-    most = max(1, min(groups // GROUPS_OF_CHUNK, room))
+    room = sum(layer.x.numel() * layer.dtype.itemsize for layer in layers) // max(1, sizes)
+    most = min(max(layer.x.shape[:2].numel() for layer in layers) // ROWS_OF_CHUNK, room)
+    most = most if most >= FEWEST_CHUNKS else 1
+    found = None
     for tile in WEIGHT_GRADIENT[precision]:
-        layer_tiles = [tiles_of(layer, tile) for layer in layers]
-        chunks = min(most, triton.cdiv(CHUNKED_PROGRAMS * ENOUGH, sum(layer_tiles)))
-        programs = (
-            tiles * triton.cdiv(len(layer.x), groups_per_program(layer, chunks))
-            for tiles, layer in zip(layer_tiles, layers, strict=True)
-        )
-        if sum(programs) >= ENOUGH:
-            break
-    return precision, tile, chunks
+        tiles = [tiles_of(layer, tile) for layer in layers]
+        chunks = min(most, triton.cdiv(CHUNKED_PROGRAMS * ENOUGH, max(1, sum(tiles))))
+        each = [chunks_of(layer, chunks, tile.depth) for layer in layers]
+        if sum(n * of_layer.number for n, of_layer in zip(tiles, each, strict=True)) >= ENOUGH:
+            steps = max(part.groups * triton.cdiv(part.rows, tile.depth) for part in each)
+            if steps <= MOST_STEPS:
+                return precision, tile, chunks
+            found = found or (precision, tile, chunks)
+    return found or (precision, tile, chunks)
 
 
 def tiles_of(layer: LayerGradients, tile: Tile, *, with_bias: bool = False) -> int:
@@ -900,7 +937,33 @@ def tiles_of(layer: LayerGradients, tile: Tile, *, with_bias: bool = False) -> i
     return triton.cdiv(outputs, tile.rows) * columns
 
 
-def groups_per_program(layer: LayerGradients, chunks: int) -> int:
-    """The number of groups that a program sums: 1 if each group's gradient is needed."""
-    groups = len(layer.x)
-    return 1 if len(layer.weight_out) == groups else triton.cdiv(groups, chunks)
+class Chunks(NamedTuple):
+    """How the sums over a layer's groups and rows are divided among programs.
+
+    Attributes:
+        number: the number of chunks.
+        groups: the groups of a chunk.
+        rows: the rows of a chunk in each of its groups.
+        ranges: the number of chunks in a group; 1 if a chunk has several groups.
+    """
+
+    number: int
+    groups: int
+    rows: int
+    ranges: int
+
+
+def chunks_of(layer: LayerGradients, chunks: int, depth: int) -> Chunks:
+    """Divide a layer's sums into at most `chunks` chunks; one per group if `weight_out` has those.
+
+    Args:
+        depth: the rows of one product.
+    """
+    groups, rows, _ = layer.x.shape
+    if len(layer.weight_out) == groups > 1:
+        return Chunks(groups, 1, triton.cdiv(rows, depth) * depth, 1)
+    each = triton.cdiv(groups, chunks)
+    ranges = max(1, chunks // groups)
+    steps = max(1, triton.cdiv(triton.cdiv(rows, depth), ranges))
+    ranges = max(1, triton.cdiv(rows, steps * depth))
+    return Chunks(ranges * triton.cdiv(groups, each), each, steps * depth, ranges)
