@@ -573,7 +573,8 @@ class Tile(NamedTuple):
 
 # Tiles by precision ("half": 16-bit operands), larger ones first. Of the tiles that make enough
 # programs, the largest is used. No tile spills registers on any target that the tests compile for,
-# but the smallest one of weight gradients: on gfx942, with dropout, it spills 2 registers.
+# but two of weight gradients: on gfx942 with dropout, the smallest one spills 2 registers, and on
+# sm_120 the one of 64 × 64 × 64 spills 8 bytes.
 # None needs more shared memory than the smallest GPUs have: 99 KiB on NVIDIA's, 64 KiB on AMD's.
 # IEEE float32 is computed without matrix units, where larger tiles would spill. The smallest tiles
 # are deep: a program loops seldom, and each loop has many loads on their way at the same time.
