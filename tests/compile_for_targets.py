@@ -116,6 +116,8 @@ class Case(NamedTuple):
         """Whether the case is compiled for a target; `everything`: with --all."""
         if target.startswith("gfx") and self.precision == "tf32x3":
             return False  # AMD's GPUs have no such mode
+        if self.precision == "tf32x3" and not everything:  # its tiles are like those of TF32
+            return self.largest and target == USUAL
         if target in ALIKE:  # TF32 has float32's tiles here, and sm_80 shows its other properties
             return self.largest and (everything or not self.precision.startswith("tf32"))
         if everything or target == USUAL:

@@ -41,6 +41,7 @@ def test_every_function_agrees_with_plain_loops(tmp_path: Path) -> None:
     assert printed.endswith("portable: tested\n0 differences\n")
 
 
+@pytest.mark.full
 def test_every_function_agrees_with_plain_loops_on_arm64(tmp_path: Path) -> None:
     """Compile the library and the test for ARM64, and run them in an emulator."""
     if shutil.which(ARM64_COMPILER) is None or shutil.which(EMULATOR) is None:

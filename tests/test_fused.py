@@ -24,7 +24,14 @@ from harmodt.devices import Execution
 from harmodt.errors import UserError
 from harmodt.rundir import RunDirectory
 from harmodt.training.trainer import Trainer
-from harmodt_kernels import PYTORCH, REFERENCE, Backend, count_bits, fused_backend
+from harmodt_kernels import (
+    PYTORCH,
+    REFERENCE,
+    Backend,
+    RecordingMemory,
+    count_bits,
+    fused_backend,
+)
 from harmodt_kernels.native import library
 
 
@@ -98,7 +105,9 @@ def test_steps_from_rounded_weights_come_to_the_same_bits(store, device, algorit
     config, results = configure(algorithm, fused=True, **SIZES, **more), []
     for copy in (True, False):
         setup = make_setup(store, config, device)
-        execution = Halves(device, setup.execution.backend, graph=False, copy=copy)
+        execution = Halves(
+            device, setup.execution.backend, graph=False, copy=copy, memory=RecordingMemory()
+        )
         setup = dataclasses.replace(setup, execution=execution)
         data = [store.task(name) for name in store.tasks]
         trainer = Trainer(setup, data, RunDirectory(store.path.with_name("run")))

@@ -198,7 +198,7 @@ def test_without_masks_every_weight_is_active(backend, device) -> None:
 
 
 @settings(
-    max_examples=30,
+    max_examples=10,
     suppress_health_check=[HealthCheck.function_scoped_fixture],  # it keeps no state
 )
 @given(
