@@ -124,6 +124,7 @@ def test_the_text_holds_the_same_in_the_width_that_there_is(width: int) -> None:
     assert f"{long} 2 ms 0.50 7 kB 9" in words
 
 
+@pytest.mark.full
 def test_the_benchmarks_end_in_the_tables(tmp_path: Path) -> None:
     """Piped, with the JSON that was asked for; comparisons stay as pytest-benchmark makes them."""
     results, bench = tmp_path / "results.json", SCRIPT.parent / "bench_masked_adamw.py"
